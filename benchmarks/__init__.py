@@ -1,1 +1,1 @@
-"""Benchmarks: everything that is compared is measured side by side in one run."""
+"""Benchmarks; all compared methods are measured side by side in one run."""

@@ -5,7 +5,7 @@ The command line is that of benchmarks/rate_search.py:
 
     python benchmarks/adamw.py search --out experiments/adamw/runs.csv    # every method and rate, seed 0
     python benchmarks/adamw.py seeds --out experiments/adamw/runs.csv     # seeds 1 and 2 at each method's best rate
-    python benchmarks/adamw.py table --out experiments/adamw/runs.csv     # what the runs say
+    python benchmarks/adamw.py table --out experiments/adamw/runs.csv     # print the results
 """
 
 import statistics
@@ -82,7 +82,7 @@ def hook_free_bytes(model: DistributedDataParallel, steps: int) -> int:
 
 
 def work(jobs: list[Job], out: str, steps: int) -> None:
-    """Make the runs one after the other; rank 0 writes a row as each is done."""
+    """Run the jobs sequentially; rank 0 writes a row after each."""
     with process_group():
         for job in jobs:
             row = train(*job, steps)

@@ -1,11 +1,11 @@
-"""Assumption D of the paper: what share of the coordinates holds half of the energy of what is compressed?
+"""Assumption D of the paper: which fraction of the coordinates has half of the energy of the compressed vector v?
 
-With AdaptiveTopK(1/2) the error's share is at most 1/2 at every step, and k is what it takes. The MNIST autoencoder of
+AdaptiveTopK(1/2) keeps the smallest k with ||v - C(v)||^2 <= ||v||^2 / 2 at every step. The MNIST autoencoder of
 Figure 2 is trained on one worker, with the paper's noise and without:
 
     python benchmarks/assumption_d.py --data-dir DIR [--steps 2814] [--out experiments/theorem/assumption_d.csv]
 
-Gaussian noise alone asks for 2 Q(z) of the coordinates, where z phi(z) + Q(z) = 1/4: 12.4%.
+Gaussian noise alone needs the fraction 2 Q(z) of the coordinates, where z phi(z) + Q(z) = 1/4: 12.4%.
 """
 
 import argparse
@@ -25,13 +25,13 @@ ETA, BATCH, NOISES = 0.1, 64, (0.0, 0.001, 0.01)
 
 
 def of_gaussians() -> float:
-    """Return the share of the coordinates of a Gaussian vector whose energy is half of it, in the limit of many."""
+    """Return the fraction of a Gaussian vector's coordinates that has half of its energy, for d to infinity."""
     z = brentq(lambda z: z * norm.pdf(z) + norm.sf(z) - 1 / 4, 0, 4)
     return float(2 * norm.sf(z))
 
 
 def shares(noise: float, steps: int, data_dir: Path, seed: int) -> list[float]:
-    """Train, and return k/d of every step."""
+    """Train, and return k/d for each step."""
     data = load_data(DataConfig("mnist"), data_dir, train=True)
     model = make_task(ModelConfig("mnist-autoencoder"), data.shape, data.classes, seed=seed)
     found: list[int] = []
@@ -53,7 +53,7 @@ def shares(noise: float, steps: int, data_dir: Path, seed: int) -> list[float]:
 
 
 def main() -> None:
-    """Print and write the median share over tenths of the run, by noise."""
+    """Print and write the median k/d over tenths of the run, by noise."""
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)

@@ -1,12 +1,11 @@
-"""What does a settled verdict cost, beside the eigensolvers people use for the smallest eigenvalue of a Hessian?
+"""The cost of a certificate's verdict, compared with common eigensolvers for the smallest eigenvalue of a Hessian.
 
     python benchmarks/certificate_cost.py RUN_DIR --data-dir DIR [--examples N] [--repeats R]
 
-One run, one thread, the same examples and weights for all. Each peer is asked for the relative residual
-||H v - lambda v|| / |lambda| that packsaddle had when its verdict was settled; that none of them bounds lambda_min from
-below is let pass.
-hessian-eigenthings must be told its number of steps in advance: it is given the fewest that suffice (found beforehand,
-not counted), and, as somebody who does not know them would, a count doubled from its default of 2 until it converges.
+One run, one thread, the same examples and weights for all. Each peer must reach the relative residual
+||H v - lambda v|| / |lambda| that packsaddle had at its verdict; none of them also bounds lambda_min from below.
+hessian-eigenthings needs its number of steps in advance. It is measured with the smallest sufficient number (found
+beforehand, not counted), and with a number doubled from its default of 2 until it converges.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def packsaddle(task: Any, batches: list[Any], seed: int, **settings: Any) -> Cer
 
 
 def scipy_eigsh(task: Any, batches: list[Any], seed: int, tol: float) -> Measured:
-    """ARPACK on the same products as packsaddle's."""
+    """Run ARPACK with packsaddle's Hessian-vector products."""
     curvature = Curvature(task, task_loss, batches, Communicator(Solo(), Ledger()))
     operator = LinearOperator(
         (curvature.d, curvature.d),
@@ -48,7 +47,7 @@ def scipy_eigsh(task: Any, batches: list[Any], seed: int, tol: float) -> Measure
 
 
 def curvlinops(task: Any, batches: list[Any], seed: int, tol: float) -> Measured:
-    """Its operator under ARPACK, as its documentation shows."""
+    """Run ARPACK with curvlinops' operator, as in its documentation."""
     from curvlinops import HessianLinearOperator
 
     params = [p for p in task.parameters() if p.requires_grad]
@@ -67,7 +66,7 @@ def curvlinops(task: Any, batches: list[Any], seed: int, tol: float) -> Measured
 
 
 def eigenthings(task: Any, batches: list[Any], seed: int, tol: float, steps: int) -> tuple[float, float, int]:
-    """lambda, relative residual, products."""
+    """Return lambda, relative residual and number of products."""
     from hessian_eigenthings import HessianOperator, lanczos
 
     operator = HessianOperator(task, batches, task_loss)

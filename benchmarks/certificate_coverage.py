@@ -1,11 +1,11 @@
-"""How often are a certificate's bounds violated where products are differences of gradients?
+"""How often are a certificate's bounds violated if Hessian-vector products are differences of gradients?
 
     python benchmarks/certificate_coverage.py --out coverage.csv [--seeds N N N]
 
 Networks of 26, 280 and 1,984 parameters far from their minimum, in float32 and bfloat16, against the dense Hessian of
-the same weights in float64; one row a certificate, appended, so that a second call goes on. Prints one line a case: the
-violations of each bound. The upper bound on lambda_min and the lower one on lambda_max may never be violated, the
-others in a share of DELTA.
+the same weights in float64. One row per certificate is appended to the file, and a second call continues it. Prints one
+line per case, the violations of each bound. The upper bound on lambda_min and the lower one on lambda_max must never be
+violated, the others at most with probability DELTA.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def network(seed: int, dtype: torch.dtype, widths: tuple[int, ...]) -> tuple[nn.Module, Batch]:
-    """A tanh network with Gaussian weights, and 64 examples."""
+    """Return a tanh network with Gaussian weights, and 64 examples."""
     rng = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for a, b in pairwise(widths):
@@ -62,7 +62,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def dense_extremes(model: nn.Module, batch: Batch) -> tuple[float, float]:
-    """The extreme eigenvalues of the Hessian at the model's weights, in double precision."""
+    """Return the extreme eigenvalues of the Hessian at the model's weights, in double precision."""
     model = copy.deepcopy(model).double()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     x, y = batch[0].double(), batch[1].double()
@@ -100,7 +100,7 @@ def row(d: int, dtype: str, seed: int) -> list[object]:
 
 
 def summary(rows: list[dict[str, str]]) -> None:
-    """Print the violations of every case; rounding of the dense eigenvalues is allowed for."""
+    """Print the violations of each case, with a tolerance for rounding of the dense eigenvalues."""
     print("      d  dtype     seeds  upper  lower (share)   max's lower  max's upper (share)  error / norm  gap / norm")
     for case in sorted({(int(r["d"]), r["dtype"]) for r in rows}):
         chosen = [r for r in rows if (int(r["d"]), r["dtype"]) == case]

@@ -1,10 +1,10 @@
-"""How much memory does a certificate of 25 million parameters take, and does the limit hold?
+"""How much memory does a certificate of 25 million parameters need, and does it respect its limit?
 
     python benchmarks/certificate_memory.py [--d 25000000] [--products 40] [--memory-limit BYTES]
 
-A wide linear layer with fewer examples than inputs, so that what is measured is the certificate's vectors and not the
-activations, and lambda_min = 0 keeps the verdict open. Prints peak resident memory against the floor: parameters, the
-kept vectors, and eight more of d doubles.
+A wide linear layer with fewer examples than inputs, so that the certificate's vectors need more memory than the
+activations, and lambda_min = 0 keeps the verdict open. Prints peak resident memory and its floor: parameters, the
+stored vectors, and eight more of d doubles.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def peak() -> int:
-    """Peak resident memory so far, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,13 +1,13 @@
-"""A certificate of a transformer as people train it: 10.7 million parameters, fused attention, compiled, FSDP2.
+"""A certificate of a transformer in a common setting: 10.7 million parameters, fused attention, compiled, FSDP2.
 
     python benchmarks/certificate_scale.py --out scale.csv [--sequences 16] [--only CASE ...]
 
-The same weights (after some steps of AdamW on Python's own reference text) and sequences for every case, each in a
-process of its own, or two on gloo: packsaddle on two shards, compiled, with fused attention; packsaddle in one process
-(compiled; or by double backward, with plain attention); hessian-eigenthings and curvlinops with scipy's eigsh, which
-need double backward and so plain attention, asked for the relative residual that packsaddle had and told the number of
-steps where they must know it. None of them bounds an eigenvalue from the other side. Rows: verdict or value, products,
-seconds of the search, compiling aside, and the process's peak of memory less its peak before.
+Weights (after some steps of AdamW on Python's reference text) and sequences are the same in all cases. Each case runs
+in a separate process, or two on gloo: packsaddle on two shards, compiled, with fused attention; packsaddle in one
+process (compiled; or by double backward, with plain attention); hessian-eigenthings, and curvlinops with scipy's eigsh,
+which need double backward and so plain attention. The peers must reach packsaddle's relative residual, and get the
+number of steps if they need it; none of them bounds an eigenvalue from the other side. Rows: verdict or value,
+products, seconds of the search without compiling, and the increase of the process's peak memory.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from packsaddle import certify
 from packsaddle.curvature import Search
 
 WIDTH, DEPTH, HEADS, CONTEXT, STEPS = 384, 6, 6, 128, 60
-RESIDUAL = 0.2  # ||H v - lambda v|| over |lambda|, asked of all
+RESIDUAL = 0.2  # ||H v - lambda v|| / |lambda| that each case must reach
 CASES = ("sharded", "compiled", "double-backward", "eigenthings", "curvlinops")
 COLUMNS = ("case", "workers", "lambda_min", "verdict", "products", "passes", "seconds", "peak_mib", "first_call_s")
 
@@ -75,7 +75,7 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def characters() -> tuple[Tensor, int]:
-    """The topics of pydoc's help as int64 characters, and how many there are."""
+    """Return the topics of pydoc's help as int64 character codes, and the number of codes."""
     topics = importlib.import_module("pydoc_data.topics").topics
     whole = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
     known, found = torch.frombuffer(bytearray(whole), dtype=torch.uint8).unique(return_inverse=True)
@@ -83,7 +83,7 @@ def characters() -> tuple[Tensor, int]:
 
 
 def sequences(data: Tensor, n: int, seed: int) -> Tensor:
-    """int64[n, CONTEXT + 1] at random places."""
+    """Return sequences from random positions, int64[n, CONTEXT + 1]."""
     starts = torch.randint(len(data) - CONTEXT - 1, (n,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([data[s : s + CONTEXT + 1] for s in starts])
 
@@ -175,7 +175,7 @@ def curvlinops(model: nn.Module, batches: list[Tensor], products: int) -> tuple[
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     class Flat(nn.Module):
-        """Logits as cross_entropy takes them."""
+        """A module that returns the logits in cross_entropy's shape."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -204,7 +204,7 @@ def curvlinops(model: nn.Module, batches: list[Tensor], products: int) -> tuple[
 
 
 def peak() -> float:
-    """The largest resident set so far, MiB."""
+    """Return this process's peak resident set, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

@@ -1,13 +1,13 @@
-"""Does a run whose workers are killed at random moments, and which is resumed, end with the weights of one that is not?
+"""Does a run that is resumed after its workers are killed at random moments end with an undisturbed run's weights?
 
     python benchmarks/chaos.py [--runs 200] [--workers 2 3 4] [--seed 0] [--out chaos.json]
 
-Every run is a small training of gloo processes that saves a checkpoint at every step or every few, every other one by
-local updates. At a random moment (starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for
-longer than the group's timeout; the first to end takes the others with it, and the same command, with --resume, is
-started again, as torchrun --max-restarts does. A run is disturbed up to three times; one that ended before anything
-reached it is done anew. Then everything that it has left, but what the clock says, is compared bit for bit with what an
-undisturbed run leaves. Exit code 1 if anything differs.
+Each run trains a small network with gloo processes and saves a checkpoint every step or every few; every second run
+uses local updates. At a random time (starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for
+longer than the group's timeout. When the first process ends, the others are ended, and the same command is restarted
+with --resume, as torchrun --max-restarts does. A run is disturbed up to three times; a run that ends before its first
+disturbance is repeated. Then all its files, except for times, must be bitwise identical with an undisturbed run's.
+Exit code 1 if anything differs.
 """
 
 import argparse
@@ -50,16 +50,16 @@ ratio = 0.1
 [noise]
 std = 0.001
 """
-# The same by local updates, with exchanges that are under way when a run is disturbed.
+# The same by local updates, with exchanges that may be pending at a disturbance.
 LOCAL = """
 [local]
 every = 3
 optimizer = "adamw"
 overlap = { delay = 2, fragments = 2 }
 """
-TIMEOUT = 4  # seconds of the workers' collectives
-LONGEST = 60  # seconds after which an attempt is given up
-CONTEXT = multiprocessing.get_context("fork")  # of a process that has done a run: all is imported and compiled
+TIMEOUT = 4  # timeout of the workers' collectives, seconds
+LONGEST = 60  # seconds after which an attempt is ended
+CONTEXT = multiprocessing.get_context("fork")  # forked after a first run here, so all is imported and compiled
 
 
 @dataclass
@@ -72,14 +72,14 @@ class Trial:
     kills: int = 0  # processes that got SIGKILL while they were alive
     stops: int = 0  # or SIGSTOP
     attempts: int = 0
-    saving: int = 0  # disturbances that left a file half written, or a step of which some workers' files are missing
-    late: int = 0  # attempts that went on from a checkpoint
+    saving: int = 0  # disturbances that left an incomplete file, or a step without some workers' files
+    late: int = 0  # attempts that resumed from a checkpoint
     equal: bool = False
     seconds: float = 0.0
 
 
 def worker(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """What torchrun starts: `packsaddle run` with the launcher's environment."""
+    """Run `packsaddle run` with a launcher's environment, as a process of torchrun."""
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -89,7 +89,7 @@ def worker(arguments: Sequence[str], environment: dict[str, str], log: str) -> N
 
 
 def attempt(trial: Trial, arguments: Sequence[str], log: Path, disturb: tuple[float, int, int] | None) -> bool:
-    """Start the workers once; whether all ended well. `disturb` is when, whom and by which signal."""
+    """Start the workers once; return True if all succeed. `disturb`: time, worker and signal."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -118,23 +118,23 @@ def attempt(trial: Trial, arguments: Sequence[str], log: Path, disturb: tuple[fl
                 trial.kills += number == signal.SIGKILL
                 trial.stops += number == signal.SIGSTOP
             disturb = None
-        if time.monotonic() - begin > LONGEST:  # stopped, and nobody waits for it
+        if time.monotonic() - begin > LONGEST:  # a stopped process for which no other one waits
             end(processes)
             return False
     return True
 
 
 def end(processes: Sequence[Any]) -> None:
-    """What a launcher does with the others when one has ended."""
+    """End the remaining processes, as a launcher does after one has ended."""
     for process in processes:
         process.kill()
         process.join()
 
 
 def disturbed(trial: Trial, config: Path, folder: Path, rng: random.Random, length: float) -> Path:
-    """Do a run until a disturbance has reached it, since it may be faster than the undisturbed one; return its folder.
+    """Repeat a run until a disturbance hits it, since it may end sooner than the undisturbed one; return its folder.
 
-    Each time moments are drawn from as long as the last one took.
+    Times of disturbances are drawn from the duration of the preceding attempt.
     """
     for again in range(20):
         begin, where = time.monotonic(), folder.with_name(f"{folder.name}-{again}")
@@ -146,7 +146,7 @@ def disturbed(trial: Trial, config: Path, folder: Path, rng: random.Random, leng
 
 
 def try_once(trial: Trial, config: Path, folder: Path, rng: random.Random, length: float) -> None:
-    """Disturb a run up to three times, going on after each, until it is done."""
+    """Disturb a run up to three times, resuming it after each, until it completes."""
     begin = time.monotonic()
     arguments = ["run", str(config), "--resume", str(folder), "--checkpoint-every", str(trial.every)]
     arguments += ["--timeout", str(TIMEOUT)]
@@ -166,13 +166,13 @@ def try_once(trial: Trial, config: Path, folder: Path, rng: random.Random, lengt
 
 
 def is_half_saved(folder: Path, workers: int) -> bool:
-    """Whether a checkpoint was being written when the run was disturbed."""
+    """Return True if a checkpoint was being written when the run was disturbed."""
     steps = [p for p in folder.glob("checkpoint/step-*") if p.suffix != ".unusable"]
     return bool(list(folder.rglob("*.partial"))) or any(len(list(p.glob("*.json"))) < workers for p in steps)
 
 
 def digest(folder: Path) -> str:
-    """A hash of all that a run has left, but for seconds."""
+    """Return a hash of all files of a run, without times."""
     found = hashlib.sha256()
 
     def take(value: Any) -> None:
@@ -238,14 +238,14 @@ def main() -> None:
 
 
 def warm_up(config: Path, folder: Path) -> None:
-    """Do a run of one worker here, for what it imports and compiles; it starts no thread that forks would lack."""
+    """Run one worker in this process, to import and compile before forking; it starts no threads."""
     sys.argv = ["packsaddle", "run", str(config), "--out", str(folder), "--checkpoint-every", "5"]
     with redirect_stdout(io.StringIO()):
         cli.main()
 
 
 def undisturbed(key: tuple[int, int, bool], config: Path, base: Path) -> tuple[str, float]:
-    """What a run leaves that nobody disturbs, and how long it takes."""
+    """Return the hash and the duration of an undisturbed run."""
     trial, folder = Trial(*key), base / f"straight-{key[0]}-{key[1]}-{key[2]}"
     arguments = ["run", str(config), "--resume", str(folder), "--checkpoint-every", str(key[1])]
     begin = time.monotonic()

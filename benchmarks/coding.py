@@ -1,8 +1,8 @@
-"""What do packing and unpacking cost on a machine that does other things too, and how many bits travel?
+"""The cost of packing and unpacking on a machine that is not idle, and the number of bits sent.
 
     OMP_NUM_THREADS=1 python benchmarks/coding.py [--d 25000000]
 
-Processor time of one thread, float32, Gaussian; medians of 11 in one run, over that of a copy of the vector.
+CPU time of one thread, float32, Gaussian; medians of 11 in one run, relative to a copy of the vector.
 """
 
 import argparse
@@ -29,7 +29,7 @@ COMPRESSORS: list[Compressor] = [
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """The median of eleven, after one that compiles."""
+    """Return the median of eleven calls, after one that compiles."""
     times = []
     for _ in range(12):
         begin = time.thread_time()

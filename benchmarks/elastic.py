@@ -1,26 +1,26 @@
-"""Workers that are killed, stopped, slowed down and added at any moment: does training go on, and what does it cost?
+"""Workers that are killed, stopped, slowed down and added at any time: does training continue, and at which cost?
 
     python -m benchmarks.elastic chaos [--runs 100] [--workers 2 3 4 5 6]
     python -m benchmarks.elastic replaced [--seeds 0 1 2] [--methods packsaddle diloco]
     python -m benchmarks.elastic slow [--seeds 0 1 2]
     python -m benchmarks.elastic cut                            (root and iproute2 needed)
 
-Needs packsaddle[torchft]. With --out FILE every run is a line of it, and runs that it has are not done again.
+Needs packsaddle[torchft]. With --out FILE each run is one line of the file, and runs already in it are not repeated.
 
 chaos: runs of local updates with TopK and error memories, each disturbed three to six times. None may hang; anchors
-must be equal bit for bit on all workers that were in a round; and in every round the anchor must have moved by the
-weighted mean of what those workers have sent, which is what each has moved less what is still in its memory: checked
-along four random directions, from each worker's own account.
+must be bitwise identical on all workers of a round; and in each round the anchor must change by the weighted mean of
+those workers' messages, where a message is a worker's local updates minus its error memory: checked along four random
+directions, from each worker's own account.
 
-replaced: one of four workers is killed every ten rounds and replaced at once. Goodput is committed inner steps a second
-over those of an undisturbed run; the loss is the anchor's when equally many inner steps are committed.
+replaced: one of four workers is killed every ten rounds and immediately replaced. Goodput is committed inner steps per
+second, relative to an undisturbed run; the loss is the anchor's after an equal number of committed inner steps.
 
-slow: one of four takes three times as long for a step; what that costs the other three, in their steps a second.
+slow: one of four workers needs three times as long for a step; measures the steps per second of the other three.
 
-cut: three hosts are network namespaces, and the cable of one is pulled for a while.
+cut: three hosts are network namespaces; the link of one is disconnected for a while.
 
-An inner step is a small one that sleeps for --step seconds, as if it computed; so what is measured is waiting, on few
-cores. Exit code 1 if something is not as it must be.
+An inner step is small and sleeps for --step seconds in place of computing, so that waiting is measured, on few cores.
+Exit code 1 if a check fails.
 """
 
 import argparse
@@ -45,24 +45,24 @@ import torch
 from torch import Tensor, nn
 
 CONTEXT = multiprocessing.get_context("forkserver")
-HEARTBEAT = 1.0  # seconds without a sign of life after which the lighthouse takes a worker for dead
-JOIN = 2.0  # seconds that it waits for workers which live and have not come to the round: the grace period
-TIMEOUT = 4.0  # seconds of a collective
-LONGEST = 120.0  # seconds after which a chaos run is taken to hang
+HEARTBEAT = 1.0  # seconds without a heartbeat after which the lighthouse considers a worker dead
+JOIN = 2.0  # seconds that it waits for live workers that have not joined the round: the grace period
+TIMEOUT = 4.0  # timeout of a collective, seconds
+LONGEST = 120.0  # seconds after which a chaos run counts as hanging
 IN, HIDDEN, OUT = 16, 48, 8
 DIRECTIONS = 4
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one worker is told."""
+    """The settings of one worker."""
 
     name: str
     lighthouse: str
     log: str
     every: int
-    rounds: int | None  # after which it ends; None: by position
-    position: int | None  # committed inner steps of all workers, after which it ends
+    rounds: int | None  # number of rounds after which it ends; None: by `position`
+    position: int | None  # committed inner steps of all workers after which it ends
     step: float  # seconds
     seed: int
     memory: str | None = None
@@ -71,14 +71,14 @@ class Spec:
     dtype: str = "float64"
     life: int = 0
     slow: float = 1.0
-    until: str | None = None  # a file whose appearance ends it
-    grace: float = 25.0  # seconds that leaving may take
-    fault: int = 0  # the confirmation of this round of its own, from 1, breaks on this worker alone
+    until: str | None = None  # it ends once this file exists
+    grace: float = 25.0  # maximum seconds of leaving
+    fault: int = 0  # its confirmation fails in this round, counted from 1, on this worker only; 0: never
     environment: dict[str, str] = field(default_factory=dict)
 
 
 class Log:
-    """Lines of JSON, each written at once."""
+    """A file of JSON lines, each written immediately."""
 
     def __init__(self, path: str) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -95,7 +95,7 @@ def network(dtype: torch.dtype) -> nn.Module:
 
 
 def batch(seed: int, worker: str, step: int, dtype: torch.dtype, size: int = 32) -> tuple[Tensor, Tensor]:
-    """A batch of a fixed function of sixteen numbers, with noise; a pure function of its arguments."""
+    """Return a batch of a fixed function of sixteen numbers, with noise; a pure function of its arguments."""
     word = int.from_bytes(hashlib.sha256(f"{seed} {worker} {step}".encode()).digest()[:7], "little")
     rng = torch.Generator().manual_seed(word)
     fixed = torch.Generator().manual_seed(99)
@@ -123,7 +123,7 @@ _slowness = 1.0
 
 
 def work(spec: Spec) -> None:
-    """One worker, until its end."""
+    """Run one worker until it ends."""
     global _slowness
     os.environ.update(spec.environment)
     os.environ["RUST_LOG"] = "error"
@@ -154,7 +154,7 @@ def work(spec: Spec) -> None:
 
 
 class Ours:
-    """A worker of packsaddle's, with an account of what it has moved and sent."""
+    """A worker with packsaddle's local updates, and an account of its local updates and messages."""
 
     def __init__(self, spec: Spec, log: Log) -> None:
         import packsaddle
@@ -164,7 +164,7 @@ class Ours:
         self.dtype = getattr(torch, spec.dtype)
         self.model = network(self.dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
-        self.optimizer.register_step_post_hook(self._stepped)  # before what LocalUpdates does after a step
+        self.optimizer.register_step_post_hook(self._stepped)  # runs before LocalUpdates' hook
         manager = connect(spec.lighthouse, name=spec.name, timeout=TIMEOUT, quorum_timeout=60.0, connect_timeout=20.0)
         elastic = packsaddle.Elastic(
             manager,
@@ -185,7 +185,7 @@ class Ours:
         self.moved = torch.zeros(d, dtype=torch.float64)
 
     def _break(self, number: int) -> None:
-        """Have a confirmation raise once it has been carried out."""
+        """Make a confirmation raise after its collective has completed."""
         assert self.local.membership is not None
         channel, gather, seen = self.local.membership._channel, self.local.membership._channel.gather, [0]
 
@@ -273,7 +273,7 @@ class Ours:
 
 
 class DiLoCo:
-    """A worker of torchft's DiLoCo, whose outer optimizer has rate 1, so that the mean is the same."""
+    """A worker with torchft's DiLoCo; its outer optimizer has learning rate 1, so that it applies the mean itself."""
 
     def __init__(self, spec: Spec, log: Log) -> None:
         import torchft.local_sgd
@@ -321,7 +321,7 @@ class DiLoCo:
 
 
 def shine(pipe: Any, seconds: float, bind: str, minimum: int) -> None:
-    """A lighthouse, for so many seconds at most."""
+    """Run a lighthouse for at most `seconds`."""
     os.environ["RUST_LOG"] = "off"
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -387,7 +387,7 @@ class Crew:
         return found
 
     def newest(self, key: str) -> float:
-        """The largest value that any worker has said of its last round."""
+        """Return the largest value that any worker has logged for its last round."""
         return max((line[key] for lines in self.read() for line in lines if key in line), default=0)
 
 
@@ -395,7 +395,7 @@ class Crew:
 
 
 def chaos(number: int, seed: int, workers: Sequence[int], folder: Path) -> dict[str, Any]:
-    """One disturbed run, and what is wrong with it."""
+    """Make one disturbed run; return its record and the checks that failed."""
     rng = random.Random(f"{seed} {number}")
     count, weight = rng.choice(list(workers)), rng.choice([None, "steps"])
     done: list[str] = []
@@ -429,7 +429,7 @@ def chaos(number: int, seed: int, workers: Sequence[int], folder: Path) -> dict[
                         added += 1
                     elif kind == "slow" and free:
                         crew.signal(rng.choice(free), signal.SIGUSR1)
-                    elif len(free) > 1:  # one is left at least
+                    elif len(free) > 1:  # at least one remains
                         name = rng.choice(free)
                         if kind == "stop":
                             crew.signal(name, signal.SIGSTOP)
@@ -438,7 +438,7 @@ def chaos(number: int, seed: int, workers: Sequence[int], folder: Path) -> dict[
                             kind = "term" if kind == "term" else "kill"
                             crew.signal(name, signal.SIGTERM if kind == "term" else signal.SIGKILL)
                             crew.processes[name].join(20)
-                            if rng.random() < 0.7 and crew.alive():  # and comes back
+                            if rng.random() < 0.7 and crew.alive():  # replace it
                                 start(name)
                     done.append(kind)
                 time.sleep(0.02)
@@ -464,7 +464,7 @@ def chaos(number: int, seed: int, workers: Sequence[int], folder: Path) -> dict[
 
 
 def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Compare what workers say of the same rounds: anchors, and the mean of what they have sent."""
+    """Compare the workers' logs of the same rounds: anchors, and the mean of their messages."""
     wrong: list[str] = []
     rounds: dict[int, list[dict[str, Any]]] = {}
     for lines in logs:
@@ -481,7 +481,7 @@ def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
         joined = {line["worker"] for line in lines if line["sent"] is None}
         here = set(lines[0]["here"])
         if not before or here - joined - sent.keys() or not sent:
-            continue  # somebody in it said nothing of it afterwards
+            continue  # a worker of the round has not logged it
         total = sum(line["weight"] for line in sent.values() if line["sends"])
         for i in range(DIRECTIONS):
             mean = sum(line["weight"] * line["sent"][i] for line in sent.values() if line["sends"]) / (total or 1.0)
@@ -504,11 +504,11 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-# What it costs.
+# Costs.
 
 
 def replaced(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Disturbed and undisturbed crews of each method, all at once, so that they have the same share of the machine."""
+    """Run disturbed and undisturbed crews of each method concurrently, so that the machine is equally loaded."""
     position = 4 * arguments.every * arguments.rounds
     crews: dict[tuple[str, bool], Crew] = {}
     kills: dict[tuple[str, bool], int] = {}
@@ -552,7 +552,7 @@ def _file(crew: Crew, i: int, arguments: argparse.Namespace) -> str | None:
 
 
 def speed(crew: Crew, position: int) -> dict[str, Any]:
-    """How fast a crew came to a position, from the first round that all were in, and with what loss."""
+    """Return a crew's speed up to a position, from the first round with all workers, and the loss there."""
     logs = crew.read()
     lines = [line for found in logs for line in found]
     rounds = sorted((line["t"], line["position"]) for line in lines if line["event"] == "round")
@@ -569,7 +569,7 @@ def speed(crew: Crew, position: int) -> dict[str, Any]:
 
 
 def slow(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Crews of four whose last worker is slow but in "none", all at once; what the other three do in a second."""
+    """Run crews of four concurrently, the last worker slow except in "none"; return the others' steps per second."""
     crews: dict[str, Crew] = {}
     with ExitStack() as stack:
         for case in ("none", "weights", "alike"):
@@ -590,7 +590,7 @@ def slow(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, An
         rounds = [[line for line in lines if line["event"] == "round"] for lines in logs]
         rates = []
         for lines in rounds[:3]:
-            first_line, last = lines[2], lines[-2]  # before them paces are not known; the last is the flush
+            first_line, last = lines[2], lines[-2]  # paces are unknown before; the last one is the flush
             rates.append((last["steps"] - first_line["steps"]) / (last["t"] - first_line["t"]))
         found[case] = {
             "rate": statistics.mean(rates),
@@ -603,7 +603,7 @@ def slow(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, An
 
 
 def cut(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Three workers on hosts of their own and a lighthouse on a fourth; the last one's cable is out for 15 seconds."""
+    """Run three workers on three hosts and a lighthouse on a fourth; disconnect the last worker for 15 seconds."""
     import threading
 
     from benchmarks.hosts import Hosts
@@ -658,7 +658,7 @@ Key = tuple[Any, ...]
 
 
 def plan(arguments: argparse.Namespace) -> list[tuple[Key, Callable[[Path], dict[str, Any]]]]:
-    """The runs that are asked for, by what they are called."""
+    """Return the requested runs, as functions with their keys."""
     if arguments.case == "chaos":
         numbers = range(arguments.first, arguments.first + arguments.runs)
         return [
@@ -679,13 +679,13 @@ def plan(arguments: argparse.Namespace) -> list[tuple[Key, Callable[[Path], dict
 
 
 def done(path: Path | None) -> dict[Key, dict[str, Any]]:
-    """The runs that a file has."""
+    """Return the runs in a file."""
     lines = path.read_text().splitlines() if path is not None and path.exists() else []
     return {tuple(found.pop("key")): found for found in map(json.loads, lines)}
 
 
 def summary(found: dict[Key, dict[str, Any]]) -> bool:
-    """Print what all runs together say; whether all is as it must be."""
+    """Print a summary of all runs; return True if all checks succeeded."""
     good = True
     trials = [f for key, f in found.items() if key[0] == "chaos"]
     if trials:
@@ -744,7 +744,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle", "torchft", "torchft.local_sgd"])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what has been started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that started processes are ended
     found = done(arguments.out)
     for key, run in [] if arguments.case == "summary" else plan(arguments):
         if key in found:

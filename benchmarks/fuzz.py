@@ -1,4 +1,4 @@
-"""Can any input make packsaddle raise something other than its one-line error? Inputs tried, by what came out.
+"""Can any input make packsaddle raise anything except its one-line error? Prints the number of inputs per outcome.
 
 python benchmarks/fuzz.py [--examples 10000] [--seed 0] [--only "run folders"]
 """
@@ -20,7 +20,7 @@ from fuzzing import TARGETS, outcome
 
 
 def main() -> None:
-    """Try the inputs of each kind; a first failure is minimised and printed, and the exit code is 1."""
+    """Test the inputs of each kind; the first failure is minimized and printed, and the exit code is 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=10_000, help="in all, shared between the kinds")
     parser.add_argument("--seed", type=int, default=0)
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def fuzz(name: str, examples: int, number: int) -> tuple[Counter[str], Exception | None]:
-    """Return how often each outcome came, and the exception of the smallest input that failed, if any."""
+    """Return the number of inputs per outcome, and the exception of the smallest failing input, if any."""
     inputs, read = TARGETS[name]
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def fuzz(name: str, examples: int, number: int) -> tuple[Counter[str], Exception
 
         try:
             one()
-        except Exception as error:  # whatever it is, it is the finding
+        except Exception as error:  # any exception is a finding
             return counts, error
     return counts, None
 

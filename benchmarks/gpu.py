@@ -3,12 +3,12 @@
     make gpu
     python -m benchmarks.gpu --out gpu.json [--d 25000000 100000000 1000000000] [--figure1 CIFAR10]
 
-Parts, each in what time is left: the CUDA and Triton tests (that a step waits for nothing is one of them); an
-optimizer's step, with packsaddle's and with torch's fused ones; a round of local updates; packing and unpacking; two
-gloo processes on this GPU behind DDP's hook and with local updates; figure 1 at the paper's scale until the time is up.
-Times are in device copies of the vector, medians of turns with their range. The JSON file is written after each part,
-with the card's name; what failed or had no time is in it, with its reason. Without a GPU it refuses, and `--device cpu`
-exercises it on small vectors, where its figures say nothing about a GPU.
+Parts, each within the remaining time: the CUDA and Triton tests (one checks that a step does not synchronize); steps
+of packsaddle's optimizers and of torch's fused ones; a round of local updates; packing and unpacking; two gloo
+processes on this GPU, behind DDP's hook and with local updates; figure 1 at the paper's scale until the time is over.
+Times are relative to a device copy of the vector: medians and ranges over turns. The JSON file is written after each
+part, with the name of the GPU, and the reasons of parts that failed or were skipped. Without a GPU it raises an error;
+`--device cpu` runs it on small vectors as a test, without meaningful times.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Work = Callable[[], object]
 
 
 def ratios(times: dict[str, Timing], copy: str = "copy") -> dict[str, dict[str, float]]:
-    """Return milliseconds, and the median and range over a copy of the vector."""
+    """Return milliseconds, and the median and range relative to a copy of the vector."""
     one = times[copy].median
     return {
         name: {
@@ -51,20 +51,20 @@ def ratios(times: dict[str, Timing], copy: str = "copy") -> dict[str, dict[str, 
 
 
 def copier(d: int, device: str) -> Work:
-    """Return a copy of float32[d]."""
+    """Return a function that copies float32[d]."""
     source, target = (torch.ones(d, device=device) for _ in range(2))
     return lambda: target.copy_(source)
 
 
 def parameter(d: int, device: str) -> nn.Parameter:
-    """Return one parameter of about d coordinates, a matrix, with a gradient."""
+    """Return a parameter, a matrix of about d elements, with a gradient."""
     weight = nn.Parameter(torch.zeros(-(-d // 1000), 1000, device=device))
     weight.grad = torch.randn(weight.shape, device=device, generator=torch.Generator(device).manual_seed(0))
     return weight
 
 
 def steps(device: str, d: int, repeats: int) -> dict[str, Any]:
-    """Steps of optimizers and rounds of local updates, each of them alone in memory but for the copy."""
+    """Time optimizer steps and rounds of local updates; only one of them and the copy are in memory at a time."""
     fused = {"fused": True}
     solo = Solo()
     makers: dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]] = {
@@ -98,7 +98,7 @@ def _rounds(fused: dict[str, bool], group: Any, weight: nn.Parameter) -> torch.o
 
 
 def packing(device: str, d: int, repeats: int) -> dict[str, Any]:
-    """Packing and unpacking by each compressor."""
+    """Time packing and unpacking by each compressor."""
     v = torch.randn(d, generator=torch.Generator(device).manual_seed(0), device=device)
     out, found = torch.zeros_like(v), dict[str, Any]()
     for compressor in compressors(0.01):
@@ -117,8 +117,8 @@ def packing(device: str, d: int, repeats: int) -> dict[str, Any]:
 
 
 def trained(device: str) -> dict[str, Any]:
-    """Train behind the hook and with local updates, and return losses and whether all workers have one model."""
-    with process_group() as group:  # gloo, as two workers have one GPU
+    """Train behind the hook and with local updates; return the losses, and True if all workers have one model."""
+    with process_group() as group:  # gloo, since both workers use one GPU
         found = {}
         for name in ("hook", "local updates"):
             model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -153,14 +153,14 @@ def trained(device: str) -> dict[str, Any]:
 
 
 def tests(seconds: float) -> dict[str, Any]:
-    """The CUDA and Triton tests, in a process of their own."""
+    """Run the CUDA and Triton tests in a separate process."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/numerics/test_triton.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     return {"rc": done.returncode, "says": done.stdout.strip().splitlines()[-1:]}
 
 
 def figure1(data: Path, seconds: float) -> dict[str, Any]:
-    """Figure 1 at the paper's scale, resumed where it stopped, until the time is up."""
+    """Run figure 1 at the paper's scale, resuming an earlier part, until the time is over."""
     command = [sys.executable, "-m", "experiments.paper", "fig1", "--scale", "paper", "--data-dir", str(data)]
     out = ROOT / "runs" / "gpu-figure1"
     command += ["--out", str(out), *["--resume"] * out.exists()]
@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             try:
                 found[name] = part()
-            except Exception as error:  # one part that fails leaves the others their results
+            except Exception as error:  # a failed part must not discard the others' results
                 found[name] = {"failed": f"{type(error).__name__}: {error}"}
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")

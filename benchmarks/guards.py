@@ -1,9 +1,9 @@
-"""What do the guards cost? A step of CompressedSGD with them and without, and of a training that it is a part of.
+"""The cost of the guards: a step of CompressedSGD with and without them, alone and in training of a model.
 
 python benchmarks/guards.py [--layers 161] [--d 25000000] [--no-model]
 
-Side by side, in turns, one thread; milliseconds. With a model (ResNet-50, d = 25.6 million, --batch images of 224 x
-224) the time of a whole step is measured too, and the guards' share of it told.
+Milliseconds on one thread, in alternating turns. With a model (ResNet-50, d = 25.6 million, --batch images of 224 x
+224) whole training steps are measured too, and the guards' fraction of their time is printed.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What does the hook itself cost? A backward pass of d coordinates behind DistributedDataParallel, with it and without.
+"""The cost of the hook: a backward pass of d parameters behind DistributedDataParallel, with and without it.
 
 python benchmarks/hook.py [--d 25000000] [--layers 50] [--workers 1 2]
 
-The network's backward pass only writes gradients (it is linear in the parameters), so that what is seen is the exchange
-and the hook; gloo processes on this machine, one thread each. The floor is what error feedback must move: the gradient,
-the memory and the corrected vector read or written 7 times, at the bandwidth of a copy.
+The network is linear in its parameters, so its backward pass only writes gradients, and the time is that of exchange
+and hook. gloo processes on this machine, one thread each. The floor is the memory traffic of error feedback: 7 reads or
+writes of gradient, memory and corrected vector, at the bandwidth of a copy.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _PASSES = 7
 
 
 class Sum(nn.Module):
-    """Parameters, and their product with fixed Gaussian numbers, which are the gradients."""
+    """The product of parameters with fixed Gaussian numbers, which are their gradients."""
 
     def __init__(self, d: int, layers: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def _worker(rank: int, workers: int, port: int, d: int, layers: int) -> None:
             model.zero_grad()
             model().backward()
 
-        for _ in range(3):  # buckets are made anew
+        for _ in range(3):  # DDP rebuilds its buckets
             step()
         works[name] = step
     times = side_by_side(works)

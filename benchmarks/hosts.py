@@ -1,8 +1,8 @@
-"""Hosts with a slow network between them, on one machine: network namespaces behind links of a chosen rate.
+"""Hosts with a slow network between them, on one machine: network namespaces with links of a chosen rate.
 
-Every host is a network namespace; its `eth0` is one end of a veth pair whose other end is a port of a bridge, which
-lives in a namespace of its own, so that the machine's network sees none of it. A token bucket (tbf) at both ends
-of each pair holds either direction to the rate. Delays cannot be added this way, only bytes a second.
+Each host is a network namespace; its `eth0` is one end of a veth pair whose other end is a port of a bridge. The bridge
+is in a separate namespace, isolated from the machine's network. A token bucket (tbf) at both ends of each pair limits
+the rate of each direction. Latency cannot be added in this way.
 """
 
 import os
@@ -23,7 +23,7 @@ from typing import Self
 
 _serial = counting()
 _POLL = 0.1
-_GRACE = 10.0  # seconds in which the other hosts may end by themselves, and say why, after one has failed
+_GRACE = 10.0  # seconds for the other hosts to end and report an error after one has failed
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|what\(\)):?\s.*)")
 
 
@@ -32,7 +32,7 @@ class HostFailedError(RuntimeError):
 
 
 def available() -> str | None:
-    """Return None if this process can make hosts, else what is missing, in one line."""
+    """Return None if this process can create hosts, else the missing requirement, in one line."""
     if not sys.platform.startswith("linux"):
         return f"needs Linux's network namespaces, and this is {sys.platform}"
     if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
@@ -49,9 +49,9 @@ def available() -> str | None:
 class Hosts:
     """`count` hosts, each linked to the others at `rate_mbit` Mbit/s, while the context lasts.
 
-    That is what a host receives and, without `up_mbit`, also what it sends.
-    Leaving it, also by an exception, Ctrl-C or a TERM signal, ends what runs on the hosts and removes them. Raises
-    ValueError for bad arguments, and RuntimeError where `available` would have said why.
+    `up_mbit` is the rate of what a host sends; None: `rate_mbit` in both directions.
+    On exit, also by an exception, Ctrl-C or SIGTERM, processes on the hosts are ended, and the hosts removed. Raises
+    ValueError for invalid arguments, and RuntimeError with the reason if `available` does not return None.
     """
 
     interface = "eth0"
@@ -82,14 +82,14 @@ class Hosts:
         self._made.close()
 
     def address(self, host: int) -> str:
-        """The IP address of a host, seen from the hosts."""
+        """Return the IP address of a host in the hosts' network."""
         return f"10.0.0.{host + 1}"
 
     def run(self, commands: Sequence[Sequence[str]], *, env: dict[str, str] | None = None) -> list[str]:
-        """Run one command on each host at the same time, commands[i] on host i, and return what each printed.
+        """Run commands[i] on host i, concurrently, and return their outputs.
 
-        `env` is added to the environment. If one fails, the others are ended, and HostFailedError is raised; ValueError
-        if there is not one command for each host.
+        `env` is added to the environment. If one fails, the others are ended, and HostFailedError is raised. Raises
+        ValueError unless there is one command for each host.
         """
         if len(commands) != self.count:
             raise ValueError(f"commands must be one for each of {self.count} hosts, got {len(commands)}")
@@ -106,19 +106,19 @@ class Hosts:
             return [(folder / f"{host}.out").read_text() for host in range(len(commands))]
 
     def plug(self, host: int, *, connected: bool) -> None:
-        """Pull a host's cable out, at the bridge, or put it back: without it the host has no carrier, and what is sent
-        either way is lost; its addresses stay."""
+        """Disconnect a host's link at the bridge, or connect it again. Without it the host has no carrier, and packets
+        in both directions are lost; its addresses do not change."""
         _ip("-n", self._bridge, "link", "set", f"port{host}", "up" if connected else "down")
 
     def throttle(self, host: int, rate_mbit: float) -> None:
-        """Hold a host's link, both ways, to another rate from now on. Raises ValueError for one out of range."""
+        """Change the rate of a host's link, in both directions. Raises ValueError for a rate out of range."""
         _check_rate(rate_mbit)
         for (namespace, link), _ in self._ends(host):
             _call("tc", "-n", namespace, "qdisc", "change", "dev", link, "root", "tbf", *_bucket(rate_mbit))
 
     def torchrun(self, arguments: Sequence[str]) -> list[str]:
-        """Run torchrun with one process on each host, all in one gloo world: `arguments` are a script or "-m module",
-        and its own. Returns what each printed; raises HostFailedError."""
+        """Run torchrun with one process on each host, all in one gloo world. `arguments` are a script or "-m module",
+        then its arguments. Returns the outputs; raises HostFailedError."""
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.count), "--nproc-per-node", "1"]
         meeting = ["--master-addr", self.address(0), "--master-port", "29500"]
         commands = [[*launcher, *meeting, "--node-rank", str(host), *arguments] for host in range(self.count)]
@@ -126,7 +126,7 @@ class Hosts:
 
     def _namespace(self, made: ExitStack, suffix: str) -> str:
         name = f"{self.name}-{suffix}"
-        made.callback(_remove, name)  # first, so that an interrupt in between leaves nothing
+        made.callback(_remove, name)  # before creation, so that an interrupt leaves nothing behind
         _ip("netns", "add", name)
         return name
 
@@ -142,7 +142,7 @@ class Hosts:
             _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *_bucket(rate))
 
     def _ends(self, host: int) -> tuple[tuple[tuple[str, str], float], tuple[tuple[str, str], float]]:
-        """The namespace and interface of either end of a host's link, with the rate of what leaves there."""
+        """Return namespace, interface and outgoing rate of both ends of a host's link."""
         return ((f"{self.name}-{host}", self.interface), self.up_mbit), ((self._bridge, f"port{host}"), self.down_mbit)
 
     def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
@@ -151,7 +151,7 @@ class Hosts:
             return subprocess.Popen(inside, stdout=out, stderr=err, env=env, start_new_session=True)
 
     def _end(self, host: int, process: "subprocess.Popen[bytes]") -> None:
-        """End what still runs on a host: the command politely, then whatever else is in its namespace."""
+        """End a host's processes: the command by SIGTERM, then all others in its namespace."""
         if process.poll() is None:
             process.terminate()
             try:
@@ -168,17 +168,17 @@ def _check_rate(rate_mbit: float) -> None:
 
 
 def _bucket(rate_mbit: float) -> list[str]:
-    """tbf's arguments for a rate."""
-    # Two milliseconds' bytes: what tbf's timer needs to keep up, and little enough that short messages pay for
-    # themselves (a bucket fills up while workers compute, and what is in it passes at once).
+    """Return tbf's arguments for a rate."""
+    # The bytes of two milliseconds: enough for tbf's timer to reach the rate, and so few that the rate also limits
+    # short messages (a bucket fills while workers compute, and its content passes without delay).
     burst = max(4096, round(rate_mbit * 1e6 / 8 * 0.002))
-    # Where the queue is shorter than what TCP hands over in one piece, dense exchanges lose packets and time.
+    # With a queue shorter than TCP's segments, dense exchanges lose packets and time.
     queue = burst + max(256 * 1024, round(rate_mbit * 1e6 / 8 * 0.05))
     return ["rate", f"{round(rate_mbit * 1000)}kbit", "burst", f"{burst}b", "limit", f"{queue}b"]
 
 
 class _TermRaises:
-    """While it lasts, a TERM signal raises SystemExit, so that contexts are left in order, as by Ctrl-C."""
+    """A context in which SIGTERM raises SystemExit, so that other contexts exit in order, as by Ctrl-C."""
 
     def __enter__(self) -> None:
         self._main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
@@ -194,7 +194,7 @@ class _TermRaises:
 
 
 def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
-    """Wait for all to end, or, once one has failed, for a while; return the numbers of the failed, first ones first."""
+    """Wait for all processes, or _GRACE seconds after a failure; return the indices of the failed, first ones first."""
     failed: list[int] = []
     deadline = float("inf")
     while True:
@@ -208,7 +208,7 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
 
 
 def _reason(stderr: Path) -> str:
-    """The last exception that a command printed, other than its launcher's own, else its last line of words."""
+    """Return the last exception that a command printed, except its launcher's own, else its last line with words."""
     lines = [line.strip() for line in stderr.read_text(errors="replace").splitlines() if re.search(r"\w", line)]
     found = [match[1] for line in lines if (match := _EXCEPTION.match(line)) and "ChildFailedError" not in line]
     return found[-1] if found else lines[-1] if lines else "it printed no error"

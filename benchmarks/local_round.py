@@ -1,9 +1,9 @@
-"""What local updates cost on one thread: a round in copies of the vector, and what a step between rounds takes longer.
+"""The cost of local updates on one thread: a round relative to a copy of the vector, and the overhead of other steps.
 
     python benchmarks/local_round.py [--d 25000000] [--pairs 5] [--threads 1]
 
-A round (compressor TopK 1/32 with values of 2 bits, one worker, so no network) and a copy of float32[d] are timed in
-turns, and so are steps of AdamW with and without local updates. Medians of ratios, and their range.
+A round (compressor TopK 1/32 with values of 2 bits, one worker, so no network) and a copy of float32[d] are timed
+alternately, and so are steps of AdamW with and without local updates. Prints medians and ranges of the ratios.
 """
 
 import argparse
@@ -23,13 +23,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def ratios(ours: Callable[[], object], theirs: Callable[[], object], pairs: int) -> list[float]:
-    """Return ours over theirs, in turns; the first pair warms up."""
+    """Return ratios of times, ours over theirs, measured alternately; a first pair is discarded."""
     found = [seconds(ours) / seconds(theirs) for _ in range(pairs + 1)]
     return found[1:]
 
 
 def parameters(d: int) -> list[torch.nn.Parameter]:
-    """Matrices and vectors, as of a transformer, d coordinates in all."""
+    """Return matrices and vectors as in a transformer, d coordinates in total."""
     width = 1024
     made = [torch.nn.Parameter(torch.randn(width, width)) for _ in range(d // width**2)]
     return [*made, torch.nn.Parameter(torch.randn(width))]

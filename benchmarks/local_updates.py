@@ -1,13 +1,13 @@
-"""Local updates with AdamW beside gradients at every step: validation loss by learning rate and bytes, four workers.
+"""Local updates with AdamW, compared with gradients at every step: validation loss by learning rate and bytes.
 
 The character transformer of benchmarks/adamw.py (0.36 million parameters, the reference of the Python language; warm-up
-and cosine decay), 32 windows a step for all methods, so equal tokens. Workers take turns in one process (see
-`packsaddle.simulate`), but for those with a hook, which are gloo processes. The command line is that of
+and cosine decay), four workers, 32 windows per step for all methods, so equal tokens. Workers are simulated in one
+process (see `packsaddle.simulate`), except with a hook, where they are gloo processes. The command line is that of
 benchmarks/rate_search.py:
 
     python benchmarks/local_updates.py search    # every method and rate, seed 0
     python benchmarks/local_updates.py seeds     # seeds 1 and 2 at each method's best rate
-    python benchmarks/local_updates.py table     # what the runs say
+    python benchmarks/local_updates.py table     # print the results
 """
 
 import statistics
@@ -29,13 +29,13 @@ from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 
 def nesterov(anchors: list[Any]) -> torch.optim.Optimizer:
-    """DiLoCo's outer optimizer (Douillard et al. 2023)."""
+    """Return DiLoCo's outer optimizer (Douillard et al. 2023)."""
     return torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True)
 
 
 @dataclass(frozen=True)
 class Method:
-    """How workers exchange: gradients behind a hook if there is one, or local updates if `every` is given."""
+    """The exchange of a method: gradients behind a `hook`, if given, or local updates, if `every` is given."""
 
     compressor: packsaddle.Compressor | None = None
     every: int | None = None
@@ -76,7 +76,7 @@ MODEL = ModelConfig("char-transformer", width=96, depth=3, heads=4)
 
 
 def train(method: str, rate: float, seed: int, steps: int, deal: str) -> dict[str, object]:
-    """Train one model on this worker's shard, dealt "iid" or by "class" (a stretch of the text), and return its row."""
+    """Train one model on this worker's shard, "iid" or by "class" (a contiguous part of the text); return its row."""
     group, cpu, how = resolve(None), torch.device("cpu"), METHODS[method]
     data, held_out = texts()
     network = make_task(MODEL, data.shape, data.classes, seed=seed)
@@ -116,12 +116,12 @@ def train(method: str, rate: float, seed: int, steps: int, deal: str) -> dict[st
 
 @cache
 def texts() -> tuple[Any, Any]:
-    """Return the text to train on, and what is held out."""
+    """Return the training text and the held-out text."""
     return load_data(DataConfig("text"), None, train=True), load_data(DataConfig("text"), None, train=False)
 
 
 class Exchange:
-    """What workers exchange by a method, and the bytes of it."""
+    """The exchange of a method on one worker, with its bytes."""
 
     def __init__(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer, how: Method) -> None:
         self.model, self._network, self._local, self._hook = network, network, None, None
@@ -140,7 +140,7 @@ class Exchange:
             self._hook = packsaddle.register_ddp_hook(self.model, how.compressor, optimizer=optimizer)
 
     def of_gradients(self) -> None:
-        """Average gradients, where that is the method and no hook does it."""
+        """Average gradients, if the method does so without a hook."""
         if self._is_dense:
             grads = [p.grad for p in self._network.parameters() if p.grad is not None]
             flat, group = torch.nn.utils.parameters_to_vector(grads), resolve(None)
@@ -148,7 +148,7 @@ class Exchange:
             torch.nn.utils.vector_to_parameters(flat / group.size, grads)
 
     def sent(self, steps: int) -> float:
-        """Return the bytes that this worker has sent in all; of a ring, where gradients are averaged."""
+        """Return the total bytes that this worker has sent; for averaged gradients those of a ring all-reduce."""
         if self._local is not None:
             return training_bytes(self._local.ledger)
         if self._hook is not None:
@@ -157,18 +157,18 @@ class Exchange:
         return steps * payload * 2 * (WORKERS - 1) / WORKERS
 
     def end(self) -> None:
-        """Have all workers at one model: what is pending is exchanged at the end, uncompressed, in no count."""
+        """Set all workers to one model: exchange pending updates uncompressed; these bytes are not counted."""
         if self._local is not None:
             self._local.flush()
 
 
 def training_bytes(ledger: packsaddle.Ledger) -> int:
-    """Return the bytes sent, but for what there is once: the parameters that all start from."""
+    """Return the bytes sent, without the start, which sends the initial parameters once."""
     return sum(moved.sent for purpose, moved in ledger.by_purpose.items() if purpose != "start")
 
 
 def work(jobs: list[Job], out: str, steps: int, deal: str) -> None:
-    """Make runs with a hook one after the other; rank 0 writes a row as each is done."""
+    """Make runs with a hook sequentially; rank 0 writes a row after each."""
     with process_group():
         for job in jobs:
             row = train(*job, steps, deal)
@@ -177,7 +177,7 @@ def work(jobs: list[Job], out: str, steps: int, deal: str) -> None:
 
 
 def make(jobs: list[Job], out: Path, steps: int, deal: str) -> None:
-    """Make runs, those without a hook in this process."""
+    """Make runs; those without a hook run in this process."""
     torch.set_num_threads(1)
     for job in jobs:
         if METHODS[job[0]].every is None and METHODS[job[0]].compressor is not None:

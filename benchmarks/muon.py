@@ -1,4 +1,4 @@
-"""Local updates with AdamW or Muon inside, beside dense training and other ways to train every H steps.
+"""Local updates with AdamW or Muon inside, compared with dense training and other methods that exchange every H steps.
 
 One table for each of three settings, at equal tokens:
 
@@ -9,11 +9,11 @@ One table for each of three settings, at equal tokens:
     gpt-4    the same with four workers
 
 Every method has the same warm-up, cosine and clipping, and its best rate of one grid of powers of two: the search
-starts at three neighbouring rates and goes on until the best is not at an end. Workers take turns in one process (see
-`packsaddle.simulate`); dense training is one process with all workers' windows. Muon steps on hidden matrices, AdamW on
-embeddings, norms, biases and the head, at the same rate (`match_rms_adamw`).
+starts at three neighboring rates and adds rates until the best is not the smallest or largest. Workers are simulated in
+one process (see `packsaddle.simulate`); dense training is one process with all workers' windows. Muon trains hidden
+matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match_rms_adamw`).
 
-    python benchmarks/muon.py char-4 search     # every method, seed 0; resumes what is not there yet
+    python benchmarks/muon.py char-4 search     # every method, seed 0; makes the missing runs
     python benchmarks/muon.py char-4 seeds      # seeds 1 and 2 at each method's best rate
     python benchmarks/muon.py char-4 table
 """
@@ -62,7 +62,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """How workers train: dense without a compressor, else by local updates; `start` is the first rate to try."""
+    """A method: dense training without a compressor, else local updates; `start` is the first rate of the search."""
 
     inner: str = "adamw"
     compressor: Compressor | None = None
@@ -73,7 +73,7 @@ class Method:
     betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.95  # Muon's
     exchange: Literal["auto", "direct"] = "auto"
-    share: float = 1.0  # of the setting's steps
+    share: float = 1.0  # fraction of the setting's steps
 
     @property
     def start(self) -> float:
@@ -112,10 +112,10 @@ METHODS = dict(_methods())
 
 
 def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, object]:
-    """Train one model on this worker's shard, and return its row but for its name."""
+    """Train one model on this worker's shard, and return its row without the method's name."""
     setting = replace(setting, steps=round(how.share * setting.steps))
     data, held_out = texts(setting.model.width == 128)
-    # This worker's batches; dense training has those of all workers.
+    # This worker's batches; in dense training the batches of all workers.
     group, workers, cpu = resolve(None), setting.workers, torch.device("cpu")
     mine = range(workers) if how.compressor is None else [group.rank]
     shards = [shard(data, "iid", worker=i, workers=workers, seed=seed) for i in mine]
@@ -140,7 +140,7 @@ def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, ob
             with torch.no_grad(), nullcontext() if local is None else local.at_anchor():
                 curve.append(held_out_loss(network, held_out, evenly_spaced(len(held_out), 256)))
 
-    # Bytes of the rounds, and with start and flush. A dense step is a ring all-reduce.
+    # Bytes of the rounds, and of rounds, start and flush. A dense step counts as a ring all-reduce.
     payload = sum(p.numel() * p.element_size() for p in network.parameters())
     sent = total = setting.steps * payload * 2 * (workers - 1) / workers
     if local is not None:
@@ -165,7 +165,7 @@ def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, ob
 
 
 def held_out_loss(network: torch.nn.Module, held_out: Dataset, windows: torch.Tensor) -> float:
-    """Return the mean loss on some windows, each worker's share of them summed over workers."""
+    """Return the mean loss on some windows, of which each worker evaluates a part; collective."""
     group = resolve(None)
     mine = windows[group.rank :: group.size].split(64)
     total = torch.tensor([sum(float(network(*held_out.batch(i, torch.device("cpu")))) * len(i) for i in mine)])
@@ -185,7 +185,7 @@ def make_inner(network: torch.nn.Module, how: Method, rate: float) -> list[torch
 
 
 def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsaddle.LocalUpdates | None:
-    """Return the exchange of a method, None for dense training."""
+    """Return the local updates of a method, None for dense training."""
     if how.compressor is None:
         return None
     return packsaddle.LocalUpdates(
@@ -199,7 +199,7 @@ def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsadd
 
 @cache
 def texts(library: bool) -> tuple[Dataset, Dataset]:
-    """Return the text to train on, and what is held out (of the library a tenth of it)."""
+    """Return the training text and the held-out text, a tenth of the library."""
     config = DataConfig("text")
     if not library:
         return load_data(config, None, train=True), load_data(config, None, train=False)
@@ -207,20 +207,20 @@ def texts(library: bool) -> tuple[Dataset, Dataset]:
 
 
 class Runs:
-    """The runs of one setting, in a file."""
+    """The runs of one setting, stored in a file."""
 
     def __init__(self, name: str, out: Path) -> None:
         self.setting, self.out = SETTINGS[name], out
 
     def rows(self, method: str) -> list[dict[str, str]]:
-        """Return the rows of a method, in the order in which they were made."""
+        """Return the rows of a method, oldest first."""
         if not self.out.exists():
             return []
         with self.out.open() as file:
             return [row for row in csv.DictReader(file) if row["method"] == method]
 
     def make(self, method: str, rate: float, seed: int) -> None:
-        """Train, unless the file has it already."""
+        """Train, unless the file has this run already."""
         if any(float(row["rate"]) == rate and int(row["seed"]) == seed for row in self.rows(method)):
             return
         torch.set_num_threads(1)
@@ -230,13 +230,13 @@ class Runs:
         append(self.out, {"method": method, **row})
 
     def best(self, method: str) -> list[dict[str, str]]:
-        """Return the rows of the rate with the least loss of seed 0."""
+        """Return the rows of the rate with the lowest loss of seed 0."""
         mine = self.rows(method)
         first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
         return [row for row in mine if row["rate"] == first["rate"]]
 
     def search(self, method: str) -> None:
-        """Train at neighbouring rates until the best is not at an end of those tried."""
+        """Train at neighboring rates until the best rate is neither the smallest nor the largest."""
         middle = GRID.index(METHODS[method].start)
         while True:
             for i in (middle, middle - 1, middle + 1):
@@ -272,7 +272,7 @@ class Runs:
         return sum(p.numel() for p in make_task(self.setting.model, data.shape, data.classes, seed=0).parameters())
 
     def draw(self, path: Path) -> None:
-        """Draw the loss of the methods of `FIGURE` against steps and against bytes, named at the curves."""
+        """Draw the loss of the methods of `FIGURE` against steps and against bytes, with names at the curves."""
         import matplotlib.pyplot as plt
 
         plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
@@ -292,7 +292,7 @@ class Runs:
         left.set_xticks(range(0, self.setting.steps + 1, self.setting.steps // 4))
         right.set(xlabel="megabytes that a worker has sent", xscale="log")
 
-        # Names at the ends of the curves, moved apart where these are close.
+        # Names at the ends of the curves, moved apart if the ends are close.
         low, high = left.get_ylim()
         at, gap = -math.inf, (high - low) * 0.06
         for label, (loss, colour) in sorted(ends.items(), key=lambda item: item[1][0]):

@@ -1,16 +1,15 @@
-"""Cables pulled, links that slow down and hosts that die: does training go on, or end and say who is gone?
+"""Disconnected or slow links and dead hosts: does training continue, or end with an error that names the lost worker?
 
 python -m benchmarks.network_faults [--hosts 3] [--rate 100] [--timeout 12] [--steps 300] [--cases brief,cut]
                                     [--brief 3] [--out network_faults.json]
 (root and iproute2 needed)
 
 Every host is a network namespace whose link has --rate Mbit/s. In each case every host trains a network of 120,000
-parameters by CompressedSGD with TopK 10%, and after a third of the steps the network or a host is disturbed. Where it
-mends within the timeout of the collectives the weights at the end must be those of the undisturbed run, bit for bit;
-where it does not, every worker that is left must end within the timeout and --patience seconds (the roll call takes
-at most 11), by a PeerLostError that names the rank or says that the meeting place is gone. A link that is back just
-before the timeout may be either: TCP tries again at intervals that double. Prints a line per case; exits with 1 if
-one is not as it must be.
+parameters by CompressedSGD with TopK 10%, and after a third of the steps the network or a host is disturbed. If it
+recovers within the timeout of the collectives, the final weights must be bitwise identical with an undisturbed run's;
+if not, each remaining worker must end within the timeout and --patience seconds (the roll call needs at most 11), by a
+PeerLostError that names the rank or the lost rendezvous. Both are valid for a link that recovers just before the
+timeout, since TCP retries at doubling intervals. Prints a line per case; the exit code is 1 if one fails.
 """
 
 import argparse
@@ -39,22 +38,22 @@ from packsaddle.comm import PeerLostError, process_group
 _PORT = 29_478
 _NAMED, _ALONE = "names it", "none other answers"
 _GONE, _LATE = "reaches nobody", "all answer, one was late"
-_EXPECTED = {False: (_NAMED, _ALONE, _GONE), None: (_NAMED, _ALONE, _GONE, _LATE)}  # by whether it must go on
+_EXPECTED = {False: (_NAMED, _ALONE, _GONE), None: (_NAMED, _ALONE, _GONE, _LATE)}  # by `goes_on`
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is done to a host, and what must come of it."""
+    """A disturbance of a host, and the expected result."""
 
     about: str
     disturb: Callable[[Hosts, int, Path, argparse.Namespace], None]
-    victim: int = -1  # a host; the last
-    goes_on: bool | None = True  # None: may go on or end
-    dies: bool = False  # the victim, so that it says nothing
+    victim: int = -1  # index of the disturbed host; -1: the last
+    goes_on: bool | None = True  # training must continue; None: may continue or end
+    dies: bool = False  # the victim ends, without a result
 
 
 def _pull_for(share: float) -> Callable[[Hosts, int, Path, argparse.Namespace], None]:
-    """Pull a cable for a share of the timeout; 0 for --brief seconds."""
+    """Disconnect a host for a fraction of the timeout, or for 0, --brief seconds."""
 
     def pull(hosts: Hosts, victim: int, folder: Path, arguments: argparse.Namespace) -> None:
         hosts.plug(victim, connected=False)
@@ -90,7 +89,7 @@ CASES = {
 
 
 def main() -> None:
-    """Run the cases, or be a worker of one."""
+    """Run the cases, or one worker of a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=3)
     parser.add_argument("--rate", type=float, default=100.0)
@@ -104,7 +103,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         print(json.dumps(work(arguments.worker, arguments)), flush=True)
-        os._exit(0)  # as the command does: gloo's threads wait for a cut network
+        os._exit(0)  # as packsaddle's command does: gloo's threads wait for a disconnected network
     names = arguments.cases.split(",")
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--cases must be of {', '.join(CASES)}, got {unknown[0]!r}")
@@ -123,9 +122,9 @@ def main() -> None:
 
 
 def run(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train between hosts and disturb one; return what its workers said, by rank, None for the dead.
+    """Train on all hosts and disturb one; return the workers' results by rank, None for a dead one.
 
-    Each has "after", the seconds from the disturbance to the end of its process.
+    Each result has "after", the seconds from the disturbance to the end of the process.
     """
     victim = case.victim % arguments.hosts
     with Hosts(arguments.hosts, arguments.rate) as hosts, tempfile.TemporaryDirectory() as name:
@@ -147,13 +146,13 @@ def run(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
             thread.join()
     workers = []
     for text in printed:
-        *said, end = text.splitlines()  # the dead have said nothing
+        *said, end = text.splitlines()  # empty for a dead worker
         workers.append({**json.loads(said[-1]), "after": float(end) - disturbed[0]} if said else None)
     return {"about": case.about, "victim": victim, "workers": workers}
 
 
 def _commands(hosts: Hosts, folder: Path, arguments: argparse.Namespace) -> Sequence[Sequence[str]]:
-    """A worker on each host; and the time when its process has ended, however it did."""
+    """Return the command of each host: a worker, then the time at which its process ended."""
     own = ["--hosts", str(arguments.hosts), "--timeout", str(arguments.timeout), "--steps", str(arguments.steps)]
     meeting = [f"MASTER_ADDR={hosts.address(0)}", f"MASTER_PORT={_PORT}", f"WORLD_SIZE={arguments.hosts}"]
     settings = [*meeting, f"GLOO_SOCKET_IFNAME={hosts.interface}", "OMP_NUM_THREADS=1"]
@@ -170,10 +169,10 @@ def _step(folder: Path) -> int:
 
 
 def work(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train in the launcher's world; return the digest of the weights, or by what error it ended."""
+    """Train in the launcher's world; return the digest of the weights, or the error."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    train(rank, 2)  # alone, so that no compiling falls into the timeout; nor, by the wait, importing
+    train(rank, 2)  # alone, so that compiling and importing are not within the timeout
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
     while len(list(folder.glob("*.pid"))) < arguments.hosts:
         time.sleep(0.01)
@@ -191,7 +190,7 @@ def work(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             said["digest"] = train(rank, arguments.steps, after)
     except PeerLostError as error:
         said = {"lost": str(error)}
-    except Exception as error:  # not as it should be, and to be shown
+    except Exception as error:  # an unexpected error, to be printed
         said = {"error": f"{type(error).__name__}: {error}"}
     late = times[arguments.steps // 3 :]  # from the disturbance on
     longest = max((later - sooner for sooner, later in itertools.pairwise(late)), default=0.0)
@@ -217,7 +216,7 @@ def train(rank: int, steps: int, after: Callable[[int], None] = lambda step: Non
 
 
 def judge(found: dict[str, Any], case: Case, undisturbed: dict[str, Any] | None, arguments: argparse.Namespace) -> bool:
-    """Whether a case came out as it must."""
+    """Return True if a case has the expected result."""
     workers = [worker for worker in found["workers"] if worker]
     if len(workers) < arguments.hosts - case.dies:
         return False
@@ -232,7 +231,7 @@ def judge(found: dict[str, Any], case: Case, undisturbed: dict[str, Any] | None,
 
 
 def _what(message: str, victim: int) -> str:
-    """In short what a worker said whom it lost, or the whole of it."""
+    """Return in short which worker a message names as lost, or the whole message."""
     shorts = {
         f"lost rank {victim} (": _NAMED,
         "lost the others and rank 0's store": _GONE,
@@ -243,7 +242,7 @@ def _what(message: str, victim: int) -> str:
 
 
 def row(name: str, found: dict[str, Any], undisturbed: dict[str, Any] | None) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     workers = {rank: worker for rank, worker in enumerate(found["workers"]) if worker}
     digests = {worker.get("digest") for worker in workers.values()}
     weights = "-" if digests == {None} else "one" if len(digests) == 1 else "several"

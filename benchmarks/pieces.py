@@ -1,7 +1,7 @@
-"""Benchmarks of a step's pieces on this machine: the optimizer's own work, packing and unpacking, and one exchange.
+"""Benchmarks of the parts of a step on this machine: the optimizer's work, packing and unpacking, and one exchange.
 
-Each is compared with the usual way to do it (torch.optim.SGD, one copy of the vector, a dense all-reduce) and with the
-memory or bytes that must be moved.
+Each is compared with a baseline (torch.optim.SGD, one copy of the vector, a dense all-reduce) and with the minimum of
+memory traffic or bytes.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ def _check_repeats(repeats: int) -> None:
 
 
 def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
-    """Time every compressor on a Gaussian vector. Raises ValueError for a bad ratio, d or repeats."""
+    """Time every compressor on a Gaussian vector. Raises ValueError for an invalid ratio, d or repeats."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
     _check_repeats(repeats)
@@ -58,7 +58,7 @@ def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
 
 
 def _parts(v: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
-    """Time what drawing and choosing coordinates takes, and torch's way of it."""
+    """Time the random draws and the selection of coordinates, and torch's equivalents."""
     d, rng = len(v), torch.Generator().manual_seed(0)
     few, many, hashes = max(1, d // 1000), max(1, d // 100), SketchTopK(0.01, rows=5).hashes(d, seed=0, step=0)
     target = torch.empty_like(v)
@@ -107,12 +107,12 @@ def _unpacker(compressor: Compressor, v: torch.Tensor, out: torch.Tensor) -> Cal
 
 _DENSE = "dense all-reduce"
 _HALF = "float16 all-reduce"
-_LARGE = 25_000_000  # float32, for the rate
+_LARGE = 25_000_000  # elements of the float32 vector that measures the link's rate
 
 
 @dataclass(frozen=True)
 class ExchangeTime:
-    """One way to average a vector: seconds, and bytes of the fuller direction of worker 0."""
+    """The cost of one way to average a vector: seconds, and worker 0's bytes in the direction with more of them."""
 
     name: str
     time: Timing
@@ -120,7 +120,7 @@ class ExchangeTime:
 
 
 def time_exchanges(d: int, workers: int, ratio: float, repeats: int) -> list[Result]:
-    """Time every compressor's exchange of d coordinates. Raises ValueError for bad arguments, WorkerFailedError."""
+    """Time every compressor's exchange of d coordinates. Raises ValueError for invalid arguments, WorkerFailedError."""
     if not 2 <= workers <= 64:
         raise ValueError(f"workers must be 2 to 64, got {workers}")
     _check_repeats(repeats)
@@ -155,7 +155,7 @@ def time_exchanges(d: int, workers: int, ratio: float, repeats: int) -> list[Res
 
 
 def exchange_in_process_group(d: int, ratio: float, repeats: int) -> tuple[float, list[ExchangeTime]]:
-    """Join the launcher's world; return the rate of a large all-reduce, bytes a second, and every exchange's cost."""
+    """Join the launcher's world; return the rate of a large all-reduce, bytes per second, and each exchange's cost."""
     with process_group() as group:
         torch.set_num_threads(1)
         large = torch.zeros(_LARGE)
@@ -209,11 +209,11 @@ _LR = 1e-6
 
 @dataclass(frozen=True)
 class TimedOptimizer:
-    """An optimizer, and the bytes that a step of it has to move for each coordinate: its floor."""
+    """An optimizer, and the minimum memory traffic of its step in bytes per coordinate."""
 
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     moved: float
-    own_memory: bool = True  # else the gradients are the memory, and stay where they are
+    own_memory: bool = True  # False: the gradients are the memory
 
 
 def _ours(
@@ -244,7 +244,7 @@ _CONTENDERS: Mapping[str, TimedOptimizer] = {
 
 
 def time_steps(d: int, repeats: int, layers: int = 1) -> list[Result]:
-    """Time step() + zero_grad() on d coordinates in `layers` parameters. Raises ValueError for bad sizes."""
+    """Time step() + zero_grad() on d coordinates in `layers` parameters. Raises ValueError for invalid sizes."""
     if d < 1000:
         raise ValueError(f"d must be at least 1,000 coordinates, got {d}")
     _check_repeats(repeats)
@@ -278,7 +278,7 @@ def time_steps(d: int, repeats: int, layers: int = 1) -> list[Result]:
 
 
 class Stepper:
-    """An optimizer with parameters of its own; called, it steps and clears the gradients."""
+    """An optimizer with its parameters; a call steps and clears the gradients."""
 
     def __init__(self, contender: TimedOptimizer, d: int, layers: int) -> None:
         sizes = [d // layers // 1000 * 1000] * layers
@@ -316,7 +316,7 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Step(Question):
-    """Time an optimizer step, next to torch.optim.SGD's and to the memory traffic that it needs.
+    """Time an optimizer step, compared with torch.optim.SGD's and with its minimum memory traffic.
 
     Examples:
         python -m benchmarks.pieces step
@@ -336,7 +336,7 @@ class Step(Question):
 
 @dataclass(frozen=True)
 class Compress(Question):
-    """Time packing and unpacking by each compressor, next to one copy of the vector.
+    """Time packing and unpacking by each compressor, compared with one copy of the vector.
 
     Examples:
         python -m benchmarks.pieces compress --ratio 0.001
@@ -356,7 +356,7 @@ class Compress(Question):
 
 @dataclass(frozen=True)
 class Exchange(Question):
-    """Time one exchange, next to a dense all-reduce and to its bytes over this machine's rate.
+    """Time one exchange, compared with a dense all-reduce and with its bytes over this machine's rate.
 
     Examples:
         python -m benchmarks.pieces exchange --workers 4

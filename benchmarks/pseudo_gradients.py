@@ -1,9 +1,9 @@
-"""What share of its energy do TopK and TopK by chunks keep of what AdamW moves in some steps?
+"""Which fraction of the energy of AdamW's local updates do TopK and TopK by chunks keep?
 
     python benchmarks/pseudo_gradients.py [--rounds 25]
 
-A small character transformer over this project's own documentation, 8 steps a round, one worker, error feedback; each
-compressor has its own error memory and sees the same rounds. One seed: it tells the two apart, not 1% from 2%.
+A small character transformer on this project's documentation, 8 steps per round, one worker, error feedback; each
+compressor has its own error memory and gets the same local updates. One seed: it separates the two, but not 1% from 2%.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from packsaddle import Compressor, TopK
 from packsaddle.compressors import describe
 
 CONTEXT, WIDTH, STEPS, BATCH = 64, 128, 8, 8
-LAST = 10  # rounds that the mean is over
+LAST = 10  # number of last rounds that are averaged
 COMPRESSORS: list[Compressor] = [
     TopK(ratio, values="int2", chunk=chunk) for ratio in (1 / 32, 1 / 64) for chunk in (None, 4096)
 ] + [TopK(1 / 32, values=values, chunk=4096) for values in ("int1", "int3", None)]

@@ -1,6 +1,6 @@
-"""A search over learning rates: one grid and one schedule for all methods, more seeds at each one's best, a table.
+"""A search over learning rates: one grid and schedule for all methods, more seeds at each method's best rate, a table.
 
-Rows go to a CSV file as runs finish, and a run that is in it is not made again. `search` makes every method and rate
+Each finished run is a row of a CSV file, and runs in the file are not repeated. `search` makes every method and rate
 with seed 0, `seeds` makes seeds 1 and 2 at each method's best rate, `table` prints the results, and `figure` draws loss
 against bytes.
 """
@@ -20,7 +20,7 @@ Job = tuple[str, float, int]  # method, rate, seed
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Return the share of the peak rate: linear warm-up, then a cosine to a tenth."""
+    """Return the fraction of the peak rate at a step: linear warm-up, then a cosine to a tenth."""
     return share_of_peak(step, WARM_UP, steps)
 
 
@@ -37,7 +37,7 @@ def append(out: Path, row: dict[str, object]) -> None:
 
 @dataclass(frozen=True)
 class RateSearch:
-    """Methods by name, the grid of rates, and `sent`: the column of the bytes, with its heading in the table."""
+    """A search over `methods`, by name, and a grid of rates; `sent` is the column of bytes, with its heading."""
 
     description: str
     methods: Iterable[str]
@@ -45,12 +45,12 @@ class RateSearch:
     sent: tuple[str, str]
     out: Path
     steps: int
-    colours: tuple[tuple[str, str], ...] = ()  # of the methods that begin so
+    colours: tuple[tuple[str, str], ...] = ()  # by prefix of the method's name
 
     def main(
         self, make: Callable[[list[Job], argparse.Namespace], None], add: Callable[[argparse.ArgumentParser], object]
     ) -> None:
-        """Have the command line's runs made by `make`; `add` adds further options."""
+        """Run the command line: `make` makes the runs, `add` adds further options to the parser."""
         parser = argparse.ArgumentParser(description=self.description.split("\n")[0])
         parser.add_argument("command", choices=("search", "seeds", "table", "figure"))
         parser.add_argument("--out", type=Path, default=self.out)
@@ -76,7 +76,7 @@ class RateSearch:
         make([job for job in jobs if job not in done], options)
 
     def table(self, rows: list[dict[str, str]]) -> str:
-        """Return the Markdown table: seed 0 by rate, and mean and range over seeds at the rate whose mean is least."""
+        """Return the Markdown table: seed 0 by rate, and mean and range over seeds at the rate with the lowest mean."""
         column, heading = self.sent
         lines = [
             f"| method | {heading} | "
@@ -92,12 +92,12 @@ class RateSearch:
         return "\n".join(lines)
 
     def _best(self, rows: list[dict[str, str]]) -> str:
-        """The best rate with mean, range and number of seeds."""
+        """Return the best rate, with mean, range and number of seeds."""
         best, found = self._losses(rows)
         return f"{best:g}: {statistics.fmean(found):.3f}, {min(found):.3f} to {max(found):.3f}, {len(found)}"
 
     def _losses(self, rows: list[dict[str, str]]) -> tuple[float, list[float]]:
-        """The rate of the least mean loss among those with the most seeds, and the losses of its seeds."""
+        """Return the rate of the lowest mean loss among those with the most seeds, and the losses of its seeds."""
         losses = {r: [float(row["validation_loss"]) for row in rows if float(row["rate"]) == r] for r in self.rates}
         most = max(map(len, losses.values()))
         best = min(
@@ -121,7 +121,7 @@ class RateSearch:
             colour = next((c for start, c in self.colours if method.startswith(start)), "0.35")
             spread = [[mean - min(losses)], [max(losses) - mean]]
             axes.errorbar([sent], [mean], spread, fmt="o", color=colour, capsize=3)
-            # The name stands above its point, or below where another point is there.
+            # The name is above its point, or below if another point is there.
             others = [point for name, point in means.items() if name != method]
             crowded = any(abs(math.log(x / sent)) < 1 and 0 <= y - mean < 0.1 for x, y in others)
             place = {"xytext": (0, -13 if crowded else 11), "textcoords": "offset points"}
@@ -135,6 +135,6 @@ class RateSearch:
 
 
 def best_rate(rows: list[dict[str, str]], method: str) -> float:
-    """Return the rate of the least validation loss of seed 0."""
+    """Return the rate with the lowest validation loss of seed 0."""
     mine = [row for row in rows if row["method"] == method and row["seed"] == "0"]
     return float(min(mine, key=lambda row: float(row["validation_loss"]))["rate"])

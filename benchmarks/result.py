@@ -21,13 +21,13 @@ class Result:
     """One table. Cells are strings, integers, floats or None (shown empty)."""
 
     question: str
-    setting: Mapping[str, Any]  # sizes, rates, seeds, and what `machine` says
+    setting: Mapping[str, Any]  # sizes, rates, seeds, and the dictionary of `machine`
     rows: Sequence[Mapping[str, Any]]  # all with the same keys, the columns, with units in their names
-    notes: Sequence[str] = ()  # what must be known to read the table: floors, what a peer cannot do here
-    digits: int = 3  # of a float, printed
+    notes: Sequence[str] = ()  # notes needed to read the table: floors, features that a peer lacks
+    digits: int = 3  # significant digits of a printed float
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain types; cells that are not finite, such as times that no run came to, become None."""
+        """Return the result as plain types; non-finite cells, such as times that no run reached, become None."""
         return asdict(self) | {"rows": [{name: _finite(cell) for name, cell in row.items()} for row in self.rows]}
 
 
@@ -36,7 +36,7 @@ def _finite(cell: Any) -> Any:
 
 
 def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -> dict[str, Any]:
-    """Return the hardware and versions that a figure depends on; `threads` are those of workers, if others measure."""
+    """Return the hardware and versions that affect results; `threads`: those of workers, if they measure."""
     threads = torch.get_num_threads() if threads is None else threads
     where: dict[str, Any] = {"cpu": _cpu_model(), "threads": threads, "torch": torch.__version__}
     if torch.device(device).type == "cuda":
@@ -54,7 +54,7 @@ def _cpu_model() -> str:
 
 
 def shown(cell: Any, digits: int = 3) -> str:
-    """Return a cell of a printed table."""
+    """Format a cell of a printed table."""
     if cell is None:
         return ""
     if isinstance(cell, float) and abs(cell) < 1000:
@@ -71,7 +71,7 @@ class Question(ABC):
 
     @abstractmethod
     def run(self) -> list[Result]:
-        """Measure. Raises ValueError for a setting that cannot be measured."""
+        """Measure and return the tables. Raises ValueError for a setting that cannot be measured."""
 
     def __call__(self) -> None:
         try:

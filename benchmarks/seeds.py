@@ -1,4 +1,4 @@
-"""Ten seeds of the MNIST autoencoder: ten runs, or one batched computation over ten networks? Milliseconds a seed.
+"""Ten seeds of the MNIST autoencoder, as ten runs or as one batched computation over ten networks: time per seed.
 
 python benchmarks/seeds.py [--seeds 10]
 """
@@ -13,7 +13,7 @@ from packsaddle.runs.tasks import mnist_autoencoder
 
 
 def main() -> None:
-    """Time forward and backward of a batch of 64, one thread, in turns."""
+    """Time forward and backward of a batch of 64 on one thread, alternating between the two."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
     seeds = parser.parse_args().seeds

@@ -1,4 +1,4 @@
-"""How long does choosing the k largest magnitudes take, beside torch.topk and numpy.partition?
+"""The time to select the k largest magnitudes, compared with torch.topk and numpy.partition.
 
     python benchmarks/selection.py [--d 25000000]
 
@@ -18,7 +18,7 @@ from packsaddle.compressors.selection import largest
 
 
 def milliseconds(work: Callable[[], object]) -> float:
-    """The median of five."""
+    """Return the median of five calls."""
     times = []
     for _ in range(5):
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The shape of the code in numbers: sizes, imports, arguments, and the files that a reader of one step must open.
+"""Metrics of the code: sizes, imports, arguments, and the number of files that one step calls.
 
 make shape
 """
@@ -37,7 +37,7 @@ compressor = { kind = "RandomK", ratio = 0.1 }
 
 
 def traced(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
-    """Count the calls from one file of the package to a function of another (or the same) one, also in threads."""
+    """Count the calls between functions of the package by calling and called file, also in threads."""
     found: Counter[tuple[str, str]] = Counter()
 
     def is_ours(frame: Any) -> bool:
@@ -61,7 +61,7 @@ def traced(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
 
 
 def files_of(calls: Counter[tuple[str, str]]) -> int:
-    """Return the number of files that ran."""
+    """Return the number of files with a call."""
     return len({callee for _, callee in calls})
 
 
@@ -88,7 +88,7 @@ def step_calls() -> Counter[tuple[str, str]]:
 
 
 def hook_calls() -> Counter[tuple[str, str]]:
-    """Trace three backward passes through the hook, whose thread starts in the first, and the steps after them."""
+    """Trace three backward passes with the hook, whose thread starts in the first, and their optimizer steps."""
     model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
     inner = torch.optim.SGD(model.parameters(), 0.1)
     packsaddle.register_ddp_hook(model, packsaddle.RandomK(0.1), noise=0.01, optimizer=inner)
@@ -118,7 +118,7 @@ def run_calls() -> Counter[tuple[str, str]]:
 
 
 def imports() -> Counter[str]:
-    """Return how many of the package's modules import each of them, at any depth of their code."""
+    """Return the number of the package's modules that import each of them, at any level of their code."""
     modules = {".".join(("packsaddle", *p.relative_to(ROOT).with_suffix("").parts)) for p in ROOT.rglob("*.py")}
     modules = {name.removesuffix(".__init__") for name in modules}
     importers: dict[str, set[str]] = {name: set() for name in modules}
@@ -137,7 +137,7 @@ def arguments(of: Callable[..., Any]) -> int:
 
 
 def uncommented() -> tuple[int, int]:
-    """Return how many functions of more than 15 lines have no comment on a line of its own, and how many there are."""
+    """Return the number of functions of more than 15 lines without a comment line, and with or without one."""
     bare = whole = 0
     for path in ROOT.rglob("*.py"):
         source = path.read_text()

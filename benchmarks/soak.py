@@ -1,12 +1,12 @@
-"""Half an hour between four hosts: is memory flat, are workers equal, is the ledger what the interfaces saw?
+"""Half an hour of training on four hosts: is memory constant, are workers equal, does the ledger match the interfaces?
 
 python -m benchmarks.soak [--minutes 30] [--workers 4] [--rate 1000] [--pause 0] [--out soak.json]
 (root and iproute2 needed)
 
 Every host is a network namespace whose link has --rate Mbit/s. Each worker trains a network of half a million
-parameters by CompressedSGD with TopK 10%, momentum and all guards, saves a checkpoint every 200 steps, and meets a
-gradient that is not finite every 97. Prints a line per worker: resident memory after a tenth of the time and at the
-end, bytes counted and seen, and whether all parameters are equal bit for bit.
+parameters by CompressedSGD with TopK 10%, momentum and all guards, saves a checkpoint every 200 steps, and has a
+non-finite gradient every 97 steps. Prints a line per worker: resident memory after a tenth of the time and at the end,
+bytes in the ledger and at the interface, and whether all parameters are bitwise identical.
 """
 
 import argparse
@@ -29,7 +29,7 @@ _PORT = 29_477
 
 
 def main() -> None:
-    """Run the workers, or be one."""
+    """Run the workers, or one worker."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--workers", type=int, default=4)
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def soak(rank: int, interface: str, address: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train for the time given; return what there is to compare."""
+    """Train for the given time; return the worker's memory, bytes and digest of the parameters."""
     workers = arguments.workers
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"tcp://{address}:{_PORT}", rank=rank, world_size=workers)
@@ -90,7 +90,7 @@ def soak(rank: int, interface: str, address: str, arguments: argparse.Namespace)
             loss.backward()
             if step % 97 == 0 and step // 97 % workers == rank:
                 next(model.parameters()).grad.view(-1)[step % 1000] = float("nan")  # type: ignore[union-attr]
-            # The clock is worker 0's, and all hear of it with the gradients.
+            # Worker 0's clock decides; its signal is sent with the gradients.
             elapsed = time.monotonic() - begin
             over = rank == 0 and elapsed > 60 * arguments.minutes
             opt.step(scalars=torch.tensor([float(over)]))
@@ -123,7 +123,7 @@ def _counter(interface: str) -> int:
 
 
 def _resident() -> float:
-    """MiB of memory that this process has."""
+    """Return this process's resident memory, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 

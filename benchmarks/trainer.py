@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, a small Llama, AdamW: evaluation loss of TopK 10% by scope, two workers, two buckets.
+"""Evaluation loss of TopK 10% by scope in the Hugging Face Trainer: a small Llama, AdamW, two workers, two buckets.
 
 pip install -e '.[hf]'
 python benchmarks/trainer.py --out experiments/adamw/trainer.csv
@@ -47,7 +47,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
 
 
 def train(scope: str, seed: int, rate: float, name: str) -> dict[str, object]:
-    """Return a run's row."""
+    """Train one model, and return its row."""
     set_seed(seed)
     data = Windows(train=True)
     config = LlamaConfig(
@@ -96,7 +96,7 @@ def train(scope: str, seed: int, rate: float, name: str) -> dict[str, object]:
 
 
 def used() -> float:
-    """Return the processor seconds of this process."""
+    """Return the CPU seconds of this process."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

@@ -1,1 +1,1 @@
-"""The race: packsaddle and its peers, trained side by side in one run; `race` first."""
+"""The race: packsaddle and its peers, trained side by side in one run. Read `race` first."""

@@ -47,7 +47,7 @@ class _Training(Question):
 
 @dataclass(frozen=True)
 class Train(_Training):
-    """Time a training step on local processes, next to every exchange that torch has.
+    """Time a training step on local processes, compared with torch's own ways to exchange gradients.
 
     Examples:
         python -m benchmarks.race train --model resnet18
@@ -63,9 +63,9 @@ class Train(_Training):
 
 @dataclass(frozen=True)
 class Link(_Training):
-    """Time training over a shaped link, and compare it with what its bytes allow. (Needs root and iproute2.)
+    """Time training over a rate-limited link, and compare it with the floor by its bytes. (Needs root and iproute2.)
 
-    Hosts are network namespaces on this machine, whose links are held to a rate.
+    Hosts are network namespaces on this machine, whose links have a limited rate.
 
     Examples:
         python -m benchmarks.race link --rate 100 --model resnet18
@@ -100,10 +100,10 @@ _OURS_IN_A_RACE = (
 
 @dataclass(frozen=True)
 class Loss(Question):
-    """Race to a validation loss: every contender's curve once, its step on every link, and the time that follows.
+    """Race to a validation loss: each contender's curve once, its step time on each link, and the time to the loss.
 
-    Step sizes are searched for on one grid, with seed 0; the best of each contender has more seeds. What is in the
-    folder is not made again. (Steps need root and iproute2; diloco-N needs torchft.)
+    Step sizes are searched for on one grid, with seed 0; the best of each contender has more seeds. Results in the
+    folder are not made again. (Steps need root and iproute2; diloco-N needs torchft.)
 
     Examples:
         python -m benchmarks.race loss --out race

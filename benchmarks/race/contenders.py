@@ -9,7 +9,7 @@ from packsaddle.options import nearest
 
 Memory = Literal["buffer", "gradient", "ef21"]  # see packsaddle.Compression
 Scope = Literal["bucket", "model"]  # see packsaddle.register_ddp_hook
-ALONE = "alone"  # SGD on every worker without any exchange: what computing costs
+ALONE = "alone"  # SGD on every worker without an exchange: the cost of computing
 DENSE = "ddp"
 PEERS = {
     ALONE: "SGD without any exchange",
@@ -45,47 +45,47 @@ _PERIODIC = ("local-sgd-N", "diloco-N", "sparseloco-N")
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train. Exactly one of `peer` and `compressor` is set.
+    """One method of training. Exactly one of `peer` and `compressor` is set.
 
-    A compressor is CompressedSGD's, or with `hook` one behind DDP, or with `every` that of local updates, where
+    The compressor is for CompressedSGD, or with `hook` for a hook of DDP, or with `every` for local updates;
     `outer="nesterov"` is DiLoCo's outer optimizer.
     """
 
     text: str  # as the user wrote it
     lr: float
-    steps: int | None = None  # of its training, where they are not the race's
-    noise: float = 0.0  # packsaddle's only, as all up to `outer`
+    steps: int | None = None  # of its training; None: the race's
+    noise: float = 0.0  # for packsaddle's only, as are all fields up to `outer`
     momentum: float = 0.0
     memory: Memory = "buffer"
-    hook: Scope | None = None  # its scope, "bucket" or "model"
+    hook: Scope | None = None  # scope of the hook, "bucket" or "model"; None: no hook
     every: int | None = None
     delay: int = 0
     fragments: int = 1
     outer: str = "none"
-    peer: str = ""  # a name of PEERS, its N as `number`
+    peer: str = ""  # a name of PEERS; its N is `number`
     number: int = 1
     compressor: Compressor | None = None
 
     @property
     def period(self) -> int:
-        """After how many steps its exchanges repeat."""
+        """The period of its exchanges, in steps."""
         return self.number if self.peer in _PERIODIC else self.every or 1
 
     @property
     def name(self) -> str:
-        """Its text without options."""
+        """The text without options."""
         return _split(self.text)[0]
 
     @property
     def method(self) -> str:
-        """Its text without step size and steps: what is compared by its best setting of these."""
+        """The text without step size and steps, which are tuned for each method."""
         return " ".join(word for word in self.text.split() if not word.startswith(("lr=", "steps=")))
 
 
 def parse(text: str, lr: float) -> Contender:
     """Read "ddp", "powersgd-4 lr=0.3", "RandomK(0.01) noise=0.01" and the like; raises ValueError.
 
-    `lr` is the step size of contenders that name none.
+    `lr` is the step size of a contender without one.
     """
     name, written = _split(text)
     options: dict[str, Any] = {option: _value(option, value, text) for option, value in written.items()}
@@ -120,7 +120,7 @@ def parse(text: str, lr: float) -> Contender:
 
 
 def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
-    """Read contenders, each once. Raises ValueError."""
+    """Read contenders, without duplicates. Raises ValueError."""
     return [parse(text, lr) for text in dict.fromkeys(texts)]
 
 

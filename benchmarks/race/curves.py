@@ -1,8 +1,8 @@
 """Validation losses of contenders over their training, on this machine's own workers.
 
-What a contender learns in a step does not depend on the link, so its curve is made once, without one, and its step is
-timed on links apart (see `benchmarks.race.race`). A loss is that of the mean of the workers' models: a
-method whose workers differ between rounds has no other common model.
+The progress of a contender per step does not depend on the link, so its curve is measured once, without a link, and its
+step is timed on links separately (see `benchmarks.race.race`). A loss is that of the mean of the workers' models, since
+a method whose workers differ between rounds has no other common model.
 """
 
 import math
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """The result of one training; losses[i] is that after (i + 1) * every steps, None where it is not finite."""
+    """The result of one training; losses[i] is that after (i + 1) * every steps, None if it is not finite."""
 
     workers: int
     contender: str
@@ -50,29 +50,29 @@ class Curve:
     steps: int
     every: int
     losses: tuple[float | None, ...]
-    sent: float  # bytes of this worker a step
-    seconds: float  # of training on this machine, evaluation excluded
-    peak_mb: float  # most memory of worker 0's process
+    sent: float  # bytes per step that this worker sends
+    seconds: float  # of training on this machine, without evaluation
+    peak_mb: float  # peak memory of worker 0's process
 
     @property
     def job(self) -> Job:
-        """The job that made it."""
+        """The job of this curve."""
         return Job(self.workers, self.contender, self.lr, self.seed)
 
     @property
     def final(self) -> float:
-        """The last loss, infinite where it is not finite."""
+        """The last loss; inf if it is not finite."""
         return math.inf if self.losses[-1] is None else self.losses[-1]
 
     def loss_at(self, step: float) -> float:
-        """Return the loss after a number of steps, between evaluations by a straight line, before the first its own."""
+        """Return the loss after a number of steps, interpolated linearly; before the first evaluation, its loss."""
         losses = [math.inf if loss is None else loss for loss in self.losses]
         place = min(max(step / self.every - 1, 0.0), len(losses) - 1.0)
         before, share = int(place), place - int(place)
         return losses[before] if share == 0 else (1 - share) * losses[before] + share * losses[before + 1]
 
     def steps_to(self, loss: float) -> float | None:
-        """Return after how many steps the loss was first reached, between evaluations by a straight line, or None."""
+        """Return the number of steps at which the loss is first reached, interpolated linearly, or None."""
         before = (0.0, math.inf)
         for i, found in enumerate(self.losses):
             now = ((i + 1.0) * self.every, math.inf if found is None else found)
@@ -103,7 +103,7 @@ class Training:
 
 
 def train_all(training: Training, jobs: Sequence[Job], out: Path) -> None:
-    """Make the jobs on the launcher's workers; worker 0 adds each curve to the file as it is done."""
+    """Run the jobs on the launcher's workers; worker 0 adds each finished curve to the file."""
     with process_group() as group:
         settle(group)
         for job in jobs:
@@ -151,7 +151,7 @@ def train(training: Training, job: Job, group: Group) -> Curve:
 
 @torch.no_grad()
 def validate(racer: Racer, held_out: Dataset, group: Group) -> float:
-    """Return the loss of the mean of the workers' models on examples held out; collective."""
+    """Return the loss of the mean of the workers' models on held-out examples; collective."""
     tensors = [t.data for t in (*racer.task.parameters(), *racer.task.buffers()) if t.is_floating_point()]
     own = [t.clone() for t in tensors]
     for t in tensors:
@@ -171,7 +171,7 @@ def validate(racer: Racer, held_out: Dataset, group: Group) -> float:
 
 
 def load(path: Path) -> list[Curve]:
-    """Return the curves of a file, none where there is no file. Raises ValueError for one that is none."""
+    """Return the curves of a file, [] if it does not exist. Raises ValueError for a row that is not a curve."""
     return read_rows(path, _curve, "curve")
 
 
@@ -182,7 +182,7 @@ def append(path: Path, curve: Curve) -> None:
 
 
 def best_rate(curves: Iterable[Curve]) -> float:
-    """Return the step size of the least final loss, among curves of one contender and seed."""
+    """Return the step size with the lowest final loss, among curves of one contender and seed."""
     return min(curves, key=lambda curve: curve.final).lr
 
 
@@ -194,7 +194,7 @@ def _curve(row: Mapping[str, Any]) -> Curve:
 
 
 def _forget_peak() -> None:
-    """Have the kernel count this process's peak memory anew, where it can (Linux)."""
+    """Reset the kernel's record of this process's peak memory, if supported (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -202,7 +202,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> float:
-    """The most memory of this process, MB; 0 where the kernel does not say."""
+    """Return the peak memory of this process, MB; 0 if unknown."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Figures of a race: losses by tokens and by bytes, time to the target by link, share of computing by link."""
+"""Figures of a race: losses by tokens and by bytes, time to the target and fraction of computing by link."""
 
 import math
 import statistics
@@ -17,7 +17,7 @@ _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, 
 
 
 def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[Path]:
-    """Write the figures that the curves and steps of one number of workers allow, and return their files.
+    """Write the figures for which one number of workers has curves and steps, and return their files.
 
     Raises MissingExtraError without matplotlib.
     """
@@ -70,7 +70,7 @@ def titled(method: str) -> str:
 
 
 def _colours(found: Sequence[Entry]) -> dict[str, str]:
-    """A colour for each method: warm ones are packsaddle's, cold ones its peers', black is dense training."""
+    """Return a color for each method: warm for packsaddle's, cold for its peers', black for dense training."""
     ours = dict.fromkeys(entry.method for entry in found if entry.is_ours)
     peers = dict.fromkeys(entry.method for entry in found if not entry.is_ours and entry.method != DENSE)
     colours = {method: _OURS[i % len(_OURS)] for i, method in enumerate(ours)}
@@ -78,7 +78,7 @@ def _colours(found: Sequence[Entry]) -> dict[str, str]:
 
 
 def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
-    """Mean and range of the loss over seeds, by steps and by bytes, of the shortest trainings."""
+    """Draw mean and range of the loss over seeds by steps and by bytes, for the shortest training of each method."""
     colours, short = _colours(found), min(entry.curves[0].steps for entry in found)
     for entry in sorted(found, key=lambda entry: statistics.fmean(entry.losses)):
         first = entry.curves[0]
@@ -105,7 +105,7 @@ def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
 
 
 def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -> None:
-    """Seconds to the target by the slower direction's rate: for each method its quickest training length."""
+    """Draw seconds to the target by rate of the slower direction, for the fastest training length of each method."""
     colours = _colours(found)
     links = [name for name in table[0] if name.endswith(("Mbit/s", "down"))]
     for method in dict.fromkeys(row["method"] for row in table):
@@ -122,7 +122,7 @@ def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -
 
 
 def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
-    """The share of the time in which workers compute, by link: local updates by period, and dense training.
+    """Draw the fraction of time in which workers compute, by link: local updates by period, and dense training.
 
     Uncompressed ones are dashed; shorter periods are lighter.
     """
@@ -145,7 +145,7 @@ def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
 
 
 def _by_period(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave of the compressors only the one that was timed with the most periods."""
+    """Return the rows of uncompressed exchanges and of the compressor that was timed with the most periods."""
     compressors = [parse(row["contender"], 1.0).compressor for row in table]
     sparse = [c for c in compressors if c is not None and not c.lossless]
     most = max(sparse, key=sparse.count, default=None)
@@ -153,6 +153,6 @@ def _by_period(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _exchanges_at_intervals(text: str) -> bool:
-    """Tell if a contender is dense training, or local updates without overlap and outer optimizer."""
+    """Return True if a contender is dense training, or local updates without overlap and outer optimizer."""
     contender = parse(text, 1.0)
     return text == DENSE or (contender.every is not None and not contender.delay and contender.outer == "none")

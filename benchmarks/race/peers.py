@@ -1,7 +1,6 @@
-"""Contenders made ready to train: packsaddle's optimizer, or torch's DistributedDataParallel with its own hooks.
+"""Contenders set up for training: packsaddle's optimizer, or torch's DistributedDataParallel with its own hooks.
 
-The peers are torch.distributed's, so this module imports it, as otherwise only `packsaddle.comm` and
-`packsaddle.hooks.ddp` do.
+This module imports torch.distributed for the peers, as otherwise only `packsaddle.comm` and `packsaddle.hooks.ddp` do.
 """
 
 import re
@@ -29,35 +28,35 @@ from packsaddle.compressors import TopK
 from packsaddle.errors import MissingExtraError
 from packsaddle.runs.tasks import Task
 
-# DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
+# DDP rebuilds its buckets after the first step, so torch's hook does not allow error feedback before the third.
 _POWERSGD_FROM = 2
-# These hooks start their second collective when their first is done. With several buckets gloo's workers may come to
-# do so in different orders, and abort; one bucket for all gradients avoids it.
+# These hooks start a second collective when their first is done. With several buckets, gloo's workers may do so in
+# different orders, and abort; one bucket for all gradients avoids this.
 _CHAINED = ("powersgd-N", "ddp-uint8")
 _ONE_BUCKET = 1e6  # MiB
 
 
 class CannotRunError(RuntimeError):
-    """A peer does not work on this backend; the message is torch's own, and the same on every worker."""
+    """Raised if a peer does not work on this backend; with torch's message, identical on all workers."""
 
 
 @dataclass
 class Racer:
-    """A contender ready to train. Making one is collective, and so is `step`."""
+    """A contender set up for training. Construction and `step` are collective."""
 
     task: Task
-    forward: nn.Module  # called with a batch, gives its mean loss
+    forward: nn.Module  # maps a batch to its mean loss
     optimizer: torch.optim.Optimizer
-    moved: Callable[[int], Bytes]  # bytes of this worker in its first n steps: counted (ours), or arithmetic
+    moved: Callable[[int], Bytes]  # bytes of this worker in its first n steps: counted (packsaddle) or computed
     steps: int = 0
     clip: float | None = None
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
-    wait: Callable[[], None] = lambda: None  # for exchanges that overlap with steps
-    clears: bool = True  # gradients before each step; they may be an error memory
-    end: Callable[[], None] = lambda: None  # ends what runs along with the training; collective
+    wait: Callable[[], None] = lambda: None  # waits for exchanges that overlap with steps
+    clears: bool = True  # clear gradients before each step; False if they are an error memory
+    end: Callable[[], None] = lambda: None  # ends background services of the training; collective
 
     def step(self, batch: Batch) -> None:
-        """Forward, backward, exchange, update."""
+        """Run forward, backward, exchange and update."""
         if self.clears:
             self.optimizer.zero_grad()
         self.forward(*batch).backward()
@@ -70,7 +69,7 @@ class Racer:
 
 
 def enter(contender: Contender, task: Task, recipe: Recipe = CONSTANT) -> Racer:
-    """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
+    """Set up a contender to train `task`; collective. Raises CannotRunError if torch does not support it."""
     racer = _enter(contender, task, recipe)
     racer.clip = recipe.clip
     inner = getattr(racer.optimizer, "optim", racer.optimizer)  # torch's local SGD wraps one
@@ -79,7 +78,7 @@ def enter(contender: Contender, task: Task, recipe: Recipe = CONSTANT) -> Racer:
 
 
 def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
-    """Make a contender ready, its rate constant."""
+    """Set up a contender with a constant rate."""
     if contender.hook:
         return _hooked(contender, task, recipe)
     if contender.every:
@@ -112,12 +111,12 @@ def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
 def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
-        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
+        # Batch statistics are not exchanged, as in packsaddle: DDP would send them in every forward pass.
         return DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
 
 
 def _hooked(contender: Contender, task: Task, recipe: Recipe) -> Racer:
-    """packsaddle's hook behind DistributedDataParallel, with torch's optimizer."""
+    """Set up packsaddle's hook of DistributedDataParallel, with torch's optimizer."""
     assert contender.compressor is not None
     assert contender.hook is not None
     sgd, model = recipe.make(task.parameters(), contender.lr), _wrapped(task, None)
@@ -128,7 +127,7 @@ def _hooked(contender: Contender, task: Task, recipe: Recipe) -> Racer:
 
 
 def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
-    """packsaddle's local updates of torch's optimizer."""
+    """Set up packsaddle's local updates of torch's optimizer."""
     assert contender.compressor is not None
     assert contender.every is not None
     sgd = recipe.make(task.parameters(), contender.lr, momentum=contender.momentum)
@@ -144,7 +143,7 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
 
 
 def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
-    """The bytes of local updates since now, those of running exchanges included."""
+    """Return a function of the bytes of local updates from now on, including running exchanges."""
     start = local.ledger.total
 
     def moved(_: int) -> Bytes:
@@ -155,7 +154,7 @@ def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
 
 
 def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
-    """SparseLoCo (Sarfi et al. 2025, algorithm 1): e <- 0.95 e + (a - x), its largest entries in 2 bits are sent."""
+    """Set up SparseLoCo (Sarfi et al. 2025, algorithm 1): sends the largest entries of 0.95 e + (a - x) in 2 bits."""
     compression = Compression(TopK(64 / 4096, chunk=4096, values="int2"), decay=0.95)
     outer = OuterSGD(1.0, momentum=0.0)
     local = LocalUpdates(sgd, compression, every=contender.number, outer=outer, keep_unsent=False)
@@ -172,7 +171,7 @@ def _diloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Rac
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
-    """Take one step with a contender that may not work here. Raises CannotRunError, on every worker alike."""
+    """Make one step of a contender that may not work here. Raises CannotRunError, on all workers."""
     try:
         racer.step(batch)
     except (IndexError, RuntimeError, ValueError) as error:
@@ -182,7 +181,7 @@ def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """torch's message, without its wrapping of errors in callbacks."""
+    """Return torch's message, without its wrapping of errors in callbacks."""
     return re.sub(r"^(Got the following error when running the callback: (\w+: )?)+", "", str(error)).splitlines()[0]
 
 
@@ -234,7 +233,7 @@ def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd
     averager = PeriodicModelAverager(contender.number, warmup_steps=0)
     optimizer = PostLocalSGDOptimizer(sgd, averager)
     once = _reduced(task, 4)
-    # It averages in the first of every N steps.
+    # torch averages in the first of every N steps.
     return Racer(task, model, optimizer, lambda steps: once(-(-steps // contender.number)))
 
 
@@ -254,8 +253,8 @@ def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.Opti
 
 
 def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """The aim of torch's quantization_pertensor_hook, working on gloo: each bucket as uint8 levels between its
-    smallest and largest value, all-gathered; the mean of all workers' is what they apply. No error feedback."""
+    """Average as torch's quantization_pertensor_hook, but on gloo: all-gather each bucket as uint8 levels between its
+    smallest and largest value, and apply the mean over workers. No error feedback."""
     v: Tensor = bucket.buffer()
     low = v.min()
     width = ((v.max() - low) / 255).clamp_min(torch.finfo(v.dtype).tiny)

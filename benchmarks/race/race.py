@@ -1,6 +1,6 @@
-"""A race of contenders in the same worker processes: blocks of steps in turn, or one after the other to a target.
+"""A race of contenders in the same worker processes: alternating blocks of steps, or sequential runs to a target.
 
-`Outcome` is what a race leaves behind: laps, finishes, and the rows of its tables.
+`Outcome` is the result of a race: laps, finishes, and the rows of its tables.
 """
 
 import math
@@ -25,11 +25,11 @@ from packsaddle.runs.tasks import Dataset, Task
 
 @dataclass(frozen=True)
 class Lap:
-    """Training steps of one contender, as worker 0 saw them; all figures are per step."""
+    """Training steps of one contender, measured by worker 0; all figures are per step."""
 
     contender: str
-    seconds: tuple[float, ...]  # of the slowest worker; one for each block of consecutive steps
-    sent: float  # bytes on the wire by packsaddle's ledger, or for a peer by the arithmetic of its collective
+    seconds: tuple[float, ...]  # of the slowest worker; one per block of consecutive steps
+    sent: float  # bytes by packsaddle's ledger, or for a peer computed from its collective
     received: float
     interface_sent: float | None  # bytes that the network interface counted, headers included
     interface_received: float | None
@@ -37,18 +37,18 @@ class Lap:
 
 @dataclass(frozen=True)
 class Finish:
-    """Training of one contender until its loss reached the target, or the time was up."""
+    """Training of one contender until its loss reached the target, or the time limit."""
 
     contender: str
     reached: bool
-    seconds: float  # of training, evaluation excluded
+    seconds: float  # of training, without evaluation
     steps: int
     loss: float | None  # the smoothed loss at the end; None: it diverged
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one race."""
+    """Laps, finishes and notes of one race."""
 
     laps: tuple[Lap, ...] = ()
     finishes: tuple[Finish, ...] = ()
@@ -56,11 +56,11 @@ class Outcome:
 
 
 def step_rows(laps: Sequence[Lap], up: float | None, down: float | None = None) -> list[dict[str, Any]]:
-    """Return rows of step times over dense DDP's and, if the link's rates in bytes a second are known, over the floor.
+    """Return rows of step times relative to dense DDP's and, if the link's rates are given, relative to the floor.
 
-    "kB" are the ledger's 1,000 bytes, in the fuller direction; the floor is the time to compute a step alone plus that
-    of its bytes in the slower direction (`down` is `up` if it is not given); "allowed" is dense DDP's floor over the
-    contender's; "counted" is what the interface sent.
+    `up` and `down` (None: `up`) are bytes per second. "kB" are the ledger's 1,000 bytes, in the direction with more of
+    them; the floor is the time to compute a step without exchange plus that of its bytes in the slower direction;
+    "allowed" is dense DDP's floor over the contender's; "counted" are the bytes that the interface sent.
     """
     times = {lap.contender: Timing.of(list(lap.seconds)) for lap in laps}
     compute = times[ALONE].median
@@ -88,7 +88,7 @@ def step_rows(laps: Sequence[Lap], up: float | None, down: float | None = None) 
 
 
 def finish_rows(finishes: Sequence[Finish]) -> list[dict[str, Any]]:
-    """Rows of the times to a target; who did not reach it has no time there."""
+    """Return rows of the times to a target; None for a contender that did not reach it."""
     return [
         {
             "contender": f.contender,
@@ -101,24 +101,24 @@ def finish_rows(finishes: Sequence[Finish]) -> list[dict[str, Any]]:
     ]
 
 
-_WARM_UP = 3  # steps: DDP makes its buckets anew after the first, torch's PowerSGD begins at the third
-_EVALUATED = 512  # training images on which the loss of a race to a target is taken
+_WARM_UP = 3  # steps: DDP rebuilds its buckets after the first, torch's PowerSGD begins at the third
+_EVALUATED = 512  # training images that evaluate the loss of a race to a target
 _EVERY = 25  # steps between evaluations
-_SMOOTHED = 3  # evaluations whose mean counts
+_SMOOTHED = 3  # number of evaluations that are averaged
 
 
 @dataclass(frozen=True)
 class Race:
-    """Everything that a worker needs to know; plain enough to travel as JSON."""
+    """The settings of a race that are sent to the workers, as JSON."""
 
     workload: TrainingWorkload
     contenders: tuple[str, ...]
     lr: float = 0.1
     rounds: int = 5
-    block: int = 4  # consecutive steps per contender and round, at least
+    block: int = 4  # minimum number of consecutive steps per contender and round
     recipe: Recipe = CONSTANT
-    interface: str | None = None  # whose counted bytes are read
-    target_loss: float | None = None  # then it is a race to this loss
+    interface: str | None = None  # network interface whose counted bytes are read
+    target_loss: float | None = None  # loss of a race to a target; None: a race by step time
     max_seconds: float = 300.0  # of training, for each contender
 
     def __post_init__(self) -> None:
@@ -133,13 +133,13 @@ class Race:
             raise ValueError("contenders must be at least one")
 
     def field(self) -> list[Contender]:
-        """Return the contenders: step times are always measured together with ALONE and DENSE."""
+        """Return the contenders; races by step time always include ALONE and DENSE."""
         baselines = (ALONE, DENSE) if self.target_loss is None else ()
         return parse_all((*baselines, *self.contenders), self.lr)
 
 
 def in_process_group(race: Race) -> Outcome:
-    """Join the launcher's world, run the race there, and leave it."""
+    """Join the launcher's world, run the race, and leave the world."""
     with process_group() as group:
         settle(group)
         return run(race)
@@ -158,7 +158,7 @@ def run(race: Race) -> Outcome:
 
 
 def settle(group: Group) -> None:
-    """Have this worker compute in one thread, on a core that is its own as long as there are enough of them."""
+    """Set this worker to one thread, on its own core if there are enough cores."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):  # Linux
         cores = sorted(os.sched_getaffinity(0))
@@ -185,7 +185,7 @@ def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int]
 
 
 def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) -> Racer:
-    """Make a racer and warm it up, to the end of a period and of its exchanges. Raises CannotRunError."""
+    """Set up a racer and warm it up, to the end of a period and of its exchanges. Raises CannotRunError."""
     racer = enter(contender, race.workload.task(), race.recipe)
     probe(racer, contender, batches(0))
     while racer.steps < _WARM_UP or racer.steps % contender.period:
@@ -195,10 +195,10 @@ def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) ->
 
 
 def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[int], Batch], group: Group) -> Lap:
-    """Time consecutive steps, whole periods of them, that all workers begin together; batches are read before.
+    """Time a block of consecutive steps, in whole periods, that all workers begin together; batches are read before.
 
-    Between blocks no exchange runs. So where exchanges overlap with later steps, a period goes before, untimed: its
-    last exchange ends within the block, as the block's own ends after it.
+    Between blocks no exchange runs. So if exchanges overlap with later steps, an untimed period precedes the block: its
+    last exchange ends within the block, as the block's last one ends after it.
     """
     steps = -(-race.block // contender.period) * contender.period
     before = contender.period if contender.delay else 0
@@ -212,7 +212,7 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
         racer.step(batch)
     seconds = time.perf_counter() - begin
     slowest = max(float(s) for s in group.all_gather(torch.tensor([seconds], dtype=torch.float64)))
-    # Only now has everything left this host: a collective returns when its own part has arrived.
+    # Only now are all of this host's bytes sent: a collective returns when its own result has arrived.
     now, counted_now = racer.moved(racer.steps), _interface(race.interface)
     nothing: list[float | None] = [None, None]
     over = [(b - a) / len(read) for a, b in zip(counted, counted_now, strict=True)] or nothing
@@ -221,7 +221,7 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
 
 
 def _merged(laps: list[Lap]) -> Lap:
-    """One lap of many blocks: all their times, the mean of their bytes."""
+    """Return one lap of several blocks: all their times, and the mean of their bytes."""
 
     def mean(values: list[float | None]) -> float | None:
         known = [v for v in values if v is not None]
@@ -259,8 +259,8 @@ def _times_to_target(
 def _train(
     racer: Racer, contender: Contender, race: Race, batches: Callable[[int], Batch], fixed: Batch, group: Group
 ) -> Finish:
-    """Train until the smoothed loss reaches the target or the time is up; workers decide alike, by worker 0's clock
-    and the mean of their losses."""
+    """Train until the smoothed loss reaches the target, or the time limit. Workers decide identically, by worker 0's
+    clock and the mean of their losses."""
     assert race.target_loss is not None
     recent: deque[float] = deque(maxlen=_SMOOTHED)
     seconds = 0.0
@@ -269,7 +269,7 @@ def _train(
         begin = time.perf_counter()
         for batch in read:
             racer.step(batch)
-        racer.wait()  # an exchange would go on for nothing while the loss is evaluated
+        racer.wait()  # an exchange must not run during the evaluation, whose time is not counted
         seconds += time.perf_counter() - begin
         seen = group.all_gather(torch.tensor([_evaluate(racer.task, fixed), seconds], dtype=torch.float64))
         recent.append(sum(float(s[0]) for s in seen) / len(seen))
@@ -292,7 +292,7 @@ def _meet(group: Group) -> None:
 
 
 def _interface(name: str | None) -> list[int]:
-    """Bytes that a network interface has sent and received (nothing without a name)."""
+    """Return the bytes that a network interface has sent and received; [] without a name."""
     if name is None:
         return []
     folder = Path("/sys/class/net") / name / "statistics"

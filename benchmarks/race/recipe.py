@@ -16,7 +16,7 @@ from torch import nn
 Kind = Literal["sgd", "momentum", "adamw"]
 _WARM_UP = 0.1  # of the steps, and at most _LONGEST of them
 _LONGEST = 100
-_LAST_SHARE = 0.1  # of the peak rate
+_LAST_SHARE = 0.1  # fraction of the peak rate at the end
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Recipe:
 
     @property
     def clip(self) -> float | None:
-        """The largest norm of a gradient, None for any."""
+        """The maximum norm of a gradient; None: no clipping."""
         return 1.0 if self.optimizer == "adamw" else None
 
     def make(self, parameters: Iterable[nn.Parameter], lr: float, *, momentum: float = 0.0) -> torch.optim.Optimizer:
-        """Return the optimizer, at its peak rate; `momentum` is of "sgd"."""
+        """Return the optimizer, at its peak rate; `momentum` is for "sgd" only."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr, momentum=momentum)
         if self.optimizer == "momentum":
@@ -55,7 +55,7 @@ class Recipe:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, self.share)
 
     def share(self, step: int) -> float:
-        """Return the share of the peak rate at a step."""
+        """Return the fraction of the peak rate at a step."""
         return share_of_peak(step, max(1, min(_LONGEST, round(_WARM_UP * self.steps))), self.steps)
 
 
@@ -65,7 +65,7 @@ CONSTANT = Recipe()  # the paper's
 def share_of_peak(step: float, warm_up: float, end: float) -> float:
     """Return the fraction of the peak rate at a step, from 0: linear warm-up, then half a cosine to a tenth at `end`.
 
-    The race keeps a schedule of its own, so that its rows stay comparable when the library's changes.
+    The race does not use the library's schedule, so that its results stay comparable if that changes.
     """
     if step + 1 < warm_up:
         return (step + 1) / warm_up

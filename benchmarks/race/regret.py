@@ -1,12 +1,12 @@
-"""What `packsaddle plan link` foresees of a race's steps, and what its choice costs.
+"""The predictions of `packsaddle plan link` for a race's steps, and the regret of its choice.
 
     python -m benchmarks.race.regret experiments/race/gpt [--workers 2]
 
 For each number of workers and link of a race (`python -m benchmarks.race loss`): predicted and measured milliseconds of
-the steps that the planner knows, and the regret: the measured time to the target of the method that it chooses, over
-that of the best method that it could have chosen. It is given the computing time of `alone` on that link and its own
-measured speeds of coding, so this is to be run on the machine of the race; where workers share its cores, which the
-plan does not know, coding takes as many times longer.
+the steps that the planner supports, and the regret: the measured time to the target of the method that it chooses, over
+that of the best method that it could have chosen. The planner gets the measured computing time of `alone` on that link,
+and speeds of coding measured here, so run this on the machine of the race. If workers share cores, which the planner
+does not model, its coding times are multiplied by the number of workers per core.
 """
 
 import argparse
@@ -39,14 +39,14 @@ from packsaddle.plan import MEASURED as HOOK
 
 @cache
 def pace(compressor: object, d: int, workers: int) -> Pace:
-    """Return the speed of a compressor, measured once, where workers may share cores."""
+    """Return the speed of a compressor, measured once, and reduced if workers share cores."""
     alone, share = measure(compressor, d, repeats=5), max(1.0, workers / (os.cpu_count() or 1))  # type: ignore[arg-type]
     lines = {name: [share * value for value in astuple(line)] for name, line in vars(alone).items()}
     return Pace(**{name: Line(*values) for name, values in lines.items()})
 
 
 def setting(contender: Contender) -> Setting | None:
-    """Return the planner's setting of local updates that a contender has, None for another kind."""
+    """Return a contender's planner setting of local updates, None for a contender of another kind."""
     if contender.every is None or contender.compressor is None or contender.outer != "none" or contender.delay:
         return None
     kept = not contender.compressor.lossless
@@ -54,7 +54,7 @@ def setting(contender: Contender) -> Setting | None:
 
 
 def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, update: float) -> dict[str, float]:
-    """Return the predicted seconds of a step of each contender that the planner can foresee."""
+    """Return the predicted seconds per step of each contender that the planner supports."""
     found: dict[str, float] = {}
     shared = partial(pace, workers=fleet.workers)
     for text in texts:
@@ -70,7 +70,7 @@ def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, up
 
 
 def factor(text: str, workers: int) -> float | None:
-    """Return the planner's multiple of dense training's steps, of the nearest measured period; None if unmeasured."""
+    """Return the planner's multiple of dense training's steps at the nearest measured period; None if unmeasured."""
     contender = parse(text, 1.0)
     if text == DENSE:
         return 1.0

@@ -1,4 +1,4 @@
-"""CSV files of a race, which grow by rows: a header once, and rows that are read back or refused by name."""
+"""CSV files of a race: appending rows, with one header, and reading them back with validation."""
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,7 @@ def add_rows(path: Path, kind: type, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path, read: Callable[[Mapping[str, Any]], Row], what: str) -> list[Row]:
-    """Return the rows of a file, none where there is no file. Raises ValueError that says `what` a row is not."""
+    """Return the rows of a file, [] if it does not exist. Raises ValueError for a row that is not a `what`."""
     if not path.exists():
         return []
     with path.open(newline="") as file:

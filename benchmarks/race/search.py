@@ -1,6 +1,6 @@
 """A search for each contender's best step size: one grid with the first seed, then more seeds at the best of each.
 
-Curves go to a file as they are done, and one that is in it is not made again.
+Finished curves are written to a file, and curves in the file are not made again.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from packsaddle.comm import launch
 
 @dataclass(frozen=True)
 class Search:
-    """The contenders of one number of workers, the grid for those that name no step size, and how many seeds."""
+    """The contenders of one number of workers, the grid for those without a step size, and the number of seeds."""
 
     training: Training
     workers: int
@@ -36,7 +36,7 @@ class Search:
             self._rates(text)
 
     def run(self, out: Path) -> None:
-        """Make what is missing; a launch of workers for each contender. Raises WorkerFailedError."""
+        """Make the missing curves, with one launch of workers per contender. Raises WorkerFailedError."""
         for text in dict.fromkeys(self.contenders):
             for jobs in (self.first, self.more):
                 curves = load(out)
@@ -49,9 +49,9 @@ class Search:
         return [Job(self.workers, text, rate, 0) for rate in self._rates(text)]
 
     def more(self, text: str, curves: Sequence[Curve]) -> list[Job]:
-        """Return the jobs of further seeds, at the best step size; none if another spelling of it was better.
+        """Return the jobs of further seeds at the best step size; [] if another entry of the contender was better.
 
-        A contender may be listed with several step sizes of its own, each then a candidate.
+        A contender may be listed several times with different step sizes, which are then the candidates.
         """
         key = self._key(text)
         mine = [c for c in curves if c.workers == self.workers and c.seed == 0 and self._key(c.contender) == key]
@@ -61,11 +61,11 @@ class Search:
         return [Job(self.workers, text, best, seed) for seed in range(1, self.seeds) if best in self._rates(text)]
 
     def _rates(self, text: str) -> tuple[float, ...]:
-        """The step sizes of a contender: its own, or the grid."""
+        """Return the candidate step sizes of a contender: its own, or the grid."""
         own = parse(text, -1.0).lr
         return self.grid if own < 0 else (own,)
 
     def _key(self, text: str) -> tuple[str, int]:
-        """The setting that its step size is searched for: its method and steps."""
+        """Return the setting for which the step size is searched: method and steps."""
         contender = parse(text, 1.0)
         return contender.method, contender.steps or self.training.steps

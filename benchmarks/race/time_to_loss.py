@@ -1,8 +1,8 @@
-"""The time that training to a loss takes on a link: steps to the loss, from curves, times the seconds of a step there.
+"""The time to train to a loss on a link: the number of steps to the loss, from curves, times the seconds of a step.
 
-The loss is that which dense training has at nine tenths of its tokens, for each seed its own: seeds differ in network
-and batches, which are the same for all contenders. Steps and their times are measured apart, see `curves` and `race`,
-and multiplied here: one curve serves every link.
+The target is the loss of dense training at nine tenths of its tokens, separately for each seed: seeds differ in network
+and batches, which are the same for all contenders. Steps and their times are measured separately (see `curves` and
+`race`) and multiplied here, so one curve is valid for all links.
 """
 
 import math
@@ -18,12 +18,12 @@ from benchmarks.race.race import Lap
 from benchmarks.race.rows_file import add_rows, read_rows
 from packsaddle.plan import Timing
 
-_TARGET = 0.9  # of dense training's tokens
+_TARGET = 0.9  # fraction of dense training's tokens
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Mbit/s of what a host sends and of what it receives."""
+    """The rates at which a host sends and receives, Mbit/s."""
 
     up: float
     down: float
@@ -46,21 +46,21 @@ class Rates:
 
 @dataclass(frozen=True)
 class StepOnLink:
-    """A contender's step on a link of `up` and `down` Mbit/s; milliseconds of the slowest worker."""
+    """A contender's step on a link of `up` and `down` Mbit/s; times are the slowest worker's."""
 
     workers: int
     up: float
     down: float
     contender: str
-    ms: float  # the median over turns, and their range
+    ms: float  # milliseconds, median over turns; then the range
     low: float
     high: float
-    kb: float  # ledger's kB a step, of the fuller direction
-    counted_kb: float  # what the interface sent
+    kb: float  # the ledger's kB per step, in the direction with more
+    counted_kb: float  # kB per step that the interface sent
 
     @classmethod
     def of(cls, workers: int, link: Rates, lap: Lap) -> "StepOnLink":
-        """Return it from a race's lap."""
+        """Return the step of a race's lap."""
         time = Timing.of(list(lap.seconds))
         ms, low, high = (round(1000 * seconds, 3) for seconds in (time.median, time.low, time.high))
         counted = (lap.interface_sent or 0.0) / 1000
@@ -69,7 +69,7 @@ class StepOnLink:
 
     @property
     def link(self) -> Rates:
-        """The link that it was timed on."""
+        """The link on which it was timed."""
         return Rates(self.up, self.down)
 
 
@@ -79,7 +79,7 @@ def save_steps(path: Path, steps: Iterable[StepOnLink]) -> None:
 
 
 def load_steps(path: Path) -> list[StepOnLink]:
-    """Return the rows of a file, none where there is no file. Raises ValueError for a bad one."""
+    """Return the rows of a file, [] if it does not exist. Raises ValueError for an invalid row."""
     return read_rows(path, _step, "step on a link")
 
 
@@ -90,34 +90,34 @@ def _step(row: Mapping[str, Any]) -> StepOnLink:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method with a number of steps: its curves at the best step size of seed 0, one for each seed."""
+    """One method with one number of steps: its curves at its best step size, one per seed."""
 
     method: str
     curves: tuple[Curve, ...]
 
     @property
     def is_ours(self) -> bool:
-        """True if it is packsaddle's, and no peer."""
+        """True if the method is packsaddle's, not a peer."""
         return is_ours(self.method)
 
     @property
     def losses(self) -> list[float]:
-        """The last losses, one for each seed."""
+        """The last losses, one per seed."""
         return [curve.final for curve in self.curves]
 
     def steps_to(self, targets: Mapping[int, float]) -> list[float] | None:
-        """Return the steps to the loss of each seed, or None if a seed does not reach its own, or has none."""
+        """Return the steps to the target of each seed, or None if a seed does not reach its target or has none."""
         found = [curve.steps_to(targets.get(curve.seed, -math.inf)) for curve in self.curves]
         return None if None in found else [steps for steps in found if steps is not None]
 
 
 def is_ours(method: str) -> bool:
-    """Tell if a method is packsaddle's, and no peer."""
+    """Return True if a method is packsaddle's, not a peer."""
     return not parse(method, 1.0).peer
 
 
 def entries(curves: Sequence[Curve]) -> list[Entry]:
-    """Return the methods of the curves of one number of workers, each with each number of steps that it trained for."""
+    """Return the entries of one number of workers' curves: each method with each number of steps it was trained for."""
     groups: dict[tuple[str, int], list[Curve]] = {}
     for curve in curves:
         groups.setdefault((parse(curve.contender, curve.lr).method, curve.steps), []).append(curve)
@@ -125,7 +125,7 @@ def entries(curves: Sequence[Curve]) -> list[Entry]:
 
 
 def _best(group: list[Curve]) -> list[Curve]:
-    """The curves at the step size of the least last loss: of the mean over seeds, among those with the most seeds."""
+    """Return the curves at the best step size, by mean last loss over seeds, among those with the most seeds."""
     by_rate: dict[tuple[str, float], list[Curve]] = {}
     for curve in group:
         by_rate.setdefault((curve.contender, curve.lr), []).append(curve)
@@ -147,8 +147,8 @@ def targets_of(dense: Entry) -> dict[int, float]:
 def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
     """Return one row for each method and training length of one number of workers: losses, kB, times to the target.
 
-    Raises ValueError without dense training. The time on a link is empty where the step was not timed there, and
-    infinite where the loss was not reached. Of a method's training lengths each has its row.
+    The time on a link is empty if the step was not timed there, and infinite if the loss was not reached. Raises
+    ValueError without dense training.
     """
     found = entries(curves)
     dense = dense_of(found)
@@ -182,7 +182,7 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
 
 
 def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
-    """Return for each link the quickest of packsaddle and of its peers to the target, and the ratio of their times."""
+    """Return for each link the fastest method of packsaddle and of its peers, and the ratio of their times."""
     found = []
     for link in dict.fromkeys(step.link for step in steps):
         name = str(link)
@@ -203,7 +203,7 @@ def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) ->
 
 
 def computing(steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
-    """Return for each contender the share of the time in which it computes, by link."""
+    """Return for each contender the fraction of time in which it computes, by link."""
     alone = {step.link: step.ms for step in steps if step.contender == ALONE}
     table: dict[str, dict[str, Any]] = {}
     for step in steps:

@@ -1,8 +1,8 @@
-"""The race to a loss: the curves of every contender, its step on every link, and the time to the loss that follows.
+"""The race to a loss: the curve of each contender, its step time on each link, and the resulting time to the loss.
 
-The folder of a race has `curves.csv` and `steps.csv`. Both are added to, so that a race that was cut off is resumed
-and a contender can be added later; the tables and figures are made of them alone. `race.json` says what all of it is
-of: the network, its data and the recipe.
+The folder of a race has `curves.csv` and `steps.csv`. Rows are appended to both, so that an interrupted race can be
+resumed, and contenders added later; tables and figures are made from these files alone. `race.json` has the network,
+its data and the recipe.
 """
 
 import json
@@ -38,7 +38,7 @@ Part = Literal["all", "curves", "steps", "tables"]
 
 @dataclass(frozen=True)
 class FullRace:
-    """The settings of a race, for each number of workers the same."""
+    """The settings of a race, identical for all numbers of workers."""
 
     folder: Path
     training: Training
@@ -51,13 +51,13 @@ class FullRace:
     block: int = 2
 
     def run(self, part: Part) -> list[Result]:
-        """Make what is missing of a part, and return the tables. Raises ValueError, WorkerFailedError."""
+        """Make the missing results of a part, and return the tables. Raises ValueError, WorkerFailedError."""
         if part not in get_args(Part):
             raise ValueError(f"only must be one of {', '.join(get_args(Part))}, got {part!r}")
         searches = [Search(self.training, w, self.contenders, self.grid, self.seeds) for w in self.workers]
         if part in ("all", "steps") and (reason := available()):
             raise ValueError(f"loss {reason}; --only curves makes what needs no link")
-        self.training.workload.examples()  # what cannot be read is said here, not by a worker
+        self.training.workload.examples()  # raises an error about unreadable data here rather than in a worker
         self._claim(makes=part != "tables")
         if part in ("all", "curves"):
             for search in searches:
@@ -68,7 +68,7 @@ class FullRace:
         return self._tables()
 
     def _claim(self, *, makes: bool) -> None:
-        """Raise ValueError if what the folder has is of another race; else note in it, before making more, of which."""
+        """Raise ValueError if the folder has another race's results; else, with `makes`, write the settings to it."""
         path, workload = self.folder / "race.json", self.training.workload
         mine = {
             "model": workload.network,
@@ -96,7 +96,7 @@ class FullRace:
             partial.replace(path)
 
     def _time_steps(self, workers: int) -> None:
-        """Time on every link the contenders that were not timed there, all in turns."""
+        """Time on each link, in alternating turns, the contenders that were not timed there."""
         path = self.folder / "steps.csv"
         for link in self.links:
             done = {s.contender for s in load_steps(path) if s.workers == workers and s.link == link}
@@ -111,7 +111,7 @@ class FullRace:
             save_steps(path, [StepOnLink.of(workers, link, lap) for lap in laps])
 
     def _tables(self) -> list[Result]:
-        """The tables of the files, two or three for each number of workers; with matplotlib also the figures."""
+        """Return the tables of the files, two or three per number of workers; with matplotlib also draw figures."""
         curves, steps = load(self.folder / "curves.csv"), load_steps(self.folder / "steps.csv")
         found = []
         for workers in self.workers:
@@ -126,7 +126,7 @@ class FullRace:
 
 
 def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOnLink]) -> list[Result]:
-    """Return the tables of one number of workers: losses and times, the best on each link, shares of computing."""
+    """Return the tables of one number of workers: losses and times, the best on each link, fractions of computing."""
     workload = race.training.workload
     setting = {
         "workers": workers,
@@ -161,5 +161,5 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
 
 
 def _once(contenders: Iterable[str]) -> list[str]:
-    """Contenders whose steps take different times: each method once, whatever its step size and steps."""
+    """Return the contenders with different step times: each method once, regardless of step size and steps."""
     return list(dict.fromkeys(parse(text, 1.0).method for text in (ALONE, DENSE, *contenders)))

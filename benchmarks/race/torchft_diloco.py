@@ -1,7 +1,7 @@
 """torchft's DiLoCo as a contender: AdamW or SGD inside, Nesterov momentum outside, on torchft's own Manager and gloo.
 
 Each worker is one replica; worker 0 runs the lighthouse. DiLoCo's outer optimizer is the published one (Douillard et
-al. 2023): SGD of rate 0.7 with Nesterov momentum 0.9 on the mean of the workers' changes, all-reduced in float32.
+al. 2023): SGD of rate 0.7 with Nesterov momentum 0.9 on the mean local update, all-reduced in float32.
 """
 
 import os
@@ -16,15 +16,15 @@ from packsaddle.comm import Group, connect, resolve
 from packsaddle.errors import require
 
 outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)  # of the anchor's tensors
-_JOIN_MS = 30_000  # how long the lighthouse waits for workers that are late
+_JOIN_MS = 30_000  # milliseconds that the lighthouse waits for late workers
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Callable[[], None]:
-    """Have `optimizer` take part in DiLoCo rounds of `every` steps; collective. Returns what ends it.
+    """Add DiLoCo rounds of `every` steps to `optimizer`; collective. Returns a function that ends them.
 
     Raises MissingExtraError without torchft.
     """
-    os.environ.setdefault("RUST_LOG", "warn")  # else its servers say several lines in every round
+    os.environ.setdefault("RUST_LOG", "warn")  # else its servers log several lines per round
     torchft: Any = require("torchft.local_sgd", "torchft", "diloco-N")
     group = resolve(None)
     lighthouse, place = _lighthouse(group)
@@ -34,7 +34,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Ca
 
     def end() -> None:
         rounds.__exit__(None, None, None)
-        group.all_reduce(torch.zeros(1))  # no worker leaves while another still needs its Manager
+        group.all_reduce(torch.zeros(1))  # no worker may leave while another one needs its Manager
         manager.shutdown(wait=False)
         if lighthouse is not None:
             lighthouse.shutdown()
@@ -43,7 +43,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Ca
 
 
 def _lighthouse(group: Group) -> tuple[Any, str]:
-    """Start the lighthouse on worker 0, which other workers reach as they reach the master; return it and its place."""
+    """Start the lighthouse on worker 0; return it (None on other workers) and its address, on the master's host."""
     server, port = None, torch.zeros(1, dtype=torch.int64)
     if group.rank == 0:
         coordination: Any = require("torchft.coordination", "torchft", "diloco-N")

@@ -1,7 +1,7 @@
 """Benchmarks of whole training steps, on this machine's own worker processes and over a real slow link.
 
-Contenders are every compressor asked for and every way that torch has. Over a link the question is what training
-costs and what its bytes allow.
+Contenders are the requested compressors and torch's own ways to exchange gradients. Over a link, step times are
+compared with the floor by their bytes.
 """
 
 import json
@@ -18,10 +18,10 @@ from packsaddle.options import build
 
 
 def race_on_workers(race: Race, workers: int) -> list[Result]:
-    """Race contenders on `workers` local processes, without a slow link. Raises ValueError, WorkerFailedError."""
+    """Run a race on `workers` local processes, without a slow link. Raises ValueError, WorkerFailedError."""
     if not 1 <= workers <= 64:
         raise ValueError(f"workers must be 1 to 64, got {workers}")
-    race.workload.examples()  # what cannot be read is said here, not by a worker
+    race.workload.examples()  # raises an error about unreadable data here rather than in a worker
     outcome = launch(in_process_group, (race,), workers)
     question = "Forward, backward, exchange, update: what does a training step cost without a slow link?"
     setting = {"workers": workers, **described(race), **machine(threads=1)}
@@ -29,7 +29,7 @@ def race_on_workers(race: Race, workers: int) -> list[Result]:
 
 
 def described(race: Race) -> dict[str, object]:
-    """The setting that every race shares."""
+    """Return the settings common to all races."""
     workload = race.workload
     d = sum(p.numel() for p in workload.task().parameters())
     return {
@@ -44,22 +44,22 @@ def described(race: Race) -> dict[str, object]:
 
 
 def legend(race: Race) -> list[str]:
-    """Say who the contenders are."""
+    """Return the notes that describe the contenders."""
     peers = dict.fromkeys(c.peer for c in race.field() if c.peer)
     named = [f"{peer}: {PEERS[peer]}" for peer in peers]
     return [*named, "DDP overlaps its exchange with backward, and sends no batch statistics, as packsaddle does not"]
 
 
 def race_on_hosts(race: Race, hosts: int, rate_mbit: float, up_mbit: float | None = None) -> list[Result]:
-    """Race contenders on hosts whose links have this rate, or `up_mbit` for what they send.
+    """Run a race on hosts whose links receive at `rate_mbit`, and send at `up_mbit` (None: the same).
 
-    Raises ValueError if it is bad or hosts cannot be made, WorkerFailedError if one fails.
+    Raises ValueError for an invalid rate or if hosts cannot be created, WorkerFailedError if one fails.
     """
     if not 2 <= hosts <= 16:
         raise ValueError(f"hosts must be 2 to 16, got {hosts}")
     if reason := available():
         raise ValueError(f"link {reason}")
-    race.workload.examples()  # what cannot be read is said here, not by a worker
+    race.workload.examples()  # raises an error about unreadable data here rather than in a worker
     with Hosts(hosts, rate_mbit, up_mbit) as network:
         outcome = hold(race, network)
     rates = {"rate Mbit/s": rate_mbit} if up_mbit is None else {"down Mbit/s": rate_mbit, "up Mbit/s": up_mbit}

@@ -1,8 +1,8 @@
 """The networks that training benchmarks train, and their batches of real or synthetic images, or of text.
 
 "gpt" is nanoGPT's network for a CPU (4 layers, 4 heads, width 128, 64 characters: 0.83 million parameters), and
-"gpt-10m" the network of its example for characters (6 layers, 6 heads, width 384: 10.7 million). Their text is a
-folder's, or the source of Python's standard library, 11 million characters that every CPython has. "resnet18-16" is
+"gpt-10m" the network of its character example (6 layers, 6 heads, width 384: 10.7 million). Their text is from a
+folder, or the source of Python's standard library, 11 million characters that come with CPython. "resnet18-16" is
 ResNet-18 with a quarter of the channels.
 """
 
@@ -61,7 +61,7 @@ class TrainingWorkload:
 
     network: Network
     batch: int
-    data_dir: str | None = None  # MNIST's, CIFAR-10's, an image folder's of 32 x 32, or a folder of text
+    data_dir: str | None = None  # folder of MNIST, of CIFAR-10, of images of 32 x 32, or of text
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,11 +79,11 @@ class TrainingWorkload:
 
     @property
     def is_real(self) -> bool:
-        """True if a loss on it tells something: it is no synthetic pattern."""
+        """True if the data are not synthetic, so that losses are meaningful."""
         return self.reads_text or self.data_dir is not None
 
     def source(self) -> str:
-        """Say where the examples come from."""
+        """Return a description of the examples' source."""
         if self.reads_text:
             return "Python's standard library" if self.data_dir is None else "text folder"
         if self.data_dir is None:
@@ -96,7 +96,7 @@ class TrainingWorkload:
         return "folder" if (Path(self.data_dir or "") / "train").is_dir() else "cifar10"
 
     def examples(self, *, train: bool = True) -> Dataset:
-        """Return the examples to train on, or those held out. Raises ConfigError if they cannot be read."""
+        """Return the training or the held-out examples. Raises ConfigError if they cannot be read."""
         if self.reads_text:
             folder = None if self.data_dir is None else Path(self.data_dir)
             return load_library(_TEXT, train=train) if folder is None else load_text(_TEXT, folder, train=train)
@@ -105,7 +105,7 @@ class TrainingWorkload:
         return _synthetic(_SHAPES[self.network])
 
     def task(self) -> Task:
-        """Return a new network, the same every time."""
+        """Return a new network, with identical weights in each call."""
         if self.reads_text:
             data = self.examples()
             return make_task(_GPTS[self.network], data.shape, data.classes, self.seed)
@@ -124,7 +124,7 @@ def evenly_spaced(n: int, most: int) -> Tensor:
 
 
 def _synthetic(shape: tuple[int, int, int]) -> Images:
-    """Noisy copies of ten random patterns, one per class: something to learn, of a real dataset's shapes."""
+    """Return noisy copies of ten random patterns, one per class: learnable data in a real dataset's shapes."""
     rng = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (_SYNTHETIC,), generator=rng)
     patterns = (torch.rand(10, *shape, generator=rng) < 0.2).to(torch.uint8) * 200
@@ -132,21 +132,21 @@ def _synthetic(shape: tuple[int, int, int]) -> Images:
     return Images(patterns[labels] + noise, labels, 255, 10)
 
 
-_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders of what is no module's source
+_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders that are not the library's source
 
 
 def load_library(config: DataConfig, *, train: bool) -> Text:
     """Load the source of Python's standard library (its modules in ASCII, without tests), cut as by `load_text`.
 
-    Modules follow each other in an order of their own, the same on every machine, so that the last tenth is like the
-    rest. Raises ConfigError where the library is not there as files.
+    Modules are in a shuffled order, identical on all machines, so that the last tenth is similar to the rest. Raises
+    ConfigError if the library is not available as files.
     """
     return cut_text(config, *_library(), "the standard library", train=train)
 
 
 @lru_cache(maxsize=1)
 def _library() -> tuple[Tensor, str]:
-    """The codes of the standard library's modules, int16[n], and their vocabulary."""
+    """Return the character codes of the standard library's modules, int16[n], and their vocabulary."""
     root = Path(sysconfig.get_path("stdlib"))
     parts = []
     for file in root.rglob("*.py"):

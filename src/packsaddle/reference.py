@@ -3,20 +3,20 @@
 W workers minimize f, the mean of their objectives f_i, from one point x of d coordinates. In every iteration
 
 - worker i computes a stochastic gradient of f_i at x and adds the noise xi, which is identical on all workers
-  (line 9), and its error memory e^(i), the residuals that compression has left so far;
+  (line 9), and its error memory e^(i), the accumulated residuals of compression;
 - it sends the compressed sum g^(i) = C(v^(i)) of v^(i) = e^(i) + gradient + xi (line 10);
-- all workers step along the mean: x <- x - eta mean_i g^(i) (line 11);
+- all workers apply the mean: x <- x - eta mean_i g^(i) (line 11);
 - the residual is the new error memory: e^(i) = v^(i) - g^(i) (line 12).
 
-So nothing is lost, only delayed: y = x - eta e, e the mean error memory, moves by eta (mean gradient + xi) exactly,
-whatever C is. Noise and curvature carry x away from a saddle. The escape check (lines 5 to 7) divides the run into
-segments: one ends after `interval` iterations, or where y is farther than `radius` from its first point. Then x moves
-to y if f has decreased, else back to that point, and the error memories are cleared.
+So updates are delayed but not lost: with e the mean error memory, y = x - eta e changes by exactly
+-eta (mean gradient + xi) for any C. Noise and negative curvature move x away from a saddle. The escape check (lines 5
+to 7) divides the run into segments: one ends after `interval` iterations, or when y is farther than `radius` from its
+first point. Then x is set to y if f has decreased, else to that point, and the error memories are cleared.
 
-One loop runs all workers, on dense vectors, so this file is slow and easy to check. `CompressedSGD` computes the same
-iterates between processes, and the tests compare the two.
+One loop runs all workers on dense vectors, so this file is slow and easy to check. `CompressedSGD` computes the same
+iterates across processes, and the tests compare the two.
 
-Two workers, whose parabolas have their minima at (1, 2) and (3, 6), find that of the mean, by one coordinate at a time:
+Two workers with quadratic objectives, minimal at (1, 2) and (3, 6), minimize the mean and send one coordinate per step:
 
 >>> import torch
 >>> from packsaddle import RandomK
@@ -42,11 +42,11 @@ Gradient = Callable[[Tensor, int], Tensor]  # (x_t, t) -> grad F_i(x_t, theta_t)
 
 @dataclass(frozen=True)
 class Check:
-    """The escape check of lines 5 to 7: f, the iterations I of a segment and its radius R."""
+    """Settings of the escape check (lines 5 to 7)."""
 
     objective: Callable[[Tensor], float]  # f
-    interval: float = math.inf  # I
-    radius: float = math.inf  # R, in units of x
+    interval: float = math.inf  # I, the maximum number of iterations of a segment
+    radius: float = math.inf  # R, the radius of a segment, in units of x
 
 
 @dataclass

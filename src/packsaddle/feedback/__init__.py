@@ -1,8 +1,8 @@
-"""The engine: error feedback as a transaction, which the optimizer, hooks and local updates share.
+"""Error feedback as a transaction, shared by the optimizer, the DDP and FSDP hooks, and local updates.
 
 - `round`: one exchange, v = e + u sent as C(v), then committed or rolled back (Algorithm 1, lines 10-12)
 - `memory`: the error memory e, of several kinds
 - `slices`: parameters as one flat vector, or parts of it
-- `guard`, `checks`, `escape`, `noise`: validation, measurements and checks of a step
-- `compression`: the settings that all fronts share; `state`: saved states; `background`: exchanges during training
+- `guard`, `checks`, `escape`, `noise`: validation of a step, measurements, the escape check, artificial noise
+- `compression`: the common settings; `state`: saved states; `background`: exchanges that overlap with training
 """

@@ -1,4 +1,4 @@
-"""The thread or stream in which exchanges are carried out during training."""
+"""The thread or CUDA stream in which exchanges run during training."""
 
 import threading
 import weakref
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
-_PATIENCE = 1.0  # seconds that the interpreter's end waits for a thread that is about to end
+_PATIENCE = 1.0  # seconds to wait at interpreter exit for a thread that is about to end
 
 
 @dataclass(frozen=True)
 class Promise:
-    """A tensor to come; `future` is for whoever waits for it."""
+    """A tensor computed in the background: its producer completes `source`, its consumers wait for `future`."""
 
     source: Future[Tensor]
     future: Future[Tensor]
@@ -25,10 +25,10 @@ Results = Sequence[tuple[Promise, Tensor]]
 
 
 class Background:
-    """Runs functions one after the other: on a CPU in a thread of its own, on a GPU in a stream of its own.
+    """Runs functions sequentially in the background: on a CPU in a separate thread, on a GPU in a separate stream.
 
-    One after the other, since workers must start their collectives in one order. On a GPU the host does not wait for
-    collectives, so a stream is enough to let them overlap with what computes.
+    Sequentially, since all workers must start their collectives in the same order. On a GPU collectives do not block
+    the host, so a stream is enough to overlap them with computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,16 +38,16 @@ class Background:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []  # the last one
         self._busy = False
-        weakref.finalize(self, _join, self._threads)  # also at the interpreter's end
+        weakref.finalize(self, _join, self._threads)  # also at interpreter exit
 
     def promise(self) -> Promise:
-        """Return a tensor to come, which may be waited for in any stream."""
+        """Return a new promise; its `future` may be waited for in any stream."""
         source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
-        # DDP reads a future's value without looking for an error; what `then` returns has it as its own.
+        # DDP reads a future's value without checking for an error; the future that `then` returns raises it.
         return Promise(source, source.then(lambda done: done.value()))
 
     def submit(self, work: Callable[[], object], results: Results) -> None:
-        """Run `work`, after which the promises have their results; an error in it becomes theirs."""
+        """Run `work` in the background; then complete each promise with its result, or with the error of `work`."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
@@ -58,8 +58,8 @@ class Background:
             if self._busy:
                 return
             self._busy = True
-        # It ends when nothing waits, so none is there when the interpreter ends; and if another worker is gone and a
-        # collective does not return, it does not keep this process, which has an error to report, from ending.
+        # The thread ends when the queue is empty, so that none is left at interpreter exit. It is a daemon: if another
+        # worker is gone, a collective may never return, and must not keep this process from exiting with its error.
         self._threads[:] = [threading.Thread(target=self._work, name="packsaddle", daemon=True)]
         self._threads[0].start()
 

@@ -20,30 +20,30 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """Falls due every N steps, and stays due until done, since not every step exchanges; never if N is 0."""
+    """A schedule: due every N steps, and then until `done` is called, since not every step exchanges. 0: never due."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.last = 0  # the step count when it was done last
+        self.last = 0  # the number of steps at the last `done`
 
     def due(self, step: int) -> bool:
-        """Return True if it is due in this step, from 0."""
+        """Return True if it is due in this step, counted from 0."""
         return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
 
     def done(self, step: int) -> None:
-        """Mark it as done in this step."""
+        """Record that it was done in this step."""
         self.last = step + 1
 
 
 class Contraction:
     """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v every `every` steps; 0 never measures.
 
-    A step has one slice or several, and mu_t is of all of them together. Nothing is read from a device before `close`.
-    Noise that is drawn only where it reaches x (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
+    mu_t covers all slices of a step together. Nothing is read from a device before `close`. Lazy noise (see
+    `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
         every: steps between two measurements.
-        of: the one slice of all steps, to measure each of its tensors as well.
+        of: the slice, if all steps have the same one, to measure each of its tensors as well. None: only mu_t.
     """
 
     def __init__(self, every: int, of: Slice | None = None) -> None:
@@ -53,7 +53,7 @@ class Contraction:
         self._energies: list[Tensor] = []  # of v and of its residual for each slice, float64[tensors or 1]
 
     def measure(self, step: int, vector: Tensor) -> None:
-        """Measure v of a slice, float[n], and after the exchange its residual, if the step is due."""
+        """Measure v of a slice, float[n], or in a second call its residual, if the step is due."""
         if self._every.due(step):
             self._energies.append(self._energy(vector))
 
@@ -66,7 +66,7 @@ class Contraction:
         return energies
 
     def close(self, step: int, *, apply: bool) -> None:
-        """End a step; a rejected one is not measured."""
+        """End a step: compute mu_t from its measurements; a rejected step (`apply` False) discards them."""
         energies, self._energies = self._energies, []
         if not (apply and energies):
             return
@@ -86,12 +86,12 @@ class Contraction:
 
 
 def contraction(before: float, after: float) -> float:
-    """Return 1 - ||v - C(v)||^2 / ||v||^2, from the two squares; 1 for v = 0."""
+    """Return 1 - ||v - C(v)||^2 / ||v||^2, from ||v||^2 and ||v - C(v)||^2; 1 for v = 0."""
     return 1.0 - after / before if before != 0 else 1.0  # a NaN stays one
 
 
 class StepRates:
-    """The last step's r, then each group's learning rate and weight decay; and an 8-byte digest of all steps."""
+    """The last step's rates, r and each group's learning rate and weight decay, and an 8-byte digest of all steps."""
 
     def __init__(self) -> None:
         self._digest = bytes(8)
@@ -113,7 +113,7 @@ class StepRates:
 
 
 def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Return the first difference of two steps' rates, with both values; "" if there is none."""
+    """Describe the first difference between the rates of two workers, with both values; "" if there is none."""
     for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
         if here != there:
             group, is_decay = divmod(i - 1, 2)
@@ -123,7 +123,7 @@ def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 class DriftError(GuardError):
-    """The error if workers' parameters, learning rates or noise differ.
+    """Raised if parameters, learning rates, weight decay or noise differ between workers.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, DriftError, TopK, simulate
@@ -158,7 +158,7 @@ class Drift:
     [Drift(step=0, name='parameter 0', workers=(1, 2))]
     """
 
-    step: int  # t of the step before it
+    step: int  # t of the last step before the comparison
     name: str  # the first tensor that differs
     workers: tuple[int, ...]  # ranks whose tensor differs from rank 0's
 
@@ -170,9 +170,9 @@ class Drift:
 class DriftGuard:
     """Compares x over workers every `every` steps (0: never) by fingerprints; `action`: raise, or broadcast rank 0's x.
 
-    x is never sent, so faulty memory, other rounding or a script that changes parameters on one worker would go
-    unnoticed. Learning rates, weight decays and r are never sent either: x stays equal if they differ, but e would be
-    in units of each worker's own rate, and the mean of different noises is not xi. So their digests are compared too.
+    x is never sent, so differences by faulty memory, other rounding or a script that changes parameters on one worker
+    would not be detected. Learning rates, weight decays and r are never sent either: x stays equal if they differ, but
+    e is then in units of each worker's own rate, and the mean noise is not xi. So their digests are compared too.
     """
 
     def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
@@ -185,13 +185,13 @@ class DriftGuard:
         self._every.last = steps
 
     def due(self, step: int) -> bool:
-        """Return True if a comparison is due after a step with an exchange, t from 0."""
+        """Return True if a comparison is due after this step with an exchange, counted from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns the tensors in them by name.
+        """Compare vectors that must be equal on all workers; collective. `parts()` returns their tensors by name.
 
         If they differ, raises DriftError on every worker, or broadcasts rank 0's; if `rates` differ, raises DriftError.
         """
@@ -217,7 +217,7 @@ class DriftGuard:
             self._channel.broadcast(vector, "guard")
 
     def _unlike_rates(self, step: int, rates: StepRates, workers: list[int], device: torch.device) -> str:
-        """Return the message, which names the rate of the first of these workers that differs; collective."""
+        """Return the error message, with the first difference between `workers[0]` and worker 0; collective."""
         mine = torch.tensor(rates.last, dtype=torch.float64, device=device)
         last = [p["rates"].tolist() for p in self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")]
         verb = "differs" if len(workers) == 1 else "differ"
@@ -238,8 +238,8 @@ class DriftGuard:
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's bits as integers, modulo 2^64, int64[].
 
-    Any single change changes it, and all but one in 2^64 of random changes do. It is limited by memory bandwidth: 6 ms
-    for 25 million float32 on a CPU.
+    A change of one element always changes it; random changes of several do, except with probability 2^-64. Its speed is
+    that of reading memory: 6 ms for 25 million float32 on a CPU.
     """
     whole = tensor.detach().flatten().contiguous().view(torch.uint8)
     wide = len(whole) // 8 * 8

@@ -1,4 +1,4 @@
-"""Compression: compressor, exchange and guards; one class for the optimizer, the hooks and local updates."""
+"""The settings of an exchange: compressor, averaging, error memory and guards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,31 +17,31 @@ Schedule = Callable[[int], Compressor]
 
 @dataclass(frozen=True)
 class Compression(Option):
-    """Settings of an exchange: compressor, average, error memory and guards.
+    """Settings of an exchange: compressor, averaging, error memory and guards.
 
-    A `Compressor` alone stands for `Compression(compressor)` wherever one is taken.
+    Arguments of this type also accept a `Compressor`, as short for `Compression(compressor)`.
 
     Args:
-        compressor: C, applied to the concatenation of all compressed tensors; where gradients or local updates are
-            exchanged also a function of the step that returns it (see `RatioRamp`).
+        compressor: C, applied to the concatenation of all compressed tensors. Hooks and local updates also accept a
+            function of the step or round that returns it (see `RatioRamp`).
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
-            "coordinator", or "auto", by predicted bytes (see `select_aggregator`). In local updates also "senders":
-            directly, and a coordinate over the workers that sent it, as in SparseLoCo's reference, which breaks
-            y = a - mean e. None: "auto" in local updates of workers that all take part alike, else "direct".
-        back: the compressor of the mean on its way back in "two-way" and "coordinator".
+            "coordinator", or "auto", by predicted bytes (see `select_aggregator`). Local updates also accept "senders":
+            direct, but each coordinate averaged over the workers that sent it, as in SparseLoCo's code; this breaks
+            y = a - mean e. None: "auto" in local updates of fixed, equally weighted workers, else "direct".
+        back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
-        decay: factor of the error memory in each step or round, in [0, 1]: below 1 errors decay, and 0 means no
-            error feedback. It must be 1 in `CompressedSGD`.
-        memory: where the error is kept: "buffer" is a vector of its own; "gradient" the parameters' gradients, which
-            then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" is a running
+        decay: factor applied to the error memory in each step or round, in [0, 1]; 0 disables error feedback. It must
+            be 1 in `CompressedSGD`, and above 0 in local updates.
+        memory: storage of the error memory: "buffer", a separate vector; "gradient", the parameters' gradients, which
+            then must not be cleared, clipped or scaled between steps (see `GradientMemory`); or "ef21", a running
             estimate of the gradient instead (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
-        max_skipped: a step in which a worker's vector is invalid is skipped on all workers, and counted; more than this
-            many consecutive skips raise NonFiniteError. None does not check vectors.
-        compare_every: steps between two comparisons over workers of 16 bytes, the fingerprints of the parameters and of
-            the rates and noise that workers step by; 0 never compares.
-        on_drift: action where fingerprints differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.
-        monitor_every: steps between two measurements of the contraction; 0 never measures.
+        max_skipped: maximum number of consecutive steps skipped on all workers because a worker's vector is invalid;
+            one more raises NonFiniteError. None does not check vectors.
+        compare_every: steps between comparisons of the workers' parameters, learning rates and noise, by 16 bytes of
+            fingerprints; 0 never compares.
+        on_drift: action if parameters differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.
+        monitor_every: steps between measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2; 0 never measures.
 
     Raises ValueError for bad arguments.
 
@@ -94,9 +94,9 @@ class Compression(Option):
 
     @classmethod
     def of(cls, given: "Compressor | Schedule | Compression", exchange: Exchange = "direct") -> "Compression":
-        """Return `given`, a compressor or schedule with every other setting at its default.
+        """Return `given` as a `Compression`; a compressor or schedule gets the default of each other setting.
 
-        `exchange` is that of one that says none.
+        `exchange` replaces an exchange of None with memory="buffer"; with another memory "direct" does.
         """
         spec = given if isinstance(given, Compression) else cls(given)
         if spec.exchange is not None:
@@ -104,16 +104,16 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return the exchange of a compressor; directly if lossless, since its mean needs no second compression."""
+        """Return the exchange for a compressor; "direct" if lossless, since its mean needs no second compression."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
-        """Raise ValueError for an exchange that is for local updates alone."""
+        """Raise ValueError if only local updates support the exchange."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def fixed(self) -> Compressor:
-        """Return the one compressor of all steps. Raises ValueError for a function of the step."""
+        """Return the compressor, identical in all steps. Raises ValueError for a function of the step."""
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "

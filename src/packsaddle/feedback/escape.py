@@ -1,4 +1,4 @@
-"""The escape check of Algorithm 1, lines 4-8: has the run left x_t', and was the segment worth keeping?"""
+"""The escape check of Algorithm 1, lines 4-8: end a segment far from its start x_t', and keep it if f decreased."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class EscapeRule:
 
     interval: int  # I, in steps, at least 1; in local updates in rounds, as is every
     radius: float  # R > 0, in the norm of x
-    # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t'), y_t = x_t - eta e_t, the point that would be
+    # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t'), y_t = x_t - eta e_t, the point that is
     # accepted, at the cost of a dense all-reduce per check
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
     every: int = field(default=1, kw_only=True)  # steps between tests of the norm; the interval is tested at each step
@@ -40,13 +40,13 @@ class Escape(EscapeRule):
     Args:
         interval: I, in steps, at least 1; in local updates in rounds, as is `every`.
         radius: R > 0, in the norm of x.
-        objective: a function that returns this worker's f_i(x) at the parameters' present values, as a float or 0-dim
-            tensor; f = mean_i f_i is formed here. It is called without gradient, at x_t and at x_t', and should be the
+        objective: a function that returns this worker's f_i(x) at the parameters' current values, as a float or 0-dim
+            tensor; f = mean_i f_i is computed here. It is called under no_grad, at x_t and at x_t', and should be the
             same function both times.
-        compare: "x" is line 6 to the letter, f(x_t) < f(x_t'); "y" tests the point that would be accepted,
+        compare: "x" is line 6 of the paper, f(x_t) < f(x_t'); "y" tests the point that is accepted,
             f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check.
         every: steps between tests of the norm; the interval is tested at each step.
-        sketch: estimates the norm with several workers.
+        sketch: estimator of the norm with several workers.
 
     Raises ValueError for a value that is out of range.
 
@@ -92,7 +92,7 @@ class Reset:
 
 
 class Vector(Protocol):
-    """x, float[d], of which the first `compressed_d` coordinates are compressed."""
+    """The flat vector x, float[d]; its first `compressed_d` coordinates are compressed."""
 
     x: Tensor
     compressed_d: int
@@ -107,14 +107,14 @@ class EscapeCheck:
         self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
 
     def begin(self) -> None:
-        """Take x as it is for x_0': weights may have been loaded since this was made."""
+        """Set x_0' to the current x: weights may have been loaded since construction."""
         self.anchor.copy_(self._flat.x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
-        """Do lines 5-7 for iteration t = `step`.
+        """Run lines 5-7 for iteration t = `step`; return the firing, if any, and the rounding error of x, float[d].
 
-        If it fires, x is replaced, and `pending` must be set to zero, or to the second result, float[d]: what 16-bit
-        parameters could not take of y.
+        If it fires, x is replaced, and the caller must set `pending` to that rounding error (None: zero), which
+        16-bit parameters have.
         """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
         late = step - self.anchor_step > self._rule.interval
@@ -127,18 +127,18 @@ class EscapeCheck:
         return Reset(step, "interval" if late else "radius", distance, candidate, anchor, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
-        """||x_t' - (x_t - eta e_t)||: exact for one worker, else from the mean of the workers' sketches."""
+        """Return ||x_t' - (x_t - eta e_t)||: exact for one worker, else from the mean of the workers' sketches."""
         moved = pending.sub(self._flat.x).add_(self.anchor)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
-        # A new hash after each reset, since the points depend on the answers given so far.
+        # A new hash after each reset, since x depends on the results of earlier sketches.
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
-        """Line 6: leave x at y_t if the objective improved on x_t', else at x_t'. If it raises, x is x_t again.
+        """Run line 6: set x to y_t if the objective decreased from x_t', else to x_t'; or to x_t if that raises.
 
-        Returns the two objectives, and y_t, float[d], if it was accepted.
+        Returns the objectives of both points, and y_t, float[d], if it was accepted, else None.
         """
         x, here = self._flat.x, self._flat.x.clone()
         try:
@@ -154,7 +154,7 @@ class EscapeCheck:
         if not candidate < anchor:
             return candidate, anchor, None
         y = self._corrected(here, pending) if y is None else y
-        # A NaN may wait in e_t although f(x_t) is finite: x has not received it yet. All workers see the same y.
+        # e_t may have a NaN although f(x_t) is finite. y is identical on all workers, so they decide alike.
         if not torch.isfinite(y).all():
             return candidate, anchor, None
         x.copy_(y)
@@ -167,7 +167,7 @@ class EscapeCheck:
         return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
 
     def _objective(self) -> float:
-        """f at the parameters' present values: the mean over workers of what they return."""
+        """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN."""
         with torch.no_grad():
             value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._flat.x.device).detach()
         if value.numel() != 1:

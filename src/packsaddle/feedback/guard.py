@@ -1,7 +1,7 @@
-"""The guard of an exchange: an invalid v, with an Inf or NaN or too large, is rejected by all workers, and counted.
+"""The guard of an exchange: all workers reject it if any worker's v is invalid (has an Inf or NaN, or is too large).
 
-A worker whose v is invalid sends zeros and a flag, which is averaged with the rest, so all workers read the same
-`Verdict` and apply the exchange, or none does. `Skips` counts the rejected ones.
+A worker whose v is invalid sends zeros and a flag. The flags are averaged with the messages, so all workers compute the
+same `Verdict`: all apply the exchange, or all reject it. `Skips` counts rejected exchanges.
 """
 
 import logging
@@ -23,17 +23,17 @@ from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_ran
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # where both are finite
-ROOT = "the root module"  # FSDP calls it ""
+THE_SUM = "the sum of the error memory and the gradient"  # named if both are finite
+ROOT = "the root module"  # FSDP's name for it is ""
 THE_MEAN = "a mean of finite gradients"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
 
 
 class NonFiniteError(GuardError):
-    """The error after more than `max_skipped` consecutive steps were skipped because a gradient was not finite.
+    """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
-    Parameters and error memories are as before the first of them. Local updates raise it also if the inner optimizer
-    of a worker cannot be reset.
+    Parameters and error memories are unchanged since before the first of them. Local updates also raise it if a
+    worker's inner optimizer cannot be reset.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
@@ -72,9 +72,9 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones; None: never.
+    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones (None: no limit).
 
-    `protected`: a skipped step leaves the parameters unchanged; behind a hook another optimizer may step by NaNs.
+    `protected`: parameters do not change in a skipped step. False for a hook whose optimizer may apply NaN gradients.
     """
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
@@ -83,7 +83,7 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step. Its first worker, or rank 0, logs it at consecutive counts 1, 2, 4, ..."""
+        """Record a skipped step. Logged by its first worker, or by rank 0, at consecutive counts 1, 2, 4, ..."""
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
@@ -97,7 +97,7 @@ class Skips:
         self.in_a_row = 0
 
     def check(self, in_a_row: int) -> None:
-        """Raise NonFiniteError, naming the last skip, if `in_a_row` are too many."""
+        """Raise NonFiniteError, naming the last skip, if `in_a_row` exceeds the limit."""
         if self.most is not None and in_a_row > self.most:
             same = "Parameters, error memories and step count are unchanged."
             if not self.protected:
@@ -121,14 +121,14 @@ class Skips:
 
 @dataclass
 class Verdict:
-    """The outcome of an exchange, applied or rejected, from averaged numbers; on the device until it is read."""
+    """The outcome of an exchange, applied or rejected, computed from averaged numbers; on the device until `read`."""
 
-    fraction: Tensor | None  # float[], of workers with an invalid v; None: they have sent NaNs
-    magnitude: Tensor | float  # an approximate maximum of the mean, float64[]; non-finite if the mean is
-    fits: Tensor | bool = True  # the target can hold the mean
+    fraction: Tensor | None  # float[], fraction of workers with an invalid v; None: they sent NaNs, or no checks
+    magnitude: Tensor | float  # approximate maximum of the mean, float64[]; non-finite if the mean is
+    fits: Tensor | bool = True  # the target can represent the result
 
     def code(self) -> Tensor:
-        """Return 0 if the exchange is applied, at most 1 if a worker's v is invalid, 2 or more if the mean is."""
+        """Return `fraction`, plus 2 if the target cannot represent the result; 0: the exchange is applied."""
         assert self.fraction is not None
         fits = torch.as_tensor(self.fits, device=self.fraction.device)
         return self.fraction + 2 * (~fits).to(self.fraction)
@@ -146,10 +146,10 @@ class Guard:
     """Validates this worker's v, and flags an invalid one to all workers in the exchange.
 
     Args:
-        flag: "dense" sets the uncompressed part to NaN, or sends a number more where there is none; "extra" always
-            sends a number, the fraction of workers with an invalid v; "none" checks nothing.
-        unnamed: the name of an invalid v whose tensors are all valid. None: tensors are not named.
-        agree: returns whether a bool[] is True on any shard of this worker; collective over the shards.
+        flag: how an invalid v is flagged. "dense": by NaNs in the uncompressed part, or in an extra number if that is
+            empty; "extra": always by an extra number, whose mean is `Verdict.fraction`; "none": no checks.
+        unnamed: name of an invalid v whose tensors are all valid here. None: invalid tensors are not named.
+        agree: reduces a bool[] with OR over the shards of this worker; collective over them.
     """
 
     def __init__(
@@ -166,9 +166,9 @@ class Guard:
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
-        """Return whether v, float[n], is invalid, bool[], and on a CPU its first invalid tensor's name, or "".
+        """Check v, float[n]; return True if it is invalid, bool[], and on a CPU its first invalid tensor's name, or "".
 
-        An invalid v is set to zero if `blank`. A finite `update.norm` saves a pass over v.
+        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v.
         """
         if self._flag == "none":
             return torch.tensor(False), ""
@@ -185,9 +185,9 @@ class Guard:
         return invalid, name
 
     def flag(self, dense: Tensor, invalid: Tensor) -> Tensor:
-        """Return the flag, float[0 or 1], that is averaged with the uncompressed part of v, float[m].
+        """Return the number to average with `dense`, the uncompressed part of v, float[m]: float[1], or float[0].
 
-        Without a number of its own it is in `dense`, which is changed in place.
+        With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty.
         """
         if self._flag == "none":
             return dense[:0]
@@ -198,7 +198,7 @@ class Guard:
         return flag
 
     def verdict(self, g: Averaged, flag: Tensor) -> Verdict:
-        """Return the verdict on an exchange, of which `flag` is the mean of the workers' flags."""
+        """Return the verdict on an exchange with mean `g`; `flag` is the mean of the tensors that `flag()` returned."""
         if self._flag == "none":
             return Verdict(None, 0.0)
         if self._flag == "extra":

@@ -1,13 +1,13 @@
 """Error memories: the accumulated residuals of compression (Stich et al. 2018; Algorithm 1, lines 10-12).
 
-In a round `correct` adds an update to the memory, v = e + u (line 10), `apply_mean` moves x by the mean update (line
-11), `absorb` keeps the residual (line 12), and `close` commits the round or rolls back. `reset` clears the memory (line
-7). `InPlaceMemory` is a variant for large vectors. `sgd.memories` has the kinds that only CompressedSGD can have.
+In a round `correct` adds an update to the memory, v = e + u (line 10), `apply_mean` subtracts the mean update from x
+(line 11), `absorb` stores the residual (line 12), and `close` commits the round or rolls back. `reset` clears the
+memory (line 7). `InPlaceMemory` is a variant for large vectors; `sgd.memories` has kinds for `CompressedSGD` only.
 
-`ErrorMemory` stands for eta e^(i), the pending update, rather than e^(i), where updates have eta in them. For a
+If updates include the step size eta, `ErrorMemory` stores eta e^(i), the pending update, rather than e^(i). For a
 constant step size the two are the same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping
 eta e fixed is exactly the rescaling of e by eta_old / eta_new that leaves y = x - eta e continuous, and eta = 0 needs
-no special case. Behind a hook, which knows no eta, updates are in units of a gradient, and so is the memory.
+no special case. Hooks have no access to eta, so their updates and memories are in units of a gradient.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,7 +24,7 @@ Memory = Literal["buffer", "gradient", "ef21"]
 class Update:
     """u, float[n]: the input of an error memory in one step, in the memory's units; a base class."""
 
-    norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: it would need a pass of its own
+    norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown without an extra pass
     is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
@@ -32,7 +32,7 @@ class Update:
         raise NotImplementedError
 
     def perturb(self, out: Tensor) -> None:
-        """Add u to out, float[n], which has u's gradient already."""
+        """Add the rest of u, such as noise, to out, float[n], which already includes u's gradient."""
         raise NotImplementedError
 
     def add_if_finite(self, out: Shaped) -> bool:
@@ -40,21 +40,21 @@ class Update:
         raise NotImplementedError
 
     def subtract(self, out: Shaped) -> None:
-        """Subtract u from out, float[n], which it was added to in the same step: up to rounding."""
+        """Subtract u from out, float[n], to undo `add_if_finite` in the same step, up to rounding."""
         raise NotImplementedError
 
 
 class ErrorMemory:
     """This worker's error memory on a slice, float[n], in at least float32; kind "buffer".
 
-    On the uncompressed part it has the rounding error of x only. An uncommitted v is made in a `spare` vector, which
-    becomes the memory on commit, so that a step can be rolled back; without one, in the memory itself.
+    On the uncompressed part it has the rounding error of x only. With `spare`, v is computed in a second vector, which
+    becomes the memory on commit, so that a step can be rolled back; without it, v overwrites the memory.
     """
 
     kind = "buffer"  # in saved states
     in_gradients = False  # the memory is the parameters' gradients
-    in_gradient_units = False  # updates have no learning rate in them
-    unit = 1.0  # the factor that makes the vector, and its messages, updates of x
+    in_gradient_units = False  # updates do not include the learning rate
+    unit = 1.0  # the factor that converts the vector and its messages to updates of x
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self._slice, self.compressed_d = of, of.compressed_d
@@ -78,7 +78,7 @@ class ErrorMemory:
 
     @property
     def is_deferrable(self) -> bool:
-        """True if a step may be rolled back after the next one's gradients are there."""
+        """True if a step can still be rolled back after the next step's gradients have replaced its own."""
         return self._next is not self._now
 
     # In a round.
@@ -121,14 +121,14 @@ class ErrorMemory:
     # Between rounds.
 
     def validate(self) -> None:
-        """Raise RuntimeError if the gradients cannot be used."""
+        """Raise RuntimeError if gradients that store the memory were replaced or changed; no-op in other kinds."""
 
     def pending(self) -> Tensor:
         """Return the pending update of x, eta e, float[n]; may be a view."""
         return self.vector
 
     def add(self, update: Tensor) -> None:
-        """Add an update of x, float[at most n], on the first coordinates."""
+        """Add an update of x, float[at most n], to the first coordinates."""
         self.vector[: len(update)].add_(update, alpha=1 / self.unit)
 
     def reset(self, rounding: Tensor | None = None) -> None:
@@ -143,10 +143,10 @@ class ErrorMemory:
         return magnitude * abs(self.unit)
 
     def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        """Return the factors this worker applies to the update locally, which must be equal on all workers.
+        """Return the factors that this worker applies to the update locally, which must be equal on all workers.
 
-        They are `unit` and `grown`, the std of noise that stays outstanding if `lazy`. Without `can_wait` a step must
-        not read numbers from a device.
+        With `lazy` noise they are `unit` and `grown`, the std of the noise not drawn yet; else there are none. Without
+        `can_wait` a step must not wait for numbers from a device.
         """
         return [self.unit, grown] if lazy and can_wait else []
 
@@ -155,24 +155,24 @@ class ErrorMemory:
         return {}
 
     def after_load(self, unit: float | None = None) -> None:
-        """Accept the vector as the state between two steps, in another unit if one is given."""
+        """Update dependent state after a change of the vector between two steps; `unit`: the vector's new unit."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
-        """Frozen parameters have no error: they receive neither noise nor a compressor's output for zeros."""
+        """Set the vector to zero on frozen parameters: they get neither noise nor a compressor's output for zeros."""
         for view in self._slice.frozen(vector):
             view.zero_()
 
 
 class InPlaceMemory(ErrorMemory):
-    """The error memory of a large vector, float[n], without a spare: v is made in the memory itself.
+    """The error memory of a large vector, float[n], without a spare vector: v is computed in the memory itself.
 
-    Rolling back subtracts the update again, from gradients that are still there, so the memory is restored up to
-    rounding. An update that may be non-finite, which could not be subtracted, is added in a temporary vector.
+    Rolling back subtracts the update, which needs the step's gradients, so the memory is restored up to rounding. If
+    the sum may be non-finite, and subtraction could not restore it, v is computed in a temporary vector.
     """
 
     def __init__(self, of: Slice) -> None:
         super().__init__(of)
-        self._added: Update | None = None  # the uncommitted update in the memory
+        self._added: Update | None = None  # the uncommitted update included in the memory
 
     def correct(self, update: Update) -> Tensor:
         if update.add_if_finite(self._now):

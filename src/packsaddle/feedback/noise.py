@@ -15,7 +15,7 @@ from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys
 
 @dataclass(frozen=True)
 class Ramp:
-    """The noise r that is `std` until step `start`, then falls linearly to `final` at step `stop` and stays there.
+    """A noise schedule r: `std` until step `start`, then linear to `final` at step `stop`, and constant after that.
 
     `std` and `final` are standard deviations of a coordinate, in units of a gradient. The paper lowers its noise late
     in Figure 2 so that the gradient converges. Raises ValueError for a negative std or final, or stop before start.
@@ -49,7 +49,7 @@ class Ramp:
     def squares(self, steps: int) -> float:
         """Return the sum of r^2 over steps 0 ... steps - 1."""
         before, width = min(self.start, steps), self.stop - self.start
-        n = min(self.stop, steps) - before  # steps on which it falls; of k = 0 ... n - 1
+        n = min(self.stop, steps) - before  # steps of the linear part, k = 0 ... n - 1
         fall = (self.final - self.std) / max(1, width)
         falling = n * self.std**2 + self.std * fall * n * (n - 1) + fall**2 * (n - 1) * n * (2 * n - 1) / 6
         return before * self.std**2 + falling + (steps - before - n) * self.final**2
@@ -57,13 +57,13 @@ class Ramp:
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """xi_t, float[d], identical on all workers; a stretch of it can be added to a vector without drawing the rest."""
+    """xi_t, float[d], identical on all workers. A range of its coordinates can be drawn without the others."""
 
     std: float
     key: Keys
 
     def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
-        """Add alpha times the coordinates `start`, start + 1, ... of xi_t to out, float[n], in place."""
+        """Add alpha times the coordinates start, start + 1, ... of xi_t to out, float[n], in place."""
         add_gaussians(out, alpha * self.std, self.key, start)
 
 
@@ -71,14 +71,14 @@ class GaussianNoise:
 class Noise:
     """The artificial noise of Algorithm 1, shared by all workers: xi_t is a pure function of (seed, t).
 
-    A number or a function alone stands for `Noise(it)` wherever noise is an argument.
+    Arguments of this type also accept a number or function `std`, as short for `Noise(std)`.
 
     Args:
         std: r, the standard deviation of each coordinate of xi_t, in units of a gradient (in local updates of the
             parameters), finite and at least 0; or a function of the step that returns it (see `Ramp`).
-        lazy: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x_0, x_1, ...
-            (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`, with RandomK by
-            all-reduce and without an escape check, which reads e. None: wherever it is possible.
+        lazy: draw a coordinate of xi only when it is sent, O(k) per step instead of O(d), with the same distribution
+            of x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`, with RandomK
+            by all-reduce and without an escape check, which reads e. None: if possible.
 
     Raises ValueError if r is negative or not finite.
 
@@ -95,7 +95,7 @@ class Noise:
 
     @classmethod
     def of(cls, given: "float | Callable[[int], float] | Noise") -> "Noise":
-        """Return `given`, a number or function as the noise that has it."""
+        """Return `given` as a `Noise`; a number or function becomes its `std`."""
         return given if isinstance(given, Noise) else cls(given)
 
     def at_step(self, step: int) -> float:
@@ -120,7 +120,7 @@ class Noise:
         return xi
 
     def check_eager(self) -> "Noise":
-        """Return this noise. Raises ValueError if it is lazy, which is for `CompressedSGD` only."""
+        """Return self. Raises ValueError if lazy=True, which only `CompressedSGD` supports."""
         if self.lazy:
             raise ValueError("noise must be eager except in CompressedSGD, got lazy=True")
         return self

@@ -1,4 +1,4 @@
-"""Hooks on the steps of torch optimizers, one or several, also where a framework or a GradScaler steps them."""
+"""Hooks on the steps of one or several torch optimizers, including steps made by a framework or a GradScaler."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """Return the optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks).
+    """Return the torch optimizer inside a framework's wrappers (Accelerate's, for one, has no step hooks).
 
     Raises TypeError if there is none.
     """
@@ -23,10 +23,10 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:
-    """Return the torch optimizers that an argument names, one or a list of them, without a framework's wrappers.
+    """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers.
 
-    Raises TypeError for what is no optimizer, and ValueError for an empty list, for one given twice and
-    for a parameter in two of them.
+    Raises TypeError for an entry that is not an optimizer, and ValueError for an empty list, a duplicate, or a
+    parameter in two optimizers.
     """
     found = tuple(innermost(optimizer) for optimizer in (given if isinstance(given, list | tuple) else [given]))
     if not found:
@@ -50,11 +50,11 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 class Attempts:
-    """Counts the steps of one or several optimizers: `after` is called when each of them has attempted its own.
+    """Counts the steps of one or several optimizers: calls `after` once each of them has attempted a step.
 
-    `before(optimizer)` is called ahead of each optimizer's step. With a GradScaler each call of its `step` is an
-    attempt, so that workers count the same steps if one of them skips one; then `before` is called only for steps that
-    are applied. Neither is compiled into the graph of an optimizer. Raises TypeError if `scaler` is not a GradScaler.
+    `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
+    even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
+    only. Neither is compiled into an optimizer's graph. Raises TypeError if `scaler` is not a GradScaler.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Attempts:
             self._count_at(scaler)
 
     def _count_at(self, scaler: torch.amp.GradScaler) -> None:
-        """Count at the scaler: a step that it skips need not call the optimizer, nor its hooks."""
+        """Wrap `scaler.step` to count attempts, since a skipped step may call neither the optimizer nor its hooks."""
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -100,9 +100,9 @@ class Attempts:
             self._after()
 
     def missing(self) -> str:
-        """Return the names of the optimizers that have still to step, if some have; empty between two steps."""
+        """Return the names of the optimizers that have not attempted the current step; "" between two steps."""
         return " and ".join(type(o).__name__ for o in self._optimizers if self._stepped and o not in self._stepped)
 
     def restart(self) -> None:
-        """Begin a step anew, as after a state was loaded."""
+        """Discard the attempts of an incomplete step, for example after loading a state."""
         self._stepped.clear()

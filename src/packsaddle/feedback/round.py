@@ -1,16 +1,16 @@
-"""Error feedback as a transaction: lines 10 to 12 of Algorithm 1, once for all fronts.
+"""Error feedback as a transaction: lines 10 to 12 of Algorithm 1, for the optimizer, hooks and local updates.
 
-An `ErrorFeedback` is the error memory of a slice with the aggregator that averages what is sent of it. A `Round` is one
-exchange. Its caller supplies an `Update`, what enters, and a `Target`, what the mean is applied to:
+An `ErrorFeedback` is the error memory of a slice, with the aggregator that averages its messages. A `Round` is one
+exchange. Its caller supplies an `Update`, the input u, and a `Target`, to which the mean is applied:
 
     with feedback.round(t) as round:
         round.correct(update)    # line 10: v = e^(i) + u^(i), validated
         round.exchange()         # line 10: the mean over workers of C(v), and the verdict
         round.apply(target)      # line 11: x <- x - mean; line 12: e^(i) <- v - C(v)
 
-It is committed at the end, or rolled back. A target that `defers`, such as gradients in a backward pass, is written
-before the verdict is read, and its caller commits the round later. Local updates call `absorb` alone, and apply the
-mean to the anchor once the round is committed.
+On exit the round is committed or rolled back. A target that `defers`, such as gradients in a backward pass, is written
+before the verdict is read, and its caller commits the round later. Local updates call `absorb` instead of `apply`, and
+apply the mean to the anchor after the commit.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -33,7 +33,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """An aggregator in a saved state, without its owner errors."""
+    """The saved state of an aggregator, without its owner errors."""
 
     compressor: dict[str, Any]  # see `identify`
     state: dict[str, Any]
@@ -43,7 +43,7 @@ class SavedAggregator:
 class Applied:
     """The outcome of applying a mean, identical on all workers."""
 
-    fits: Tensor | bool = True  # bool[]; False: the target could not hold it, and is unchanged unless it defers
+    fits: Tensor | bool = True  # bool[]; False: the target cannot represent the result; unchanged unless it defers
     rounding: Tensor | None = None  # float[n], the part that 16-bit storage could not represent; None: 0
 
 
@@ -53,21 +53,21 @@ class Target(Protocol):
     defers: bool  # applied before the verdict is read
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Apply the mean g, of about this magnitude."""
+        """Apply the mean g; `magnitude` is its approximate maximum."""
 
 
 class ErrorFeedback:
-    """This worker's e^(i) on a slice, float[n], the first `compressed_d` of it compressed, and how C(v) is averaged.
+    """Error feedback of a slice: this worker's error memory e^(i), float[n], and the aggregator that averages C(v).
 
     Args:
-        of: the slice.
-        memory: its error memory.
-        channel: the workers.
+        of: the slice; its first `compressed_d` coordinates are compressed.
+        memory: the error memory of the slice.
+        channel: the communicator between workers.
         guard: validates v.
         contraction: measures v and its residual.
-        seed: seed of all shared randomness. A slice with all compressed coordinates uses it itself, so that its run is
-            that of `CompressedSGD`; others derive seeds of their own.
-        back: the compressor of the mean on its way back, in exchanges that have one.
+        seed: seed of all shared randomness. A slice with all compressed coordinates uses it unchanged, so that its
+            randomness is that of `CompressedSGD`; other slices derive their own seeds from it.
+        back: the compressor of the mean that is sent back, in exchanges that need one.
         whole: the number of compressed coordinates of all slices. None: this slice has them all.
     """
 
@@ -86,25 +86,25 @@ class ErrorFeedback:
         self.slice, self.memory, self.channel, self.guard, self.contraction = of, memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        self._compressor: Compressor | None = None  # of the whole vector
-        self._by_size: Compressor | None = None  # on this slice, by its size alone
+        self._compressor: Compressor | None = None  # for the whole vector
+        self._by_size: Compressor | None = None  # for this slice, with a budget proportional to its size
         self._choice: Choice | None = None
 
     @property
     def choice(self) -> Choice:
-        """The way messages are averaged, and the reason."""
+        """The aggregator in use, and the reason for it."""
         assert self._choice is not None, "no compressor has been chosen yet"
         return self._choice
 
     def uses(self, compressor: Compressor) -> bool:
-        """Return True if `use` would keep the aggregator for this compressor of the whole vector."""
+        """Return True if `use` with this compressor of the whole vector would keep the current aggregator."""
         return compressor == self._compressor
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Use a compressor from now on. The owner errors of another one are added to the error memory.
+        """Switch to a compressor. The owner errors of the previous one are added to the error memory.
 
-        `compressor` is that of the whole vector, and `allotted` that of this slice, where its budget depends on the
-        other slices. Raises ValueError if the exchange is impossible for the compressor.
+        `compressor` is for the whole vector, `allotted` for this slice, if its budget depends on the other slices.
+        Raises ValueError if the exchange does not support the compressor.
         """
         if not self.uses(compressor):
             n = self.slice.compressed_d
@@ -121,7 +121,7 @@ class ErrorFeedback:
             )
             self._replace(choice, compressor)
         assert self._by_size is not None
-        # The budget may change in each step, and the aggregator keeps its owner errors.
+        # The budget may change in each step; `adopt` keeps the owner errors.
         self.choice.aggregator.adopt(allotted or self._by_size)
 
     def _restricted(self, compressor: Compressor) -> Compressor:
@@ -130,7 +130,7 @@ class ErrorFeedback:
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:
-        """Move the owner errors into the error memory, and forget the compressor."""
+        """Add the owner errors to the error memory, and remove aggregator and compressor."""
         self._replace(None, None)
 
     def _replace(self, choice: Choice | None, compressor: Compressor | None) -> None:
@@ -145,7 +145,7 @@ class ErrorFeedback:
         return Round(self, step)
 
     def owner_errors(self) -> dict[str, Tensor]:
-        """Return the errors of the mean that this worker keeps as an owner of chunks, by name, float[n] each; views."""
+        """Return the owner errors, residuals of the mean on this worker's chunks, by name, float[n] each; views."""
         return self._choice.aggregator.vectors(self.memory.vector) if self._choice is not None else {}
 
     def pending(self) -> Tensor:
@@ -162,7 +162,7 @@ class ErrorFeedback:
             self._choice.aggregator.reset()
 
     def owner_errors_by_name(self) -> dict[str, Tensor]:
-        """Return the owner errors by compressed parameter; views. {} without owners."""
+        """Return the owner errors by compressed parameter; views. {} if the aggregator has none."""
         errors = self.owner_errors().values()
         return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
@@ -183,25 +183,25 @@ class ErrorFeedback:
         return fits
 
     def restore(self, saved: SavedAggregator, errors: Mapping[str, Tensor]) -> None:
-        """Restore the aggregator and owner errors by parameter; those of another are added to the error memory.
+        """Restore the aggregator and its owner errors, by parameter. Call after `use`.
 
-        Call after `use`.
+        Errors of another compressor are added to the error memory.
         """
         mine, memory = self.owner_errors_by_name(), self.slice.by_name(self.memory.vector)
         fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
         for name, error in errors.items():
             if fits:
                 mine[name].copy_(error)
-            else:  # an error of the mean
+            else:  # a residual of the mean, so W times that of one worker
                 memory[name].add_(error.to(memory[name].device), alpha=self.channel.group.size)
 
 
 class Round:
-    """One exchange of a slice, a transaction; see the module. `commit` or `roll_back` ends it."""
+    """One exchange of a slice, as a transaction (see the module). `commit` or `roll_back` ends it."""
 
-    v: Tensor  # float[n], then its residual
-    invalid: Tensor  # bool[], this worker's v is invalid, and was set to zero
-    name: str  # the first invalid parameter, on a CPU, where the guard names them; "": none
+    v: Tensor  # float[n]; after `absorb` its residual
+    invalid: Tensor  # bool[], this worker's v is invalid; it was set to zero, except with memory="gradient"
+    name: str  # the first invalid parameter; "": none, or not named by the guard
     g: Averaged  # the mean, until `absorb`
     extras: list[Tensor]  # the means of the extras
     verdict: Verdict
@@ -214,7 +214,7 @@ class Round:
         self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
-        """Make and return v = e^(i) + u^(i), float[n] (line 10); zeros if it is invalid, unless it is the gradients."""
+        """Return v = e^(i) + u^(i), float[n] (line 10); zeros if it is invalid, except with memory="gradient"."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.name = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)
@@ -222,10 +222,10 @@ class Round:
         return v
 
     def exchange(self, extras: Sequence[Tensor] = (), *, weight: float = 1.0) -> Averaged:
-        """Average C(v) over workers, v's uncompressed part as it is, and `extras`, float[m] each; collective (line 10).
+        """Return the mean over workers of C(v) and of v's uncompressed part; collective (line 10).
 
-        Extras and the guard's flag are sent in the uncompressed part, without another collective. With a `weight`,
-        weight v is sent; the residual stays that of v. May run in another thread than the other calls.
+        `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
+        collective. `weight` scales v where it is sent, but not its residual. May run in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
@@ -236,7 +236,7 @@ class Round:
         g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step)
         mean, flag, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
         self.extras = [other.clone() for other in others]
-        # This worker's own terms are of weight v.
+        # This worker's own terms are of weight v, and `absorb` needs those of v.
         if weight not in (0.0, 1.0):
             g = replace(g, own=tuple(replace(term, weight=term.weight / weight) for term in g.own))
         self.g = replace(g, dense=mean)
@@ -244,9 +244,9 @@ class Round:
         return self.g
 
     def apply(self, target: Target, keep: Collection[int] = ()) -> None:
-        """Apply the mean to the target (line 11), and absorb the residual, unless the exchange is rejected.
+        """Apply the mean to the target (line 11), and absorb the residual. No-op if the exchange is rejected.
 
-        e stays as it was on the parameters with the indices `keep`.
+        `keep`: indices of parameters whose e does not change.
         """
         if not target.defers and not self.verdict.read():
             return
@@ -263,7 +263,7 @@ class Round:
         if keep:
             self._memory.keep(keep)
         self.absorbed = True
-        del self.g  # the messages of all workers, while a hook's round waits for its commit
+        del self.g  # free the messages of all workers: a hook commits its round later
 
     def commit(self) -> None:
         """Commit the error memory. No-op if the round has ended."""

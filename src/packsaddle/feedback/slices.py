@@ -1,9 +1,9 @@
 """Parameters as one vector, float[d]: the compressed tensors first, the uncompressed ones after.
 
-A `Place` is where a parameter lies in the vector of all parameters. A `Slice` is a vector of some of them: one of
-DistributedDataParallel's buckets, a fragment of local updates. `FlatParameters` is the slice of all parameters of an
-optimizer, which become views of one tensor x: an update of k coordinates costs O(k), and an anchor or an error memory
-is one tensor, however many layers there are.
+A `Place` is the position of a parameter in the vector of all parameters. A `Slice` is a set of parameters as one
+vector: a bucket of DistributedDataParallel, or a fragment of local updates. `FlatParameters` is the slice of all
+parameters of an optimizer, which become views of one tensor x: an update of k coordinates costs O(k), and an anchor or
+an error memory is one tensor, regardless of the number of layers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ class Shaped:
 
 @dataclass(frozen=True)
 class Place:
-    """A parameter and its place in the vector of all parameters."""
+    """A parameter and its position in the vector of all parameters."""
 
     name: str
-    parameter: Tensor  # its shape and memory format count
+    parameter: Tensor  # read for shape, dtype and memory format
     dense: bool  # sent uncompressed
     start: int
     group: int = 0  # index of its parameter group
-    trained: Tensor | None = None  # the parameter that may be frozen during training; None: it cannot be
+    trained: Tensor | None = None  # the parameter whose requires_grad may become False; None: never frozen
 
     @property
     def size(self) -> int:
@@ -44,7 +44,7 @@ class Place:
 class Slice:
     """Some parameters as a vector of their own, float[d], in the order of the whole vector.
 
-    Views of a vector are in the order of `places`. Vectors made here have at least float32.
+    Views of a vector are in the order of `places`. `zeros` returns at least float32.
     """
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
@@ -104,7 +104,7 @@ class Slice:
         return [place.parameter.shape for place in self._in_order if not place.dense]
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Yield each range of this vector that the whole one has without a gap: start, stop, and its start there."""
+        """Yield the ranges of this vector that are contiguous in the whole one: start, stop, and start in the whole."""
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
@@ -119,7 +119,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class GroupRange:
-    """A range of the flat vector whose parameters are of one parameter group, so have one learning rate."""
+    """A range of the flat vector whose parameters are in one parameter group, so have one learning rate."""
 
     group: int
     start: int
@@ -166,7 +166,7 @@ class FlatParameters(Slice):
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
-        """Apply work(x) to x in place, in at least float32, except to frozen parameters.
+        """Call work(x), which changes x in place, in at least float32; frozen parameters are restored.
 
         Returns the rounding error of x, float[d], or None if x is at least float32.
         """
@@ -179,7 +179,7 @@ class FlatParameters(Slice):
         return lost
 
     def check_attached(self) -> None:
-        """Raise RuntimeError if a parameter no longer lives in x (moved or replaced after construction)."""
+        """Raise RuntimeError if a parameter is no longer a view of x (moved or replaced after construction)."""
         base, size = self.x.data_ptr(), self.x.element_size()
         for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
             if p.numel() and p.data_ptr() != base + offset * size:
@@ -222,10 +222,10 @@ def _check(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the place of each parameter, in the order of the vector: the uncompressed ones after the others.
+    """Return the place of each parameter, in the order of the vector: the compressed ones first.
 
-    The vector has `part` of each parameter, such as this process's shard, which is sent uncompressed if the whole is.
-    Raises ValueError for a `dense_below` below 0.
+    The vector has `part(p)` of each parameter p, such as this process's shard; `dense_below` is compared with the whole
+    of p. Raises ValueError for a `dense_below` below 0.
     """
     check_dense_below(dense_below)
     found, start = [], 0
@@ -236,18 +236,18 @@ def places(
 
 
 def check_dense_below(dense_below: int) -> None:
-    """Raise ValueError unless it is a number of elements."""
+    """Raise ValueError unless `dense_below` is an integer of at least 0."""
     if is_below(dense_below, 0):
         raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
 
 
 def goes_dense(p: Tensor, dense_below: int) -> bool:
-    """Return True if a tensor is a vector or small, and so sent uncompressed; never if `dense_below` is 0."""
+    """Return True if p, with fewer than two dimensions or `dense_below` elements, is sent uncompressed; 0: never."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 
 def dense_strides(p: Tensor) -> tuple[int, ...]:
-    """Return p's own strides if they fill its numel without gaps, else those of a contiguous tensor."""
+    """Return the strides of p if its elements have no gaps in memory, else those of a contiguous tensor."""
     if p.numel() and extent(p) == p.numel():
         return p.stride()
     return torch.empty(p.shape, device="meta").stride()
@@ -259,11 +259,11 @@ def extent(p: Tensor) -> int:
 
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError, beginning with `what`, if two tensors have an element in common.
+    """Raise ValueError if two tensors have an element in common; its message starts with `what`.
 
-    Views whose elements alternate, such as x[::2] and x[1::2], have none. Tensors of two dtypes count as sharing.
+    Interleaved views, such as x[::2] and x[1::2], have none. Overlapping tensors of different dtypes raise.
     """
-    before: list[tuple[str, Tensor]] = []  # tensors that extend beyond the start of the next
+    before: list[tuple[str, Tensor]] = []  # tensors that end after the start of p
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
         if not p.numel():
             continue

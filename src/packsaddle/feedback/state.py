@@ -1,17 +1,17 @@
-"""Saved states: declared by their paths; saved, validated, loaded, and split for another number of workers.
+"""Saved states: fields declared by path; saving, validation, loading, and splitting for another number of workers.
 
-A state is nested dictionaries and lists of tensors and plain types. A front declares its fields once: a `Vector` is
-saved by parameter and validated by shape, a `Value` is validated by its type. Loading validates all fields before it
-changes any. Fields are loaded in the order in which they are declared.
+A state is nested dictionaries and lists of tensors and plain types. Its owner (the optimizer, a hook, local updates)
+declares its fields once: a `Vector` is saved by parameter and validated by shape, a `Value` is validated by type.
+Loading validates all fields before it changes any, and loads them in the order of declaration.
 
-A `Rule` gives the kind of what a saved state has at a path, for paths and not for fields, since the worker that loads
-may not have all that the state has (a pending exchange, for example). For another number of workers,
+A `Rule` gives the kind of the entries at a path. Rules are for paths rather than fields, since the loading worker may
+not have all fields of the state (a pending exchange, for example). The kinds, for another number of workers:
 
-    shared      is identical on all workers
-    error       is averaged: error memories, momenta, x at the start of an exchange
-    owner       is an owner error, an error of the mean: added to errors, once for every worker, and then zero
-    own         is each worker's own, and new workers have worker 0's
-    constant    is replaced, by a value of the new worker's identity if that has one of its name
+    shared      identical on all workers; copied
+    error       averaged over workers: error memories, momenta, x at the start of an exchange
+    owner       an owner error, a residual of the mean: added to errors, times the number of workers, and then zero
+    own         different on each worker; new workers get worker 0's
+    constant    replaced by the value of that name in the new worker's identity, else by the rule's value
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,24 +24,24 @@ from torch import Tensor
 
 FORMAT = 2  # of the states of optimizers, hooks and local updates, and of the files of elastic workers
 ANY = "*"  # in a path: any key
-Path = tuple[Any, ...]  # keys from the outermost
+Path = tuple[Any, ...]  # keys, outermost first
 Kind = Literal["shared", "error", "owner", "own", "constant"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The kind of all that a state has at a path, or below it."""
+    """The kind of all entries of a state at a path or below it."""
 
     path: Path
     kind: Kind
-    into: Sequence[Path] = ()  # of an owner error: the errors to which it is added
-    like: Path = ()  # of an error that may be missing: the tensors like which it is zero then
-    value: Any = None  # of a constant
+    into: Sequence[Path] = ()  # for an owner error: paths of the errors to which it is added
+    like: Path = ()  # for an error that may be missing: path of tensors that give the shape of its zeros
+    value: Any = None  # for a constant: its new value if the identity has none
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Tensors by parameter; the parameter's key is where `path` has ANY."""
+    """A field with one tensor per parameter; ANY in `path` stands for the parameter's key."""
 
     path: Path
     shapes: Mapping[Any, torch.Size | None]  # by key; None: any length, and may be missing
@@ -50,13 +50,13 @@ class Vector:
     optional: bool = False  # may be missing as a whole: None in a state, {} from `get`
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write copies of the tensors into a state; torch's optimizers save those at "state" themselves."""
+        """Write copies of the tensors into a state. No-op for entries of "state", which torch's optimizers save."""
         if self.path[-1] == ANY:
             found = {key: tensor.clone() for key, tensor in self.get().items()}
             _put(state, self.path[:-1], None if self.optional and not found else found)
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> dict[Any, Tensor]:
-        """Return the saved tensors. Raises ValueError unless they have the shapes here."""
+        """Return the saved tensors by key. Raises ValueError unless they have the shapes of this field."""
         # The dictionary by parameter.
         at = self.path.index(ANY)
         (saved,) = (found for _, found in _matches(state, self.path[:at]))
@@ -84,7 +84,7 @@ class Vector:
         return found
 
     def load(self, saved: Mapping[Any, Tensor]) -> None:
-        """Load what `read` returned."""
+        """Load the tensors that `read` returned."""
         if self.set is not None:
             self.set(saved)
             return
@@ -94,20 +94,20 @@ class Vector:
 
 @dataclass(frozen=True)
 class Value:
-    """Plain types, dataclasses, and tensors that belong to no parameter."""
+    """A field of a plain type, a dataclass, or tensors that belong to no parameter."""
 
     path: Path
     hint: Any  # the type, as in an annotation
     get: Callable[[], Any]
     load: Callable[[Any], object]
-    check: Callable[[Any], None] | None = None  # raises ValueError if the saved value does not fit here
+    check: Callable[[Any], None] | None = None  # raises ValueError if the saved value cannot be loaded here
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the value into a state."""
         _put(state, self.path, _plain(self.get()))
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> Any:
-        """Return the saved value, equal wherever the path leads. Raises ValueError if it is missing or invalid."""
+        """Return the saved value. Raises ValueError if it is missing, invalid, or differs between matches of `path`."""
         found = [typed(self.hint, value, path) for path, value in _matches(state, self.path)]
         if any(value != found[0] for value in found[1:]):
             raise ValueError(f"{_dotted(self.path)} must have one value, found {found}")
@@ -117,21 +117,21 @@ class Value:
 
 
 def attribute(path: Path, owner: Any, name: str, hint: Any) -> Value:
-    """Return the field of an attribute."""
+    """Return the field that saves and loads an attribute of `owner`."""
     return Value(path, hint, partial(getattr, owner, name), partial(setattr, owner, name))
 
 
 class State:
-    """The saved state of a front: its fields, and what must be equal where it is saved and where it is loaded.
+    """The saved state of `owner`: its fields, and its identity, the values that must be equal at saving and loading.
 
     Args:
-        owner: the name of the front.
-        rules: the kinds of all paths; the first that fits a path holds.
-        identity: returns the values that must be equal, by name.
+        owner: the name of the class in messages.
+        rules: the kinds of all paths; the first rule that matches a path applies.
+        identity: returns the identity by name.
         fields: returns the fields, in the order in which they are loaded.
         head: the path of the format and the identity, () for "format" and "identity" at the top.
-        names: the names of parameters in messages, by key, where they differ.
-        only_with: the remedy by name of the values with which alone a state can be loaded; {}: it can be split.
+        names: the names of parameters in messages, by key. None: the keys.
+        only_with: remedies in messages, by name of an identity value; not empty: the state cannot be split.
     """
 
     def __init__(
@@ -160,11 +160,11 @@ class State:
         return state
 
     def validate(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless a state can be loaded here."""
+        """Raise ValueError, naming the first difference, unless `load` accepts the state."""
         self._read(state)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Load a state. Raises ValueError, with nothing changed, if it does not fit."""
+        """Load a state. Raises ValueError, with nothing changed, if it is invalid here."""
         for field, value in self._read(state):
             field.load(value)
 
@@ -196,10 +196,10 @@ class State:
         raise ValueError(f"{_dotted(path)} is in the state, and {self._owner} has no rule for it")
 
     def split(self, leaves: Mapping[Path, Any], workers: int) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
-        """Return the tensors to be averaged, and what is identical on all workers, of a state that `workers` saved.
+        """Return the tensors to average over workers, and the shared entries, of a state saved by `workers` workers.
 
-        `leaves` are the tensors and plain values of the state by path, as are the results. Raises ValueError if it is
-        of another format.
+        `leaves` are the tensors and plain values of one worker's state by path; so are the results. Raises ValueError
+        if the state has another format or cannot be split.
         """
         for path, value in leaves.items():
             if path[-1] == "format":
@@ -212,16 +212,16 @@ class State:
             if rule.like:
                 for path in [path for path in means if _fits(path, rule.like)]:
                     means.setdefault(_filled(rule.path, path, rule.like), torch.zeros_like(means[path]))
-        # An owner error is an error of the mean, so it counts once for every worker.
+        # An owner error is a residual of the mean, so it is worth W times one worker's error.
         for path, rule in kinds.items():
             for into in (_filled(pattern, path, rule.path) for pattern in rule.into):
                 means[into] = means[into].double() + workers * leaves[path].double()
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return what this worker has of a state in place of owner errors and constants, by path.
+        """Return this worker's new values of owner errors, zeros, and of constants, by path.
 
-        `leaves` are as in `split`, which has added the owner errors to what is averaged.
+        `leaves` are those of `split`, which adds the owner errors to the averaged errors.
         """
         identity, found = self._identity(), {}
         for path, value in leaves.items():
@@ -238,11 +238,11 @@ class State:
 
 
 def skip(saved: Any) -> None:
-    """Load nothing: the front loads the field after all others."""
+    """No-op, the `load` of a field that its owner restores after all others."""
 
 
 def check_format(found: Any, what: str) -> None:
-    """Raise ValueError, with the remedy, unless a saved format is the one that is read here."""
+    """Raise ValueError, with the remedy, unless a saved format is FORMAT."""
     if type(found) is not int or found != FORMAT:
         raise ValueError(
             f"{what} has format {found!r}, and this version of packsaddle reads format {FORMAT}: finish the run with "
@@ -251,7 +251,7 @@ def check_format(found: Any, what: str) -> None:
 
 
 def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: bool = True) -> None:
-    """Raise ValueError unless a saved tensor has this shape (None: any length), and floating-point or whole numbers."""
+    """Raise ValueError unless a saved tensor has this shape (None: (n,)) and a `floating` (else integer) dtype."""
     if not isinstance(found, Tensor) or (found.ndim != 1 if shape is None else found.shape != shape):
         have = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
         raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")
@@ -265,7 +265,7 @@ def parameter_ids(state: Mapping[str, Any]) -> list[Any]:
 
 
 def typed(hint: Any, value: Any, path: Path = ()) -> Any:
-    """Return a saved value as its type, an annotation. Raises ValueError, with its path, if it is of another."""
+    """Convert a saved value to `hint`, a type annotation. Raises ValueError, naming the path, for another type."""
     origin, args = get_origin(hint), get_args(hint)
     if type(None) in args:
         return None if value is None else typed(next(arg for arg in args if arg is not type(None)), value, path)
@@ -281,7 +281,7 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
         raise ValueError(f"{_dotted(path)} must be of type {getattr(kind, '__name__', kind)}, found {value!r:.80}")
     if origin is Literal and value not in args:
         raise ValueError(f"{_dotted(path)} must be one of {', '.join(map(repr, args))}, found {value!r:.80}")
-    # The types of what is inside.
+    # The types of its entries.
     if is_made:
         hints = get_type_hints(hint)
         inner = {f.name: next(_matches(value, (f.name,), path)) for f in fields(hint)}
@@ -308,7 +308,7 @@ def _plain(value: Any) -> Any:
 
 
 def _matches(state: Any, pattern: Path, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield the paths of a state that a pattern fits, and the values there. Raises ValueError for a missing one."""
+    """Yield each path of a state that matches a pattern, with its value. Raises ValueError for a missing key."""
     if not pattern:
         yield path, state
         return
@@ -321,7 +321,7 @@ def _matches(state: Any, pattern: Path, path: Path = ()) -> Iterator[tuple[Path,
 
 
 def _put(state: Any, path: Path, value: Any) -> None:
-    """Write a value into a state, at each place to which the path leads."""
+    """Write a value into a state, at each match of a path."""
     key, *rest = path
     for each in range(len(state)) if key == ANY else (key,):
         if rest:
@@ -331,12 +331,12 @@ def _put(state: Any, path: Path, value: Any) -> None:
 
 
 def _fits(path: Path, pattern: Path) -> bool:
-    """Return True if a path, or a part from its beginning, is one of a pattern."""
+    """Return True if a path or a prefix of it matches a pattern."""
     return len(path) >= len(pattern) and all(p in (ANY, key) for key, p in zip(path, pattern, strict=False))
 
 
 def _filled(pattern: Path, path: Path, of: Path) -> Path:
-    """Return a pattern with the keys that `path` has where `of`, its own pattern, has ANY."""
+    """Return a pattern with each ANY replaced by the key of `path` at the corresponding ANY of `of`, its pattern."""
     keys = iter([key for key, p in zip(path, of, strict=False) if p == ANY])
     return tuple(next(keys) if p == ANY else p for p in pattern)
 

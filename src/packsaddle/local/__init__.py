@@ -1,7 +1,7 @@
-"""Local updates of any optimizer, exchanged every H steps: `updates` has `LocalUpdates`, so read it first.
+"""Local updates of any optimizer, exchanged every H steps. Read `updates` first, which has `LocalUpdates`.
 
-- `fragment`: parameters exchanged together; `anchor`: where they last agreed, and x's moves; `escape`: its check
+- `fragment`: parameters exchanged together; `anchor`: the parameters last agreed on; `escape`: its escape check
 - `options`: overlap, workers, the outer optimizer; `participation`: weights and samples of workers
-- `inner`, `start`, `lockstep`: the optimizer inside, and checks; `outcomes`: rejected rounds
-- `elastic`: workers that come and go
+- `inner`, `start`, `lockstep`: the inner optimizers, and checks; `outcomes`: rejected rounds
+- `elastic`: workers that join and leave during training
 """

@@ -1,8 +1,7 @@
-"""The anchor of a fragment, and how the parameters x move away from it and back.
+"""The anchor of a fragment, and the movement of the parameters x relative to it.
 
-The anchor a, float[n] in at least float32, has the parameters on which all workers last agreed. x starts at its start
-point, a or a - e with `keep_unsent`; `PseudoGradient` is the local update, by which inner steps have moved it from
-there.
+The anchor a, float[n] in at least float32, has the parameters on which all workers last agreed. After an exchange x
+continues from its start point: a, or a - e with `keep_unsent`. `PseudoGradient` has the local update: start - x.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ from packsaddle.feedback.slices import Shaped, Slice
 class Anchor:
     """The anchor a of some parameters, float[n], and x, this process's part of them.
 
-    `keeps`: the start point is a - e, where e is the error memory.
+    With `keeps`, the start point is a - e, where e is the error memory; else a.
     """
 
     def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
@@ -31,7 +30,7 @@ class Anchor:
         self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor, for an outer optimizer
         self.layout, self.keeps = layout, keeps
         self._parameters, self._memory = parameters, memory
-        # float[n]: update missing from start - x, because the start moved without x or x was rounded; None: 0
+        # float[n], part of the update missing in start - x, because the start moved without x or x was rounded; None: 0
         self.owed: Tensor | None = None
         self.set_from_parameters()
 
@@ -99,11 +98,11 @@ class Anchor:
                 x.copy_(value)
 
     def owe(self, change: Tensor) -> None:
-        """Record that e grew by `change`, float[n], and with it the start point fell, without x."""
+        """Record that e grew by `change`, float[n]: the start point decreased by it, but x did not move."""
         self.owed = change if self.owed is None else self.owed.add_(change)
 
     def subtract_owed(self) -> None:
-        """x <- x - owed, except for the rounding error of 16-bit x, which is owed anew."""
+        """Subtract owed from x; the rounding error of 16-bit x is owed again."""
         if self.owed is None:
             return
         pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None
@@ -123,7 +122,7 @@ class Anchor:
                     lost.add_((x.to(value.dtype) - value).to(lost))
 
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
-        """Add start - x + owed to out, float[n], and return it; `starts` are other start points, by parameter."""
+        """Add start - x + owed to out, float[n], and return it; `starts` replace the start points, by parameter."""
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.tensors(), starts, self.layout.views(out), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
@@ -134,7 +133,7 @@ class Anchor:
 class PseudoGradient(Update):
     """The update of a fragment's memory, float[n]: the local update start - x, `Anchor.owed` and shared noise.
 
-    A 16-bit x started at the start point rounded to 16 bits, so the local update is the change since that.
+    A 16-bit x started at the start point rounded to 16 bits, so the local update is relative to the rounded point.
     """
 
     of: Anchor
@@ -148,7 +147,7 @@ class PseudoGradient(Update):
         starts: Sequence[Tensor] = self.of.views
         if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
             share -= 1.0
-        elif self.of.keeps:  # with start rounded to x's precision, so made as a vector
+        elif self.of.keeps:  # start is rounded to x's precision, so it cannot be folded in
             starts = self.of.starts()
         for x, start, v in zip(xs, starts, out.views, strict=True):
             x = x.to(start.device)
@@ -170,5 +169,5 @@ class PseudoGradient(Update):
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """Return the dtype, at least float32, in which x is computed before it is rounded to its own."""
+    """Return the dtype, at least float32, in which x is computed before rounding to its own dtype."""
     return torch.promote_types(x.dtype, torch.float32)

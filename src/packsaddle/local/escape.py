@@ -1,4 +1,4 @@
-"""The escape check of local updates: lines 4-8 of Algorithm 1 on the anchor, after each round of the whole model."""
+"""The escape check of local updates: lines 4-8 of Algorithm 1, run on the anchor after each round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,10 +20,10 @@ class _Vector:
 
 
 class AnchorEscape:
-    """Runs an `Escape` rule whose interval and `every` count rounds, on the anchor.
+    """Runs an `Escape` rule on the anchor; its interval and `every` count rounds.
 
-    The user's objective is evaluated with the parameters at the anchor. Raises ValueError unless one fragment is the
-    whole model and its exchanges have no `delay`.
+    The user's objective is evaluated with the parameters at the anchor. Raises ValueError for more than one fragment,
+    or a `delay`.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class AnchorEscape:
         self._anchor, self._objective = self._whole.anchor, rule.objective
         x = _Vector(self._anchor.flat, self._whole.compressed_d)
         self._check = EscapeCheck(replace(rule, objective=self._at_anchor), x, channel, seed)
-        self.begin = self._check.begin  # starts at the anchor as it is
+        self.begin = self._check.begin  # sets x_0' to the current anchor
 
     def _at_anchor(self) -> float | Tensor:
         self._anchor.set_parameters(self._anchor.views)

@@ -1,8 +1,8 @@
-"""A fragment: some parameters whose local updates are exchanged together, with their anchor and error memory.
+"""A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
 
-An exchange is `begin`, which makes v in the main thread, `exchange`, which is collective, immediate or in the
-background during the next steps, `close`, which reads the outcome, and `apply_exchange`. An elastic round is closed
-by its vote, so `close` and `apply_exchange` are two calls.
+An exchange has four calls. `begin` computes v in the main thread; `exchange`, collective, runs immediately, or in the
+background of the next steps; `close` reads the outcome, and commits or rolls back the error memory; `apply_exchange`
+applies the mean. The last two are separate since elastic workers vote first, and record the round in between.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,19 +29,19 @@ from packsaddle.local.options import LocalOptions
 
 
 def _nothing() -> None:
-    """Wait for an exchange that is over."""
+    """No-op, the `wait` of a completed exchange."""
 
 
 @dataclass
 class PendingExchange:
-    """One exchange of a fragment, from its begin until it is applied or rejected."""
+    """One exchange of a fragment, from `begin` until it is applied or rejected."""
 
     due: int  # the inner step after which it is applied
-    round: Round | None  # of the error memory; None: it has ended, and a saved state had the exchange
+    round: Round | None  # of the error memory; None: it has ended, or the exchange was loaded with its outcome
     invalid: Tensor  # bool[], this worker's v is invalid
     share: float = 1.0  # weight of this worker's v; 0: it receives the mean but keeps its own update
-    before: list[Tensor] = field(default_factory=list)  # x at the start, if it moves until the end; empty: it does not
-    wait: Callable[[], None] = _nothing  # for an exchange in the background, of which it raises the errors
+    before: list[Tensor] = field(default_factory=list)  # point since which x's changes are kept; empty: none are
+    wait: Callable[[], None] = _nothing  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # float[n] with a delay or an outer optimizer
     names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
     applied: bool | None = None  # False: rejected; None: unknown
@@ -50,27 +50,27 @@ class PendingExchange:
 
 @dataclass(frozen=True)
 class SavedExchange:
-    """A pending exchange in a saved state, which has its outcome already."""
+    """A pending exchange in a saved state, with its outcome."""
 
     due: int
     applied: bool
     invalid: bool  # this worker's v
     names: list[str]
-    start: dict[str, Tensor]  # x at the start, by parameter
+    start: dict[str, Tensor]  # x at `begin`, by parameter
     mean: dict[str, Tensor]  # empty if it is rejected
 
 
 class Fragment(Slice):
-    """Some parameters, their anchor, their error memory and the one exchange of them that is not over.
+    """Some parameters with their anchor, their error memory and at most one pending exchange.
 
     Args:
-        places: of this process's part of each parameter.
-        parameters: the optimizer's, by name; more than the fragment's.
-        options: of the local updates.
-        channel: over which exchanges run.
-        device: of the anchor and the error memory.
-        agree: returns whether a bool[] is True on any shard of this worker; collective over the shards.
-        offset: inner steps by which its exchanges are earlier than those of the first fragment.
+        places: the fragment's parameters, this process's part of each, with their positions.
+        parameters: all parameters of the optimizers, by name.
+        options: options of the local updates.
+        channel: the communicator of exchanges.
+        device: device of the anchor and the error memory.
+        agree: reduces a bool[] with OR over the shards of this worker; collective over them.
+        offset: number of inner steps by which its exchanges are earlier than those of the first fragment.
         d: the number of compressed coordinates of all fragments.
     """
 
@@ -112,9 +112,9 @@ class Fragment(Slice):
 
         Args:
             due: the inner step after which the exchange is applied.
-            share: the weight of v.
-            later: that is a later step. Then, or at a share of 0, x continues from its current value.
-            uncompressed: send all that is pending, without noise.
+            share: the weight of v; 0: send nothing, and keep the local update.
+            later: `due` is a later step, so x keeps its changes until then.
+            uncompressed: send all of v uncompressed, without noise.
         """
         t, spec = self.rounds, self._options.compression
         compressor = Identity() if uncompressed else spec.at(t)
@@ -128,7 +128,7 @@ class Fragment(Slice):
         return self.current
 
     def _switch(self, compressor: Compressor) -> None:
-        """Switch to a compressor. The owner errors of another one are added to e, and x moves with a - e."""
+        """Switch to a compressor. Owner errors of the previous one are added to e, and x moves with a - e."""
         memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
         before = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
         self.use(compressor)
@@ -137,13 +137,13 @@ class Fragment(Slice):
         self.anchor.subtract_owed()
 
     def use(self, compressor: Compressor) -> None:
-        """Use a compressor from now on."""
+        """Switch to a compressor, without moving x."""
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
 
     def exchange(self, p: PendingExchange, step: int, *, as_vector: bool) -> None:
         """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
 
-        `as_vector` computes the mean as a vector. So does exchange "senders", over the workers that sent a coordinate.
+        With `as_vector`, and always with exchange "senders", `PendingExchange.mean` is a vector.
         """
         assert p.round is not None
         self.feedback.channel.step = step
@@ -151,12 +151,12 @@ class Fragment(Slice):
         if p.share:
             p.round.absorb()
         p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
-        # Here, since a collective of the main thread could overtake another fragment's exchange.
+        # Not in `close`: a collective of the main thread could overtake another fragment's exchange.
         if p.invalid.device.type == "cpu":
             self.name_workers(p)
 
     def _mean(self, g: Averaged) -> Tensor:
-        """Return the mean over workers, float[n]; with "senders" that of a coordinate over those that sent it."""
+        """Return the mean over workers, float[n]; with "senders", of each coordinate over the workers that sent it."""
         n, total = self.compressed_d, g.write_to(self.zeros().flat)
         if self._options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
@@ -227,14 +227,14 @@ class Fragment(Slice):
         return p
 
     def discard_progress(self) -> None:
-        """Set x to its value at the begin of the current exchange, if valid, or to its start point."""
+        """Set x to its value at `begin` of the current exchange, if that is valid, else to its start point."""
         if self.current is not None and self.current.before and not bool(self.current.invalid):
             self.anchor.set_parameters(self.current.before)
         else:
             self.anchor.move_to_start()
 
     def unapplied(self) -> Tensor:
-        """Return this worker's updates that are not in the anchor, float[n], after the current exchange."""
+        """Return this worker's updates that the anchor does not include yet, float[n]. Call after `close`."""
         p, found = self.current, self.feedback.pending().clone()
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
@@ -248,9 +248,9 @@ class Fragment(Slice):
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
-        """Return the fields of the saved state, below a path, after the current exchange; `resume` loads the rest.
+        """Return the fields of the saved state, below a path. Call after `close`; call `resume` after loading.
 
-        A delayed exchange has its outcome already, and is applied at the step that is due.
+        A delayed exchange is saved with its outcome, and applied after its `due` step.
         """
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
@@ -273,7 +273,7 @@ class Fragment(Slice):
             view.copy_(saved[name])
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator, the exchange and what x is owed from the fragment's saved state."""
+        """Restore the aggregator with its owner errors, and `Anchor.owed`. Call after the fields are loaded."""
         memory = self.feedback.memory.vector
         before = memory.clone()
         aggregator = typed(SavedAggregator | None, saved["aggregator"])
@@ -333,10 +333,11 @@ def partition(
     device: torch.device,
     agree: Shards,
 ) -> list[Fragment]:
-    """Cut the parameters into fragments by their order, each due `every` / `fragments` steps before the next.
+    """Split the parameters in order into fragments, each due `every` / `fragments` steps before the preceding one.
 
-    Replicated DTensors are in fragments apart from sharded ones: they must stay identical on all shards, so the choice
-    of their coordinates must not depend on values of one shard. Raises ValueError for more fragments than parameters.
+    Replicated DTensors are in separate fragments from sharded ones: they must stay identical on all shards, so the
+    choice of coordinates must not depend on the values of one shard. Raises ValueError for more fragments than
+    parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names = list(parameters)
@@ -352,7 +353,7 @@ def partition(
 
 
 def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
-    """Cut a list in consecutive parts of about equal total size, none of them empty."""
+    """Split a list into consecutive non-empty parts of approximately equal total size."""
     if parts > len(names):
         raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
     total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]

@@ -1,6 +1,6 @@
-"""The inner optimizers of local updates: their parameters by name, shards of those, and parameters of others.
+"""The inner optimizers of local updates: their parameters and shards, and a check that all trained ones are exchanged.
 
-Parameters that none of these optimizers trains are not exchanged, and would come to differ between workers: an error.
+Parameters trained by another optimizer are not exchanged and would differ between workers, so they raise an error.
 """
 
 import gc
@@ -21,14 +21,14 @@ from packsaddle.feedback.slices import check_no_shared_memory
 
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
-    """Return the names of the optimizers' classes, for a message."""
+    """Return the class names of the optimizers, for a message."""
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
 def follow(optimizer: Any, local: object) -> None:
-    """Note on an optimizer what exchanges its steps, as `exchanged_by`; it is not in the optimizer's state.
+    """Set `optimizer.exchanged_by` to `local`, which exchanges its steps; not part of the optimizer's state.
 
-    Raises RuntimeError if something does already: workers would exchange every change twice.
+    Raises RuntimeError if it is set already: workers would exchange every change twice.
     """
     if getattr(optimizer, "exchanged_by", None) is not None:
         raise RuntimeError(
@@ -39,7 +39,7 @@ def follow(optimizer: Any, local: object) -> None:
 
 
 def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' parameters by name; by number if not all have a name of their own."""
+    """Return the optimizers' parameters by name; numbered unless all have different names."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = parameters_of(optimizers)
@@ -49,7 +49,7 @@ def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 
 
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load the optimizers' state dicts; raises ValueError, changing nothing, if they are of others."""
+    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if numbers or group sizes differ."""
 
     def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
         return [len(group["params"]) for group in groups]
@@ -65,7 +65,7 @@ def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, A
 
 
 def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise RuntimeError if an optimizer trains any but these parameters, which no exchange has."""
+    """Raise RuntimeError if an optimizer trains a parameter that is not among these, so is not exchanged."""
     known = {id(p) for p in parameters}
     for i, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -92,14 +92,14 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 class Shards:
-    """Agreement of the processes that have shards of one worker's parameters, by the meshes of DTensors."""
+    """A reduction over the processes that have shards of one worker's parameters, by the meshes of the DTensors."""
 
     def __init__(self, parameters: Iterable[Any]) -> None:
         meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
         self._groups = [resolve(mesh.get_group(i)) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return whether it is so on any shard, bool[]; collective over the shards."""
+        """Return `bad`, bool[], reduced with OR over the shards; collective over them."""
         if not self._groups:
             return bad
         found = bad.to(torch.int32).reshape(1)
@@ -119,15 +119,15 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """The other optimizers that have stepped in this process, and the parameters that they train.
+    """Detects parameters that other optimizers in this process train without an exchange.
 
-    `check` raises if some of these are not exchanged and share a module with `parameters`.
+    `check` raises for those in one module with `parameters`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
         self._ours, self._group = parameters, group
         self._stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
-        self._has_new = False  # there is an optimizer that `check` has not seen
+        self._has_new = False  # an optimizer was recorded since the last `check`
         _watches.add(self)
         _watch_steps()
 
@@ -160,9 +160,9 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 
 @cache
 def _watch_steps() -> None:
-    """Register torch's hook on the steps of all optimizers, once.
+    """Register a hook on the steps of all torch optimizers, once.
 
-    It stays: torch may be calling its hooks while a garbage collection would remove it.
+    It is never removed: garbage collection could do so while torch iterates over its hooks.
     """
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -174,14 +174,14 @@ def _watch_steps() -> None:
 
 
 def _is_exchanged(optimizer: Optimizer) -> bool:
-    """Return True if local updates exchange an optimizer's steps, or the optimizer does so itself."""
+    """Return True if local updates, or the optimizer itself, exchange the optimizer's steps."""
     return getattr(optimizer, "exchanged_by", None) is not None or hasattr(optimizer, "channel")
 
 
 def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
-    """Return those of their parameters that are in a module together with one of ours, by name, all given by ids.
+    """Return the parameters of `theirs`, by name, in a root module that has one of `ours`; both are sets of ids.
 
-    The script alone may know the module, so all objects are looked through (0.1 s).
+    Only the script may have a reference to the module, so all objects in memory are searched (0.1 s).
     """
     modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
     inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
@@ -195,5 +195,5 @@ def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return up to three names, and how many there are."""
+    """Return the first three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,6 @@
-"""Several optimizers as one, for a framework that takes one: transformers' Trainer, Lightning's automatic optimization.
+"""Several optimizers as one, for frameworks that accept one: transformers' Trainer, Lightning's automatic optimization.
 
-`LocalUpdates` itself takes a list.
+`LocalUpdates` itself accepts a list.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 
 class JoinedOptimizer(Optimizer):
-    """Several optimizers of different parameters as one; it has their groups and their state.
+    """Several optimizers of different parameters as one optimizer, with all their groups and states.
 
-    Muon for the matrices of the hidden layers and AdamW for all else, say, with one scheduler for both. `members` are
-    the optimizers, and `step` steps them in that order.
+    For example Muon for the matrices of the hidden layers and AdamW for the rest, with one scheduler for both.
+    `members` are the optimizers; `step` steps them in that order.
 
     >>> import torch
     >>> from packsaddle.integrations import JoinedOptimizer
@@ -33,7 +33,7 @@ class JoinedOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Set the groups and the state of the members to those of the whole."""
+        """Set the groups and the state of the members to those of this optimizer."""
         start = 0
         for member, size in zip(self.members, self._sizes, strict=True):
             member.param_groups = self.param_groups[start : start + size]
@@ -42,7 +42,7 @@ class JoinedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step all of them, after the closure, whose value is returned."""
+        """Call the closure, if any, then step all members. Returns the value of the closure."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -52,6 +52,6 @@ class JoinedOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of the whole, and with it that of the members."""
+        """Load `state_dict`, that of this optimizer, into all members."""
         super().load_state_dict(state_dict)
         self._share()

@@ -1,6 +1,6 @@
-"""Collectives of local updates in one order, before each a check that all workers make the same call after one step.
+"""Collectives of local updates in one order, each after a check that all workers make the same call at the same step.
 
-Workers that differ would pair collectives of different sizes, for which gloo aborts the process and NCCL hangs.
+Different calls would pair collectives of different sizes, for which gloo aborts the process and NCCL hangs.
 """
 
 import logging
@@ -23,13 +23,13 @@ Call = Literal[
     "calls average()",
 ]
 _CALLS = get_args(Call)
-HEADER = 16  # bytes of a header: a call and a number of steps, int64[2]
+HEADER = 16  # bytes of the header that the check gathers: call and number of steps, int64[2]
 
 
 class Lockstep:
-    """Runs collectives in the order of their calls; the ledger has the bytes of the checks as "guard".
+    """Runs collectives in the order of their calls. The ledger counts the bytes of the checks as "guard".
 
-    `background` carries out those that overlap with inner steps. None: nothing overlaps.
+    `background` runs collectives that overlap with inner steps. None: nothing overlaps.
     """
 
     def __init__(self, channel: Communicator, device: torch.device, background: Background | None) -> None:
@@ -37,9 +37,9 @@ class Lockstep:
         self._has_warned = False
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
-        """Run `work`, which is collective, after everything in the background; raises its errors.
+        """Run `work`, which is collective, after all background work; raises its errors.
 
-        Raises RuntimeError if workers make different calls, or the same after unequal numbers of `steps`.
+        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
         """
 
         def checked() -> None:
@@ -55,9 +55,9 @@ class Lockstep:
         promise.future.wait()
 
     def start(self, call: Call, steps: int, work: Callable[[], object], result: Tensor) -> Callable[[], None]:
-        """Start `work` in the background, which computes `result`; return a function that waits, and raises as `run`.
+        """Start `work`, which computes `result`, in the background; return a function that waits, and raises as `run`.
 
-        In a GPU's stream the host does not wait for the headers before that.
+        On a GPU the headers are checked only in that function, so that the host does not wait for them here.
         """
         unchecked: list[Tensor] = []
 
@@ -85,16 +85,16 @@ class Lockstep:
         return wait
 
     def _gather(self, call: Call, steps: int) -> Tensor:
-        """Return the call and the steps of every worker, int64[W, 2]; collective. On a GPU the host does not wait."""
+        """Gather the call and the steps of every worker, int64[W, 2]; collective. On a GPU the host does not wait."""
         mine = torch.tensor([_CALLS.index(call), steps], device=self._device)
         self._channel.step = max(self._channel.step, steps - 1)
         gathered = self._channel.gather({"header": mine}, fixed_size=True, purpose="guard")
         return torch.stack([parts["header"] for parts in gathered])
 
     def _check(self, headers: Tensor) -> None:
-        """Raise RuntimeError if the calls of `headers`, int64[W, 2], differ, or the steps of a round.
+        """Raise RuntimeError if the calls in `headers`, int64[W, 2], differ, or the steps of a round.
 
-        If workers flush after unequal numbers of steps, but of equal rounds, rank 0 logs a warning, once.
+        If only the steps of another call, such as a flush, differ, rank 0 logs a warning, once.
         """
         # The first worker with another call than worker 0, else with another number of steps.
         rows = headers.tolist()
@@ -114,7 +114,7 @@ class Lockstep:
                 f"data of equal length (drop_last=True, DistributedSampler), and pass scaler= if a GradScaler skips "
                 f"steps"
             )
-        # Unequal steps in equal rounds pair collectives of one size, so no worker hangs.
+        # Other equal calls pair collectives of equal sizes, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)

@@ -1,4 +1,4 @@
-"""Options of local updates: the overlap of exchanges with training, the workers, the outer optimizer, all together."""
+"""Options of local updates: overlap of exchanges with training, workers, outer optimizer, and all of them together."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -33,13 +33,14 @@ def _is_number(value: object) -> bool:
 class Overlap(Option):
     """The overlap of exchanges with training, as in Streaming DiLoCo (2025).
 
-    An integer alone stands for `Overlap(delay)` wherever one is taken.
+    Arguments of this type also accept an integer, as short for `Overlap(delay)`.
 
     Args:
         delay: inner steps during which an exchange runs, at least 0 and below `every`. Above 0 it needs a copy of the
             fragment.
-        fragments: P, parts of the model, cut by the order of the parameters and balanced by bytes, that are exchanged
-            at different steps, every / P apart; at least 1, at most `every` and the number of parameters.
+        fragments: P, the number of parts of the model that are exchanged at different steps, every / P apart:
+            consecutive parameters, of about equal numbers of elements. At least 1, at most `every` and the number of
+            parameters.
         blend: mixing factor in [0, 1] on completion of an exchange with a delay, x = (1 - blend) a + blend x. None adds
             the progress made during the exchange to the new anchor instead.
 
@@ -66,18 +67,19 @@ class Overlap(Option):
 
 @dataclass(frozen=True)
 class Workers(Option):
-    """The workers of local updates, a fixed set, and their parts in the mean (McMahan et al. 2017, Algorithm 1).
+    """A fixed set of workers of local updates, and their weights in the mean (McMahan et al. 2017, Algorithm 1).
 
-    A process group alone stands for `Workers(group)` wherever they are taken.
+    Arguments of this type also accept a process group, as short for `Workers(group)`.
 
     Args:
         group: the process group of the workers; None is the default group, or this process alone without one.
-        weight: w_i > 0 of this worker in the mean sum_i w_i C(v_i) / sum_i w_i, its number of examples for instance;
-            given on all workers or on none. None: all count alike.
-        sample: fraction of the workers in (0, 1] that take part in a round, drawn anew for each, as in federated
-            averaging. Another worker keeps its own changes, or sits the round out (see `LocalUpdates.sampled`).
+        weight: w_i > 0 of this worker in the mean sum_i w_i C(v_i) / sum_i w_i, such as its number of examples;
+            given on all workers or on none. None: equal weights.
+        sample: fraction of the workers in (0, 1] that are in a round, drawn again for each round, as in federated
+            averaging. A worker that is not drawn keeps its local update, or skips the steps of the round (see
+            `LocalUpdates.sampled`).
 
-    With a weight or a sample there is no escape check, and messages are averaged directly; with a sample, no delay.
+    With a weight or a sample, an escape check and indirect averaging are not supported; with a sample, nor is a delay.
     Raises ValueError for a setting that is out of range.
 
     >>> import torch
@@ -104,29 +106,28 @@ class Workers(Option):
 
 @dataclass(frozen=True)
 class Elastic(Option):
-    """The part of a worker in a run whose workers come and go; `membership` has its rounds.
+    """Settings of a worker in a run whose workers join and leave during training (see `membership`).
 
-    A Manager alone stands for `Elastic(manager)` wherever one is taken. There is no delay, no escape check and no
-    DTensor, and messages are averaged directly.
+    Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays, escape checks, DTensors and
+    indirect averaging are not supported.
 
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
-        memory_file: a file of this worker's own in which its error memory waits while it is away; one that is there
-            when it joins is loaded. It is written on joining, after every round and on leaving, and locked by
-            MEMORY_FILE.lock. None: no file.
-        weight: of a worker in the mean. None: all that have moved count alike; "steps": its inner steps since its last
-            round; or a function that returns the amount it has trained on so far, tokens for instance, of which the
-            growth counts. With a weight a slower worker takes fewer inner steps before a round, so as to arrive with
-            the fastest.
-        share_optimizer_state: a newcomer starts with the inner optimizer's state of the worker whose anchor it gets.
-        patience: seconds, above 0, in which a round must come about, or PeerLostError is raised.
-        leave_on_sigterm: on SIGTERM hand over the memory and end the process, by SystemExit out of the inner step or
-            out of waiting for the others. Without a file, or if it cannot be written, the memory goes with one more
-            round, uncompressed. The exit code is 0, or 1 if no such round came about: then something is lost.
-        grace: seconds, above 0, after SIGTERM, or after a call of `leave`, in which that round must come about.
-        group: the `ManagedGroup` of the manager, if there is one already.
+        memory_file: a file, different for each worker, that stores its error memory while it is away, and is loaded
+            when it joins. Written on joining, after every round and on leaving; locked by MEMORY_FILE.lock. None: no
+            file.
+        weight: the worker's weight in the mean. None: 1 if it has stepped; "steps": its inner steps since its last
+            round; or a function that returns a running total, such as its tokens, whose increase is the weight. Unless
+            None, a slower worker makes fewer inner steps per round, to finish with the fastest.
+        share_optimizer_state: a new worker starts with the inner optimizer's state of the worker that sends the anchor.
+        patience: seconds, above 0, after which PeerLostError is raised if no round was committed.
+        leave_on_sigterm: on SIGTERM save the error memory and end the process, by SystemExit from the inner step or
+            from the wait for other workers. If it cannot be saved to a file, it is sent in one more round,
+            uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
+        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that round must be committed.
+        group: the manager's existing `ManagedGroup`. None: a new one.
 
-    Raises TypeError if the manager is none, and ValueError for a setting that is out of range.
+    Raises TypeError if manager is not a Manager, and ValueError for a setting that is out of range.
 
     >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
     >>> from packsaddle.comm import connect  # doctest: +SKIP
@@ -164,7 +165,7 @@ class OuterSGD(Option):
     Args:
         lr: the learning rate, above 0. It scales the mean update, and is applied once per round.
         momentum: the momentum, in [0, 1).
-        nesterov: Nesterov's form; None: if there is a momentum.
+        nesterov: use Nesterov's form. None: if momentum is above 0.
 
     Raises ValueError for a setting that is out of range.
 
@@ -192,11 +193,11 @@ class OuterSGD(Option):
 
 @dataclass(frozen=True)
 class LocalOptions(Option):
-    """The arguments of `LocalUpdates` as one value. Raises ValueError for what does not go together."""
+    """The arguments of `LocalUpdates` as one value. Raises ValueError for incompatible arguments."""
 
     compression: Compression
     every: int
-    outer: Outer | None = own(None)  # the optimizer that it makes is compared
+    outer: Outer | None = own(None)  # workers compare the optimizer that it returns instead
     overlap: Overlap = Overlap()
     workers: Workers | Elastic = Workers()
     noise: Noise = Noise()  # noqa: RUF009 -- immutable
@@ -206,7 +207,7 @@ class LocalOptions(Option):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Rounds, and what they keep.
+        # Rounds and their memory.
         _check_whole("every", self.every, 1)
         overlap, spec = self.overlap, self.compression
         if overlap.fragments > self.every:
@@ -223,7 +224,7 @@ class LocalOptions(Option):
             raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
-        # Who takes part.
+        # Workers.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
         elif self.is_uneven:
@@ -231,9 +232,9 @@ class LocalOptions(Option):
 
     @classmethod
     def of(cls, compressor: Any, overlap: Any, workers: Any, noise: Any, **others: Any) -> "LocalOptions":
-        """Return the options of arguments of which some may be scalars, a group or a Manager."""
+        """Return the options of these arguments of `LocalUpdates`, which may be scalars, a group or a Manager."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
-        # Owners of coordinates keep errors that fit one set of workers, all alike.
+        # "auto" may choose owners, whose errors are valid for a fixed set of equally weighted workers only.
         workers = _workers(workers)
         alike = isinstance(workers, Workers) and not workers.are_uneven
         compression = Compression.of(compressor, "auto" if alike else "direct")
@@ -241,16 +242,16 @@ class LocalOptions(Option):
 
     @property
     def is_uneven(self) -> bool:
-        """True if a fixed set of workers has weights, or not all take part in each round."""
+        """True if a fixed set of workers has weights, or not all are in each round."""
         return isinstance(self.workers, Workers) and self.workers.are_uneven
 
     @property
     def averages_senders(self) -> bool:
-        """True if a coordinate's mean is over the workers that sent it."""
+        """True if each coordinate is averaged over the workers that sent it."""
         return self.compression.exchange == "senders"
 
     def _check_plain(self, where: str, *, overlaps: bool) -> None:
-        """Raise ValueError for an escape check, another mean or, if `overlaps` must not be, a delay."""
+        """Raise ValueError for an escape check, exchange "senders" or, with `overlaps`, a delay."""
         if self.escape is not None:
             raise ValueError(f"escape must be None {where}: its checks are of the mean of all workers")
         if self.averages_senders:
@@ -259,7 +260,7 @@ class LocalOptions(Option):
             raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
     def check_aggregators(self, aggregators: Iterable[Aggregator], *, sharded: bool) -> None:
-        """Raise ValueError for aggregators, or `sharded` parameters, that do not go with the workers."""
+        """Raise ValueError for aggregators, or `sharded` parameters, that these workers do not support."""
         if isinstance(self.workers, Elastic) and sharded:
             raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
         direct = isinstance(self.workers, Elastic) or self.workers.sample < 1
@@ -271,12 +272,12 @@ class LocalOptions(Option):
                     f"(TopK, RandomK, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep state "
                     f"that fits one set of workers"
                 )
-            # An owner's residual is of the weighted mean, and a round that sends it would weigh it again.
+            # An owner's residual is of the weighted mean; a round that sends it would apply the weight again.
             if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
 
     def agreement(self) -> dict[str, object]:
-        """Return what all workers must be given, by dotted name."""
+        """Return the options that must be equal on all workers, by dotted name."""
         weight = {} if isinstance(self.workers, Elastic) else {"weight": self.workers.weight is not None}
         found = {name.removeprefix("compression."): value for name, value in agreement(self).items()}
         return weight | found

@@ -1,8 +1,9 @@
 """Outcomes of rounds: rejected ones are counted, and inner optimizers that made x non-finite are reset.
 
-Non-finite entries are cleared from the state of every torch optimizer that has parameters of x, those that another one
-wraps among them. If a step with finite gradients still makes a parameter non-finite, an optimizer has state elsewhere:
-the `state_dict` of each inner optimizer is cleared and loaded back. If that does not help either, it cannot be reset.
+Non-finite entries are cleared from the state of every torch optimizer that has parameters of x, also inside a wrapper.
+If a step with finite gradients then makes a parameter non-finite again, an optimizer has state elsewhere: non-finite
+entries of each inner optimizer's `state_dict` are cleared, and it is loaded back. If x becomes non-finite once more,
+the reset has failed, and all workers raise NonFiniteError.
 """
 
 import gc
@@ -22,14 +23,14 @@ from packsaddle.local.inner import names_of
 from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
-_FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
+_FAILED = " (its optimizer was reset)"  # suffix of a parameter's name: the reset has failed
 
 
 class Outcomes:
-    """Outcomes of rounds: counts rejected ones, at most `most` in a row, and resets this worker's inner optimizers.
+    """Counts rejected rounds, at most `most` consecutive ones, and resets this worker's inner optimizers.
 
-    Steps of reset optimizers are checked until the local updates that were rejected are finite again. `agree` returns
-    whether a bool[] is True on any shard of this worker; collective over the shards.
+    Steps of reset optimizers are checked until the rejected local updates are finite again. `agree` reduces a bool[]
+    with OR over the shards of this worker; collective over them.
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class Outcomes:
         self._optimizers, self._fragments, self._agree = optimizers, fragments, agree
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
-        self._skipped = set[Fragment]()  # whose last round was rejected; identical on all workers
-        self._rejected = set[Fragment]()  # of this worker: no finite local update since a rejected one
-        self._reloaded = False  # the state dict was cleared since `_rejected` was empty
-        self._failed = False  # x became non-finite after that too, by a step with finite gradients
+        self._skipped = set[Fragment]()  # fragments whose last round was rejected; identical on all workers
+        self._rejected = set[Fragment]()  # fragments whose last local update of this worker was invalid
+        self._reloaded = False  # state dicts were cleared and loaded back since `_rejected` was empty
+        self._failed = False  # after that, a step with finite gradients made x non-finite again
 
     def register(self, part: Fragment, exchange: PendingExchange) -> None:
-        """Record if a fragment's local update is valid again. After a failed reset mark its name, for all workers."""
+        """Record that a fragment's update is valid again; after a failed reset, mark its name for all workers."""
         if self._rejected and not bool(exchange.invalid):
             self._rejected.discard(part)
             if not self._rejected:
@@ -66,14 +67,14 @@ class Outcomes:
 
         Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
         """
-        # A rejected round takes all fragments back, so the next one of another fragment may have the update 0.
+        # A rejected round may reset x in all fragments, so another fragment's next round may be valid by a zero update.
         if exchange.applied:
             self._skipped.discard(part)
             if not self._skipped:
                 self.skips.reset_streak()
             return True
         self._skipped.add(part)
-        # On the worker that it is due to, clear non-finite state and make x finite.
+        # On a worker with an invalid update, clear non-finite state and make x finite.
         if bool(exchange.invalid):
             self._clear()
             self._rejected.add(part)
@@ -87,7 +88,7 @@ class Outcomes:
         return False
 
     def check_step(self) -> None:
-        """Clear the state dict as well if x is not finite after an inner step with finite gradients.
+        """Also clear and reload state dicts if x is non-finite after an inner step with finite gradients.
 
         The second time the reset has failed. No-op unless a local update was rejected. Collective over the shards.
         """
@@ -124,7 +125,7 @@ class Outcomes:
             clear_nonfinite(optimizer)
 
     def _restore(self) -> None:
-        """Make x finite in all fragments, since a gradient would spread what is not; collective over the shards."""
+        """Make x finite in all fragments, since gradients would spread an Inf or NaN; collective over the shards."""
         for part in self._fragments:
             if not self._are_finite(p for p in part.parameters if p.requires_grad):
                 part.discard_progress()
@@ -136,9 +137,9 @@ class Outcomes:
 
 
 def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
-    """Return all torch optimizers of these parameters, wherever a wrapper keeps them: all objects are looked through.
+    """Return all torch optimizers of these parameters, also inside wrappers, by a search of all objects in memory.
 
-    That takes about 0.1 s, and is done only after a rejected round.
+    It takes about 0.1 s; call it only after a rejected round.
     """
     known = {id(p) for p in parameters}
     every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
@@ -147,9 +148,9 @@ def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
 
 
 def clear_nonfinite(optimizer: Optimizer) -> None:
-    """Delete the state of parameters of which it is non-finite, as before their first step.
+    """Delete the optimizer's state of each parameter for which it is non-finite, as before the first step.
 
-    Non-finite values of parameter groups become the defaults; tensors that have no default become 0.
+    Non-finite values of parameter groups become the defaults; tensors without a default become 0.
     """
     for p in [p for p, entry in optimizer.state.items() if not _all_finite(entry)]:
         del optimizer.state[p]
@@ -165,7 +166,7 @@ def clear_nonfinite(optimizer: Optimizer) -> None:
 
 
 def _reload_finite(optimizer: Optimizer) -> None:
-    """Clear non-finite tensors from an optimizer's state dict, and load it back. Errors are logged."""
+    """Clear non-finite entries of an optimizer's state dict, and load it back. Errors are logged, not raised."""
     try:
         state = optimizer.state_dict()
         if not _all_finite(state):
@@ -175,7 +176,7 @@ def _reload_finite(optimizer: Optimizer) -> None:
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:
-    """Return a copy without the entries of a "state" that are non-finite, and with 0 in other non-finite tensors."""
+    """Return a copy of a state dict without non-finite entries of "state"; other non-finite tensors become 0."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
         return {k: _finite_part(v, k) for k, v in kept.items()}
@@ -186,7 +187,7 @@ def _finite_part(value: Any, name: Any = None) -> Any:
 
 
 def _all_finite(value: Any) -> bool:
-    """Return True unless a tensor within is non-finite, or a number NaN: an infinite one may be a setting."""
+    """Return True unless a nested value has a non-finite tensor or a NaN; an infinite number may be a setting."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(is_finite(local_part(value)))
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
 """Participation in rounds of local updates: weights of workers, and a sample of them for each round.
 
-Federated averaging (McMahan et al. 2017, Algorithm 1): a round is one of m = ceil(C W) clients, drawn at random, and
+Federated averaging (McMahan et al. 2017, Algorithm 1): each round has m = ceil(C W) of W clients, drawn at random, and
 their mean is weighted by n_k, the number of examples of client k.
 """
 
@@ -14,10 +14,10 @@ from packsaddle.numerics.seeds import mix, sample_without_replacement
 
 
 class Participation:
-    """The share W w_i / sum_j w_j of this worker, j over those that are in the round: what its update counts in a mean.
+    """The share of this worker i, the factor W w_i / sum_j w_j of its update in a mean over the workers j of a round.
 
-    `weight` is this worker's w_i, None on all workers if they count alike, and `sample` the fraction of the workers
-    that are in a round, the same on all of them.
+    `weight` is this worker's w_i, or None on all workers for equal weights; `sample` is the fraction of workers in a
+    round, identical on all workers.
     """
 
     def __init__(self, weight: float | None, sample: float, workers: int, rank: int, seed: int) -> None:
@@ -27,33 +27,33 @@ class Participation:
         self._chosen = math.ceil(sample * workers)
 
     def exchange(self, channel: Communicator, device: torch.device) -> None:
-        """Learn the others' weights; collective, if there are any."""
+        """Gather the weights of all workers; collective. No-op for equal weights."""
         if self._mine is not None:
             mine = {"weight": torch.tensor([self._mine], dtype=torch.float64, device=device)}
             gathered = channel.gather(mine, fixed_size=True, purpose="start")
             self.weights = [float(parts["weight"][0]) for parts in gathered]
 
     def members(self, step: int) -> list[int]:
-        """Return the ranks of the workers that are in the exchange after an inner step, increasing; alike on all."""
+        """Return the sorted ranks of the workers in the exchange after inner step `step`; identical on all workers."""
         chosen = sample_without_replacement(len(self.weights), self._chosen, seed=self._seed, step=step)
         return sorted(chosen.tolist())
 
     def share(self, members: Sequence[int] | None = None) -> float:
-        """Return this worker's share among members, by default all workers; 0 if it is none of them."""
+        """Return this worker's share in a mean over `members` (None: all workers); 0 if it is not a member."""
         if members is None:
             return share(self.weights, self.rank)
         return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
 
     def share_after(self, step: int) -> float:
-        """Return this worker's share in an exchange after an inner step; 0 if it takes no part."""
+        """Return this worker's share in the exchange after inner step `step`; 0 if it is not sampled."""
         return self.share(self.members(step)) if self.samples else self.share()
 
 
 def share(weights: Sequence[float], rank: int) -> float:
-    """Return what a worker multiplies its v by, W w_i / sum_j w_j, so that the plain mean is the weighted one."""
+    """Return the share W w_i / sum_j w_j of a worker: with v scaled by it, the plain mean is the weighted one."""
     if len(set(weights)) == 1:
         return 1.0
     return len(weights) * weights[rank] / sum(weights)
 
 
-_OF_ROUNDS = 0x5A3F  # sets the draws of rounds apart from those of supports
+_OF_ROUNDS = 0x5A3F  # mixed into the seed, so that samples of workers are independent of supports of compressors

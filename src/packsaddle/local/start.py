@@ -1,7 +1,7 @@
 """The start of local updates: rank 0's tensors on every worker, and a check after the first inner step.
 
-The check finds two faults that raise no other error: workers that started at different parameters train models whose
-mean is none, and workers whose gradients are exchanged as well pay for all that local updates save.
+The check detects two faults that raise no other error: workers that start at different parameters train models whose
+mean is meaningless, and exchanging gradients as well costs all the bytes that local updates save.
 """
 
 import warnings
@@ -17,11 +17,11 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.inner import named_parameters
 
-_PROOF = 16  # different values: gradients with fewer may be equal on all workers by chance
+_PROOF = 16  # number of different values; gradients with fewer may be equal on all workers by chance
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that checkpoints have, by name; others, such as caches, may differ in shape."""
+    """Return a model's persistent buffers by name; others, such as caches, may differ in shape between workers."""
     passing = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -31,7 +31,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Return the frozen parameters of the optimizers, and those and the persistent buffers of a model, with names."""
+    """Return, with names, the frozen parameters of optimizers and model, and the model's persistent buffers."""
     named = list(named_parameters(optimizers).items())
     if model is not None:
         known = {id(p) for _, p in named}
@@ -44,8 +44,8 @@ def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) 
 def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.device) -> None:
     """Set tensors to rank 0's, in place; collective.
 
-    Only those that differ are sent, none where all workers have made their model with one seed or loaded one file: 8
-    bytes of each are compared first, on `device`.
+    Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast: none
+    if all workers initialized the model with one seed or loaded one file.
     """
     if channel.group.size == 1:
         return
@@ -64,11 +64,11 @@ def check_first_step(
     gradients: Sequence[Tensor],
     do: Callable[[Callable[[], object]], None],
 ) -> None:
-    """Check that workers started at one x, and that nothing else exchanges gradients; collective if there are several.
+    """Check that workers started at one x, and that nothing else exchanges gradients; collective with several workers.
 
     `anchors` are this worker's start, `gradients` those of its first step, and `do` runs a collective. Raises
-    RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Those of fewer than 16
-    different values may be equal by chance, as that of a sum: then rank 0 warns. NaNs do not count.
+    RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Gradients with fewer than 16
+    different values, not counting 0, Inf and NaN, may be equal by chance: rank 0 then warns instead.
     """
     if channel.group.size == 1:
         return
@@ -86,7 +86,7 @@ def check_first_step(
             f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: load "
             f"weights on all workers, or before LocalUpdates is made"
         )
-    # Zeros are equal on all workers without an exchange, and a few different values may be.
+    # Zeros, and gradients with few different values, may be equal on all workers without an exchange.
     values = _distinct(gradients) if all(grad == prints[0][1] for _, grad in prints) else 0
     if not values:
         return

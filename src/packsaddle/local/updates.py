@@ -1,14 +1,14 @@
-"""LocalUpdates: workers step separately with any optimizer, and exchange their changes, compressed, at intervals.
+"""LocalUpdates: workers train separately with any optimizer, and exchange compressed local updates at intervals.
 
-Read `LocalUpdates._attempted` first: what follows an inner step. An exchange is in `fragment`; every `every` inner
-steps
+Read `LocalUpdates._attempted` first, which runs after each inner step. The exchange is in `fragment`; every `every`
+inner steps
 
-    v = decay e + (a - x) + xi              a: the anchor, where workers last agreed to be; x: this worker's parameters
+    v = decay e + (a - x) + xi              a: the anchor, the parameters last agreed on; x: this worker's parameters
     e <- v - C(v)                           the residual
     a <- outer step along mean_i C(v_i)     identical on all workers
-    x <- a - e                              or a (`keep_unsent`); with a `delay` later, plus the progress meanwhile
+    x <- a - e                              or a without `keep_unsent`; with a `delay` later, plus the steps until then
 
-With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo
+With every=1, x <- a, inner SGD and no outer optimizer, this is Algorithm 1. The design is that of DiLoCo
 (Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
 Algorithm 1).
 """
@@ -62,45 +62,44 @@ from packsaddle.numerics.seeds import as_seed
 class LocalUpdates:
     """Local updates of any torch optimizers, averaged over workers with compression and error feedback.
 
-    The training loop stays as it is: `optimizer.step()` is counted, and the steps after which an exchange is due do it.
-    Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
-    the model in one, see `keep_gradients_local`).
+    The training loop does not change: hooks on `optimizer.step()` count steps, and exchange after every `every`-th one.
+    Gradients must not be exchanged as well: no DistributedDataParallel between workers (if a framework wraps the model
+    in it, see `keep_gradients_local`).
 
     Args:
-        optimizer: the optimizer that steps on each worker, or a list of them, as [muon, adamw]: any torch optimizers
-            of floating-point parameters on one device, DTensors of FSDP2 and tensor parallelism among them, of which
-            each process exchanges its own shard. A step is counted when each of them has stepped.
-        compressor: C, or a function of the round that returns it, or a `Compression` with more about the exchange.
+        optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
+            torch optimizers of floating-point parameters on one device, including DTensors of FSDP2 and tensor
+            parallelism, of which each process exchanges its shard. A step counts when all of them have stepped.
+        compressor: C, or a function of the round that returns it, or a `Compression` with all settings of the exchange.
         every: H, inner steps between two exchanges of a fragment.
-        outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that makes any torch optimizer of the
-            anchor's tensors, float32 or wider. Its gradient is the mean update. None moves the anchor by that mean.
-        overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more about it.
-        workers: the process group of the workers, or `Workers` with weights or a sample of them, or a torchft Manager
-            or `Elastic` of workers that come and go. None: the default group, or this process alone without one.
+        outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that returns a torch optimizer of the
+            anchor's tensors, float32 or wider. Its gradient is the mean update. None subtracts it from the anchor.
+        overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
+        workers: the process group of the workers, or `Workers` with weights or a sample of them; or a torchft Manager
+            or `Elastic`, for workers that join and leave. None: the default group, or this process alone without one.
         noise: standard deviation of each coordinate of xi in units of the parameters, identical on all workers, added
             in each round; or a function of the round that returns it.
-        escape: the escape check of lines 4-8 of Algorithm 1, made on the anchor after each round; its interval and
-            `every` count rounds. One fragment and no delay.
+        escape: the escape check of lines 4-8 of Algorithm 1, run on the anchor after each round; its interval and
+            `every` count rounds. It needs one fragment and no delay.
         keep_unsent: x restarts not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that the unsent part of this
             worker's update stays in its own x, as in CSER (Xie et al. 2020). It trains better.
         offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
         seed: seed of all shared randomness; identical on all workers.
-        scaler: the GradScaler that steps the optimizer, so that a step which it skips on one worker is counted there
-            too.
-        model: the module that the optimizers train. Its frozen parameters and persistent buffers start from rank 0's
-            too, and a parameter of it that requires a gradient but is in none of them raises ValueError. Without it,
-            RuntimeError is raised once another optimizer has stepped with parameters of the same module.
+        scaler: the GradScaler that steps the optimizer, so that steps which it skips on one worker are counted too.
+        model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
+            rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers.
+            Without it, RuntimeError is raised once another optimizer has stepped with parameters of the same module.
 
-    A round in which a worker's x is not finite is rejected by all, and entered in `skips`. That worker goes back to the
-    anchor, and clears non-finite state of the torch optimizers that have its parameters and, if need be, of their
-    `state_dict`. The others keep what they have moved for the next round. NonFiniteError is raised on all workers after
-    more than `max_skipped` such rounds, and if an optimizer cannot be reset.
+    A round in which a worker's x is not finite is rejected on all workers, and recorded in `skips`. That worker resets
+    x to its start point, and clears non-finite state of the torch optimizers of its parameters and, if necessary, of
+    their `state_dict`. The others keep their local updates for the next round. All workers raise NonFiniteError after
+    more than `max_skipped` consecutive such rounds, and if an optimizer cannot be reset.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
-    step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
-    that comes later their anchor. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
-    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged, and where
-    workers make different calls, one a round and one `flush`, say, since they have taken unequal numbers of steps.
+    step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
+    worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
+    differ between workers; and RuntimeError at the first step if gradients are identical on all workers, so exchanged
+    already, and if workers make different calls, for example a round and `flush`, after unequal numbers of steps.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -151,17 +150,17 @@ class LocalUpdates:
         spec = options.compression
         spec.at(0)
 
-        # x, and what of the model is not in it.
+        # x, and the tensors of the model that are not in it.
         self._parameters = {name: p for name, p in named_parameters(self.optimizers).items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
         untrained = untrained_tensors(self.optimizers, model)
         self.steps = 0  # n: attempted inner steps
-        self._has_begun = False  # a first inner step has moved x, or was skipped by a scaler
-        self._at_anchor = 0  # contexts of `at_anchor` that are open, one within another
+        self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
+        self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
-        # Workers, and where exchanges run: in the background if they have a delay and the group can.
+        # Workers, and exchanges in the background if they have a delay and the group supports it.
         elastic, fixed = _by_kind(options.workers)
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
         home = local_part(next(iter(self._parameters.values()))).device
@@ -184,7 +183,7 @@ class LocalUpdates:
         sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
-        # What may follow an exchange: an outer step, a reset of the inner optimizer, a comparison, an escape check.
+        # After an exchange: the outer step, a reset of the inner optimizer, a comparison, the escape check.
         self.outer = None if outer is None else self._make_outer(outer)
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
         self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
@@ -195,9 +194,9 @@ class LocalUpdates:
         rules = _rules(keep_unsent=keep_unsent)
         self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
-        # All workers must have been given the same, and they start from the same x.
+        # Arguments must be equal on all workers, and all start from the same x.
         same = self._agreement(untrained)
-        self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
+        self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
         if elastic is None:
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
@@ -209,7 +208,7 @@ class LocalUpdates:
                 options, self._fragments, self._channel, *inner_and_outer, self._outcomes, as_text(same)
             )
 
-        # The optimizers' steps are counted from here on.
+        # Hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
         for each in self.optimizers:
@@ -226,7 +225,7 @@ class LocalUpdates:
         )
 
     def _make_outer(self, make: Outer) -> Optimizer:
-        """Return the outer optimizer, of the anchor's tensors in the optimizer's order."""
+        """Return the outer optimizer of the anchor's tensors, which are in the inner optimizer's order."""
         by_name = {
             p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)
         }
@@ -237,7 +236,7 @@ class LocalUpdates:
         return outer
 
     def _agreement(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
-        """Return what must be equal on all workers."""
+        """Return the values that must be equal on all workers, by name."""
         outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         same = self.options.agreement()
         same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
@@ -250,7 +249,7 @@ class LocalUpdates:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Before each optimizer's step. A worker that joins with its first step has no gradient at its new x."""
+        """Run checks before each optimizer's step. A worker that joins here discards its gradient, of an old x."""
         self._check_here("optimizer.step()")
         check_no_others(optimizer, self._parameters.values())
         self._set_anchor_before_first_step()
@@ -262,19 +261,19 @@ class LocalUpdates:
 
     @torch.no_grad()
     def _attempted(self) -> None:
-        """Count an inner step, applied or skipped by a scaler; finish the rounds that are due, and begin others."""
+        """Count an inner step, applied or skipped by a scaler; finish the rounds that are due, then begin new ones."""
         if self._others is not None:
             self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self.steps += 1
         self._outcomes.check_step()
-        if self.membership is not None:  # its rounds are due by the workers that are there
+        if self.membership is not None:  # when a round is due depends on the present workers
             self.membership.stepped(self.steps)
         else:
             if self.steps == 1:
                 self._check_first_step()
-            # Exchanges whose delay is over, then those that begin; without a delay they end immediately.
+            # First finish exchanges whose delay is over, then begin new ones, which without a delay also finish.
             for part in self._fragments:
                 if part.current is not None and part.current.due == self.steps:
                     self._finish_round(part)
@@ -290,7 +289,7 @@ class LocalUpdates:
         check_first_step(self._channel, anchors, gradients, run)
 
     def _begin_round(self, call: Call, part: Fragment, share: float, *, delay: int, uncompressed: bool = False) -> bool:
-        """Begin a round of a fragment. Without a delay finish it, too; then return False if it is rejected."""
+        """Begin a round of a fragment; without a delay finish it too. Return False if it is rejected already."""
         p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
         self._outcomes.register(part, p)
         as_vector = delay > 0 or self.outer is not None
@@ -322,7 +321,7 @@ class LocalUpdates:
         self._drift.compare(t, [part.anchor.flat for part in self._fragments], named)
 
     def _set_anchor_before_first_step(self) -> None:
-        """Set the anchor to x until a step has moved x, since weights may have been loaded."""
+        """Set the anchor to x if no step has moved x yet, since weights may have been loaded."""
         joined = self.membership is not None and self.membership.joined
         if self.steps == 0 and not self._has_begun and not joined:
             self._set_anchors()
@@ -335,25 +334,25 @@ class LocalUpdates:
             self._escape.begin()
 
     def _check_here(self, call: str) -> None:
-        """Raise RuntimeError while parameters are at the anchor, and so do not show this worker's progress."""
+        """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's x."""
         if self._at_anchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     def _check_between_steps(self, call: str) -> None:
-        """Raise RuntimeError if some optimizers have stepped and others have still to."""
+        """Raise RuntimeError if some optimizers have made the current step and others have not."""
         if missing := self._attempts.missing():
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
 
-    # Workers that sit out, join and leave.
+    # Workers that skip a round, join and leave.
 
     @property
     def sampled(self) -> bool:
-        """True if this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
+        """True if this worker is in the next exchange (see `Workers.sample`); else it may train or call `sit_out`."""
         next_round = self.steps + min(part.until_due(self.steps) for part in self._fragments)
         return self._participation.share_after(next_round) > 0
 
     def sit_out(self) -> None:
-        """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective.
+        """Count the inner steps up to the next exchange without training, and run that exchange; collective.
 
         Raises RuntimeError with a manager.
         """
@@ -369,10 +368,10 @@ class LocalUpdates:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Wait for the other workers' next round, and continue at their anchor; with a manager, before training.
+        """Wait for the other workers' next round, and continue at their anchor. Call with a manager, before training.
 
-        The first step does it otherwise, and its gradient, which was computed elsewhere, is dropped. A worker that was
-        here before continues with the memory in its file. Raises RuntimeError without a manager.
+        Otherwise the first step joins, and discards its gradient, which was computed at another x. A worker that
+        returns loads the error memory from its file. Raises RuntimeError without a manager.
         """
         membership = self._elastic("join")
         if not membership.joined:
@@ -382,11 +381,11 @@ class LocalUpdates:
 
     @torch.no_grad()
     def leave(self) -> bool:
-        """Save or send this worker's memory, and leave; with a manager, before the process ends early.
+        """Save or send this worker's pending updates, and leave. Call with a manager, before the process ends early.
 
-        It goes to the file that `Elastic` names or, without a file or if that cannot be written, with one more round,
-        uncompressed. Returns False, with an error in the log, if that is impossible: then something is lost. Raises
-        RuntimeError without a manager.
+        They are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in one more
+        round. Returns False, with an error in the log, if both are impossible and updates are lost. Raises RuntimeError
+        without a manager.
         """
         return self._elastic("leave").leave()
 
@@ -405,7 +404,7 @@ class LocalUpdates:
 
     @property
     def skips(self) -> list[Skip]:
-        """The rounds that were rejected since this was made or loaded."""
+        """The rounds that were rejected since construction or `load_state_dict`."""
         return self._outcomes.skips.list
 
     @property
@@ -425,23 +424,23 @@ class LocalUpdates:
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of lost error memories; with a manager, else 0."""
+        """The sum of the norms of error memories that workers lost; 0 without a manager."""
         return 0.0 if self.membership is None else self.membership.lost
 
     @property
     def position(self) -> int:
-        """The inner steps of the anchor, of all workers together, including workers that have left."""
+        """The number of inner steps in the anchor, summed over all workers, including workers that have left."""
         return self.steps * self._channel.group.size if self.membership is None else self.membership.roster.position
 
     @property
     def contraction(self) -> float | None:
-        """The share of its energy that this worker's v kept when last measured (see `Compression.monitor_every`)."""
+        """This worker's last measured 1 - ||v - C(v)||^2 / ||v||^2, None before (see `Compression.monitor_every`)."""
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes of an exchange of gradients at every step so far: ring all-reduces."""
+        """The bytes that all-reduces of the gradients at every step so far would have sent (ring algorithm)."""
         size = sum(local_part(p).nbytes for p in self._parameters.values())
         return ring_all_reduce(self.steps * size, self._channel.group.size)
 
@@ -453,27 +452,24 @@ class LocalUpdates:
         return any(part.is_due(self.steps) for part in self._fragments)
 
     def reset_skip_streak(self) -> None:
-        """Reset the count of consecutive rejected rounds: a caller may have corrected the cause of a NonFiniteError."""
+        """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
         self._outcomes.skips.reset_streak()
 
-    # The anchor, and what it has not received.
+    # The anchor, and updates that it does not include.
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for running exchanges, so that the ledger has their bytes; they are applied when they are due."""
+        """Wait for running exchanges, so that the ledger has their bytes; each is still applied at its due step."""
         for part in self._fragments:
             if part.current is not None:
                 part.close()
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return minus what the anchor has not received yet, a mean over workers, float[d], in the optimizer's order.
+        """Return the mean of `pending` over workers, by `weight` if set, float[d]; collective.
 
-        A mean by `weight`, if there is one.
-
-        That is e, the changes since the last exchange, and those in a running exchange: without an outer optimizer
-        y = a - error() moves as in training without compression. Collective; waits for running exchanges. d counts
-        this process's shards. Raises RuntimeError with a manager, whose workers meet in rounds only: see `pending`.
+        Without an outer optimizer y = a - error() moves as in training without compression. d counts this process's
+        shards only. Raises RuntimeError with a manager: use `pending`.
         """
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
@@ -485,23 +481,26 @@ class LocalUpdates:
 
     @torch.no_grad()
     def pending(self) -> Tensor:
-        """Return minus what the anchor has not received of this worker, float[d], in the optimizer's order."""
+        """Return this worker's updates still to be subtracted from the anchor, float[d], in the optimizer's order.
+
+        They are e, the local update since the last exchange, and a running exchange, for which it waits.
+        """
         return self._joined(self._unapplied("pending()"))
 
     def _unapplied(self, call: str) -> list[Tensor]:
-        """Return this worker's unapplied updates, float[n] of each fragment; waits for running exchanges."""
+        """Return this worker's unapplied updates, float[n] per fragment; waits for running exchanges."""
         self._check_here(call)
         self._set_anchor_before_first_step()
         self.wait()
         return [part.unapplied() for part in self._fragments]
 
     def _joined(self, vectors: Iterable[Tensor]) -> Tensor:
-        """Return vectors of the fragments as one, float[d], in the optimizer's order."""
+        """Concatenate one vector per fragment to one, float[d], in the optimizer's order."""
         found = by_parameter(self._fragments, vectors)
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
-        """Return copies of the anchor a by parameter, float32 or wider and shaped as this process's shard of it.
+        """Return copies of the anchor a by parameter, at least float32, shaped as this process's shard.
 
         The anchor is identical on all workers.
         """
@@ -511,9 +510,9 @@ class LocalUpdates:
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Set the parameters to the anchor within a context: to evaluate, certify or save one model for all workers.
+        """Set the parameters to the anchor within a context, to evaluate, certify or save one model for all workers.
 
-        Within, a step of the optimizer and calls that read this worker's own changes, as `flush`, raise RuntimeError.
+        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError.
         """
         self._set_anchor_before_first_step()
         before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
@@ -532,8 +531,8 @@ class LocalUpdates:
     def state_dict_of(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Return a copy of the model's `state_dict` at the anchor: one model for all workers, to save on rank 0.
 
-        `model.state_dict()` has this worker's own parameters. Tensors that `LocalUpdates` does not exchange, such as
-        buffers, are this worker's. No collective.
+        `model.state_dict()` returns this worker's x instead. Tensors that `LocalUpdates` does not exchange, such as
+        buffers, are this worker's. Not collective.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -550,11 +549,11 @@ class LocalUpdates:
 
     @torch.no_grad()
     def flush(self) -> bool:
-        """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
+        """Exchange all pending updates uncompressed, so that x = a and e = 0 on all workers; collective.
 
-        For the end of training. Running exchanges are applied first; then each fragment has a round with C(v) = v,
-        without noise. Returns True if all of it was applied. With a manager the round is one of all that are there,
-        whether or not they have come to their end.
+        Call at the end of training. Running exchanges are applied first; then each fragment has a round with C(v) = v,
+        without noise. Returns True if all of them were applied. With a manager, all present workers are in that round,
+        even if they continue training.
         """
         self._check_here("flush()")
         self._check_between_steps("flush()")
@@ -571,12 +570,12 @@ class LocalUpdates:
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
-        """Replace tensors of this worker's own by their means over workers, in place; collective, uncompressed.
+        """Replace tensors by their means over workers, by `Workers.weight`, in place; collective, uncompressed.
 
-        For what follows each worker's parameters, and so differs between workers even after `flush`: a module such as
-        torch's AveragedModel, of which parameters and buffers are averaged, or tensors such as the z of a schedule-free
+        For tensors computed from each worker's x, which differ between workers even after `flush`: a module such as
+        torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a schedule-free
         optimizer. A mean of moving averages is the moving average of the workers' mean. Tensors that are not floating
-        point become worker 0's. Workers count by `Workers.weight`. Raises RuntimeError with a manager.
+        point are set to worker 0's. Raises RuntimeError with a manager.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -613,9 +612,9 @@ class LocalUpdates:
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; collective during an exchange.
 
-        It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
-        and the inner optimizers' state are each worker's own, and are saved separately, on every worker. Raises
-        RuntimeError where one optimizer has stepped and another not.
+        It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. Parameters and
+        inner optimizers' states differ between workers, and must be saved separately, on every worker. Raises
+        RuntimeError if one optimizer has made the current step and another has not.
         """
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
@@ -628,7 +627,7 @@ class LocalUpdates:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
         self.saved_state.load(state)
         self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
@@ -638,7 +637,7 @@ class LocalUpdates:
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state. An optimizer raises ValueError itself, so it is loaded first."""
+        """Return the fields of the saved state; the outer optimizer first, since loading it may raise ValueError."""
         outer = self.outer
         fields: list[Vector | Value] = []
         if outer is not None:
@@ -656,7 +655,7 @@ class LocalUpdates:
         ]
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be equal at loading and at saving."""
+        """Return the values that must be equal at saving and loading, by name."""
         options, group = self.options, self._channel.group
         same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
         same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
@@ -667,7 +666,7 @@ class LocalUpdates:
             same["sample"] = options.workers.sample
         return same | {"rank": group.rank, "workers": group.size}
 
-    trains_apart = True  # between rounds each worker has parameters and an inner optimizer's state of its own
+    trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 
     def __getstate__(self) -> dict[str, Any]:
         """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
@@ -675,9 +674,9 @@ class LocalUpdates:
 
 
 def _rules(*, keep_unsent: bool) -> list[Rule]:
-    """Return the kinds of the saved state.
+    """Return the kinds of the saved state's entries.
 
-    With `keep_unsent` an owner error moves the start point without x, so it is owed as well.
+    With `keep_unsent`, an owner error added to e moves the start point without x, so it is owed as well.
     """
     part = ("fragments", ANY)
     error, owed = (*part, "error", ANY), (*part, "owed", ANY)
@@ -686,7 +685,7 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         Rule(owed, "error", like=error),
         Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
         Rule((*part, "exchange", "start", ANY), "error"),
-        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is judged in the next round
+        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is validated in the next round
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
@@ -697,5 +696,5 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
 
 
 def _by_kind(workers: Workers | Elastic) -> tuple[Elastic | None, Workers]:
-    """Return the settings of workers that come and go, if they do, and those of a fixed set."""
+    """Return the settings of elastic workers, or None, and of a fixed set, or the defaults."""
     return (workers, Workers()) if isinstance(workers, Elastic) else (None, workers)

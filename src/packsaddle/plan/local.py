@@ -1,7 +1,7 @@
 """The plan for local updates on a link: their period, compressor and overlap.
 
-A round comes every H inner steps, and its exchange may overlap the next `delay` of them. How many steps it takes
-to the loss of dense training was measured (experiments/race); a setting that was not is not planned with.
+Rounds are H inner steps apart, and an exchange may overlap the next `delay` steps. Only settings are considered whose
+number of steps to the loss of dense training was measured (experiments/race).
 """
 
 import math
@@ -32,9 +32,9 @@ class Setting:
 
 _TWO_BITS = TopK(1 / 2, values="int2")
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
-# Multiples of dense training's steps for the same loss, each setting at its best rate of one grid, for two and four
-# workers. Dense training gains more from a larger batch than local updates do. AdamW: experiments/race, "Steps needed";
-# a delay was measured at a quarter of the period, and 1 of 2: "Delays".
+# Steps to the loss of dense training, as a multiple of its steps, by number of workers; the learning rate of each
+# setting was tuned on one grid. Multiples grow with the number of workers, since dense training gains more from a
+# larger batch. AdamW: experiments/race, "Steps needed", and "Delays" for delays of every / 4, or 1 with every=2.
 _ADAMW: Mapping[int, Mapping[Setting, float]] = {
     2: {
         Setting(2, _SIGN, keep_unsent=True): 1.11,
@@ -67,7 +67,7 @@ _ADAMW: Mapping[int, Mapping[Setting, float]] = {
 }
 
 
-# Muon, compared with dense training with Muon: experiments/muon.
+# The same for Muon, relative to dense training with Muon: experiments/muon.
 _MUON: Mapping[int, Mapping[Setting, float]] = {
     2: {Setting(8, _SIGN, keep_unsent=True): 1.11, Setting(8, _TWO_BITS, keep_unsent=True): 1.09},
     4: {Setting(8, _SIGN, keep_unsent=True): 1.4, Setting(8, _TWO_BITS, keep_unsent=True): 1.17},
@@ -76,36 +76,36 @@ Inner = Literal["adamw", "muon"]
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the multiples of dense training's steps for a number of workers; from three on those of four."""
+    """Return the measured multiples of dense training's steps: up to 2 workers those of 2, for more those of 4."""
     return (_MUON if optimizer == "muon" else _ADAMW)[2 if workers <= 2 else 4]
 
 
 @dataclass(frozen=True)
 class LocalForecast:
-    """The cost of a setting. Seconds are of a mean inner step; `sent` is of the busiest worker, bytes a step."""
+    """The predicted cost of a setting; times are in seconds per inner step, on average over a round."""
 
     setting: Setting
     fragments: int
-    sent: float
-    compute: float  # with waiting for the slowest worker, once a round
-    waiting: float  # of that
-    coding: float
-    exchange: float  # that steps wait for
-    steps: float  # for the progress of one dense step
+    sent: float  # bytes per inner step, of the worker that sends most
+    compute: float  # seconds, including the wait for the slowest worker, once per round
+    waiting: float  # the wait's part of `compute`
+    coding: float  # seconds to compress and decompress
+    exchange: float  # seconds that steps wait for exchanges
+    steps: float  # inner steps with the progress of one step of dense training
 
     @property
     def step(self) -> float:
-        """Seconds of an inner step."""
+        """Seconds per inner step."""
         return self.compute + self.coding + self.exchange
 
     @property
     def seconds(self) -> float:
-        """Seconds for the progress of one dense step."""
+        """Seconds for the progress of one step of dense training."""
         return self.step * self.steps
 
     @property
     def computing(self) -> float:
-        """The share of the time that goes into forward and backward passes."""
+        """The fraction of time in forward and backward passes."""
         return (self.compute - self.waiting) / self.step
 
     def plain(self) -> dict[str, Any]:
@@ -135,12 +135,12 @@ def forecast_local(
     most_steps: float = math.inf,
     measured: Mapping[Setting, float] | None = None,
 ) -> tuple[LocalForecast, ...]:
-    """Predict the measured settings that need at most `most_steps` times dense training's steps, the quickest first.
+    """Predict the cost of the measured settings that need at most `most_steps` times dense training's steps, sorted.
 
-    They were measured with `optimizer` inside. `pace(compressor, d)` says how fast one codes, `update` the time to make
-    v and to absorb, in seconds a round. With a delay the model is exchanged in the number of fragments of which steps
-    wait the least; without one they wait for all of it. Raises ValueError for fewer than two workers, and if no setting
-    is left.
+    The fastest comes first. `optimizer` is the inner optimizer of the measurements; `pace(compressor, d)` returns the
+    speed of a compressor; `update` is the time in seconds per round to compute v and the residual. With a delay, the
+    number of fragments is the one for which steps wait least. Raises ValueError for fewer than two workers, or if no
+    setting is left.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -154,7 +154,7 @@ def forecast_local(
 
 
 def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
-    """Raise ValueError if every setting that was measured needs more steps."""
+    """Raise ValueError if every measured setting needs more than `most_steps`."""
     least = min(measured.values())
     if not most_steps >= least:
         raise ValueError(f"most-steps must be at least {least:g}, the least measured, got {most_steps:g}")
@@ -175,12 +175,12 @@ def _forecast(
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
-    # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
+    # Workers wait for the slowest once per round, so random differences between steps average out.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Seconds of a round that steps wait: each exchange outlasts its delay, or all of them the round."""
+        """Return the seconds per round that steps wait, because exchanges outlast their delays or the round."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

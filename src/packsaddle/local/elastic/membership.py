@@ -1,18 +1,19 @@
-"""Rounds of local updates whose workers come and go: a torchft Manager commits them.
+"""Rounds of elastic local updates: a torchft Manager commits or rolls them back.
 
-The workers in torchft's quorum exchange a round, which the fragments can roll back, and the vote decides:
+The workers of torchft's quorum exchange a round, which the fragments can roll back, and vote on it:
 
-    quorum     who is there; a worker that is behind gets the state of one that is not (`_recover`)
-    hello      who they are, and whether they agree: one all-gather of some numbers
-    exchange   C(share v) of the fragment whose turn it is, averaged; share = W w_i / sum_j w_j, 1 without weights
-    confirm    an all-gather, which ends on one worker only if all have what was exchanged
-    vote       Manager.should_commit: all commit, or all roll back and repeat it with the workers that are left
+    quorum     the set of workers; a worker that is behind receives the state of one that is not (`_recover`)
+    hello      one all-gather of each worker's name, weight, and hashes of arguments and anchor, which must agree
+    exchange   the mean of C(share v) for one fragment, in rotation; share = W w_i / sum_j w_j, 1 without weights
+    confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
+    vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
 
-A worker whose confirmation fails does not know whether another has committed the round. It keeps the exchange until the
-next quorum: if others are ahead, their state says which of this worker's attempts is in the anchor, and the exchange is
-committed or rolled back accordingly. So nothing is applied twice, and nothing is dropped.
+A worker whose confirmation fails cannot determine whether another one has committed the round. It keeps the exchange
+until the next quorum: if others are ahead, their state has this worker's last attempt that is in the anchor, and the
+exchange is committed or rolled back accordingly. So no update is applied twice, and none is lost.
 
-A worker's first round is one in which it only receives (w_i = 0), as is any of one that has not moved.
+In its first round a worker only receives (w_i = 0), as in one before which it has not stepped, unless all pending
+updates are sent.
 """
 
 import logging
@@ -53,23 +54,23 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """A round that was exchanged, before the vote."""
+    """An exchanged round before the vote."""
 
     hellos: Sequence[Hello]  # by rank
     weights: Sequence[float]  # by rank
-    norms: Sequence[float]  # by rank, of the memories afterwards
-    parts: Sequence[Fragment]  # with their exchanges
+    norms: Sequence[float]  # by rank, norms of the memories if the round is committed
+    parts: Sequence[Fragment]  # the exchanged fragments
 
 
 class RoundFailedError(RuntimeError):
-    """A round failed and is repeated."""
+    """Raised if an attempt at a round fails; the round is repeated."""
 
 
 class Membership:
-    """This worker's part in the rounds of a Manager.
+    """Runs the rounds of a Manager on this worker.
 
     `inner` are the optimizers of x, `outer` is that of the anchor, `outcomes` records rounds, `arguments` is the text
-    of all that must be equal on every worker.
+    of all values that must be equal on all workers.
 
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     >>> local.join()  # doctest: +SKIP
@@ -97,20 +98,20 @@ class Membership:
         self._device = fragments[0].anchor.flat.device
         self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker between two rounds
 
-        # Of this worker.
-        self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # its name
+        # State of this worker.
+        self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # its random name
         self.joined = False
-        self.exchanged = False  # there was a round after the last inner step
-        self.steps = 0  # inner steps; a newcomer's count starts at that of the worker which sent its state
+        self.exchanged = False  # a round followed the last inner step
+        self.steps = 0  # inner steps; a new worker's count starts at that of the worker that sent its state
         self.account = Account()
         self._target = self.period  # inner steps from one round to the next
-        self._resumed = time.monotonic()  # when the last round ended
+        self._resumed = time.monotonic()  # time at the end of the last round
         self._energy = 0.0  # ||v||^2 of the uncommitted round
-        self._in_doubt: Sequence[Fragment] = ()  # whose exchanges may have been committed by others
+        self._in_doubt: Sequence[Fragment] = ()  # fragments whose exchanges others may have committed
         self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
-        self._sends_all = False  # leaving without a saved memory: the next round is the last
+        self._sends_all = False  # leaving without a saved memory: the next round sends all pending updates
 
-        self.roster = Roster()  # the same on all workers, after a round
+        self.roster = Roster()  # identical on all workers after a round
         rules = [Rule((), "shared")]
         self._shared_state = State("LocalUpdates", rules, self._shared_identity, self._shared_fields)
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
@@ -130,20 +131,20 @@ class Membership:
 
     @property
     def waiting(self) -> float:
-        """The sum of the norms of memories that wait in files of absent workers."""
+        """The sum of the norms of memories in files of absent workers."""
         return self.roster.absent(keeps=True)
 
     # Rounds.
 
     def join(self) -> None:
-        """Take part in a round without an update, which loads the others' state."""
+        """Run a round without an update, which loads the others' state; then load the memory file."""
         self.round(uncompressed=False)
-        self.account.ahead = self.account.since  # of a restored worker: steps since its last round
+        self.account.ahead = self.account.since  # not 0 for a worker restored from a checkpoint
         self._take_up()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def stepped(self, steps: int) -> None:
-        """Count an inner step, number `steps`; then leave after SIGTERM, or do a round that is due."""
+        """Count inner step number `steps`; then leave after SIGTERM, or run a round if one is due."""
         self.steps, self.exchanged = steps, False
         self.account.step()
         if self._sigterm.asked:
@@ -154,12 +155,12 @@ class Membership:
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
         """Repeat a round until it is committed; return True if all of it was applied.
 
-        `uncompressed`: send everything that is pending.
+        `uncompressed`: send all pending updates.
 
-        Raises PeerLostError if none is committed in `patience` seconds, and ConfigError if this worker does not fit the
-        others.
+        Raises PeerLostError if no round is committed in `patience` seconds, and ConfigError if this worker's arguments
+        differ from the others'.
         """
-        # The time of an inner step, by which `_set_pace` balances the workers.
+        # The time of an inner step, from which `_set_pace` balances the workers.
         arrived, until = time.monotonic(), self.settings.patience if patience is None else patience
         ahead = self.account.ahead
         seconds = (arrived - self._resumed) / ahead if ahead else 0.0
@@ -180,7 +181,7 @@ class Membership:
                 if self._sigterm.asked and self._sends_all:
                     self._exit()
                 return taken
-            # Not committed: all is as before, and is repeated with the workers that are left.
+            # Not committed: repeat the round with the remaining workers.
             if time.monotonic() - arrived > until:
                 self._roll_back()
                 why = f": {' '.join(reason.split())[:200]}" if reason else ""
@@ -190,19 +191,19 @@ class Membership:
             time.sleep(_PAUSE)
 
     def _once(self, dense: bool, seconds: float) -> bool | None:
-        """Attempt a round; return True if it was applied, None if it was not committed."""
+        """Attempt a round; return True if it was applied, False if rejected, None if it was not committed."""
         self._quorum()
-        self._roll_back()  # if others are ahead, `_recover` has decided
+        self._roll_back()  # unless `_recover` has committed it because others were ahead
         manager = self.settings.manager
         attempt, reason = None, ""
-        # After an error no worker may wait for this one in a collective, and the vote must fail.
+        # After an error, abort so that no worker waits for this one in a collective, and fail the vote.
         if manager.errored() is None:
             try:
                 attempt = self._try(dense, seconds)
             except (ConfigError, LeavingError):
                 self._break()
                 raise
-            except (RuntimeError, AssertionError) as error:  # of torch's backends, and of groups that are not there
+            except (RuntimeError, AssertionError) as error:  # from torch's backends, and from missing groups
                 reason = str(error)
                 manager.report_error(error)
                 self._break()
@@ -217,7 +218,7 @@ class Membership:
         return self._commit(attempt)
 
     def _quorum(self) -> None:
-        """Wait for the others; a worker that is behind loads their state."""
+        """Wait for the quorum of workers; one that is behind loads the others' state."""
         manager = self.settings.manager
         with self._sigterm.waiting():
             try:
@@ -225,7 +226,7 @@ class Membership:
             except (ConfigError, LeavingError):
                 raise
             except Exception as error:  # torchft's own are of several types
-                # torchft 0.2.0 would raise it again at every later quorum.
+                # Without this, torchft 0.2.0 raises it again at every later quorum.
                 manager._quorum_future = None
                 raise RoundFailedError(str(error)) from error
 
@@ -239,19 +240,19 @@ class Membership:
         self._group.renew()
         self._channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
-        # Hello: all must agree before the first collective whose size depends on arguments.
+        # Hello: check arguments before the first collective whose size depends on them.
         mine = self._hello(dense, seconds)
         gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
         hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
-        # Exchange: fragments in turn, or all of them. Without any weight there is no mean.
+        # Exchange: one fragment, in rotation, or all of them. If all weights are 0, none.
         dense = any(hello.dense for hello in hellos)
         weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
         parts = list(self._fragments) if dense else [self._fragments[self._rounds % len(self._fragments)]]
         if not any(weights):
             parts = []
         self._energy = sum(self._exchange(part, share(weights, self._group.rank), dense) for part in parts)
-        # Confirm: it ends on one worker only if all have exchanged; from here on others may commit.
+        # Confirm: it completes on a worker only if all have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
@@ -269,8 +270,8 @@ class Membership:
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
         compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
-        # A worker that has not joined only receives (w = 0). An idle one counts if it has an error memory, or unsent
-        # updates of other fragments than the last round's.
+        # A worker that has not joined only receives (w = 0). One without steps since its last round has an idle weight
+        # if it has an error memory, or unsent updates of other fragments than that round's.
         has_more = len(self._fragments) > 1 and not self.account.since and self._has_pending()
         return Hello(
             worker=self.worker,
@@ -292,7 +293,7 @@ class Membership:
         return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments and anchors are equal on all workers. The most frequent are right, else the first."""
+        """Check that arguments and anchors are equal on all workers; the most frequent, or the first, are correct."""
         if len({h.arguments for h in hellos}) > 1:
             self._compare_arguments(hellos, mine)
         where = [(h.history, h.anchor) for h in hellos]
@@ -302,11 +303,11 @@ class Membership:
             raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
         if (mine.history, mine.anchor) != most(where):
             _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
-            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # so it is behind
+            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark it as behind
         raise RoundFailedError("workers have different anchors")
 
     def _compare_arguments(self, hellos: Sequence[Hello], mine: Hello) -> NoReturn:
-        """Raise ConfigError, naming the first difference, on workers whose arguments are not the most frequent."""
+        """Raise ConfigError if this worker's arguments are not the most frequent ones, else RoundFailedError."""
         texts = self._channel.gather_text(self._arguments, self._device, "members")
         usual = most([h.arguments for h in hellos])
         if mine.arguments == usual:
@@ -319,7 +320,7 @@ class Membership:
         )
 
     def _norm_after(self) -> float:
-        """Return the norm of this worker's memory if the round is committed."""
+        """Return the norm that this worker's memory has if the round is committed."""
         exchanges = [(part, part.current) for part in self._fragments]
         errors = [p.round.v if p and p.round and p.share else part.feedback.memory.vector for part, p in exchanges]
         return math.sqrt(sum(map(_energy, errors)))
@@ -329,7 +330,7 @@ class Membership:
         taken = self._close_exchanges()
         self._tell(attempt)
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
-        # This worker's account: ||sent||^2 = ||v||^2 - ||e||^2
+        # Update this worker's account: ||sent||^2 = ||v||^2 - ||e||^2
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
         own = self.account
         own.found_lost -= mine.lost
@@ -341,7 +342,7 @@ class Membership:
             if taken:
                 own.start_count(mine.weight)
         self._set_pace(attempt.hellos, mine)
-        # The file's memory was sent, so it is replaced before training continues.
+        # The memory in the file has been sent, so replace it before training continues.
         applied = True
         for part in attempt.parts:
             t, p = part.rounds, part.apply_exchange(self._outer)
@@ -350,7 +351,7 @@ class Membership:
         return applied
 
     def _tell(self, attempt: Attempt) -> None:
-        """Log on one worker which workers have left, and where their memories are."""
+        """Log on rank 0 which workers have left, and whether their memories are saved or lost."""
         for worker, member in self.roster.missed(attempt.hellos).items():
             if self._group.rank == 0 and member.norm:
                 fate = "waits in its file" if member.keeps else "is lost"
@@ -360,16 +361,16 @@ class Membership:
                 )
 
     def _set_pace(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Reduce a slower worker's steps before the next round, so that the others do not wait for it."""
+        """Reduce the steps of a slower worker before the next round, so that the others do not wait for it."""
         if self.settings.weight is None or not mine.seconds:
             return
         fastest = min(h.seconds for h in hellos if h.seconds)
         self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
 
     def _close_exchanges(self) -> bool:
-        """Close the exchanges in doubt, whose round is committed; return True if all are applied."""
+        """Close the exchanges of a committed round; return True if all are applied."""
         parts, self._in_doubt = self._in_doubt, ()
-        applied = [part.close() for part in parts if part.current is not None]  # a list, to close all
+        applied = [part.close() for part in parts if part.current is not None]  # a list, so that all are closed
         return all(applied)
 
     def _roll_back(self) -> None:
@@ -385,10 +386,10 @@ class Membership:
     def _fingerprint(self) -> int:
         return int(torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum())
 
-    # Those that come.
+    # Workers that join.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state that is identical on all workers, for one that is behind; and this worker's optimizers'."""
+        """Return the state to send to a worker that is behind: the shared state, and this worker's optimizers'."""
         inner = [o.state_dict() for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
@@ -407,15 +408,15 @@ class Membership:
     def _recover(self, state: Mapping[str, Any]) -> None:
         """Load the state of a worker that is ahead.
 
-        Unsent changes stay: x moves with the anchor. A worker that has never been in a round starts at the anchor, and
-        so does one that was restored to a state before its last round.
+        Unsent local updates are kept: x moves with the anchor. A worker that has never been in a round starts at the
+        anchor, and so does one that was restored to a state before its last round.
         """
         self._sigterm.hold()  # SIGTERM waits until this is done
         try:
             self._shared_state.validate(state)
         except ValueError as error:  # a worker that is behind gets this state before any hello compares arguments
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
-        # The exchange in doubt is committed if the others' anchor includes this worker's last attempt.
+        # Commit the exchange in doubt if the others' anchor includes this worker's last attempt.
         own, is_new = self.account, not self.roster.past
         included = state["roster"]["included"].get(self.worker, 0)
         had = bool(self._in_doubt) and included == own.attempts
@@ -425,7 +426,7 @@ class Membership:
             sent, taken, own.included = set(self._in_doubt), self._close_exchanges(), own.attempts
         else:
             self._roll_back()
-        # Updates that were sent are not sent again, and those sent in a round that the others lack are lost.
+        # Sent updates must not be sent again. Those sent in a round that the others do not have are lost.
         stale = included > own.included
         if stale:
             own.found_lost += own.norm
@@ -439,7 +440,7 @@ class Membership:
                 "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
                 *(self.worker, own.sent),
             )
-        # x <- start + (x - before); x <- start if the anchor includes x - before, and for a newcomer
+        # x <- start + (x - before); x <- start if the anchor includes x - before, and for a new worker
         self._shared_state.load(state)
         for part, before in was:
             part.current = None
@@ -449,16 +450,16 @@ class Membership:
                 part.anchor.move(before)
         if had and taken:
             own.start_count(self._weight())
-        # A newcomer, which has no history, continues at the sender's step.
+        # A new worker, which has no history, continues at the sender's step.
         if is_new:
             self.steps = state["steps"]
             if state["inner"] is not None and self.settings.share_optimizer_state:
                 self._load_inner(state["inner"])
 
     def _load_inner(self, states: Sequence[dict[str, Any]]) -> None:
-        """Load another worker's state of the inner optimizers: first steps from empty estimates would be too large.
+        """Load another worker's inner optimizer states, since steps from empty moments would be too large.
 
-        Raises ConfigError if it is that of other optimizers.
+        Raises ConfigError if they are of other optimizers.
         """
         try:
             load_states(self._inner, states)
@@ -466,19 +467,19 @@ class Membership:
             raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
 
     def fields(self) -> list[Value]:
-        """Return the fields of the saved state of `LocalUpdates`: the name, the account and the roster."""
+        """Return the fields in the saved state of `LocalUpdates`: name, account and roster."""
         path = ("membership",)
         own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
         return [*own, *self.roster.fields((*path, "roster"))]
 
-    # Memories on disk, and those that go.
+    # Memory files, and workers that leave.
 
     def _take_up(self) -> None:
-        """Continue with the memory in this worker's file, if it has not been sent since it was written."""
+        """Load the memory in this worker's file, unless updates were sent since it was written."""
         if self._file is None:
             return
         shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-        # This worker continues as the file's: its name, its attempts, its e; x <- the start point
+        # Continue as the worker of the file, with its name, attempts and e; x <- start
         found, lost = self._file.claim(shapes, self.roster)
         self.account.found_lost += lost
         if found is not None:
@@ -494,31 +495,31 @@ class Membership:
                 *(self.worker, self._file.path, self.account.norm),
             )
         if not self._keeps:
-            self._save()  # before a hello reports it
+            self._save()  # before the next hello reports `_keeps`
 
     @property
     def _keeps(self) -> bool:
-        """True if this worker's file has its memory as it was after its last round."""
+        """True if this worker's file has its memory from after its last round."""
         return self._file is not None and self._file.holds(self.account.included)
 
     def _save(self) -> bool:
-        """Write the memory to this worker's file; return False if it has none or that is impossible."""
+        """Write the pending updates to this worker's file; return False without a file, or if writing fails."""
         if self._file is None:
             return False
         pending = by_parameter(self._fragments, [part.unapplied() for part in self._fragments])
         return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, pending))
 
     def _may_leave(self) -> bool:
-        """On SIGTERM save the memory to the file; return False if the next round must send it."""
+        """Save the memory to the file after SIGTERM; return False if it must be sent in the next round instead."""
         if not self._sends_all:
             self._handed = self._save() or not self._has_pending()
             self._sends_all = not self._handed
         return self._handed
 
     def leave(self) -> bool:
-        """Save the memory to the file, or else send it in one more round, and leave.
+        """Save the memory to the file, or send it in one more round, and leave.
 
-        The round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
+        That round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
         """
         handed = self._handed or self._save() or self._send_all()
         self._roll_back()
@@ -528,7 +529,7 @@ class Membership:
         return handed
 
     def _send_all(self) -> bool:
-        """Send all that is pending in one more round, uncompressed; return False if it is lost."""
+        """Send all pending updates in one more round, uncompressed; return False if they are lost."""
         self._sends_all = True
         until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
         while self._has_pending() and (left := until - time.monotonic()) > 0:
@@ -549,7 +550,7 @@ class Membership:
         return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
 
     def _count_lost(self, reason: str) -> None:
-        """Count the memory as lost, unless its file has it from before the last inner steps."""
+        """Log the lost inner steps, and count the memory as lost unless the file has it from after the last round."""
         own, kept = self.account, self._keeps
         self.roster.gone += 0.0 if kept else own.norm
         memory = "waits in its file" if kept else "is lost"
@@ -559,7 +560,7 @@ class Membership:
         )
 
     def _exit(self) -> NoReturn:
-        """Leave, and end the process, with code 1 if updates are lost."""
+        """Leave, and end the process, with exit code 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
 
 

@@ -1,8 +1,8 @@
-"""The error memory with which a worker returns, in its own file.
+"""The file that stores a worker's error memory while the worker is absent.
 
-The file is written whole or not at all, and read with weights_only=True. A memory may be used once: updates that were
-sent after it was written must not be sent again. So it names its worker, its run and the last of that worker's attempts
-at a round, and `OwnFile.claim` compares them with the others' roster. An `OwnFile` is locked by its worker.
+The file is written atomically, and read with weights_only=True. A memory may be used only once: updates that were sent
+after it was written must not be sent again. So the file names its worker, its run and the worker's last attempt at a
+round, and `OwnFile.claim` compares them with the others' roster. An `OwnFile` is locked by its worker.
 """
 
 import logging
@@ -31,10 +31,10 @@ _log = logging.getLogger("packsaddle")
 class MemoryFile:
     """A worker's error memory on disk: its unsent updates, by parameter."""
 
-    run: int  # of which run
-    worker: int  # whose
-    attempt: int  # the last of its attempts that was committed
-    pending: Mapping[str, Tensor]  # float, shaped as the parameters
+    run: int  # name of the run
+    worker: int  # name of the worker
+    attempt: int  # its last attempt that is included in the anchor
+    pending: Mapping[str, Tensor]  # unsent updates by parameter, floating point, shaped as the parameters
     format: int = FORMAT
 
     @property
@@ -43,7 +43,7 @@ class MemoryFile:
         return math.sqrt(sum(float(error.double().square().sum()) for error in self.pending.values()))
 
     def write(self, path: Path) -> None:
-        """Write the memory in place of an earlier file. Raises OSError."""
+        """Write the memory, atomically replacing an earlier file. Raises OSError."""
         write_whole(path, lambda file: torch.save(vars(self), file))
 
     @classmethod
@@ -51,7 +51,7 @@ class MemoryFile:
         """Read a file. Raises ConfigError, in one line, if it cannot be read or is of other parameters."""
         try:
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises what unpickling brings
+        except Exception as error:  # unpickling may raise any type
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"the memory in {path} cannot be read: {reason}") from None
         found = found if isinstance(found, dict) else {}
@@ -68,27 +68,27 @@ class MemoryFile:
 
 
 class OwnFile:
-    """The memory file of a worker that lives, locked against a second worker until `close` or the end of the process.
+    """The memory file of this process's worker, locked against other processes until `close` or the end of the process.
 
-    Raises ConfigError if another process has the lock, naming it, or if the folder cannot be written.
+    Raises ConfigError if another process, which it names, has the lock, or if the folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempt: int | None = None  # after which the file was written; None: unknown
+        self._attempt: int | None = None  # the attempt in the file; None: unknown
         self._claimed = False
         self.close = weakref.finalize(self, _unlock, _locked(path), _lock_of(path), os.getpid())
 
     def holds(self, attempt: int) -> bool:
-        """Return True if the file has the memory that its worker had after this attempt at a round."""
+        """Return True if the file has its worker's memory from after this attempt at a round."""
         return self._attempt == attempt and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
         """Return the memory to continue with, None without one, and the norm of a lost one; enables `save`.
 
-        The memory is that of the file, or zero if its worker has sent since it was written: then the later memory is
-        lost. A file that is outdated, unreadable or of another run is set aside, with a warning. Raises ConfigError if
-        its worker was in the last round, so that the file is a copy, or its lock did not work.
+        The memory is that of the file, or zero if its worker has sent updates since it was written: then the later
+        memory is lost. An outdated or unreadable file, or one of another run, is renamed, with a warning. Raises
+        ConfigError if its worker was in the last round, so the file is a copy, or the lock did not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True
@@ -102,20 +102,20 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
-        # A memory may be used once: one older than its worker's last attempt has been sent.
+        # A memory may be used once: one from before its worker's last included attempt has been sent.
         if taken == found.attempt:
             self._attempt = taken
             return found, 0.0
         self._set_aside(
             f"the memory in {self.path}, of norm {found.norm:.3g}, is older than what its worker has sent since"
         )
-        if member is None:  # the others have forgotten its worker, and counted its memory
+        if member is None:  # dropped from the roster, which has counted its memory as lost
             return None, 0.0
         nothing = {name: torch.zeros_like(error) for name, error in found.pending.items()}
         return replace(found, attempt=taken, pending=nothing), member.norm
 
     def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
-        """Return the file's memory if it is of this run; else set the file aside."""
+        """Return the file's memory if it is of this run; else rename the file and return None."""
         if not self.path.exists():
             return None
         try:
@@ -132,7 +132,7 @@ class OwnFile:
         _log.warning("%s; it is set aside as %s", reason, set_aside(self.path))
 
     def save(self, memory: MemoryFile) -> bool:
-        """Write a memory, once what was in the file is claimed; return False, with a warning, if that is impossible."""
+        """Write a memory; no-op before `claim`. Return False if it was not written, with a warning for an error."""
         if not self._claimed:
             return False
         try:
@@ -146,7 +146,7 @@ class OwnFile:
     def remove(self) -> None:
         """Remove the file, whose memory has been sent."""
         if self._claimed:
-            with suppress(OSError):  # as outdated it is set aside later
+            with suppress(OSError):  # if it remains, a later `claim` finds it outdated
                 self.path.unlink(missing_ok=True)
 
 
@@ -155,7 +155,7 @@ def _lock_of(path: Path) -> Path:
 
 
 def _locked(path: Path) -> int | None:
-    """Lock a memory file; None, with a warning, without locks."""
+    """Lock a memory file; return the lock's descriptor, or None, with a warning, on a file system without locks."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return acquire(_lock_of(path))
@@ -171,5 +171,5 @@ def _locked(path: Path) -> int | None:
 
 
 def _unlock(number: int | None, path: Path, owner: int) -> None:
-    if number is not None and os.getpid() == owner:  # and not a process that was forked since
+    if number is not None and os.getpid() == owner:  # not in a forked process
         release_everywhere(number, path)

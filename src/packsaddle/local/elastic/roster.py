@@ -1,8 +1,8 @@
-"""The records of a run whose workers come and go: the roster, identical on all workers, and each one's own account.
+"""Records of an elastic run: the roster, identical on all workers, and the account of each worker.
 
-A `Roster` has the rounds, their workers and the norms of their memories. It changes when a round is committed, by the
-`Hello` of each worker, its greeting at the start of the round. So it is identical on all that were in the round; a
-newcomer gets it with the anchor. An `Account` has one worker's attempts, inner steps, weights and norms.
+A `Roster` records the rounds, their workers and the norms of their memories. It is updated when a round is committed,
+from the `Hello` that each worker sends at the start of the round, so it is identical on all workers of the round; a new
+worker receives it with the anchor. An `Account` has one worker's attempts, inner steps, weights and norms.
 """
 
 import logging
@@ -20,27 +20,27 @@ from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
-_REMEMBERED = 256  # workers
-_PAST = 64  # rounds
+_REMEMBERED = 256  # maximum number of workers in the roster, if no round has more
+_PAST = 64  # number of earlier histories kept
 
 
 @dataclass(frozen=True)
 class Hello:
-    """A worker's greeting at the start of a round: integers below 2^63, and reals."""
+    """The message of a worker at the start of a round: integers below 2^63, and floats."""
 
-    worker: int  # its name
-    arguments: int  # a hash of the arguments that must be equal on all workers
-    history: int  # a hash of the rounds that made its anchor
-    anchor: int  # its fingerprint; 0: not compared in this round
-    run: int
-    attempt: int
-    steps: int  # inner steps since the last round that has its update
+    worker: int  # its random name
+    arguments: int  # hash of the arguments that must be equal on all workers
+    history: int  # hash of the rounds in its anchor
+    anchor: int  # fingerprint of its anchor; 0: not compared in this round
+    run: int  # name of the run; 0: none yet
+    attempt: int  # number of its attempts at rounds
+    steps: int  # inner steps since the last round that includes its update
     dense: int  # 1: requests a round that sends all pending updates
     keeps: int  # 1: its file has its memory after its last round
-    weight: float
-    idle_weight: float  # in a dense round, if it has not moved
-    seconds: float  # of an inner step; 0: unknown
-    lost: float  # the norm of memories that it found to be lost
+    weight: float  # its w_i; 0: it only receives
+    idle_weight: float  # its w_i in a dense round if `weight` is 0
+    seconds: float  # time of an inner step; 0: unknown
+    lost: float  # norm of memories that it found to be lost
 
     def packed(self, device: torch.device) -> Tensor:
         """Return the hello as int64[13]."""
@@ -57,38 +57,38 @@ class Hello:
 
 
 def most(values: Sequence[Any]) -> Any:
-    """Return the most frequent value; of several, the first."""
+    """Return the most frequent value; in a tie, the first."""
     return Counter(values).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A worker, as it was in its last round."""
+    """The record of a worker from its last round."""
 
-    norm: float  # of its memory after the last round that it was in
-    keeps: bool  # its file is written, as far as is known
-    here: bool  # was in the last round
+    norm: float  # norm of its memory after that round
+    keeps: bool  # its file has that memory, according to its last hello
+    here: bool  # it was in the last round of the run
 
 
 class Roster:
-    """The run's name, a hash of its rounds, the number of inner steps in the anchor, and its workers."""
+    """The name of the run, a hash of its rounds, the number of inner steps in the anchor, and the workers."""
 
     def __init__(self) -> None:
-        self.run = 0  # 0: none has been committed
-        self.position = 0  # inner steps
-        self.gone = 0.0  # the sum of the norms of lost memories
-        self.history = 0
-        self.past: deque[int] = deque(maxlen=_PAST)  # histories
-        self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that is in the anchor
+        self.run = 0  # 0: no round has been committed
+        self.position = 0  # inner steps in the anchor, of all workers
+        self.gone = 0.0  # sum of the norms of lost memories
+        self.history = 0  # hash of all committed rounds
+        self.past: deque[int] = deque(maxlen=_PAST)  # histories after the last rounds
+        self.taken: dict[int, int] = {}  # by worker: its last attempt that is included in the anchor
         self.members: dict[int, Member] = {}  # in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' memories, of those that have a file, or of the others."""
+        """Return the sum of the norms of absent workers' memories, of workers with a file (`keeps`) or without one."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round, by rank; `taken`: it moved the anchor."""
-        # The first round names the run; updates with a weight are in the anchor.
+        """Record a committed round from lists by rank; `taken`: its exchanges were applied."""
+        # The first round names the run. Only updates with a weight are in the anchor.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
         for hello, weight in zip(hellos, weights, strict=True):
@@ -96,10 +96,10 @@ class Roster:
                 self.taken[hello.worker] = hello.attempt
                 self.position += hello.steps if taken else 0
             self.gone += hello.lost
-        # One hash of all rounds tells anchors apart.
+        # Anchors of different rounds have different hashes.
         self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
         self.past.append(self.history)
-        # Workers move to the end in each of their rounds, so the first is the one longest away.
+        # Workers move to the end in each of their rounds, so the first one has been absent longest.
         for worker, member in self.members.items():
             if worker not in names:
                 self.members[worker] = Member(member.norm, member.keeps, False)
@@ -112,7 +112,7 @@ class Roster:
             self.taken.pop(oldest, None)
 
     def missed(self, hellos: Sequence[Hello]) -> dict[int, Member]:
-        """Return the workers of the last round that are not in this one, by name."""
+        """Return the workers of the last round that did not send one of `hellos`, by name."""
         names = {hello.worker for hello in hellos}
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
@@ -132,17 +132,17 @@ class Roster:
 
 @dataclass
 class Account:
-    """One worker's own counts; norms are of its error memory."""
+    """The counts of one worker; norms are of its error memory."""
 
-    attempts: int = 0  # at rounds
-    included: int = 0  # the last of them that is in the anchor
-    since: int = 0  # inner steps since then
+    attempts: int = 0  # number of attempts at rounds
+    included: int = 0  # its last attempt that is included in the anchor
+    since: int = 0  # inner steps since that attempt
     ahead: int = 0  # inner steps since the last round
-    counted: float = 0.0  # the part of the weight function's total that is in earlier rounds
-    last_weight: float = 1.0  # in the last round with its update
-    norm: float = 0.0  # after the last round
-    sent: float = 0.0  # of its message in its last round
-    found_lost: float = 0.0  # found to be lost, and not reported to the others yet
+    counted: float = 0.0  # part of the weight function's total that earlier rounds include
+    last_weight: float = 1.0  # its weight in the last round that includes its update
+    norm: float = 0.0  # norm after the last round
+    sent: float = 0.0  # norm of its message in its last round
+    found_lost: float = 0.0  # norm found to be lost, and not reported to the others yet
 
     def step(self) -> None:
         """Count an inner step."""
@@ -150,9 +150,9 @@ class Account:
         self.ahead += 1
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return w_i in a round now, by `Elastic.weight`; 0 for a worker that has not stepped.
+        """Return w_i for a round at this time, by `Elastic.weight`; 0 for a worker that has not stepped.
 
-        Raises ConfigError if the total is not finite or falls.
+        Raises ConfigError if the weight function's total is not finite or decreases.
         """
         if not self.since:
             return 0.0
@@ -164,5 +164,5 @@ class Account:
         return found
 
     def start_count(self, weight: float) -> None:
-        """Restart the count of inner steps, after a round has included them with this weight."""
+        """Restart the count of inner steps after a round that includes them with this weight."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight

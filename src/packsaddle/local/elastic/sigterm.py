@@ -1,4 +1,4 @@
-"""SIGTERM to a worker among others that come and go: it leaves at its next inner step, or where it waits for others."""
+"""SIGTERM handling of an elastic worker: it leaves at its next inner step, or while it waits for other workers."""
 
 import os
 import signal
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_MOMENT = 3.0  # seconds that the interpreter has for its end
-_LONGEST = 1e9  # seconds, of a timer
+_MOMENT = 3.0  # seconds until an exit that has not finished is forced
+_LONGEST = 1e9  # maximum seconds of a timer
 
 
 class LeavingError(Exception):
-    """SIGTERM came, and this worker need not or cannot wait for others any longer."""
+    """Raised in a wait for other workers, after SIGTERM, if this worker may leave or its grace is over."""
 
 
 class Sigterm:
-    """The record of a SIGTERM: `asked` is True afterwards.
+    """A handler of SIGTERM, after which `asked` is True.
 
-    A wait for others ends at once if `may_leave()` returns True then, and otherwise `grace` seconds after the signal.
+    The signal ends a wait for others immediately if `may_leave()` returns True, otherwise after `grace` seconds.
     """
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
@@ -30,18 +30,18 @@ class Sigterm:
         self._waiting, self._until = False, 0.0
 
     def listen(self) -> None:
-        """Handle the signal from now on; no-op outside the main thread, where Python permits no handler."""
+        """Install the signal handler; no-op outside the main thread, where Python does not allow it."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._hear)
 
     @property
     def left(self) -> float:
-        """The seconds of grace that are left, all of them before the signal."""
+        """The remaining seconds of grace; all of them before the signal."""
         return max(0.0, self._until - time.monotonic()) if self.asked else self._grace
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Within, others are waited for, and LeavingError is raised when that must end; also by an earlier signal."""
+        """Mark a block as a wait for others; a signal, also an earlier one, raises LeavingError to end it."""
         self._waiting = True
         try:
             if self.asked:
@@ -51,11 +51,11 @@ class Sigterm:
             self._waiting = False
 
     def hold(self) -> None:
-        """End the wait early: the rest of the block must not be interrupted."""
+        """Protect the rest of the `waiting` block from interruption."""
         self._waiting = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Record the signal, and interrupt a wait, now or when the grace is over. A second signal kills."""
+        """Handle SIGTERM: interrupt a wait, now or when the grace is over. A second signal kills the process."""
         if self.asked:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -66,7 +66,7 @@ class Sigterm:
         signal.setitimer(signal.ITIMER_REAL, min(max(self.left, 1e-3), _LONGEST))
 
     def _late(self, number: int, frame: FrameType | None) -> None:
-        """End a wait, now that the grace is over."""
+        """Handle SIGALRM at the end of the grace: interrupt a wait."""
         self._until = 0.0
         if self._waiting:
             self._interrupt()
@@ -78,7 +78,7 @@ class Sigterm:
 
 
 def end_process(code: int) -> NoReturn:
-    """End the process by SystemExit, and soon: the interpreter would wait for torchft's thread, and that for others."""
+    """Exit by SystemExit, or by force after 3 s, since interpreter exit would wait for torchft's thread."""
     end = threading.Timer(_MOMENT, os._exit, (code,))
     end.daemon = True
     end.start()
