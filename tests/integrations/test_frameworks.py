@@ -549,3 +549,29 @@ def test_the_kubernetes_job_starts_one_run_on_all_pods(tmp_path: Path) -> None:
     said = [m for output in outputs for m in LINE.finditer(output.read_text())]
     assert [m["rank"] for m in said] == ["0", "1"]
     assert said[0]["weights"] == said[1]["weights"]
+
+
+@pytest.mark.parametrize("kind", ["ModelOutput", "dict", "tuple"])
+def test_the_trainers_certificate_takes_any_output_that_the_trainer_takes(kind: str) -> None:
+    """`outputs["loss"]` of a mapping, else `outputs[0]`, as `Trainer.compute_loss` does."""
+    pytest.importorskip("transformers")
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    from packsaddle.integrations.huggingface import CertificateCallback
+
+    class Model(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
+            loss = super().forward(x).square().mean()
+            return {"ModelOutput": SequenceClassifierOutput(loss=loss), "dict": {"loss": loss}, "tuple": (loss, x)}[
+                kind
+            ]
+
+    class Trainer:
+        @staticmethod
+        def _prepare_inputs(batch: Any) -> Any:
+            return batch
+
+    model, x = Model(3, 3), torch.ones(2, 3)
+    callback = CertificateCallback(Trainer(), [{"x": x}], every_n_steps=1)  # type: ignore[arg-type]
+    expected = torch.nn.functional.linear(x, model.weight, model.bias).square().mean()
+    assert torch.equal(callback._loss(model, {"x": x}), expected)

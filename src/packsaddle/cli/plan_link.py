@@ -55,7 +55,8 @@ class LinkOptions:
         model: The network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
         latency: Time that a small message takes on a link of a given rate, 100us by default.
-        compute: Time of a step's forward and backward pass, as in 55ms; by default measured here for --model.
+        compute: Time of a step's forward and backward pass and of the optimizer, as in 55ms; by default the passes are
+            measured here for --model.
         batch: Examples per worker and step in that measurement, 32 by default.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
         noise: Include the time to generate the artificial noise in a step.

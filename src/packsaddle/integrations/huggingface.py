@@ -222,5 +222,8 @@ class CertificateCallback(TrainerCallback):
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = self._trainer._prepare_inputs(batch)  # on the device
-        loss: Tensor = model(**batch).loss if self._loss_fn is None else self._loss_fn(model, batch)
+        if self._loss_fn is not None:
+            return self._loss_fn(model, batch)
+        outputs = model(**batch)  # a dict or a tuple, of which the Trainer takes the same
+        loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

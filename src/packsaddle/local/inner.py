@@ -114,7 +114,8 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
     if missed := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
         raise ValueError(
             f"optimizer must have all parameters of model that require gradients, but {_some(missed)} would be trained "
-            f"by each worker alone: pass all optimizers, [muon, adamw] say, or freeze them (requires_grad_(False))"
+            f"by each worker alone: pass all optimizers, [muon, adamw] say (for a framework that takes one: "
+            f"JoinedOptimizer([muon, adamw])), or freeze them (requires_grad_(False))"
         )
 
 
