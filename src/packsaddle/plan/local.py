@@ -69,8 +69,8 @@ _ADAMW: Mapping[int, Mapping[Setting, float]] = {
 
 # The same for Muon, relative to dense training with Muon: experiments/muon.
 _MUON: Mapping[int, Mapping[Setting, float]] = {
-    2: {Setting(8, _SIGN, keep_unsent=True): 1.11, Setting(8, _TWO_BITS, keep_unsent=True): 1.09},
-    4: {Setting(8, _SIGN, keep_unsent=True): 1.4, Setting(8, _TWO_BITS, keep_unsent=True): 1.17},
+    2: {Setting(8, _SIGN, keep_unsent=True): 1.12, Setting(8, _TWO_BITS, keep_unsent=True): 1.05},
+    4: {Setting(8, _SIGN, keep_unsent=True): 1.39, Setting(8, _TWO_BITS, keep_unsent=True): 1.18},
 }
 Inner = Literal["adamw", "muon"]
 
