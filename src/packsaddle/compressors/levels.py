@@ -35,7 +35,7 @@ class Layer:
 
     @property
     def inverted(self) -> bool:
-        """True if the complement is coded, the members with magnitude j."""
+        """True if the layer codes the members with magnitude j, in place of those above it."""
         return 2 * self.going_on > self.members
 
     @property

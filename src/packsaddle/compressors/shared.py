@@ -276,7 +276,7 @@ class SketchTopK(SharedSupport):
         return rows * columns, candidates
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the rows' hashes and the tie-breaking coordinate of d, from `seed` and `step`."""
+        """Draw by `seed` and `step` the hash of each sketch row, and the coordinate of d from which ties are broken."""
         return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:

@@ -243,7 +243,7 @@ class RandomK(_OfEachTensor):
         return self.values is None
 
     def block(self, d: int) -> int:
-        """Return b, the coordinates per cell, for vectors of d coordinates."""
+        """Return b, the number of consecutive coordinates of a cell, all kept or none, for vectors of length d."""
         if self.per_tensor:
             return 1
         k = self.count(d)

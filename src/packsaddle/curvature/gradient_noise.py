@@ -46,14 +46,14 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
-        """Return r sqrt(d) as a multiple of the mini-batch noise; inf if that is 0.
+        """Return the norm of the artificial noise xi_t, r sqrt(d), over that of mini-batch noise; inf if that is 0.
 
         With momentum too: xi_t is added to the gradient, so both noises are accumulated alike (see `Momentum`).
         """
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
-        """Return the r for which r sqrt(d) is `times` the mini-batch noise."""
+        """Return the r at which the artificial noise's norm, r sqrt(d), is `times` that of mini-batch noise."""
         return times * self.std / math.sqrt(self.d)
 
 

@@ -72,7 +72,7 @@ class Slice:
         ]
 
     def named(self, flat: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Return the places with their views of a vector, float[d]."""
+        """Return each parameter's place with its view of a vector, float[d]."""
         return zip(self.places, self.views(flat), strict=True)
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:

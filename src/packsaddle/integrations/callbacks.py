@@ -41,7 +41,7 @@ class Attached:
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The local updates; None before training, with one worker, or for a hook."""
+        """The `LocalUpdates` object; None before training, with one worker, or for a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
 

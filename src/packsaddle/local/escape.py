@@ -1,4 +1,4 @@
-"""The escape check of local updates: lines 4-8 of Algorithm 1, run on the anchor after each round."""
+"""The saddle escape check of local updates: lines 4-8 of the paper's Algorithm 1, at the anchor after each round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -321,7 +321,7 @@ class Fragment(Slice):
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return the fragments' vectors, float[n] each, by parameter; views."""
+    """Return a vector of each fragment, float[n], as views by parameter: a dict over all fragments."""
     pairs = zip(fragments, vectors, strict=True)
     return {place.name: view for part, vector in pairs for place, view in part.named(vector)}
 

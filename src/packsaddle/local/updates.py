@@ -414,7 +414,7 @@ class LocalUpdates:
 
     @property
     def drifts(self) -> list[Drift]:
-        """The comparisons at which workers' anchors differed (see `Compression.compare_every`)."""
+        """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
         return self._drift.found
 
     @property

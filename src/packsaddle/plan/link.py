@@ -180,7 +180,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All forecasts, the fastest first; those whose steps were not fully measured are last."""
+    """Predicted step times of all compressors on a link, the fastest first; those of unmeasured steps are last."""
 
     forecasts: tuple[Forecast, ...]  # dense training among them
 

@@ -69,7 +69,7 @@ class StopAndSaveVote:
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
     def scalars(self, step: int) -> Tensor | None:
-        """Return this worker's vote, float[1], to be averaged in step `step`; None if there is no voting."""
+        """Return this worker's vote to save or stop, float[1], averaged in step `step`; None without votes."""
         if not (self._saving.on and self._saving.stops):
             return None
         due = self._rank == 0 and self._by_the_clock(step + 1)

@@ -32,7 +32,7 @@ class Walk:
         return length / self.rms if self.rms else (math.inf if length else 0.0)
 
     def suggested(self, times: float = GOOD) -> float | None:
-        """Return the r whose walk is `times` times ||x_0||; None if x does not move, or is zero."""
+        """Return the noise r whose random walk has length `times` ||x_0||; None if x is constant or x_0 = 0."""
         unit = self.times(1.0)
         return times / unit if 0 < unit < math.inf else None
 

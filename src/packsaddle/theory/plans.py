@@ -175,7 +175,7 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 
 
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
-    """Return Corollary 3.3's k, from 1 to d, whose mu = k / d is the balanced one.
+    """Return the k of Corollary 3.3, from 1 to d, at which the terms of the number of steps are equal.
 
     `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor of k coordinates.
 
