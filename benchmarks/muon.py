@@ -38,10 +38,10 @@ from benchmarks.race.workload import evenly_spaced, load_library
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.local_training import hidden_matrices
 from packsaddle.runs.tasks import Batches, Dataset, load_data, make_task, shard
 
 GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
+APART = ("characters.weight", "places.weight", "head.weight")  # matrices that are not hidden
 BATCH = 8  # windows of a worker in a step
 CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows
 
@@ -175,9 +175,9 @@ def held_out_loss(network: torch.nn.Module, held_out: Dataset, windows: torch.Te
 
 def make_inner(network: torch.nn.Module, how: Method, rate: float) -> list[torch.optim.Optimizer]:
     """Return AdamW, or Muon for hidden matrices and AdamW for the rest."""
-    hidden = hidden_matrices(network) if how.inner == "muon" else set()
-    matrices = [p for name, p in network.named_parameters() if name in hidden]
-    others = [p for name, p in network.named_parameters() if name not in hidden]
+    named = [(p.ndim == 2 and not name.endswith(APART), p) for name, p in network.named_parameters()]
+    matrices = [p for is_hidden, p in named if is_hidden and how.inner == "muon"]
+    others = [p for is_hidden, p in named if not (is_hidden and how.inner == "muon")]
     adamw = torch.optim.AdamW(others, rate, betas=how.betas, weight_decay=0.1)
     if not matrices:
         return [adamw]

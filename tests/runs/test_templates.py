@@ -79,8 +79,9 @@ def test_what_is_commented_out_can_be_used(name: TaskName) -> None:
         assert config.certify
         assert (config.local is None) == (config.storm is not None)
     assert {key for _, key, off in statements(used) if off} == {"k", "blend"}
-    counted = load(text.replace("\nratio = ", "\n# ratio = ", 1).replace("\n# k = ", "\nk = ", 1))
-    assert counted.compressor == type(TASKS[name].config.compressor)(k=1000)  # type: ignore[call-arg]
+    if hasattr(TASKS[name].config.compressor, "k"):
+        counted = load(text.replace("\nratio = ", "\n# ratio = ", 1).replace("\n# k = ", "\nk = ", 1))
+        assert counted.compressor == type(TASKS[name].config.compressor)(k=1000)  # type: ignore[call-arg]
 
 
 @names
