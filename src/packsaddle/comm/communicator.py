@@ -58,6 +58,20 @@ class Communicator:
         self.count_mean(tensor, purpose)
         return tensor
 
+    def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
+        """Average floating-point tensors over workers in place, at least in float32, by an all-reduce for each dtype.
+
+        `weight` is this worker's factor; the factors of all workers have the mean 1.
+        """
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)
+        for dtype, mine in by_dtype.items():
+            flat = torch.cat([tensor.reshape(-1).to(dtype) for tensor in mine])
+            self.mean(flat.mul_(weight) if weight != 1.0 else flat, purpose)
+            for tensor, mean in zip(mine, torch.split(flat, [tensor.numel() for tensor in mine]), strict=True):
+                tensor.copy_(mean.view(tensor.shape))
+
     def count_mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> None:
         """Record the bytes of a `mean` that was computed without a collective."""
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():

@@ -49,6 +49,12 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
+def check_scaler(scaler: object) -> None:
+    """Raise TypeError unless `scaler` is None or a GradScaler."""
+    if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+
+
 class Attempts:
     """Counts the steps of one or several optimizers: calls `after` once each of them has attempted a step.
 
@@ -64,8 +70,7 @@ class Attempts:
         before: Callable[[Optimizer], None],
         after: Callable[[], None],
     ) -> None:
-        if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
         self._stepped = list[Optimizer]()  # in the current step; empty between two steps
         outside: Any = torch.compiler.disable

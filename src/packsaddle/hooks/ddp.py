@@ -25,7 +25,7 @@ from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import as_optimizers
+from packsaddle.feedback.optimizers import as_optimizers, check_scaler
 from packsaddle.feedback.slices import Place, places
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook
 from packsaddle.hooks.escape import EscapeAfterStep
@@ -100,8 +100,7 @@ def register_ddp_hook(
     # Validate the options, each alone and for this model.
     spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
     rules = HookOptions(spec, scope, start_step, as_seed(seed))
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    check_scaler(scaler)
     optimizers = () if optimizer is None else as_optimizers(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)

@@ -225,9 +225,9 @@ class FSDPHook(GradientHook):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's e^(i) by module, float[n], with its share of the owner errors.
+        """Return this worker's error memory e^(i) by module, float[n], with its part of the owner errors.
 
-        In a backward pass it is that of the previous step.
+        During a backward pass that is the memory of the previous step.
         """
         self._settle()
         return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}

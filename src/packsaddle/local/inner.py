@@ -6,7 +6,7 @@ Parameters trained by another optimizer are not exchanged and would differ betwe
 import gc
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -18,6 +18,13 @@ from packsaddle.comm.group import Group, is_averaged_by_ddp, resolve
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.slices import check_no_shared_memory
+
+T = TypeVar("T")
+
+
+def live_objects(kind: type[T]) -> list[T]:
+    """Return all objects of a class in this process; searches the whole memory (0.1 s)."""
+    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
@@ -184,12 +191,12 @@ def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
 
     Only the script may have a reference to the module, so all objects in memory are searched (0.1 s).
     """
-    modules = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+    modules = live_objects(nn.Module)
     inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
     for root in modules:
         named = {} if id(root) in inner else dict(root.named_parameters())
         if not ours.isdisjoint(map(id, named.values())):
-            found = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
+            found: dict[str, Tensor] = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
             if found:
                 return found
     return {}

@@ -6,7 +6,6 @@ entries of each inner optimizer's `state_dict` are cleared, and it is loaded bac
 the reset has failed, and all workers raise NonFiniteError.
 """
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +17,9 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
+from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.local.fragment import Fragment, PendingExchange
-from packsaddle.local.inner import names_of
+from packsaddle.local.inner import live_objects, names_of
 from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
@@ -142,9 +142,8 @@ def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
     It takes about 0.1 s; call it only after a rejected round.
     """
     known = {id(p) for p in parameters}
-    every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
-    groups = [(found, getattr(found, "param_groups", [])) for found in every]
-    return [found for found, held in groups if not known.isdisjoint(id(p) for group in held for p in group["params"])]
+    made = [found for found in live_objects(Optimizer) if hasattr(found, "param_groups")]
+    return [found for found in made if not known.isdisjoint(map(id, parameters_of([found])))]
 
 
 def clear_nonfinite(optimizer: Optimizer) -> None:

@@ -595,12 +595,7 @@ class LocalUpdates:
         means = [part for part in parts if part.is_floating_point()]
 
         def exchange() -> None:
-            for dtype in dict.fromkeys(torch.promote_types(part.dtype, torch.float32) for part in means):
-                mine = [part for part in means if torch.promote_types(part.dtype, torch.float32) == dtype]
-                flat = torch.cat([part.reshape(-1).to(dtype) for part in mine]).mul_(self._participation.share())
-                self._channel.mean(flat, "average")
-                for part, mean in zip(mine, torch.split(flat, [part.numel() for part in mine]), strict=True):
-                    part.copy_(mean.view(part.shape))
+            self._channel.average(means, "average", weight=self._participation.share())
             for part in parts:
                 if not part.is_floating_point():
                     self._channel.broadcast(part, "average")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from packsaddle.comm.select_aggregator import Exchange
 from packsaddle.compressors import (
     QSGD,
     AdaptiveTopK,
@@ -257,11 +256,6 @@ class Config(Compression):
             raise ValueError(f"local.warm_up must be less than epochs = {self.epochs:g}, got {local.warm_up:g}")
         if self.escape is not None and (local.overlap.fragments > 1 or local.overlap.delay):
             raise ValueError("escape needs local.overlap.fragments = 1 and delay = 0: it compares whole anchors")
-
-    @property
-    def averaging(self) -> Exchange:
-        """The exchange of the run: as configured, else "direct" or with [local] "auto"."""
-        return self.exchange or ("direct" if self.local is None else "auto")
 
     def compression(self) -> Compression:
         """Return the options of compression; the contraction is measured every `log_every` steps."""

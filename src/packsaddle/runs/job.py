@@ -45,8 +45,9 @@ def can_be_fused(config: Config) -> bool:
     """Return True if a run's workers exchange only means, at identical parameters (see `FusedGroup`)."""
     if config.local is not None:
         return False
+    exchange = config.exchange or "direct"
     try:
-        choice = choose(config.compressor, config.averaging, d=1 << 20, dense=1, workers=max(2, config.workers))
+        choice = choose(config.compressor, exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
     except ValueError:  # also for a compressor that is not bound to tensor shapes yet
         return False
     wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
@@ -236,9 +237,10 @@ class Job:
             if how == "fused" and not can_be_fused(config):
                 if config.local is not None:
                     raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
+                exchange = config.exchange or "direct"
                 raise ConfigError(
                     f"a fused simulation needs workers that exchange means alone, but "
-                    f"{type(config.compressor).__name__} by exchange {config.averaging!r} sends more; use --serial"
+                    f"{type(config.compressor).__name__} by exchange {exchange!r} sends more; use --serial"
                 )
 
 

@@ -136,7 +136,7 @@ class LocalTraining(Training):
         shapes, lossless = [p.shape for p in compressed], config.compressor.lossless
         choice = choose(
             config.compressor.for_tensors(shapes) if n else config.compressor,
-            "direct" if lossless or self.front.membership is not None else config.averaging,
+            self.front.options.compression.exchange_of(config.compressor),
             d=n,
             dense=d - n + 1,
             workers=self.channel.group.size,

@@ -560,7 +560,7 @@ class Membership:
         )
 
     def _exit(self) -> NoReturn:
-        """Leave, and end the process, with exit code 1 if updates are lost."""
+        """Leave the run and end the process; the exit code is 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
 
 

@@ -137,9 +137,7 @@ def average_buffers(model: nn.Module, channel: Communicator) -> None:
     """Replace floating-point buffers (running statistics) by their means over workers, in place; collective."""
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     if buffers and channel.group.size > 1:
-        mean = channel.mean(torch.cat([b.reshape(-1) for b in buffers]), "buffers")
-        for buffer, part in zip(buffers, torch.split(mean, [b.numel() for b in buffers]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+        channel.average(buffers, "buffers")
 
 
 class Attention(nn.Module):
