@@ -1,12 +1,13 @@
 """Local updates with AdamW or Muon inside, compared with dense training and other methods that exchange every H steps.
 
-One table for each of three settings, at equal tokens:
+One table for each of four settings, at equal tokens:
 
     char-4   the character transformer of benchmarks/adamw.py, 0.36 million parameters, on the reference of the Python
              language; 800 steps of four workers with 8 windows each
     gpt-2    the GPT of the race, 0.83 million parameters, on the source of Python's standard library; 1,000 steps of
              two workers with 8 windows each
     gpt-4    the same with four workers
+    char-8   char-4 with eight workers and 4 windows each: dense training is that of char-4
 
 Every method has the same warm-up, cosine and clipping, and its best rate of one grid of powers of two: the search
 starts at three neighboring rates and adds rates until the best is not the smallest or largest. Workers are simulated in
@@ -42,7 +43,6 @@ from packsaddle.runs.tasks import Batches, Dataset, load_data, make_task, shard
 
 GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
 APART = ("characters.weight", "places.weight", "head.weight")  # matrices that are not hidden
-BATCH = 8  # windows of a worker in a step
 CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows
 
 
@@ -51,12 +51,14 @@ class Setting:
     model: ModelConfig
     workers: int
     steps: int
+    batch: int = 8  # windows of a worker in a step
 
 
 SETTINGS = {
     "char-4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800),
     "gpt-2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
     "gpt-4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
+    "char-8": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 8, 800, batch=4),
 }
 
 
@@ -119,7 +121,7 @@ def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, ob
     group, workers, cpu = resolve(None), setting.workers, torch.device("cpu")
     mine = range(workers) if how.compressor is None else [group.rank]
     shards = [shard(data, "iid", worker=i, workers=workers, seed=seed) for i in mine]
-    batches = [Batches(part, BATCH, worker=i, seed=seed) for i, part in zip(mine, shards, strict=True)]
+    batches = [Batches(part, setting.batch, worker=i, seed=seed) for i, part in zip(mine, shards, strict=True)]
 
     network = make_task(setting.model, data.shape, data.classes, seed=seed)
     optimizers = make_inner(network, how, rate)
