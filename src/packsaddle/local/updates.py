@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
@@ -30,7 +31,7 @@ from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.checks import Drift, DriftGuard
+from packsaddle.feedback.checks import Drift
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
@@ -38,8 +39,7 @@ from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.escape import AnchorEscape
-from packsaddle.local.fragment import Fragment, by_parameter, partition
+from packsaddle.local.fragment import by_parameter, partition
 from packsaddle.local.inner import (
     OtherOptimizers,
     Shards,
@@ -50,16 +50,18 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
 )
-from packsaddle.local.lockstep import Call, Lockstep
+from packsaddle.local.join import EndedWorker, announce, check_joins, most_steps
+from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
+from packsaddle.local.rounds import Rounds
 from packsaddle.local.start import check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 
 
-class LocalUpdates:
+class LocalUpdates(Joinable):
     """Local updates of any torch optimizers, averaged over workers with compression and error feedback.
 
     The training loop does not change: hooks on `optimizer.step()` count steps, and exchange after every `every`-th one.
@@ -133,6 +135,7 @@ class LocalUpdates:
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
     ) -> None:
+        super().__init__()
         self.optimizers = as_optimizers(optimizer)
         for each in self.optimizers:
             if hasattr(each, "channel"):
@@ -163,6 +166,7 @@ class LocalUpdates:
         # Workers, and exchanges in the background if they have a delay and the group supports it.
         elastic, fixed = _by_kind(options.workers)
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
+        self._group = group  # not of exchanges in the background
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
@@ -186,10 +190,8 @@ class LocalUpdates:
         # After an exchange: the outer step, a reset of the inner optimizer, a comparison, the escape check.
         self.outer = None if outer is None else self._make_outer(outer)
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
-        self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
-        where = (self._fragments, self._channel, options.seed)
-        self._escape = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
-        self._resets: list[Reset] = []
+        exchanges = (self._channel, self._lockstep, self._participation)
+        self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
 
         rules = _rules(keep_unsent=keep_unsent)
         self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
@@ -260,8 +262,11 @@ class LocalUpdates:
                 p.grad = None
 
     @torch.no_grad()
-    def _attempted(self) -> None:
-        """Count an inner step, applied or skipped by a scaler; finish the rounds that are due, then begin new ones."""
+    def _attempted(self, *, has_ended: bool = False) -> bool:
+        """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
+
+        Returns True if a fixed set of workers had collectives. With `has_ended` this worker no longer trains.
+        """
         if self._others is not None:
             self._others.check()
         self._set_anchor_before_first_step()
@@ -270,55 +275,21 @@ class LocalUpdates:
         self._outcomes.check_step()
         if self.membership is not None:  # when a round is due depends on the present workers
             self.membership.stepped(self.steps)
-        else:
-            if self.steps == 1:
-                self._check_first_step()
-            # First finish exchanges whose delay is over, then begin new ones, which without a delay also finish.
-            for part in self._fragments:
-                if part.current is not None and part.current.due == self.steps:
-                    self._finish_round(part)
-            for part in self._fragments:
-                if part.is_due(self.steps):
-                    share = self._participation.share_after(self.steps)
-                    self._begin_round("exchanges a round", part, share, delay=self.options.overlap.delay)
+            return False
+        if self.steps > 1 and not self._rounds.has_work(self.steps):
+            return False
+        if not has_ended:
+            announce(self)
+        if self.steps == 1:
+            self._check_first_step()
+        self._rounds.run(self.steps)
+        return True
 
     def _check_first_step(self) -> None:
         anchors = [part.anchor.flat for part in self._fragments]
         gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
         run = partial(self._lockstep.run, "checks its first step", self.steps)
         check_first_step(self._channel, anchors, gradients, run)
-
-    def _begin_round(self, call: Call, part: Fragment, share: float, *, delay: int, uncompressed: bool = False) -> bool:
-        """Begin a round of a fragment; without a delay finish it too. Return False if it is rejected already."""
-        p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
-        self._outcomes.register(part, p)
-        as_vector = delay > 0 or self.outer is not None
-        exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
-        if delay:
-            assert p.round is not None
-            p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v)
-            return True
-        self._lockstep.run(call, self.steps, exchange)
-        return self._finish_round(part)
-
-    def _finish_round(self, part: Fragment) -> bool:
-        """Apply the current exchange of a fragment; return False if it is rejected."""
-        t, p = part.rounds, part.apply_exchange(self.outer)
-        if not self._outcomes.record(part, t, p):
-            return False
-        if self._drift.due(t) and part is self._fragments[-1]:
-            self._lockstep.run("compares anchors", p.due - self.options.overlap.delay, partial(self._compare, t))
-        if self._escape is not None and (reset := self._escape.run()) is not None:
-            self._resets.append(reset)
-        return True
-
-    def _compare(self, t: int) -> None:
-        """Compare the anchors of all fragments, which must be equal on all workers."""
-
-        def named() -> list[tuple[str, Tensor]]:
-            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
-
-        self._drift.compare(t, [part.anchor.flat for part in self._fragments], named)
 
     def _set_anchor_before_first_step(self) -> None:
         """Set the anchor to x if no step has moved x yet, since weights may have been loaded."""
@@ -330,8 +301,8 @@ class LocalUpdates:
     def _set_anchors(self) -> None:
         for part in self._fragments:
             part.anchor.set_from_parameters()
-        if self._escape is not None:
-            self._escape.begin()
+        if self._rounds.escape is not None:
+            self._rounds.escape.begin()
 
     def _check_here(self, call: str) -> None:
         """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's x."""
@@ -343,7 +314,39 @@ class LocalUpdates:
         if missing := self._attempts.missing():
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
 
-    # Workers that skip a round, join and leave.
+    # Workers that end early, skip a round, join and leave.
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Return the hook for torch's `Join`, which lets a worker that has ended take part in the others' rounds.
+
+        Call flush, error and average after the `with` block. Raises RuntimeError with a manager, or without a process
+        group.
+
+        >>> from torch.distributed.algorithms.join import Join  # doctest: +SKIP
+        >>> with Join([local]):  # doctest: +SKIP
+        ...     train()  # the loop, of any number of steps
+        >>> local.flush()  # doctest: +SKIP
+        """
+        check_joins(self._group, elastic=self.membership is not None, **kwargs)
+
+        def follow() -> None:
+            while not self._attempted(has_ended=True):
+                pass
+
+        def align() -> None:
+            self.steps = most_steps(self._group, self.steps, self.join_device)
+
+        return EndedWorker(follow, align)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device of exchanges, for torch's `Join`."""
+        return self._fragments[0].anchor.flat.device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The process group of the workers, for torch's `Join`."""
+        return getattr(self._group, "process_group", None)
 
     @property
     def sampled(self) -> bool:
@@ -415,12 +418,12 @@ class LocalUpdates:
     @property
     def drifts(self) -> list[Drift]:
         """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
-        return self._drift.found
+        return self._rounds.drift.found
 
     @property
     def resets(self) -> list[Reset]:
         """The firings of the escape check."""
-        return self._resets
+        return self._rounds.resets
 
     @property
     def lost(self) -> float:
@@ -449,7 +452,7 @@ class LocalUpdates:
         """True if an exchange began after the last inner step; identical on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
-        return any(part.is_due(self.steps) for part in self._fragments)
+        return self._rounds.is_due(self.steps)
 
     def reset_skip_streak(self) -> None:
         """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
@@ -474,6 +477,7 @@ class LocalUpdates:
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
         found = self._unapplied("error()")
+        announce(self)
         for vector in found:
             vector.mul_(self._participation.share())
             self._lockstep.run("calls error()", self.steps, partial(self._channel.mean, vector, "inspection"))
@@ -562,11 +566,8 @@ class LocalUpdates:
             self._others.check()
         if self.membership is not None:
             return self.membership.round(uncompressed=True)
-        applied = [self._finish_round(part) for part in self._fragments if part.current is not None]
-        share = self._participation.share()
-        for part in self._fragments:
-            applied.append(self._begin_round("calls flush()", part, share, delay=0, uncompressed=True))
-        return all(applied)
+        announce(self)
+        return self._rounds.flush(self.steps)
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
@@ -600,6 +601,7 @@ class LocalUpdates:
                 if not part.is_floating_point():
                     self._channel.broadcast(part, "average")
 
+        announce(self)
         self._lockstep.run("calls average()", self.steps, exchange)
 
     # State.
@@ -625,9 +627,7 @@ class LocalUpdates:
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
         self.saved_state.load(state)
         self._attempts.restart()
-        for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            part.resume(saved)
-        self._drift.resume(self._fragments[-1].rounds)
+        self._rounds.resume(state["fragments"])
         if self.membership is not None:
             self.membership.steps = self.steps
 
@@ -640,11 +640,7 @@ class LocalUpdates:
         return [
             *fields,
             attribute(("steps",), self, "steps", int),
-            *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
-            *(() if self._escape is None else self._escape.fields()),
-            *self._outcomes.skips.fields(),
-            attribute(("resets",), self, "_resets", list[Reset]),
-            attribute(("drifts",), self._drift, "found", list[Drift]),
+            *self._rounds.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             *(() if self.membership is None else self.membership.fields()),
         ]
@@ -654,7 +650,7 @@ class LocalUpdates:
         options, group = self.options, self._channel.group
         same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
         same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
-        same |= {"outer": self.outer is not None, "escape": self._escape is not None}
+        same |= {"outer": self.outer is not None, "escape": self.options.escape is not None}
         if isinstance(options.workers, Elastic):
             return same | {"elastic": True}
         if self._participation.samples:
