@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from elastic_fakes import FakeGroup, FakeManager
 from forked_python import environment, python
 from local_updates import ORDER, Case, flat, made, step, twin
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import QSGD, Compression, LocalUpdates, RandomK, Sign, TopK, Workers, simulate
+from packsaddle import QSGD, Compression, Elastic, LocalUpdates, RandomK, Sign, TopK, Workers, simulate
 from packsaddle.comm import Solo, machine_group
-from packsaddle.local.join import check_joins
 
 Gloo = Callable[..., list[Any]]
 Found = tuple[Tensor, dict[str, Tensor], int, int]
@@ -186,9 +186,12 @@ def two_joined() -> str:
 def test_usage_errors(gloo: Gloo) -> None:
     for said in gloo(two_joined, 2):
         assert "Join must have one LocalUpdates and nothing else" in said
+    manager = FakeManager(Solo())
+    elastic = Elastic(manager, group=FakeGroup(manager))
+    local = LocalUpdates(torch.optim.SGD([nn.Parameter(torch.ones(40, 50))]), workers=elastic)
     with pytest.raises(RuntimeError, match="with a manager, a worker that has ended calls leave"):
-        check_joins(Solo(), elastic=True)
-    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group before LocalUpdates"):
+        Join([local])
+    with pytest.raises(RuntimeError, match="call init_process_group before LocalUpdates"):
         simulate(lambda worker: Join([made(CASES[0])[2]]), 2)
 
 

@@ -5,7 +5,7 @@ collective. An ended worker runs the same step without training: its next round 
 ones only its error memory. The mean is always of all workers, so no update is lost.
 """
 
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -14,43 +14,67 @@ from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 from packsaddle.comm.group import Group
 
 
-class EndedWorker(JoinHook):
-    """The steps of a worker that has ended: `follow` runs one with a collective; `align` is called when all ended."""
+class JoinableSteps(Joinable):
+    """A Joinable whose steps are counted, on workers of a group; `elastic` workers are not supported."""
 
-    def __init__(self, follow: Callable[[], object], align: Callable[[], object]) -> None:
-        self._follow, self._align = follow, align
+    steps: int
+
+    def __init__(self, group: Group, device: torch.device, *, elastic: bool) -> None:
+        super().__init__()
+        self._group, self._device, self._elastic = group, device, elastic
+
+    @abstractmethod
+    def _attempted(self, *, has_ended: bool = False) -> bool:
+        """Count a step, on a worker that trains or `has_ended`; return True if it had collectives."""
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop.
+
+        Raises RuntimeError with a manager or without a process group, and ValueError for options that round averages
+        do not support.
+        """
+        if self._elastic:
+            raise RuntimeError("Join is for fixed workers: with a manager, a worker that has ended calls leave()")
+        if self.join_process_group is None:
+            raise RuntimeError("Join needs a process group: call init_process_group before LocalUpdates is made")
+        if not kwargs.get("divide_by_initial_world_size", True):
+            raise ValueError("divide_by_initial_world_size must be True: rounds average the updates of all workers")
+        return EndedWorker(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """The device of exchanges."""
+        return self._device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The process group of the workers; None without one."""
+        return getattr(self._group, "process_group", None)
+
+    def _announce(self) -> None:
+        """Announce a collective to workers that have ended; no-op outside of `Join`.
+
+        Raises RuntimeError for a second object in `Join`: an ended worker would run its collectives once a round.
+        """
+        if not self._join_config.enable:
+            return
+        if not self._join_config.is_first_joinable:
+            raise RuntimeError("Join must have one LocalUpdates and nothing else: Join([local])")
+        Join.notify_join_context(self)
+
+
+class EndedWorker(JoinHook):
+    """The steps of a worker that has ended, while others train."""
+
+    def __init__(self, of: JoinableSteps) -> None:
+        self._of = of
 
     def main_hook(self) -> None:
-        """Take part in the next collective of the workers that are still training."""
-        self._follow()
+        """Count steps up to the next one with collectives, and take part in these."""
+        while not self._of._attempted(has_ended=True):
+            pass
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Set the number of steps to that of the last worker, so that the next rounds are due at one step."""
-        self._align()
-
-
-def check_joins(group: Group, *, elastic: bool, **options: Any) -> None:
-    """Raise RuntimeError unless `Join` supports this group, and ValueError for an option of `Join` without effect."""
-    if elastic:
-        raise RuntimeError("Join is for a fixed set of workers: with a manager, a worker that has ended calls leave()")
-    if not hasattr(group, "process_group"):
-        raise RuntimeError("Join needs a process group: call torch.distributed.init_process_group before LocalUpdates")
-    if not options.get("divide_by_initial_world_size", True):
-        raise ValueError("divide_by_initial_world_size must be True: rounds average the updates of all workers")
-
-
-def announce(local: Joinable) -> None:
-    """Announce a collective to workers that have ended; no-op outside of `Join`.
-
-    Raises RuntimeError if other objects are joined as well: an ended worker would run their collectives once a round.
-    """
-    if not local._join_config.enable:
-        return
-    if not local._join_config.is_first_joinable:
-        raise RuntimeError("Join must have one LocalUpdates and nothing else, Join([local]), and it is not the first")
-    Join.notify_join_context(local)
-
-
-def most_steps(group: Group, steps: int, device: torch.device) -> int:
-    """Return the largest number of steps of a worker; collective."""
-    return max(int(found) for found in group.all_gather(torch.tensor([steps], device=device)))
+        """Set the number of steps to the largest of all workers, so that the next rounds are due at one step."""
+        mine = torch.tensor([self._of.steps], device=self._of.join_device)
+        self._of.steps = max(int(steps) for steps in self._of._group.all_gather(mine))

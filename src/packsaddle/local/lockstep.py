@@ -117,7 +117,7 @@ class Lockstep:
         if call != their_call or _CALLS[call] == "exchanges a round":
             raise RuntimeError(
                 f"{found}: all workers must make the same calls after the same number of optimizer steps. If their "
-                f"data have different lengths, {_ADVICE}. Pass scaler= if a GradScaler skips steps"
+                f"data have different lengths, {_ADVICE}; pass scaler= if a GradScaler skips steps"
             )
         # Other equal calls pair collectives of equal sizes, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:

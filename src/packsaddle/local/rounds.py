@@ -1,6 +1,6 @@
 """Rounds of a fixed set of workers: the exchanges of fragments that are due after a step, and the checks of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from packsaddle.feedback.state import Value, Vector, attribute
 from packsaddle.local.escape import AnchorEscape
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
-from packsaddle.local.options import Elastic, LocalOptions
+from packsaddle.local.options import Elastic, LocalOptions, Outer
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
 
@@ -120,3 +120,15 @@ class Rounds:
         for part, state in zip(self._fragments, saved, strict=True):
             part.resume(state)
         self.drift.resume(self._fragments[-1].rounds)
+
+
+def outer_optimizer(make: Outer, fragments: Iterable[Fragment], names: Iterable[str]) -> Optimizer:
+    """Return the outer optimizer of the anchor's tensors, in the order of the parameters' names.
+
+    Raises TypeError if `make` returns something else.
+    """
+    leaves = {p.name: leaf for part in fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)}
+    outer = make([leaves[name] for name in names])
+    if not isinstance(outer, Optimizer):
+        raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(outer).__name__}")
+    return outer

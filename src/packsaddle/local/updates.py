@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
@@ -37,7 +36,7 @@ from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
-from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
+from packsaddle.feedback.state import State, Value, Vector, attribute
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.fragment import by_parameter, partition
 from packsaddle.local.inner import (
@@ -50,18 +49,19 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
 )
-from packsaddle.local.join import EndedWorker, announce, check_joins, most_steps
+from packsaddle.local.join import JoinableSteps
 from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
-from packsaddle.local.rounds import Rounds
+from packsaddle.local.rounds import Rounds, outer_optimizer
 from packsaddle.local.start import check_first_step, share_start, untrained_tensors
-from packsaddle.numerics.kernels import compiler
+from packsaddle.local.state import agreement, identity, rules
+from packsaddle.local.unsent import UnsentSteps
 from packsaddle.numerics.seeds import as_seed
 
 
-class LocalUpdates(Joinable):
+class LocalUpdates(JoinableSteps):
     """Local updates of any torch optimizers, averaged over workers with compression and error feedback.
 
     The training loop does not change: hooks on `optimizer.step()` count steps, and exchange after every `every`-th one.
@@ -135,7 +135,6 @@ class LocalUpdates(Joinable):
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
     ) -> None:
-        super().__init__()
         self.optimizers = as_optimizers(optimizer)
         for each in self.optimizers:
             if hasattr(each, "channel"):
@@ -164,11 +163,12 @@ class LocalUpdates(Joinable):
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
         # Workers, and exchanges in the background if they have a delay and the group supports it.
-        elastic, fixed = _by_kind(options.workers)
+        elastic = options.workers if isinstance(options.workers, Elastic) else None
+        fixed = options.workers if isinstance(options.workers, Workers) else Workers()
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
-        self._group = group  # not of exchanges in the background
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
+        super().__init__(group, device, elastic=elastic is not None)
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         self.ledger = Ledger()
         self._channel = Communicator(apart or group, self.ledger)
@@ -188,16 +188,16 @@ class LocalUpdates(Joinable):
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
         # After an exchange: the outer step, a reset of the inner optimizer, a comparison, the escape check.
-        self.outer = None if outer is None else self._make_outer(outer)
+        self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
         exchanges = (self._channel, self._lockstep, self._participation)
         self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
 
-        rules = _rules(keep_unsent=keep_unsent)
-        self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
+        same_saved = partial(identity, options, self._fragments, self._channel.group)
+        self.saved_state = State("LocalUpdates", rules(keep_unsent=keep_unsent), same_saved, self._saved_fields)
 
         # Arguments must be equal on all workers, and all start from the same x.
-        same = self._agreement(untrained)
+        same = agreement(options, self._fragments, self.outer, self._parameters, untrained)
         self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
         if elastic is None:
             check_agreement(self._channel, same, device)
@@ -213,8 +213,10 @@ class LocalUpdates(Joinable):
         # Hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
-        for each in self.optimizers:
+        for each in (*self.optimizers, *([self.outer] if self.outer else [])):
             follow(each, self)
+        warns = elastic is None and group.size > 1 and group.rank == 0 and group.sends
+        self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     def __repr__(self) -> str:
@@ -225,27 +227,6 @@ class LocalUpdates(Joinable):
             f"fragments={len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, "
             f"rounds={self.rounds})"
         )
-
-    def _make_outer(self, make: Outer) -> Optimizer:
-        """Return the outer optimizer of the anchor's tensors, which are in the inner optimizer's order."""
-        by_name = {
-            p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)
-        }
-        outer = make([by_name[name] for name in self._parameters])
-        if not isinstance(outer, Optimizer):
-            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(outer).__name__}")
-        follow(outer, self)
-        return outer
-
-    def _agreement(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
-        """Return the values that must be equal on all workers, by name."""
-        outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
-        same = self.options.agreement()
-        same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
-        for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
-            for i, (name, p) in enumerate(tensors):
-                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
-        return same
 
     # Inner steps, and the rounds that follow them.
 
@@ -276,20 +257,18 @@ class LocalUpdates(Joinable):
         if self.membership is not None:  # when a round is due depends on the present workers
             self.membership.stepped(self.steps)
             return False
-        if self.steps > 1 and not self._rounds.has_work(self.steps):
-            return False
-        if not has_ended:
-            announce(self)
-        if self.steps == 1:
-            self._check_first_step()
-        self._rounds.run(self.steps)
-        return True
-
-    def _check_first_step(self) -> None:
-        anchors = [part.anchor.flat for part in self._fragments]
-        gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
-        run = partial(self._lockstep.run, "checks its first step", self.steps)
-        check_first_step(self._channel, anchors, gradients, run)
+        has_work = self.steps == 1 or self._rounds.has_work(self.steps)
+        if has_work:
+            self._unsent.clear()  # after an error of a collective, `flush` is impossible too
+            if not has_ended:
+                self._announce()
+            if self.steps == 1:
+                anchors = [part.anchor.flat for part in self._fragments]
+                run = partial(self._lockstep.run, "checks its first step", self.steps)
+                check_first_step(self._channel, anchors, self._parameters.values(), run)
+            self._rounds.run(self.steps)
+        self._unsent.record(self.steps, exchanged=self.exchanging)
+        return has_work
 
     def _set_anchor_before_first_step(self) -> None:
         """Set the anchor to x if no step has moved x yet, since weights may have been loaded."""
@@ -314,39 +293,7 @@ class LocalUpdates(Joinable):
         if missing := self._attempts.missing():
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
 
-    # Workers that end early, skip a round, join and leave.
-
-    def join_hook(self, **kwargs: Any) -> JoinHook:
-        """Return the hook for torch's `Join`, which lets a worker that has ended take part in the others' rounds.
-
-        Call flush, error and average after the `with` block. Raises RuntimeError with a manager, or without a process
-        group.
-
-        >>> from torch.distributed.algorithms.join import Join  # doctest: +SKIP
-        >>> with Join([local]):  # doctest: +SKIP
-        ...     train()  # the loop, of any number of steps
-        >>> local.flush()  # doctest: +SKIP
-        """
-        check_joins(self._group, elastic=self.membership is not None, **kwargs)
-
-        def follow() -> None:
-            while not self._attempted(has_ended=True):
-                pass
-
-        def align() -> None:
-            self.steps = most_steps(self._group, self.steps, self.join_device)
-
-        return EndedWorker(follow, align)
-
-    @property
-    def join_device(self) -> torch.device:
-        """The device of exchanges, for torch's `Join`."""
-        return self._fragments[0].anchor.flat.device
-
-    @property
-    def join_process_group(self) -> Any:
-        """The process group of the workers, for torch's `Join`."""
-        return getattr(self._group, "process_group", None)
+    # Workers that skip a round, join and leave.
 
     @property
     def sampled(self) -> bool:
@@ -362,9 +309,7 @@ class LocalUpdates(Joinable):
         self._check_here("sit_out()")
         self._check_between_steps("sit_out()")
         if self.membership is not None:
-            raise RuntimeError(
-                "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
-            )
+            raise RuntimeError("sit_out is for a fixed set of workers; with a manager, an absent one is left out")
         self._attempted()
         while not self.exchanging:
             self._attempted()
@@ -477,7 +422,7 @@ class LocalUpdates(Joinable):
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
         found = self._unapplied("error()")
-        announce(self)
+        self._announce()
         for vector in found:
             vector.mul_(self._participation.share())
             self._lockstep.run("calls error()", self.steps, partial(self._channel.mean, vector, "inspection"))
@@ -509,6 +454,7 @@ class LocalUpdates(Joinable):
         The anchor is identical on all workers.
         """
         self._set_anchor_before_first_step()
+        self._unsent.clear()
         found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
         return {name: found[name].clone() for name in self._parameters}
 
@@ -524,6 +470,7 @@ class LocalUpdates(Joinable):
             for part in self._fragments:
                 part.anchor.set_parameters(part.anchor.views)
         self._at_anchor += 1
+        self._unsent.clear()
         try:
             yield
         finally:
@@ -566,7 +513,8 @@ class LocalUpdates(Joinable):
             self._others.check()
         if self.membership is not None:
             return self.membership.round(uncompressed=True)
-        announce(self)
+        self._unsent.clear()
+        self._announce()
         return self._rounds.flush(self.steps)
 
     @torch.no_grad()
@@ -601,7 +549,7 @@ class LocalUpdates(Joinable):
                 if not part.is_floating_point():
                     self._channel.broadcast(part, "average")
 
-        announce(self)
+        self._announce()
         self._lockstep.run("calls average()", self.steps, exchange)
 
     # State.
@@ -616,6 +564,7 @@ class LocalUpdates(Joinable):
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
         self.wait()
+        self._unsent.clear()
         return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -628,64 +577,23 @@ class LocalUpdates(Joinable):
         self.saved_state.load(state)
         self._attempts.restart()
         self._rounds.resume(state["fragments"])
+        self._unsent.clear()
         if self.membership is not None:
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state; the outer optimizer first, since loading it may raise ValueError."""
         outer = self.outer
-        fields: list[Vector | Value] = []
-        if outer is not None:
-            fields.append(Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict))
         return [
-            *fields,
+            *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),
             attribute(("steps",), self, "steps", int),
             *self._rounds.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             *(() if self.membership is None else self.membership.fields()),
         ]
 
-    def _identity(self) -> dict[str, Any]:
-        """Return the values that must be equal at saving and loading, by name."""
-        options, group = self.options, self._channel.group
-        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
-        same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
-        same |= {"outer": self.outer is not None, "escape": self.options.escape is not None}
-        if isinstance(options.workers, Elastic):
-            return same | {"elastic": True}
-        if self._participation.samples:
-            same["sample"] = options.workers.sample
-        return same | {"rank": group.rank, "workers": group.size}
-
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 
     def __getstate__(self) -> dict[str, Any]:
         """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
-
-
-def _rules(*, keep_unsent: bool) -> list[Rule]:
-    """Return the kinds of the saved state's entries.
-
-    With `keep_unsent`, an owner error added to e moves the start point without x, so it is owed as well.
-    """
-    part = ("fragments", ANY)
-    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
-    return [
-        Rule(error, "error"),
-        Rule(owed, "error", like=error),
-        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
-        Rule((*part, "exchange", "start", ANY), "error"),
-        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is validated in the next round
-        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
-        *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
-        *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-        *(Rule((name,), "own") for name in ("skips", "ledger", "membership")),
-        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
-        *(Rule((name,), "shared") for name in ("resets", "drifts")),
-    ]
-
-
-def _by_kind(workers: Workers | Elastic) -> tuple[Elastic | None, Workers]:
-    """Return the settings of elastic workers, or None, and of a fixed set, or the defaults."""
-    return (workers, Workers()) if isinstance(workers, Elastic) else (None, workers)
