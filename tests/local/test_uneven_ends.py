@@ -21,6 +21,7 @@ from packsaddle.comm import Solo, machine_group
 Gloo = Callable[..., list[Any]]
 Found = tuple[Tensor, dict[str, Tensor], int, int]
 ENDS = (10, 13, 6)
+EQUAL = Workers()
 CASES = [
     Case(every=3, compressor=TopK(0.1), steps=13),
     Case(every=3, compressor=TopK(0.1), keep=True, steps=13),
@@ -32,11 +33,11 @@ CASES = [
 ]
 
 
-def ended(cases: list[Case], ends: tuple[int, ...], **options: Any) -> list[Found]:
+def ended(cases: list[Case], ends: tuple[int, ...], workers: Workers = EQUAL) -> list[Found]:
     """Train as this worker in each case; return x, the anchor, and the numbers of steps and rounds."""
     worker, found = dist.get_rank(), []
     for case in cases:
-        parameters, optimizer, local = made(case, **options)
+        parameters, optimizer, local = made(case, workers=workers)
         with Join([local]):
             for n in range(1, ends[worker] + 1):
                 step(case, n, worker, parameters, optimizer)
@@ -64,6 +65,15 @@ def test_a_worker_without_data(gloo: Gloo) -> None:
     case = CASES[0]
     for (found,) in gloo(ended, 2, [case], (0, 13)):
         torch.testing.assert_close(found[1]["w"], twin(case, 2, (0, 13)).a["w"], rtol=1e-9, atol=1e-11)
+
+
+def test_sampled_workers(gloo: Gloo) -> None:
+    """With a sample of the workers in each round, anchors are bitwise identical too."""
+    found = gloo(ended, 3, CASES[:2], ENDS, Workers(sample=0.5))
+    for worker in found:
+        for (_, anchor, steps, rounds), (_, first, _, _) in zip(worker, found[0], strict=True):
+            assert (steps, rounds) == (13, 4)
+            assert all(torch.equal(a, first[name]) for name, a in anchor.items())
 
 
 def epochs(delay: int, weighted: bool) -> tuple[Tensor, Tensor, int]:

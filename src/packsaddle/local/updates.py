@@ -101,7 +101,9 @@ class LocalUpdates(JoinableSteps):
     step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
     worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
     differ between workers; and RuntimeError at the first step if gradients are identical on all workers, so exchanged
-    already, and if workers make different calls, for example a round and `flush`, after unequal numbers of steps.
+    already, and if workers make different calls, for example a round and `flush`, after unequal numbers of steps:
+    within torch's `Join([local])` a worker that has ended takes part in the others' rounds. If training ends with steps
+    after the last `flush`, `state_dict` or use of the anchor, rank 0 logs a warning.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -205,10 +207,8 @@ class LocalUpdates(JoinableSteps):
             share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
             self._set_anchors()
         else:
-            inner_and_outer = (self.optimizers, self.outer)
-            self.membership = Membership(
-                options, self._fragments, self._channel, *inner_and_outer, self._outcomes, as_text(same)
-            )
+            settings = (options, self._fragments, self._channel)
+            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
 
         # Hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
@@ -390,7 +390,7 @@ class LocalUpdates(JoinableSteps):
     def uncompressed(self) -> Bytes:
         """The bytes that all-reduces of the gradients at every step so far would have sent (ring algorithm)."""
         size = sum(local_part(p).nbytes for p in self._parameters.values())
-        return ring_all_reduce(self.steps * size, self._channel.group.size)
+        return ring_all_reduce(self.steps * size, self._group.size)
 
     @property
     def exchanging(self) -> bool:
@@ -462,7 +462,8 @@ class LocalUpdates(JoinableSteps):
     def at_anchor(self) -> Iterator[None]:
         """Set the parameters to the anchor within a context, to evaluate, certify or save one model for all workers.
 
-        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError.
+        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError. It is
+        also a decorator, `@local.at_anchor()`, of an evaluation function.
         """
         self._set_anchor_before_first_step()
         before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
