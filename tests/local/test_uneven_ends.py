@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import QSGD, Compression, Elastic, LocalUpdates, RandomK, Sign, TopK, Workers, simulate
+from packsaddle import QSGD, Compression, Elastic, Escape, LocalUpdates, RandomK, Sign, TopK, Workers, simulate
 from packsaddle.comm import Solo, machine_group
 
 Gloo = Callable[..., list[Any]]
@@ -74,6 +74,31 @@ def test_sampled_workers(gloo: Gloo) -> None:
         for (_, anchor, steps, rounds), (_, first, _, _) in zip(worker, found[0], strict=True):
             assert (steps, rounds) == (13, 4)
             assert all(torch.equal(a, first[name]) for name, a in anchor.items())
+
+
+def escaping() -> tuple[Tensor, list[Any], int]:
+    """Noise leaves the saddle x[0]^2 - x[1]^2 of the objective, on the axis of negative curvature."""
+    x = nn.Parameter(torch.zeros(2, 1, dtype=torch.float64))
+    signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    escape = Escape(20, 0.5, lambda: float((signs * x.detach() ** 2).sum()))
+    kind = Compression(TopK(0.5), dense_below=0)
+    local = LocalUpdates(optimizer, kind, every=1, noise=0.05, escape=escape, keep_unsent=False)
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    with Join([local]):
+        for _ in range((15, 40)[dist.get_rank()]):
+            x.grad = 2 * signs * x.detach() + 0.1 * torch.randn(2, 1, generator=rng, dtype=torch.float64)
+            optimizer.step()
+    return x.detach().clone(), local.resets, local.steps
+
+
+def test_the_escape_check(gloo: Gloo) -> None:
+    """It fires on the ended worker as on the other, and both have one x."""
+    (x, resets, steps), (x2, resets2, steps2) = gloo(escaping, 2)
+    assert steps == steps2 == 40
+    assert torch.equal(x, x2)
+    assert resets == resets2
+    assert any(reset.step >= 15 for reset in resets)
 
 
 def epochs(delay: int, weighted: bool) -> tuple[Tensor, Tensor, int]:

@@ -76,7 +76,9 @@ def all_ways() -> dict[str, list[str]]:
 def test_each_way_to_end(gloo: Gloo) -> None:
     """Garbage collection of one whose changes were not used, on rank 0 only."""
     found, others = gloo(all_ways, 2)
-    expected = "LocalUpdates ended after step 10 without flush(), 2 steps after its last round, so the workers' models"
+    expected = (
+        "LocalUpdates ended without flush() after 10 steps, 2 of them since its last round, so the workers' models"
+    )
     for name, said in found.items():
         assert [line[: len(expected)] for line in said] == [expected] * (name in ("nothing", "error")), name
     assert not any(others.values())

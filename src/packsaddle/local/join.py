@@ -21,7 +21,7 @@ class JoinableSteps(Joinable):
 
     def __init__(self, group: Group, device: torch.device, *, elastic: bool) -> None:
         super().__init__()
-        self._group, self._device, self._elastic = group, device, elastic
+        self._group, self._device, self._has_manager = group, device, elastic
 
     @abstractmethod
     def _attempted(self, *, has_ended: bool = False) -> bool:
@@ -33,7 +33,7 @@ class JoinableSteps(Joinable):
         Raises RuntimeError with a manager or without a process group, and ValueError for options that round averages
         do not support.
         """
-        if self._elastic:
+        if self._has_manager:
             raise RuntimeError("Join is for fixed workers: with a manager, a worker that has ended calls leave()")
         if self.join_process_group is None:
             raise RuntimeError("Join needs a process group: call init_process_group before LocalUpdates is made")

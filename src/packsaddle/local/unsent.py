@@ -31,7 +31,7 @@ class UnsentSteps:
     def _warn(self) -> None:
         if self._is_pending and sys.exc_info()[0] is None and not hasattr(sys, "last_type"):
             _log.warning(
-                "LocalUpdates ended after step %d without flush(), %d steps after its last round, so the workers' "
+                "LocalUpdates ended without flush() after %d steps, %d of them since its last round, so the workers' "
                 "models differ: call local.flush() after the last step, or save local.state_dict_of(model)",
                 *(self._steps, self._steps - self._exchanged),
             )

@@ -168,8 +168,7 @@ class LocalUpdates(JoinableSteps):
         elastic = options.workers if isinstance(options.workers, Elastic) else None
         fixed = options.workers if isinstance(options.workers, Workers) else Workers()
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
-        home = local_part(next(iter(self._parameters.values()))).device
-        device = torch.device("cpu") if offload else home
+        device = torch.device("cpu") if offload else local_part(next(iter(self._parameters.values()))).device
         super().__init__(group, device, elastic=elastic is not None)
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         self.ledger = Ledger()
