@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -44,6 +45,14 @@ class Rounds:
         where = (fragments, channel, options.seed)
         self.escape = AnchorEscape(options.escape, *where, delay=self._delay) if options.escape else None
         self.resets: list[Reset] = []  # the firings of the escape check
+
+    @torch.no_grad()
+    def set_anchors(self) -> None:
+        """Set the anchors to x, before the first step; the escape check starts there."""
+        for part in self._fragments:
+            part.anchor.set_from_parameters()
+        if self.escape is not None:
+            self.escape.begin()
 
     def is_due(self, step: int) -> bool:
         """Return True if an exchange begins after inner step n, from 1; identical on all workers."""

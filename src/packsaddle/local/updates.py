@@ -189,7 +189,7 @@ class LocalUpdates(JoinableSteps):
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
         # After an exchange: the outer step, a reset of the inner optimizer, a comparison, the escape check.
-        self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer else None
+        self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer is not None else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
         exchanges = (self._channel, self._lockstep, self._participation)
         self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
@@ -204,7 +204,7 @@ class LocalUpdates(JoinableSteps):
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
             share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
-            self._set_anchors()
+            self._rounds.set_anchors()
         else:
             settings = (options, self._fragments, self._channel)
             self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
@@ -247,18 +247,21 @@ class LocalUpdates(JoinableSteps):
 
         Returns True if a fixed set of workers had collectives. With `has_ended` this worker no longer trains.
         """
+        # The step itself.
         if self._others is not None:
             self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self.steps += 1
         self._outcomes.check_step()
-        if self.membership is not None:  # when a round is due depends on the present workers
+        # With a manager, when a round is due depends on the present workers.
+        if self.membership is not None:
             self.membership.stepped(self.steps)
             return False
+        # The collectives of a fixed set of workers; after an error of one, `flush` is impossible too.
         has_work = self.steps == 1 or self._rounds.has_work(self.steps)
         if has_work:
-            self._unsent.clear()  # after an error of a collective, `flush` is impossible too
+            self._unsent.clear()
             if not has_ended:
                 self._announce()
             if self.steps == 1:
@@ -273,14 +276,7 @@ class LocalUpdates(JoinableSteps):
         """Set the anchor to x if no step has moved x yet, since weights may have been loaded."""
         joined = self.membership is not None and self.membership.joined
         if self.steps == 0 and not self._has_begun and not joined:
-            self._set_anchors()
-
-    @torch.no_grad()
-    def _set_anchors(self) -> None:
-        for part in self._fragments:
-            part.anchor.set_from_parameters()
-        if self._rounds.escape is not None:
-            self._rounds.escape.begin()
+            self._rounds.set_anchors()
 
     def _check_here(self, call: str) -> None:
         """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's x."""
