@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
 from packsaddle.comm.group import training_group
+from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
@@ -49,7 +50,6 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
 )
-from packsaddle.local.join import JoinableSteps
 from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
