@@ -235,7 +235,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     try:
         group = TorchGroup()
         yield group
-        with group.told():
+        with group.naming_lost_workers():
             dist.barrier()  # an early exit would close connections that others still use
     finally:
         # Without this, interpreters that exit while gloo threads live sometimes abort.
