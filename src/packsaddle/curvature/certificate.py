@@ -170,8 +170,8 @@ class Certificate:
             *self._curvature(),
             *self._remarks(),
             f"loss {self.loss:.6f}; the Hessian is that of {self.loss_name}",
-            f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}{self._why_differences}, "
-            f"{self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
+            f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}"
+            f"{self._why_differences}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
         return "\n  ".join(lines)
 
