@@ -15,7 +15,7 @@ from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.cost_model import RingAllReduce
 from packsaddle.comm.failures import TerminatedError
 from packsaddle.comm.group import Solo, ambient_group, resolve
-from packsaddle.comm.launching import hearing_sigterm, launch, process_group
+from packsaddle.comm.launching import launch, process_group, recording_sigterm
 from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
@@ -216,7 +216,7 @@ class Job:
                 return self.train()
 
     def _hearing(self) -> AbstractContextManager[None]:
-        return hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext()
+        return recording_sigterm() if self.saving.on and self.saving.stops else nullcontext()
 
     def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
         try:
