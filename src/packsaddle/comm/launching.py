@@ -230,7 +230,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     # CPU scalars (metrics, flags) use gloo even if vectors use NCCL.
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_rendezvous_arguments(timeout)
+            "cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout)
         )
     except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
         raise ConfigError(not_joined(error)) from error
@@ -244,7 +244,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _rendezvous_arguments(timeout: timedelta | None) -> dict[str, Any]:
+def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
     """Return a store with a new prefix as arguments of `init_process_group`; {} if torchrun's store is never reused."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         return {}
