@@ -15,7 +15,7 @@ author = "the packsaddle authors"
 copyright = "the packsaddle authors, Apache 2.0"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design", "docstrings", "generated", "shades"]
 root_doc = "docs/index"
 include_patterns = [
     "README.md",
@@ -29,6 +29,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "runs", "src", "tests"]  # an environment's folder has 20,000 files
 source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
 
