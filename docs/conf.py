@@ -49,7 +49,9 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = f"packsaddle {release}"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_logo = "static/logo.svg"
 html_extra_path = ["site"]
 html_show_sourcelink = False
 html_copy_source = False

@@ -92,8 +92,14 @@ def local_updates(canvas: Canvas) -> None:
     # The texts, and where row i has a vector of the plane.
     rows = (
         ("1  H steps alone", "Each worker steps from the anchor with its own optimizer and its own data."),
-        ("2  Compress", "Its change is a message of one bit a coordinate, which it sends, and a residual, which it keeps."),
-        ("3  Exchange", "The mean message moves the anchor. Each worker continues there, plus its residual: nothing is lost."),
+        (
+            "2  Compress",
+            "Its change is a message of a bit a coordinate, which it sends, and a residual, which it keeps.",
+        ),
+        (
+            "3  Exchange",
+            "The mean message moves the anchor. A worker continues there, plus its residual: no change is lost.",
+        ),
     )
     for i, (title, words) in enumerate(rows):
         canvas.text(268, 220 * i + 26, title, weight="bold", fontsize=20)
