@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from statistics import mean
 
 import matplotlib
 
@@ -302,12 +301,8 @@ def wire(canvas: Canvas) -> None:
 def kilobytes() -> dict[str, float]:
     """Return the kB that a worker of two sends in a step on average, by method, of the GPT in experiments/race."""
     with (ROOT / "experiments" / "race" / "curves.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["workers"], row["steps"]) == ("2", "600")]
-    methods = {row["contender"].partition(" lr=")[0] for row in rows}
-    return {
-        method: mean(float(row["sent"]) / 1e3 for row in rows if row["contender"].partition(" lr=")[0] == method)
-        for method in methods
-    }
+        rows = [row for row in csv.DictReader(file) if (row["workers"], row["steps"], row["seed"]) == ("2", "600", "0")]
+    return {row["contender"].partition(" lr=")[0]: float(row["sent"]) / 1e3 for row in rows if row["lr"] == "0.002"}
 
 
 def svg(draw: Callable[[Canvas], None], height: int, theme: Theme) -> str:

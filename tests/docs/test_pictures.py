@@ -4,7 +4,6 @@ import csv
 import re
 import sys
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
@@ -70,13 +69,19 @@ def test_algorithm_has_the_numbers_of_the_reference(drawn: dict[str, str]) -> No
     assert {int(word) for word in words(drawn["algorithm-light.svg"]) if word.isdigit()} == lines | {14}
 
 
-def test_bytes_are_those_of_the_rows(drawn: dict[str, str]) -> None:
-    with (ROOT / "experiments" / "race" / "curves.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["workers"] == "2" and row["steps"] == "600"]
+def test_bytes_are_those_of_the_evidence(drawn: dict[str, str]) -> None:
+    """The table of evidence.md, and the rows of the Muon benchmark, have the same network and workers."""
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    with (ROOT / "experiments" / "muon" / "gpt-2.csv").open(newline="") as file:
+        muon = {row["method"]: float(row["kB_a_step"]) for row in csv.DictReader(file)}
+    expected = [
+        re.search(rf"^\| {re.escape(name)} \| ([\d,]+) \|", evidence, re.MULTILINE)
+        for name in ("DDP, float32", "the hook, `QSGD(127)`")
+    ]
     texts = words(drawn["wire-light.svg"])
-    for method in ("ddp", "QSGD(127) hook=bucket", "Sign(per_tensor=True) every=8"):
-        sent = mean(float(row["sent"]) for row in rows if row["contender"] in (method, f"{method} lr=0.002"))
-        assert f"{sent / 1e3:,.0f} kB" in texts
+    assert all(match and f"{match[1]} kB" in texts for match in expected)
+    assert f"{muon['Muon, dense']:,.0f} kB" in texts
+    assert f"{muon['Muon, local 8, Sign']:,.0f} kB" in texts
 
 
 def test_certified_intervals_hold_and_decide() -> None:
