@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "pictures"
 WIDTH = 560
 TEXT = 18  # the smallest size of a letter
+D = 200  # coordinates of the saddle's problem
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "packsaddle", "font.size": TEXT, "lines.solid_capstyle": "round"}
 
 
@@ -82,6 +83,8 @@ class Canvas:
 def local_updates(canvas: Canvas) -> None:
     """Three rows: the steps of two workers, their changes as message and residual, and the exchange."""
     theme = canvas.theme
+
+    # The vectors.
     colors = theme.first, theme.second
     paths = [walk(torch.tensor(minimum), seed) for seed, minimum in enumerate(([3.0, 0.9], [0.8, -2.2]))]
     changes = [path[-1] for path in paths]
@@ -97,7 +100,7 @@ def local_updates(canvas: Canvas) -> None:
         ),
         (
             "3  Exchange",
-            "The mean message moves the anchor. A worker continues there, plus its residual: no change is lost.",
+            "The mean message moves the anchor. A worker resumes there, plus its residual: no change is lost.",
         ),
     )
     for i, (title, words) in enumerate(rows):
@@ -155,6 +158,7 @@ def algorithm(canvas: Canvas) -> None:
         canvas.text(x, y + 1, str(number), theme.page, ha="center", weight="bold", zorder=5)
         canvas.text(x + 44, y, words, **options)
 
+    # The start, and the frame of the loop.
     canvas.box(96, 4, 448, 76)
     line(1, 66, 24, "memory e = 0 on every worker")
     line(2, 66, 58, "first segment: x' = x")
@@ -175,7 +179,7 @@ def algorithm(canvas: Canvas) -> None:
     canvas.arrow((500, 222), (500, 374))
     canvas.text(512, 241, "no")
 
-    # Each worker's message and residual, and the exchange.
+    # Each worker's message and residual.
     for shift in (12, 6, 0):
         canvas.box(96 + shift, 374 + shift, 436, 148, zorder=1)
     canvas.text(110, 396, "each worker", weight="bold")
@@ -185,95 +189,115 @@ def algorithm(canvas: Canvas) -> None:
     canvas.axes.plot((348, 386, 386), (498, 498, 430), color=theme.kept, lw=2.5)
     canvas.arrow((386, 430), (356, 430), theme.kept, lw=2.5)
     canvas.text(400, 464, "next step", theme.kept)
+
+    # The exchange, the way back, and the end.
     canvas.arrow((260, 534), (260, 576), theme.first, lw=3)
     canvas.text(274, 556, "g of all workers", theme.first)
     canvas.box(96, 576, 448, 46, theme.first)
     line(11, 66, 599, "x = x - eta mean(g), on all workers")
     canvas.axes.plot((180, 180, 26, 26), (622, 635, 635, 122), color=theme.muted, lw=2)
     canvas.arrow((26, 122), (50, 122))
-
     canvas.arrow((260, 622), (260, 666))
     line(14, 66, 680, "x, the result after T steps")
 
 
 def saddle(canvas: Canvas) -> None:
     """The loss around a saddle and a minimum, and what a certificate of each proves about its smallest eigenvalue."""
-    theme = canvas.theme
     points = torch.zeros(2, D, dtype=torch.float64)
     points[1, 0] = 0.5**0.5  # where the derivative of x^4 / 4 - x^2 / 4 is 0
     certificates = [certificate(point) for point in points]
-    direction = certificates[0].escape_direction
-    assert direction is not None
+    landscape(canvas, float(points[1, 0]), certificates[0].escape_direction)
+    intervals(canvas, certificates, exact=[float((eigenvalues() + 3 * point**2).min()) for point in points])
 
-    # The plane of the first and the last coordinate.
+
+def landscape(canvas: Canvas, minimum: float, direction: Tensor) -> None:
+    """Draw contours in the plane of the first and the last coordinate, and the escape direction, float[D]."""
+    theme = canvas.theme
+
     def place(x: float, y: float) -> tuple[float, float]:
         return 280 + 250 * x, 160 - 150 * y
 
+    # The loss, and the points.
     x, y = torch.meshgrid(torch.linspace(-1.1, 1.1, 89), torch.linspace(-0.85, 0.85, 61), indexing="xy")
-    f = -(x**2) / 4 + y**2 / 2 + (x**4 + y**4) / 4
+    f = loss(torch.stack((x, y), -1), eigenvalues()[[0, -1]])
     contours = [-0.06, -0.045, -0.03, -0.015, 0, 0.03, 0.08, 0.16, 0.28]
     canvas.axes.contour(*place(x, y), f, contours, colors=theme.level, linewidths=1.5, linestyles="solid")
     v = direction[[0, -1]] / direction[0]
     for side in (-1, 1):
         canvas.arrow(place(0, 0), place(*(0.45 * side * v).tolist()), theme.second, lw=3, shrinkA=8)
     canvas.dot(*place(0, 0), theme.second, 9)
-    canvas.dot(*place(float(points[1, 0]), 0), theme.first, 9)
+    canvas.dot(*place(minimum, 0), theme.first, 9)
 
+    # Their names.
     canvas.text(280, 16, "The loss around a saddle and a minimum", weight="bold", ha="center")
     halo = {"ha": "center", "bbox": {"facecolor": theme.page, "edgecolor": "none", "pad": 1}}
     canvas.text(280, 128, "saddle", theme.second, **halo)
-    canvas.text(280 + 250 * float(points[1, 0]), 128, "minimum", theme.first, **halo)
+    canvas.text(280 + 250 * minimum, 128, "minimum", theme.first, **halo)
     canvas.text(204, 190, "v: the loss falls", theme.second, **halo)
 
-    # The intervals of the smallest eigenvalue, on one axis with the threshold.
+
+def intervals(canvas: Canvas, certificates: list[packsaddle.Certificate], exact: list[float]) -> None:
+    """Draw the certified intervals of the smallest eigenvalue, on one axis with the threshold."""
+    theme = canvas.theme
+
     def at(curvature: float) -> float:
         return 396 + 480 * curvature
 
+    # The two verdicts.
     threshold, top = at(certificates[0].threshold), 326
     canvas.text(280, top, "The Hessian's smallest eigenvalue, certified", weight="bold", ha="center")
     canvas.box(4, top + 22, threshold - 6, 176, lw=0)
     canvas.box(threshold + 2, top + 22, 554 - threshold, 176, lw=0)
     canvas.text((4 + threshold) / 2, top + 42, "a saddle", theme.muted, ha="center")
     canvas.text((threshold + 558) / 2, top + 42, "second-order stationary", theme.muted, ha="center")
+
+    # An interval each.
     rows = ((top + 104, 14, "saddle", theme.second), (top + 172, threshold + 12, "minimum", theme.first))
-    for (y, left, name, color), found, point in zip(rows, certificates, points, strict=True):
+    for (y, left, name, color), found, value in zip(rows, certificates, exact, strict=True):
         low, high = found.lambda_min_lower, found.lambda_min_upper
         canvas.text(left, y - 28, f"{name}: {low:.2f} to {high:.2f}", color)
         canvas.axes.plot((max(at(low), 30), at(high)), (y, y), color=color, lw=10, solid_capstyle="butt")
         if at(low) < 30:  # beyond the left edge
             canvas.arrow((40, y), (10, y), color, lw=10, mutation_scale=26)
-        exact = float((spectrum() + 3 * point**2).min())
-        canvas.axes.plot(at(exact), y, "D", color=theme.ink, ms=9, zorder=5)
+        canvas.axes.plot(at(value), y, "D", color=theme.ink, ms=9, zorder=5)
+
+    # The threshold and the legend.
     canvas.axes.plot((threshold, threshold), (top + 22, top + 206), color=theme.ink, lw=2, linestyle="--")
     canvas.text(threshold, top + 222, f"threshold {certificates[0].threshold:.2f}", ha="center")
     canvas.axes.plot(440, top + 222, "D", color=theme.ink, ms=9)
     canvas.text(456, top + 222, "exact")
 
 
-D = 200  # coordinates of the saddle's problem
-
-
-def spectrum() -> Tensor:
-    """Return the eigenvalues of the Hessian at 0, float[D]; only the first is negative."""
+def eigenvalues() -> Tensor:
+    """Return the eigenvalues of the Hessian at 0, float64[D]; only the first is negative."""
     values = torch.linspace(0.05, 1, D, dtype=torch.float64)
     values[0] = -0.5
     return values
 
 
+def loss(x: Tensor, curvatures: Tensor) -> Tensor:
+    """Return f(x) = sum_i lambda_i x_i^2 / 2 + x_i^4 / 4, float[...], of x, float[..., n], and lambda, float[n]."""
+    return (curvatures * x**2 / 2 + x**4 / 4).sum(-1)
+
+
 def certificate(point: Tensor) -> packsaddle.Certificate:
-    """Certify a point, float[D], of f(x) = sum_i lambda_i x_i^2 / 2 + x_i^4 / 4."""
-    model = torch.nn.ParameterList([point])
-
-    def loss_fn(model: torch.nn.ParameterList, batch: Tensor) -> Tensor:
-        return (spectrum() * model[0] ** 2 / 2 + model[0] ** 4 / 4).sum()
-
+    """Certify a point, float64[D], of f."""
     search = packsaddle.Search(generator=torch.Generator().manual_seed(0))
-    return packsaddle.certify(model, loss_fn, [torch.zeros(1)], epsilon=0.04, hessian_lipschitz=1.0, search=search)
+    return packsaddle.certify(
+        torch.nn.ParameterList([point]),
+        lambda model, batch: loss(model[0], eigenvalues()),
+        [torch.zeros(1)],
+        epsilon=0.04,
+        hessian_lipschitz=1.0,
+        search=search,
+    )
 
 
 def wire(canvas: Canvas) -> None:
     """The bytes that a worker sends after each of eight steps, by three methods, on one scale."""
     theme = canvas.theme
+
+    # The methods: name, row of the table, period.
     sent = kilobytes()
     methods = (
         ("DistributedDataParallel", "ddp", 1, "every step, {:.0f} bits a parameter", theme.muted),
@@ -281,6 +305,8 @@ def wire(canvas: Canvas) -> None:
         ("LocalUpdates", "Sign(per_tensor=True) every=8", 8, "every 8 steps, {:.0f} bit a parameter", theme.first),
     )
     parameters = 1e3 * sent["ddp"] / 4  # of two workers each sends every gradient once
+
+    # Bars of eight steps and their mean.
     canvas.text(4, 14, "Bytes that a worker sends after each of 8 steps", weight="bold")
     for i, (name, row, every, words, color) in enumerate(methods):
         top, ground = 44 + 142 * i, 174 + 142 * i
