@@ -269,6 +269,10 @@ def test_a_plain_loop_goes_on_from_its_checkpoint(folder: Path) -> None:
 def test_the_documented_lines_are_those_of_the_examples() -> None:
     """What the page shows of frameworks needs torchrun, so it is run as a part of the examples."""
     examples = {line.strip() for path in EXAMPLES.glob("*.py") for line in path.read_text().splitlines()}
+    for line in list(examples):  # a page imports one name at a time
+        module, imports, names = line.partition(" import ")
+        examples |= {f"{module}{imports}{name}" for name in names.split(", ") if line.startswith("from packsaddle")}
+    examples |= {"", "...  # the loop"}
     blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
     shown = [line.strip() for block in blocks for line in block.splitlines()]
     assert len(blocks) >= 5
