@@ -202,9 +202,9 @@ class _Restoring:
         # The newest intact step, and the problems of newer ones.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
             there = [survey.get(step, {}) for survey in seen]
-            workers, problem, unfinished = _whole(there)
+            workers, problem, unfinished = whole(there)
             if not problem:
-                holders = _holders(workers, there)
+                holders = holders_of(workers, there)
                 contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in there])
                 if not problem:
                     return self._load(step, contents, holders, problems)
@@ -292,7 +292,7 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
     return found
 
 
-def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
+def whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
     """Return the number of workers that saved a step, the error in its manifests ("": none), and True if an interrupted
     save explains the error. `there` is each worker's `_survey` of the step."""
     ranks: dict[int, set[int]] = {}
@@ -317,7 +317,7 @@ def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
     return 0, f"the files of worker {gone[0]} of {workers} are missing", True
 
 
-def _holders(workers: int, there: list[dict[str, Any]]) -> list[int]:
+def holders_of(workers: int, there: list[dict[str, Any]]) -> list[int]:
     """Return the rank that reads each file i: rank i modulo the group size if it has it, else the first that does."""
     found = []
     for i in range(workers):

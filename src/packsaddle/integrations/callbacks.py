@@ -12,7 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.checkpoint.parts import check_names
+from packsaddle.checkpoint.reshard import carried
+from packsaddle.checkpoint.save_load import holders_of, whole
+from packsaddle.comm.communicator import Communicator, Together, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
@@ -28,7 +31,7 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base of the frameworks' callbacks. `exchange`: attached to the model; None before training or with one worker."""
+    """Base of the frameworks' callbacks. `exchange`: attached to the model; None before training."""
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
         self._compressor, self._options = compressor, options
@@ -41,7 +44,7 @@ class Attached:
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The `LocalUpdates` object; None before training, with one worker, or for a hook."""
+        """The `LocalUpdates` object; None before training, or for a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
 
@@ -96,28 +99,33 @@ class WorkerState:
             for buffer in persistent_buffers(self._model).values():
                 self.channel.broadcast(buffer, "buffers")
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts whose states differ between workers, by name, as `save_checkpoint` accepts them."""
+        optimizers = {f"optimizer-{i}": optimizer for i, optimizer in enumerate(self.local.optimizers)}
+        return {"model": self._model, "local": self.local, **optimizers}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, tensors and plain types; collective if an exchange is in progress."""
+        parts = {name: part.state_dict() for name, part in self.parts.items() if name != "model"}
         return {
             "steps": self.steps,
-            "local": self.local.state_dict(),
-            "model": self._tensors(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.local.optimizers],
+            "parts": {"model": self._tensors(), **parts},
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, from this worker's `state_dict`. Raises ValueError, changing nothing, if it does not fit."""
-        if "local" not in state:
+        if "local" not in state.get("parts", ()):
             raise ValueError("the state has no local updates; was it saved by a hook?")
-        self.local.check_state_dict(state["local"])
-        here = self._tensors()
+        saved, here = state["parts"], self._tensors()
+        self.local.check_state_dict(saved["local"])
         for name, tensor in here.items():
-            check_tensor(name, state["model"].get(name), tensor.shape, floating=tensor.is_floating_point())
-        load_states(self.local.optimizers, state["optimizers"])
+            check_tensor(name, saved["model"].get(name), tensor.shape, floating=tensor.is_floating_point())
+        load_states(self.local.optimizers, [s for name, s in saved.items() if name.startswith("optimizer-")])
         for name, tensor in here.items():
-            tensor.copy_(state["model"][name])
-        self.local.load_state_dict(state["local"])
+            tensor.copy_(saved["model"][name])
+        self.local.load_state_dict(saved["local"])
         if self._scaler is not None and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
 
@@ -133,17 +141,16 @@ def attach_local_updates(
     optimizers: list[Optimizer],
     compressor: Compressor | Schedule | Compression,
     **options: Any,
-) -> WorkerState | None:
-    """Make `LocalUpdates` around a framework's optimizers; with one worker, warn and return None.
+) -> WorkerState:
+    """Make `LocalUpdates` around a framework's optimizers; with one worker it exchanges nothing, with a warning.
 
     `wrapped`: the framework's wrapper of `model`; its DistributedDataParallel stops exchanging gradients. The
-    contraction is measured in every round, or as set by a `Compression`. Raises TypeError without a
-    DistributedDataParallel, and the errors of `LocalUpdates`.
+    contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers without
+    a DistributedDataParallel, and the errors of `LocalUpdates`.
     """
     if resolve(None).size == 1:
-        warnings.warn(NOTHING_TO_DO, stacklevel=3)
-        return None
-    if not any(isinstance(module, DistributedDataParallel) for module in wrapped.modules()):
+        warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
+    elif not any(isinstance(module, DistributedDataParallel) for module in wrapped.modules()):
         raise TypeError(
             f"local updates need a framework that wraps the model in DistributedDataParallel, got "
             f"{type(wrapped).__name__}; where it is sharded, make packsaddle.LocalUpdates yourself"
@@ -211,15 +218,18 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     ['packsaddle-0.pt']
     """
     if exchange is not None:
-        write_whole(_path(folder, name), partial(torch.save, exchange.state_dict()))
+        content = {"workers": resolve(None).size, "state": exchange.state_dict()}
+        write_whole(_path(folder, name), partial(torch.save, content))
 
 
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return True if restored.
 
-    `name`: as in `save_state`. Returns False with a warning, and nothing changed, if no worker has a file. Raises
-    ValueError, with nothing changed, if only some workers have one, if steps differ between files, or if they do not
-    fit (another number of workers, another seed, ...).
+    `name`: as in `save_state`. If another number of workers saved the files, each worker gets the mean of what differed
+    between them, such as error memories, with a warning (see `load_checkpoint`). Returns False with a warning, and
+    nothing changed, if no worker has a file, or for None (`attach` with one worker) if there are files.
+    Raises ValueError, with nothing changed, if only some workers have one, if steps differ between files, or if they
+    do not fit (another seed, ...).
 
     >>> import tempfile
     >>> import torch
@@ -232,9 +242,32 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     True
     """
     if exchange is None:
+        if saved := _survey(folder, name):
+            warnings.warn(
+                f"{folder} has the error memories of {len(saved)} workers' hook, which one worker does not use",
+                stacklevel=2,
+            )
         return False
+
+    # Files of another number of workers.
+    whose = "each has the mean of their error memories"
+    if isinstance(exchange, WorkerState):
+        whose = "each has the means of their parameters, optimizer states and error memories"
+    together = Together(exchange.channel.group, exchange.device)
+    there = together.gather(_survey(folder, name))
+    workers, *_ = whole(there)
+    if workers not in (0, resolve(None).size):
+        exchange.load_state_dict(_carried(exchange, folder, name, holders_of(workers, there), together))
+        if together.group.rank == 0:
+            warnings.warn(
+                f"the state in {folder} was saved by {workers} workers and is loaded by {resolve(None).size}: {whose}",
+                stacklevel=2,
+            )
+        return True
+
+    # This worker's own file.
     path = _path(folder, name)
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
     whose = "hook: its error memory starts at zero"
     if isinstance(exchange, WorkerState):
@@ -255,9 +288,46 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     return True
 
 
-def _path(folder: str | Path, name: str) -> Path:
-    """Return this worker's file, named by its global rank, since an exchange may be between some workers only."""
-    return Path(folder) / f"{name}-{resolve(None).rank}.pt"
+def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
+    """Return a worker's file, named by its global rank, since an exchange may be between some workers only."""
+    return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
+
+
+def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return found
+
+
+def _survey(folder: str | Path, name: str) -> dict[int, int]:
+    """Return the number of workers that saved each file in a folder, by the file's rank."""
+    files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
+    return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
+
+
+def _carried(
+    exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], together: Together
+) -> dict[str, Any]:
+    """Return this worker's state from the files of another number of workers, of which rank holders[i] reads file i.
+
+    Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted.
+    """
+    mine = [i for i, holder in enumerate(holders) if holder == together.group.rank]
+    states = {i: _read(_path(folder, name, i))["state"] for i in mine}
+    steps = {step for found in together.gather([state["steps"] for state in states.values()]) for step in found}
+    if len(steps) > 1:
+        raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
+
+    # The parts of a state are converted; the scaler's state is worker 0's.
+    parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
+
+    def content(state: dict[str, Any]) -> dict[str, Any]:
+        return {"parts": state.get("parts", {"hook": state}), "extra": {}}
+
+    first = together.send(states.get(0), holders[0])
+    check_names(parts, content(first)["parts"])
+    held = [content(state) for state in states.values()]
+    converted = carried(parts, content(first), held, len(holders), together)["parts"]
+    return {**first, "parts": converted} if isinstance(exchange, WorkerState) else converted["hook"]
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

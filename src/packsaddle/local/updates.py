@@ -157,6 +157,7 @@ class LocalUpdates:
             check_covers(self._parameters.values(), model)
         untrained = untrained_tensors(self.optimizers, model)
         self.steps = 0  # n: attempted inner steps
+        self._with_others = Bytes()  # `uncompressed` less that of all steps with this number of workers
         self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
@@ -442,7 +443,12 @@ class LocalUpdates:
     def uncompressed(self) -> Bytes:
         """The bytes that all-reduces of the gradients at every step so far would have sent (ring algorithm)."""
         size = sum(local_part(p).nbytes for p in self._parameters.values())
-        return ring_all_reduce(self.steps * size, self._channel.group.size)
+        return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
+
+    def _load_uncompressed(self, saved: Bytes) -> None:
+        """Keep the bytes of earlier steps, of another number of workers. Call after loading `steps`."""
+        self._with_others = Bytes()
+        self._with_others = saved - self.uncompressed
 
     @property
     def exchanging(self) -> bool:
@@ -646,6 +652,7 @@ class LocalUpdates:
             attribute(("resets",), self, "_resets", list[Reset]),
             attribute(("drifts",), self._drift, "found", list[Drift]),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
+            Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
 
@@ -684,7 +691,7 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-        *(Rule((name,), "own") for name in ("skips", "ledger", "membership")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
         *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]
