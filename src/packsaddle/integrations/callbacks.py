@@ -16,7 +16,7 @@ from packsaddle.checkpoint.parts import check_names
 from packsaddle.checkpoint.reshard import carried
 from packsaddle.checkpoint.save_load import holders_of, whole
 from packsaddle.comm.communicator import Communicator, Together, check_agreement
-from packsaddle.comm.group import resolve
+from packsaddle.comm.group import resolve, training_group
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.feedback.compression import Compression, Schedule
@@ -56,9 +56,9 @@ def attach_among_workers(
 ) -> DDPHook | None:
     """Call `packsaddle.attach`; with one worker, warn and return None instead, whether or not the model is wrapped.
 
-    Raises the errors of `register_ddp_hook`.
+    Raises the errors of `register_ddp_hook`, and RuntimeError for a process of several without a process group.
     """
-    if resolve(None).size == 1:
+    if training_group(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
         return None
     return attach(model, compressor, optimizer=optimizers, **options)

@@ -98,8 +98,9 @@ class LocalUpdates:
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
     worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
-    differ between workers; and RuntimeError at the first step if gradients are identical on all workers, so exchanged
-    already, and if workers make different calls, for example a round and `flush`, after unequal numbers of steps.
+    differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and
+    RuntimeError at the first step if gradients are identical on all workers, so exchanged already, and if workers make
+    different calls, for example a round and `flush`, after unequal numbers of steps.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
