@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import forked_python
 import pytest
@@ -20,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import Compression, TopK, register_ddp_hook
+from packsaddle import Compression, LocalUpdates, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
+from packsaddle.curvature.certificate import Verdict
 from packsaddle.integrations import load_state, measures, save_state
 from packsaddle.integrations.callbacks import attach_local_updates
 
@@ -147,7 +149,7 @@ def test_the_trainer_logs_bytes(folder: Path) -> None:
 def test_the_trainer_certifies_the_anchor(tmp_path: Path) -> None:
     """Certificates are logged when due; 20 and 60 steps are within a round of 8, where workers differ."""
     needs("transformers")
-    run(torchrun(EXAMPLES / "huggingface_example.py", "--local-updates", "--certify", "--out", "c"), tmp_path)
+    printed = run(torchrun(EXAMPLES / "huggingface_example.py", "--local-updates", "--certify", "--out", "c"), tmp_path)
     history = json.loads((tmp_path / "c" / "checkpoint-80" / "trainer_state.json").read_text())["log_history"]
     found = [line for line in history if "certificate/grad_norm" in line]
     assert [line["step"] for line in found] == [20, 40, 60, 80]
@@ -156,7 +158,10 @@ def test_the_trainer_certifies_the_anchor(tmp_path: Path) -> None:
     for line in found:
         assert line["certificate/examples"] == 64
         assert line["certificate/lambda_min_upper"] < line["certificate/lambda_max_upper"]
-        assert line["certificate/saddle"] in (0.0, 1.0)
+        verdicts = [v for v in Verdict if line[f"certificate/{v.name.lower()}"]]
+        assert [line[f"certificate/{v.name.lower()}"] for v in verdicts] == [1.0]
+        said = f"step {line['step']}: {verdicts[0]}, gradient norm {line['certificate/grad_norm']:.3e} (epsilon "
+        assert sum(text.startswith(said) for text in printed.splitlines()) == 1  # on worker 0 alone
 
 
 def test_frameworks_log_local_updates(folder: Path) -> None:
@@ -307,6 +312,31 @@ def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
             "received": float(sent),
             "sent_in_step": float(last),
         }
+
+
+def logged(lines: str) -> tuple[list[Any], dict[str, int]]:
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    local = LocalUpdates(optimizer, every=2)
+    for _ in range(4):
+        model(torch.randn(4, 64)).square().mean().backward()
+        optimizer.step()
+    wandb = MagicMock()
+    exec(lines, {"wandb": wandb, "local": local})
+    counts = {"sent": local.ledger.sent, "received": local.ledger.received, "alone": local.uncompressed.sent}
+    return wandb.init.return_value.log.call_args_list, counts
+
+
+def test_the_guides_lines_log_local_updates(gloo: Callable[..., list[Any]]) -> None:
+    guide = (ROOT / "docs" / "local-updates.md").read_text()
+    (lines,) = (block for block in re.findall(r"```py\n(.*?)```", guide, re.DOTALL) if "wandb" in block)
+    for calls, counts in gloo(logged, 2, lines):
+        ((found,), named) = calls[0]
+        assert (len(calls), named) == (1, {"step": 4})
+        assert (found["steps"], found["rounds"]) == (4.0, 2.0)
+        assert (found["sent"], found["received"]) == (counts["sent"], counts["received"]) > (0, 0)
+        assert found["reduction"] == counts["alone"] / counts["sent"]
+        assert counts["alone"] == 4 * 4 * (64 * 64 + 64)  # steps, bytes of a number, parameters, once with two workers
 
 
 def two_exchanges(folder: Path) -> tuple[list[bool], list[str]]:

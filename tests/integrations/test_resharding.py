@@ -16,7 +16,6 @@ from packsaddle import Compression, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
 from packsaddle.integrations import load_state, save_state
 
-
 SCRIPT = Path(__file__).parents[1] / "support" / "resharding.py"
 LIBRARIES = {"lightning": "lightning", "huggingface": "transformers"}
 ROUNDED = {"rtol": 0.0, "atol": 1e-6}  # float32 sums of parameters below 1 and of three workers' updates

@@ -85,12 +85,15 @@ def test_what_is_no_duration(text: str) -> None:
         seconds(text)
 
 
-@pytest.mark.parametrize("make", [
-    lambda s: Link(latency=s, rate=1.0).latency,
-    lambda s: Link(latency=0.0, rate=1.0, overhead=s).overhead,
-    lambda s: Link.nominal(1e9, latency=s).latency,
-    lambda s: Fleet(workers=2, compute=s).compute,
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: Link(latency=s, rate=1.0).latency,
+        lambda s: Link(latency=0.0, rate=1.0, overhead=s).overhead,
+        lambda s: Link.nominal(1e9, latency=s).latency,
+        lambda s: Fleet(workers=2, compute=s).compute,
+    ],
+)
 def test_arguments_in_seconds_take_units(make: Callable[[Any], float]) -> None:
     assert [make(s) for s in ("55ms", "1.5 min", "2", 2, 0.5)] == [0.055, 90.0, 2.0, 2.0, 0.5]
     for bad in ("55msec", "", None, True):

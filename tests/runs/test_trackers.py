@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 

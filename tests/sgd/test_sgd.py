@@ -318,7 +318,9 @@ def test_a_process_of_several_that_would_train_alone_raises(
     make: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 4, .*call torch\.distributed\.init_process_group\(\) before"):
+    with pytest.raises(
+        RuntimeError, match=r"WORLD_SIZE is 4, .*call torch\.distributed\.init_process_group\(\) before"
+    ):
         make(nn.Linear(40, 40))
     for alone in ("1", ""):
         monkeypatch.setenv("WORLD_SIZE", alone)

@@ -182,13 +182,13 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     if exchange is None:
         return {}
     exchange = exchange.local if isinstance(exchange, WorkerState) else exchange
-    steps, sent, alone = exchange.steps, exchange.ledger.total.sent, exchange.uncompressed.sent
+    steps, sent, alone = exchange.steps, exchange.ledger.sent, exchange.uncompressed.sent
     found = {
         "steps": float(steps),
         "skipped": float(exchange.skipped),
         "resets": float(len(getattr(exchange, "resets", ()))),  # FSDP hooks have none
         "sent": float(sent),
-        "received": float(exchange.ledger.total.received),
+        "received": float(exchange.ledger.received),
         "reduction": alone / sent if sent else 1.0,
     }
 
@@ -342,6 +342,17 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return a certificate's numbers for a logger, such as certificate/grad_norm; certificate/saddle is 0 or 1."""
-    found = scalars(certificate.to_dict(), "certificate/")
-    return found | {"certificate/saddle": float(certificate.verdict is Verdict.SADDLE)}
+    """Return a certificate's numbers for a logger, such as certificate/grad_norm.
+
+    The verdict is 1 and the others are 0: certificate/saddle, certificate/second_order_stationary,
+    certificate/gradient_too_large, certificate/undecided.
+    """
+    verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
+    return scalars(certificate.to_dict(), "certificate/") | verdicts
+
+
+def certificate_line(certificate: Certificate, step: int) -> str:
+    """Return the verdict, the gradient's norm and the bounds of lambda_min in one line, to print on rank 0."""
+    bounds = f"[{certificate.lambda_min_lower:.3e}, {certificate.lambda_min_upper:.3e}]"
+    norm, epsilon = f"{certificate.grad_norm:.3e}", f"{certificate.epsilon:.3e}"
+    return f"step {step}: {certificate.verdict}, gradient norm {norm} (epsilon {epsilon}), lambda_min in {bounds}"

@@ -26,6 +26,7 @@ from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
     attach_local_updates,
+    certificate_line,
     certificate_scalars,
     load_state,
     measures,
@@ -187,7 +188,7 @@ class LocalUpdatesCallback(_Attached):
 
 
 class CertificateCallback(TrainerCallback):
-    """Certifies the model every `every_n_steps` (is it at a saddle?) and logs certificate/grad_norm and so on.
+    """Certifies the model every `every_n_steps`, logs certificate/grad_norm and so on, and prints the verdict.
 
     Add it to the trainer passed to it. `loss_fn(model, batch)` returns the mean loss of a batch, by default the `loss`
     of `model(**batch)`; `batches` are this worker's, identical in every pass; `options` are those of
@@ -220,6 +221,8 @@ class CertificateCallback(TrainerCallback):
                     stack.enter_context(callback.local.at_anchor())
             self.certificate = certify(self._trainer.model, self._loss, self._batches, **self._options)
         self._trainer.log(certificate_scalars(self.certificate))
+        if state.is_world_process_zero:
+            print(certificate_line(self.certificate, state.global_step), flush=True)
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = self._trainer._prepare_inputs(batch)  # on the device

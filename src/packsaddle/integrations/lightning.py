@@ -28,6 +28,7 @@ from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
     attach_local_updates,
+    certificate_line,
     certificate_scalars,
     load_state,
     measures,
@@ -248,7 +249,7 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Certifies the model every N epochs or steps (is it at a saddle?) and logs certificate/grad_norm and so on.
+    """Certifies the model every N epochs or steps, logs certificate/grad_norm and so on, and prints the verdict.
 
     `loss_fn(pl_module, batch)` returns the mean loss of a batch, without calling `log`; `batches` are this worker's,
     identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
@@ -300,3 +301,5 @@ class CertificateCallback(Callback):
             self.certificate = certify(pl_module, loss_fn, self._batches, **self._options)
         for logger in trainer.loggers:
             logger.log_metrics(certificate_scalars(self.certificate), step=trainer.global_step)
+        if trainer.is_global_zero:
+            print(certificate_line(self.certificate, trainer.global_step), flush=True)

@@ -121,8 +121,8 @@ class Elastic(Option):
             round; or a function that returns a running total, such as its tokens, whose increase is the weight. Unless
             None, a slower worker makes fewer inner steps per round, to finish with the fastest.
         share_optimizer_state: a new worker starts with the inner optimizer's state of the worker that sends the anchor.
-        patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text such
-            as "90s" or "2min"; so is `grace`.
+        patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text
+            such as "90s" or "2min"; so is `grace`.
         leave_on_sigterm: on SIGTERM save the error memory and end the process, by SystemExit from the inner step or
             from the wait for other workers. If it cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
