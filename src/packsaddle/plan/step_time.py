@@ -65,8 +65,8 @@ class Link:
 class Fleet:
     """The workers, whose compute times are independent: mean `compute` seconds, standard deviation spread * compute.
 
-    `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread are
-    from 0 to 1e9, and spread is at most 1 with the tail "exponential".
+    `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread
+    are from 0 to 1e9, and spread is at most 1 with the tail "exponential".
 
     >>> from packsaddle.plan import Fleet
     >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
