@@ -250,9 +250,6 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         return False
 
     # Files of another number of workers.
-    whose = "each has the mean of their error memories"
-    if isinstance(exchange, WorkerState):
-        whose = "each has the means of their parameters, optimizer states and error memories"
     together = Together(exchange.channel.group, exchange.device)
     there = together.gather(_survey(folder, name))
     workers, *_ = whole(there)
@@ -260,7 +257,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         exchange.load_state_dict(_carried(exchange, folder, name, holders_of(workers, there), together))
         if together.group.rank == 0:
             warnings.warn(
-                f"the state in {folder} was saved by {workers} workers and is loaded by {resolve(None).size}: {whose}",
+                f"the state in {folder} was saved by {workers} workers and is loaded by {resolve(None).size}: each has "
+                f"the means of what differed between them, such as error memories",
                 stacklevel=2,
             )
         return True
