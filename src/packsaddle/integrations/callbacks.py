@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.checkpoint.parts import check_names
-from packsaddle.checkpoint.reshard import carried
-from packsaddle.checkpoint.save_load import holders_of, whole
-from packsaddle.comm.communicator import Communicator, Together, check_agreement
+from packsaddle.checkpoint.reshard import resharded
+from packsaddle.checkpoint.save_load import holders_of, saved_by
+from packsaddle.comm.communicator import Communicator, ObjectCollectives, check_agreement
 from packsaddle.comm.group import resolve, training_group
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
@@ -250,12 +250,12 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         return False
 
     # Files of another number of workers.
-    together = Together(exchange.channel.group, exchange.device)
-    there = together.gather(_survey(folder, name))
-    workers, *_ = whole(there)
+    collectives = ObjectCollectives(exchange.channel.group, exchange.device)
+    surveys = collectives.gather(_survey(folder, name))
+    workers, *_ = saved_by(surveys)
     if workers not in (0, resolve(None).size):
-        exchange.load_state_dict(_carried(exchange, folder, name, holders_of(workers, there), together))
-        if together.group.rank == 0:
+        exchange.load_state_dict(_resharded(exchange, folder, name, holders_of(workers, surveys), collectives))
+        if collectives.group.rank == 0:
             warnings.warn(
                 f"the state in {folder} was saved by {workers} workers and is loaded by {resolve(None).size}: each has "
                 f"the means of what differed between them, such as error memories",
@@ -302,16 +302,16 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
 
-def _carried(
-    exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], together: Together
+def _resharded(
+    exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
     """Return this worker's state from the files of another number of workers, of which rank holders[i] reads file i.
 
     Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted.
     """
-    mine = [i for i, holder in enumerate(holders) if holder == together.group.rank]
+    mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
-    steps = {step for found in together.gather([state["steps"] for state in states.values()]) for step in found}
+    steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
     if len(steps) > 1:
         raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
@@ -321,10 +321,10 @@ def _carried(
     def content(state: dict[str, Any]) -> dict[str, Any]:
         return {"parts": state.get("parts", {"hook": state}), "extra": {}}
 
-    first = together.send(states.get(0), holders[0])
+    first = collectives.send(states.get(0), holders[0])
     check_names(parts, content(first)["parts"])
     held = [content(state) for state in states.values()]
-    converted = carried(parts, content(first), held, len(holders), together)["parts"]
+    converted = resharded(parts, content(first), held, len(holders), collectives)["parts"]
     return {**first, "parts": converted} if isinstance(exchange, WorkerState) else converted["hook"]
 
 
