@@ -135,7 +135,7 @@ class MLflow:
         self._client.log_batch(self._run_id, metrics=found)
 
     def finish(self, outcome: Outcome = "finished") -> None:
-        """Mark the run as FINISHED, FAILED or KILLED."""
+        """Mark the run as FINISHED, FAILED or KILLED, by its `outcome`."""
         self._client.set_terminated(self._run_id, status=outcome.upper())
 
 
