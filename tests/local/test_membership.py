@@ -606,6 +606,8 @@ def test_what_does_not_go_with_a_manager(arguments: dict[str, Any], message: str
         ({"weight": "tokens"}, 'weight must be None, "steps" or a function'),
         ({"patience": 0}, "patience must be above 0 seconds"),
         ({"grace": -1}, "grace must be above 0 seconds"),
+        ({"patience": "-1ms"}, "patience must be above 0 seconds, got '-1ms'"),
+        ({"grace": "5m"}, "grace must be seconds such as 30, 55ms or 2min, got '5m'"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -685,7 +687,7 @@ def test_a_newcomer_with_other_arguments_is_told_which(arguments: dict[str, Any]
 
 
 def test_patience_ends() -> None:
-    worker = Worker(refused=range(10**6), settings={"patience": 0.2})
+    worker = Worker(refused=range(10**6), settings={"patience": "200ms"})
     with pytest.raises(PeerLostError, match=r"no round has come about in 0\.2 s"):
         worker.local.join()
 

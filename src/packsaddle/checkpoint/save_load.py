@@ -204,9 +204,9 @@ class _Restoring:
         # The newest intact step, and the problems of newer ones.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
             surveys = [survey.get(step, {}) for survey in seen]
-            workers, problem, unfinished = _saved_by(surveys)
+            workers, problem, unfinished = saved_by(surveys)
             if not problem:
-                holders = _holders(workers, surveys)
+                holders = holders_of(workers, surveys)
                 contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in surveys])
                 if not problem:
                     return self._load(step, contents, holders, problems)
@@ -295,7 +295,7 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
     return found
 
 
-def _saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
+def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
     """Return the number of workers that saved a step, the error in its manifests ("": none), and True if an interrupted
     save explains the error. `surveys` is each worker's `_survey` of the step."""
     ranks: dict[int, set[int]] = {}
@@ -320,7 +320,7 @@ def _saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
     return 0, f"the files of worker {missing[0]} of {workers} are missing", True
 
 
-def _holders(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
+def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
     """Return the rank that reads each file i: rank i modulo the group size if it has it, else the first that does."""
     found = []
     for i in range(workers):

@@ -7,7 +7,6 @@
 
 import gc
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -176,17 +175,17 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
 
 
-def training_group(process_group: Group | dist.ProcessGroup | None, *, stacklevel: int = 2) -> Group:
-    """Return the group to train in, as `resolve` does, with a warning if this process would train alone by mistake.
+def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
+    """Return the group to train in, as `resolve` does.
 
-    That is the case if a launcher started several processes (WORLD_SIZE) and there is no default group.
+    Raises RuntimeError if a launcher started several processes (WORLD_SIZE) and there is no group: each would train
+    alone. An explicit `Solo()` is accepted.
     """
     group = resolve(process_group)
     if process_group is None and isinstance(group, Solo) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        warnings.warn(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so this process "
-            "trains alone; call torch.distributed.init_process_group() before, or unset WORLD_SIZE",
-            stacklevel=stacklevel + 1,
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so each process "
+            f"would train alone: call torch.distributed.init_process_group() before, or unset WORLD_SIZE"
         )
     return group
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from packsaddle.comm.group import Group
 from packsaddle.errors import ConfigError, require
+from packsaddle.options.numerals import duration
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable, also read by torchft
 _dist: Any = dist  # untyped: its type stubs are incomplete
@@ -79,9 +80,9 @@ def connect(
     *,
     name: str = "worker",
     min_workers: int = 1,
-    timeout: float = 30.0,
-    quorum_timeout: float = 600.0,
-    connect_timeout: float = 10.0,
+    timeout: float | str = 30.0,
+    quorum_timeout: float | str = 600.0,
+    connect_timeout: float | str = 10.0,
     hostname: str | None = None,
 ) -> Any:
     """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`.
@@ -90,18 +91,21 @@ def connect(
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT. None: the variable TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
         min_workers: minimum number of workers for a round to be applied; identical on all workers.
-        timeout: limit in seconds for a collective, or for fetching the state of another worker.
+        timeout: limit in seconds for a collective, or for fetching the state of another worker. Like the other two, a
+            number or text such as "55ms" or "2min".
         quorum_timeout: seconds to wait for other workers to join a round.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
-    torchft, and ConfigError if there is no lighthouse.
+    torchft, ConfigError if there is no lighthouse, and ValueError for a time that is none.
 
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     """
+    timeout, quorum_timeout = duration(timeout, "timeout"), duration(quorum_timeout, "quorum_timeout")
+    connect_timeout = duration(connect_timeout, "connect_timeout")
     os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers log several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")
     logging.getLogger("torchft.manager").addFilter(_is_useful)

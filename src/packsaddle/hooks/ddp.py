@@ -135,8 +135,8 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 
     It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
     Returns None for one worker without a DistributedDataParallel: there is nothing to exchange.
-    Raises TypeError for several of them, for none with several workers, and for a model that FSDP shards; and the
-    errors of `register_ddp_hook`.
+    Raises TypeError for several of them, for none with several workers, and for a model that FSDP shards; RuntimeError
+    if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle

@@ -98,8 +98,9 @@ class LocalUpdates:
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
     worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
-    differ between workers; and RuntimeError at the first step if gradients are identical on all workers, so exchanged
-    already, and if workers make different calls, for example a round and `flush`, after unequal numbers of steps.
+    differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and
+    RuntimeError at the first step if gradients are identical on all workers, so exchanged already, and if workers make
+    different calls, for example a round and `flush`, after unequal numbers of steps.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -157,6 +158,7 @@ class LocalUpdates:
             check_covers(self._parameters.values(), model)
         untrained = untrained_tensors(self.optimizers, model)
         self.steps = 0  # n: attempted inner steps
+        self._with_others = Bytes()  # `uncompressed` less that of all steps with this number of workers
         self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
@@ -442,7 +444,12 @@ class LocalUpdates:
     def uncompressed(self) -> Bytes:
         """The bytes that all-reduces of the gradients at every step so far would have sent (ring algorithm)."""
         size = sum(local_part(p).nbytes for p in self._parameters.values())
-        return ring_all_reduce(self.steps * size, self._channel.group.size)
+        return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
+
+    def _load_uncompressed(self, saved: Bytes) -> None:
+        """Keep the bytes of earlier steps, of another number of workers. Call after loading `steps`."""
+        self._with_others = Bytes()
+        self._with_others = saved - self.uncompressed
 
     @property
     def exchanging(self) -> bool:
@@ -646,6 +653,7 @@ class LocalUpdates:
             attribute(("resets",), self, "_resets", list[Reset]),
             attribute(("drifts",), self._drift, "found", list[Drift]),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
+            Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
 
@@ -684,7 +692,7 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-        *(Rule((name,), "own") for name in ("skips", "ledger", "membership")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
         *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]

@@ -173,8 +173,9 @@ class Job:
                     self._describe(RunFolder(path), config, str(trainer.device), trainer.group.size)
                 trackers = self.track if is_first else ()
                 with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
-                    if not trainer.run(folder, quiet=self.quiet, saving=self.saving):
-                        return False
+                    folder.is_stopped = not trainer.run(folder, quiet=self.quiet, saving=self.saving)
+                if folder.is_stopped:
+                    return False
         return True
 
     def _trainer(self, config: Config, batched: bool) -> Trainer:

@@ -118,8 +118,9 @@ class CompressedSGD(Optimizer):
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
-    range or differs between workers, and TypeError for one of another type. The first `step` raises RuntimeError if a
-    DistributedDataParallel exchanges the same gradients.
+    range or differs between workers, TypeError for one of another type, and RuntimeError if a launcher has set
+    WORLD_SIZE above 1 and there is no process group. The first `step` raises RuntimeError if a DistributedDataParallel
+    exchanges the same gradients.
 
     `choice` has the way messages are averaged and the reason, `monitor` the measured contraction, `skips` the skipped
     steps (x, memories and t do not change in them), `drifts` the comparisons at which workers differed.
