@@ -14,10 +14,9 @@ from packsaddle.cli.report import report
 from packsaddle.cli.run import remarks
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.runs.report import write_report
-from packsaddle.runs.report.curves import curve, read_curves, write_curves
-from packsaddle.runs.report.page import charts_of
+from packsaddle.runs.report.curves import curve, read_curves, stills, write_curves
 from packsaddle.runs.report.settings import position, settings
-from packsaddle.runs.report.tables import plateau, row
+from packsaddle.runs.report.tables import plateau, row, run_table
 from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
 
 
@@ -116,7 +115,8 @@ def test_labels_are_written_whatever_the_locale_is(tmp_path: Path, monkeypatch: 
 
 def test_row_of_an_empty_run(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a", "new", [], done=False)])
-    assert row(run).run == "new (unfinished)"
+    assert (row(run).run, row(run).finished) == ("new", False)
+    assert run_table([run]).rows[0][0] == "new (unfinished)"
     write_report([run], tmp_path / "report")
 
 
@@ -175,10 +175,14 @@ def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.Captu
     page = write_report(runs, tmp_path / "report").read_text()
     assert "stands (standing still)" in page
     assert "falls (standing" not in page
-    ((loss, *others),) = [[c["still"] for c in charts_of(settings(runs), [curve(s) for s in settings(runs)])["charts"]]]
-    assert others == [[]]
-    (bar,) = loss
-    assert (bar["setting"], bar["since"], bar["level"], bar["epoch"], bar["step"]) == (1, 20, 0.1, [2.5, 10], [25, 100])
+    (none, (bar,)) = (stills(setting) for setting in settings(runs))
+    assert none == []
+    assert (bar.found.since, bar.found.level, bar.x["epoch"], bar.x["step"]) == (
+        20,
+        pytest.approx(0.1),
+        (2.5, 10),
+        (25, 100),
+    )
     with (tmp_path / "report" / "table.csv").open() as file:
         assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
     with (tmp_path / "report" / "settings.csv").open() as file:

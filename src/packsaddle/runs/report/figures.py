@@ -120,6 +120,8 @@ def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting],
         for level in plateaus(settings):
             axes.axhline(level, color="grey", linewidth=1, linestyle=":")
         _draw_stills(axes, settings, along)
+    if panel == "test_accuracy":
+        axes.yaxis.set_major_formatter("{x:.0%}")
     if panel == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
         axes.set_yscale("log")
     if log_x:

@@ -96,7 +96,8 @@ def _pictures(run: Run) -> list[dict[str, str]]:
 def _described(i: int, setting: Setting) -> dict[str, Any]:
     """Return the data of a setting for the page's template: label, style, configuration, environments, commands."""
     commands = [printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]
-    environments = [{k: v for k, v in run.environment.items() if k not in ("command", "started")} for run in setting.runs]
+    own = ("command", "started")  # the rest is mostly the same for all seeds
+    environments = [{k: v for k, v in run.environment.items() if k not in own} for run in setting.runs]
     return {
         "label": setting.label,
         "colour": i % len(COLOURS),

@@ -140,9 +140,9 @@ _COLUMNS = {
 }
 _OPTIONAL = {"test_accuracy", "still_since"}  # columns that are omitted if no run has a value
 _MARKS = {
-    "+": "at least so many epochs: the run, or one of its setting, was still on the plateau at its end",
+    "+": "after a number of epochs: a lower bound, since a run was still on the plateau at its end",
     "±": "half of the 95% confidence interval of the mean over seeds (Student's t)",
-    "standing still": "the loss did not fall up to the end of the run; a certificate distinguishes a plateau from a minimum",
+    "standing still": "the loss did not fall up to the end; a certificate distinguishes a plateau from a minimum",
 }
 
 
@@ -152,7 +152,7 @@ class Table:
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    legend: tuple[tuple[str, str], ...]  # headings, and marks in the cells, with their meanings
+    legend: tuple[tuple[str, str], ...]  # marks in the cells, and headings, with their meanings
 
 
 def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
@@ -161,7 +161,7 @@ def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[st
     marks = [(mark, said) for mark, said in _MARKS.items() if mark in (names if mark == "standing still" else numbers)]
     columns = [_COLUMNS[name] for name in shown]
     headings = (*first, *(c.heading for c in columns))
-    return Table(headings, tuple(rows), (*((c.heading, c.meaning) for c in columns), *marks))
+    return Table(headings, tuple(rows), (*marks, *((c.heading, c.meaning) for c in columns)))
 
 
 def run_table(runs: Sequence[Run]) -> Table:
@@ -177,7 +177,8 @@ def setting_table(settings: Sequence[Setting]) -> Table:
     rows = [setting_row(setting) for setting in settings]
     shown = _shown(r.estimates for r in rows)
     cells = [
-        (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown)) for r in rows
+        (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown))
+        for r in rows
     ]
     return _table(("setting", "seeds"), shown, cells)
 
@@ -235,7 +236,9 @@ _CERTIFICATE_LEGEND = (
 def certificate_table(runs: Sequence[Run]) -> Table:
     """Return the table of all certificates along the runs."""
     headings = ("run", "seed", "epoch", "verdict", "loss", "gradient norm", "smallest eigenvalue in", "threshold")
-    rows = ((run.label, _seed(run.config.get("seed")), *_certificate_cells(c)) for run in runs for c in run.certificates)
+    rows = (
+        (run.label, _seed(run.config.get("seed")), *_certificate_cells(c)) for run in runs for c in run.certificates
+    )
     return Table(headings, tuple(rows), _CERTIFICATE_LEGEND)
 
 
