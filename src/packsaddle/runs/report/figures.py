@@ -99,10 +99,11 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
         axes.set_xlabel(AXIS_NAMES[along])
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
 
-    # Remove what an element of a page does not need, and turn colors and group names into those of the page.
+    # Remove what an element of a page does not need, such as millionths of a point; use the page's colors and classes.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="(setting-\d+)"', r'<g class="\1"', text[text.index("<svg") :])
     text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"(\.\d\d)\d+", r"\1", text)
     for i, colour in enumerate(COLOURS):
         text = text.replace(colour.lower(), f"var(--c{i})")
     return text
