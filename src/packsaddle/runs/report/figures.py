@@ -65,7 +65,8 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    rows, columns = panels(settings, curves), ("megabytes", "epoch")
+    rows = panels(settings, curves)
+    columns: tuple[Axis, Axis] = ("megabytes", "epoch")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.2 * len(rows) + 0.5), layout="constrained")
         axes = figure.subplots(len(rows), 2, sharex="col", sharey="row")
