@@ -171,6 +171,15 @@ def test_lines_are_the_means_of_the_seeds(tmp_path: Path) -> None:
         assert "#000000" not in svg
 
 
+def test_labels_of_an_axis_have_all_their_digits(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", "a", 0, loss=[0.1251, 0.1253, 0.1254, 0.1256, 0.1259])
+    found = settings(read_runs([tmp_path / "a"]))
+    svg = inline_svg("loss", "epoch", found, [curve(s) for s in found]).replace("\u2212", "-")
+    ticks = sorted({float(text) for text in re.findall(r">(0\.\d+)</text>", svg)})
+    assert len(ticks) > 3
+    assert np.diff(ticks) == pytest.approx(ticks[1] - ticks[0], abs=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("compared")
 def test_the_page_is_titled_by_its_runs(compared: Compared) -> None:

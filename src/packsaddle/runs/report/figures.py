@@ -104,7 +104,7 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="(setting-\d+)"', r'<g class="\1"', text[text.index("<svg") :])
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"(\.\d\d)\d+", r"\1", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
     for i, colour in enumerate(COLOURS):
         text = text.replace(colour.lower(), f"var(--c{i})")
     return text
