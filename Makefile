@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test types tests quick test-integrations lint docs tutorials picture shape figures race gpu audit clean
+.PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures shape figures race gpu audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -52,6 +52,10 @@ tutorials: .venv/.installed
 # The picture of docs/architecture.md, from the imports in the code.
 picture: .venv/.installed
 	$(BIN)/python docs/architecture.py
+
+# The pictures of ideas in docs/pictures, light and dark.
+pictures: .venv/.installed
+	$(BIN)/python docs/pictures.py
 
 # Sizes, imports, arguments, and how many files one step runs.
 shape: .venv/.installed

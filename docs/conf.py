@@ -15,7 +15,7 @@ author = "the packsaddle authors"
 copyright = "the packsaddle authors, Apache 2.0"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "generated"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design", "docstrings", "generated", "shades"]
 root_doc = "docs/index"
 include_patterns = [
     "README.md",
@@ -29,6 +29,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "runs", "src", "tests"]  # an environment's folder has 20,000 files
 source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
 
@@ -48,7 +49,9 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = f"packsaddle {release}"
-html_static_path: list[str] = []
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_logo = "static/logo.svg"
 html_extra_path = ["site"]
 html_show_sourcelink = False
 html_copy_source = False

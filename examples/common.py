@@ -38,9 +38,9 @@ def report(
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     sent = "one worker, nothing sent"
-    if exchange is not None and exchange.ledger.total.sent:
+    if exchange is not None and exchange.ledger.sent:
         exchanges = exchange.rounds if isinstance(exchange, packsaddle.LocalUpdates) else exchange.steps
-        ours, alone = exchange.ledger.total.sent, exchange.uncompressed.sent
+        ours, alone = exchange.ledger.sent, exchange.uncompressed.sent
         sent = f"{exchanges} exchanges, sent {ours:,} bytes, DistributedDataParallel alone {alone:,}"
         sent += f" ({alone / ours:.1f} times as many)"
     line = f"worker {rank}: loss {first:.3f} -> {last:.3f}, {steps} steps, {sent}, weights {digest}\n"

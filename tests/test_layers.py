@@ -13,7 +13,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": set(),
     "numerics": set(),
     "compressors": {"numerics"},
-    "comm": {"numerics", "compressors"},
+    "comm": {"options", "numerics", "compressors"},
     "checkpoint": {"numerics", "comm"},
     "curvature": {"numerics", "comm"},
     "feedback": {"options", "numerics", "compressors", "comm"},

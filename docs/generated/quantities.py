@@ -86,7 +86,7 @@ SUMMARY = (
         "run (eta r sqrt(T) a coordinate) over the root mean square of x_0; `suggested`, the r for which that is 3; "
         "`times`, r sqrt(d) over the mini-batches' own noise `std` = sqrt(E||g - grad f||^2) of the mean of `workers` "
         "batches, with its standard error `std_error`; `per_example`, `error`, `batch_size`, `batches`, `d` (see "
-        "packsaddle.GradientNoise). Those of the gradient are missing with batch normalisation",
+        "packsaddle.GradientNoise). Those of the gradient are missing with batch normalization",
     ),
     _of("resets", "every reset by the escape check: step, reason, distance, the two objectives, committed or not"),
 )
@@ -131,7 +131,10 @@ CERTIFICATE = (
         "pilot_examples pilot_hvps",
         "on which v was found first, and the products over them; null and 0 without a pilot",
     ),
-    _of("examples sample_of whose", "the examples of the Hessian, the number they were drawn from, and both in words"),
+    _of(
+        "examples sample_of loss_name",
+        "the examples of the Hessian, the number they were drawn from, and both in words",
+    ),
     _of(
         "precision hvp hvp_reason hvp_error hvp_step",
         "of the Hessian-vector products: precision, method and its reason, error, and the step of differences",

@@ -127,8 +127,8 @@ show_ledger("runs/dense")
 #
 # ## A page of both
 #
-# `packsaddle report` compares runs. It prints their table and writes one HTML page with interactive charts, the
-# settings that differ, and the numbers as CSV.
+# `packsaddle report` compares runs. It prints their table and writes one HTML page with charts, legends
+# and configurations, and the numbers as CSV.
 
 # %% tags=["varies"]
 shell("packsaddle report runs/topk runs/dense --out report")

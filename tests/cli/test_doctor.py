@@ -46,7 +46,7 @@ def test_the_whole_with_two_processes(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Square brackets stay, though rich has a use for them; advice stands under what it is about."""
     made = [
-        Fact("extras", "plot", "plotly missing", "note", "pip install 'packsaddle[plot]'"),
+        Fact("extras", "plot", "jinja2 missing", "note", "pip install 'packsaddle[plot]'"),
         Fact("exchange", "gloo", "not in this torch", "problem"),
     ]
     monkeypatch.setattr("packsaddle.cli.doctor.examine", lambda **given: made)

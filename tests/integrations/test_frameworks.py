@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import forked_python
 import pytest
@@ -20,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import Compression, TopK, register_ddp_hook
+from packsaddle import Compression, LocalUpdates, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
+from packsaddle.curvature.certificate import Verdict
 from packsaddle.integrations import load_state, measures, save_state
 from packsaddle.integrations.callbacks import attach_local_updates
 
@@ -147,7 +149,7 @@ def test_the_trainer_logs_bytes(folder: Path) -> None:
 def test_the_trainer_certifies_the_anchor(tmp_path: Path) -> None:
     """Certificates are logged when due; 20 and 60 steps are within a round of 8, where workers differ."""
     needs("transformers")
-    run(torchrun(EXAMPLES / "huggingface_example.py", "--local-updates", "--certify", "--out", "c"), tmp_path)
+    printed = run(torchrun(EXAMPLES / "huggingface_example.py", "--local-updates", "--certify", "--out", "c"), tmp_path)
     history = json.loads((tmp_path / "c" / "checkpoint-80" / "trainer_state.json").read_text())["log_history"]
     found = [line for line in history if "certificate/grad_norm" in line]
     assert [line["step"] for line in found] == [20, 40, 60, 80]
@@ -156,7 +158,10 @@ def test_the_trainer_certifies_the_anchor(tmp_path: Path) -> None:
     for line in found:
         assert line["certificate/examples"] == 64
         assert line["certificate/lambda_min_upper"] < line["certificate/lambda_max_upper"]
-        assert line["certificate/saddle"] in (0.0, 1.0)
+        verdicts = [v for v in Verdict if line[f"certificate/{v.name.lower()}"]]
+        assert [line[f"certificate/{v.name.lower()}"] for v in verdicts] == [1.0]
+        said = f"step {line['step']}: {verdicts[0]}, gradient norm {line['certificate/grad_norm']:.3e} (epsilon "
+        assert sum(text.startswith(said) for text in printed.splitlines()) == 1  # on worker 0 alone
 
 
 def test_frameworks_log_local_updates(folder: Path) -> None:
@@ -204,7 +209,8 @@ def test_local_updates_go_on_from_every_workers_state(name: str, tmp_path: Path)
     if name == "lightning":  # a checkpoint that is saved during validation has workers' own parameters too
         (at_stop,) = (tmp_path / "parts").glob("step=6-loss=*.ckpt.packsaddle")
         folders = [at_stop, tmp_path / "parts" / "in_validation.ckpt.packsaddle"]
-        own = [[torch.load(f / f"packsaddle-{rank}.lost")["model"] for f in folders] for rank in range(2)]
+        own = [[torch.load(f / f"packsaddle-{rank}.lost")["state"] for f in folders] for rank in range(2)]
+        own = [[state["parts"]["model"] for state in worker] for worker in own]
         for one, other in own:
             assert all(torch.equal(one[key], other[key]) for key in one)
         assert not any(torch.equal(own[0][0][key], own[1][0][key]) for key in own[0][0])
@@ -244,7 +250,7 @@ def test_a_checkpoint_keeps_every_workers_state(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["lightning", "accelerate", "huggingface"])
-def test_with_one_worker_nothing_happens_and_callbacks_say_so(name: str, tmp_path: Path) -> None:
+def test_with_one_worker_nothing_is_sent_and_callbacks_say_so(name: str, tmp_path: Path) -> None:
     needs(LIBRARIES[name])
     short = ["--steps", 4] if name == "huggingface" else ["--epochs", 1]
     for local in (False, True):
@@ -253,8 +259,9 @@ def test_with_one_worker_nothing_happens_and_callbacks_say_so(name: str, tmp_pat
             what = ["accelerate_local_updates.py"]
         printed = run([sys.executable, EXAMPLES / what[0], *what[1:], *short], tmp_path)
         assert "one worker, nothing sent" in printed
-        assert printed.count("packsaddle has nothing to do: there is one worker") == (name != "accelerate")
-    assert not list(tmp_path.rglob("packsaddle-*.pt"))
+        said = "its LocalUpdates send nothing" if local else "packsaddle has nothing to do: there is one worker"
+        assert printed.count(said) == (name != "accelerate")
+        assert bool(list(tmp_path.rglob("packsaddle-0.pt"))) == (local and name != "accelerate")
 
 
 def test_a_plain_loop_goes_on_from_its_checkpoint(folder: Path) -> None:
@@ -269,6 +276,10 @@ def test_a_plain_loop_goes_on_from_its_checkpoint(folder: Path) -> None:
 def test_the_documented_lines_are_those_of_the_examples() -> None:
     """What the page shows of frameworks needs torchrun, so it is run as a part of the examples."""
     examples = {line.strip() for path in EXAMPLES.glob("*.py") for line in path.read_text().splitlines()}
+    for line in list(examples):  # a page imports one name at a time
+        module, imports, names = line.partition(" import ")
+        examples |= {f"{module}{imports}{name}" for name in names.split(", ") if line.startswith("from packsaddle")}
+    examples |= {"", "...  # the loop"}
     blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
     shown = [line.strip() for block in blocks for line in block.splitlines()]
     assert len(blocks) >= 5
@@ -305,6 +316,31 @@ def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
             "received": float(sent),
             "sent_in_step": float(last),
         }
+
+
+def logged(lines: str) -> tuple[list[Any], dict[str, int]]:
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    local, data = LocalUpdates(optimizer, every=2), torch.Generator().manual_seed(resolve(None).rank)
+    for _ in range(4):
+        model(torch.randn(4, 64, generator=data)).square().mean().backward()
+        optimizer.step()
+    wandb = MagicMock()
+    exec(lines, {"wandb": wandb, "local": local})
+    counts = {"sent": local.ledger.sent, "received": local.ledger.received, "alone": local.uncompressed.sent}
+    return [tuple(call) for call in wandb.init.return_value.log.call_args_list], counts
+
+
+def test_the_guides_lines_log_local_updates(gloo: Callable[..., list[Any]]) -> None:
+    guide = (ROOT / "docs" / "local-updates.md").read_text()
+    (lines,) = (block for block in re.findall(r"```py\n(.*?)```", guide, re.DOTALL) if "wandb" in block)
+    for calls, counts in gloo(logged, 2, lines):
+        (found,), named = calls[0]
+        assert (len(calls), named) == (1, {"step": 4})
+        assert (found["steps"], found["rounds"]) == (4.0, 2.0)
+        assert (found["sent"], found["received"]) == (counts["sent"], counts["received"]) > (0, 0)
+        assert found["reduction"] == counts["alone"] / counts["sent"]
+        assert counts["alone"] == 4 * 4 * (64 * 64 + 64)  # steps, bytes of a number, parameters, once with two workers
 
 
 def two_exchanges(folder: Path) -> tuple[list[bool], list[str]]:
@@ -373,7 +409,7 @@ def local_states(folder: Path) -> dict[str, Any]:
     apart = all_of(module)
     save_state(own, folder / "local")
     save_state(trained(4), folder / "hook")
-    kept = set(own.state_dict()["model"])
+    kept = set(own.state_dict()["parts"]["model"])
     train(1)
     module_again, again, _ = stepping()
     assert load_state(again, folder / "local")

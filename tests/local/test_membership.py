@@ -16,7 +16,7 @@ from torch import Tensor
 
 from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, LowRank, RandomK, TopK, simulate
 from packsaddle.comm import Group, PeerLostError, Solo, connect
-from packsaddle.comm.managed import lighthouse_place
+from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Roster
@@ -606,6 +606,8 @@ def test_what_does_not_go_with_a_manager(arguments: dict[str, Any], message: str
         ({"weight": "tokens"}, 'weight must be None, "steps" or a function'),
         ({"patience": 0}, "patience must be above 0 seconds"),
         ({"grace": -1}, "grace must be above 0 seconds"),
+        ({"patience": "-1ms"}, "patience must be above 0 seconds, got '-1ms'"),
+        ({"grace": "5m"}, "grace must be seconds such as 30, 55ms or 2min, got '5m'"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -685,7 +687,7 @@ def test_a_newcomer_with_other_arguments_is_told_which(arguments: dict[str, Any]
 
 
 def test_patience_ends() -> None:
-    worker = Worker(refused=range(10**6), settings={"patience": 0.2})
+    worker = Worker(refused=range(10**6), settings={"patience": "200ms"})
     with pytest.raises(PeerLostError, match=r"no round has come about in 0\.2 s"):
         worker.local.join()
 
@@ -714,4 +716,4 @@ def test_without_torchft(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHFT_LIGHTHOUSE", address)
     with pytest.raises(ConfigError, match="the lighthouse must be http://HOST:PORT, got"):
-        lighthouse_place()
+        lighthouse_address()

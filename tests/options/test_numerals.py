@@ -1,14 +1,18 @@
 """Numbers as people write them, on the command line and in configurations, and what is no number."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packsaddle.comm import connect
 from packsaddle.errors import ConfigError
 from packsaddle.options.numerals import real, seconds, whole
 from packsaddle.options.schema import build
+from packsaddle.plan import Fleet, Link
 from packsaddle.runs.config import Config
 
 DATA = {
@@ -79,6 +83,28 @@ def test_what_durations_mean(text: str, expected: float) -> None:
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- float's own
         seconds(text)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: Link(latency=s, rate=1.0).latency,
+        lambda s: Link(latency=0.0, rate=1.0, overhead=s).overhead,
+        lambda s: Link.nominal(1e9, latency=s).latency,
+        lambda s: Fleet(workers=2, compute=s).compute,
+    ],
+)
+def test_arguments_in_seconds_take_units(make: Callable[[Any], float]) -> None:
+    assert [make(s) for s in ("55ms", "1.5 min", "2", 2, 0.5)] == [0.055, 90.0, 2.0, 2.0, 0.5]
+    for bad in ("55msec", "", None, True):
+        with pytest.raises(ValueError, match=rf"must be seconds such as 30, 55ms or 2min, got {bad!r}"):
+            make(bad)
+
+
+@pytest.mark.parametrize("name", ["timeout", "quorum_timeout", "connect_timeout"])
+def test_connect_names_a_time_that_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be seconds such as 30, 55ms or 2min, got '5m'"):
+        connect("http://127.0.0.1:1", **{name: "5m"})
 
 
 @given(st.integers() | st.floats(allow_nan=False))

@@ -64,8 +64,13 @@ def make_run(folder: Path, text: str) -> Path:
     line = {"step": 10, "epoch": 1.0, "loss": 1.0, "sent": 10, "payload": 10, "seconds": 1.0}
     certificate = {"step": 10, "epoch": 1.0, "verdict": "saddle", "loss": 0.5, "lambda_min_lower": -2.0}
     content: dict[str, Any] = {
-        "config.json": {"label": text, "data": {"name": text, text: text}, "compressor": {"kind": text}},
-        "environment.json": {"packsaddle": text, "command": text, "torch": text, text: text},
+        "config.json": {
+            "label": text,
+            "data": {"name": text, text: text},
+            "model": {"name": text},
+            "compressor": {"kind": text},
+        },
+        "environment.json": {"packsaddle": text, "command": text, "started": text, "torch": text, text: text},
         "metrics.jsonl": {**line, text: text},
         "summary.json": {"label": text, "final_loss": 1.0, "exchange": text, text: text},
         "certificates.jsonl": {**certificate, "lambda_min_upper": -1.0, "threshold": -0.1, "on": text},

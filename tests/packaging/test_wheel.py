@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("wheel")  # built once
 NEEDING_PLOT = ("demo",)
-EXTRAS = ("matplotlib", "jinja2", "plotly", "sklearn", "torchvision", "PIL", "numba")
+EXTRAS = ("matplotlib", "jinja2", "sklearn", "torchvision", "PIL", "numba")
 
 # The README's library example, then the command line; as where no extra is installed.
 SCRIPT = f"""
@@ -56,7 +56,7 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "packsaddle",
         "packsaddle_command.py",
     }
-    assert {f"packsaddle/{name}" for name in ("py.typed", "runs/report/page.js", "runs/report/page.html.j2")} <= inside
+    assert {f"packsaddle/{name}" for name in ("py.typed", "runs/report/page.html.j2")} <= inside
 
 
 def test_its_metadata_has_the_command_the_licence_and_the_extras(wheel: Path) -> None:

@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from commandline import command, refused
 
 from packsaddle.integrations.callbacks import scalars
-from packsaddle.runs.trackers import MLflow, TensorBoard, Tracker, WandB, tracked
+from packsaddle.runs.trackers import MLflow, Outcome, TensorBoard, Tracker, WandB, tracked
 
 CONFIG = """
 lr = 0.1
@@ -58,11 +60,12 @@ import sys
 from pathlib import Path
 from packsaddle.runs.trackers import MLflow, TensorBoard, WandB
 folder = Path(sys.argv[1])
+outcome = (*sys.argv, "finished")[2]
 config = {{"lr": 0.1, "compressor": {{"kind": "TopK", "ratio": 0.05}}}}
 def write(tracker):
     for metrics, step in {WRITTEN!r}:
         tracker.log(metrics, step)
-    tracker.finish()
+    tracker.finish(outcome)
 """
 READ_EVENTS = """
 import json, sys
@@ -117,14 +120,15 @@ def test_weights_and_biases_reads_what_was_logged(tmp_path: Path) -> None:
     assert rows == [[step, metrics] for metrics, step in WRITTEN]
 
 
-def test_mlflow_reads_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("outcome", ["finished", "failed", "killed"])
+def test_mlflow_reads_what_was_logged(outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     code = WRITE + "write(MLflow(folder, name='a', config=config))" + READ_MLFLOW
-    name, status, params, history, left = in_a_process(code, tmp_path / "store")
-    assert (name, status, left) == ("a", "FINISHED", [])
+    name, status, params, history, left = in_a_process(code, tmp_path / "store", outcome)
+    assert (name, status, left) == ("a", outcome.upper(), [])
     assert params == {"lr": "0.1", "compressor.kind": "TopK", "compressor.ratio": "0.05"}
     assert history == by_name(WRITTEN)
 
@@ -168,29 +172,61 @@ def test_without_the_library_a_run_says_so_before_it_starts(
 class Recorder:
     def __init__(self) -> None:
         self.seen: list[tuple[dict[str, float], int]] = []
-        self.finished = 0
+        self.finished: list[Outcome] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self.seen.append((dict(metrics), step))
 
-    def finish(self) -> None:
-        self.finished += 1
+    def finish(self, outcome: Outcome = "finished") -> None:
+        self.finished.append(outcome)
 
 
-def test_trackers_are_finished_when_a_run_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(ZeroDivisionError, "failed"), (KeyboardInterrupt, "killed"), (SystemExit, "killed"), (None, "finished")],
+)
+def test_trackers_record_the_outcome_of_a_run(
+    error: type[BaseException] | None, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder: Tracker = Recorder()
     monkeypatch.setattr("packsaddle.runs.trackers._open", lambda *_: recorder)
 
     def fail() -> None:
         with tracked(tmp_path, ["tensorboard"], "a", {}) as folder:
             folder.append("metrics.jsonl", {"step": 3, "loss": 1.0, "mu": None, "mu_by_tensor": {"w": 0.5}})
-            raise ZeroDivisionError
+            if error is not None:
+                raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(error) if error else nullcontext():
         fail()
     assert isinstance(recorder, Recorder)
     assert recorder.seen == [({"loss": 1.0, "mu_by_tensor/w": 0.5}, 3)]
-    assert recorder.finished == 1
+    assert recorder.finished == [outcome]
+
+
+def test_a_run_that_is_stopped_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr("packsaddle.runs.trackers._open", lambda *_: recorder)
+    monkeypatch.setattr("packsaddle.runs.job.require_tracker", lambda name: None)
+    monkeypatch.setattr("packsaddle.runs.job.Trainer.run", lambda *_, **__: False)
+    (tmp_path / "config.toml").write_text(CONFIG)
+    command("run", tmp_path / "config.toml", "--out", tmp_path / "run", "--track", "mlflow")
+    assert recorder.finished == ["killed"]
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1), ("killed", 130)])
+def test_the_libraries_are_told_the_outcome(
+    outcome: Outcome, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By calls of their documented interfaces, recorded: the other tests use the libraries if they are installed."""
+    mlflow, wandb = MagicMock(), MagicMock()
+    monkeypatch.setattr("packsaddle.runs.trackers.require_tracker", {"mlflow": mlflow, "wandb": wandb}.get)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    MLflow(tmp_path).finish(outcome)
+    client = mlflow.MlflowClient.return_value
+    client.set_terminated.assert_called_once_with(client.create_run.return_value.info.run_id, status=outcome.upper())
+    WandB(tmp_path).finish(outcome)
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=code)
 
 
 def test_scalars_are_the_numbers() -> None:

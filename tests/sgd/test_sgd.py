@@ -34,6 +34,7 @@ from packsaddle import (
     attach,
     simulate,
 )
+from packsaddle.comm import Solo
 
 
 def train(model: nn.Module, data: torch.Tensor, opt: CompressedSGD, steps: int, scheduler: Any = None) -> None:
@@ -313,15 +314,26 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("make", [train_compressed, train_locally, attach_to_nothing])
-def test_a_process_of_several_that_would_train_alone_is_warned(
+def test_a_process_of_several_that_would_train_alone_raises(
     make: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.warns(UserWarning, match=r"WORLD_SIZE is 4, but torch\.distributed has no process group") as warned:
+    with pytest.raises(
+        RuntimeError, match=r"WORLD_SIZE is 4, .*call torch\.distributed\.init_process_group\(\) before"
+    ):
         make(nn.Linear(40, 40))
-    assert warned[0].filename == __file__
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    make(nn.Linear(40, 40))
+    for alone in ("1", ""):
+        monkeypatch.setenv("WORLD_SIZE", alone)
+        make(nn.Linear(40, 40))
+
+
+def test_a_process_of_several_may_train_alone_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model = nn.Linear(40, 40)
+    assert CompressedSGD(model.parameters(), 0.1, process_group=Solo()).channel.group.size == 1
+    assert "workers=1" in repr(LocalUpdates(torch.optim.AdamW(model.parameters()), workers=Solo()))
+    for repeated in simulate(lambda rank: repr(LocalUpdates(torch.optim.AdamW(nn.Linear(40, 40).parameters()))), 2):
+        assert "workers=2" in repeated
 
 
 def test_nothing_to_compress_is_said() -> None:

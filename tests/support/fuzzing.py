@@ -17,7 +17,8 @@ from packsaddle.runs.config import Config, configure, load
 from packsaddle.runs.job import Job
 from packsaddle.runs.report import tables
 from packsaddle.runs.report.curves import curve
-from packsaddle.runs.report.page import charts_of, for_script
+from packsaddle.runs.report.document import document
+from packsaddle.runs.report.page import title
 from packsaddle.runs.report.settings import settings as grouped
 from packsaddle.runs.run_folder import read_runs
 
@@ -169,7 +170,10 @@ def read_run(files: dict[str, Any], folder: Path) -> None:
         found = grouped(runs)
         for shown in (tables.run_table(runs), tables.setting_table(found), tables.certificate_table(runs)):
             assert all(isinstance(cell, str) for row in shown.rows for cell in row)
-        for_script(charts_of(found, [curve(setting) for setting in found]))
+        for setting in found:
+            curve(setting)
+        assert isinstance(title(runs), str)
+        json.dumps(document(runs), allow_nan=False)
 
 
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], None]]] = {

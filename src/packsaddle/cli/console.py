@@ -92,8 +92,8 @@ def brief(compressor: str) -> str:
 
 
 def require_plots(purpose: str) -> None:
-    """Raise MissingExtraError if matplotlib, jinja2 or plotly is missing. Call before the work, not after it."""
-    for module in ("matplotlib", "jinja2", "plotly"):
+    """Raise MissingExtraError if matplotlib or jinja2 is missing. Call before the work, not after it."""
+    for module in ("matplotlib", "jinja2"):
         require(module, "plot", purpose)
 
 

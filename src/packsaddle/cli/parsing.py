@@ -22,7 +22,7 @@ from tyro.extras import SubcommandApp
 from packsaddle.cli.flags import Command, arguments_of, flags_of
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
-from packsaddle.options.numerals import real, seconds, whole
+from packsaddle.options.numerals import DURATION, real, seconds, whole
 from packsaddle.options.schema import nearest
 
 # Numbers may be written 1e6, 25M or 1%.
@@ -55,7 +55,7 @@ def _number(
 
 
 # A float parameter in seconds, which may be written with a unit.
-Seconds = Annotated[float, _number(float, seconds, "SECONDS", "seconds such as 30, 55ms or 2min")]
+Seconds = Annotated[float, _number(float, seconds, "SECONDS", DURATION)]
 
 MARKERS = (
     tyro.conf.DisallowNone,  # None is not accepted as a value of optional flags

@@ -1,39 +1,67 @@
 """The commands `packsaddle report` and `packsaddle compressors`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.cli.console import brief, number_table, print_runs, print_table, require_plots
 from packsaddle.cli.parsing import UNSAID
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
-from packsaddle.runs.run_folder import read_runs
+from packsaddle.runs.run_folder import Run, read_runs
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID], out: Path | None = None, overwrite: bool = False
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID],
+    out: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
 ) -> None:
-    """Compare runs, averaged over seeds: tables, a figure and one self-contained, interactive HTML page.
+    """Compare runs, averaged over seeds: tables, a figure and one self-contained HTML page.
 
     Examples:
         packsaddle report runs/a runs/b
         packsaddle report runs --out comparison --overwrite
+        packsaddle report runs --json --out comparison.json
 
     Args:
         runs: Run folders, or folders that contain run folders (up to three levels deep, as in a study).
-        out: A new folder for the report; by default `report` in the first folder given.
-        overwrite: Allow the report's folder to exist, and overwrite the files in it.
+        out: A new folder for the report; by default `report` in the first folder given. With --json, a new file.
+        overwrite: Allow the report's folder, or the file, to exist, and overwrite it.
+        json: Print one JSON document with the numbers of the tables instead, or write it to the file --out.
     """
     from packsaddle.runs.report import write_report
 
     if not runs:
         raise ConfigError("report needs at least one run folder")
     found = read_runs(runs)
+    if json:
+        _put_json(found, out, overwrite)
+        return
     print_runs(found)
     require_plots("the report's page")  # the table is printed without them
     print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
+
+
+def _put_json(runs: Sequence[Run], out: Path | None, overwrite: bool) -> None:
+    """Print the report as JSON, or write it to a file. Raises ConfigError if the file exists, unless `overwrite`."""
+    from json import dumps
+
+    from packsaddle.runs.report.document import document
+
+    text = dumps(document(runs), indent=2, allow_nan=False)
+    if out is None:
+        print(text)
+        return
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise ConfigError(f"--out: {out} exists already; name a new file" + " or add --overwrite" * (not out.is_dir()))
+    try:
+        write_whole(out, lambda file: file.write(text.encode() + b"\n"))
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror or error}") from None
 
 
 def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:

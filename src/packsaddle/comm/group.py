@@ -7,7 +7,6 @@
 
 import gc
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -97,18 +96,18 @@ class TorchGroup(Group):
         return group
 
     def all_reduce(self, tensor: Tensor) -> None:
-        with self.told():
+        with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.told():
+        with self.naming_lost_workers():
             dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         received = outgoing[0].new_empty(sum(sizes))
-        with self.told():
+        with self.naming_lost_workers():
             dist.all_to_all_single(
                 received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
             )
@@ -116,7 +115,7 @@ class TorchGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         whole = tensor.contiguous()  # gloo ignores the strides of its output
-        with self.told():
+        with self.naming_lost_workers():
             dist.broadcast(whole, src=self.ranks[0], group=self._group)
         if whole is not tensor:
             tensor.copy_(whole)
@@ -125,7 +124,7 @@ class TorchGroup(Group):
         return TorchGroup(same_workers(self.process_group, device))
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def naming_lost_workers(self) -> Iterator[None]:
         """Convert a network error of a collective to PeerLostError, which names the lost workers."""
         try:
             yield
@@ -176,17 +175,17 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
 
 
-def training_group(process_group: Group | dist.ProcessGroup | None, *, stacklevel: int = 2) -> Group:
-    """Return the group to train in, as `resolve` does, with a warning if this process would train alone by mistake.
+def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
+    """Return the group to train in, as `resolve` does.
 
-    That is the case if a launcher started several processes (WORLD_SIZE) and there is no default group.
+    Raises RuntimeError if a launcher started several processes (WORLD_SIZE) and there is no group: each would train
+    alone. An explicit `Solo()` is accepted.
     """
     group = resolve(process_group)
     if process_group is None and isinstance(group, Solo) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        warnings.warn(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so this process "
-            "trains alone; call torch.distributed.init_process_group() before, or unset WORLD_SIZE",
-            stacklevel=stacklevel + 1,
+        raise RuntimeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so each process "
+            f"would train alone: call torch.distributed.init_process_group() before, or unset WORLD_SIZE"
         )
     return group
 

@@ -27,6 +27,9 @@ class Bytes:
     def __add__(self, other: "Bytes") -> "Bytes":
         return Bytes(self.payload + other.payload, self.sent + other.sent, self.received + other.received)
 
+    def __sub__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
+
     def __str__(self) -> str:
         return f"{self.sent:,} bytes sent, {self.received:,} received, payload {self.payload:,}"
 
@@ -139,6 +142,16 @@ class Ledger:
     def total(self) -> Bytes:
         """The total over all steps and purposes."""
         return sum(self._totals.copy().values(), Bytes())
+
+    @property
+    def sent(self) -> int:
+        """All bytes that this worker sent, `total.sent`."""
+        return self.total.sent
+
+    @property
+    def received(self) -> int:
+        """All bytes that this worker received, `total.received`."""
+        return self.total.received
 
     def state_dict(self) -> list[list[Any]]:
         """Return the totals as plain types; the per-step history is not kept across checkpoints."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from packsaddle.comm.group import Group
 from packsaddle.errors import ConfigError, require
+from packsaddle.options.numerals import duration
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable, also read by torchft
 _dist: Any = dist  # untyped: its type stubs are incomplete
@@ -79,9 +80,9 @@ def connect(
     *,
     name: str = "worker",
     min_workers: int = 1,
-    timeout: float = 30.0,
-    quorum_timeout: float = 600.0,
-    connect_timeout: float = 10.0,
+    timeout: float | str = 30.0,
+    quorum_timeout: float | str = 600.0,
+    connect_timeout: float | str = 10.0,
     hostname: str | None = None,
 ) -> Any:
     """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`.
@@ -90,21 +91,24 @@ def connect(
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT. None: the variable TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
         min_workers: minimum number of workers for a round to be applied; identical on all workers.
-        timeout: limit in seconds for a collective, or for fetching the state of another worker.
+        timeout: limit in seconds for a collective, or for fetching the state of another worker. Like the other two, a
+            number or text such as "55ms" or "2min".
         quorum_timeout: seconds to wait for other workers to join a round.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
-    torchft, and ConfigError if there is no lighthouse.
+    torchft, ConfigError if there is no lighthouse, and ValueError for a time that is none.
 
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     """
+    timeout, quorum_timeout = duration(timeout, "timeout"), duration(quorum_timeout, "quorum_timeout")
+    connect_timeout = duration(connect_timeout, "connect_timeout")
     os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers log several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")
-    logging.getLogger("torchft.manager").addFilter(_is_of_use)
+    logging.getLogger("torchft.manager").addFilter(_is_useful)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
     # Other workers connect to the address of the interface that reaches the lighthouse.
@@ -137,7 +141,7 @@ def connect(
     return manager
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     """Return False for the warning that torchft logs at every quorum of workers without NCCL."""
     return "NCCL flight recorder" not in record.getMessage()
 
@@ -157,7 +161,7 @@ def reach(host: str, port: int, seconds: float) -> str:
         raise ConfigError(_absent(f"http://{host}:{port}", error.strerror or str(error))) from None
 
 
-def lighthouse_place() -> tuple[str, int] | None:
+def lighthouse_address() -> tuple[str, int] | None:
     """Return host and port from TORCHFT_LIGHTHOUSE, None if it is not set. Raises ConfigError if it is invalid."""
     return _place(os.environ[LIGHTHOUSE]) if os.environ.get(LIGHTHOUSE) else None
 

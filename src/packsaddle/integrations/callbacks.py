@@ -12,8 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import resolve
+from packsaddle.checkpoint.parts import check_names
+from packsaddle.checkpoint.reshard import resharded
+from packsaddle.checkpoint.save_load import holders_of, saved_by
+from packsaddle.comm.communicator import Communicator, ObjectCollectives, check_agreement
+from packsaddle.comm.group import resolve, training_group
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.feedback.compression import Compression, Schedule
@@ -28,7 +31,7 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base of the frameworks' callbacks. `exchange`: attached to the model; None before training or with one worker."""
+    """Base of the frameworks' callbacks. `exchange`: attached to the model; None before training."""
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
         self._compressor, self._options = compressor, options
@@ -41,7 +44,7 @@ class Attached:
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The `LocalUpdates` object; None before training, with one worker, or for a hook."""
+        """The `LocalUpdates` object; None before training, or for a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
 
@@ -53,9 +56,9 @@ def attach_among_workers(
 ) -> DDPHook | None:
     """Call `packsaddle.attach`; with one worker, warn and return None instead, whether or not the model is wrapped.
 
-    Raises the errors of `register_ddp_hook`.
+    Raises the errors of `register_ddp_hook`, and RuntimeError for a process of several without a process group.
     """
-    if resolve(None).size == 1:
+    if training_group(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
         return None
     return attach(model, compressor, optimizer=optimizers, **options)
@@ -96,28 +99,33 @@ class WorkerState:
             for buffer in persistent_buffers(self._model).values():
                 self.channel.broadcast(buffer, "buffers")
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts whose states differ between workers, by name, as `save_checkpoint` accepts them."""
+        optimizers = {f"optimizer-{i}": optimizer for i, optimizer in enumerate(self.local.optimizers)}
+        return {"model": self._model, "local": self.local, **optimizers}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, tensors and plain types; collective if an exchange is in progress."""
+        parts = {name: part.state_dict() for name, part in self.parts.items() if name != "model"}
         return {
             "steps": self.steps,
-            "local": self.local.state_dict(),
-            "model": self._tensors(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.local.optimizers],
+            "parts": {"model": self._tensors(), **parts},
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, from this worker's `state_dict`. Raises ValueError, changing nothing, if it does not fit."""
-        if "local" not in state:
+        if "local" not in state.get("parts", ()):
             raise ValueError("the state has no local updates; was it saved by a hook?")
-        self.local.check_state_dict(state["local"])
-        here = self._tensors()
+        saved, here = state["parts"], self._tensors()
+        self.local.check_state_dict(saved["local"])
         for name, tensor in here.items():
-            check_tensor(name, state["model"].get(name), tensor.shape, floating=tensor.is_floating_point())
-        load_states(self.local.optimizers, state["optimizers"])
+            check_tensor(name, saved["model"].get(name), tensor.shape, floating=tensor.is_floating_point())
+        load_states(self.local.optimizers, [s for name, s in saved.items() if name.startswith("optimizer-")])
         for name, tensor in here.items():
-            tensor.copy_(state["model"][name])
-        self.local.load_state_dict(state["local"])
+            tensor.copy_(saved["model"][name])
+        self.local.load_state_dict(saved["local"])
         if self._scaler is not None and state["scaler"]:
             self._scaler.load_state_dict(state["scaler"])
 
@@ -133,17 +141,16 @@ def attach_local_updates(
     optimizers: list[Optimizer],
     compressor: Compressor | Schedule | Compression,
     **options: Any,
-) -> WorkerState | None:
-    """Make `LocalUpdates` around a framework's optimizers; with one worker, warn and return None.
+) -> WorkerState:
+    """Make `LocalUpdates` around a framework's optimizers; with one worker it exchanges nothing, with a warning.
 
     `wrapped`: the framework's wrapper of `model`; its DistributedDataParallel stops exchanging gradients. The
-    contraction is measured in every round, or as set by a `Compression`. Raises TypeError without a
-    DistributedDataParallel, and the errors of `LocalUpdates`.
+    contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers without
+    a DistributedDataParallel, and the errors of `LocalUpdates`.
     """
     if resolve(None).size == 1:
-        warnings.warn(NOTHING_TO_DO, stacklevel=3)
-        return None
-    if not any(isinstance(module, DistributedDataParallel) for module in wrapped.modules()):
+        warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
+    elif not any(isinstance(module, DistributedDataParallel) for module in wrapped.modules()):
         raise TypeError(
             f"local updates need a framework that wraps the model in DistributedDataParallel, got "
             f"{type(wrapped).__name__}; where it is sharded, make packsaddle.LocalUpdates yourself"
@@ -175,13 +182,13 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     if exchange is None:
         return {}
     exchange = exchange.local if isinstance(exchange, WorkerState) else exchange
-    steps, sent, alone = exchange.steps, exchange.ledger.total.sent, exchange.uncompressed.sent
+    steps, sent, alone = exchange.steps, exchange.ledger.sent, exchange.uncompressed.sent
     found = {
         "steps": float(steps),
         "skipped": float(exchange.skipped),
         "resets": float(len(getattr(exchange, "resets", ()))),  # FSDP hooks have none
         "sent": float(sent),
-        "received": float(exchange.ledger.total.received),
+        "received": float(exchange.ledger.received),
         "reduction": alone / sent if sent else 1.0,
     }
 
@@ -211,15 +218,18 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     ['packsaddle-0.pt']
     """
     if exchange is not None:
-        write_whole(_path(folder, name), partial(torch.save, exchange.state_dict()))
+        content = {"workers": resolve(None).size, "state": exchange.state_dict()}
+        write_whole(_path(folder, name), partial(torch.save, content))
 
 
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return True if restored.
 
-    `name`: as in `save_state`. Returns False with a warning, and nothing changed, if no worker has a file. Raises
-    ValueError, with nothing changed, if only some workers have one, if steps differ between files, or if they do not
-    fit (another number of workers, another seed, ...).
+    `name`: as in `save_state`. If another number of workers saved the files, each worker gets the mean of what differed
+    between them, such as error memories, with a warning (see `load_checkpoint`). Returns False with a warning, and
+    nothing changed, if no worker has a file, or for None (`attach` with one worker) if there are files.
+    Raises ValueError, with nothing changed, if only some workers have one, if steps differ between files, or if they
+    do not fit (another seed, ...).
 
     >>> import tempfile
     >>> import torch
@@ -232,9 +242,30 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     True
     """
     if exchange is None:
+        if saved := _survey(folder, name):
+            warnings.warn(
+                f"{folder} has the error memories of {len(saved)} workers' hook, which one worker does not use",
+                stacklevel=2,
+            )
         return False
+
+    # Files of another number of workers.
+    collectives = ObjectCollectives(exchange.channel.group, exchange.device)
+    surveys = collectives.gather(_survey(folder, name))
+    workers, *_ = saved_by(surveys)
+    if workers not in (0, resolve(None).size):
+        exchange.load_state_dict(_resharded(exchange, folder, name, holders_of(workers, surveys), collectives))
+        if collectives.group.rank == 0:
+            warnings.warn(
+                f"the state in {folder} was saved by {workers} workers and is loaded by {resolve(None).size}: each has "
+                f"the means of what differed between them, such as error memories",
+                stacklevel=2,
+            )
+        return True
+
+    # This worker's own file.
     path = _path(folder, name)
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+    state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
     whose = "hook: its error memory starts at zero"
     if isinstance(exchange, WorkerState):
@@ -255,9 +286,46 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     return True
 
 
-def _path(folder: str | Path, name: str) -> Path:
-    """Return this worker's file, named by its global rank, since an exchange may be between some workers only."""
-    return Path(folder) / f"{name}-{resolve(None).rank}.pt"
+def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
+    """Return a worker's file, named by its global rank, since an exchange may be between some workers only."""
+    return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
+
+
+def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return found
+
+
+def _survey(folder: str | Path, name: str) -> dict[int, int]:
+    """Return the number of workers that saved each file in a folder, by the file's rank."""
+    files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
+    return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
+
+
+def _resharded(
+    exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
+) -> dict[str, Any]:
+    """Return this worker's state from the files of another number of workers, of which rank holders[i] reads file i.
+
+    Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted.
+    """
+    mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
+    states = {i: _read(_path(folder, name, i))["state"] for i in mine}
+    steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
+    if len(steps) > 1:
+        raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
+
+    # The parts of a state are converted; the scaler's state is worker 0's.
+    parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
+
+    def content(state: dict[str, Any]) -> dict[str, Any]:
+        return {"parts": state.get("parts", {"hook": state}), "extra": {}}
+
+    first = collectives.send(states.get(0), holders[0])
+    check_names(parts, content(first)["parts"])
+    held = [content(state) for state in states.values()]
+    converted = resharded(parts, content(first), held, len(holders), collectives)["parts"]
+    return {**first, "parts": converted} if isinstance(exchange, WorkerState) else converted["hook"]
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -272,6 +340,17 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return a certificate's numbers for a logger, such as certificate/grad_norm; certificate/saddle is 0 or 1."""
-    found = scalars(certificate.to_dict(), "certificate/")
-    return found | {"certificate/saddle": float(certificate.verdict is Verdict.SADDLE)}
+    """Return a certificate's numbers for a logger, such as certificate/grad_norm.
+
+    The verdict is 1 and the others are 0: certificate/saddle, certificate/second_order_stationary,
+    certificate/gradient_too_large, certificate/undecided.
+    """
+    verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
+    return scalars(certificate.to_dict(), "certificate/") | verdicts
+
+
+def certificate_line(certificate: Certificate, step: int) -> str:
+    """Return the verdict, the gradient's norm and the bounds of lambda_min in one line, to print on rank 0."""
+    bounds = f"[{certificate.lambda_min_lower:.3e}, {certificate.lambda_min_upper:.3e}]"
+    norm, epsilon = f"{certificate.grad_norm:.3e}", f"{certificate.epsilon:.3e}"
+    return f"step {step}: {certificate.verdict}, gradient norm {norm} (epsilon {epsilon}), lambda_min in {bounds}"

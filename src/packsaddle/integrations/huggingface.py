@@ -26,6 +26,7 @@ from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
     attach_local_updates,
+    certificate_line,
     certificate_scalars,
     load_state,
     measures,
@@ -83,7 +84,7 @@ class _Attached(Attached, TrainerCallback):
         if self._trainer.model_wrapped is not self._attached:  # unchanged in further calls of train()
             self._attached = self._trainer.model_wrapped
             self.exchange = self._attach(state)
-        if self.exchange is not None and state.global_step:
+        if state.global_step:
             newest = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             load_state(self.exchange, self._resume_from or self._resumed or newest)
 
@@ -137,8 +138,9 @@ class LocalUpdatesCallback(_Attached):
     the best model instead, and another call of `train` raises RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
-    packsaddle-RANK.pt; a resumed run restores it as with `PacksaddleCallback`. With one worker it only warns. `local`
-    is the LocalUpdates; further calls of `train` keep it.
+    packsaddle-RANK.pt; a resumed run restores it as with `PacksaddleCallback`, also on another number of workers: see
+    `load_checkpoint`. One worker sends nothing, with a warning. `local` is the LocalUpdates; further calls of `train`
+    keep it.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class LocalUpdatesCallback(_Attached):
         for name in ("evaluate", "predict", "save_model"):  # callbacks are called only after these
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
-    def _attach(self, state: TrainerState) -> WorkerState | None:
+    def _attach(self, state: TrainerState) -> WorkerState:
         trainer = self._trainer
         options = {"scaler": trainer.accelerator.scaler, **self._options}
         return attach_local_updates(self._attached, trainer.model, [trainer.optimizer], self._compressor, **options)
@@ -186,7 +188,7 @@ class LocalUpdatesCallback(_Attached):
 
 
 class CertificateCallback(TrainerCallback):
-    """Certifies the model every `every_n_steps` (is it at a saddle?) and logs certificate/grad_norm and so on.
+    """Certifies the model every `every_n_steps`, logs certificate/grad_norm and so on, and prints the verdict.
 
     Add it to the trainer passed to it. `loss_fn(model, batch)` returns the mean loss of a batch, by default the `loss`
     of `model(**batch)`; `batches` are this worker's, identical in every pass; `options` are those of
@@ -219,6 +221,8 @@ class CertificateCallback(TrainerCallback):
                     stack.enter_context(callback.local.at_anchor())
             self.certificate = certify(self._trainer.model, self._loss, self._batches, **self._options)
         self._trainer.log(certificate_scalars(self.certificate))
+        if state.is_world_process_zero:
+            print(certificate_line(self.certificate, state.global_step), flush=True)
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
         batch = self._trainer._prepare_inputs(batch)  # on the device

@@ -28,6 +28,7 @@ from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
     attach_local_updates,
+    certificate_line,
     certificate_scalars,
     load_state,
     measures,
@@ -55,7 +56,7 @@ class _Attached(Attached, Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the exchange, and restore its state. Raises the errors of attaching."""
         self.exchange = self._attach(trainer, pl_module)
-        if self.exchange is not None and self._saved:
+        if self._saved:
             load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
 
@@ -118,7 +119,8 @@ class LocalUpdatesCallback(_Attached):
     updates are exchanged, and every worker has the anchor.
 
     Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
-    `PacksaddleCallback`. With one worker it only warns. `local` is the LocalUpdates, or None.
+    `PacksaddleCallback`. One worker sends nothing, with a warning. A run may resume on another number of workers:
+    see `load_checkpoint`. `local` is the LocalUpdates.
     """
 
     def __init__(
@@ -131,12 +133,12 @@ class LocalUpdatesCallback(_Attached):
         self._training = self._evaluating = False
         self._evaluation = ExitStack()  # contains `together()` during validation
 
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState | None:
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
         _check_order(trainer.callbacks, self)
         strategy = trainer.strategy
         found = attach_local_updates(strategy.model, pl_module, trainer.optimizers, self._compressor, **options)
-        self._training = found is not None
+        self._training = True
         return found
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -247,7 +249,7 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Certifies the model every N epochs or steps (is it at a saddle?) and logs certificate/grad_norm and so on.
+    """Certifies the model every N epochs or steps, logs certificate/grad_norm and so on, and prints the verdict.
 
     `loss_fn(pl_module, batch)` returns the mean loss of a batch, without calling `log`; `batches` are this worker's,
     identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
@@ -299,3 +301,5 @@ class CertificateCallback(Callback):
             self.certificate = certify(pl_module, loss_fn, self._batches, **self._options)
         for logger in trainer.loggers:
             logger.log_metrics(certificate_scalars(self.certificate), step=trainer.global_step)
+        if trainer.is_global_zero:
+            print(certificate_line(self.certificate, trainer.global_step), flush=True)

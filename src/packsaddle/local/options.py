@@ -16,6 +16,7 @@ from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
 from packsaddle.options.agreement import Option, agreement, own
+from packsaddle.options.numerals import duration
 
 Outer = Callable[[list[Any]], Optimizer]
 
@@ -120,7 +121,8 @@ class Elastic(Option):
             round; or a function that returns a running total, such as its tokens, whose increase is the weight. Unless
             None, a slower worker makes fewer inner steps per round, to finish with the fastest.
         share_optimizer_state: a new worker starts with the inner optimizer's state of the worker that sends the anchor.
-        patience: seconds, above 0, after which PeerLostError is raised if no round was committed.
+        patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text
+            such as "90s" or "2min"; so is `grace`.
         leave_on_sigterm: on SIGTERM save the error memory and end the process, by SystemExit from the inner step or
             from the wait for other workers. If it cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
@@ -139,9 +141,9 @@ class Elastic(Option):
     memory_file: str | Path | None = own(None)
     weight: Literal["steps"] | Callable[[], float] | None = own(None)
     share_optimizer_state: bool = own(True)
-    patience: float = own(3600.0)
+    patience: float | str = own(3600.0)
     leave_on_sigterm: bool = own(True)
-    grace: float = own(25.0)
+    grace: float | str = own(25.0)
     group: Any = own(None)
 
     def __post_init__(self) -> None:
@@ -154,7 +156,7 @@ class Elastic(Option):
         if self.memory_file is not None:
             object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
-            if not getattr(self, name) > 0:
+            if not duration(getattr(self, name), name) > 0:
                 raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)!r}")
 
 

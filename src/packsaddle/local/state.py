@@ -58,7 +58,7 @@ def rules(*, keep_unsent: bool) -> list[Rule]:
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-        *(Rule((name,), "own") for name in ("skips", "ledger", "membership")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
         *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]

@@ -27,7 +27,7 @@ from packsaddle.comm.group import training_group
 from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
-from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
@@ -100,10 +100,11 @@ class LocalUpdates(JoinableSteps):
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
     worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
-    differ between workers; and RuntimeError at the first step if gradients are identical on all workers, so exchanged
-    already, and if workers make different calls, for example a round and `flush`, after unequal numbers of steps:
-    within torch's `Join([local])` a worker that has ended takes part in the others' rounds. If training ends with steps
-    after the last `flush`, `state_dict` or use of the anchor, rank 0 logs a warning.
+    differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and
+    RuntimeError at the first step if gradients are identical on all workers, so exchanged already, and if workers make
+    different calls, for example a round and `flush`, after unequal numbers of steps: within torch's `Join([local])` a
+    worker that has ended takes part in the others' rounds. If training ends with steps after the last `flush`,
+    `state_dict` or use of the anchor, rank 0 logs a warning.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -161,6 +162,7 @@ class LocalUpdates(JoinableSteps):
             check_covers(self._parameters.values(), model)
         untrained = untrained_tensors(self.optimizers, model)
         self.steps = 0  # n: attempted inner steps
+        self._with_others = Bytes()  # `uncompressed` less that of all steps with this number of workers
         self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
@@ -181,7 +183,7 @@ class LocalUpdates(JoinableSteps):
         with torch.no_grad():
             self._fragments = partition(self._parameters, options, self._channel, device, agree)
         d = sum(part.compressed_d for part in self._fragments)
-        warn_of_nothing(spec.at(0), d, spec.dense_below, stacklevel=2)
+        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=2)
         spec.at(0).validate(d)
         for part in self._fragments:
             part.use(spec.at(0))
@@ -385,7 +387,12 @@ class LocalUpdates(JoinableSteps):
     def uncompressed(self) -> Bytes:
         """The bytes that all-reduces of the gradients at every step so far would have sent (ring algorithm)."""
         size = sum(local_part(p).nbytes for p in self._parameters.values())
-        return ring_all_reduce(self.steps * size, self._group.size)
+        return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
+
+    def _load_uncompressed(self, saved: Bytes) -> None:
+        """Keep the bytes of earlier steps, of another number of workers. Call after loading `steps`."""
+        self._with_others = Bytes()
+        self._with_others = saved - self.uncompressed
 
     @property
     def exchanging(self) -> bool:
@@ -585,6 +592,7 @@ class LocalUpdates(JoinableSteps):
             attribute(("steps",), self, "steps", int),
             *self._rounds.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
+            Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
 

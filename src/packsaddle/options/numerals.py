@@ -1,11 +1,13 @@
 """Parsing of numbers and durations with units: 1e6, 25_000_000, 25M, 1%; 55ms, 2min."""
 
 import re
+from contextlib import suppress
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%]?)")
 _UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}  # per second; dividing makes 55ms exactly 0.055
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
+DURATION = "seconds such as 30, 55ms or 2min"
 _EXACT = 2.0**53  # larger whole floats may differ from the text
 
 
@@ -32,3 +34,13 @@ def seconds(text: str) -> float:
     """Parse a duration: a number in the notation of `real`, and a unit us, ms, s (default) or min; return seconds."""
     match = _DURATION.fullmatch(text.strip())
     return real(text) if match is None else real(match[1]) / _UNITS[match[2]]
+
+
+def duration(value: float | str, name: str) -> float:
+    """Return the seconds of the argument `name`, a number or a text as for `seconds`. Raises ValueError otherwise."""
+    with suppress(ValueError):
+        if isinstance(value, str):
+            return seconds(value)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    raise ValueError(f"{name} must be {DURATION}, got {value!r}")

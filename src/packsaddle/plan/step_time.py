@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from packsaddle.comm.aggregators import Aggregator, Work
 from packsaddle.comm.cost_model import Cost, RingAllReduce
+from packsaddle.options.numerals import duration
 
 FRAMING = 1448 / 1514  # TCP/IP payload as a fraction of an Ethernet frame of 1,514 bytes
 LATENCY = 1e-4  # seconds of a small message, typical of gloo in a local network
@@ -23,7 +24,9 @@ _MOST = 1e9  # limit of seconds and of spreads: sums and squares of larger ones 
 
 @dataclass(frozen=True)
 class Link:
-    """The link between a worker and the others. Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
+    """The link between a worker and the others. Times are numbers, or text such as "55ms".
+
+    Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
 
     >>> from packsaddle.plan import Link
     >>> link = Link.nominal(100e6, latency=1e-4)
@@ -39,13 +42,14 @@ class Link:
         if not self.rate > 0:
             raise ValueError(f"rate of a link must be positive, in bytes a second, got {self.rate}")
         for name in ("latency", "overhead"):
+            object.__setattr__(self, name, duration(getattr(self, name), name))
             if not 0 <= getattr(self, name) <= _MOST:
                 raise ValueError(f"{name} of a link must be from 0 to {_MOST:g} seconds, got {getattr(self, name)}")
 
     @classmethod
-    def nominal(cls, bits: float, latency: float) -> "Link":
+    def nominal(cls, bits: float, latency: float | str) -> "Link":
         """Return the link with a nominal rate in bits a second, headers included, and a `latency` in seconds."""
-        return cls(latency, bits / 8 * FRAMING)
+        return cls(duration(latency, "latency"), bits / 8 * FRAMING)
 
     @property
     def bits(self) -> float:
@@ -61,8 +65,8 @@ class Link:
 class Fleet:
     """The workers, whose compute times are independent: mean `compute` seconds, standard deviation spread * compute.
 
-    Raises ValueError unless workers is at least 1, compute and spread are from 0 to 1e9, and spread is at most 1 with
-    the tail "exponential".
+    `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread
+    are from 0 to 1e9, and spread is at most 1 with the tail "exponential".
 
     >>> from packsaddle.plan import Fleet
     >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
@@ -77,6 +81,7 @@ class Fleet:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
+        object.__setattr__(self, "compute", duration(self.compute, "compute"))
         for name in ("compute", "spread"):
             if not 0 <= getattr(self, name) <= _MOST:
                 raise ValueError(f"{name} must be from 0 to {_MOST:g}, got {getattr(self, name)}")

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -212,10 +213,11 @@ def commit() -> str | None:
 
 
 def environment(version: str, workers: int, device: str) -> dict[str, Any]:
-    """Return the versions, command and hardware of this run, for environment.json."""
+    """Return the versions, command, start (UTC) and hardware of this run, for environment.json."""
     return {
         "packsaddle": version,
         "commit": commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["packsaddle", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": sys.version.split()[0],

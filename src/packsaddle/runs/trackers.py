@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,6 +17,8 @@ from packsaddle.integrations.callbacks import scalars
 from packsaddle.runs.run_folder import RunFolder
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+Outcome = Literal["finished", "failed", "killed"]  # of a run; killed: interrupted or terminated
+_EXIT_CODES: Mapping[Outcome, int] = {"finished": 0, "failed": 1, "killed": 130}
 _FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json that metrics.jsonl may lack
 
 
@@ -25,20 +28,20 @@ class Tracker(Protocol):
     >>> class Printer:
     ...     def log(self, metrics, step):
     ...         print(step, dict(metrics))
-    ...     def finish(self):
-    ...         print("done")
+    ...     def finish(self, outcome="finished"):
+    ...         print(outcome)
     >>> tracker = Printer()
     >>> tracker.log({"loss": 0.5}, step=10)
     10 {'loss': 0.5}
     >>> tracker.finish()
-    done
+    finished
     """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the `metrics` of a step, by name; `step` never decreases between calls."""
 
-    def finish(self) -> None:
-        """Flush and close."""
+    def finish(self, outcome: Outcome = "finished") -> None:
+        """Record the outcome of the run, flush and close."""
 
 
 class TensorBoard:
@@ -58,8 +61,8 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def finish(self) -> None:
-        """Flush and close."""
+    def finish(self, outcome: Outcome = "finished") -> None:
+        """Flush and close; event files have no outcome."""
         self._writer.close()
 
 
@@ -93,9 +96,9 @@ class WandB:
         """Record the `metrics` of a step as one row."""
         self._run.log(dict(metrics), step=step)
 
-    def finish(self) -> None:
-        """Flush and close."""
-        self._run.finish()
+    def finish(self, outcome: Outcome = "finished") -> None:
+        """Record the outcome as the exit code (0, 1 or 130), flush and close."""
+        self._run.finish(exit_code=_EXIT_CODES[outcome])
 
 
 class MLflow:
@@ -131,9 +134,9 @@ class MLflow:
         found = [self._metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=found)
 
-    def finish(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self._run_id)
+    def finish(self, outcome: Outcome = "finished") -> None:
+        """Mark the run as FINISHED, FAILED or KILLED, by its `outcome`."""
+        self._client.set_terminated(self._run_id, status=outcome.upper())
 
 
 _LIBRARIES: Mapping[TrackerName, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow.entities"}
@@ -149,6 +152,8 @@ def require_tracker(name: TrackerName) -> Any:
 
 class TrackedFolder(RunFolder):
     """A run folder that also sends metrics, certificates and final results to trackers."""
+
+    is_stopped = False  # True: the run was terminated, and has saved a checkpoint
 
     def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
         super().__init__(path)
@@ -172,14 +177,23 @@ class TrackedFolder(RunFolder):
 
 
 @contextmanager
-def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[RunFolder]:
-    """Yield a run folder with the named trackers, which write inside it; finish them afterwards."""
+def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[TrackedFolder]:
+    """Yield a run folder with the named trackers, which write inside it; finish them with the outcome of the block.
+
+    An exception is "failed", except KeyboardInterrupt, SystemExit and `TrackedFolder.is_stopped`, which are "killed".
+    """
+    trackers: list[Tracker] = []
+    folder = TrackedFolder(path, trackers)
+
+    def finish(tracker: Tracker, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
+        tracker.finish("failed" if failed else "finished" if kind is None and not folder.is_stopped else "killed")
+
     with ExitStack() as stack:
-        trackers = []
         for name in dict.fromkeys(names):
             trackers.append(_open(name, path, label, config))
-            stack.callback(trackers[-1].finish)
-        yield TrackedFolder(path, trackers)
+            stack.push(partial(finish, trackers[-1]))
+        yield folder
 
 
 def _open(name: TrackerName, folder: Path, label: str, config: Mapping[str, Any]) -> Tracker:

@@ -19,7 +19,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import is_averaged_by_ddp, training_group
 from packsaddle.comm.ledger import Ledger, Totals
-from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
@@ -118,8 +118,9 @@ class CompressedSGD(Optimizer):
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
-    range or differs between workers, and TypeError for one of another type. The first `step` raises RuntimeError if a
-    DistributedDataParallel exchanges the same gradients.
+    range or differs between workers, TypeError for one of another type, and RuntimeError if a launcher has set
+    WORLD_SIZE above 1 and there is no process group. The first `step` raises RuntimeError if a DistributedDataParallel
+    exchanges the same gradients.
 
     `choice` has the way messages are averaged and the reason, `monitor` the measured contraction, `skips` the skipped
     steps (x, memories and t do not change in them), `drifts` the comparisons at which workers differed.
@@ -174,7 +175,7 @@ class CompressedSGD(Optimizer):
 
         # x as one vector, and the workers.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
-        warn_of_nothing(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
+        warn_if_nothing_compressed(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from packsaddle.cli.report import report
 from packsaddle.cli.run import remarks
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.runs.report import write_report
-from packsaddle.runs.report.curves import curve, read_curves, write_curves
-from packsaddle.runs.report.page import charts_of
+from packsaddle.runs.report.curves import curve, read_curves, stills, write_curves
+from packsaddle.runs.report.document import document
 from packsaddle.runs.report.settings import position, settings
-from packsaddle.runs.report.tables import plateau, row
-from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
+from packsaddle.runs.report.tables import plateau, row, run_table
+from packsaddle.runs.run_folder import Run, RunFolder, make_new, read_runs
 
 
 def line(epoch: float, loss: float) -> dict[str, Any]:
@@ -116,7 +117,8 @@ def test_labels_are_written_whatever_the_locale_is(tmp_path: Path, monkeypatch: 
 
 def test_row_of_an_empty_run(tmp_path: Path) -> None:
     (run,) = read_runs([make_run(tmp_path / "a", "new", [], done=False)])
-    assert row(run).run == "new (unfinished)"
+    assert (row(run).run, row(run).finished) == ("new", False)
+    assert run_table([run]).rows[0][0] == "new (unfinished)"
     write_report([run], tmp_path / "report")
 
 
@@ -175,10 +177,14 @@ def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.Captu
     page = write_report(runs, tmp_path / "report").read_text()
     assert "stands (standing still)" in page
     assert "falls (standing" not in page
-    ((loss, *others),) = [[c["still"] for c in charts_of(settings(runs), [curve(s) for s in settings(runs)])["charts"]]]
-    assert others == [[]]
-    (bar,) = loss
-    assert (bar["setting"], bar["since"], bar["level"], bar["epoch"], bar["step"]) == (1, 20, 0.1, [2.5, 10], [25, 100])
+    (none, (bar,)) = (stills(setting) for setting in settings(runs))
+    assert none == []
+    assert (bar.found.since, bar.found.level, bar.x["epoch"], bar.x["step"]) == (
+        20,
+        pytest.approx(0.1),
+        (2.5, 10),
+        (25, 100),
+    )
     with (tmp_path / "report" / "table.csv").open() as file:
         assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
     with (tmp_path / "report" / "settings.csv").open() as file:
@@ -220,3 +226,69 @@ def test_the_table_needs_nothing(
         report((run,))
     assert "final loss" in capsys.readouterr().out
     assert not (run / "report").exists()
+
+
+def test_the_report_as_json_has_the_numbers_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the lines on disk; a diverged loss is text that float reads, since JSON has no infinity."""
+    folders = [make_run(tmp_path / "a", "a", LINES), make_run(tmp_path / "b", "a", LINES[:4], done=False)]
+    folders.append(make_run(tmp_path / "c", "c", [line(1.0, math.inf)]))
+    for seed, folder in enumerate(folders[:2]):
+        (folder / "config.json").write_text(json.dumps({"label": "a", "plateau": 0.1, "seed": seed}))
+    certificate = {"step": 10, "epoch": 1.0, "verdict": "saddle", "lambda_min_lower": -0.3, "lambda_min_upper": -0.2}
+    (folders[0] / "certificates.jsonl").write_text(json.dumps(certificate) + "\n")
+    report(tuple(folders), json=True)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["format"], [r["setting"] for r in found["runs"]]) == (1, ["a", "a", "c"])
+
+    # Runs, by their files.
+    for told, folder in zip(found["runs"], folders, strict=True):
+        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        summary = folder / "summary.json"
+        done = json.loads(summary.read_text()) if summary.exists() else {"final_loss": lines[-1]["loss"]}
+        assert told["folder"] == str(folder)
+        assert told["finished"] == summary.exists()
+        assert told["megabytes"] == lines[-1]["sent"] / 1e6
+        assert told["seconds"] == lines[-1]["seconds"]
+        assert float(told["final_loss"]) == done["final_loss"]
+        assert [told[name] for name in ("test_loss", "compression")] == [done.get("test_loss"), done.get("compression")]
+    assert [(r["plateau_epochs"], r["left_plateau"]) for r in found["runs"][:2]] == [(1.5, True), (1.0, False)]
+    assert found["runs"][2]["final_loss"] == "inf"
+
+    # Settings, and the certificate's line.
+    a, c = found["settings"]
+    assert (a["seeds"], a["unfinished"], a["on_plateau"], c["seeds"]) == (2, 1, 1, 1)
+    assert a["final_loss"]["values"] == [0.05, 0.096]
+    half = 12.7062 * abs(0.096 - 0.05) / 2  # Student's t with one degree of freedom
+    assert a["final_loss"]["mean"] == pytest.approx(0.073)
+    assert (a["final_loss"]["low"], a["final_loss"]["high"]) == pytest.approx((0.073 - half, 0.073 + half), rel=1e-4)
+    assert c["plateau_epochs"] == {"mean": 0.0, "low": None, "high": None, "values": [0.0]}
+    (told,) = found["certificates"]
+    assert {name: told[name] for name in certificate} == certificate
+    assert (told["setting"], told["seed"], told["threshold"]) == ("a", 0, None)
+
+
+def test_the_report_as_json_is_documented() -> None:
+    """Every key of a run, and no other, has a row with its unit in docs/metrics.md."""
+    text = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| ", text[text.index("| of a run | unit |") :], re.MULTILINE)
+    named = [name for keys, _ in rows for name in re.findall(r"`(\w+)`", keys)]
+    (made,) = document([Run(Path("a"), {}, {}, [], None, [])])["runs"]
+    assert sorted(named) == sorted(made)
+
+
+def test_the_json_file_is_never_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = make_run(tmp_path / "a", "a", LINES), tmp_path / "new" / "report.json"
+    report((folder,), out, json=True)
+    assert json.loads(out.read_text())["runs"][0]["run"] == "a"
+    assert capsys.readouterr().out == ""
+    assert not (folder / "report").exists()
+    out.write_text("mine")
+    with pytest.raises(ConfigError, match=r"report\.json exists already; name a new file or add --overwrite"):
+        report((folder,), out, json=True)
+    assert out.read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"new exists already; name a new file$"):
+        report((folder,), out.parent, overwrite=True, json=True)
+    with pytest.raises(ConfigError, match=r"--out: .* cannot be written: "):
+        report((folder,), out / "inner.json", json=True)
+    report((folder,), out, overwrite=True, json=True)
+    assert json.loads(out.read_text())["format"] == 1

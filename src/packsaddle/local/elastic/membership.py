@@ -47,6 +47,7 @@ from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import share
 from packsaddle.numerics.seeds import mix
+from packsaddle.options.numerals import duration
 
 _log = logging.getLogger("packsaddle")
 _PAUSE = 0.05  # seconds between two attempts at a round
@@ -115,7 +116,7 @@ class Membership:
         rules = [Rule((), "shared")]
         self._shared_state = State("LocalUpdates", rules, self._shared_identity, self._shared_fields)
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
-        self._sigterm = Sigterm(self._may_leave, settings.grace)
+        self._sigterm = Sigterm(self._may_leave, duration(settings.grace, "grace"))
         if settings.leave_on_sigterm:
             self._sigterm.listen()
 
@@ -161,7 +162,8 @@ class Membership:
         differ from the others'.
         """
         # The time of an inner step, from which `_set_pace` balances the workers.
-        arrived, until = time.monotonic(), self.settings.patience if patience is None else patience
+        arrived = time.monotonic()
+        until = duration(self.settings.patience, "patience") if patience is None else patience
         ahead = self.account.ahead
         seconds = (arrived - self._resumed) / ahead if ahead else 0.0
         while True:

@@ -1,12 +1,16 @@
-"""Static figures of settings: means over seeds against epochs and bytes sent."""
+"""Figures of settings: quantities as means over seeds, and certificates, against bytes sent, epochs and other axes."""
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from packsaddle.errors import require
-from packsaddle.runs.report.curves import Curve, plateaus, points, smallest_threshold, stills
+from packsaddle.runs.report.curves import QUANTITIES, Curve, plateaus, points, smallest_threshold, stills
 from packsaddle.runs.report.settings import Axis, Setting
 
 STYLE: dict[Any, Any] = {
@@ -24,13 +28,22 @@ STYLE: dict[Any, Any] = {
 _NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette for color-blind readers; black first, for the baseline.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
-QUANTITY_NAMES = {
+PANELS = {
     "loss": "training loss",
     "grad_norm": "stochastic gradient norm",
     "test_loss": "test loss",
     "test_accuracy": "test accuracy",
+    "curvature": "smallest eigenvalue of the Hessian",
 }
-_COLUMNS: dict[Axis, str] = {"epoch": "epochs", "megabytes": "megabytes per worker"}
+AXIS_NAMES: dict[Axis, str] = {
+    "megabytes": "megabytes per worker",
+    "epoch": "epochs",
+    "step": "steps",
+    "seconds": "seconds",
+    "rounds": "rounds",
+}
+_LOGARITHMIC = {"megabytes", "rounds"}  # compression and local updates change them by orders of magnitude
+_INTERVALS = 200  # of an axis; a longer curve is thinned to their extremes
 
 
 def line_style(i: int) -> dict[str, str]:
@@ -38,53 +51,116 @@ def line_style(i: int) -> dict[str, str]:
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
-def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
-    """Return a figure of settings and their curves: means over seeds, with bands from the 10% to the 90% quantile.
+def panels(settings: Sequence[Setting], curves: Sequence[Curve]) -> list[str]:
+    """Return the keys of `PANELS` to draw: loss and gradient norm always, the others if measured."""
+    measured = {q for q in QUANTITIES if any(c.along("epoch", q)[0] for c in curves)} | {"loss", "grad_norm"}
+    if any(points(setting) for setting in settings):
+        measured.add("curvature")
+    return [panel for panel in PANELS if panel in measured]
 
-    Columns: epochs and megabytes per worker. Rows: loss, gradient norm and, if measured, test loss, test accuracy
-    and the bounds on the Hessian's smallest eigenvalue.
+
+def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
+    """Return a figure with a row for each panel, against megabytes per worker and against epochs."""
+    require("matplotlib", "plot", "drawing figures")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    rows = panels(settings, curves)
+    columns: tuple[Axis, Axis] = ("megabytes", "epoch")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.2 * len(rows) + 0.5), layout="constrained")
+        axes = figure.subplots(len(rows), 2, sharex="col", sharey="row")
+        for i, panel in enumerate(rows):
+            for j, along in enumerate(columns):
+                _draw_panel(axes[i][j], panel, along, settings, curves)
+            axes[i][0].set_ylabel(PANELS[panel])
+        for j, along in enumerate(columns):
+            axes[-1][j].set_xlabel(AXIS_NAMES[along])
+        if "curvature" in rows:
+            _add_verdicts(axes[-1][0])
+        _add_legend(figure, *axes[0][0].get_legend_handles_labels())
+        return figure
+
+
+def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
+    """Return one panel as an <svg> element for a page, without a legend.
+
+    Palette colors are the page's CSS variables --c0, --c1, ..., black is --c0, and all marks of the i-th setting have
+    the class setting-i. Texts use the page's font.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    tested = [q for q in ("test_loss", "test_accuracy") if any(c.along("epoch", q)[0] for c in curves)]
-    quantities = ["loss", "grad_norm", *tested]
-    certified = any(points(setting) for setting in settings)
-    rows = len(quantities) + certified
+    own = {"svg.fonttype": "none", "svg.hashsalt": f"{panel} {along}", "font.size": 11}  # ids are unique in the page
+    with mpl.rc_context(STYLE | own):
+        figure, file = Figure(figsize=(4.8, 3.1)), io.StringIO()
+        axes = figure.add_axes((0.16, 0.17, 0.82, 0.8))  # a layout engine would take most of the time
+        _draw_panel(axes, panel, along, settings, curves)
+        axes.set_xlabel(AXIS_NAMES[along])
+        figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
 
-    # One row per quantity, then the bounds of certificates.
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 3.2 * rows + 0.5), layout="constrained")
-        axes = figure.subplots(rows, 2, sharex="col", sharey="row")
-        for column, (along, name) in zip(axes.T, _COLUMNS.items(), strict=True):
-            for axis, quantity in zip(column, quantities, strict=False):  # without the certificates' row
-                _draw_curves(axis, curves, along, quantity)
-            for level in plateaus(settings):
-                column[0].axhline(level, color="grey", linewidth=1, linestyle=":")
-            _draw_stills(column[0], settings, along)
-            if certified:
-                _draw_bounds(column[-1], settings, along)
-            column[-1].set_xlabel(name)
-
-        # Names and scales, shared by rows and columns. Axis limits depend on this order of calls.
-        for axis, quantity in zip(axes[:, 0], quantities, strict=False):
-            axis.set_ylabel(QUANTITY_NAMES[quantity])
-        if certified:
-            _name_bounds(axes[-1][0], settings)
-        if any(_positive(c.columns["grad_norm_mean"]) for c in curves):
-            axes[1][0].set_yscale("log")
-        if any(_positive(c.columns["megabytes"], c.columns["loss_mean"]) for c in curves):
-            axes[-1][1].set_xscale("log")
-        _add_legend(figure, *axes[0][0].get_legend_handles_labels())
-        return figure
+    # Remove what an element of a page does not need, such as millionths of a point; use the page's colors and classes.
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'<g id="(setting-\d+)"', r'<g class="\1"', text[text.index("<svg") :])
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+    for i, colour in enumerate(COLOURS):
+        text = text.replace(colour.lower(), f"var(--c{i})")
+    return text
 
 
-def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str) -> None:
+def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> None:
+    """Draw all settings; logarithmic scales are used only if they have data, as diverged runs may have none."""
+    log_x = along in _LOGARITHMIC and any(_positive(c.columns[along], c.columns["loss_mean"]) for c in curves)
+    if panel == "curvature":
+        _draw_bounds(axes, settings, along)
+        axes.set_yscale("symlog", linthresh=smallest_threshold(settings))
+    else:
+        _draw_curves(axes, curves, along, panel, log_x)
+    if panel == "loss":
+        for level in plateaus(settings):
+            axes.axhline(level, color="grey", linewidth=1, linestyle=":")
+        _draw_stills(axes, settings, along)
+    if panel == "test_accuracy":
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    if panel == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
+        axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
+
+
+def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str, log_x: bool) -> None:
     for i, c in enumerate(curves):
         x, mean, low, high = c.along(along, quantity)
-        axes.plot(x, mean, label=_plain(c.setting), **line_style(i))
-        axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
+        kept = thinned(x, (mean, low, high), log_x)
+        x, mean, low, high = ([column[k] for k in kept] for column in (x, mean, low, high))
+        axes.plot(x, mean, label=_plain(c.setting), gid=f"setting-{i}", **line_style(i))
+        if low != high:
+            band = {"color": line_style(i)["color"], "alpha": 0.2, "linewidth": 0, "gid": f"setting-{i}"}
+            axes.fill_between(x, low, high, **band)
+
+
+def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -> list[int]:
+    """Return the indices of the points to draw, ascending: all of a short curve.
+
+    Of a longer one, the points with the smallest and the largest value of each column in each of 200 equal intervals
+    of the axis (of log x with `log`), and the two ends: no extreme is lost, and every point drawn is a point measured.
+    """
+    if len(x) <= 2 * _INTERVALS:
+        return list(range(len(x)))
+    place = np.nan_to_num(np.asarray(x, dtype=float), posinf=0.0, neginf=0.0)
+    if log and (place > 0).any():
+        place = np.log(np.maximum(place, place[place > 0].min()))
+    interval = ((place - place.min()) / (np.ptp(place) or 1.0) * _INTERVALS).astype(int)
+    kept = {0, len(x) - 1}
+
+    # Sorted by interval and then by value, each interval's extremes are the ends of its part. NaNs come last.
+    for column in map(np.asarray, columns):
+        order = np.lexsort((column, interval))
+        ends = np.flatnonzero(np.diff(interval[order]))
+        kept.update(order[[0, *(ends + 1)]].tolist(), order[[*ends, -1]].tolist())
+    return sorted(kept)
 
 
 def _draw_stills(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
@@ -92,7 +168,7 @@ def _draw_stills(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
     for i, setting in enumerate(settings):
         for still in stills(setting):
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
-            axes.plot(still.x[along], [still.found.level] * 2, **style)
+            axes.plot(still.x[along], [still.found.level] * 2, gid=f"setting-{i}", **style)
 
 
 def _positive(*columns: Sequence[float]) -> bool:
@@ -123,26 +199,25 @@ _MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large":
 def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
     """Draw a bar from the lower to the upper bound of every certificate, a marker for its verdict, the threshold."""
     for i, setting in enumerate(settings):
-        colour, known = COLOURS[i % len(COLOURS)], points(setting)
+        style, known = {"color": COLOURS[i % len(COLOURS)], "gid": f"setting-{i}"}, points(setting)
         for run in setting.runs:
             own = [p for p in known if p.run is run]
             thresholds = [p.certificate["threshold"] for p in own]
-            axes.plot([p.x[along] for p in own], thresholds, color=colour, linewidth=1, linestyle=":")
+            axes.plot([p.x[along] for p in own], thresholds, linewidth=1, linestyle=":", **style)
         for p in known:
             c, x = p.certificate, p.x[along]
             if p.looked:
-                axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
+                axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], **style)
             # Without curvature bounds, the marker is on the threshold.
             height = c["lambda_min_upper"] if p.looked else c["threshold"]
-            axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
+            axes.plot(x, height, _MARKERS[c["verdict"]], markersize=7, label=c["verdict"], **style)
 
 
-def _name_bounds(axes: Any, settings: Sequence[Setting]) -> None:
-    axes.set_ylabel("smallest eigenvalue of the Hessian")
-    axes.set_yscale("symlog", linthresh=smallest_threshold(settings))
+def _add_verdicts(axes: Any) -> None:
+    """Add a legend of the markers, above the axes."""
     handles, labels = axes.get_legend_handles_labels()
     by_verdict = dict(zip(labels, handles, strict=True))
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}  # above the axes
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
     axes.legend(by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, **place)
 
 

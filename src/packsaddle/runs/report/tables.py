@@ -17,6 +17,8 @@ class Row:
     """The row of one run; None: unknown or not applicable."""
 
     run: str
+    seed: int | None
+    finished: bool
     final_loss: float | None  # mean training loss of the last epoch
     test_loss: float | None
     test_accuracy: float | None
@@ -47,7 +49,9 @@ def row(run: Run) -> Row:
     spent, left = plateau(run.metrics, run.config.get("plateau"))
     still = standstill(run.metrics)
     return Row(
-        run=run.label + ("" if run.summary else " (unfinished)"),
+        run=run.label,
+        seed=run.config.get("seed"),
+        finished=run.summary is not None,
         final_loss=summary.get("final_loss", last.get("loss")),
         test_loss=summary.get("test_loss", _latest(run, "test_loss")),
         test_accuracy=summary.get("test_accuracy", _latest(run, "test_accuracy")),
@@ -99,18 +103,47 @@ def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[flo
     return (after[-1]["epoch"] if left is None else left) - entered, left is not None
 
 
-# Quantities in the tables: heading and number format.
-_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "final_loss": ("final loss", "{:.4f}".format),
-    "test_loss": ("test loss", "{:.4f}".format),
-    "test_accuracy": ("test accuracy", "{:.2%}".format),
-    "plateau_epochs": ("epochs on plateau", "{:.1f}".format),
-    "still_since": ("still since step", "{:,}".format),
-    "megabytes": ("MB per worker", "{:,.1f}".format),
-    "compression": ("compression", "{:,.1f}x".format),
-    "seconds": ("seconds", "{:.1f}".format),
+@dataclass(frozen=True)
+class Column:
+    """A quantity in the tables."""
+
+    heading: str
+    write: Callable[[float], str]
+    meaning: str  # for the legend
+
+
+_COLUMNS = {
+    "final_loss": Column("final loss", "{:.4f}".format, "mean training loss of the last epoch"),
+    "test_loss": Column("test loss", "{:.4f}".format, "mean loss of the test examples"),
+    "test_accuracy": Column("test accuracy", "{:.2%}".format, "fraction of the test examples classified correctly"),
+    "plateau_epochs": Column(
+        "epochs on plateau",
+        "{:.1f}".format,
+        f"from the first loss at most {PLATEAU_TOLERANCE:.0%} above the plateau's level to the first one "
+        f"{PLATEAU_TOLERANCE:.0%} below it",
+    ),
+    "still_since": Column(
+        "still since step",
+        "{:,}".format,
+        "the loss did not fall from this step to the end; a certificate distinguishes a plateau from a minimum",
+    ),
+    "megabytes": Column(
+        "MB per worker", "{:,.1f}".format, "megabytes sent by a worker; with one worker, the size of its messages"
+    ),
+    "compression": Column(
+        "compression",
+        "{:,.1f}x".format,
+        "bytes of uncompressed SGD's gradients over bytes of the run's messages, with uncompressed parts and escape "
+        "checks",
+    ),
+    "seconds": Column("seconds", "{:.1f}".format, "training time, without certificates and tests"),
 }
 _OPTIONAL = {"test_accuracy", "still_since"}  # columns that are omitted if no run has a value
+_MARKS = {
+    "+": "after a number of epochs: a lower bound, since a run was still on the plateau at its end",
+    "±": "half of the 95% confidence interval of the mean over seeds (Student's t)",
+    "standing still": "the loss did not fall up to the end; a certificate distinguishes a plateau from a minimum",
+}
 
 
 @dataclass(frozen=True)
@@ -119,36 +152,43 @@ class Table:
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    legend: tuple[tuple[str, str], ...]  # marks in the cells, and headings, with their meanings
+
+
+def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """Return a table of two columns and the quantities `shown`; its legend has only the marks that occur."""
+    names, numbers = " ".join(cells[0] for cells in rows), " ".join(cell for cells in rows for cell in cells[1:])
+    marks = [(mark, said) for mark, said in _MARKS.items() if mark in (names if mark == "standing still" else numbers)]
+    columns = [_COLUMNS[name] for name in shown]
+    headings = (*first, *(c.heading for c in columns))
+    return Table(headings, tuple(rows), (*marks, *((c.heading, c.meaning) for c in columns)))
 
 
 def run_table(runs: Sequence[Run]) -> Table:
     """Return the table of runs."""
     rows = [row(run) for run in runs]
     shown = _shown(map(vars, rows))
-    return Table(
-        ("run", "seed", *(_COLUMNS[name][0] for name in shown)),
-        tuple(
-            (r.run, _seed(run), *(_cell(name, getattr(r, name), r) for name in shown))
-            for run, r in zip(runs, rows, strict=True)
-        ),
-    )
+    cells = [(_name(r), _seed(r.seed), *(_cell(name, getattr(r, name), r) for name in shown)) for r in rows]
+    return _table(("run", "seed"), shown, cells)
 
 
 def setting_table(settings: Sequence[Setting]) -> Table:
     """Return the table of settings: means over seeds, with 95% intervals for several seeds."""
     rows = [setting_row(setting) for setting in settings]
     shown = _shown(r.estimates for r in rows)
-    return Table(
-        ("setting", "seeds", *(_COLUMNS[name][0] for name in shown)),
-        tuple(
-            (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown))
-            for r in rows
-        ),
-    )
+    cells = [
+        (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown))
+        for r in rows
+    ]
+    return _table(("setting", "seeds"), shown, cells)
 
 
-def _seed(run: Run) -> str:
-    return str(run.config.get("seed", "-"))
+def _name(r: Row) -> str:
+    return r.run + ("" if r.finished else " (unfinished)")
+
+
+def _seed(seed: int | None) -> str:
+    return "-" if seed is None else str(seed)
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -166,11 +206,11 @@ def _progress(r: SettingRow) -> str:
 
 def _cell(name: str, value: float | None, r: Row) -> str:
     still = "+" if name == "plateau_epochs" and r.left_plateau is False else ""
-    return "-" if value is None else _COLUMNS[name][1](value) + still
+    return "-" if value is None else _COLUMNS[name].write(value) + still
 
 
 def _interval(name: str, found: Estimate | None, r: SettingRow) -> str:
-    write = _COLUMNS[name][1]
+    write = _COLUMNS[name].write
     if found is None:
         return "-"
     if not math.isfinite(found.mean):
@@ -182,12 +222,24 @@ def _interval(name: str, found: Estimate | None, r: SettingRow) -> str:
     return write(found.mean) + still + spread
 
 
+_CERTIFICATE_LEGEND = (
+    ("loss, gradient norm", "of the mean loss over the examples certified, in evaluation mode"),
+    (
+        "smallest eigenvalue in",
+        "bounds on the smallest eigenvalue of the Hessian: the upper one always holds, the lower one with the "
+        "configured failure probability; -: the gradient was too large to measure curvature",
+    ),
+    ("threshold", "-sqrt(rho epsilon): the point is a saddle if the smallest eigenvalue is below it"),
+)
+
+
 def certificate_table(runs: Sequence[Run]) -> Table:
     """Return the table of all certificates along the runs."""
-    return Table(
-        ("run", "seed", "epoch", "verdict", "loss", "gradient norm", "smallest eigenvalue in", "threshold"),
-        tuple((run.label, _seed(run), *_certificate_cells(c)) for run in runs for c in run.certificates),
+    headings = ("run", "seed", "epoch", "verdict", "loss", "gradient norm", "smallest eigenvalue in", "threshold")
+    rows = (
+        (run.label, _seed(run.config.get("seed")), *_certificate_cells(c)) for run in runs for c in run.certificates
     )
+    return Table(headings, tuple(rows), _CERTIFICATE_LEGEND)
 
 
 def _certificate_cells(c: dict[str, Any]) -> list[str]:
