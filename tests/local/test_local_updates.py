@@ -485,6 +485,24 @@ def test_an_anchor_can_be_evaluated() -> None:
     assert local.steps == 1
 
 
+def test_an_evaluation_at_the_anchor() -> None:
+    """As a decorator, in each call."""
+    x = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    local = LocalUpdates(optimizer, every=2, compressor=Identity(), overlap=1)
+
+    @local.at_anchor()
+    def evaluate() -> float:
+        return float(x.detach().mean())
+
+    seen = []
+    for _ in range(5):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+        seen.append((evaluate(), float(x.detach().mean())))
+    assert seen == [(0, -1), (0, -2), (-2, -3), (-2, -4), (-4, -5)]  # exchanges after 2 and 4 land a step later
+
+
 def test_a_second_one_on_an_optimizer_is_refused() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))], lr=1.0)
     LocalUpdates(optimizer, every=8, compressor=WHOLE)

@@ -62,8 +62,8 @@ def gradient(name: str, x: Tensor, worker: int, step: int) -> Tensor:
     return ((1 + worker % 2) * x + 0.3 * (worker - 1) + 0.5 * noise).to(x.dtype)
 
 
-def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalUpdates]:
-    """Run `LocalUpdates` as this worker; return what it has in x after every step, float64[d], in ORDER."""
+def made(case: Case, **options: Any) -> tuple[dict[str, Any], torch.optim.Optimizer, LocalUpdates]:
+    """The parameters at x_0, their inner optimizer and its `LocalUpdates`."""
     parameters = {name: torch.nn.Parameter(value) for name, value in begin().items()}
     optimizer = INNERS[case.inner](list(parameters.values()))
     optimizer.param_groups[0]["param_names"] = list(parameters)
@@ -78,6 +78,12 @@ def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalU
         seed=case.seed,
         **options,
     )
+    return parameters, optimizer, local
+
+
+def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalUpdates]:
+    """Run `LocalUpdates` as this worker; return what it has in x after every step, float64[d], in ORDER."""
+    parameters, optimizer, local = made(case, **options)
     seen = []
     for n in range(1, case.steps + 1):
         step(case, n, worker, parameters, optimizer)
@@ -108,8 +114,8 @@ class Twin:
     e: list[dict[str, Tensor]]
 
 
-def twin(case: Case, workers: int) -> Twin:
-    """Run the algorithm."""
+def twin(case: Case, workers: int, ends: Sequence[int] | None = None) -> Twin:
+    """Run the algorithm; `ends` are the numbers of steps after which each worker trains no more."""
     starts, start = {}, 0
     for name in ORDER:
         starts[name] = start
@@ -125,7 +131,8 @@ def twin(case: Case, workers: int) -> Twin:
     seen: list[list[Tensor]] = [[] for _ in range(workers)]
     for n in range(1, case.steps + 1):
         for i in range(workers):
-            step(case, n, i, xs[i], inners[i])
+            if ends is None or n <= ends[i]:
+                step(case, n, i, xs[i], inners[i])
         with torch.no_grad():
             for p, names in enumerate(case.cut()):
                 if (n, p) in landing:

@@ -17,8 +17,9 @@ from packsaddle.comm.group import Group, TorchGroup, same_workers
 class MachineGroup(Group):
     """A group whose workers are machines: `rank` is the index of this process's machine, `size` the number of machines.
 
-    `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
-    Every process of a machine must call the same collectives with the same values.
+    `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within);
+    `process_group` has one process of each machine. Every process of a machine must call the same collectives with the
+    same values.
 
     >>> import torch.distributed as dist
     >>> from packsaddle.comm import machine_group
@@ -30,7 +31,7 @@ class MachineGroup(Group):
     """
 
     def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
-        self.within, self._between_group = within, between
+        self.within, self.process_group = within, between
         self.rank, self.size = dist.get_rank(between), dist.get_world_size(between)
         self.sends = dist.get_rank(within) == 0
         self._within, self._between = TorchGroup(within), TorchGroup(between) if self.sends else None
@@ -62,7 +63,7 @@ class MachineGroup(Group):
         self._within.broadcast(tensor)
 
     def background(self, device: torch.device) -> Group:
-        return MachineGroup(same_workers(self.within, device), same_workers(self._between_group, device))
+        return MachineGroup(same_workers(self.within, device), same_workers(self.process_group, device))
 
 
 def machine_group(processes: int | None = None) -> MachineGroup:

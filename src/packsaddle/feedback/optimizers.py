@@ -68,7 +68,7 @@ class Attempts:
         optimizers: Sequence[Optimizer],
         scaler: torch.amp.GradScaler | None,
         before: Callable[[Optimizer], None],
-        after: Callable[[], None],
+        after: Callable[[], object],
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after

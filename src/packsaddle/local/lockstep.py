@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.failures import PeerLostError
 from packsaddle.feedback.background import Background
 
 _log = logging.getLogger("packsaddle")
@@ -23,6 +24,7 @@ Call = Literal[
     "calls average()",
 ]
 _CALLS = get_args(Call)
+_ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"
 HEADER = 16  # bytes of the header that the check gathers: call and number of steps, int64[2]
 
 
@@ -88,7 +90,11 @@ class Lockstep:
         """Gather the call and the steps of every worker, int64[W, 2]; collective. On a GPU the host does not wait."""
         mine = torch.tensor([_CALLS.index(call), steps], device=self._device)
         self._channel.step = max(self._channel.step, steps - 1)
-        gathered = self._channel.gather({"header": mine}, fixed_size=True, purpose="guard")
+        try:
+            gathered = self._channel.gather({"header": mine}, fixed_size=True, purpose="guard")
+        except PeerLostError as error:
+            found = f"worker {self._channel.group.rank} {call} after step {steps}"
+            raise PeerLostError(f"{error}. {found}: if the other has ended after fewer steps, {_ADVICE}") from error
         return torch.stack([parts["header"] for parts in gathered])
 
     def _check(self, headers: Tensor) -> None:
@@ -110,9 +116,8 @@ class Lockstep:
         )
         if call != their_call or _CALLS[call] == "exchanges a round":
             raise RuntimeError(
-                f"{found}: all workers must make the same calls after the same number of optimizer steps. Give them "
-                f"data of equal length (drop_last=True, DistributedSampler), and pass scaler= if a GradScaler skips "
-                f"steps"
+                f"{found}: all workers must make the same calls after the same number of optimizer steps. If their "
+                f"data have different lengths, {_ADVICE}; pass scaler= if a GradScaler skips steps"
             )
         # Other equal calls pair collectives of equal sizes, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:

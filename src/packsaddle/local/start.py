@@ -5,7 +5,7 @@ mean is meaningless, and exchanging gradients as well costs all the bytes that l
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,18 +61,19 @@ def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.
 def check_first_step(
     channel: Communicator,
     anchors: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     do: Callable[[Callable[[], object]], None],
 ) -> None:
     """Check that workers started at one x, and that nothing else exchanges gradients; collective with several workers.
 
-    `anchors` are this worker's start, `gradients` those of its first step, and `do` runs a collective. Raises
-    RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Gradients with fewer than 16
-    different values, not counting 0, Inf and NaN, may be equal by chance: rank 0 then warns instead.
+    `anchors` are this worker's start, `parameters` have the gradients of its first step, and `do` runs a collective.
+    Raises RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Gradients with fewer
+    than 16 different values, not counting 0, Inf and NaN, may be equal by chance: rank 0 then warns instead.
     """
     if channel.group.size == 1:
         return
     # Each worker's start and gradients, as one fingerprint each.
+    gradients: list[Any] = [local_part(p.grad) for p in parameters if p.grad is not None]
     gradients = [g if g.layout == torch.strided else g.to_dense() for g in gradients]
     start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()
     whole = torch.stack([fingerprint(g) for g in gradients]).sum().cpu() if gradients else start.new_zeros(())

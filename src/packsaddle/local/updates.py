@@ -24,22 +24,22 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
 from packsaddle.comm.group import training_group
+from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.checks import Drift, DriftGuard
+from packsaddle.feedback.checks import Drift
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
-from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
+from packsaddle.feedback.state import State, Value, Vector, attribute
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.escape import AnchorEscape
-from packsaddle.local.fragment import Fragment, by_parameter, partition
+from packsaddle.local.fragment import by_parameter, partition
 from packsaddle.local.inner import (
     OtherOptimizers,
     Shards,
@@ -50,16 +50,18 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
 )
-from packsaddle.local.lockstep import Call, Lockstep
+from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
+from packsaddle.local.rounds import Rounds, outer_optimizer
 from packsaddle.local.start import check_first_step, share_start, untrained_tensors
-from packsaddle.numerics.kernels import compiler
+from packsaddle.local.state import agreement, identity, rules
+from packsaddle.local.unsent import UnsentSteps
 from packsaddle.numerics.seeds import as_seed
 
 
-class LocalUpdates:
+class LocalUpdates(JoinableSteps):
     """Local updates of any torch optimizers, averaged over workers with compression and error feedback.
 
     The training loop does not change: hooks on `optimizer.step()` count steps, and exchange after every `every`-th one.
@@ -100,7 +102,9 @@ class LocalUpdates:
     worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
     differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and
     RuntimeError at the first step if gradients are identical on all workers, so exchanged already, and if workers make
-    different calls, for example a round and `flush`, after unequal numbers of steps.
+    different calls, for example a round and `flush`, after unequal numbers of steps: within torch's `Join([local])` a
+    worker that has ended takes part in the others' rounds. If training ends with steps after the last `flush`,
+    `state_dict` or use of the anchor, rank 0 logs a warning.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -163,10 +167,11 @@ class LocalUpdates:
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
         # Workers, and exchanges in the background if they have a delay and the group supports it.
-        elastic, fixed = _by_kind(options.workers)
+        elastic = options.workers if isinstance(options.workers, Elastic) else None
+        fixed = options.workers if isinstance(options.workers, Workers) else Workers()
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
-        home = local_part(next(iter(self._parameters.values()))).device
-        device = torch.device("cpu") if offload else home
+        device = torch.device("cpu") if offload else local_part(next(iter(self._parameters.values()))).device
+        super().__init__(group, device, elastic=elastic is not None)
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         self.ledger = Ledger()
         self._channel = Communicator(apart or group, self.ledger)
@@ -186,35 +191,33 @@ class LocalUpdates:
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
         # After an exchange: the outer step, a reset of the inner optimizer, a comparison, the escape check.
-        self.outer = None if outer is None else self._make_outer(outer)
+        self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer is not None else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
-        self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
-        where = (self._fragments, self._channel, options.seed)
-        self._escape = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
-        self._resets: list[Reset] = []
+        exchanges = (self._channel, self._lockstep, self._participation)
+        self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
 
-        rules = _rules(keep_unsent=keep_unsent)
-        self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
+        same_saved = partial(identity, options, self._fragments, self._channel.group)
+        self.saved_state = State("LocalUpdates", rules(keep_unsent=keep_unsent), same_saved, self._saved_fields)
 
         # Arguments must be equal on all workers, and all start from the same x.
-        same = self._agreement(untrained)
+        same = agreement(options, self._fragments, self.outer, self._parameters, untrained)
         self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
         if elastic is None:
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
             share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
-            self._set_anchors()
+            self._rounds.set_anchors()
         else:
-            inner_and_outer = (self.optimizers, self.outer)
-            self.membership = Membership(
-                options, self._fragments, self._channel, *inner_and_outer, self._outcomes, as_text(same)
-            )
+            settings = (options, self._fragments, self._channel)
+            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
 
         # Hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
-        for each in self.optimizers:
+        for each in (*self.optimizers, *([self.outer] if self.outer else [])):
             follow(each, self)
+        warns = elastic is None and group.size > 1 and group.rank == 0 and group.sends
+        self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     def __repr__(self) -> str:
@@ -225,27 +228,6 @@ class LocalUpdates:
             f"fragments={len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, "
             f"rounds={self.rounds})"
         )
-
-    def _make_outer(self, make: Outer) -> Optimizer:
-        """Return the outer optimizer of the anchor's tensors, which are in the inner optimizer's order."""
-        by_name = {
-            p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)
-        }
-        outer = make([by_name[name] for name in self._parameters])
-        if not isinstance(outer, Optimizer):
-            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(outer).__name__}")
-        follow(outer, self)
-        return outer
-
-    def _agreement(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
-        """Return the values that must be equal on all workers, by name."""
-        outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
-        same = self.options.agreement()
-        same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
-        for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
-            for i, (name, p) in enumerate(tensors):
-                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
-        return same
 
     # Inner steps, and the rounds that follow them.
 
@@ -262,78 +244,41 @@ class LocalUpdates:
                 p.grad = None
 
     @torch.no_grad()
-    def _attempted(self) -> None:
-        """Count an inner step, applied or skipped by a scaler; finish the rounds that are due, then begin new ones."""
+    def _attempted(self, *, has_ended: bool = False) -> bool:
+        """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
+
+        Returns True if a fixed set of workers had collectives. With `has_ended` this worker no longer trains.
+        """
+        # The step itself.
         if self._others is not None:
             self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self.steps += 1
         self._outcomes.check_step()
-        if self.membership is not None:  # when a round is due depends on the present workers
+        # With a manager, when a round is due depends on the present workers.
+        if self.membership is not None:
             self.membership.stepped(self.steps)
-        else:
-            if self.steps == 1:
-                self._check_first_step()
-            # First finish exchanges whose delay is over, then begin new ones, which without a delay also finish.
-            for part in self._fragments:
-                if part.current is not None and part.current.due == self.steps:
-                    self._finish_round(part)
-            for part in self._fragments:
-                if part.is_due(self.steps):
-                    share = self._participation.share_after(self.steps)
-                    self._begin_round("exchanges a round", part, share, delay=self.options.overlap.delay)
-
-    def _check_first_step(self) -> None:
-        anchors = [part.anchor.flat for part in self._fragments]
-        gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
-        run = partial(self._lockstep.run, "checks its first step", self.steps)
-        check_first_step(self._channel, anchors, gradients, run)
-
-    def _begin_round(self, call: Call, part: Fragment, share: float, *, delay: int, uncompressed: bool = False) -> bool:
-        """Begin a round of a fragment; without a delay finish it too. Return False if it is rejected already."""
-        p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
-        self._outcomes.register(part, p)
-        as_vector = delay > 0 or self.outer is not None
-        exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
-        if delay:
-            assert p.round is not None
-            p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v)
-            return True
-        self._lockstep.run(call, self.steps, exchange)
-        return self._finish_round(part)
-
-    def _finish_round(self, part: Fragment) -> bool:
-        """Apply the current exchange of a fragment; return False if it is rejected."""
-        t, p = part.rounds, part.apply_exchange(self.outer)
-        if not self._outcomes.record(part, t, p):
             return False
-        if self._drift.due(t) and part is self._fragments[-1]:
-            self._lockstep.run("compares anchors", p.due - self.options.overlap.delay, partial(self._compare, t))
-        if self._escape is not None and (reset := self._escape.run()) is not None:
-            self._resets.append(reset)
-        return True
-
-    def _compare(self, t: int) -> None:
-        """Compare the anchors of all fragments, which must be equal on all workers."""
-
-        def named() -> list[tuple[str, Tensor]]:
-            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
-
-        self._drift.compare(t, [part.anchor.flat for part in self._fragments], named)
+        # The collectives of a fixed set of workers; after an error of one, `flush` is impossible too.
+        has_work = self.steps == 1 or self._rounds.has_work(self.steps)
+        if has_work:
+            self._unsent.clear()
+            if not has_ended:
+                self._announce()
+            if self.steps == 1:
+                anchors = [part.anchor.flat for part in self._fragments]
+                run = partial(self._lockstep.run, "checks its first step", self.steps)
+                check_first_step(self._channel, anchors, self._parameters.values(), run)
+            self._rounds.run(self.steps)
+        self._unsent.record(self.steps, exchanged=self.exchanging)
+        return has_work
 
     def _set_anchor_before_first_step(self) -> None:
         """Set the anchor to x if no step has moved x yet, since weights may have been loaded."""
         joined = self.membership is not None and self.membership.joined
         if self.steps == 0 and not self._has_begun and not joined:
-            self._set_anchors()
-
-    @torch.no_grad()
-    def _set_anchors(self) -> None:
-        for part in self._fragments:
-            part.anchor.set_from_parameters()
-        if self._escape is not None:
-            self._escape.begin()
+            self._rounds.set_anchors()
 
     def _check_here(self, call: str) -> None:
         """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's x."""
@@ -361,9 +306,7 @@ class LocalUpdates:
         self._check_here("sit_out()")
         self._check_between_steps("sit_out()")
         if self.membership is not None:
-            raise RuntimeError(
-                "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
-            )
+            raise RuntimeError("sit_out is for a fixed set of workers; with a manager, an absent one is left out")
         self._attempted()
         while not self.exchanging:
             self._attempted()
@@ -417,12 +360,12 @@ class LocalUpdates:
     @property
     def drifts(self) -> list[Drift]:
         """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
-        return self._drift.found
+        return self._rounds.drift.found
 
     @property
     def resets(self) -> list[Reset]:
         """The firings of the escape check."""
-        return self._resets
+        return self._rounds.resets
 
     @property
     def lost(self) -> float:
@@ -456,7 +399,7 @@ class LocalUpdates:
         """True if an exchange began after the last inner step; identical on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
-        return any(part.is_due(self.steps) for part in self._fragments)
+        return self._rounds.is_due(self.steps)
 
     def reset_skip_streak(self) -> None:
         """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
@@ -481,6 +424,7 @@ class LocalUpdates:
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
         found = self._unapplied("error()")
+        self._announce()
         for vector in found:
             vector.mul_(self._participation.share())
             self._lockstep.run("calls error()", self.steps, partial(self._channel.mean, vector, "inspection"))
@@ -512,6 +456,7 @@ class LocalUpdates:
         The anchor is identical on all workers.
         """
         self._set_anchor_before_first_step()
+        self._unsent.clear()
         found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
         return {name: found[name].clone() for name in self._parameters}
 
@@ -519,7 +464,8 @@ class LocalUpdates:
     def at_anchor(self) -> Iterator[None]:
         """Set the parameters to the anchor within a context, to evaluate, certify or save one model for all workers.
 
-        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError.
+        Inside, optimizer steps and calls that read this worker's changes, such as `flush`, raise RuntimeError. It is
+        also a decorator, `@local.at_anchor()`, of an evaluation function.
         """
         self._set_anchor_before_first_step()
         before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
@@ -527,6 +473,7 @@ class LocalUpdates:
             for part in self._fragments:
                 part.anchor.set_parameters(part.anchor.views)
         self._at_anchor += 1
+        self._unsent.clear()
         try:
             yield
         finally:
@@ -569,11 +516,9 @@ class LocalUpdates:
             self._others.check()
         if self.membership is not None:
             return self.membership.round(uncompressed=True)
-        applied = [self._finish_round(part) for part in self._fragments if part.current is not None]
-        share = self._participation.share()
-        for part in self._fragments:
-            applied.append(self._begin_round("calls flush()", part, share, delay=0, uncompressed=True))
-        return all(applied)
+        self._unsent.clear()
+        self._announce()
+        return self._rounds.flush(self.steps)
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
@@ -607,6 +552,7 @@ class LocalUpdates:
                 if not part.is_floating_point():
                     self._channel.broadcast(part, "average")
 
+        self._announce()
         self._lockstep.run("calls average()", self.steps, exchange)
 
     # State.
@@ -621,6 +567,7 @@ class LocalUpdates:
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
         self.wait()
+        self._unsent.clear()
         return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -632,72 +579,25 @@ class LocalUpdates:
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
         self.saved_state.load(state)
         self._attempts.restart()
-        for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            part.resume(saved)
-        self._drift.resume(self._fragments[-1].rounds)
+        self._rounds.resume(state["fragments"])
+        self._unsent.clear()
         if self.membership is not None:
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
         """Return the fields of the saved state; the outer optimizer first, since loading it may raise ValueError."""
         outer = self.outer
-        fields: list[Vector | Value] = []
-        if outer is not None:
-            fields.append(Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict))
         return [
-            *fields,
+            *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),
             attribute(("steps",), self, "steps", int),
-            *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
-            *(() if self._escape is None else self._escape.fields()),
-            *self._outcomes.skips.fields(),
-            attribute(("resets",), self, "_resets", list[Reset]),
-            attribute(("drifts",), self._drift, "found", list[Drift]),
+            *self._rounds.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
-
-    def _identity(self) -> dict[str, Any]:
-        """Return the values that must be equal at saving and loading, by name."""
-        options, group = self.options, self._channel.group
-        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
-        same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
-        same |= {"outer": self.outer is not None, "escape": self._escape is not None}
-        if isinstance(options.workers, Elastic):
-            return same | {"elastic": True}
-        if self._participation.samples:
-            same["sample"] = options.workers.sample
-        return same | {"rank": group.rank, "workers": group.size}
 
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 
     def __getstate__(self) -> dict[str, Any]:
         """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
-
-
-def _rules(*, keep_unsent: bool) -> list[Rule]:
-    """Return the kinds of the saved state's entries.
-
-    With `keep_unsent`, an owner error added to e moves the start point without x, so it is owed as well.
-    """
-    part = ("fragments", ANY)
-    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
-    return [
-        Rule(error, "error"),
-        Rule(owed, "error", like=error),
-        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
-        Rule((*part, "exchange", "start", ANY), "error"),
-        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is validated in the next round
-        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
-        *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
-        *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
-        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
-        *(Rule((name,), "shared") for name in ("resets", "drifts")),
-    ]
-
-
-def _by_kind(workers: Workers | Elastic) -> tuple[Elastic | None, Workers]:
-    """Return the settings of elastic workers, or None, and of a fixed set, or the defaults."""
-    return (workers, Workers()) if isinstance(workers, Elastic) else (None, workers)

@@ -1,0 +1,143 @@
+"""Rounds of a fixed set of workers: the exchanges of fragments that are due after a step, and the checks of each."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.feedback.checks import Drift, DriftGuard
+from packsaddle.feedback.escape import Reset
+from packsaddle.feedback.state import Value, Vector, attribute
+from packsaddle.local.escape import AnchorEscape
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.lockstep import Call, Lockstep
+from packsaddle.local.options import Elastic, LocalOptions, Outer
+from packsaddle.local.outcomes import Outcomes
+from packsaddle.local.participation import Participation
+
+
+class Rounds:
+    """Begins and finishes the rounds of the fragments; after each it compares anchors and runs the escape check.
+
+    `lockstep` runs collectives, `participation` has the share of this worker in a round, `outcomes` records rounds, and
+    `outer` is the optimizer of the anchor.
+    """
+
+    def __init__(
+        self,
+        options: LocalOptions,
+        fragments: Sequence[Fragment],
+        channel: Communicator,
+        lockstep: Lockstep,
+        participation: Participation,
+        outcomes: Outcomes,
+        outer: Optimizer | None,
+    ) -> None:
+        self._fragments, self._lockstep, self._participation = fragments, lockstep, participation
+        self._outcomes, self._outer, self._delay = outcomes, outer, options.overlap.delay
+        spec = options.compression
+        compare_every = 0 if isinstance(options.workers, Elastic) else spec.compare_every
+        self.drift = DriftGuard(compare_every, spec.on_drift, channel)
+        where = (fragments, channel, options.seed)
+        self.escape = AnchorEscape(options.escape, *where, delay=self._delay) if options.escape else None
+        self.resets: list[Reset] = []  # the firings of the escape check
+
+    @torch.no_grad()
+    def set_anchors(self) -> None:
+        """Set the anchors to x, before the first step; the escape check starts there."""
+        for part in self._fragments:
+            part.anchor.set_from_parameters()
+        if self.escape is not None:
+            self.escape.begin()
+
+    def is_due(self, step: int) -> bool:
+        """Return True if an exchange begins after inner step n, from 1; identical on all workers."""
+        return any(part.is_due(step) for part in self._fragments)
+
+    def has_work(self, step: int) -> bool:
+        """Return True if an exchange begins or is applied after inner step n; identical on all workers."""
+        running = [part.current for part in self._fragments if part.current is not None]
+        return self.is_due(step) or any(exchange.due == step for exchange in running)
+
+    def run(self, step: int) -> None:
+        """Finish the exchanges whose delay ends after inner step n, then begin those that are due; collective."""
+        for part in self._fragments:
+            if part.current is not None and part.current.due == step:
+                self._finish(part)
+        for part in self._fragments:
+            if part.is_due(step):
+                self._begin("exchanges a round", part, step, self._participation.share_after(step), delay=self._delay)
+
+    def flush(self, step: int) -> bool:
+        """Finish all exchanges, then exchange all pending updates uncompressed; collective. Return True if applied."""
+        applied = [self._finish(part) for part in self._fragments if part.current is not None]
+        share = self._participation.share()
+        for part in self._fragments:
+            applied.append(self._begin("calls flush()", part, step, share, delay=0, uncompressed=True))
+        return all(applied)
+
+    def _begin(
+        self, call: Call, part: Fragment, step: int, share: float, *, delay: int, uncompressed: bool = False
+    ) -> bool:
+        """Begin a round of a fragment; without a delay finish it too. Return False if it is rejected already."""
+        p = part.begin(step + delay, share, later=delay > 0, uncompressed=uncompressed)
+        self._outcomes.register(part, p)
+        as_vector = delay > 0 or self._outer is not None
+        exchange = partial(part.exchange, p, step - 1, as_vector=as_vector)
+        if delay:
+            assert p.round is not None
+            p.wait = self._lockstep.start(call, step, exchange, p.round.v)
+            return True
+        self._lockstep.run(call, step, exchange)
+        return self._finish(part)
+
+    def _finish(self, part: Fragment) -> bool:
+        """Apply the current exchange of a fragment; return False if it is rejected."""
+        t, p = part.rounds, part.apply_exchange(self._outer)
+        if not self._outcomes.record(part, t, p):
+            return False
+        if self.drift.due(t) and part is self._fragments[-1]:
+            self._lockstep.run("compares anchors", p.due - self._delay, partial(self._compare, t))
+        if self.escape is not None and (reset := self.escape.run()) is not None:
+            self.resets.append(reset)
+        return True
+
+    def _compare(self, t: int) -> None:
+        """Compare the anchors of all fragments, which must be equal on all workers."""
+
+        def named() -> list[tuple[str, Tensor]]:
+            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+        self.drift.compare(t, [part.anchor.flat for part in self._fragments], named)
+
+    def fields(self) -> list[Vector | Value]:
+        """Return the fields of the saved state. Call without running exchanges; call `resume` after loading."""
+        return [
+            *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
+            *(() if self.escape is None else self.escape.fields()),
+            *self._outcomes.skips.fields(),
+            attribute(("resets",), self, "resets", list[Reset]),
+            attribute(("drifts",), self.drift, "found", list[Drift]),
+        ]
+
+    def resume(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the aggregators from the saved states of the fragments. Call after the fields are loaded."""
+        for part, state in zip(self._fragments, saved, strict=True):
+            part.resume(state)
+        self.drift.resume(self._fragments[-1].rounds)
+
+
+def outer_optimizer(make: Outer, fragments: Iterable[Fragment], names: Iterable[str]) -> Optimizer:
+    """Return the outer optimizer of the anchor's tensors, in the order of the parameters' names.
+
+    Raises TypeError if `make` returns something else.
+    """
+    leaves = {p.name: leaf for part in fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)}
+    outer = make([leaves[name] for name in names])
+    if not isinstance(outer, Optimizer):
+        raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(outer).__name__}")
+    return outer

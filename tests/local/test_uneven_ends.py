@@ -1,0 +1,275 @@
+"""Workers with different numbers of steps, by torch's `Join`: against the naive twin, in real processes."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from elastic_fakes import FakeGroup, FakeManager
+from forked_python import environment, python
+from local_updates import ORDER, Case, flat, made, step, twin
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+from packsaddle import QSGD, Compression, Elastic, Escape, LocalUpdates, RandomK, Sign, TopK, Workers, simulate
+from packsaddle.comm import Solo, machine_group
+
+Gloo = Callable[..., list[Any]]
+Found = tuple[Tensor, dict[str, Tensor], int, int]
+ENDS = (10, 13, 6)
+EQUAL = Workers()
+CASES = [
+    Case(every=3, compressor=TopK(0.1), steps=13),
+    Case(every=3, compressor=TopK(0.1), keep=True, steps=13),
+    Case(every=1, compressor=QSGD(), steps=13),
+    Case(every=4, compressor=RandomK(0.2), fragments=2, delay=1, outer="nesterov", noise=0.01, keep=True, steps=13),
+    Case(every=3, compressor=Sign(), fragments=3, delay=2, decay=0.9, steps=13),
+    Case(every=3, compressor=Sign(), keep=True, bad={10: 0}, steps=13),  # of an ended worker's last local update
+    Case(every=8, compressor=TopK(0.2), keep=True, steps=13),
+]
+
+
+def ended(cases: list[Case], ends: tuple[int, ...], workers: Workers = EQUAL) -> list[Found]:
+    """Train as this worker in each case; return x, the anchor, and the numbers of steps and rounds."""
+    worker, found = dist.get_rank(), []
+    for case in cases:
+        parameters, optimizer, local = made(case, workers=workers)
+        with Join([local]):
+            for n in range(1, ends[worker] + 1):
+                step(case, n, worker, parameters, optimizer)
+        found.append((flat(parameters), local.anchor(), local.steps, local.rounds))
+    return found
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_equal_to_the_twin(workers: int, gloo: Gloo) -> None:
+    """Which goes on with zero updates of the workers that have ended; all anchors are bitwise identical."""
+    found = gloo(ended, workers, CASES, ENDS)
+    for i, case in enumerate(CASES):
+        expected = twin(case, workers, ENDS)
+        for worker in range(workers):
+            x, anchor, steps, rounds = found[worker][i]
+            torch.testing.assert_close(x, expected.x[worker][-1], rtol=1e-9, atol=1e-11)
+            for name, a in anchor.items():
+                torch.testing.assert_close(a, expected.a[name], rtol=1e-9, atol=1e-11)
+                assert torch.equal(a, found[0][i][1][name])
+            assert (steps, rounds) == (13, found[0][i][3])
+
+
+def test_a_worker_without_data(gloo: Gloo) -> None:
+    """It takes part from the first step's check on."""
+    case = CASES[0]
+    for (found,) in gloo(ended, 2, [case], (0, 13)):
+        torch.testing.assert_close(found[1]["w"], twin(case, 2, (0, 13)).a["w"], rtol=1e-9, atol=1e-11)
+
+
+def test_sampled_workers(gloo: Gloo) -> None:
+    """With a sample of the workers in each round, anchors are bitwise identical too."""
+    found = gloo(ended, 3, CASES[:2], ENDS, Workers(sample=0.5))
+    for worker in found:
+        for (_, anchor, steps, rounds), (_, first, _, _) in zip(worker, found[0], strict=True):
+            assert (steps, rounds) == (13, 4)
+            assert all(torch.equal(a, first[name]) for name, a in anchor.items())
+
+
+def escaping() -> tuple[Tensor, list[Any], int]:
+    """Noise leaves the saddle x[0]^2 - x[1]^2 of the objective, on the axis of negative curvature."""
+    x = nn.Parameter(torch.zeros(2, 1, dtype=torch.float64))
+    signs = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    escape = Escape(20, 0.5, lambda: float((signs * x.detach() ** 2).sum()))
+    kind = Compression(TopK(0.5), dense_below=0)
+    local = LocalUpdates(optimizer, kind, every=1, noise=0.05, escape=escape, keep_unsent=False)
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    with Join([local]):
+        for _ in range((15, 40)[dist.get_rank()]):
+            x.grad = 2 * signs * x.detach() + 0.1 * torch.randn(2, 1, generator=rng, dtype=torch.float64)
+            optimizer.step()
+    return x.detach().clone(), local.resets, local.steps
+
+
+def test_the_escape_check(gloo: Gloo) -> None:
+    """It fires on the ended worker as on the other, and both have one x."""
+    (x, resets, steps), (x2, resets2, steps2) = gloo(escaping, 2)
+    assert steps == steps2 == 40
+    assert torch.equal(x, x2)
+    assert resets == resets2
+    assert any(reset.step >= 15 for reset in resets)
+
+
+def epochs(delay: int, weighted: bool) -> tuple[Tensor, Tensor, int]:
+    """Two epochs, of 10 and 13 and of 9 and 5 steps, then a flush; x, and x_0 plus the mean change of the workers."""
+    worker = dist.get_rank()
+    case = Case(every=4, compressor=TopK(0.1), delay=delay, keep=True, inner="sgd")
+    parameters, optimizer, local = made(case, workers=Workers(weight=1.0 + 2 * worker if weighted else None))
+    start, change = flat(parameters), torch.zeros(95, dtype=torch.float64)
+    for steps in ((10, 13), (9, 5)):
+        with Join([local]):
+            for n in range(1, steps[worker] + 1):
+                step(case, n, worker, parameters, optimizer)
+                change -= 0.1 * torch.cat([parameters[name].grad.reshape(-1) for name in ORDER])
+    dist.all_reduce(change.mul_((0.25, 0.75)[worker] if weighted else 0.5))
+    assert local.flush()
+    return flat(parameters), start + change, local.steps
+
+
+@pytest.mark.parametrize(("delay", "weighted"), [(0, False), (2, False), (0, True)])
+def test_epochs_and_flush(delay: int, weighted: bool, gloo: Gloo) -> None:
+    """The next epoch begins at one step on all workers, and no change of any worker is lost."""
+    found = gloo(epochs, 2, delay, weighted)
+    for x, expected, steps in found:
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-11)
+        assert torch.equal(x, found[0][0])
+        assert steps == 13 + 9
+
+
+def call_inside(call: str) -> str:
+    """Worker 0 has ended after 10 steps when worker 1 calls a collective function within `Join`."""
+    worker = dist.get_rank()
+    case = Case(every=4, compressor=TopK(0.1))
+    parameters, optimizer, local = made(case)
+    try:
+        with Join([local]):
+            for n in range(1, 11 + worker):
+                step(case, n, worker, parameters, optimizer)
+            if worker:
+                getattr(local, call)(*[[parameters["w"].detach()]] * (call == "average"))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("call", ["flush", "error", "average"])
+def test_other_collectives_inside(call: str, gloo: Gloo) -> None:
+    for said in gloo(call_inside, 2, call):
+        assert f"worker 0 exchanges a round after step 12, and worker 1 calls {call}() after step 11" in said
+
+
+def on_early_termination() -> str:
+    case = Case(every=4, compressor=TopK(0.1))
+    parameters, optimizer, local = made(case)
+    try:
+        with Join([local], throw_on_early_termination=True):
+            for n in range(1, 10 + 3 * dist.get_rank()):
+                step(case, n, dist.get_rank(), parameters, optimizer)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_throw_on_early_termination(gloo: Gloo) -> None:
+    """Of torch's engine: all workers raise."""
+    first, second = gloo(on_early_termination, 2)
+    assert "Rank 0 exhausted all inputs" in first
+    assert "Detected at least one rank that exhausted inputs" in second
+
+
+def on_machines() -> tuple[list[Tensor], list[Tensor], int]:
+    """Two machines of two processes, with 10 and 13 steps; DistributedDataParallel within the machine."""
+    group = machine_group(2)
+    kind = Compression(TopK(0.2), dense_below=1)
+    torch.manual_seed(0)
+    model, alone = (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).double() for _ in range(2))
+    alone.load_state_dict(model.state_dict())
+    wrapped = DistributedDataParallel(model, process_group=group.within)
+    optimizer, inner = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, alone))
+    local = LocalUpdates(optimizer, every=3, compressor=kind, workers=group)
+    # The twin: process 0 of each machine, with both processes' batches.
+    leaders = dist.new_group([0, 2], use_local_synchronization=True) if dist.get_rank() % 2 == 0 else None
+    other = LocalUpdates(inner, every=3, compressor=kind, workers=leaders or Solo())
+    rngs = [torch.Generator().manual_seed(dist.get_rank() // 2 * 2 + i) for i in range(2)]
+    batches = [[torch.randn(4, 6, generator=r, dtype=torch.float64) for r in rngs] for _ in range(10 + 3 * group.rank)]
+    with Join([local]):
+        for pair in batches:
+            optimizer.zero_grad()
+            wrapped(pair[dist.get_rank() % 2]).square().mean().backward()
+            optimizer.step()
+    if leaders is not None:
+        with Join([other]):
+            for pair in batches:
+                inner.zero_grad()
+                (sum(alone(batch).square().mean() for batch in pair) / 2).backward()  # type: ignore[union-attr]
+                inner.step()
+    ours, theirs = ([p.detach() for p in m.parameters()] for m in (model, alone))
+    return ours, theirs, local.steps
+
+
+def test_machines_with_ddp(gloo: Gloo) -> None:
+    """All processes of a machine end at one step, and its DistributedDataParallel goes on as without `Join`."""
+    found = gloo(on_machines, 4)
+    for rank, (ours, alone, steps) in enumerate(found):
+        assert steps == 13
+        for a, b, c in zip(ours, found[rank // 2 * 2][0], alone, strict=True):
+            assert torch.equal(a, b)
+            if rank % 2 == 0:
+                torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-11)
+
+
+def two_joined() -> str:
+    case = Case(every=3, compressor=TopK(0.1))
+    parameters, optimizer, local = made(case)
+    _, _, other = made(case)
+    with pytest.raises(RuntimeError) as caught, Join([other, local]):
+        step(case, 1, dist.get_rank(), parameters, optimizer)
+    return str(caught.value)
+
+
+def test_usage_errors(gloo: Gloo) -> None:
+    for said in gloo(two_joined, 2):
+        assert "Join must have one LocalUpdates and nothing else" in said
+    manager = FakeManager(Solo())
+    elastic = Elastic(manager, group=FakeGroup(manager))
+    local = LocalUpdates(torch.optim.SGD([nn.Parameter(torch.ones(40, 50))]), workers=elastic)
+    with pytest.raises(RuntimeError, match="with a manager, a worker that has ended calls leave"):
+        Join([local])
+    with pytest.raises(RuntimeError, match="call init_process_group before LocalUpdates"):
+        simulate(lambda worker: Join([made(CASES[0])[2]]), 2)
+
+
+def by_actives() -> None:
+    Join([made(CASES[0])[2]], divide_by_initial_world_size=False)
+
+
+def test_the_mean_is_of_all_workers(gloo: Gloo) -> None:
+    with pytest.raises(AssertionError, match="divide_by_initial_world_size must be True"):
+        gloo(by_actives, 1)
+
+
+EXITS = """
+import sys
+import torch
+import torch.distributed as dist
+from packsaddle import LocalUpdates
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+x = torch.nn.Parameter(torch.zeros(40, 50))
+optimizer = torch.optim.SGD([x], lr=0.1)
+local = LocalUpdates(optimizer, every=4)
+rng = torch.Generator().manual_seed(rank)
+for _ in range(10 + 3 * rank):
+    x.grad = torch.randn(x.shape, generator=rng)
+    optimizer.step()
+"""
+
+
+def test_a_worker_that_has_exited(tmp_path: Path) -> None:
+    """Without `Join` and `flush`: the other names it, its own step, and the remedy."""
+    found = [
+        subprocess.Popen(
+            [python(), "-c", EXITS, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=100)[1] for process in found]
+    assert [process.returncode for process in found] == [0, 1]
+    last = said[1].strip().splitlines()[-1]
+    assert "PeerLostError: rank 1 of 2 lost rank 0" in last
+    assert "worker 1 exchanges a round after step 12: if the other has ended after fewer steps, train within" in last
