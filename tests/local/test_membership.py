@@ -706,7 +706,8 @@ def test_an_identity_says_version_size_and_round() -> None:
     assert worker.local.membership is not None
     lines = worker.local.membership._message().split("\n")
     assert lines[0] == f"packsaddle={packsaddle.__version__!r}"
-    assert lines[1].startswith("compressor=TopK(") and lines[2:] == ["d=30", "round=2"]
+    assert lines[1].startswith("compressor=TopK(")
+    assert lines[2:] == ["d=30", "round=2"]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
+from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.escape import AnchorEscape
 from packsaddle.local.fragment import Fragment, by_parameter, partition
@@ -296,9 +297,9 @@ class LocalUpdates:
         exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
         if delay:
             assert p.round is not None
-            p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v)
+            p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v, p.norm)
             return True
-        self._lockstep.run(call, self.steps, exchange)
+        self._lockstep.run(call, self.steps, exchange, p.norm)
         return self._finish_round(part)
 
     def _finish_round(self, part: Fragment) -> bool:
@@ -411,6 +412,16 @@ class LocalUpdates:
     def skipped(self) -> int:
         """The number of rejected rounds in total."""
         return self._outcomes.skips.count
+
+    @property
+    def clips(self) -> list[Clip]:
+        """The updates that `Workers.clip` clipped since construction or `load_state_dict`, of all workers."""
+        return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
+
+    @property
+    def clipped(self) -> int:
+        """The number of clipped updates in total, of all workers."""
+        return sum(part.clips.count for part in self._fragments)
 
     @property
     def drifts(self) -> list[Drift]:
@@ -552,8 +563,8 @@ class LocalUpdates:
         """Exchange all pending updates uncompressed, so that x = a and e = 0 on all workers; collective.
 
         Call at the end of training. Running exchanges are applied first; then each fragment has a round with C(v) = v,
-        without noise. Returns True if all of them were applied. With a manager, all present workers are in that round,
-        even if they continue training.
+        without noise. A clipped update (see `Workers`) stays in e, also with x = a. Returns True if all of them were
+        applied. With a manager, all present workers are in that round, even if they continue training.
         """
         self._check_here("flush()")
         self._check_between_steps("flush()")
@@ -681,7 +692,7 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
         Rule((*part, "exchange", "start", ANY), "error"),
         Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is validated in the next round
-        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "membership")),

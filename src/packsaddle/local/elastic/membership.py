@@ -251,20 +251,24 @@ class Membership:
         parts = list(self._fragments) if dense else [self._due]
         if not any(weights):
             parts = []
-        self._energy = sum(self._exchange(part, share(weights, self._group.rank), dense) for part in parts)
+        mean, names = share(weights, self._group.rank), [f"{hello.worker:x}" for hello in hellos]
+        self._energy = sum(self._exchange(part, mean, dense, names) for part in parts)
         # Confirm: it completes on a worker only if all have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
-    def _exchange(self, part: Fragment, weight: float, dense: bool) -> float:
+    def _exchange(self, part: Fragment, weight: float, dense: bool, names: Sequence[str]) -> float:
         """Exchange a fragment's local update, without committing it; return norm(v)^2."""
         p = part.begin(self.steps, weight, uncompressed=dense)
         self._outcomes.register(part, p)
         assert p.round is not None
-        energy = _energy(p.round.v)
-        part.exchange(p, self._channel.step, as_vector=self._outer is not None)
+        energy, norms = _energy(p.round.v), None
+        if p.norm is not None:  # v depends on the hellos, so its norm cannot be in them
+            gathered = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
+            norms, p.workers = torch.cat([parts["norm"] for parts in gathered]), names
+        part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
         part.name_workers(p)
         return energy
 
