@@ -28,6 +28,7 @@ from packsaddle import (
 from packsaddle.comm import Solo, resolve
 from packsaddle.integrations import measures
 from packsaddle.local.clipping import factors_of
+from packsaddle.local.options import LocalOptions
 
 W, LR = 5, 0.1
 LOUD = 3  # the worker whose gradients are larger
@@ -315,6 +316,13 @@ def test_a_limit_is_at_least_one(value: Any) -> None:
         Workers(clip=value)
 
 
+def test_shards_are_refused() -> None:
+    options = LocalOptions.of(TopK(0.2), 0, Workers(clip=2.0), 0.0, every=4)
+    options.check_aggregators([], sharded=False)
+    with pytest.raises(ValueError, match="clip must be None with DTensors"):
+        options.check_aggregators([], sharded=True)
+
+
 def test_one_worker_is_never_clipped() -> None:
     run = Run(clip=1.0, compressor=TopK(0.2))
     run.train(9)
@@ -394,6 +402,26 @@ def test_elastic_workers_without_an_outlier() -> None:
     for (mine, sent), (plain, alone) in zip(on, off, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
         assert sent - alone == 5 * 4 * 2  # the join sends nothing
+
+
+def test_a_failed_elastic_round_clips_nothing() -> None:
+    """Its attempt is repeated, and recorded once."""
+
+    def work(rank: int, refused: bool) -> tuple[list[Tensor], list[Clip]]:
+        worker = Loud(resolve(None), settings={"clip": 2.0})
+        worker.local.join()
+        worker.train(5)
+        if refused:
+            worker.manager.refused = {worker.manager.votes}
+        worker.train(7)
+        assert worker.manager.votes == 5 + refused
+        return worker.everything(), worker.local.clips
+
+    disturbed, plain = (simulate(lambda rank, r=refused: work(rank, r), 3) for refused in (True, False))
+    for (mine, clips), (theirs, expected) in zip(disturbed, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+        assert [(clip.step, clip.factor) for clip in clips] == [(clip.step, clip.factor) for clip in expected]
+        assert len(clips) == 4
 
 
 def test_an_elastic_limit_is_checked() -> None:

@@ -79,4 +79,5 @@ def factors_of(norms: Tensor, most: float) -> Tensor:
     """
     wide = norms.double()
     limit = most * wide.nanmedian()
-    return torch.where(wide > limit, limit / wide, 1.0)
+    factors: Tensor = torch.where(wide > limit, limit / wide, 1.0)
+    return factors

@@ -29,8 +29,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_clip(clip: object) -> None:
-    if clip is not None and not (isinstance(clip, Real) and _is_number(clip) and 1 <= clip < math.inf):
+def _check_clip(clip: float | None) -> None:
+    if clip is not None and not (_is_number(clip) and 1 <= clip < math.inf):
         raise ValueError(f"clip must be finite and at least 1, or None, got {clip!r}")
 
 
@@ -83,11 +83,11 @@ class Workers(Option):
         sample: fraction of the workers in (0, 1] that are in a round, drawn again for each round, as in federated
             averaging. A worker that is not drawn keeps its local update, or skips the steps of the round (see
             `LocalUpdates.sampled`).
-        clip: c, at least 1: a worker's update, weight excluded, is scaled to at most c times the median norm of the
-            updates of a round, and the rest stays in its error memory for later rounds. None: no limit. A worker with
-            larger updates for some rounds sends them over as many more; one that always has them accumulates a memory,
-            which `Compression(decay=)` limits. Each worker scales its own update, so this guards against wrong data
-            and faulty hardware, not against a worker that reports a wrong norm (see `LocalUpdates.clips`).
+        clip: c, at least 1: the norm of a worker's update, weight excluded, is limited to c times the median norm of a
+            round. The rest stays in its error memory, so a worker with large updates in few rounds sends them over
+            many; the memory of one that always has them grows (see `Compression.decay`). Each worker scales its own
+            update, so this guards against wrong data and faulty hardware, not against a worker that reports a wrong
+            norm. `LocalUpdates.clips` lists clipped updates. None: no limit.
 
     With a weight or a sample, an escape check and indirect averaging are not supported; with a sample, nor is a delay;
     with clip, nor are DTensors. Raises ValueError for a setting that is out of range.
@@ -137,7 +137,7 @@ class Elastic(Option):
             from the wait for other workers. If it cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that round must be committed.
-        clip: limit of a worker's update in a round, in median norms, as in `Workers`.
+        clip: limit of a worker's update in a round, as a multiple of the median norm, as in `Workers`.
         group: the manager's existing `ManagedGroup`. None: a new one.
 
     Raises TypeError if manager is not a Manager, and ValueError for a setting that is out of range.

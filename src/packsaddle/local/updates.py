@@ -76,8 +76,9 @@ class LocalUpdates:
         outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that returns a torch optimizer of the
             anchor's tensors, float32 or wider. Its gradient is the mean update. None subtracts it from the anchor.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
-        workers: the process group of the workers, or `Workers` with weights or a sample of them; or a torchft Manager
-            or `Elastic`, for workers that join and leave. None: the default group, or this process alone without one.
+        workers: the process group of the workers, or `Workers` with weights, a sample of them or a limit on their
+            updates; or a torchft Manager or `Elastic`, for workers that join and leave. None: the default group, or
+            this process alone without one.
         noise: standard deviation of each coordinate of xi in units of the parameters, identical on all workers, added
             in each round; or a function of the round that returns it.
         escape: the escape check of lines 4-8 of Algorithm 1, run on the anchor after each round; its interval and
