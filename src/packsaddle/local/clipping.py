@@ -67,7 +67,7 @@ class Clips:
 
 def norm_of(v: Tensor, share: float) -> Tensor:
     """Return the norm of an update v, float32[1]; NaN if its worker is not in the round (`share` 0)."""
-    norm = torch.linalg.vector_norm(v, dtype=torch.float64).float().reshape(1)
+    norm: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64).float().reshape(1)
     return norm if share else norm.fill_(math.nan)
 
 
