@@ -14,6 +14,7 @@ import torch
 from elastic_fakes import COMPRESSION, FakeManager, Worker
 from torch import Tensor
 
+import packsaddle
 from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, LowRank, RandomK, TopK, simulate
 from packsaddle.comm import Group, PeerLostError, Solo, connect
 from packsaddle.comm.managed import lighthouse_address
@@ -648,9 +649,9 @@ def test_a_worker_that_starts_elsewhere_is_told() -> None:
 @pytest.mark.parametrize(
     ("one", "others", "line"),
     [
-        ({"every": 4}, {}, "this one has every=4 and the others have every=3"),
-        ({"outer": nesterov}, {}, r"this one has outer=\('SGD', {'lr': 0\.7, .*}\) and the others have outer=None"),
-        ({"decay": 0.5, "seed": 1}, {"decay": 0.75}, r"this one has decay=0\.5 and the others have decay=0\.75"),
+        ({"every": 4}, {}, "has every=4 and the others have every=3"),
+        ({"outer": nesterov}, {}, r"has outer=\('SGD', {'lr': 0\.7, .*}\) and the others have outer=None"),
+        ({"decay": 0.5, "seed": 1}, {"decay": 0.75}, r"has decay=0\.5 and the others have decay=0\.75"),
     ],
 )
 @pytest.mark.parametrize("rank", [0, 2])
@@ -668,8 +669,47 @@ def test_a_worker_with_other_arguments_is_told_which(
         return ""
 
     said = simulate(run, 3)
-    assert re.fullmatch(f"workers must be given the same arguments, but {line}", said.pop(rank))
-    assert all(re.match("no round has come about in .*: a worker was given other arguments", other) for other in said)
+    found = re.fullmatch(f"workers must be given the same arguments, but (worker [0-9a-f]+) {line}", said.pop(rank))
+    assert found is not None
+    reason = f"no round has come about in .*: workers must be given the same arguments, but {found[1]} has "
+    assert all(re.match(reason, other) for other in said)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> None:
+    """The functions have one name, so that only the messages of the second round differ."""
+
+    def run(mine: int) -> tuple[str, int, int]:
+        def schedule(t: int) -> Any:
+            return TopK(0.5 if mine == rank and t == 1 else 0.25)
+
+        spec = Compression(schedule, exchange="direct", dense_below=0)
+        worker = Worker(_group(), settings={"patience": 1e-3}, compressor=spec)
+        worker.local.join()
+        with pytest.raises((ConfigError, PeerLostError)) as caught:
+            worker.train(30)
+        assert worker.local.membership is not None
+        return str(caught.value), worker.local.rounds, worker.local.membership.worker
+
+    found = simulate(run, 3)
+    name = found[rank][2]
+    line = f"workers must send messages of one kind, but worker {name:x} has compressor="
+    sides = r"TopK\(.*0\.5.*\) and the others have compressor=TopK\(.*0\.25"
+    assert re.match(re.escape(line) + sides, found[rank][0])
+    others = [text for worker, (text, *_) in enumerate(found) if worker != rank]
+    assert all(re.match(r"no round has come about in .*: " + re.escape(line), text) for text in others)
+    assert [rounds for _, rounds, _ in found] == [1, 1, 1]
+
+
+def test_an_identity_says_version_size_and_round() -> None:
+    worker = Worker()
+    worker.local.join()
+    worker.train(6)
+    assert worker.local.membership is not None
+    lines = worker.local.membership._message().split("\n")
+    assert lines[0] == f"packsaddle={packsaddle.__version__!r}"
+    assert lines[1].startswith("compressor=TopK(")
+    assert lines[2:] == ["d=30", "round=2"]
 
 
 @pytest.mark.parametrize(

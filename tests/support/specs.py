@@ -7,7 +7,6 @@ from typing import Any
 from packsaddle import Compression, Compressor, Noise, Overlap, RandomK, Sign, Workers
 
 _OF_COMPRESSION = {field.name for field in fields(Compression)}
-_OF_WORKERS = {"group", "weight", "sample"}
 
 
 def folded(options: Mapping[str, Any], default: Compressor = RandomK(0.01)) -> dict[str, Any]:  # noqa: B008 -- immutable

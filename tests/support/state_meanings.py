@@ -63,6 +63,7 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/aggregator/state/**": "exchange of fragment {}: {}",
         "fragments/*/owed/*": "owed of {1}",
         "fragments/*/contraction/**": "contraction of fragment {}: {}",
+        "fragments/*/clipped": "clipped updates of fragment {}",
         "fragments/*/exchange/due": "step at which fragment {} is due",
         "fragments/*/exchange/applied": "pending exchange of fragment {} is applied",
         "fragments/*/exchange/invalid": "pending exchange of fragment {} is not finite here",

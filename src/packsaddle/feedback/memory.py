@@ -47,8 +47,9 @@ class Update:
 class ErrorMemory:
     """This worker's error memory on a slice, float[n], in at least float32; kind "buffer".
 
-    On the uncompressed part it has the rounding error of x only. With `spare`, v is computed in a second vector, which
-    becomes the memory on commit, so that a step can be rolled back; without it, v overwrites the memory.
+    On the uncompressed part it has the rounding error of x only, and the clipped part of local updates. With `spare`, v
+    is computed in a second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v
+    overwrites the memory.
     """
 
     kind = "buffer"  # in saved states

@@ -211,6 +211,7 @@ class Round:
         self._aggregator = feedback.choice.aggregator
         self._snapshot: Any = self._aggregator.snapshot()
         self.absorbed = False
+        self._unsent: Tensor | None = None  # the clipped part of v's uncompressed part; None: 0
         self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
@@ -221,14 +222,18 @@ class Round:
         f.contraction.measure(self.step, v)
         return v
 
-    def exchange(self, extras: Sequence[Tensor] = (), *, weight: float = 1.0) -> Averaged:
+    def exchange(self, extras: Sequence[Tensor] = (), *, weight: float = 1.0, clip: Tensor | None = None) -> Averaged:
         """Return the mean over workers of C(v) and of v's uncompressed part; collective (line 10).
 
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
-        collective. `weight` scales v where it is sent, but not its residual. May run in another thread.
+        collective. `weight` scales v where it is sent, but not its residual. `clip`, float[] in [0, 1], scales v where
+        it is sent, and the rest is in the residual. May run in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
+        if clip is not None and (clip.device.type != "cpu" or clip < 1):
+            v = v * clip
+            self._unsent = self.v[n:] * (1 - clip)
         # The uncompressed part, the flag, the extras.
         dense = v[n:]
         extras = [f.guard.flag(dense, self.invalid), *extras]
@@ -259,6 +264,8 @@ class Round:
     def absorb(self, rounding: Tensor | None = None, keep: Collection[int] = ()) -> None:
         """Set e^(i) to v - C(v), uncommitted (line 12), plus the rounding error of the target, float[n]."""
         self._memory.absorb(self.g.own, rounding)
+        if self._unsent is not None:
+            self.v[self._memory.compressed_d :].add_(self._unsent)
         self.feedback.contraction.measure(self.step, self.v)
         if keep:
             self._memory.keep(keep)

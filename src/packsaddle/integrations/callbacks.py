@@ -169,7 +169,8 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     """Return the metrics of an `exchange`, a hook or local updates, for a logger (docs/metrics.md).
 
     They are totals of this worker's steps and bytes, and the contraction `mu` once `monitor_every` has measured it. A
-    hook also has `sent_in_step`, in bytes; local updates have `rounds`. Empty for None (`attach` with one worker).
+    hook also has `sent_in_step`, in bytes; local updates have `rounds`, and with `Workers.clip` the
+    number of `clipped` updates. Empty for None (`attach` with one worker).
 
     >>> import torch
     >>> import packsaddle
@@ -195,6 +196,8 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     # A hook exchanges in every step, local updates once per round.
     if isinstance(exchange, LocalUpdates):
         found["rounds"] = float(exchange.rounds)
+        if exchange.options.workers.clip is not None:
+            found["clipped"] = float(exchange.clipped)
     else:
         found["sent_in_step"] = float(sum(b.sent for b in exchange.ledger.at(steps - 1).values()))
     return found if exchange.contraction is None else found | {"mu": exchange.contraction}

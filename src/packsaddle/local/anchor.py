@@ -91,6 +91,16 @@ class Anchor:
             elif p.requires_grad:
                 x.copy_(a - e)
 
+    def move_to_anchor(self) -> None:
+        """Set x, which is at its start point, to a. Where that is not a, e is still pending: it is owed."""
+        starts = self.copy_starts()
+        self.set_parameters(self.views)
+        if self.keeps:
+            change = self.layout.zeros()
+            for view, x, start in zip(change.views, self.tensors(), starts, strict=True):
+                view.copy_(x).sub_(start.to(view))
+            self.owed = change.flat
+
     def set_parameters(self, values: Sequence[Tensor]) -> None:
         """Set x, except frozen parameters, to `values`."""
         for p, x, value in zip(self._parameters, self.tensors(), values, strict=True):

@@ -24,8 +24,9 @@ from packsaddle.feedback.round import ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice, places
 from packsaddle.feedback.state import ANY, Path, Value, Vector, attribute, check_tensor, skip, typed
 from packsaddle.local.anchor import Anchor, PseudoGradient
+from packsaddle.local.clipping import Clips, factors_of, norm_of
 from packsaddle.local.inner import Shards
-from packsaddle.local.options import LocalOptions
+from packsaddle.local.options import Elastic, LocalOptions
 
 
 def _nothing() -> None:
@@ -44,6 +45,10 @@ class PendingExchange:
     wait: Callable[[], None] = _nothing  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # float[n] with a delay or an outer optimizer
     names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
+    norm: Tensor | None = None  # of v, float32[1] (see `norm_of`); None: updates are not clipped
+    factors: Tensor | None = None  # of all workers' v, float64[W], if they are clipped
+    clip: Tensor | None = None  # of this worker's v, float64[]
+    workers: Sequence[str] = ()  # names of the workers in the log, by rank; empty: their ranks
     applied: bool | None = None  # False: rejected; None: unknown
     uncompressed: bool = False
 
@@ -96,6 +101,7 @@ class Fragment(Slice):
         self.feedback = ErrorFeedback(
             self, memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
         )
+        self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
         self.rounds = 0  # t: applied exchanges
         self.current: PendingExchange | None = None
 
@@ -124,7 +130,8 @@ class Fragment(Slice):
         r = self.feedback.round(t)
         r.correct(PseudoGradient(self.anchor, spec.decay, noise))
         before = [x.clone() for x in self.anchor.tensors()] if later else kept
-        self.current = PendingExchange(due, r, r.invalid, share, before, uncompressed=uncompressed)
+        norm = None if self._options.workers.clip is None else norm_of(r.v, share)
+        self.current = PendingExchange(due, r, r.invalid, share, before, norm=norm, uncompressed=uncompressed)
         return self.current
 
     def _switch(self, compressor: Compressor) -> None:
@@ -140,14 +147,19 @@ class Fragment(Slice):
         """Switch to a compressor, without moving x."""
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
 
-    def exchange(self, p: PendingExchange, step: int, *, as_vector: bool) -> None:
+    def exchange(self, p: PendingExchange, step: int, norms: Tensor | None = None, *, as_vector: bool) -> None:
         """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
 
-        With `as_vector`, and always with exchange "senders", `PendingExchange.mean` is a vector.
+        `norms`, float32[W], are the workers' norms of v, to clip it. With `as_vector`, and always with exchange
+        "senders", `PendingExchange.mean` is a vector.
         """
         assert p.round is not None
         self.feedback.channel.step = step
-        g = p.round.exchange(weight=p.share)
+        clip = self._options.workers.clip
+        if norms is not None and clip is not None:
+            p.factors = factors_of(norms, clip)
+            p.clip = p.factors[self.feedback.channel.group.rank]
+        g = p.round.exchange(weight=p.share, clip=p.clip)
         if p.share:
             p.round.absorb()
         p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
@@ -198,6 +210,8 @@ class Fragment(Slice):
             self.anchor.owed = None  # v included it
         else:
             p.round.roll_back()
+        if p.applied and p.factors is not None:
+            self.clips.record(p.round.step, p.factors, p.workers)
         self.contraction.close(p.round.step, apply=commit)
         p.round = None
 
@@ -219,9 +233,12 @@ class Fragment(Slice):
             assert p.mean is not None
             self.rounds += 1
             self.anchor.apply_mean(p.mean, outer)
-            if p.uncompressed and p.share:  # of a weighted v the residual is its rounding error
+            is_clipped = p.clip is not None and bool(p.clip < 1)
+            if p.uncompressed and p.share and not is_clipped:  # of a weighted v the residual is its rounding error
                 self.feedback.memory.vector.zero_()
             self.anchor.move(p.before, self._options.overlap.blend)
+            if p.uncompressed and p.share and is_clipped:
+                self.anchor.move_to_anchor()
         elif bool(p.invalid):
             self.anchor.move_to_start()
         return p
@@ -260,6 +277,7 @@ class Fragment(Slice):
         return [
             *self.shared_fields(path),
             *self.contraction.fields((*path, "contraction")),
+            attribute((*path, "clipped"), self.clips, "count", int),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "owner_error", ANY), compressed, feedback.owner_errors_by_name, skip, optional=True),
             Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),

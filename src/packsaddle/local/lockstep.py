@@ -4,13 +4,13 @@ Different calls would pair collectives of different sizes, for which gloo aborts
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.communicator import Communicator, Parts
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.feedback.background import Background
 
@@ -38,16 +38,18 @@ class Lockstep:
         self._channel, self._device, self._background = channel, device, background
         self._has_warned = False
 
-    def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
+    def run(self, call: Call, steps: int, work: Callable[..., object], norm: Tensor | None = None) -> None:
         """Run `work`, which is collective, after all background work; raises its errors.
+
+        `norm`, float32[1], is gathered with the header, and `work` is called with those of all workers, float32[W].
 
         Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
         """
 
         def checked() -> None:
-            if self._channel.group.size > 1:
-                self._check(self._gather(call, steps))
-            work()
+            headers, norms = self._gather(call, steps, norm)
+            self._check(headers)
+            work(*norms)
 
         if self._background is None:
             checked()
@@ -56,7 +58,9 @@ class Lockstep:
         self._background.submit(checked, [(promise, torch.zeros(0))])
         promise.future.wait()
 
-    def start(self, call: Call, steps: int, work: Callable[[], object], result: Tensor) -> Callable[[], None]:
+    def start(
+        self, call: Call, steps: int, work: Callable[..., object], result: Tensor, norm: Tensor | None = None
+    ) -> Callable[[], None]:
         """Start `work`, which computes `result`, in the background; return a function that waits, and raises as `run`.
 
         On a GPU the headers are checked only in that function, so that the host does not wait for them here.
@@ -64,13 +68,12 @@ class Lockstep:
         unchecked: list[Tensor] = []
 
         def checked() -> None:
-            if self._channel.group.size > 1:
-                headers = self._gather(call, steps)
-                if headers.device.type == "cpu":
-                    self._check(headers)
-                else:
-                    unchecked.append(headers)
-            work()
+            headers, norms = self._gather(call, steps, norm)
+            if headers.device.type == "cpu":
+                self._check(headers)
+            else:
+                unchecked.append(headers)
+            work(*norms)
 
         promise = None if self._background is None else self._background.promise()
         if self._background is None or promise is None:
@@ -86,16 +89,24 @@ class Lockstep:
 
         return wait
 
-    def _gather(self, call: Call, steps: int) -> Tensor:
-        """Gather the call and the steps of every worker, int64[W, 2]; collective. On a GPU the host does not wait."""
-        mine = torch.tensor([_CALLS.index(call), steps], device=self._device)
-        self._channel.step = max(self._channel.step, steps - 1)
-        try:
-            gathered = self._channel.gather({"header": mine}, fixed_size=True, purpose="guard")
-        except PeerLostError as error:
-            found = f"worker {self._channel.group.rank} {call} after step {steps}"
-            raise PeerLostError(f"{error}. {found}: if the other has ended after fewer steps, {_ADVICE}") from error
-        return torch.stack([parts["header"] for parts in gathered])
+    def _gather(self, call: Call, steps: int, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Gather the call and the steps of every worker, int64[W, 2], and its norm, [float32[W]], or [] without one.
+
+        Collective, except with one worker. On a GPU the host does not wait.
+        """
+        mine = {"header": torch.tensor([_CALLS.index(call), steps], device=self._device)}
+        if norm is not None:
+            mine["norm"] = norm
+        gathered: Sequence[Parts] = [mine]
+        if self._channel.group.size > 1:
+            self._channel.step = max(self._channel.step, steps - 1)
+            try:
+                gathered = self._channel.gather(mine, fixed_size=True, purpose="guard")
+            except PeerLostError as error:
+                found = f"worker {self._channel.group.rank} {call} after step {steps}"
+                raise PeerLostError(f"{error}. {found}: if the other has ended after fewer steps, {_ADVICE}") from error
+        norms = [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
+        return torch.stack([parts["header"] for parts in gathered]), norms
 
     def _check(self, headers: Tensor) -> None:
         """Raise RuntimeError if the calls in `headers`, int64[W, 2], differ, or the steps of a round.

@@ -30,6 +30,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _check_clip(clip: float | None) -> None:
+    if clip is not None and not (_is_number(clip) and 1 <= clip < math.inf):
+        raise ValueError(f"clip must be finite and at least 1, or None, got {clip!r}")
+
+
 @dataclass(frozen=True)
 class Overlap(Option):
     """The overlap of exchanges with training, as in Streaming DiLoCo (2025).
@@ -79,9 +84,14 @@ class Workers(Option):
         sample: fraction of the workers in (0, 1] that are in a round, drawn again for each round, as in federated
             averaging. A worker that is not drawn keeps its local update, or skips the steps of the round (see
             `LocalUpdates.sampled`).
+        clip: c, at least 1: the norm of a worker's update, weight excluded, is limited to c times the median norm of a
+            round. The rest stays in its error memory, so a worker with large updates in few rounds sends them over
+            many; the memory of one that always has them grows (see `Compression.decay`). Each worker scales its own
+            update, so this guards against wrong data and faulty hardware, not against a worker that reports a wrong
+            norm. `LocalUpdates.clips` lists clipped updates. None: no limit.
 
-    With a weight or a sample, an escape check and indirect averaging are not supported; with a sample, nor is a delay.
-    Raises ValueError for a setting that is out of range.
+    With a weight or a sample, an escape check and indirect averaging are not supported; with a sample, nor is a delay;
+    with clip, nor are DTensors. Raises ValueError for a setting that is out of range.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -92,6 +102,7 @@ class Workers(Option):
     group: Any = own(None)
     weight: float | None = own(None)
     sample: float = 1.0
+    clip: float | None = None
 
     @property
     def are_uneven(self) -> bool:
@@ -103,6 +114,7 @@ class Workers(Option):
             raise ValueError(f"weight must be finite and above 0, or None, got {self.weight!r}")
         if not (_is_number(self.sample) and 0 < self.sample <= 1):
             raise ValueError(f"sample must be a fraction of the workers in (0, 1], got {self.sample!r}")
+        _check_clip(self.clip)
 
 
 @dataclass(frozen=True)
@@ -127,6 +139,7 @@ class Elastic(Option):
             from the wait for other workers. If it cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that round must be committed.
+        clip: limit of a worker's update in a round, as a multiple of the median norm, as in `Workers`.
         group: the manager's existing `ManagedGroup`. None: a new one.
 
     Raises TypeError if manager is not a Manager, and ValueError for a setting that is out of range.
@@ -144,6 +157,7 @@ class Elastic(Option):
     patience: float | str = own(3600.0)
     leave_on_sigterm: bool = own(True)
     grace: float | str = own(25.0)
+    clip: float | None = None
     group: Any = own(None)
 
     def __post_init__(self) -> None:
@@ -153,6 +167,7 @@ class Elastic(Option):
             raise ValueError("manager must have use_async_quorum=False: state must not change between two rounds")
         if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
             raise ValueError(f'weight must be None, "steps" or a function, got {self.weight!r}')
+        _check_clip(self.clip)
         if self.memory_file is not None:
             object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
@@ -265,6 +280,8 @@ class LocalOptions(Option):
         """Raise ValueError for aggregators, or `sharded` parameters, that these workers do not support."""
         if isinstance(self.workers, Elastic) and sharded:
             raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
+        if self.workers.clip is not None and sharded:
+            raise ValueError("clip must be None with DTensors: a process has the norm of its shard only")
         direct = isinstance(self.workers, Elastic) or self.workers.sample < 1
         for aggregator in aggregators:
             if direct and not isinstance(aggregator, AllReduce | AllGather):

@@ -90,9 +90,9 @@ class Rounds:
         exchange = partial(part.exchange, p, step - 1, as_vector=as_vector)
         if delay:
             assert p.round is not None
-            p.wait = self._lockstep.start(call, step, exchange, p.round.v)
+            p.wait = self._lockstep.start(call, step, exchange, p.round.v, p.norm)
             return True
-        self._lockstep.run(call, step, exchange)
+        self._lockstep.run(call, step, exchange, p.norm)
         return self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:

@@ -55,7 +55,7 @@ def rules(*, keep_unsent: bool) -> list[Rule]:
         Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
         Rule((*part, "exchange", "start", ANY), "error"),
         Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is validated in the next round
-        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),

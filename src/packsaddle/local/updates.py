@@ -38,6 +38,7 @@ from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
 from packsaddle.feedback.state import State, Value, Vector, attribute
+from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.fragment import by_parameter, partition
 from packsaddle.local.inner import (
@@ -77,8 +78,9 @@ class LocalUpdates(JoinableSteps):
         outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that returns a torch optimizer of the
             anchor's tensors, float32 or wider. Its gradient is the mean update. None subtracts it from the anchor.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
-        workers: the process group of the workers, or `Workers` with weights or a sample of them; or a torchft Manager
-            or `Elastic`, for workers that join and leave. None: the default group, or this process alone without one.
+        workers: the process group of the workers, or `Workers` with weights, a sample of them or a limit on their
+            updates; or a torchft Manager or `Elastic`, for workers that join and leave. None: the default group, or
+            this process alone without one.
         noise: standard deviation of each coordinate of xi in units of the parameters, identical on all workers, added
             in each round; or a function of the round that returns it.
         escape: the escape check of lines 4-8 of Algorithm 1, run on the anchor after each round; its interval and
@@ -358,6 +360,16 @@ class LocalUpdates(JoinableSteps):
         return self._outcomes.skips.count
 
     @property
+    def clips(self) -> list[Clip]:
+        """The updates that `Workers.clip` clipped since construction or `load_state_dict`, of all workers."""
+        return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
+
+    @property
+    def clipped(self) -> int:
+        """The number of clipped updates in total, of all workers."""
+        return sum(part.clips.count for part in self._fragments)
+
+    @property
     def drifts(self) -> list[Drift]:
         """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
         return self._rounds.drift.found
@@ -506,8 +518,8 @@ class LocalUpdates(JoinableSteps):
         """Exchange all pending updates uncompressed, so that x = a and e = 0 on all workers; collective.
 
         Call at the end of training. Running exchanges are applied first; then each fragment has a round with C(v) = v,
-        without noise. Returns True if all of them were applied. With a manager, all present workers are in that round,
-        even if they continue training.
+        without noise. A clipped update (see `Workers`) stays in e, also with x = a. Returns True if all of them were
+        applied. With a manager, all present workers are in that round, even if they continue training.
         """
         self._check_here("flush()")
         self._check_between_steps("flush()")

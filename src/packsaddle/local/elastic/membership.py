@@ -3,7 +3,7 @@
 The workers of torchft's quorum exchange a round, which the fragments can roll back, and vote on it:
 
     quorum     the set of workers; a worker that is behind receives the state of one that is not (`_recover`)
-    hello      one all-gather of each worker's name, weight, and hashes of arguments and anchor, which must agree
+    hello      one all-gather of each worker's name, weight, and hashes of arguments, anchor and message, which agree
     exchange   the mean of C(share v) for one fragment, in rotation; share = W w_i / sum_j w_j, 1 without weights
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
     vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.communicator import Communicator, as_text
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError, GuardError
@@ -93,8 +93,8 @@ class Membership:
         assert isinstance(channel.group, ManagedGroup)
         self.settings, self._channel, self._group = settings, channel, channel.group
         self._fragments, self._inner, self._outer, self._outcomes = fragments, inner, outer, outcomes
-        self._compare_every = options.compression.compare_every
-        self._arguments, self._arguments_hash = arguments, mix(*arguments.encode()) >> 1
+        self._compression = options.compression
+        self._arguments, self._arguments_hash = arguments, _hash(arguments)
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
         self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker between two rounds
@@ -250,34 +250,40 @@ class Membership:
         # Exchange: one fragment, in rotation, or all of them. If all weights are 0, none.
         dense = any(hello.dense for hello in hellos)
         weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
-        parts = list(self._fragments) if dense else [self._fragments[self._rounds % len(self._fragments)]]
+        parts = list(self._fragments) if dense else [self._due]
         if not any(weights):
             parts = []
-        self._energy = sum(self._exchange(part, share(weights, self._group.rank), dense) for part in parts)
+        mean, names = share(weights, self._group.rank), [f"{hello.worker:x}" for hello in hellos]
+        self._energy = sum(self._exchange(part, mean, dense, names) for part in parts)
         # Confirm: it completes on a worker only if all have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
-    def _exchange(self, part: Fragment, weight: float, dense: bool) -> float:
+    def _exchange(self, part: Fragment, weight: float, dense: bool, names: Sequence[str]) -> float:
         """Exchange a fragment's local update, without committing it; return norm(v)^2."""
         p = part.begin(self.steps, weight, uncompressed=dense)
         self._outcomes.register(part, p)
         assert p.round is not None
-        energy = _energy(p.round.v)
-        part.exchange(p, self._channel.step, as_vector=self._outer is not None)
+        energy, norms = _energy(p.round.v), None
+        if p.norm is not None:  # v depends on the hellos, so its norm cannot be in them
+            gathered = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
+            norms, p.workers = torch.cat([parts["norm"] for parts in gathered]), names
+        part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
         part.name_workers(p)
         return energy
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
-        compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
+        every = self._compression.compare_every
+        compared = every > 0 and self._rounds % every == 0
         # A worker that has not joined only receives (w = 0). One without steps since its last round has an idle weight
         # if it has an error memory, or unsent updates of other fragments than that round's.
         has_more = len(self._fragments) > 1 and not self.account.since and self._has_pending()
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
+            message=_hash(self._message()),
             history=self.roster.history,
             anchor=self._fingerprint() if compared else 0,
             run=self.roster.run,
@@ -291,15 +297,29 @@ class Membership:
             lost=self.account.found_lost,
         )
 
+    def _message(self) -> str:
+        """Return version, compressor, d and round of the message of a compressed round, a line each."""
+        part = self._due
+        compressor = self._compression.at(part.rounds)
+        return as_text({"compressor": compressor, "d": part.d, "round": self._rounds})
+
+    @property
+    def _due(self) -> Fragment:
+        """The fragment of the next round, in rotation."""
+        return self._fragments[self._rounds % len(self._fragments)]
+
     def _weight(self) -> float:
         return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments and anchors are equal on all workers; the most frequent, or the first, are correct."""
-        if len({h.arguments for h in hellos}) > 1:
-            self._compare_arguments(hellos, mine)
+        """Check that arguments, anchors and messages agree on all workers; the most frequent, or the first, are right.
+
+        Raises RoundFailedError on workers that are right, and ConfigError on the others.
+        """
+        self._compare("be given the same arguments", [h.arguments for h in hellos], self._arguments, hellos)
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
+            self._compare("send messages of one kind", [h.message for h in hellos], self._message(), hellos)
             return
         if not self.roster.past:
             raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
@@ -308,18 +328,20 @@ class Membership:
             self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark it as behind
         raise RoundFailedError("workers have different anchors")
 
-    def _compare_arguments(self, hellos: Sequence[Hello], mine: Hello) -> NoReturn:
-        """Raise ConfigError if this worker's arguments are not the most frequent ones, else RoundFailedError."""
-        texts = self._channel.gather_text(self._arguments, self._device, "members")
-        usual = most([h.arguments for h in hellos])
-        if mine.arguments == usual:
-            raise RoundFailedError("a worker was given other arguments")
-        theirs = texts[[h.arguments for h in hellos].index(usual)]
-        lines = zip_longest(self._arguments.split("\n"), theirs.split("\n"), fillvalue="nothing more")
-        here, there = next(pair for pair in lines if pair[0] != pair[1])
-        raise ConfigError(
-            f"workers must be given the same arguments, but this one has {here} and the others have {there}"
-        )
+    def _compare(self, must: str, hashes: Sequence[int], text: str, hellos: Sequence[Hello]) -> None:
+        """Raise an error that names a worker whose text has another hash, and its first line that differs.
+
+        `text` is this worker's; the texts are gathered only if hashes differ.
+        """
+        usual, mine = most(hashes), self._group.rank
+        if len(set(hashes)) == 1:
+            return
+        texts = self._channel.gather_text(text, self._device, "members")
+        other = mine if hashes[mine] != usual else next(i for i, found in enumerate(hashes) if found != usual)
+        pairs = zip_longest(texts[other].split("\n"), texts[hashes.index(usual)].split("\n"), fillvalue="nothing more")
+        here, there = next(pair for pair in pairs if pair[0] != pair[1])
+        error = f"workers must {must}, but worker {hellos[other].worker:x} has {here} and the others have {there}"
+        raise ConfigError(error) if other == mine else RoundFailedError(error)
 
     def _norm_after(self) -> float:
         """Return the norm that this worker's memory has if the round is committed."""
@@ -564,6 +586,10 @@ class Membership:
     def _exit(self) -> NoReturn:
         """Leave the run and end the process; the exit code is 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
+
+
+def _hash(text: str) -> int:
+    return mix(*text.encode()) >> 1
 
 
 def _energy(vector: Tensor) -> float:

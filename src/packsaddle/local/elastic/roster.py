@@ -30,6 +30,7 @@ class Hello:
 
     worker: int  # its random name
     arguments: int  # hash of the arguments that must be equal on all workers
+    message: int  # hash of its message's version, compressor, d and round
     history: int  # hash of the rounds in its anchor
     anchor: int  # fingerprint of its anchor; 0: not compared in this round
     run: int  # name of the run; 0: none yet
@@ -43,14 +44,14 @@ class Hello:
     lost: float  # norm of memories that it found to be lost
 
     def packed(self, device: torch.device) -> Tensor:
-        """Return the hello as int64[13]."""
+        """Return the hello as int64[14]."""
         *whole, a, b, c, d = astuple(self)
         reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
         return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> "Hello":
-        """Return the hello of `packed`, int64[13]."""
+        """Return the hello of `packed`, int64[14]."""
         here = packed.cpu()
         whole = len(fields(cls)) - 4
         return cls(*here[:whole].tolist(), *here[whole:].clone().view(torch.float64).tolist())

@@ -1,0 +1,83 @@
+"""Clipping: a worker's update is scaled to at most c times the median norm of the updates of a round.
+
+The residual v - C(s v), s the factor, stays in the error memory, so no update is lost. Each worker computes its own
+factor from the norms of all of them. See `Workers`.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_log = logging.getLogger("packsaddle")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A worker's update that was clipped in an applied round (see `Workers`).
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, Workers, simulate
+    >>> def work(rank):
+    ...     weight = torch.nn.Parameter(torch.zeros(64, 64))
+    ...     local = LocalUpdates(torch.optim.SGD([weight], lr=1.0), every=1, workers=Workers(clip=2.0))
+    ...     weight.grad = (1, 2, 64)[rank] * torch.arange(4096.0).view(64, 64)
+    ...     local.optimizers[0].step()
+    ...     return local.clips
+    >>> simulate(work, 3)[0]
+    [Clip(step=0, worker='2', factor=0.0625)]
+    """
+
+    step: int  # t of its fragment's round
+    worker: str  # its rank; with a manager its name in the log
+    factor: float  # by which its update was scaled, in [0, 1)
+
+
+class Clips:
+    """Records the clipped updates of a fragment: `found` since construction or loading, `count` in total.
+
+    With `logs`, a worker's consecutive ones with counts 1, 2, 4, ... are logged.
+    """
+
+    def __init__(self, *, logs: bool) -> None:
+        self.found: list[Clip] = []
+        self.count, self._logs = 0, logs
+        self._in_a_row: dict[str, int] = {}
+
+    def record(self, step: int, factors: Tensor, workers: Sequence[str]) -> None:
+        """Record an applied round: the factors, float64[W], and names of its workers, which are ranks by default."""
+        names = workers or [str(rank) for rank in range(len(factors))]
+        found = [Clip(step, name, s) for name, s in zip(names, factors.tolist(), strict=True) if s < 1]
+        self.found += found
+        self.count += len(found)
+        self._in_a_row = {clip.worker: self._in_a_row.get(clip.worker, 0) + 1 for clip in found}
+        for clip in found:
+            n = self._in_a_row[clip.worker]
+            if self._logs and n & (n - 1) == 0:
+                row = f" ({n} in a row)" if n > 1 else ""
+                _log.warning(
+                    "round %d: the update of worker %s was too long, and is scaled by %.3g; the rest stays in its "
+                    "error memory%s",
+                    *(step, clip.worker, clip.factor, row),
+                )
+
+
+def norm_of(v: Tensor, share: float) -> Tensor:
+    """Return the norm of an update v, float32[1]; NaN if its worker is not in the round (`share` 0)."""
+    norm: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64).float().reshape(1)
+    return norm if share else norm.fill_(math.nan)
+
+
+def factors_of(norms: Tensor, most: float) -> Tensor:
+    """Return the factors of all workers, min(1, c m / norm), float64[W]; `norms`, float32[W], `most`: c.
+
+    m is the median of the norms that are not NaN; of an even number the lower of the middle two, so that half of the
+    workers cannot raise it.
+    """
+    wide = norms.double()
+    limit = most * wide.nanmedian()
+    factors: Tensor = torch.where(wide > limit, limit / wide, 1.0)
+    return factors
