@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from packsaddle.cli.console import is_first
-from packsaddle.cli.flags import Given
+from packsaddle.cli.flags import Given, grouped
 from packsaddle.comm.launching import under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
@@ -20,6 +20,15 @@ from packsaddle.runs.run_folder import read_runs
 _SAMPLE = 512  # default number of training examples: about a minute for a small network on a CPU
 
 
+@grouped(
+    {
+        "": "epsilon hessian_lipschitz examples out json",
+        "point": "checkpoint iterates",
+        "result": "spectrum population distance",
+        "data": "batch_size data_dir workers seed",
+        "search": "max_hvps tolerance sharpness failure_probability hvp double pilot_examples memory_limit",
+    }
+)
 def certify(
     run: Annotated[Path, tyro.conf.Positional],
     checkpoint: str | None = None,
@@ -39,12 +48,12 @@ def certify(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Certify a run's last point as a saddle or as second-order stationary, or report it as undecided.
+    """Certify a run's last point: saddle or second-order stationary.
 
-    Prints the certificate, computed on a random sample of the training examples (see --examples). Writes it, the
-    extreme directions and a plot of the loss along them to a new folder. Under torchrun its workers are used.
-    Search options default to those in the run's [certify] (except pilot_examples), or to packsaddle.Search's if the
-    run has none.
+    The verdict is "undecided" if the bounds on the curvature allow both. The certificate is computed on a random sample
+    of the training examples (--examples); it is printed, and written to a new folder with the extreme directions and a
+    plot of the loss along them. Under torchrun its workers compute it. Search options default to the run's [certify]
+    (except pilot_examples), or to packsaddle.Search if the run has none.
 
     Examples:
         packsaddle certify runs/a

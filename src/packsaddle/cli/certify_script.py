@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from packsaddle.cli.console import is_first
+from packsaddle.cli.flags import grouped
 from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
@@ -21,6 +22,13 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scri
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
 
+@grouped(
+    {
+        "": "epsilon hessian_lipschitz out json",
+        "result": "spectrum population",
+        "search": "max_hvps tolerance sharpness failure_probability hvp pilot_examples memory_limit seed",
+    }
+)
 def certify_script(
     function: Annotated[str, tyro.conf.Positional],
     checkpoint: Annotated[Path, tyro.conf.Positional],
@@ -33,11 +41,12 @@ def certify_script(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Certify a checkpoint of any script as a saddle or second-order stationary, or report it as undecided.
+    """Certify a checkpoint of your own training script.
 
-    FUNCTION is imported from the current folder and called without arguments. It returns a model, a loss function of
-    (model, batch), and the batches, which can be iterated again. Under torchrun every worker calls it and returns its
-    own batches; it may shard the model with FSDP2.
+    The verdict is that of packsaddle certify: saddle, second-order stationary, or undecided. FUNCTION is imported from
+    the current folder and called without arguments. It returns a model, a loss function of (model, batch), and the
+    batches as an iterable that can be iterated repeatedly. Under torchrun every worker calls it and returns its own
+    batches; it may shard the model with FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt

@@ -407,11 +407,11 @@ _LEGEND = "- not there, or not used   ! may fail in some uses   X training fails
 
 
 def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = False) -> None:
-    """Check the hardware and software that training can use on this machine, and explain what is missing.
+    """Check this machine's hardware, software and network.
 
     Checks versions, cores, GPUs, compiled loops, optional packages, network interfaces, the address on which gloo
-    listens, and environment variables; then two processes exchange a number (under torchrun, its workers on all
-    hosts). The exit code is 1 if training would fail, else 0.
+    listens, and environment variables, and suggests how to fix problems. Then two processes run an all-reduce (under
+    torchrun, its workers on all hosts). The exit code is 1 if training would fail, else 0.
 
     Examples:
         packsaddle doctor

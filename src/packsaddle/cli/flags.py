@@ -11,6 +11,25 @@ from packsaddle.options.schema import is_required, settable
 
 Command = Callable[..., Any]  # a function, or a class with callable instances
 T = TypeVar("T")
+C = TypeVar("C", bound=Command)
+
+
+def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
+    """Return a decorator that sets the order of a command's flags in its help, and their groups.
+
+    `groups` has the flags' names, separated by spaces, by the group's title; "": without a title, as the first.
+    """
+
+    def decorate(command: C) -> C:
+        vars(command)["groups"] = groups
+        return command
+
+    return decorate
+
+
+def groups_of(command: Command) -> dict[str, list[str]]:
+    """Return the names of a command's flags by the title of their group; those in no group are absent."""
+    return {title: names.split() for title, names in vars(command).get("groups", {}).items()}
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,8 @@ class Given(Generic[T]):
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     """Return a command's parameters with evaluated annotations, each option class replaced by its settable fields.
 
-    A field's default is its value in the parameter's default, else the class's; None for fields of a `Given`.
+    They are in the order of the command's groups, behind those in no group. A field's default is its value in the
+    parameter's default, else the class's; None for fields of a `Given`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -42,7 +62,8 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
             if get_origin(hints[name]) is Given:
                 hint, default = hint | None, None
             found[f.name] = parameter.replace(name=f.name, annotation=hint, default=default)
-    return found
+    listed = [name for names in groups_of(command).values() for name in names]
+    return {name: found[name] for name in [*(n for n in found if n not in listed), *listed]}
 
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:

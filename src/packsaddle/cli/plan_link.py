@@ -14,6 +14,7 @@ import tyro
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
 from packsaddle.cli.console import brief, is_first, number_table, print_table
+from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
@@ -103,6 +104,14 @@ class _Asked:
     local: tuple[LocalForecast, ...]  # the fastest first; empty: not requested
 
 
+@grouped(
+    {
+        "": "model d workers json",
+        "compressor": "compressor ratio optimizer",
+        "local update": "local most_steps",
+        "step time": "compute batch spread noise latency",
+    }
+)
 def link(
     rate: Annotated[str, tyro.conf.Positional],
     options: LinkOptions,
@@ -112,7 +121,9 @@ def link(
     workers: int | None = None,
     json: bool = False,
 ) -> None:
-    """Find the compressor with the shortest step on a network link, or report that none beats dense training.
+    """Find the compressor that trains fastest on a network link.
+
+    Forecasts the time of a step for each compressor and compares it with uncompressed (dense) training.
 
     Examples:
         packsaddle plan link 100mbit --model char-transformer --workers 2 --local

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
 from packsaddle.cli.console import number_table, print_table
+from packsaddle.cli.flags import grouped
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
@@ -23,6 +24,13 @@ _PACE = 1000  # steps per second of a small network on a fast machine
 _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
+@grouped(
+    {
+        "": "d epsilon lipschitz_gradient json",
+        "problem": "smoothness hessian_lipschitz sigma f_max",
+        "algorithm": "compressor ratio workers mode",
+    }
+)
 def theory(
     assumptions: Assumptions,
     compressor: str = "best",
@@ -31,10 +39,10 @@ def theory(
     workers: int = 4,
     json: bool = False,
 ) -> None:
-    """Compute the parameters of Algorithm 1 for an epsilon-second-order stationary point from the theorems.
+    """Compute the parameters of Algorithm 1 from the theorems.
 
-    Prints step size, number of steps, noise, escape check and bytes; or that the target is OUT OF REACH, and which
-    changes would bring it within reach.
+    Prints the step size, number of steps, noise, escape check and bytes that reach an epsilon-second-order stationary
+    point; or that the target is OUT OF REACH, with the changes that would bring it within reach.
 
     Examples:
         packsaddle plan theory --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
@@ -206,7 +214,9 @@ def _how_far_to_trust(plans: list[Plan]) -> str:
 
 
 def table(d: int, epsilon: float, json: bool = False) -> None:
-    """Print Table 1 of the paper with numbers: iterations and communication for given d and epsilon.
+    """Print the paper's Table 1 for a given d and epsilon.
+
+    Each cell has the paper's formula for iterations or communication, and its value.
 
     Examples:
         packsaddle plan table --d 1000000 --epsilon 0.2

@@ -15,7 +15,9 @@ from packsaddle.runs.run_folder import read_runs
 def report(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID], out: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Compare runs, averaged over seeds: tables, a figure and one self-contained, interactive HTML page.
+    """Compare runs: tables, figures and an interactive HTML page.
+
+    Runs that differ only in their seed are averaged. The page is one self-contained file.
 
     Examples:
         packsaddle report runs/a runs/b
@@ -37,7 +39,9 @@ def report(
 
 
 def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
-    """List all compressors: contraction, linear or not, protocol, bytes per step and time on this machine.
+    """List the compressors with their bytes and their speed.
+
+    Also lists the contraction mu, linearity and the communication protocol. The time is measured on this machine.
 
     Examples:
         packsaddle compressors --d 1000000 --ratio 0.01 --workers 8

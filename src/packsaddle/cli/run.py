@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from packsaddle.cli.console import dated, is_first, print_runs, require_plots
+from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.launching import check_interface, under_launcher
 from packsaddle.comm.managed import check_lighthouse
@@ -31,20 +32,21 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts whole millisec
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
-    """Show compressed, perturbed SGD leaving a saddle on which plain SGD stalls.
+    """Show compressed SGD leave a saddle on which plain SGD stalls.
 
-    Trains a deep autoencoder on scikit-learn's digits four times (dense; dense, RandomK 1% and TopK 1% with noise),
-    prints a table and writes a figure and an HTML page. About two minutes on two cores.
+    Trains a deep autoencoder on scikit-learn's digits four times: uncompressed without noise, then with noise
+    uncompressed, with RandomK 1% and with TopK 1%. Prints a table and writes a figure and an HTML page. Takes about two
+    minutes on two cores.
 
     Examples:
         packsaddle demo
         packsaddle demo --serial --epochs 20 --out runs/short
 
     Args:
-        out: A new folder for the runs and the report; by default one under runs/ named by the time.
+        out: New folder for the runs and the report; by default runs/demo-DATE-TIME.
         workers: Number of worker processes.
-        serial: Simulate the workers one after the other in this process instead.
-        epochs: Passes of all workers together over the digits.
+        serial: Simulate the workers sequentially in this process instead.
+        epochs: Passes over the digits, counted over all workers together.
         seed: Seed of all random numbers.
     """
     from packsaddle.runs import templates
@@ -66,6 +68,16 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     print(f"report: {write_report(runs, folder / 'report')}")
 
 
+@grouped(
+    {
+        "": "set workers out",
+        "data": "data_dir download",
+        "simulation": "serial batched fused",
+        "checkpoint": "resume checkpoint_every",
+        "worker": "timeout elastic memory",
+        "tracking": "track",
+    }
+)
 def run(
     config: Annotated[Path | None, tyro.conf.Positional] = None,
     set: tuple[str, ...] = (),
@@ -279,7 +291,7 @@ What is commented out is at its default, or an example of what is off."""
 def init(
     file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
 ) -> None:
-    """Write a configuration file to start from, with a comment on every key.
+    """Write a configuration file with a comment on every key.
 
     Examples:
         packsaddle init
