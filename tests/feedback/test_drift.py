@@ -241,7 +241,7 @@ def test_noise_that_differs_behind_ddp_is_named(gloo: Gloo) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compare_every": -1}, "compare_every must be 0 or more steps, got -1"),
+        ({"compare_every": -1}, "compare_every must be an integer of at least 0, got -1"),
         ({"on_drift": "ignore"}, "on_drift must be one of stop, repair, got 'ignore'"),
     ],
 )

@@ -153,7 +153,7 @@ class LocalConfig:
     A round is one exchange of a fragment.
     """
 
-    every: int = 30  # H, steps between two exchanges
+    every: int = 8  # H, steps between two exchanges
     # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
     # matrices of hidden layers (by default momentum 0.95 with nesterov), AdamW for the rest
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
