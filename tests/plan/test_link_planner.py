@@ -197,14 +197,14 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("plan", "link", "1mbit", *asked) == 0
     out = capsys.readouterr().out
     assert "Shortest step: " in out
-    assert "Its step is the shorter one below" in out
+    assert "Its step is shorter than DDP's below" in out
     assert "Best: " not in out
     assert "QSGD(levels=127" in out
     assert "DO NOT COMPRESS" not in out
-    assert "This is the time of a step" in out
+    assert "These are times of one step" in out
     assert command("plan", "link", "100tbit", *asked, "--compressor", "qsgd") == 0
     out = capsys.readouterr().out
-    assert "DO NOT COMPRESS: nothing is known to be quicker than dense training. Compression pays below" in out
+    assert "DO NOT COMPRESS: no compressor is known to be faster than dense training. Compression pays below" in out
     assert (
         command("plan", "link", "1mbit", *asked, "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json")
         == 0
@@ -236,8 +236,8 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*asked, "--optimizer", "adamw", "--compressor", "TopK(1.23%)") == 0
     shown_text = capsys.readouterr().out
     assert "unknown" in shown_text
-    assert "Steps were not measured, or not to their end, for TopK(ratio=0.0123)." in shown_text
-    assert "On no link" not in shown_text
+    assert "The number of steps is unknown for TopK(ratio=0.0123)." in shown_text
+    assert "on any link" not in shown_text
 
 
 def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +290,7 @@ def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
     link = json.loads(capsys.readouterr().out)["link"]
     assert link["rate"] > 0
     assert link["latency"] > 0
-    assert "loopback, so NO network is in it" in link["source"]
+    assert "loopback interface, NOT on a network" in link["source"]
 
 
 def test_plan_link_auto_under_torchrun() -> None:

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import brief, is_first, number_table, print_table
+from packsaddle.cli.console import brief, digits, is_first, kilobytes, number_table, print_table, short_exchange
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
@@ -27,22 +27,23 @@ from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecas
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.plan.model_size import ModelSize, compute_seconds, update_seconds
 from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
-from packsaddle.runs.progress import Report, countdown, megabytes
+from packsaddle.runs.progress import Report, countdown
 
 _BATCH = 32
 _UNCUT = "--json prints it whole"
+_ORDER = "shortest time to the same loss (step ms times x steps) first, unknown times last"
 _ERROR = 0.1  # relative error of the time model on idle machines (experiments/scale)
 _NOTE = (
-    "This is the time of a step. How many steps a compressor needs depends on the optimizer: --optimizer sgd or adamw "
-    "counts those that were measured."
+    "These are times of one step. The number of steps that a compressor needs depends on the optimizer: with "
+    "--optimizer sgd or adamw measured numbers are included."
 )
 _STEPS_NOTE = (
-    "x steps: for the loss of one dense step with {}, each at its best learning rate, on a small language model "
-    "(docs/choosing.md). Try it on yours."
+    "x steps: steps for the progress of one dense step with {}, measured on a small language model, each compressor "
+    "at its best learning rate (docs/choosing.md). Your model may differ."
 )
 _LOCAL_NOTE = (
-    "Local updates with {}: x steps as measured on a small language model, with 2 or 4 workers, each setting at its "
-    "best rate ({}). Try it on yours."
+    "x steps: measured on a small language model with {}, with 2 or 4 workers, each setting at its best learning rate "
+    "({}). Your model may differ."
 )
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
@@ -230,9 +231,8 @@ def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Calla
 
 
 def ms(seconds: float) -> str:
-    """Format a time in milliseconds with four digits, without an exponent."""
-    number = 1e3 * seconds
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+    """Format a time in milliseconds."""
+    return digits(1e3 * seconds)
 
 
 def _workers(asked: int | None) -> int:
@@ -249,7 +249,7 @@ def _workers(asked: int | None) -> int:
 def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[Link, str]:
     if group is not None:
         return probe(group, device), "measured between torchrun's workers"
-    return probe_locally(workers), "measured on this machine's loopback, so NO network is in it"
+    return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
 
 
 def _print_json(verdict: Verdict, asked: _Asked) -> None:
@@ -274,30 +274,30 @@ def _print_json(verdict: Verdict, asked: _Asked) -> None:
 def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     workload, link, fleet = asked.workload, asked.link, asked.fleet
     steps = ("x steps",) if asked.optimizer else ()
-    table = number_table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below", words=2)
+    units = ("sent kB", "step ms", "coding ms", "exchange ms")
+    table = number_table("compressor", "by", *units, *steps, "pays below Mbit/s", words=2)
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
-        name, style = ("none: dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
-        table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
+        name, style = ("dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
+        by = short_exchange(f.exchange)
+        table.add_row(name, by, kilobytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
+    print(f"Rows: {_ORDER if asked.optimizer else 'shortest step first'}. Sent: per worker and step.")
 
     # Quantities common to all forecasts.
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
-    print("Dense gradients travel during the backward pass.")
-    print(
-        f"Coding includes {1e3 * asked.update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's "
-        f"update."
-    )
+    print("DDP's exchange overlaps with the backward pass.")
+    print(f"Coding includes {ms(asked.update)} ms for the error memory, and for the noise with --noise.")
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
 
     # The verdict.
     of_what = "Gradients: " if asked.local else ""
     if asked.optimizer == "muon":
-        print("Gradients: no compressor was measured behind the hook with muon.")
+        print("Gradients: compressors behind the DDP hook were not measured with muon.")
     else:
         print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
         print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
@@ -308,12 +308,13 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
     """Print the table of local updates, and compare the best with dense training (`dense` seconds per step)."""
-    table = number_table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
+    table = number_table("local updates", "every", "parts", "delay", "sent kB", "step ms", "compute %", "x steps")
     for f in forecasts:
-        name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
-        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), megabytes(f.sent), ms(f.step)]
-        table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
+        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), kilobytes(f.sent), ms(f.step)]
+        name = brief(describe(f.setting.compressor))
+        table.add_row(name, *cells, f"{100 * f.computing:.0f}", f"{f.steps:.3g}")
     print_table(table, _UNCUT)
+    print(f"Rows: {_ORDER}. Sent: per worker and step, averaged over a round.")
 
     # The fastest: seconds per step times the relative number of steps.
     best = forecasts[0]
@@ -355,14 +356,14 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
     if not f.is_known:
         return "unknown"
     if f.break_even is None:
-        return "any link" if f.seconds < verdict.dense.seconds else "no link"
-    return _line(f.break_even)
+        return "any" if f.seconds < verdict.dense.seconds else "none"
+    return digits(8 * f.break_even / FRAMING / 1e6)
 
 
 def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     """Return the verdict on compressed gradients; `counted`: times include the number of steps needed."""
     if not verdict.compress:
-        return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {_elsewhere(verdict)}"
+        return f"DO NOT COMPRESS: no compressor is known to be faster than dense training. {_elsewhere(verdict)}"
     best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
     factor = verdict.best.steps.factor if verdict.best.steps else 1.0
@@ -370,7 +371,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
     gain = f"{took} instead of {ms(dense)}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
-    pays = "Compression pays" if counted else "Its step is the shorter one"
+    pays = "Compression pays" if counted else "Its step is shorter than DDP's"
     until = f" {pays} below {_line(equal)}." if equal is not None and equal > link.rate else ""
     return f"{'Best' if counted else 'Shortest step'}: {how}: {gain}{doubt}.{until}"
 
@@ -380,8 +381,8 @@ def _elsewhere(verdict: Verdict) -> str:
     if verdict.break_even is not None:
         return f"Compression pays below {_line(verdict.break_even)}."
     if unknown := [f.compressor for f in verdict.forecasts if not f.is_known]:
-        return f"Steps were not measured, or not to their end, for {', '.join(unknown)}."
-    return "On no link does compression pay."
+        return f"The number of steps is unknown for {', '.join(unknown)}."
+    return "Compression does not pay on any link."
 
 
 def _line(payload: float) -> str:

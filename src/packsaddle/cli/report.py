@@ -5,10 +5,17 @@ from typing import Annotated
 
 import tyro
 
-from packsaddle.cli.console import brief, number_table, print_runs, print_table, require_plots
+from packsaddle.cli.console import (
+    brief,
+    kilobytes,
+    number_table,
+    print_runs,
+    print_table,
+    require_plots,
+    short_exchange,
+)
 from packsaddle.cli.parsing import UNSAID
 from packsaddle.errors import ConfigError, config_errors
-from packsaddle.runs.progress import megabytes
 from packsaddle.runs.run_folder import read_runs
 
 
@@ -68,10 +75,11 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         for compressor in listed:
             print(dumps(asdict(coding_speed.tabulate(compressor, d, workers))))
         return
-    table = number_table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
+    table = number_table("compressor", "mu", "kept %", "linear", "exchange", "sent kB", "received kB", "ms")
     for e in (coding_speed.tabulate(compressor, d, workers) for compressor in listed):
-        cells = [f"{e.mu:.2g}", f"{e.kept:.1%}", "yes" if e.linear else "no", e.protocol]
-        cells += [megabytes(e.sent), megabytes(e.received), f"{e.milliseconds:.1f}"]
+        cells = [f"{e.mu:.2g}", f"{100 * e.kept:.1f}", "yes" if e.linear else "no", short_exchange(e.protocol)]
+        cells += [kilobytes(e.sent), kilobytes(e.received), f"{e.milliseconds:.1f}"]
         table.add_row(brief(e.compressor), *cells)
-    table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
     print_table(table, "--json prints it whole")
+    print(f"d = {d:,}, {workers} workers. mu holds for every vector; kept, 100 (1 - ||v - C(v)||^2 / ||v||^2), is")
+    print("measured on a Gaussian one. Bytes and ms: of one step, per worker.")
