@@ -57,7 +57,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert shown.endswith("Training fails: exchange gloo.\n")
     made.pop()
     assert command("doctor", "--no-try") == 0
-    assert capsys.readouterr().out.endswith("Nothing here makes training fail.\n")
+    assert capsys.readouterr().out.endswith("Training can run on this machine.\n")
 
 
 def test_without_trying_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_whether_workers_can_come_and_go(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(doctor, "_version", lambda package: "0.2.0")
     monkeypatch.setitem(sys.modules, "torchft", SimpleNamespace())
     (fact,) = doctor.elastic()
-    assert (fact.value, fact.verdict) == ("torchft 0.2.0, and no lighthouse is named", "note")
+    assert (fact.value, fact.verdict) == ("torchft 0.2.0, but no lighthouse is set", "note")
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         monkeypatch.setenv("TORCHFT_LIGHTHOUSE", f"http://localhost:{listener.getsockname()[1]}")
@@ -320,5 +320,5 @@ def test_whether_workers_can_come_and_go(monkeypatch: pytest.MonkeyPatch) -> Non
         assert fact.verdict == "warning"
         listener.listen()
         (fact,) = doctor.elastic()
-        assert fact.value.endswith("is reached from 127.0.0.1")
+        assert fact.value.endswith("is reachable from 127.0.0.1")
         assert fact.verdict == "ok"

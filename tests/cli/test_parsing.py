@@ -30,7 +30,7 @@ MISTAKES = {
     "run": "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR",
     "run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
     "run x.toml --wrokers=2": "run: unknown flag --wrokers (did you mean --workers?)",
-    "run x.toml --lr 0.1": "run: unknown flag --lr (keys of the configuration go through --set key=value)",
+    "run x.toml --lr 0.1": "run: unknown flag --lr (set keys of the configuration by --set key=value)",
     "run x.toml y.toml": "run: unexpected argument y.toml",
     "run x.toml 'a\nb'": r"run: unexpected argument 'a\nb'",
     "run x.toml --workers two": "run: --workers must be a whole number, got 'two'",

@@ -311,7 +311,7 @@ REFUSALS = {
     (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
-    (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the computing",
+    (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the compute time",
     (*LINK, "--d", "5", "--compute", "1", "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
     (*LINK, "--d", "5", "--compute", "1", "--spread", "-1"): "spread must be from 0 to 1e+09, got -1.0",
     (*LINK, "--d", "5", "--compute", "1", "--spread", "1e300"): "spread must be from 0 to 1e+09, got 1e+300",
@@ -324,7 +324,7 @@ REFUSALS = {
     (*LINK, "--model", "mnist-autoencoder", "--batch", "0"): "batch must be at least 1, got 0",
     ("fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
     ("0mbit", "--d", "5", "--compute", "1"): "rate must be positive",
-    ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured where RATE is auto",
+    ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured if RATE is auto",
 }
 
 
@@ -379,7 +379,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     refused = {
         ("20mbit/fast",): "rate must be positive",
         ("20mbit/1mbit/2mbit",): "rate must be positive",
-        ("1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw or muon, with which it was measured",
+        ("1gbit", "--local", "--optimizer", "sgd"): "--local was measured with adamw and muon only",
         ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
         ("1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
         ("1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",

@@ -216,16 +216,16 @@ def test_a_signal_to_stop(
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "both": (("run", "CONFIG", "--resume", "run", "--out", "run"), "--resume names the folder; leave --out out"),
+    "both": (("run", "CONFIG", "--resume", "run", "--out", "run"), "--resume already sets the folder; leave out --out"),
     "neither": (("run",), "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR"),
-    "set": (("run", "--resume", "run", "--set", "lr=1"), "--set goes with CONFIG"),
+    "set": (("run", "--resume", "run", "--set", "lr=1"), "--set needs CONFIG"),
     "none": (
         ("run", "--resume", "none"),
-        "none is not a run folder (it has no config.json); to begin one, give CONFIG",
+        "none is not a run folder (it has no config.json); to start one, add CONFIG",
     ),
     "other": (
         ("run", "CONFIG", "--resume", "other"),
-        "other is not a run folder (it has no config.json), and not empty",
+        "other is not a run folder (it has no config.json), and is not empty",
     ),
     "key": (
         ("run", "CONFIG", "--resume", "run", "--set", "compressor.ratio=0.2"),

@@ -138,13 +138,15 @@ def _drawn(run: Path, config: Config) -> list[str]:
 
     (found,) = read_runs([run])
     if found.summary is None:
-        raise ConfigError(f"{run} has not finished, so the iterates it has kept are not a fair sample")
+        raise ConfigError(f"{run} has not finished, so its saved iterates are not a uniform sample")
     names = drawn_names(config, found.summary["steps"])
     if not names:
-        raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
+        raise ConfigError(
+            f"{run} has no saved iterates; set certify.iterates = m in the configuration to save m of them"
+        )
     for name in names:
         if not (run / name).is_file():
-            raise ConfigError(f"{run} drew {name}, but has lost it; without it the others are not a fair sample")
+            raise ConfigError(f"{run}: iterate {name} is missing; without it the others are not a uniform sample")
     return names
 
 

@@ -232,7 +232,7 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
     for word in words:
         flag = word.partition("=")[0]
         if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
-            other = " (keys of the configuration go through --set key=value)" if "--set" in flags else " (see --help)"
+            other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
 

@@ -83,7 +83,7 @@ class LinkOptions:
         if self.compute is None and self.model is None:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
         if self.compute is not None and self.batch is not None:
-            raise ValueError("batch is for measuring the computing, which --compute gives: leave one out")
+            raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
         if self.most_steps is not None and not self.local:
             raise ValueError("most_steps is for local updates: it needs --local")
 
@@ -147,7 +147,7 @@ def link(
         json: Print one JSON document.
     """
     if options.local and optimizer == "sgd":
-        raise ConfigError("--local is with adamw or muon, with which it was measured: leave out --optimizer sgd")
+        raise ConfigError("--local was measured with adamw and muon only: leave out --optimizer sgd")
     with config_errors():
         if optimizer == "muon":
             options = replace(options, local=True)
@@ -171,7 +171,7 @@ def _answer(
     bits = None if rate == "auto" else link_planner.slower_rate(rate)
     workers = _workers(workers)
     if bits is None and options.latency is not None:
-        raise ConfigError("--latency is measured where RATE is auto: leave it out")
+        raise ConfigError("--latency is measured if RATE is auto: leave it out")
     link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
     source, workload = "as given", options.workload()
     most = math.inf if options.most_steps is None else options.most_steps
@@ -239,7 +239,7 @@ def _workers(asked: int | None) -> int:
     """Return the number of workers: torchrun's, else `asked`, else 4. Raises ConfigError if invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
     if world is not None and asked not in (None, world):
-        raise ConfigError(f"workers must be torchrun's {world}, or be left out, got {asked}")
+        raise ConfigError(f"workers must be {world}, the number that torchrun started, got {asked}")
     workers = world or (4 if asked is None else asked)
     if workers < 2 and world is None:
         raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")

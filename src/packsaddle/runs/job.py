@@ -117,7 +117,9 @@ class Job:
         """Raise ConfigError if another process has trained in the folder since `located` read it."""
         expected = "begun" if self.saving.resume else "new"
         if self.resume and state_of(self.folders[0]) != expected:
-            raise ConfigError(f"{self.folders[0]} has been trained in by another process meanwhile; try again")
+            raise ConfigError(
+                f"{self.folders[0]} was trained in by another process in the meantime; run the command again"
+            )
 
     def claim(self, stack: ExitStack) -> "Job | None":
         """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
@@ -159,8 +161,8 @@ class Job:
                 if (different := first_difference(theirs, ours)) is not None:
                     key, his, first = different
                     raise ConfigError(
-                        f"workers must be given one configuration, but {key} is {first!r} for worker 0 and {his!r} for "
-                        f"worker {worker}"
+                        f"all workers must have the same configuration, but {key} is {first!r} for worker 0 and "
+                        f"{his!r} for worker {worker}"
                     )
 
     def train(self, *, batched: bool = False) -> bool:
@@ -236,10 +238,12 @@ class Job:
                 raise ConfigError(f"{reason}; use --serial")
             if how == "fused" and not can_be_fused(config):
                 if config.local is not None:
-                    raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
+                    raise ConfigError(
+                        "local: each worker has its own parameters, but a fused simulation one copy; use --serial"
+                    )
                 exchange = config.exchange or "direct"
                 raise ConfigError(
-                    f"a fused simulation needs workers that exchange means alone, but "
+                    f"a fused simulation needs messages that are averaged by all-reduce, but "
                     f"{type(config.compressor).__name__} by exchange {exchange!r} sends more; use --serial"
                 )
 

@@ -176,9 +176,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
     state = state_of(path)
     if state == "new":
         if config is None:
-            raise ConfigError(
-                f"--resume: {path} is not a run folder (it has no config.json); to begin one, give CONFIG"
-            )
+            raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json); to start one, add CONFIG")
         return config, state
 
     # The folder of a begun run contains its configuration.
@@ -208,5 +206,5 @@ def state_of(path: Path) -> State:
         [p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL)] if path.is_dir() else []
     )
     if others or (path.exists() and not path.is_dir()):
-        raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and not empty")
+        raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and is not empty")
     return "new"

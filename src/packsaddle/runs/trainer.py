@@ -252,8 +252,8 @@ class Trainer:
             return
         if self.config.certify is not None:
             raise CheckpointError(
-                f"a run with [certify] cannot continue with {size} workers: it began with {history[-1][1]}, and "
-                f"the steps that it certifies were counted for those"
+                f"a run with [certify] cannot continue with {size} workers: it started with {history[-1][1]}, "
+                f"and its certificates are scheduled for that number"
             )
         self._plan()
         self.training.replan(self.calendar)
