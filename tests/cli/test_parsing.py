@@ -45,7 +45,7 @@ MISTAKES = {
     "plan table --zebra": "plan table: unknown flag --zebra (see --help)",
     "plan --link 100mbit --model resnet18": "plan: unknown flag --link (did you mean link?)",
     "plan --d 1M --epsilon 0.2": "plan: unknown flag --d (flags come after a command: theory, table, link)",
-    "plan theory": "plan theory: missing --d INT Coordinates of the parameter vector x, as 25000000, 25e6 or 25M; --ep",
+    "plan theory": "plan theory: missing --d INT Number of parameters of the model (coordinates of x)",
     "plan theory --epsilon 0.2 --d 0": "--d must be an integer from 1 to 1e15, got 0",
     "plan theory --epsilon 0.2 --d 10 --f-max -1": "--f-max must be positive, from 1e-20 to 1e+20, got -1.0",
     "experiments.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",

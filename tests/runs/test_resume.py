@@ -207,7 +207,7 @@ def test_a_signal_to_stop(
     hint = f"packsaddle run --resume '{folder}' --workers 2 --serial"
     (stopped,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
     at = json.loads((folder / "stopped.json").read_text())
-    assert stopped == f"stopped at step {at['step']} of 20; to go on: {hint}"
+    assert stopped == f"stopped at step {at['step']} of 20; to resume: {hint}"
     assert at["step"] == 12
     assert not (folder / "summary.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before

@@ -9,7 +9,7 @@ import tyro
 
 from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
 from packsaddle.cli.flags import Command
-from packsaddle.cli.parsing import UNSAID, Group, ImportedCommands, Seconds, Shell, parse, script
+from packsaddle.cli.parsing import HIDE_DEFAULT, Group, ImportedCommands, Seconds, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
@@ -19,7 +19,7 @@ from packsaddle_command import COMMANDS as ENTRIES
 
 __all__ = [
     "COMMANDS",
-    "UNSAID",
+    "HIDE_DEFAULT",
     "Group",
     "Seconds",
     "dated",
@@ -62,7 +62,7 @@ def serve(commands: Command | Group, program: str) -> None:
     _open_streams()
     try:
         try:
-            _obey(commands, program)
+            _run(commands, program)
         finally:
             sys.stdout.flush()  # at exit the interpreter would print a BrokenPipeError that cannot be caught
     except BrokenPipeError:
@@ -101,7 +101,7 @@ def _is_unread(stream: TextIO) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: a socket
 
 
-def _obey(commands: Command | Group, program: str) -> None:
+def _run(commands: Command | Group, program: str) -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"packsaddle {VERSION}")
         return

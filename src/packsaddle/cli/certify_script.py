@@ -55,7 +55,7 @@ def certify_script(
         torchrun --nproc-per-node 2 -m packsaddle.cli certify-script train:problem checkpoint.pt
 
     Args:
-        function: module:function.
+        function: The function, as MODULE:FUNCTION.
         checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
             "model_state_dict". It may be that of the compiled or DistributedDataParallel model.
         epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the gradient
@@ -63,9 +63,9 @@ def certify_script(
         hessian_lipschitz: rho. By default measured along the escape direction.
         spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
         population: Also certify the loss of the population from which the examples are drawn; about 150 products.
-        out: A new folder for the certificate, its directions, and a plot of the loss along them.
+        out: New folder for the certificate, its directions, and a plot of the loss along them; by default none.
         seed: Seed of the random start vector.
-        json: Print one JSON document instead.
+        json: Print one JSON document.
     """
     from packsaddle.runs.findings import Questions, new_folder, write
 
@@ -119,7 +119,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
             check_population(model, batches)  # fails before the work
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
-        return questions.look(checkpoint, model, loss_fn, batches, certificate)
+        return questions.finding(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # invalid model, loss or batches
         raise ConfigError(f"{function}: {error}") from None
 

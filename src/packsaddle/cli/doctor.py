@@ -238,14 +238,14 @@ def machine() -> Iterator[Fact]:
 
 def _available() -> str:
     """Return a text with the available memory (Linux) and the cgroup's memory limit; "" if unknown."""
-    said = ""
+    text = ""
     if Path("/proc/meminfo").exists():
         kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-        said = f", {int(kilobytes[1]) / 2**20:.1f} GiB available" if kilobytes else ""
+        text = f", {int(kilobytes[1]) / 2**20:.1f} GiB available" if kilobytes else ""
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and limit.read_text().strip().isdecimal():
-        said += f", limited to {int(limit.read_text()) / 2**30:.1f} GiB"
-    return said
+        text += f", limited to {int(limit.read_text()) / 2**30:.1f} GiB"
+    return text
 
 
 def devices() -> Iterator[Fact]:

@@ -64,7 +64,7 @@ MARKERS = (
     tyro.conf.FlagCreatePairsOff,  # --serial, without --no-serial
     tyro.conf.PositionalMetavarFromFieldName,
 )
-UNSAID = tyro.conf.arg(help_behavior_hint="")  # for a default that the help text describes
+HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # for a default that the help text describes
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
 
 
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
-    words, said = _joined(command, words), io.StringIO()
+    words, errors = _joined(command, words), io.StringIO()
     if not {"-h", "--help"} & {*words}:
         _check_flags(command, words, name)
 
     # tyro prints its errors and exits: the printed text becomes one line.
     try:
-        with redirect_stderr(said), _unwrapped(words):
+        with redirect_stderr(errors), _unwrapped(words):
             call: Callable[[], Any] = tyro.cli(
                 deferred(command),
                 prog=name,
@@ -142,7 +142,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{_subject(name)}{_one_line(said.getvalue(), words)}") from None
+        raise ConfigError(f"{_subject(name)}{_one_line(errors.getvalue(), words)}") from None
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:

@@ -53,17 +53,17 @@ class LinkOptions:
     """The model and the workers of a plan for a link. Raises ValueError for options that exclude one another.
 
     Args:
-        d: Number of parameters, as 25000000, 25e6 or 25M, instead of --model.
-        model: The network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
+        d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
+        model: Network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
-        latency: Time that a small message takes on a link of a given rate, 100us by default.
-        compute: Time of a step's forward and backward pass and of the optimizer, as in 55ms; by default the passes are
-            measured here for --model.
-        batch: Examples per worker and step in that measurement, 32 by default.
+        latency: Time of a small message on the link; by default 100us. It is measured if RATE is auto.
+        compute: Time of a step's forward and backward pass and optimizer, such as 55ms; by default the passes of
+            --model are measured on this machine.
+        batch: Examples per worker and step in that measurement; by default 32.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
-        noise: Include the time to generate the artificial noise in a step.
-        local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest.
-            They were measured with adamw, the default optimizer here, and with muon.
+        noise: Include the time of generating the artificial noise.
+        local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest
+            method. Their numbers of steps were measured with adamw, then the default of --optimizer, and with muon.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
     """
 
@@ -93,7 +93,7 @@ class LinkOptions:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Inputs:
     """The inputs of a plan, and the forecasts of local updates."""
 
     workload: ModelSize
@@ -134,16 +134,16 @@ def link(
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
 
     Args:
-        rate: Rate of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; UP/DOWN as in 20mbit/100mbit if it sends
-            and receives at different rates (the slower one counts); or "auto" to measure it between torchrun's
-            workers, or without torchrun between processes on this machine.
+        rate: Rate of each worker's link, such as 100mbit, 1gbit or 12.5MB/s; UP/DOWN, such as 20mbit/100mbit, for
+            different rates of sending and receiving (the slower one limits); or "auto" to measure it between
+            torchrun's workers, or without torchrun between processes on this machine.
         compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
             Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Fraction of the coordinates to send, as 0.01 or 1%; by default 0.01.
-        optimizer: Multiply step times by the relative number of steps that each compressor needed in measurements with
-            this optimizer: behind the DDP hook for sgd and adamw; then only measured compressors are compared, unless
-            --ratio is given. muon (AdamW for all but hidden matrices) was measured in local updates: implies --local.
-        workers: Number of workers, 4 by default; under torchrun, the number that it started.
+        ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
+        optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
+            to dense training. sgd, adamw: measured behind the DDP hook; only measured compressors are compared, unless
+            --ratio is given. muon (AdamW for all but hidden matrices): measured in local updates; implies --local.
+        workers: Number of workers; by default 4, or the number that torchrun started.
         json: Print one JSON document.
     """
     if options.local and optimizer == "sgd":
@@ -152,20 +152,20 @@ def link(
         if optimizer == "muon":
             options = replace(options, local=True)
         chosen = optimizer or ("adamw" if options.local else None)
-        verdict, asked = _answer(rate, options, compressor, ratio, chosen, workers)
+        verdict, inputs = _plan(rate, options, compressor, ratio, chosen, workers)
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, asked)
+        show(verdict, inputs)
 
 
-def _answer(
+def _plan(
     rate: str,
     options: LinkOptions,
     compressor: str,
     ratio: float | None,
     optimizer: Optimizer | None,
     workers: int | None,
-) -> tuple[Verdict, _Asked]:
+) -> tuple[Verdict, _Inputs]:
     # Validate everything before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     bits = None if rate == "auto" else link_planner.slower_rate(rate)
@@ -199,7 +199,7 @@ def _answer(
             local: tuple[LocalForecast, ...] = ()
             if options.local:
                 local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
-    return verdict, _Asked(workload, link, source, fleet, update, optimizer, local)
+    return verdict, _Inputs(workload, link, source, fleet, update, optimizer, local)
 
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
@@ -235,12 +235,12 @@ def ms(seconds: float) -> str:
     return digits(1e3 * seconds)
 
 
-def _workers(asked: int | None) -> int:
-    """Return the number of workers: torchrun's, else `asked`, else 4. Raises ConfigError if invalid."""
+def _workers(requested: int | None) -> int:
+    """Return the number of workers: torchrun's, else `requested`, else 4. Raises ConfigError if invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
-    if world is not None and asked not in (None, world):
-        raise ConfigError(f"workers must be {world}, the number that torchrun started, got {asked}")
-    workers = world or (4 if asked is None else asked)
+    if world is not None and requested not in (None, world):
+        raise ConfigError(f"workers must be {world}, the number that torchrun started, got {requested}")
+    workers = world or (4 if requested is None else requested)
     if workers < 2 and world is None:
         raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
     return workers
@@ -252,28 +252,28 @@ def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[
     return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
 
 
-def _print_json(verdict: Verdict, asked: _Asked) -> None:
-    workload, link, fleet = asked.workload, asked.link, asked.fleet
+def _print_json(verdict: Verdict, inputs: _Inputs) -> None:
+    workload, link, fleet = inputs.workload, inputs.link, inputs.fleet
     document = {
         "model": workload.name,
         "compressed": workload.d,
         "dense": workload.dense,
-        "link": {**asdict(link), "nominal_bits": link.bits, "source": asked.source},
+        "link": {**asdict(link), "nominal_bits": link.bits, "source": inputs.source},
         "fleet": asdict(fleet),
-        "update": asked.update,
-        "optimizer": asked.optimizer,
+        "update": inputs.update,
+        "optimizer": inputs.optimizer,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
         "forecasts": verdict.plain(),
-        **({"local": [f.plain() for f in asked.local]} if asked.local else {}),
+        **({"local": [f.plain() for f in inputs.local]} if inputs.local else {}),
     }
     print(dumps(document, indent=2))
 
 
-def _print_tables(verdict: Verdict, asked: _Asked) -> None:
-    workload, link, fleet = asked.workload, asked.link, asked.fleet
-    steps = ("x steps",) if asked.optimizer else ()
+def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
+    workload, link, fleet = inputs.workload, inputs.link, inputs.fleet
+    steps = ("x steps",) if inputs.optimizer else ()
     units = ("sent kB", "step ms", "coding ms", "exchange ms")
     table = number_table("compressor", "by", *units, *steps, "pays below Mbit/s", words=2)
     for f in verdict.forecasts:
@@ -283,27 +283,27 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
         by = short_exchange(f.exchange)
         table.add_row(name, by, kilobytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
-    print(f"Rows: {_ORDER if asked.optimizer else 'shortest step first'}. Sent: per worker and step.")
+    print(f"Rows: {_ORDER if inputs.optimizer else 'shortest step first'}. Sent: per worker and step.")
 
     # Quantities common to all forecasts.
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
     print("DDP's exchange overlaps with the backward pass.")
-    print(f"Coding includes {ms(asked.update)} ms for the error memory, and for the noise with --noise.")
+    print(f"Coding includes {ms(inputs.update)} ms for the error memory, and for the noise with --noise.")
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
-    print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
+    print(f"Link: {_line(link.rate)}, {inputs.source}: {payload}.")
 
     # The verdict.
-    of_what = "Gradients: " if asked.local else ""
-    if asked.optimizer == "muon":
+    of_what = "Gradients: " if inputs.local else ""
+    if inputs.optimizer == "muon":
         print("Gradients: compressors behind the DDP hook were not measured with muon.")
     else:
-        print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
-        print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
-    if asked.local:
-        _print_local(verdict.dense.seconds, asked.local, asked.optimizer or "adamw")
-        print(_use(verdict, asked.local[0]))
+        print(f"{of_what}{_sentence(verdict, link, counted=inputs.optimizer is not None)}")
+        print(_NOTE if inputs.optimizer is None else _STEPS_NOTE.format(inputs.optimizer))
+    if inputs.local:
+        _print_local(verdict.dense.seconds, inputs.local, inputs.optimizer or "adamw")
+        print(_recommendation(verdict, inputs.local[0]))
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
@@ -330,7 +330,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
 
 
-def _use(verdict: Verdict, local: LocalForecast) -> str:
+def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
     """Return the line that recommends dense training, the hook or local updates."""
     dense, hook = verdict.dense.seconds, verdict.best
     best = min(hook.seconds, local.seconds)

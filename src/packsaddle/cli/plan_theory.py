@@ -51,7 +51,7 @@ def theory(
     Args:
         compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
             these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Fraction of the coordinates to send, as 0.01 or 1%, for one compressor by name; by default the best
+        ratio: Fraction of the coordinates to send, such as 0.01 or 1%, for a single compressor; by default the best
             one.
         mode: "theory" uses the constants and logarithms of a proof, "practical" constants that give feasible runs.
         workers: Number of workers, at least 2.
@@ -236,7 +236,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         packsaddle plan table --d 25M --epsilon 0.1 --json
 
     Args:
-        d: Number of parameters, as 25000000, 25e6 or 25M.
+        d: Number of parameters of the model, such as 25M, 25e6 or 25000000.
         epsilon: Target: gradient norm at most epsilon, in (0, 1).
         json: Print one JSON document.
     """

@@ -14,13 +14,15 @@ from packsaddle.cli.console import (
     require_plots,
     short_exchange,
 )
-from packsaddle.cli.parsing import UNSAID
+from packsaddle.cli.parsing import HIDE_DEFAULT
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.run_folder import read_runs
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID], out: Path | None = None, overwrite: bool = False
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, HIDE_DEFAULT],
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Compare runs: tables, figures and an interactive HTML page.
 

@@ -126,7 +126,7 @@ class Job:
         Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
         together, problem = Together(resolve(None), torch.device("cpu")), None
         self._check_given(together)
-        said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
+        outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
 
         # Only rank 0 checks, creates folders and acquires locks.
         if together.group.rank == 0:
@@ -138,20 +138,20 @@ class Job:
                         job.make_folders()
                         stack.enter_context(job.held())
                         job._check_unchanged()
-                        said |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
+                        outcome |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
             except ConfigError as error:
-                problem, said["failed"] = error, True
+                problem, outcome["failed"] = error, True
 
         # Broadcast the outcome of rank 0 before any worker stops.
-        said = together.gather(said)[0]
+        outcome = together.gather(outcome)[0]
         if problem is not None:
             raise problem
-        if said["failed"]:
+        if outcome["failed"]:
             raise SystemExit(2)
-        if said["configs"] is None:
+        if outcome["configs"] is None:
             return None
-        configs = tuple(replace(build(Config, c), workers=together.group.size) for c in said["configs"])
-        return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
+        configs = tuple(replace(build(Config, c), workers=together.group.size) for c in outcome["configs"])
+        return replace(self, configs=configs, saving=replace(self.saving, resume=outcome["resume"]))
 
     def _check_given(self, together: Together) -> None:
         """Raise ConfigError on all workers if their configurations differ; collective."""
@@ -208,7 +208,7 @@ class Job:
             return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
 
     def _run_here(self, workers: int, how: How) -> bool:
-        with self._hearing():
+        with self._saving_on_sigterm():
             if workers == 1:
                 return self.train()
             self._check_simulation(how)
@@ -217,7 +217,7 @@ class Job:
             with ambient_group(FusedGroup(workers)):
                 return self.train()
 
-    def _hearing(self) -> AbstractContextManager[None]:
+    def _saving_on_sigterm(self) -> AbstractContextManager[None]:
         return hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext()
 
     def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
@@ -270,5 +270,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group(job.timeout), job._hearing():
+    with process_group(job.timeout), job._saving_on_sigterm():
         yield

@@ -141,7 +141,7 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Flush the .jsonl files to disk (fsync). Call before saving a checkpoint. Raises OSError."""
         for path in self.path.glob("*.jsonl"):
             with path.open("rb") as file:

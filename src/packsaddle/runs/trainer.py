@@ -227,12 +227,12 @@ class Trainer:
                     text = _describe(line, self.group.size)
                 report(step + 1, text)
                 if step + 1 < steps:
-                    save, stop = vote.heard(step + 1, self.training.scalars)
+                    save, stop = vote.decide(step + 1, self.training.scalars)
                     if save:
                         tally.elapsed = time.perf_counter() - begin
                         vote.saved(step + 1, self._save(checkpoints))
                     if stop:
-                        checkpoints.say_stopped(tally.step, steps, quiet=quiet)
+                        checkpoints.record_stop(tally.step, steps, quiet=quiet)
                         return False
             self._look(steps, folder, quiet=quiet)
 
@@ -273,7 +273,7 @@ class Trainer:
             return error
         self.training.front.reset_skip_streak()  # resuming allows max_skipped new skips
         self._save(checkpoints)
-        hint = f"; to go on: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
+        hint = f"; to resume: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
 
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
@@ -294,13 +294,13 @@ class Trainer:
         begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
         if self.inspector is not None and self.inspector.due(step):
             with self.training.at_anchor():
-                self.inspector.look(step, folder)
+                self.inspector.inspect(step, folder)
 
         # Rank 0 warns of unstable step sizes, and at the start of too much noise.
         if self.group.rank == 0 and step < steps and self.footing.due(step, self.calendar):
             self._warn(self.footing.warning(step), quiet=quiet)
         if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
-            found = self.tally.noise = self.noise_check.look(step, self.batches[0], self.training.walk())
+            found = self.tally.noise = self.noise_check.measurements(step, self.batches[0], self.training.walk())
             if step == 0:
                 self._warn(noise_warning(found, by_round=self.config.local is not None), quiet=quiet)
         self.inspected += time.perf_counter() - begin
@@ -379,10 +379,10 @@ class Trainer:
         return means[:-1] / means[-1]
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
-        said, moved = self.training.summary(), self.training.moved()
+        summary, moved = self.training.summary(), self.training.moved()
 
         # compression = bytes of float32 gradients / payload of the training exchanges.
-        dense = self.tally.step * said["parameters"] * 4
+        dense = self.tally.step * summary["parameters"] * 4
         training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
         folder.write_json(
             "summary.json",
@@ -392,7 +392,7 @@ class Trainer:
                 "steps": self.calendar.steps,
                 "final_loss": final_loss,
                 **test,
-                **said,
+                **summary,
                 "rounds": self.training.rounds,
                 **asdict(sum(moved.values(), Bytes())),
                 "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
