@@ -83,8 +83,8 @@ def noise_warning(found: dict[str, Any], *, by_round: bool = False) -> str | Non
     length = "r sqrt(rounds)" if by_round else "eta r sqrt(T)"
     own = "" if times is None else f"is {times:,.0f} times the gradient's own noise at step {found['step']:,} and "
     return (
-        f"noise {found['r']:.2g} {own}carries x {walk:,.3g} times ||x_0|| away in the run, {length} a coordinate; "
-        f"beyond {FAR:g} times it is more likely to keep the loss up than to free it; suggested r = {suggested:.1g}"
+        f"noise {found['r']:.2g} {own}moves x by {walk:,.3g} ||x_0|| over the run, {length} per coordinate; "
+        f"above {FAR:g} ||x_0|| it tends to keep the loss high; suggested r = {suggested:.1g}"
     )
 
 

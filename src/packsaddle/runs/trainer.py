@@ -131,7 +131,7 @@ class Trainer:
         self.inspector = None
         if config.certify is not None:
             self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
-        self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
+        self.step_size_check = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
         self.inspected = 0.0  # seconds of checks along the run
@@ -199,7 +199,7 @@ class Trainer:
         tally = self.tally
         checkpoints = RunCheckpoints(folder, saving, self._parts(), self._own_group())
         if saving.resume:
-            notes = checkpoints.resume(self._go_on_from)
+            notes = checkpoints.resume(self._restore)
             if not quiet:
                 where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
                 print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
@@ -210,13 +210,13 @@ class Trainer:
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
             for step in range(first, steps):
-                self._look(step, folder, quiet=quiet)
+                self._check(step, folder, quiet=quiet)
                 try:
                     measured = self._step(step, vote.scalars(step))
                     if step + 1 == steps:
                         self.training.finish()
                 except NonFiniteError as error:
-                    raise self._given_up(error, checkpoints) from error
+                    raise self._with_resume_hint(error, checkpoints) from error
 
                 # Recorded seconds exclude checks, tests and saving.
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
@@ -234,14 +234,14 @@ class Trainer:
                     if stop:
                         checkpoints.record_stop(tally.step, steps, quiet=quiet)
                         return False
-            self._look(steps, folder, quiet=quiet)
+            self._check(steps, folder, quiet=quiet)
 
         # Remove checkpoints last: without a summary the run can still be resumed.
         self._finish(folder, tally)
         checkpoints.remove()
         return True
 
-    def _go_on_from(self, found: Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         """Restore counters and history from a checkpoint, after its parts; replan if the number of workers changed."""
         self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
         self.inspected, self.warnings = found.extra["inspected"], found.extra["warnings"]
@@ -267,7 +267,7 @@ class Trainer:
         tally.saved += seconds
         return seconds
 
-    def _given_up(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
+    def _with_resume_hint(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
         """Save a checkpoint when too many steps were skipped; return `error`, extended by the command that resumes."""
         if not checkpoints.policy.on:
             return error
@@ -289,7 +289,7 @@ class Trainer:
         tally.begin_line()
         return line
 
-    def _look(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
+    def _check(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
         """Do the checks due before step `step`, or at the end: certificates, step size and noise; collective."""
         begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
         if self.inspector is not None and self.inspector.due(step):
@@ -297,8 +297,8 @@ class Trainer:
                 self.inspector.inspect(step, folder)
 
         # Rank 0 warns of unstable step sizes, and at the start of too much noise.
-        if self.group.rank == 0 and step < steps and self.footing.due(step, self.calendar):
-            self._warn(self.footing.warning(step), quiet=quiet)
+        if self.group.rank == 0 and step < steps and self.step_size_check.due(step, self.calendar):
+            self._warn(self.step_size_check.warning(step), quiet=quiet)
         if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
             found = self.tally.noise = self.noise_check.measurements(step, self.batches[0], self.training.walk())
             if step == 0:
