@@ -47,7 +47,7 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     """Return a command's parameters with evaluated annotations, each option class replaced by its settable fields.
 
     They are in the order of the command's groups, behind those in no group. A field's default is its value in the
-    parameter's default, else the class's; None for fields of a `Overrides`.
+    parameter's default, else the class's; None for fields of `Overrides`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)

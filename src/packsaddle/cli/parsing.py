@@ -185,8 +185,8 @@ def deferred(command: Command) -> Command:
         return command
     flags, texts = flags_of(command), descriptions(command)
     for name, flag in flags.items():
-        undescribed = flag.default is None or isinstance(flag.default, bool) or flag.default == ()
-        about = tyro.conf.arg(help=texts.get(name), prefix_name=False, help_behavior_hint="" if undescribed else None)
+        hidden = flag.default is None or isinstance(flag.default, bool) or flag.default == ()
+        about = tyro.conf.arg(help=texts.get(name), prefix_name=False, help_behavior_hint="" if hidden else None)
         flags[name] = flag.replace(annotation=Annotated[flag.annotation, about], kind=flag.KEYWORD_ONLY)
 
     # tyro shows the fields of a dataclass in a box with the parameter's name as its title.
