@@ -112,13 +112,13 @@ def gloo_listens() -> Listening:
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
             if name not in known:
-                return Listening(asked, f"GLOO_SOCKET_IFNAME asks for {name}, which does not exist", False, False)
+                return Listening(asked, f"GLOO_SOCKET_IFNAME names {name}, which does not exist", False, False)
         reachable = not any(known[name].loopback for name in asked.split(","))
-        return Listening(asked, "GLOO_SOCKET_IFNAME asks for it", reachable)
+        return Listening(asked, "GLOO_SOCKET_IFNAME selects it", reachable)
     host = socket.gethostname()
     address = _usable_address(host)
     if address is None:
-        return Listening("127.0.0.1", f"this host's name, {host}, leads to no address of its own", False)
+        return Listening("127.0.0.1", f"this host's name, {host}, resolves to no address of this machine", False)
     reachable = not ipaddress.ip_address(address.partition("%")[0]).is_loopback
     return Listening(address, f"this host's name, {host}, resolves to it", reachable)
 
@@ -431,7 +431,7 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
     elif is_first():
         _show(facts)
         stopped = ", ".join(f"{fact.topic} {fact.name}" for fact in problems)
-        print(f"Training fails: {stopped}." if stopped else "Training can run on this machine.")
+        print(f"Training fails: {stopped}." if stopped else "No problem found that stops training.")
     if problems:
         sys.exit(1)
 
