@@ -183,7 +183,7 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(doctor.loops(), "cuda").value.startswith("compiled by triton")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     fact = found(doctor.loops(), "cuda")
-    assert (fact.verdict, fact.advice) == ("warning", "install gcc, for triton")
+    assert (fact.verdict, fact.advice) == ("warning", "install gcc")
 
 
 @pytest.mark.parametrize("driver", [False, True])
