@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from rich.table import Table
 
-from packsaddle.cli import UNSAID, print_table
+from packsaddle.cli import HIDE_DEFAULT, print_table
 from packsaddle.errors import ConfigError
 
 
@@ -66,7 +66,7 @@ def shown(cell: Any, digits: int = 3) -> str:
 class Question(ABC):
     """A command that measures, and prints tables."""
 
-    json: Annotated[bool, UNSAID] = False
+    json: Annotated[bool, HIDE_DEFAULT] = False
     """Print one JSON document."""
 
     @abstractmethod

@@ -1,12 +1,87 @@
-"""The console script. It is outside the package, so that Ctrl-C ends the package's import, of seconds, quietly."""
+"""The console script. Its overviews and its version do not import the package, which takes seconds with torch.
 
+It is outside the package for this, and so that Ctrl-C ends the package's import quietly.
+"""
+
+import os
+import runpy
 import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))["__version__"]
+
+
+class Entry(NamedTuple):
+    """A command: the first line of its docstring, and its module. Or a group: its description, and its entries."""
+
+    summary: str
+    target: "str | Mapping[str, Entry]"
+
+
+ABOUT = f"packsaddle {VERSION}: train on slow networks with the optimizer you have, and know where you have arrived."
+COMMANDS: Mapping[str, Entry] = {
+    "demo": Entry("Show compressed SGD leave a saddle on which plain SGD stalls.", "packsaddle.cli.run"),
+    "init": Entry("Write a configuration file with a comment on every key.", "packsaddle.cli.run"),
+    "run": Entry("Train from a TOML configuration, in one process or several.", "packsaddle.cli.run"),
+    "certify": Entry("Certify a run's last point: saddle or second-order stationary.", "packsaddle.cli.certify"),
+    "certify-script": Entry("Certify a checkpoint of your own training script.", "packsaddle.cli.certify_script"),
+    "report": Entry("Compare runs: tables, figures and an HTML page.", "packsaddle.cli.report"),
+    "compressors": Entry("List the compressors with their bytes and their speed.", "packsaddle.cli.report"),
+    "plan": Entry(
+        "Plan a run: parameters by theory, or step times on a link.",
+        {
+            "theory": Entry("Compute the parameters of Algorithm 1 from the theorems.", "packsaddle.cli.plan_theory"),
+            "table": Entry("Print the paper's Table 1 for a given d and epsilon.", "packsaddle.cli.plan_theory"),
+            "link": Entry("Find the compressor that trains fastest on a network link.", "packsaddle.cli.plan_link"),
+        },
+    ),
+    "doctor": Entry("Check this machine's hardware, software and network.", "packsaddle.cli.doctor"),
+    "completion": Entry("Print a script that completes commands and flags in a shell.", "packsaddle.cli"),
+}
 
 
 def main() -> None:
-    """Run `packsaddle.cli.main`; exit with code 130 if the import is interrupted."""
+    """Print an overview or the version, or run `packsaddle.cli.main`; exit with code 130 if Ctrl-C ends its import."""
+    text = _answer(sys.argv[1:])
+    if text is None:
+        try:
+            from packsaddle.cli import main as command_line
+        except KeyboardInterrupt:
+            sys.exit(130)
+        command_line()
+        return
     try:
-        from packsaddle.cli import main as command_line
-    except KeyboardInterrupt:
-        sys.exit(130)
-    command_line()
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head`: without this, the interpreter would print the error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _answer(words: Sequence[str]) -> str | None:
+    """Return the version, or the overview of the program or of a group; None if `words` are anything else."""
+    if [*words] == ["--version"]:
+        return f"packsaddle {VERSION}"
+    name, about, entries, rest = "packsaddle", ABOUT, COMMANDS, asked_for_help(words)
+    while rest and rest[0] in entries:
+        name, about, target = f"{name} {rest[0]}", *entries[rest[0]]
+        if isinstance(target, str):
+            return None
+        entries, rest = target, rest[1:]
+    summaries = {word: entry.summary for word, entry in entries.items()}
+    return overview(about, summaries, name) if rest in ([], ["-h"], ["--help"]) else None
+
+
+def asked_for_help(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with a leading `help` moved to the end, as --help."""
+    return [*words[1:], "--help"] if words and words[0] == "help" else [*words]
+
+
+def overview(about: str, summaries: Mapping[str, str], name: str) -> str:
+    """Return the help of a group of commands: its description, and a summary of each command, in 80 columns."""
+    width = max(map(len, summaries))
+    lines = [f"  {word:<{width}}  {summary}" for word, summary in summaries.items()]
+    last = f"{name} COMMAND --help: the options of a command, with examples."
+    return "\n".join([textwrap.fill(about, 80), "", f"usage: {name} COMMAND ...", "", *lines, "", last])

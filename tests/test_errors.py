@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from packsaddle.errors import check_not_negative, check_positive
+from packsaddle.errors import check_integers, check_not_negative, check_positive
 
 
 @pytest.mark.parametrize("value", [0, -1.5, math.inf, math.nan])
@@ -17,3 +17,10 @@ def test_what_is_not_positive_and_finite_is_named(value: float) -> None:
 def test_what_is_negative_or_not_finite_is_named(value: float) -> None:
     with pytest.raises(ValueError, match=rf"^std must be finite and not negative, got {value}$"):
         check_not_negative(zero=0, absent=None, std=value)
+
+
+@pytest.mark.parametrize("value", [0, 1.5, 2.0, True, "3", None])
+def test_what_is_no_integer_or_too_small_is_named(value: object) -> None:
+    check_integers(1, every=1)
+    with pytest.raises(ValueError, match=f"^start_step must be an integer of at least 1, got {value!r}$"):
+        check_integers(1, every=2, start_step=value)

@@ -24,7 +24,7 @@ def test_an_interrupt_while_the_package_is_imported_ends_the_command_quietly(tmp
     (tmp_path / "torch.py").write_text(interrupting)
     source = Path(packsaddle_command.__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"}
-    words = [sys.executable, "-c", "import packsaddle_command; packsaddle_command.main()"]
+    words = [sys.executable, "-c", "import packsaddle_command; packsaddle_command.main()", "doctor"]
     done = subprocess.run(
         words,
         capture_output=True,

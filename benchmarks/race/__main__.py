@@ -12,7 +12,7 @@ from benchmarks.race.time_to_loss import Rates
 from benchmarks.race.to_loss import FullRace
 from benchmarks.race.workload import TrainingWorkload
 from benchmarks.result import Question, Result
-from packsaddle.cli import UNSAID, Group, Seconds, serve
+from packsaddle.cli import HIDE_DEFAULT, Group, Seconds, serve
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class _Training(Question):
 
     model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
     """The network."""
-    batch: Annotated[int | None, UNSAID] = None
+    batch: Annotated[int | None, HIDE_DEFAULT] = None
     """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
     contenders: tuple[str, ...] = FIELD
     """The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
@@ -30,7 +30,7 @@ class _Training(Question):
     delay, fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'."""
     lr: float = 0.1
     """Step size of those that say none."""
-    data_dir: Annotated[Path | None, UNSAID] = None
+    data_dir: Annotated[Path | None, HIDE_DEFAULT] = None
     """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
     rounds: int = 5
     """Turns of each contender."""
@@ -76,9 +76,9 @@ class Link(_Training):
     """Number of hosts; each runs one worker under torchrun."""
     rate: float = 100.0
     """Mbit/s of every host's link: of what it receives, and without --up also of what it sends."""
-    up: Annotated[float | None, UNSAID] = None
+    up: Annotated[float | None, HIDE_DEFAULT] = None
     """Mbit/s of what a host sends, where that is another rate."""
-    target_loss: Annotated[float | None, UNSAID] = None
+    target_loss: Annotated[float | None, HIDE_DEFAULT] = None
     """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
     max_seconds: Seconds = 300.0
     """Time limit for a contender that does not reach the target."""
@@ -118,7 +118,7 @@ class Loss(Question):
     model: Literal["gpt", "gpt-10m", "resnet18", "resnet18-16"] = "gpt"
     """nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18, also with a quarter of the
     channels, with SGD and momentum."""
-    data_dir: Annotated[Path | None, UNSAID] = None
+    data_dir: Annotated[Path | None, HIDE_DEFAULT] = None
     """Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder."""
     workers: tuple[int, ...] = (2,)
     """Numbers of workers, each with a race of its own; in steps each is a host."""

@@ -56,9 +56,9 @@ def _examples(paragraph: str) -> str:
 
 
 def _arguments(command: Command) -> str:
-    said = descriptions(command)
+    texts = descriptions(command)
     rows = [
-        [_name(n, flag), _value(flag.annotation), _default(flag.default), _quoted(said.get(n, ""))]
+        [_name(n, flag), _value(flag.annotation), _default(flag.default), _quoted(texts.get(n, ""))]
         for n, flag in flags_of(command).items()
     ]
     return table(["argument", "value", "default", "meaning"], rows) if rows else ""

@@ -211,12 +211,12 @@ print(done.stdout[done.stdout.index("local updates") :])
 # %% [markdown]
 # How to read it:
 #
-# - `step ms` is the time of one step, `computes` the share of it in which the worker does not wait.
+# - `step ms` is the time of one step, `compute %` the part of it in which the worker does not wait, and `sent kB` the
+#   bytes that a worker sends per step.
 # - `x steps` is the price: the steps that a setting needs over those of dense training. It was measured on one small
 #   language model, so it is a rough guide for yours.
 # - The first sentence below the table weighs both. A dense step takes about 10 seconds on this link, nearly all of it
 #   waiting. The best setting makes the same progress in a fraction of a second.
-# - `kept` means `keep_unsent=True`, which is the default.
 #
 # The answer depends on your numbers. With half a second of computing for each step, the plan prefers an exchange every
 # 2 steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.

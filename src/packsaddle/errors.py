@@ -45,9 +45,11 @@ class MissingExtraError(ConfigError):
     """A feature needs a package that is not installed."""
 
 
-def is_below(value: float, least: int) -> bool:
-    """Return True if a number is below `least`, or is a bool."""
-    return isinstance(value, bool) or value < least
+def check_integers(least: int, **values: object) -> None:
+    """Raise ValueError, with the argument's name, for a value that is not an integer of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_positive(**values: float | None) -> None:

@@ -80,7 +80,7 @@ OVERRIDES = {
     "epochs=1e300": "epochs must be from 1e-09 to 1e+09 epochs, got 1e+300",
     "test_every=1e-320": "test_every must be from 1e-09 to 1e+09 epochs, got 1e-320",
     "noise.lower_from=1e308": "lower_from and lower_until must be at most 1e+09, got 1e+308 and None",
-    "certify={epsilon=1, at=[1e308]}": "at must be epochs after the start, at most 1e+09, got [1e+308]",
+    "certify={epsilon=1, at=[1e308]}": "at must be epochs above 0, at most 1e+09, got [1e+308]",
     "certify={epsilon=1, iterates=10000000000}": "iterates must be at most 1,000,000, got 10000000000",
     "batch_size=1000000000000": "batch_size must be at most 16,777,216, got 1000000000000",
     "model.widths=[1000000, 1000000]": "model autoencoder takes 8,0",  # 8,009 GB
@@ -123,7 +123,7 @@ DAMAGE: dict[tuple[str, bytes], str] = {
     ("environment.json", b"3"): "environment.json must be a JSON object, got 3",
     ("summary.json", b'{"final_loss": "1"}'): "summary.json: final_loss must be a number, got '1'",
     ("summary.json", b'{"final_loss": 1' + b"0" * 40 + b"}"): "summary.json: final_loss must be a number, got 1000",
-    ("metrics.jsonl", b"{}\n"): "metrics.jsonl, line 1 lacks step",
+    ("metrics.jsonl", b"{}\n"): "metrics.jsonl, line 1: step is missing",
     ("metrics.jsonl", b"{\n{}\n"): "metrics.jsonl, line 1: not valid JSON",
     ("metrics.jsonl", json.dumps({**LINE, "loss": True}).encode()): "line 1: loss must be a number, got True",
     ("certificates.jsonl", json.dumps(CERTIFICATE).encode()): "line 1: lambda_min_lower and lambda_min_upper must be",

@@ -112,7 +112,7 @@ def test_what_the_function_imports_is_found_beside_it(
 def test_a_folder_that_cannot_be_made_is_told_before_the_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "file").write_text("")
     words = ("certify-script", "script_of_mine:problem", "zero.pt", "--epsilon", 10)
-    refused(capsys, "output folder file/in cannot be made", *words, "--out", "file/in")
+    refused(capsys, "output folder file/in cannot be created", *words, "--out", "file/in")
     refused(capsys, "broken failed", "certify-script", "script_of_mine:broken", "zero.pt", "--out", "new")
     assert not (folder / "new").exists()
 
@@ -164,7 +164,7 @@ def test_findings_are_written_to_a_new_folder(folder: Path, capsys: pytest.Captu
         "sharpest_direction": (20,),
     }
     assert (folder / "found" / "certificate.png").stat().st_size > 10_000
-    refused(capsys, "output folder found exists already", *words, "--out", "found")
+    refused(capsys, "output folder found already exists", *words, "--out", "found")
 
 
 @pytest.mark.process

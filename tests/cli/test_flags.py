@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
-from packsaddle.cli.flags import Given, flags_of
+from packsaddle.cli.flags import Overrides, flags_of
 from packsaddle.cli.parsing import Group, parse
 from packsaddle.errors import ConfigError
 
@@ -43,7 +43,7 @@ def whole(where: Annotated[Path, tyro.conf.Positional], limits: Limits = Limits(
     FOUND.append((where, limits, seed))
 
 
-def partial(limits: Given[Limits] = Given()) -> None:  # noqa: B008
+def partial(limits: Overrides[Limits] = Overrides()) -> None:  # noqa: B008
     """Do."""
     FOUND.append(limits)
 
@@ -62,8 +62,8 @@ def test_the_fields_of_an_option_class_are_flags() -> None:
 
 def test_options_not_given_keep_their_values() -> None:
     stated = Limits(8, ("a",))
-    assert obey("partial").over(stated) == stated
-    assert obey("partial --most 2").over(stated) == Limits(2, ("a",))
+    assert obey("partial").apply_to(stated) == stated
+    assert obey("partial --most 2").apply_to(stated) == Limits(2, ("a",))
     assert flags_of(partial)["most"].default is None
 
 

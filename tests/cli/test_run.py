@@ -115,7 +115,7 @@ def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert f"report: {page}" in capsys.readouterr().out.replace("\n", "")
     assert page.exists()
     assert command("report", tmp_path / "runs") == 2
-    assert "report exists already" in capsys.readouterr().err
+    assert "report already exists" in capsys.readouterr().err
     assert command("report", tmp_path / "runs", "--overwrite") == 0
 
 
@@ -156,16 +156,16 @@ REFUSALS = {
     ("run", "CONFIG", "--set", "model={name='mnist-autoencoder'}"): "needs 1 x 28 x 28 images",
     ("run", "CONFIG", "--workers", "0"): "workers must be positive and finite, got 0",
     ("run", "CONFIG", "--workers", "11", "--set", "data.shard=class"): "worker 10 of 11 gets no examples",
-    ("run", "CONFIG", "--out", "EMPTY"): "exists already; choose another with --out",
+    ("run", "CONFIG", "--out", "EMPTY"): "already exists; choose another with --out",
     ("run", "CONFIG", "--timeout", "0"): "--timeout must be from 1 to 1e+07 seconds, got 0",
     ("run", "CONFIG", "--timeout", "55ms"): "--timeout must be from 1 to 1e+07 seconds, got 0.055",
     ("run", "CONFIG", "--timeout", "nan"): "--timeout must be from 1 to 1e+07 seconds, got nan",
-    ("run", "CONFIG", "--timeout", "9", "--serial"): "--timeout is of worker processes",
+    ("run", "CONFIG", "--timeout", "9", "--serial"): "--timeout applies to worker processes",
     ("demo", "--workers", "0"): "workers must be positive and finite, got 0",
     ("demo", "--epochs", "nan"): "epochs must be positive and finite, got nan",
     ("demo", "--epochs", "-1"): "epochs must be positive and finite, got -1.0",
     ("demo", "--epochs", "1e300"): "epochs must be from 1e-09 to 1e+09 epochs, got 1e+300",
-    ("demo", "--out", "EMPTY"): "exists already; choose another with --out",
+    ("demo", "--out", "EMPTY"): "already exists; choose another with --out",
     ("report", "EMPTY"): "is not a run folder",
     ("compressors", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
     ("compressors", "--d", "0"): "d and workers must be at least 1, got 0 and 4",
@@ -284,17 +284,17 @@ def test_demo_plateau_is_the_best_constant() -> None:
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (("--memory", "m"), "--memory goes with --elastic"),
-        (("--elastic", "http://localhost:1", "--workers", "2"), "--workers does not go with --elastic"),
-        (("--elastic", "http://localhost:1", "--serial"), "--serial does not go with --elastic"),
+        (("--memory", "m"), "--memory needs --elastic"),
+        (("--elastic", "http://localhost:1", "--workers", "2"), "--workers cannot be used with --elastic"),
+        (("--elastic", "http://localhost:1", "--serial"), "--serial cannot be used with --elastic"),
         (
             ("--elastic", "http://localhost:1", "--checkpoint-every", "5"),
-            "--checkpoint-every does not go with --elastic",
+            "--checkpoint-every cannot be used with --elastic",
         ),
         (("--elastic", "http://localhost:1"), "--elastic needs [local] in the file"),
         (
             ("--elastic", "http://localhost:1", "--set", "local={every=4, overlap=1}"),
-            "local.overlap.delay does not go with --elastic",
+            "local.overlap.delay cannot be used with --elastic",
         ),
     ],
 )
@@ -310,8 +310,8 @@ def test_what_does_not_go_with_workers_that_come_and_go(
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (("--batched",), "--batched simulates workers in one process, and torchrun has started several"),
-        (("--workers", "3"), "--workers is 3, and torchrun has started 2"),
+        (("--batched",), "--batched simulates workers in one process, but torchrun started several"),
+        (("--workers", "3"), "--workers is 3, but torchrun started 2"),
     ],
 )
 def test_what_does_not_go_with_torchrun(

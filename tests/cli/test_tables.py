@@ -1,4 +1,4 @@
-"""Tables of the command line: 80 columns, or a word on where they are whole; nothing of a cell is cut off."""
+"""Tables of the command line: 80 columns, or a hint where they are whole; nothing of a cell is cut off."""
 
 import json
 import re
@@ -36,13 +36,46 @@ def test_brief_names_may_be_typed() -> None:
     assert brief("Stages(compressor=LowRank(matrix_rank=2), passes=3)") == "Stages(LowRank(2), passes=3)"
 
 
-def test_a_plan_of_a_link_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("link", "20mbit", "--d", "1e4", "--compute", "0.1", "--optimizer", "adamw", "--local")
-    assert command("plan", *words) == 0
+LINK = ("plan", "link", "20mbit", "--d", "1e4", "--compute", "0.1")
+TABLES = {
+    "link": (*LINK, "--compressor", "topk"),
+    "link, best": LINK,
+    "link, local": (*LINK, "--optimizer", "adamw", "--local"),
+    "link, slow": ("plan", "link", "1mbit", "--d", "1e5", "--compute", "10s", "--optimizer", "sgd"),
+    "theory": ("plan", "theory", "--d", "25M", "--epsilon", "0.2", "--lipschitz-gradient", "1"),
+    "theory, small epsilon": ("plan", "theory", "--d", "1M", "--epsilon", "0.1"),
+    "theory, proofs": ("plan", "theory", "--d", "25M", "--epsilon", "0.01", "--mode", "theory"),
+    "table": ("plan", "table", "--d", "25M", "--epsilon", "0.01"),
+    "compressors": ("compressors", "--d", "30000"),
+}
+
+
+@pytest.mark.parametrize("words", TABLES.values(), ids=TABLES)
+def test_tables_fit_80_columns(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headings have the units; rows are single lines, except for a compressor's options and formulas of Table 1."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert command(*words) == 0
     printed = capsys.readouterr().out
-    rules = [line for line in printed.splitlines() if set(line) == {"─"}]
-    assert [len(line) for line in rules] == [80, 80]
-    assert re.search(r"TopK\(0\.1\)", printed)
+    assert "columns wide" not in printed
+    tables = re.findall(r"(?:.*\n)*?(─+\n(?:.+\n)+)\n", printed)
+    assert printed.count("─\n") == len(tables) > 0
+    for table in tables:
+        rule, *rows = table.splitlines()
+        assert max(map(len, (rule, *rows))) <= 80
+        for row in rows:
+            if words[1] != "table":
+                continued = len(re.split(r"  +", row.strip())) == 1
+                assert not row.startswith(" "), row
+                assert not continued or re.fullmatch(r"(\w+=\S+[,)])+", row.strip()), row
+
+
+def test_plans_state_the_order_of_their_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*TABLES["link"]) == 0
+    assert "\nRows: shortest step first." in capsys.readouterr().out
+    assert command(*TABLES["link, local"]) == 0
+    assert capsys.readouterr().out.count("\nRows: shortest time to the same loss (step ms times x steps) first") == 2
 
 
 def test_an_empty_override_drops_a_key(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:

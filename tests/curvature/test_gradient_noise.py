@@ -180,7 +180,7 @@ def test_a_warning_has_numbers_and_comes_beyond_the_limit() -> None:
     assert text is not None
     for part in (
         "noise 0.01 is 360 times the gradient's own noise at step 0",
-        "10 times ||x_0||",
+        "moves x by 10 ||x_0||",
         "suggested r = 0.003",
     ):
         assert part in text

@@ -241,7 +241,7 @@ def test_noise_that_differs_behind_ddp_is_named(gloo: Gloo) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compare_every": -1}, "compare_every must be 0 or more steps, got -1"),
+        ({"compare_every": -1}, "compare_every must be an integer of at least 0, got -1"),
         ({"on_drift": "ignore"}, "on_drift must be one of stop, repair, got 'ignore'"),
     ],
 )
@@ -306,6 +306,6 @@ def of_unlike_configurations(out: str) -> str:
 
 
 def test_unlike_configurations_are_refused_before_anything_is_made(gloo: Gloo, tmp_path: Path) -> None:
-    expected = "workers must be given one configuration, but lr is 0.1 for worker 0 and 0.2 for worker 1"
+    expected = "all workers must have the same configuration, but lr is 0.1 for worker 0 and 0.2 for worker 1"
     assert gloo(of_unlike_configurations, 2, str(tmp_path / "run")) == [expected] * 2
     assert not (tmp_path / "run").exists()

@@ -634,7 +634,7 @@ def refusals() -> dict[str, str]:
     refused("k", compressor=TopK(k=10**6))
     refused("noise", noise=-1.0)
     refused("scope", scope="layer")
-    refused("start_step", start_step=-1)
+    refused("start_step", start_step=1.5)
     refused("exchange", exchange="two-ways")
     refused("memory", memory="ef21")
     refused("on_drift", on_drift="repair")
@@ -666,7 +666,7 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "k": "k of TopK must be at most d = 7200",
         "noise": "noise must be finite and not negative, got -1.0",
         "scope": 'scope must be "bucket" or "model", got \'layer\'',
-        "start_step": "start_step must be 0 or more steps, got -1",
+        "start_step": "start_step must be an integer of at least 0, got 1.5",
         "exchange": "exchange must be one of .*got 'two-ways'",
         "memory": 'memory must be "buffer" in a hook, got "ef21", which is for CompressedSGD',
         "on_drift": 'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD',

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
-from packsaddle.cli.plan_link import _use, ms
+from packsaddle.cli.plan_link import _recommendation, ms
 from packsaddle.comm.group import Solo
 from packsaddle.plan import link as link_planner
 from packsaddle.plan import model_size as workload
@@ -197,14 +197,14 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("plan", "link", "1mbit", *asked) == 0
     out = capsys.readouterr().out
     assert "Shortest step: " in out
-    assert "Its step is the shorter one below" in out
+    assert "Its step is shorter than DDP's below" in out
     assert "Best: " not in out
     assert "QSGD(levels=127" in out
     assert "DO NOT COMPRESS" not in out
-    assert "This is the time of a step" in out
+    assert "These are times of one step" in out
     assert command("plan", "link", "100tbit", *asked, "--compressor", "qsgd") == 0
     out = capsys.readouterr().out
-    assert "DO NOT COMPRESS: nothing is known to be quicker than dense training. Compression pays below" in out
+    assert "DO NOT COMPRESS: no compressor is known to be faster than dense training. Compression pays below" in out
     assert (
         command("plan", "link", "1mbit", *asked, "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json")
         == 0
@@ -236,8 +236,8 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*asked, "--optimizer", "adamw", "--compressor", "TopK(1.23%)") == 0
     shown_text = capsys.readouterr().out
     assert "unknown" in shown_text
-    assert "Steps were not measured, or not to their end, for TopK(ratio=0.0123)." in shown_text
-    assert "On no link" not in shown_text
+    assert "The number of steps is unknown for TopK(ratio=0.0123)." in shown_text
+    assert "on any link" not in shown_text
 
 
 def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,7 +290,7 @@ def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
     link = json.loads(capsys.readouterr().out)["link"]
     assert link["rate"] > 0
     assert link["latency"] > 0
-    assert "loopback, so NO network is in it" in link["source"]
+    assert "loopback interface, NOT on a network" in link["source"]
 
 
 def test_plan_link_auto_under_torchrun() -> None:
@@ -311,7 +311,7 @@ REFUSALS = {
     (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
-    (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the computing",
+    (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the compute time",
     (*LINK, "--d", "5", "--compute", "1", "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
     (*LINK, "--d", "5", "--compute", "1", "--spread", "-1"): "spread must be from 0 to 1e+09, got -1.0",
     (*LINK, "--d", "5", "--compute", "1", "--spread", "1e300"): "spread must be from 0 to 1e+09, got 1e+300",
@@ -324,7 +324,7 @@ REFUSALS = {
     (*LINK, "--model", "mnist-autoencoder", "--batch", "0"): "batch must be at least 1, got 0",
     ("fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
     ("0mbit", "--d", "5", "--compute", "1"): "rate must be positive",
-    ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured where RATE is auto",
+    ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured if RATE is auto",
 }
 
 
@@ -356,7 +356,7 @@ def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     assert verdict.best.exchange == "two-way"
     (local,) = forecast_local(size, link, fleet, lambda c, d: free, measured={Setting(1, Identity()): 100.0})
-    line = _use(verdict, local)
+    line = _recommendation(verdict, local)
     assert line.startswith('Use: register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
 
 
@@ -379,7 +379,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     refused = {
         ("20mbit/fast",): "rate must be positive",
         ("20mbit/1mbit/2mbit",): "rate must be positive",
-        ("1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw or muon, with which it was measured",
+        ("1gbit", "--local", "--optimizer", "sgd"): "--local was measured with adamw and muon only",
         ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
         ("1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
         ("1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",

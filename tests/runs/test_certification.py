@@ -203,10 +203,10 @@ def test_iterates_of_a_run_that_lacks_some(run: Path, tmp_path: Path, capsys: py
     name = f"step-{draw_iterates(6, STEPS, 0)[2]:08d}.pt"
     (copy / "iterates" / name).unlink()
     assert command("certify", copy, "--iterates", "--out", tmp_path / "new") == 2
-    assert f"drew iterates/{name}, but has lost it" in capsys.readouterr().err
+    assert f"iterate iterates/{name} is missing" in capsys.readouterr().err
     (copy / "summary.json").unlink()
     assert command("certify", copy, "--iterates", "--out", tmp_path / "new") == 2
-    assert "has not finished, so the iterates it has kept are not a fair sample" in capsys.readouterr().err
+    assert "has not finished, so its saved iterates are not a uniform sample" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -284,7 +284,7 @@ REFUSALS: list[tuple[Sequence[str], str]] = [
     (("RUN", "--checkpoint", "config.json"), "cannot be read"),
     (("RUN", "--checkpoint", "checkpoint/worker-0.pt"), "does not hold the weights of this run's network"),
     (("RUN", "--checkpoint", "x", "--iterates"), "--checkpoint and --iterates exclude each other"),
-    (("RUN", "--out", "RUN"), "exists already; choose another with --out"),
+    (("RUN", "--out", "RUN"), "already exists; choose another with --out"),
 ]
 
 
@@ -384,4 +384,4 @@ def test_progress_and_the_time_left_go_to_stderr(
 
 def test_iterates_are_asked_for_where_there_are_none(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("certify", plain, "--epsilon", 1, "--iterates") == 2
-    assert "keeps no iterates" in capsys.readouterr().err
+    assert "has no saved iterates" in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert f"to go on: packsaddle run --resume {launched} --workers 2" in out
+    assert f"to resume: packsaddle run --resume {launched} --workers 2" in out
     assert not (launched / "summary.json").exists()
     assert command("run", "--resume", launched, *serial) == 0
     assert differences(result(straight), result(launched)) == []
@@ -94,7 +94,7 @@ def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config:
         process.send_signal(signal.SIGTERM)  # torchrun passes it on, and has an exit code of its own
         out, err = process.communicate(timeout=PATIENCE)
     assert "stopped at step" in out
-    assert "to go on: the same command again" in out
+    assert "to resume: the same command again" in out
     assert not (restarted / "summary.json").exists()
     with started(*elastic) as process:
         steps = len(lines(restarted))
@@ -182,10 +182,10 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: now)
     nothing, due, one, all_three = (torch.tensor([wish / 3]) for wish in (0.0, 1.0, 1024.0, 3073.0))
     by_steps = StopAndSaveVote(CheckpointPolicy(every=4), 100, 1, 3, 0)
-    told = [by_steps.heard(step, nothing)[0] for step in (3, 4, 5)]
+    told = [by_steps.decide(step, nothing)[0] for step in (3, 4, 5)]
     by_steps.saved(6, 1.0)
     assert told == [False, True, True]
-    assert [by_steps.heard(step, nothing)[0] for step in (7, 8)] == [False, True]
+    assert [by_steps.decide(step, nothing)[0] for step in (7, 8)] == [False, True]
     clock, other = (StopAndSaveVote(CheckpointPolicy(), 100, rank, 3, 0) for rank in (0, 1))
 
     def said(seconds: float, step: int) -> list[float]:
@@ -194,7 +194,7 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
         return [float(wishes.scalars(step)) for wishes in (clock, other)]
 
     assert [said(31.0, 98), said(29.0, 99), said(31.0, 99)] == [[0, 0], [0, 0], [1, 0]]
-    assert [other.heard(100, means) for means in (nothing, due, one, all_three)] == [
+    assert [other.decide(100, means) for means in (nothing, due, one, all_three)] == [
         (False, False),
         (True, False),
         (True, True),
@@ -204,7 +204,7 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [said(130.0, 250), said(132.0, 250)] == [[0, 0], [1, 0]]
     never = StopAndSaveVote(CheckpointPolicy(every=0), 100, 0, 3, 0)
     assert never.scalars(5) is None
-    assert never.heard(6, torch.zeros(0)) == (False, False)
+    assert never.decide(6, torch.zeros(0)) == (False, False)
     silent = StopAndSaveVote(CheckpointPolicy(stops=False), 100, 0, 3, 0)
     assert silent.scalars(99) is None
-    assert [silent.heard(step, torch.zeros(0))[0] for step in (99, 100)] == [False, True]
+    assert [silent.decide(step, torch.zeros(0))[0] for step in (99, 100)] == [False, True]

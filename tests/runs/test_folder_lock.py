@@ -169,7 +169,9 @@ def test_a_run_that_ends_between_the_look_and_the_lock_is_not_trained_again(
     taken = folder_lock.acquire
     monkeypatch.setattr(folder_lock, "acquire", lambda path: (ended(path), taken(path))[1])
     capsys.readouterr()
-    refused(capsys, "has been trained in by another process meanwhile; try again", "run", "--resume", folder)
+    refused(
+        capsys, "was trained in by another process in the meantime; run the command again", "run", "--resume", folder
+    )
 
 
 def test_a_file_system_without_locks_is_said_and_used(

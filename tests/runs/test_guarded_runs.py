@@ -178,5 +178,5 @@ def test_means_are_of_the_steps_that_were_taken() -> None:
 def test_it_looks_again_after_powers_of_two_of_epochs(tmp_path: Path) -> None:
     training = Trainer(load(written(tmp_path, "dense_below = 0")), None, False)
     calendar = Calendar.of([(0, 1)], 800, 8, 20.0)
-    due = [step for step in range(2001) if training.footing.due(step, calendar)]
+    due = [step for step in range(2001) if training.step_size_check.due(step, calendar)]
     assert due == [0, 100, 200, 400, 800, 1600]

@@ -41,8 +41,8 @@ def path(tmp_path: Path) -> Path:
 
 REFUSED = {
     "memory=ef21": "--set memory=ef21: memory must be \"buffer\" with [local], got 'ef21'",
-    "storm=0.1": "--set storm=0.1: storm does not go with [local]",
-    "momentum=0.5": '--set momentum=0.5: momentum is of local.optimizer = "sgd" and "muon"; of adamw set local.betas',
+    "storm=0.1": "--set storm=0.1: storm cannot be used with [local]",
+    "momentum=0.5": '--set momentum=0.5: momentum is only for local.optimizer = "sgd" and "muon"',
     "escape={interval=2, radius=1.0}": "escape needs local.overlap.fragments = 1 and delay = 0",
     "local_steps=4": "--set local_steps=4: unknown key local_steps (did you mean local?)",
     "local.every=0": "--set local.every=0: local: every must be positive and finite, got 0",
@@ -59,7 +59,7 @@ REFUSED = {
     "decay=1.5": "decay must be in [0, 1], got 1.5",
     "decay=0.0": "decay must be in (0, 1] for local updates, got 0.0",
     "local.betas=[0.9]": "local: betas must be two numbers in [0, 1), got [0.9]",
-    "local={optimizer='sgd', betas=[0.9, 0.95]}": "local: betas are options of adamw and muon, and sgd has none",
+    "local={optimizer='sgd', betas=[0.9, 0.95]}": "local: betas are only for adamw and muon, not sgd",
     "local.optimizer=adam": "'sgd', 'adamw', 'muon', got 'adam' (did you mean adamw?)",
     "local.clip=-1.0": "local: clip must be positive and finite, got -1.0",
     "local.warm_up=1": "--set local.warm_up=1: local.warm_up must be less than epochs = 1, got 1",
@@ -81,7 +81,10 @@ def test_what_does_not_go_together(path: Path, override: str, message: str) -> N
 def test_what_only_a_run_can_find(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", tmp_path / "run")
     assert command("run", path, *out, "--workers", 2, "--fused") == 2
-    assert "local: workers have an x each, and a fused simulation has one; use --serial" in capsys.readouterr().err
+    assert (
+        "local: each worker has its own parameters, but a fused simulation one copy; use --serial"
+        in capsys.readouterr().err
+    )
     assert command("run", path, *out, "--set", "local.every=99", "local.overlap.fragments=9") == 2
     assert "fragments must be at most the number of parameters, 8, got 9" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

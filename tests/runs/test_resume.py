@@ -207,7 +207,7 @@ def test_a_signal_to_stop(
     hint = f"packsaddle run --resume '{folder}' --workers 2 --serial"
     (stopped,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stopped")]
     at = json.loads((folder / "stopped.json").read_text())
-    assert stopped == f"stopped at step {at['step']} of 20; to go on: {hint}"
+    assert stopped == f"stopped at step {at['step']} of 20; to resume: {hint}"
     assert at["step"] == 12
     assert not (folder / "summary.json").exists()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -216,16 +216,16 @@ def test_a_signal_to_stop(
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "both": (("run", "CONFIG", "--resume", "run", "--out", "run"), "--resume names the folder; leave --out out"),
+    "both": (("run", "CONFIG", "--resume", "run", "--out", "run"), "--resume already sets the folder; leave out --out"),
     "neither": (("run",), "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR"),
-    "set": (("run", "--resume", "run", "--set", "lr=1"), "--set goes with CONFIG"),
+    "set": (("run", "--resume", "run", "--set", "lr=1"), "--set needs CONFIG"),
     "none": (
         ("run", "--resume", "none"),
-        "none is not a run folder (it has no config.json); to begin one, give CONFIG",
+        "none is not a run folder (it has no config.json); to start one, add CONFIG",
     ),
     "other": (
         ("run", "CONFIG", "--resume", "other"),
-        "other is not a run folder (it has no config.json), and not empty",
+        "other is not a run folder (it has no config.json), and is not empty",
     ),
     "key": (
         ("run", "CONFIG", "--resume", "run", "--set", "compressor.ratio=0.2"),

@@ -109,7 +109,7 @@ def test_every_field_has_a_comment_in_the_code(cls: type[Any]) -> None:
 def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.toml"
     file.write_text("lr = 1")
-    refused(capsys, f"{file} exists already, and is left as it is", "init", file)
+    refused(capsys, f"{file} already exists", "init", file)
     assert file.read_text() == "lr = 1"
     refused(capsys, "cannot be written: No such file or directory", "init", tmp_path / "none" / "x.toml")
     refused(

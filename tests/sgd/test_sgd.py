@@ -288,7 +288,7 @@ def test_refusals() -> None:
         CompressedSGD([w], 0.1, weight_decay=float("nan"))
     with pytest.raises(ValueError, match="noise must be finite and not negative, got -1"):
         CompressedSGD([w], 0.1, noise=-1.0)
-    with pytest.raises(ValueError, match="dense_below must be 0 or more elements, got -1"):
+    with pytest.raises(ValueError, match="dense_below must be an integer of at least 0, got -1"):
         CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=-1))
     with pytest.raises(ValueError, match=r"k of RandomK must be at most d = 1600 \(the coordinates\), got 2000"):
         CompressedSGD([w], 0.1, compressor=RandomK(k=2000))
@@ -590,7 +590,7 @@ def test_monitor_measures_single_steps() -> None:
     assert opt.monitor.by_tensor["w"] == pytest.approx(0.1)
     assert opt.monitor.by_tensor["b"] == 1.0
     assert opt.monitor.whole == pytest.approx((20 + 4 * 7) / (200 + 4 * 7))
-    with pytest.raises(ValueError, match="monitor_every must be 0 or more steps, got -1"):
+    with pytest.raises(ValueError, match="monitor_every must be an integer of at least 0, got -1"):
         CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0, monitor_every=-1))
 
 

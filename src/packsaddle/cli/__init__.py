@@ -7,19 +7,19 @@ from typing import Annotated, TextIO
 
 import tyro
 
-import packsaddle
-from packsaddle.cli import certify, certify_script, doctor, plan_link, plan_theory, report, run
 from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
 from packsaddle.cli.flags import Command
-from packsaddle.cli.parsing import UNSAID, Group, Seconds, Shell, parse, script
+from packsaddle.cli.parsing import HIDE_DEFAULT, Group, ImportedCommands, Seconds, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.messages import one_line
+from packsaddle_command import ABOUT, VERSION
+from packsaddle_command import COMMANDS as ENTRIES
 
 __all__ = [
     "COMMANDS",
-    "UNSAID",
+    "HIDE_DEFAULT",
     "Group",
     "Seconds",
     "dated",
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
-    """Print a script that adds completion of commands, flags and file names to a shell.
+    """Print a script that completes commands and flags in a shell.
 
     Examples:
         packsaddle completion bash > ~/.local/share/bash-completion/completions/packsaddle
@@ -45,25 +45,7 @@ def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
     print(script(COMMANDS, "packsaddle", shell))
 
 
-COMMANDS = Group(
-    f"packsaddle {packsaddle.__version__}: train on slow networks with the optimizer you have, and know where you have "
-    "arrived",
-    {
-        "demo": run.demo,
-        "init": run.init,
-        "run": run.run,
-        "certify": certify.certify,
-        "certify-script": certify_script.certify_script,
-        "report": report.report,
-        "compressors": report.compressors,
-        "plan": Group(
-            "Plan a run: its parameters by the theorems, or the time of its steps on a link",
-            {"theory": plan_theory.theory, "table": plan_theory.table, "link": plan_link.link},
-        ),
-        "doctor": doctor.doctor,
-        "completion": completion,
-    },
-)
+COMMANDS = Group(ABOUT, ImportedCommands(ENTRIES))
 
 
 def main() -> None:
@@ -80,7 +62,7 @@ def serve(commands: Command | Group, program: str) -> None:
     _open_streams()
     try:
         try:
-            _obey(commands, program)
+            _run(commands, program)
         finally:
             sys.stdout.flush()  # at exit the interpreter would print a BrokenPipeError that cannot be caught
     except BrokenPipeError:
@@ -119,9 +101,9 @@ def _is_unread(stream: TextIO) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: a socket
 
 
-def _obey(commands: Command | Group, program: str) -> None:
+def _run(commands: Command | Group, program: str) -> None:
     if sys.argv[1:] == ["--version"]:
-        print(f"packsaddle {packsaddle.__version__}")
+        print(f"packsaddle {VERSION}")
         return
     try:
         parse(commands, sys.argv[1:], program)()

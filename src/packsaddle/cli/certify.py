@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from packsaddle.cli.console import is_first
-from packsaddle.cli.flags import Given
+from packsaddle.cli.flags import Overrides, grouped
 from packsaddle.comm.launching import under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
@@ -20,13 +20,22 @@ from packsaddle.runs.run_folder import read_runs
 _SAMPLE = 512  # default number of training examples: about a minute for a small network on a CPU
 
 
+@grouped(
+    {
+        "": "epsilon hessian_lipschitz examples out json",
+        "point": "checkpoint iterates",
+        "result": "spectrum population distance",
+        "data": "batch_size data_dir workers seed",
+        "search": "max_hvps tolerance sharpness failure_probability hvp double pilot_examples memory_limit",
+    }
+)
 def certify(
     run: Annotated[Path, tyro.conf.Positional],
     checkpoint: str | None = None,
     iterates: bool = False,
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
-    search: Given[Search] = Given(),  # noqa: B008 -- immutable
+    search: Overrides[Search] = Overrides(),  # noqa: B008 -- immutable
     spectrum: bool = False,
     population: bool = False,
     examples: int | Literal["all"] | None = None,
@@ -39,12 +48,12 @@ def certify(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Certify a run's last point as a saddle or as second-order stationary, or report it as undecided.
+    """Certify a run's last point: saddle or second-order stationary.
 
-    Prints the certificate, computed on a random sample of the training examples (see --examples). Writes it, the
-    extreme directions and a plot of the loss along them to a new folder. Under torchrun its workers are used.
-    Search options default to those in the run's [certify] (except pilot_examples), or to packsaddle.Search's if the
-    run has none.
+    The verdict is "undecided" if the bounds on the curvature allow both. The certificate is computed on a random sample
+    of the training examples (--examples); it is printed, and written to a new folder with the extreme directions and a
+    plot of the loss along them. Under torchrun its workers compute it. Search options default to the run's [certify]
+    (except pilot_examples), or to packsaddle.Search if the run has none.
 
     Examples:
         packsaddle certify runs/a
@@ -56,8 +65,8 @@ def certify(
 
     Args:
         run: The run folder.
-        checkpoint: Weights to certify instead of the last: a file, or its name inside the run folder.
-        iterates: Certify the iterates that the run drew (certify.iterates); bound the fraction that is stationary.
+        checkpoint: Weights to certify instead of the final ones: a file, or its name inside the run folder.
+        iterates: Certify the iterates that the run saved (certify.iterates), and bound the fraction that is stationary.
         epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the run's
             certify.epsilon, else the gradient norm at the point plus twice its standard error: the curvature decides.
         hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the escape
@@ -67,12 +76,12 @@ def certify(
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples per batch; by default 64, or 500 if all examples are used.
         double: Compute the products in float64.
-        distance: Distance that the plot covers to each side; by default twice the best escape step, or 1.
+        distance: Length of the plot to each side of the point; by default twice the best escape step, or 1.
         data_dir: Folder of the dataset, as for the run (not needed for digits, nor for Python's own text).
-        workers: Worker processes; under torchrun, its own.
+        workers: Number of worker processes; under torchrun, the number that it started.
         seed: Seed of the sample and of the random start vector.
-        out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.
-        json: Print one JSON document instead.
+        out: New folder for the results; by default certificate/, certificate-2/, ... in the run folder.
+        json: Print one JSON document.
     """
     from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
     from packsaddle.runs.findings import Questions, new_folder, write
@@ -93,7 +102,7 @@ def certify(
     require("matplotlib", "plot", "the certificate's picture")
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
-    options, lr = search.over(options), config.sgd_lr()
+    options, lr = search.apply_to(options), config.sgd_lr()
     questions = Questions(epsilon, hessian_lipschitz, options, spectrum, population, distance, lr, seed, quiet=json)
     size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
     audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)
@@ -129,13 +138,15 @@ def _drawn(run: Path, config: Config) -> list[str]:
 
     (found,) = read_runs([run])
     if found.summary is None:
-        raise ConfigError(f"{run} has not finished, so the iterates it has kept are not a fair sample")
+        raise ConfigError(f"{run} has not finished, so its saved iterates are not a uniform sample")
     names = drawn_names(config, found.summary["steps"])
     if not names:
-        raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
+        raise ConfigError(
+            f"{run} has no saved iterates; set certify.iterates = m in the configuration to save m of them"
+        )
     for name in names:
         if not (run / name).is_file():
-            raise ConfigError(f"{run} drew {name}, but has lost it; without it the others are not a fair sample")
+            raise ConfigError(f"{run}: iterate {name} is missing; without it the others are not a uniform sample")
     return names
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from packsaddle.cli.console import is_first
+from packsaddle.cli.flags import grouped
 from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
@@ -21,6 +22,13 @@ _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scri
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
 
+@grouped(
+    {
+        "": "epsilon hessian_lipschitz out json",
+        "result": "spectrum population",
+        "search": "max_hvps tolerance sharpness failure_probability hvp pilot_examples memory_limit seed",
+    }
+)
 def certify_script(
     function: Annotated[str, tyro.conf.Positional],
     checkpoint: Annotated[Path, tyro.conf.Positional],
@@ -33,11 +41,12 @@ def certify_script(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Certify a checkpoint of any script as a saddle or second-order stationary, or report it as undecided.
+    """Certify a checkpoint of your own training script.
 
-    FUNCTION is imported from the current folder and called without arguments. It returns a model, a loss function of
-    (model, batch), and the batches, which can be iterated again. Under torchrun every worker calls it and returns its
-    own batches; it may shard the model with FSDP2.
+    The verdict is that of packsaddle certify: saddle, second-order stationary, or undecided. FUNCTION is imported from
+    the current folder and called without arguments. It returns a model, a loss function of (model, batch), and the
+    batches as an iterable that can be iterated repeatedly. Under torchrun every worker calls it and returns its own
+    batches; it may shard the model with FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
@@ -46,7 +55,7 @@ def certify_script(
         torchrun --nproc-per-node 2 -m packsaddle.cli certify-script train:problem checkpoint.pt
 
     Args:
-        function: module:function.
+        function: The function, as MODULE:FUNCTION.
         checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
             "model_state_dict". It may be that of the compiled or DistributedDataParallel model.
         epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the gradient
@@ -54,9 +63,9 @@ def certify_script(
         hessian_lipschitz: rho. By default measured along the escape direction.
         spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
         population: Also certify the loss of the population from which the examples are drawn; about 150 products.
-        out: A new folder for the certificate, its directions, and a plot of the loss along them.
+        out: New folder for the certificate, its directions, and a plot of the loss along them; by default none.
         seed: Seed of the random start vector.
-        json: Print one JSON document instead.
+        json: Print one JSON document.
     """
     from packsaddle.runs.findings import Questions, new_folder, write
 
@@ -110,7 +119,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
             check_population(model, batches)  # fails before the work
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
-        return questions.look(checkpoint, model, loss_fn, batches, certificate)
+        return questions.finding(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # invalid model, loss or batches
         raise ConfigError(f"{function}: {error}") from None
 

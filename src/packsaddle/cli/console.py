@@ -41,6 +41,16 @@ def number_table(*headings: str, words: int = 1) -> Table:
     return table
 
 
+def digits(number: float) -> str:
+    """Format a positive number with four digits, without an exponent from 1e-4 on."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def kilobytes(count: float) -> str:
+    """Format a number of bytes in units of 1000 bytes, for a column with this unit."""
+    return digits(count / 1e3)
+
+
 def plain_text(text: str) -> Text:
     """Return a literal text for a rich table, without markup; control characters are escaped."""
     return Text(printable(text))
@@ -89,6 +99,11 @@ def _cells(column: Column) -> Iterator[RenderableType]:
 def brief(compressor: str) -> str:
     """Drop the name of the first argument from a compressor's repr: TopK(0.01, values='int8')."""
     return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
+
+
+def short_exchange(name: str) -> str:
+    """Shorten "low-rank all-reduce" to "low-rank", for a column of exchanges."""
+    return name.removesuffix(" all-reduce")
 
 
 def require_plots(purpose: str) -> None:

@@ -112,15 +112,15 @@ def gloo_listens() -> Listening:
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
             if name not in known:
-                return Listening(asked, f"GLOO_SOCKET_IFNAME asks for {name}, which is not there", False, False)
+                return Listening(asked, f"GLOO_SOCKET_IFNAME names {name}, which does not exist", False, False)
         reachable = not any(known[name].loopback for name in asked.split(","))
-        return Listening(asked, "GLOO_SOCKET_IFNAME asks for it", reachable)
+        return Listening(asked, "GLOO_SOCKET_IFNAME selects it", reachable)
     host = socket.gethostname()
     address = _usable_address(host)
     if address is None:
-        return Listening("127.0.0.1", f"this host's name, {host}, leads to no address of its own", False)
+        return Listening("127.0.0.1", f"this host's name, {host}, resolves to no address of this machine", False)
     reachable = not ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    return Listening(address, f"this host's name, {host}, leads there", reachable)
+    return Listening(address, f"this host's name, {host}, resolves to it", reachable)
 
 
 def _usable_address(host: str) -> str | None:
@@ -153,7 +153,7 @@ _PURPOSES = {
     "docs": "building the documentation as a site",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
-    "torchft": "LocalUpdates(..., workers=): workers that come and go",
+    "torchft": "LocalUpdates(..., workers=): workers that join and leave",
     "track": "run --track",
 }
 _OURS = ("dev", "docs")  # extras for developers of packsaddle
@@ -231,21 +231,21 @@ def _numbers(version: str) -> tuple[int, ...]:
 def machine() -> Iterator[Fact]:
     """Yield cores, threads and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Fact("machine", "cores", f"{cores}, of which torch uses {torch.get_num_threads()} here")
+    yield Fact("machine", "cores", f"{cores}, torch uses {torch.get_num_threads()} of them")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Fact("machine", "memory", f"{total:.1f} GiB{_available()}")
 
 
 def _available() -> str:
     """Return a text with the available memory (Linux) and the cgroup's memory limit; "" if unknown."""
-    said = ""
+    text = ""
     if Path("/proc/meminfo").exists():
         kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-        said = f", {int(kilobytes[1]) / 2**20:.1f} GiB available" if kilobytes else ""
+        text = f", {int(kilobytes[1]) / 2**20:.1f} GiB available" if kilobytes else ""
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and limit.read_text().strip().isdecimal():
-        said += f", limited to {int(limit.read_text()) / 2**30:.1f} GiB"
-    return said
+        text += f", limited to {int(limit.read_text()) / 2**30:.1f} GiB"
+    return text
 
 
 def devices() -> Iterator[Fact]:
@@ -258,10 +258,10 @@ def devices() -> Iterator[Fact]:
         return
     driver = _DRIVER.exists()
     if torch.version.cuda is None:
-        advice = "there is an NVIDIA driver: install torch with CUDA to use the GPU" if driver else ""
+        advice = "an NVIDIA driver is installed: install torch with CUDA to use the GPU" if driver else ""
         yield Fact("devices", "CUDA", "this torch is built without it", "warning" if driver else "note", advice)
     else:
-        why = "though there is an NVIDIA driver" if driver else "and there is no NVIDIA driver"
+        why = "although an NVIDIA driver is installed" if driver else "and no NVIDIA driver is installed"
         value = f"torch is built for CUDA {torch.version.cuda}, but sees no device, {why}"
         yield Fact("devices", "CUDA", value, "warning" if driver else "note")
     yield Fact("devices", "cpu", f"{platform.processor() or platform.machine()}: training runs here")
@@ -275,10 +275,10 @@ def built_with() -> Iterator[Fact]:
     else:
         yield Fact("exchange", "gloo", "not in this torch", "problem", "install torch from PyPI")
     if found["nccl"]:
-        used = "used where every worker has a GPU" if torch.cuda.is_available() else "not used: there is no GPU"
+        used = "used if every worker has a GPU" if torch.cuda.is_available() else "not used: there is no GPU"
         yield Fact("exchange", "nccl", f"available, {used}")
     else:
-        yield Fact("exchange", "nccl", "not in this torch: workers on GPUs would exchange by gloo", "note")
+        yield Fact("exchange", "nccl", "not in this build of torch: workers with GPUs would use gloo", "note")
 
 
 _REACH = 3.0  # timeout for connecting to a lighthouse, in seconds
@@ -288,7 +288,7 @@ def elastic() -> Iterator[Fact]:
     """Yield the support for workers that join and leave: torchft, and the lighthouse set in the environment."""
     if _version("torchft") is None:
         advice = "pip install 'packsaddle[torchft]'"
-        yield Fact("exchange", "elastic", "workers cannot come and go: there is no torchft", "note", advice)
+        yield Fact("exchange", "elastic", "not available: torchft is not installed", "note", advice)
         return
 
     # Report a failing import of torchft and an unreachable lighthouse alike.
@@ -297,14 +297,14 @@ def elastic() -> Iterator[Fact]:
         place = lighthouse_address()
         if place is None:
             advice = f"export {LIGHTHOUSE}=http://HOST:29510, where torchft_lighthouse runs"
-            value = f"torchft {_version('torchft')}, and no lighthouse is named"
+            value = f"torchft {_version('torchft')}, but no lighthouse is set"
             yield Fact("exchange", "elastic", value, "note", advice)
             return
         here = reach(*place, _REACH)
     except Exception as error:  # any failure is the finding
         yield Fact("exchange", "elastic", f"fails: {one_line(str(error))}", "warning")
         return
-    yield Fact("exchange", "elastic", f"the lighthouse at {place[0]}:{place[1]} is reached from {here}")
+    yield Fact("exchange", "elastic", f"the lighthouse at {place[0]}:{place[1]} is reachable from {here}")
 
 
 def loops() -> Iterator[Fact]:
@@ -320,7 +320,7 @@ def loops() -> Iterator[Fact]:
             advice = "pip install 'packsaddle[fast]'" if obstacle == "numba is not installed" else ""
             yield Fact("loops", where, f"torch alone: {obstacle}", "note", advice)
         elif where == "cuda" and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
-            yield Fact("loops", where, "triton, which finds no C compiler", "warning", "install gcc, for triton")
+            yield Fact("loops", where, "triton finds no C compiler", "warning", "install gcc")
         else:
             yield Fact("loops", where, f"compiled by {package} {_version(package)}")
 
@@ -354,7 +354,7 @@ def network() -> Iterator[Fact]:
         yield Fact("network", "gloo", f"listens on {gloo.address}: {gloo.why}")
     else:
         advice = f"for workers on several hosts set GLOO_SOCKET_IFNAME={names} on each (with its own interface's name)"
-        value = f"listens on {gloo.address}, where no other host can reach it: {gloo.why}"
+        value = f"listens on {gloo.address}, which no other host can reach: {gloo.why}"
         yield Fact("network", "gloo", value, "warning", advice)
 
 
@@ -385,12 +385,12 @@ def all_reduce() -> Fact:
         total, workers = sum_over_workers() if under_launcher() else launch(sum_over_workers, (), 2)
     except Exception as error:  # any failure is the finding
         reason = " ".join(str(error).split()) or type(error).__name__
-        return Fact("exchange", "all-reduce", f"fails: {reason}", "problem", "see the network above")
+        return Fact("exchange", "all-reduce", f"fails: {reason}", "problem", "see the rows of topic network")
     finally:
         logging.disable(logging.NOTSET)
     seconds = time.perf_counter() - start
     if total != workers * (workers + 1) / 2:
-        return Fact("exchange", "all-reduce", f"gives {total} over {workers} processes, which is wrong", "problem")
+        return Fact("exchange", "all-reduce", f"wrong result {total} over {workers} processes", "problem")
     return Fact("exchange", "all-reduce", f"{workers} processes started and exchanged by gloo in {seconds:.1f} s")
 
 
@@ -403,15 +403,15 @@ def sum_over_workers() -> tuple[float, int]:
 
 
 _MARKS = {"ok": "", "note": "-", "warning": "!", "problem": "X"}
-_LEGEND = "- not there, or not used   ! may fail in some uses   X training fails"
+_LEGEND = "- absent or unused   ! may fail in some uses   X training fails"
 
 
 def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = False) -> None:
-    """Check the hardware and software that training can use on this machine, and explain what is missing.
+    """Check this machine's hardware, software and network.
 
     Checks versions, cores, GPUs, compiled loops, optional packages, network interfaces, the address on which gloo
-    listens, and environment variables; then two processes exchange a number (under torchrun, its workers on all
-    hosts). The exit code is 1 if training would fail, else 0.
+    listens, and environment variables, and suggests how to fix problems. Then two processes run an all-reduce (under
+    torchrun, its workers on all hosts). The exit code is 1 if training would fail, else 0.
 
     Examples:
         packsaddle doctor
@@ -431,7 +431,7 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
     elif is_first():
         _show(facts)
         stopped = ", ".join(f"{fact.topic} {fact.name}" for fact in problems)
-        print(f"Training fails: {stopped}." if stopped else "Nothing here makes training fail.")
+        print(f"Training fails: {stopped}." if stopped else "No problem found that stops training.")
     if problems:
         sys.exit(1)
 

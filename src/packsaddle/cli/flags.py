@@ -11,15 +11,34 @@ from packsaddle.options.schema import is_required, settable
 
 Command = Callable[..., Any]  # a function, or a class with callable instances
 T = TypeVar("T")
+C = TypeVar("C", bound=Command)
+
+
+def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
+    """Return a decorator that sets the order of a command's flags in its help, and their groups.
+
+    `groups` has the flags' names, separated by spaces, by the group's title; "": without a title, as the first.
+    """
+
+    def decorate(command: C) -> C:
+        vars(command)["groups"] = groups
+        return command
+
+    return decorate
+
+
+def groups_of(command: Command) -> dict[str, list[str]]:
+    """Return the names of a command's flags by the title of their group; those in no group are absent."""
+    return {title: names.split() for title, names in vars(command).get("groups", {}).items()}
 
 
 @dataclass(frozen=True)
-class Given(Generic[T]):
+class Overrides(Generic[T]):
     """The fields of an option class T that are set on the command line; the others get no default."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
-    def over(self, base: T) -> T:
+    def apply_to(self, base: T) -> T:
         """Return `base` with these fields replaced."""
         return replace(base, **self.values)  # type: ignore[type-var]
 
@@ -27,7 +46,8 @@ class Given(Generic[T]):
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     """Return a command's parameters with evaluated annotations, each option class replaced by its settable fields.
 
-    A field's default is its value in the parameter's default, else the class's; None for fields of a `Given`.
+    They are in the order of the command's groups, behind those in no group. A field's default is its value in the
+    parameter's default, else the class's; None for fields of `Overrides`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -39,10 +59,11 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
         for f in settable(cls):
             hint = get_type_hints(cls, include_extras=True)[f.name]
             default = getattr(parameter.default, f.name, parameter.empty if is_required(f) else f.default)
-            if get_origin(hints[name]) is Given:
+            if get_origin(hints[name]) is Overrides:
                 hint, default = hint | None, None
             found[f.name] = parameter.replace(name=f.name, annotation=hint, default=default)
-    return found
+    listed = [name for names in groups_of(command).values() for name in names]
+    return {name: found[name] for name in [*(n for n in found if n not in listed), *listed]}
 
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,9 +77,9 @@ def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
         if cls is None:
             continue
         options = {f.name: arguments.pop(f.name) for f in settable(cls)}
-        is_partial = get_origin(hint) is Given
+        is_partial = get_origin(hint) is Overrides
         options = {key: value for key, value in options.items() if value is not None or not is_partial}
         with config_errors("--"):
             made = cls(**options)
-        arguments[name] = Given(options) if is_partial else made
+        arguments[name] = Overrides(options) if is_partial else made
     return arguments

@@ -13,17 +13,19 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
+from importlib import import_module
 from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 from tyro.extras import SubcommandApp
 
-from packsaddle.cli.flags import Command, arguments_of, flags_of
+from packsaddle.cli.flags import Command, arguments_of, flags_of, groups_of
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
 from packsaddle.options.numerals import DURATION, real, seconds, whole
 from packsaddle.options.schema import nearest
+from packsaddle_command import Entry, asked_for_help, overview
 
 # Numbers may be written 1e6, 25M or 1%.
 NUMBERS = tyro.constructors.ConstructorRegistry()
@@ -62,7 +64,7 @@ MARKERS = (
     tyro.conf.FlagCreatePairsOff,  # --serial, without --no-serial
     tyro.conf.PositionalMetavarFromFieldName,
 )
-UNSAID = tyro.conf.arg(help_behavior_hint="")  # for a default that the help text describes
+HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # for a default that the help text describes
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,25 @@ class Group:
     about: str
     commands: Mapping[str, "Command | Group"]
 
-    def overview(self, name: str) -> str:
-        """Return the help of the group: its commands, one line each."""
-        width = max(map(len, self.commands))
-        lines = [f"  {word:<{width}}  {summary(command)}" for word, command in self.commands.items()]
-        last = f"{name} COMMAND --help says what a command takes, with examples."
-        return "\n".join([self.about, "", f"usage: {name} COMMAND ...", "", *lines, "", last])
+
+class ImportedCommands(Mapping[str, "Command | Group"]):
+    """The commands of the console script's table. Reading a command imports its module."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries = entries
+
+    def __getitem__(self, word: str) -> "Command | Group":
+        about, target = self._entries[word]
+        if not isinstance(target, str):
+            return Group(about, ImportedCommands(target))
+        command: Command = getattr(import_module(target), word.replace("-", "_"))
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def summary(command: Command | Group) -> str:
@@ -92,8 +107,10 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
     """
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
+    words = asked_for_help(words)
     if not words or words[0] in ("-h", "--help"):
-        return functools.partial(print, group.overview(name))
+        summaries = {word: summary(command) for word, command in group.commands.items()}
+        return functools.partial(print, overview(group.about, summaries, name))
     word, *rest = words
     if word not in group.commands:
         if word.startswith("-"):
@@ -106,13 +123,13 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
 
 
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
-    words, said = _joined(command, words), io.StringIO()
+    words, errors = _joined(command, words), io.StringIO()
     if not {"-h", "--help"} & {*words}:
         _check_flags(command, words, name)
 
     # tyro prints its errors and exits: the printed text becomes one line.
     try:
-        with redirect_stderr(said), _unwrapped(words):
+        with redirect_stderr(errors), _unwrapped(words):
             call: Callable[[], Any] = tyro.cli(
                 deferred(command),
                 prog=name,
@@ -125,7 +142,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{_subject(name)}{_one_line(said.getvalue(), words)}") from None
+        raise ConfigError(f"{_subject(name)}{_one_line(errors.getvalue(), words)}") from None
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
@@ -168,18 +185,30 @@ def deferred(command: Command) -> Command:
         return command
     flags, texts = flags_of(command), descriptions(command)
     for name, flag in flags.items():
-        if flag.default is None or isinstance(flag.default, bool) or flag.default == ():
-            flags[name] = flag.replace(annotation=Annotated[flag.annotation, UNSAID])
-    signature = inspect.Signature(list(flags.values()))
+        hidden = flag.default is None or isinstance(flag.default, bool) or flag.default == ()
+        about = tyro.conf.arg(help=texts.get(name), prefix_name=False, help_behavior_hint="" if hidden else None)
+        flags[name] = flag.replace(annotation=Annotated[flag.annotation, about], kind=flag.KEYWORD_ONLY)
 
-    def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
-        return functools.partial(command, **arguments_of(command, signature.bind(*args, **kwargs).arguments))
+    # tyro shows the fields of a dataclass in a box with the parameter's name as its title.
+    boxes = {title: names for title, names in groups_of(command).items() if title}
+    for title, names in boxes.items():
+        fields = [(name, flags[name].annotation, field(default=flags.pop(name).default)) for name in names]
+        box = make_dataclass("Box", fields, namespace={"__doc__": ""})
+        flags[title] = inspect.Parameter(
+            title.replace(" ", "_"),
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=Annotated[box, tyro.conf.arg(name=title)],
+        )
+
+    def later(**values: Any) -> Callable[[], Any]:
+        for title in boxes:
+            values |= vars(values.pop(title.replace(" ", "_")))
+        return functools.partial(command, **arguments_of(command, values))
 
     # tyro reads docstring, name, annotations and signature.
-    about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
-    later.__doc__ = "\n    ".join([f"{about}\n\nArgs:", *(f"{name}: {texts[name]}" for name in flags if name in texts)])
-    later.__name__, later.__annotations__ = command.__name__, {name: flag.annotation for name, flag in flags.items()}
-    later.__signature__ = signature  # type: ignore[attr-defined]
+    later.__doc__ = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+    later.__name__, later.__annotations__ = command.__name__, {f.name: f.annotation for f in flags.values()}
+    later.__signature__ = inspect.Signature(list(flags.values()))  # type: ignore[attr-defined]
     return later
 
 
@@ -203,7 +232,7 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
     for word in words:
         flag = word.partition("=")[0]
         if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
-            other = " (keys of the configuration go through --set key=value)" if "--set" in flags else " (see --help)"
+            other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
 

@@ -13,7 +13,8 @@ import torch
 import tyro
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import brief, is_first, number_table, print_table
+from packsaddle.cli.console import brief, digits, is_first, kilobytes, number_table, print_table, short_exchange
+from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
@@ -26,22 +27,23 @@ from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecas
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.plan.model_size import ModelSize, compute_seconds, update_seconds
 from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
-from packsaddle.runs.progress import Report, countdown, megabytes
+from packsaddle.runs.progress import Report, countdown
 
 _BATCH = 32
 _UNCUT = "--json prints it whole"
+_ORDER = "shortest time to the same loss (step ms times x steps) first, unknown times last"
 _ERROR = 0.1  # relative error of the time model on idle machines (experiments/scale)
 _NOTE = (
-    "This is the time of a step. How many steps a compressor needs depends on the optimizer: --optimizer sgd or adamw "
-    "counts those that were measured."
+    "These are times of one step. The number of steps that a compressor needs depends on the optimizer: with "
+    "--optimizer sgd or adamw measured numbers are included."
 )
 _STEPS_NOTE = (
-    "x steps: for the loss of one dense step with {}, each at its best learning rate, on a small language model "
-    "(docs/choosing.md). Try it on yours."
+    "x steps: steps for the progress of one dense step with {}, measured on a small language model, each compressor "
+    "at its best learning rate (docs/choosing.md). Your model may differ."
 )
 _LOCAL_NOTE = (
-    "Local updates with {}: x steps as measured on a small language model, with 2 or 4 workers, each setting at its "
-    "best rate ({}). Try it on yours."
+    "x steps: measured on a small language model with {}, with 2 or 4 workers, each setting at its best learning rate "
+    "({}). Your model may differ."
 )
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
@@ -51,17 +53,17 @@ class LinkOptions:
     """The model and the workers of a plan for a link. Raises ValueError for options that exclude one another.
 
     Args:
-        d: Number of parameters, as 25000000, 25e6 or 25M, instead of --model.
-        model: The network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
+        d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
+        model: Network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
-        latency: Time that a small message takes on a link of a given rate, 100us by default.
-        compute: Time of a step's forward and backward pass and of the optimizer, as in 55ms; by default the passes are
-            measured here for --model.
-        batch: Examples per worker and step in that measurement, 32 by default.
+        latency: Time of a small message on the link; by default 100us. It is measured if RATE is auto.
+        compute: Time of a step's forward and backward pass and optimizer, such as 55ms; by default the passes of
+            --model are measured on this machine.
+        batch: Examples per worker and step in that measurement; by default 32.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
-        noise: Include the time to generate the artificial noise in a step.
-        local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest.
-            They were measured with adamw, the default optimizer here, and with muon.
+        noise: Include the time of generating the artificial noise.
+        local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest
+            method. Their numbers of steps were measured with adamw, then the default of --optimizer, and with muon.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
     """
 
@@ -81,7 +83,7 @@ class LinkOptions:
         if self.compute is None and self.model is None:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
         if self.compute is not None and self.batch is not None:
-            raise ValueError("batch is for measuring the computing, which --compute gives: leave one out")
+            raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
         if self.most_steps is not None and not self.local:
             raise ValueError("most_steps is for local updates: it needs --local")
 
@@ -91,7 +93,7 @@ class LinkOptions:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Inputs:
     """The inputs of a plan, and the forecasts of local updates."""
 
     workload: ModelSize
@@ -103,6 +105,14 @@ class _Asked:
     local: tuple[LocalForecast, ...]  # the fastest first; empty: not requested
 
 
+@grouped(
+    {
+        "": "model d workers json",
+        "compressor": "compressor ratio optimizer",
+        "local update": "local most_steps",
+        "step time": "compute batch spread noise latency",
+    }
+)
 def link(
     rate: Annotated[str, tyro.conf.Positional],
     options: LinkOptions,
@@ -112,7 +122,9 @@ def link(
     workers: int | None = None,
     json: bool = False,
 ) -> None:
-    """Find the compressor with the shortest step on a network link, or report that none beats dense training.
+    """Find the compressor that trains fastest on a network link.
+
+    Forecasts the time of a step for each compressor and compares it with uncompressed (dense) training.
 
     Examples:
         packsaddle plan link 100mbit --model char-transformer --workers 2 --local
@@ -122,44 +134,44 @@ def link(
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
 
     Args:
-        rate: Rate of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; UP/DOWN as in 20mbit/100mbit if it sends
-            and receives at different rates (the slower one counts); or "auto" to measure it between torchrun's
-            workers, or without torchrun between processes on this machine.
+        rate: Rate of each worker's link, such as 100mbit, 1gbit or 12.5MB/s; UP/DOWN, such as 20mbit/100mbit, for
+            different rates of sending and receiving (the slower one limits); or "auto" to measure it between
+            torchrun's workers, or without torchrun between processes on this machine.
         compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
             Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Fraction of the coordinates to send, as 0.01 or 1%; by default 0.01.
-        optimizer: Multiply step times by the relative number of steps that each compressor needed in measurements with
-            this optimizer: behind the DDP hook for sgd and adamw; then only measured compressors are compared, unless
-            --ratio is given. muon (AdamW for all but hidden matrices) was measured in local updates: implies --local.
-        workers: Number of workers, 4 by default; under torchrun, the number that it started.
+        ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
+        optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
+            to dense training. sgd, adamw: measured behind the DDP hook; only measured compressors are compared, unless
+            --ratio is given. muon (AdamW for all but hidden matrices): measured in local updates; implies --local.
+        workers: Number of workers; by default 4, or the number that torchrun started.
         json: Print one JSON document.
     """
     if options.local and optimizer == "sgd":
-        raise ConfigError("--local is with adamw or muon, with which it was measured: leave out --optimizer sgd")
+        raise ConfigError("--local was measured with adamw and muon only: leave out --optimizer sgd")
     with config_errors():
         if optimizer == "muon":
             options = replace(options, local=True)
         chosen = optimizer or ("adamw" if options.local else None)
-        verdict, asked = _answer(rate, options, compressor, ratio, chosen, workers)
+        verdict, inputs = _plan(rate, options, compressor, ratio, chosen, workers)
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, asked)
+        show(verdict, inputs)
 
 
-def _answer(
+def _plan(
     rate: str,
     options: LinkOptions,
     compressor: str,
     ratio: float | None,
     optimizer: Optimizer | None,
     workers: int | None,
-) -> tuple[Verdict, _Asked]:
+) -> tuple[Verdict, _Inputs]:
     # Validate everything before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     bits = None if rate == "auto" else link_planner.slower_rate(rate)
     workers = _workers(workers)
     if bits is None and options.latency is not None:
-        raise ConfigError("--latency is measured where RATE is auto: leave it out")
+        raise ConfigError("--latency is measured if RATE is auto: leave it out")
     link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
     source, workload = "as given", options.workload()
     most = math.inf if options.most_steps is None else options.most_steps
@@ -187,7 +199,7 @@ def _answer(
             local: tuple[LocalForecast, ...] = ()
             if options.local:
                 local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
-    return verdict, _Asked(workload, link, source, fleet, update, optimizer, local)
+    return verdict, _Inputs(workload, link, source, fleet, update, optimizer, local)
 
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
@@ -219,17 +231,16 @@ def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Calla
 
 
 def ms(seconds: float) -> str:
-    """Format a time in milliseconds with four digits, without an exponent."""
-    number = 1e3 * seconds
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+    """Format a time in milliseconds."""
+    return digits(1e3 * seconds)
 
 
-def _workers(asked: int | None) -> int:
-    """Return the number of workers: torchrun's, else `asked`, else 4. Raises ConfigError if invalid."""
+def _workers(requested: int | None) -> int:
+    """Return the number of workers: torchrun's, else `requested`, else 4. Raises ConfigError if invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
-    if world is not None and asked not in (None, world):
-        raise ConfigError(f"workers must be torchrun's {world}, or be left out, got {asked}")
-    workers = world or (4 if asked is None else asked)
+    if world is not None and requested not in (None, world):
+        raise ConfigError(f"workers must be {world}, the number that torchrun started, got {requested}")
+    workers = world or (4 if requested is None else requested)
     if workers < 2 and world is None:
         raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
     return workers
@@ -238,71 +249,72 @@ def _workers(asked: int | None) -> int:
 def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[Link, str]:
     if group is not None:
         return probe(group, device), "measured between torchrun's workers"
-    return probe_locally(workers), "measured on this machine's loopback, so NO network is in it"
+    return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
 
 
-def _print_json(verdict: Verdict, asked: _Asked) -> None:
-    workload, link, fleet = asked.workload, asked.link, asked.fleet
+def _print_json(verdict: Verdict, inputs: _Inputs) -> None:
+    workload, link, fleet = inputs.workload, inputs.link, inputs.fleet
     document = {
         "model": workload.name,
         "compressed": workload.d,
         "dense": workload.dense,
-        "link": {**asdict(link), "nominal_bits": link.bits, "source": asked.source},
+        "link": {**asdict(link), "nominal_bits": link.bits, "source": inputs.source},
         "fleet": asdict(fleet),
-        "update": asked.update,
-        "optimizer": asked.optimizer,
+        "update": inputs.update,
+        "optimizer": inputs.optimizer,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
         "forecasts": verdict.plain(),
-        **({"local": [f.plain() for f in asked.local]} if asked.local else {}),
+        **({"local": [f.plain() for f in inputs.local]} if inputs.local else {}),
     }
     print(dumps(document, indent=2))
 
 
-def _print_tables(verdict: Verdict, asked: _Asked) -> None:
-    workload, link, fleet = asked.workload, asked.link, asked.fleet
-    steps = ("x steps",) if asked.optimizer else ()
-    table = number_table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below", words=2)
+def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
+    workload, link, fleet = inputs.workload, inputs.link, inputs.fleet
+    steps = ("x steps",) if inputs.optimizer else ()
+    units = ("sent kB", "step ms", "coding ms", "exchange ms")
+    table = number_table("compressor", "by", *units, *steps, "pays below Mbit/s", words=2)
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
-        name, style = ("none: dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
-        table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
+        name, style = ("dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
+        by = short_exchange(f.exchange)
+        table.add_row(name, by, kilobytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
+    print(f"Rows: {_ORDER if inputs.optimizer else 'shortest step first'}. Sent: per worker and step.")
 
     # Quantities common to all forecasts.
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
-    print("Dense gradients travel during the backward pass.")
-    print(
-        f"Coding includes {1e3 * asked.update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's "
-        f"update."
-    )
+    print("DDP's exchange overlaps with the backward pass.")
+    print(f"Coding includes {ms(inputs.update)} ms for the error memory, and for the noise with --noise.")
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
-    print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
+    print(f"Link: {_line(link.rate)}, {inputs.source}: {payload}.")
 
     # The verdict.
-    of_what = "Gradients: " if asked.local else ""
-    if asked.optimizer == "muon":
-        print("Gradients: no compressor was measured behind the hook with muon.")
+    of_what = "Gradients: " if inputs.local else ""
+    if inputs.optimizer == "muon":
+        print("Gradients: compressors behind the DDP hook were not measured with muon.")
     else:
-        print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
-        print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
-    if asked.local:
-        _print_local(verdict.dense.seconds, asked.local, asked.optimizer or "adamw")
-        print(_use(verdict, asked.local[0]))
+        print(f"{of_what}{_sentence(verdict, link, counted=inputs.optimizer is not None)}")
+        print(_NOTE if inputs.optimizer is None else _STEPS_NOTE.format(inputs.optimizer))
+    if inputs.local:
+        _print_local(verdict.dense.seconds, inputs.local, inputs.optimizer or "adamw")
+        print(_recommendation(verdict, inputs.local[0]))
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
     """Print the table of local updates, and compare the best with dense training (`dense` seconds per step)."""
-    table = number_table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
+    table = number_table("local updates", "every", "parts", "delay", "sent kB", "step ms", "compute %", "x steps")
     for f in forecasts:
-        name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
-        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), megabytes(f.sent), ms(f.step)]
-        table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
+        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), kilobytes(f.sent), ms(f.step)]
+        name = brief(describe(f.setting.compressor))
+        table.add_row(name, *cells, f"{100 * f.computing:.0f}", f"{f.steps:.3g}")
     print_table(table, _UNCUT)
+    print(f"Rows: {_ORDER}. Sent: per worker and step, averaged over a round.")
 
     # The fastest: seconds per step times the relative number of steps.
     best = forecasts[0]
@@ -318,7 +330,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
 
 
-def _use(verdict: Verdict, local: LocalForecast) -> str:
+def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
     """Return the line that recommends dense training, the hook or local updates."""
     dense, hook = verdict.dense.seconds, verdict.best
     best = min(hook.seconds, local.seconds)
@@ -344,14 +356,14 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
     if not f.is_known:
         return "unknown"
     if f.break_even is None:
-        return "any link" if f.seconds < verdict.dense.seconds else "no link"
-    return _line(f.break_even)
+        return "any" if f.seconds < verdict.dense.seconds else "none"
+    return digits(8 * f.break_even / FRAMING / 1e6)
 
 
 def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     """Return the verdict on compressed gradients; `counted`: times include the number of steps needed."""
     if not verdict.compress:
-        return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {_elsewhere(verdict)}"
+        return f"DO NOT COMPRESS: no compressor is known to be faster than dense training. {_elsewhere(verdict)}"
     best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
     factor = verdict.best.steps.factor if verdict.best.steps else 1.0
@@ -359,7 +371,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
     gain = f"{took} instead of {ms(dense)}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
-    pays = "Compression pays" if counted else "Its step is the shorter one"
+    pays = "Compression pays" if counted else "Its step is shorter than DDP's"
     until = f" {pays} below {_line(equal)}." if equal is not None and equal > link.rate else ""
     return f"{'Best' if counted else 'Shortest step'}: {how}: {gain}{doubt}.{until}"
 
@@ -369,8 +381,8 @@ def _elsewhere(verdict: Verdict) -> str:
     if verdict.break_even is not None:
         return f"Compression pays below {_line(verdict.break_even)}."
     if unknown := [f.compressor for f in verdict.forecasts if not f.is_known]:
-        return f"Steps were not measured, or not to their end, for {', '.join(unknown)}."
-    return "On no link does compression pay."
+        return f"The number of steps is unknown for {', '.join(unknown)}."
+    return "Compression does not pay on any link."
 
 
 def _line(payload: float) -> str:

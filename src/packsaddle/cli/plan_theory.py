@@ -1,7 +1,7 @@
 """The commands `packsaddle plan theory` and `packsaddle plan table`."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from json import dumps
 from typing import Literal
@@ -9,10 +9,10 @@ from typing import Literal
 from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import number_table, print_table
+from packsaddle.cli.console import kilobytes, number_table, print_table
+from packsaddle.cli.flags import grouped
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, config_errors
-from packsaddle.runs.progress import megabytes
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, first_order_plan
 from packsaddle.theory.plans import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, plan, reach
 from packsaddle.theory.table1 import TABLE_1, Order, check_range
@@ -23,6 +23,13 @@ _PACE = 1000  # steps per second of a small network on a fast machine
 _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
+@grouped(
+    {
+        "": "d epsilon lipschitz_gradient json",
+        "problem": "smoothness hessian_lipschitz sigma f_max",
+        "algorithm": "compressor ratio workers mode",
+    }
+)
 def theory(
     assumptions: Assumptions,
     compressor: str = "best",
@@ -31,10 +38,10 @@ def theory(
     workers: int = 4,
     json: bool = False,
 ) -> None:
-    """Compute the parameters of Algorithm 1 for an epsilon-second-order stationary point from the theorems.
+    """Compute the parameters of Algorithm 1 from the theorems.
 
-    Prints step size, number of steps, noise, escape check and bytes; or that the target is OUT OF REACH, and which
-    changes would bring it within reach.
+    Prints the step size, number of steps, noise, escape check and bytes that reach an epsilon-second-order stationary
+    point; or that the target is OUT OF REACH, with the changes that would bring it within reach.
 
     Examples:
         packsaddle plan theory --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
@@ -44,7 +51,7 @@ def theory(
     Args:
         compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
             these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Fraction of the coordinates to send, as 0.01 or 1%, for one compressor by name; by default the best
+        ratio: Fraction of the coordinates to send, such as 0.01 or 1%, for a single compressor; by default the best
             one.
         mode: "theory" uses the constants and logarithms of a proof, "practical" constants that give feasible runs.
         workers: Number of workers, at least 2.
@@ -103,48 +110,55 @@ def _balanced_k(p: Plan) -> int | None:
 
 
 def _show(plans: list[Plan]) -> None:
-    first, a = plans[0], plans[0].assumptions
-    table = number_table("~ order of magnitude", *(type(p.compressor).__name__ + "*" * _outside(p) for p in plans))
-    for label, cell in _ROWS.items():
-        table.add_row(label, *map(cell, plans))
-    print_table(table, _UNCUT)
+    for columns in _TABLES:
+        table = number_table("compressor", *columns)
+        for p in plans:
+            name = type(p.compressor).__name__ + "*" * _outside(p)
+            table.add_row(name, *(cell(p) for cell in columns.values()))
+        print_table(table, _UNCUT)
 
     # r, R and F do not depend on the compressor.
+    first, a = plans[0], plans[0].assumptions
     setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
     print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
+    print("eta: step size. I: steps between escape checks. Improvement: uncompressed bytes in all over this plan's.")
     print(
-        f"~ noise r = {first.noise:.3g} per coordinate, of norm r sqrt(d) = {first.noise_norm:.3g}: it must be about "
-        f"sigma = {a.sigma:g} or more, and {'is' if first.noise_suffices else 'IS NOT'}."
+        f"~ noise r = {first.noise:.3g} per coordinate, norm r sqrt(d) = {first.noise_norm:.3g}, which must be at "
+        f"least about sigma = {a.sigma:g}, and {'is' if first.noise_suffices else 'IS NOT'}."
     )
-    print(f"~ escape radius R = {first.radius:.3g}; an escape lowers f by F = {first.decrease:.3g}.")
+    print(f"~ escape radius R = {first.radius:.3g}; an escape decreases f by F = {first.decrease:.3g}.")
     if any(map(_outside, plans)):
-        print("* The mean of the workers' compressed messages is outside the proofs; they compress the mean.")
-    print(_how_far_to_trust(plans))
+        print("* Not covered by the proofs, which compress the mean over workers: here each worker compresses.")
+    print(_reliability(plans))
 
 
 def _out_of_reach(reached: Reach, a: Assumptions) -> str:
     """Return the verdict on a plan that is out of reach, with the changes that would bring it within reach."""
     days = MOST_STEPS / _PACE / 86400
     lines = [
-        f"OUT OF REACH: the fewest steps here are {reached.steps:.1e}, and a plan of more than {MOST_STEPS:.0e} "
-        f"({days:.0f} days at {_PACE:,} a second) is none.",
+        f"OUT OF REACH: the uncompressed plan needs {reached.steps:.1e} steps, over the limit of {MOST_STEPS:.0e} "
+        f"({days:.0f} days at {_PACE:,} steps a second).",
     ]
 
     # Changes that help: a larger epsilon, or Assumption C.
     if reached.at_twice_epsilon is not None:
         times = reached.steps / reached.at_twice_epsilon
         power = math.log2(times)
-        lines += [f"  Steps grow as about epsilon^-{power:.1f} here: twice the epsilon takes 1/{times:.3g} of them."]
+        lines += [
+            f"  Steps grow about as epsilon^-{power:.1f} here: twice the epsilon needs 1/{times:.3g} of the steps."
+        ]
     if reached.epsilon is None:
-        lines += ["  No epsilon that these L and rho allow brings it within reach."]
+        lines += ["  No epsilon that is valid for this L and rho is within reach."]
     else:
-        lines += [f"  Within reach from about --epsilon {_rounded_up(reached.epsilon):g} on."]
+        lines += [f"  Within reach: about --epsilon {_rounded_up(reached.epsilon):g} and larger."]
     if reached.with_lipschitz_gradient is not None:
         lines += [
-            f"  If every stochastic gradient is Lipschitz (Assumption C: --lipschitz-gradient, here {a.smoothness:g}), "
+            f"  With Lipschitz stochastic gradients (Assumption C, --lipschitz-gradient {a.smoothness:g}): "
             f"{reached.with_lipschitz_gradient:.1e} steps.",
         ]
-    lines += ["  The theory is cautious: on small problems steps 16 to 256 times as long did as well (docs/plans.md)."]
+    lines += [
+        "  The theory is cautious: on small problems 16 to 256 times larger step sizes worked as well (docs/plans.md)."
+    ]
     return "\n".join(lines)
 
 
@@ -163,24 +177,31 @@ def _first_order(p: Plan) -> tuple[float, int]:
     return found.eta, found.steps
 
 
-_ROWS: Mapping[str, Callable[[Plan], str]] = {
-    "theorem": lambda p: p.theorem,
-    "k": lambda p: "" if p.k is None else f"{p.k:,}",
-    "k of Corollary 3.3": lambda p: "" if _balanced_k(p) is None else f"{_balanced_k(p):,}",
-    "mu": lambda p: f"{p.mu:.3g}",
-    "~ step size eta": lambda p: f"{p.eta:.2e}",
-    "bound by": lambda p: p.bound_by,
-    "~ steps T": lambda p: f"{p.steps:.2e}",
-    "~ interval I": lambda p: f"{p.interval:.2e}",
-    "sent per step": lambda p: megabytes(p.sent),
-    "~ sent in all, MB": lambda p: f"{p.total / 1e6:.2e}",
-    "~ uncompressed / this": lambda p: f"{p.improvement:,.3g}",
-    "first-order alone: eta": lambda p: f"{_first_order(p)[0]:.2e}",
-    "first-order alone: steps": lambda p: f"{_first_order(p)[1]:.2e}",
-}
+# The cells of each table, by the column's heading.
+_TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
+    {
+        "theorem": lambda p: p.theorem,
+        "mu": lambda p: f"{p.mu:.3g}",
+        "~ eta": lambda p: f"{p.eta:.2e}",
+        "bound by": lambda p: p.bound_by,
+        "~ steps T": lambda p: f"{p.steps:.2e}",
+        "~ I": lambda p: f"{p.interval:.2e}",
+    },
+    {
+        "k": lambda p: "" if p.k is None else f"{p.k:,}",
+        "k of Corollary 3.3": lambda p: "" if _balanced_k(p) is None else f"{_balanced_k(p):,}",
+        "sent kB a step": lambda p: kilobytes(p.sent),
+        "~ sent MB in all": lambda p: f"{p.total / 1e6:.2e}",
+        "~ improvement": lambda p: f"{p.improvement:,.3g}",
+    },
+    {
+        "first-order alone: eta": lambda p: f"{_first_order(p)[0]:.2e}",
+        "first-order alone: steps": lambda p: f"{_first_order(p)[1]:.2e}",
+    },
+)
 
 
-def _how_far_to_trust(plans: list[Plan]) -> str:
+def _reliability(plans: list[Plan]) -> str:
     c = plans[0].constants
     lines = ["~ Order of magnitude: the theorems hide their constants."]
 
@@ -189,31 +210,33 @@ def _how_far_to_trust(plans: list[Plan]) -> str:
         years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
         verdict = "Out of reach: at" if years > 1 else "At"
         lines += [
-            f"  Here stand Jin et al.'s (2021) for uncompressed SGD, with iota = {c.iota:.3g} for their logarithm.",
-            f"  {verdict} a million steps a second, the fewest here take {years:.1e} years.",
-            "  The proofs' constants are far from tight; --mode practical has some that can be run.",
+            f"  Used here: those of Jin et al. (2021) for uncompressed SGD; their logarithm is iota = {c.iota:.3g}.",
+            f"  {verdict} a million steps a second, the shortest plan takes {years:.1e} years.",
+            "  The proofs' constants are far from tight; --mode practical has constants that give feasible runs.",
         ]
     else:
         lines += [
-            "  Here stand the proved first-order bounds, and saddles of curvature -sqrt(rho epsilon) left one after",
-            "  another in twice the predicted median time. No guarantee goes with it: take it as a start for tuning.",
+            "  Used here: the proved first-order bounds, and twice the predicted median time to escape each saddle of",
+            "  curvature -sqrt(rho epsilon), sequentially. This is no guarantee: use the plan as a start for tuning.",
         ]
     lines += [
-        "  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (but for coded indices).",
+        "  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (except coded indices).",
         "  Proved: first-order alone, under Assumptions A and B, without noise and resets.",
     ]
     return "\n".join(lines)
 
 
 def table(d: int, epsilon: float, json: bool = False) -> None:
-    """Print Table 1 of the paper with numbers: iterations and communication for given d and epsilon.
+    """Print the paper's Table 1 for a given d and epsilon.
+
+    Each cell has the paper's formula for iterations or communication, and its value.
 
     Examples:
         packsaddle plan table --d 1000000 --epsilon 0.2
         packsaddle plan table --d 25M --epsilon 0.1 --json
 
     Args:
-        d: Number of parameters, as 25000000, 25e6 or 25M.
+        d: Number of parameters of the model, such as 25M, 25e6 or 25000000.
         epsilon: Target: gradient norm at most epsilon, in (0, 1).
         json: Print one JSON document.
     """
@@ -223,20 +246,30 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         print(dumps({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}, indent=2))
         return
 
-    # Each row has its numbers below its formulas.
-    rows = Table("gradient", "compressor", "mu", "iterations", "communication", "improvement", "printed")
+    # A table for each setting; each cell has its number below its formula.
+    for setting, lipschitz in (
+        ("Lipschitz stochastic gradients (Assumption C)", True),
+        ("Without Assumption C", False),
+    ):
+        rows = Table("compressor", "mu", "iterations", "communication", "improvement")
+        for row in (row for row in TABLE_1 if row.lipschitz == lipschitz):
+            cells = [_formula(order, d, epsilon) for order in (row.iterations, row.communication, row.improvement)]
+            mu = "c > 0" if row.mu is None else _formula(row.mu, d, epsilon)
+            rows.add_row(row.compressor, mu + " !" * (not row.possible(d, epsilon)), *cells)
+        print(f"{setting}:\n")
+        print_table(rows, _UNCUT)
+
+    # What the numbers mean.
+    print(
+        f"d = {d:,}, eps = {epsilon:g}. Orders of magnitude, with every constant 1. Communication: numbers per worker."
+    )
+    print("Improvement: the communication of the first row over that of this row.")
     for row in TABLE_1:
-        cells = [_formula(order, d, epsilon) for order in (row.iterations, row.communication, row.improvement)]
-        mu = "c > 0" if row.mu is None else _formula(row.mu, d, epsilon)
-        printed = "-" if row.printed is None else "the same" if row.follows else _formula(row.printed, d, epsilon)
-        setting = "Lipschitz" if row.lipschitz else "not Lipschitz"
-        mark = "" if row.possible(d, epsilon) else " !"
-        rows.add_row(setting, row.compressor + mark, mu, *cells, printed, end_section=row.compressor == "constant")
-    rows.caption = f"d = {d:,}, eps = {epsilon:g}; orders of magnitude with every constant 1; communication in numbers"
-    print_table(rows, _UNCUT)
-    print("improvement is what the communication column gives (row one's divided by this one's); printed, the paper's.")
+        if row.printed is not None and not row.follows:
+            setting = f"{row.compressor}, {'with' if row.lipschitz else 'without'} Assumption C"
+            print(f"The paper prints another improvement for {setting}: {row.printed} = {row.printed(d, epsilon):.2e}.")
     if any(not row.possible(d, epsilon) for row in TABLE_1):
-        print("! mu is not in [1/d, 1] for this d and eps, so there is no such compressor.")
+        print("! mu is outside [1/d, 1] for this d and eps, so no such compressor exists.")
 
 
 def _formula(order: Order, d: int, epsilon: float) -> str:

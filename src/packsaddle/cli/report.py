@@ -7,20 +7,29 @@ from typing import Annotated
 import tyro
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.cli.console import brief, number_table, print_runs, print_table, require_plots
-from packsaddle.cli.parsing import UNSAID
+from packsaddle.cli.console import (
+    brief,
+    kilobytes,
+    number_table,
+    print_runs,
+    print_table,
+    require_plots,
+    short_exchange,
+)
+from packsaddle.cli.parsing import HIDE_DEFAULT
 from packsaddle.errors import ConfigError, config_errors
-from packsaddle.runs.progress import megabytes
 from packsaddle.runs.run_folder import Run, read_runs
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID],
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, HIDE_DEFAULT],
     out: Path | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Compare runs, averaged over seeds: tables, a figure and one self-contained HTML page.
+    """Compare runs: tables, figures and an HTML page.
+
+    Runs that differ only in their seed are averaged. The page is one self-contained file.
 
     Examples:
         packsaddle report runs/a runs/b
@@ -65,7 +74,9 @@ def _put_json(runs: Sequence[Run], out: Path | None, overwrite: bool) -> None:
 
 
 def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
-    """List all compressors: contraction, linear or not, protocol, bytes per step and time on this machine.
+    """List the compressors with their bytes and their speed.
+
+    Also lists the contraction mu, linearity and the communication protocol. The time is measured on this machine.
 
     Examples:
         packsaddle compressors --d 1000000 --ratio 0.01 --workers 8
@@ -92,10 +103,11 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         for compressor in listed:
             print(dumps(asdict(coding_speed.tabulate(compressor, d, workers))))
         return
-    table = number_table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
+    table = number_table("compressor", "mu", "kept %", "linear", "exchange", "sent kB", "received kB", "ms")
     for e in (coding_speed.tabulate(compressor, d, workers) for compressor in listed):
-        cells = [f"{e.mu:.2g}", f"{e.kept:.1%}", "yes" if e.linear else "no", e.protocol]
-        cells += [megabytes(e.sent), megabytes(e.received), f"{e.milliseconds:.1f}"]
+        cells = [f"{e.mu:.2g}", f"{100 * e.kept:.1f}", "yes" if e.linear else "no", short_exchange(e.protocol)]
+        cells += [kilobytes(e.sent), kilobytes(e.received), f"{e.milliseconds:.1f}"]
         table.add_row(brief(e.compressor), *cells)
-    table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
     print_table(table, "--json prints it whole")
+    print(f"d = {d:,}, {workers} workers. mu holds for every vector; kept, 100 (1 - ||v - C(v)||^2 / ||v||^2), is")
+    print("measured on a Gaussian one. Bytes and ms: of one step, per worker.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from packsaddle.cli.console import dated, is_first, print_runs, require_plots
+from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.launching import check_interface, under_launcher
 from packsaddle.comm.managed import check_lighthouse
@@ -31,20 +32,21 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts whole millisec
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
-    """Show compressed, perturbed SGD leaving a saddle on which plain SGD stalls.
+    """Show compressed SGD leave a saddle on which plain SGD stalls.
 
-    Trains a deep autoencoder on scikit-learn's digits four times (dense; dense, RandomK 1% and TopK 1% with noise),
-    prints a table and writes a figure and an HTML page. About two minutes on two cores.
+    Trains a deep autoencoder on scikit-learn's digits four times: uncompressed without noise, then with noise
+    uncompressed, with RandomK 1% and with TopK 1%. Prints a table and writes a figure and an HTML page. Takes about two
+    minutes on two cores.
 
     Examples:
         packsaddle demo
         packsaddle demo --serial --epochs 20 --out runs/short
 
     Args:
-        out: A new folder for the runs and the report; by default one under runs/ named by the time.
+        out: New folder for the runs and the report; by default runs/demo-DATE-TIME.
         workers: Number of worker processes.
-        serial: Simulate the workers one after the other in this process instead.
-        epochs: Passes of all workers together over the digits.
+        serial: Simulate the workers sequentially in this process instead.
+        epochs: Passes over the digits, counted over all workers together.
         seed: Seed of all random numbers.
     """
     from packsaddle.runs import templates
@@ -66,6 +68,16 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     print(f"report: {write_report(runs, folder / 'report')}")
 
 
+@grouped(
+    {
+        "": "set workers out",
+        "data": "data_dir download",
+        "simulation": "serial batched fused",
+        "checkpoint": "resume checkpoint_every",
+        "worker": "timeout elastic memory",
+        "tracking": "track",
+    }
+)
 def run(
     config: Annotated[Path | None, tyro.conf.Positional] = None,
     set: tuple[str, ...] = (),
@@ -96,34 +108,36 @@ def run(
         packsaddle run local.toml --elastic http://10.0.0.1:29510 --memory worker.memory
 
     Args:
-        config: The TOML file; packsaddle init writes one with every key.
-        set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word; key= drops the key.
-        workers: Number of worker processes, W; by default the file's.
-        serial: Simulate the workers one after the other in this process, instead of starting processes.
-        batched: Like --serial, with all gradients in one pass: faster for many workers with small batches.
-        fused: Simulate all workers as one that holds their mean: faster; needs a compressor that uses all-reduce.
+        config: TOML file; packsaddle init writes one with every key.
+        set: Overrides of keys in the file, such as lr=0.05 or compressor.ratio=0.001; the value is TOML or a bare
+            word. key= removes the key.
+        workers: Number of worker processes; by default the file's.
+        serial: Simulate the workers sequentially in this process, instead of starting processes.
+        batched: Like --serial, but compute all gradients in one pass: faster for many workers with small batches.
+        fused: Simulate all workers as one with their mean gradient: faster; needs a compressor that uses all-reduce.
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Download the dataset to --data-dir if it is missing.
-        out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
-        resume: The folder of a run to continue; with CONFIG the run starts if the folder is missing or empty.
-        checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
-        timeout: Time that a worker process waits for the others before it fails; by default 30min with gloo.
-        track: Trackers that also record the metrics, in the run's folder: tensorboard, wandb (offline), mlflow.
-        elastic: Run as one worker that may join and leave, with the torchft_lighthouse at this URL; needs [local].
+        out: New folder for the run; by default runs/FILE-DATE-TIME. Required under torchrun.
+        resume: Folder of the run to continue. With CONFIG, a missing or empty folder starts a new run.
+        checkpoint_every: Steps between checkpoints; by default about one epoch and at least 30 s. 0: none.
+        timeout: Time that a worker waits for the others before it fails, such as 90s or 5min; by default 30min
+            with gloo.
+        track: Trackers that also record the metrics, in the run folder; wandb records offline.
+        elastic: URL of a torchft_lighthouse: run as one worker that may join and leave; needs [local].
         memory: With --elastic, the file that keeps this worker's error memory while it is disconnected.
     """
     from packsaddle.runs.job import Job, train_under_launcher
     from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
     # Check for flags that exclude one another.
-    how = _way(serial=serial, batched=batched, fused=fused)
+    how = _simulation(serial=serial, batched=batched, fused=fused)
     if timeout is not None and how != "processes":
-        raise ConfigError(f"--timeout is of worker processes, and --{how} starts none")
+        raise ConfigError(f"--timeout applies to worker processes, but --{how} starts none")
     if under_launcher() and how != "processes":
-        raise ConfigError(f"--{how} simulates workers in one process, and torchrun has started several; leave it out")
-    patience = _patience(timeout)
+        raise ConfigError(f"--{how} simulates workers in one process, but torchrun started several; leave it out")
+    patience = _checked_timeout(timeout)
     if elastic is None and memory is not None:
-        raise ConfigError("--memory goes with --elastic")
+        raise ConfigError("--memory needs --elastic")
     if elastic is not None:
         _check_alone(workers, how, resume, checkpoint_every)
 
@@ -138,7 +152,7 @@ def run(
     again = {"--checkpoint-every": checkpoint_every, "--timeout": timeout, "--track": " ".join(track) or None}
     with config_errors("--"):
         every = 0 if elastic else checkpoint_every
-        saving = CheckpointPolicy(every, hint=_going_on(folder, how, workers, data_dir, again))
+        saving = CheckpointPolicy(every, hint=_resume_command(folder, how, workers, data_dir, again))
     job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
     job = replace(job, lighthouse=elastic, memory=memory)
     job = replace(job, resume=resume is not None)
@@ -164,27 +178,27 @@ def remarks(run: Run) -> list[str]:
     """Return remarks on a finished run: a suggested noise std, and a loss that stopped falling."""
     from packsaddle.runs.report.curves import standstill
 
-    noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
+    noise, still, found = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
     suggested = noise.get("suggested")
     if suggested is not None:
         times = noise.get("times")
         own = f", {times:,.3g} times the gradient's own noise" if times else ""
         was = f"noise.std was {noise['r']:g}{own}" if noise["r"] else "none was added"
-        walk = f"noise.std = {suggested:.1g} would move x by {GOOD:g} times ||x_0|| over this run"
-        said.append(f"noise: {was}; {walk}, which helps against plateaus")
+        walk = f"noise.std = {suggested:.1g} would move x by {GOOD:g} ||x_0|| over this run"
+        found.append(f"noise: {was}; {walk}, which helps to leave plateaus")
 
     # Noise of the suggested size helps to leave a plateau; too much of it keeps the loss high.
     if still is not None:
         remedy = ""
         if suggested is not None and noise["r"] < suggested / 2:
-            remedy = f", and noise.std = {suggested:.1g} is suggested against a plateau"
+            remedy = f"; noise.std = {suggested:.1g} is suggested to leave a plateau"
         elif noise.get("walk") is not None and noise["walk"] > FAR:
-            remedy = ", unless it is the noise that keeps it up: lower noise.std"
-        said.append(
-            f"the loss has stood still since step {still.since:,} ({still.level:.4f}): a plateau or a minimum; "
-            f"packsaddle certify {run.path} --epsilon E tells which{remedy}"
+            remedy = "; or the noise keeps the loss high: lower noise.std"
+        found.append(
+            f"the loss has stopped falling at step {still.since:,} ({still.level:.4f}): a plateau or a minimum; "
+            f"packsaddle certify {run.path} --epsilon E distinguishes them{remedy}"
         )
-    return said
+    return found
 
 
 def _configured(
@@ -192,12 +206,12 @@ def _configured(
 ) -> tuple[Config, ...]:
     """Return the configuration from the flags, as a tuple of one; empty for `resume` without `config`."""
     if resume is not None and out is not None:
-        raise ConfigError("--resume names the folder; leave --out out")
+        raise ConfigError("--resume already sets the folder; leave out --out")
     if config is None:
         if resume is None:
             raise ConfigError("run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR")
         if overrides:
-            raise ConfigError("--set goes with CONFIG; a run that continues has its configuration in its folder")
+            raise ConfigError("--set needs CONFIG; a resumed run keeps the configuration in its folder")
         return ()
 
     # Number of workers: torchrun's, else the flag's, else the configuration's.
@@ -209,12 +223,12 @@ def _configured(
             raise ConfigError("--out is needed under torchrun")
         world = int(os.environ["WORLD_SIZE"])
         if workers is not None and workers != world:
-            raise ConfigError(f"--workers is {workers}, and torchrun has started {world}; leave it out")
+            raise ConfigError(f"--workers is {workers}, but torchrun started {world}; leave it out")
         loaded = replace(loaded, workers=world)
     return (loaded,)
 
 
-def _way(**simulations: bool) -> "How":
+def _simulation(**simulations: bool) -> "How":
     """Return the chosen simulation, else "processes". Raises ConfigError if several are chosen."""
     chosen = [how for how, given in simulations.items() if given]
     if len(chosen) > 1:
@@ -228,12 +242,14 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
     flags |= {"--resume": resume, "--checkpoint-every": every}
     for flag, given in flags.items():
         if given is not None:
-            raise ConfigError(f"{flag} does not go with --elastic: each worker is started by itself")
+            raise ConfigError(f"{flag} cannot be used with --elastic: each worker is started separately")
     if under_launcher():
-        raise ConfigError("--elastic needs no torchrun: each worker is started by itself")
+        raise ConfigError("--elastic cannot be used under torchrun: each worker is started separately")
 
 
-def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]) -> str:
+def _resume_command(
+    folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]
+) -> str:
     """Return the command that resumes a stopped run, with the flags in `again` that are not None."""
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
@@ -258,7 +274,7 @@ def _train(job: "Job", workers: int | None, how: "How") -> bool:
     return job.run(config.workers, how)
 
 
-def _patience(seconds: float | None) -> timedelta | None:
+def _checked_timeout(seconds: float | None) -> timedelta | None:
     if seconds is not None and not _LEAST_TIMEOUT <= seconds <= _MOST_TIMEOUT:
         raise ConfigError(f"--timeout must be from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds, got {seconds:g}")
     return None if seconds is None else timedelta(seconds=seconds)
@@ -279,7 +295,7 @@ What is commented out is at its default, or an example of what is off."""
 def init(
     file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
 ) -> None:
-    """Write a configuration file to start from, with a comment on every key.
+    """Write a configuration file with a comment on every key.
 
     Examples:
         packsaddle init
@@ -297,7 +313,7 @@ def init(
     try:
         content = text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{printable(str(file))} is not a name that a file of UTF-8 text can hold") from None
+        raise ConfigError(f"{printable(str(file))} cannot be written in UTF-8 text; choose another name") from None
 
     # Mode x overwrites no file; a partly written one is removed.
     try:
@@ -309,7 +325,7 @@ def init(
                 file.unlink()
                 raise
     except FileExistsError:
-        raise ConfigError(f"{file} exists already, and is left as it is; choose another name") from None
+        raise ConfigError(f"{file} already exists; choose another name") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
     print(f"{chosen.about}\n{file}, every key with a comment. Train with: packsaddle run {file}{chosen.flags}")

@@ -6,7 +6,7 @@ from typing import get_args
 
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
 from packsaddle.compressors import Compressor
-from packsaddle.errors import is_below
+from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
 from packsaddle.feedback.slices import check_dense_below
@@ -86,11 +86,9 @@ class Compression(Option):
         check_dense_below(self.dense_below)
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")
-        if self.max_skipped is not None and is_below(self.max_skipped, 0):
-            raise ValueError(f"max_skipped must be 0 or more steps, or None, got {self.max_skipped}")
-        for name in ("compare_every", "monitor_every"):
-            if is_below(getattr(self, name), 0):
-                raise ValueError(f"{name} must be 0 or more steps, got {getattr(self, name)}")
+        if self.max_skipped is not None:
+            check_integers(0, max_skipped=self.max_skipped)
+        check_integers(0, compare_every=self.compare_every, monitor_every=self.monitor_every)
 
     @classmethod
     def of(cls, given: "Compressor | Schedule | Compression", exchange: Exchange = "direct") -> "Compression":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.errors import check_positive, is_below
+from packsaddle.errors import check_integers, check_positive
 from packsaddle.numerics.sketches import NormSketch
 
 
@@ -25,9 +25,7 @@ class EscapeRule:
     every: int = field(default=1, kw_only=True)  # steps between tests of the norm; the interval is tested at each step
 
     def __post_init__(self) -> None:
-        for name in ("interval", "every"):
-            if is_below(getattr(self, name), 1):
-                raise ValueError(f"{name} of Escape must be at least 1 step, got {getattr(self, name)}")
+        check_integers(1, **{f"{name} of Escape": getattr(self, name) for name in ("interval", "every")})
         check_positive(**{"radius of Escape": self.radius})
         if self.compare not in ("x", "y"):
             raise ValueError(f'compare of Escape must be "x" or "y", got {self.compare!r}')

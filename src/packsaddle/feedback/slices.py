@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.errors import is_below
+from packsaddle.errors import check_integers
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,7 @@ def places(
 
 def check_dense_below(dense_below: int) -> None:
     """Raise ValueError unless `dense_below` is an integer of at least 0."""
-    if is_below(dense_below, 0):
-        raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
+    check_integers(0, dense_below=dense_below)
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:

@@ -20,7 +20,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
-from packsaddle.errors import is_below
+from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
@@ -47,8 +47,7 @@ class HookOptions(Option):
 
     def __post_init__(self) -> None:
         self.compression.check_gradients()
-        if is_below(self.start_step, 0):
-            raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
+        check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
         for name, only in {

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
-from packsaddle.errors import check_positive
+from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
@@ -19,11 +19,6 @@ from packsaddle.options.agreement import Option, agreement, own
 from packsaddle.options.numerals import duration
 
 Outer = Callable[[list[Any]], Optimizer]
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -63,8 +58,8 @@ class Overlap(Option):
     blend: float | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("delay", 0), ("fragments", 1)):
-            _check_whole(name, getattr(self, name), least)
+        check_integers(0, delay=self.delay)
+        check_integers(1, fragments=self.fragments)
         if self.blend is not None and not 0 <= self.blend <= 1:
             raise ValueError(f"blend must be None or in [0, 1], got {self.blend!r}")
         if self.blend is not None and not self.delay:
@@ -225,7 +220,7 @@ class LocalOptions(Option):
 
     def __post_init__(self) -> None:
         # Rounds and their memory.
-        _check_whole("every", self.every, 1)
+        check_integers(1, every=self.every)
         overlap, spec = self.overlap, self.compression
         if overlap.fragments > self.every:
             raise ValueError(

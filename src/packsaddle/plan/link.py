@@ -50,7 +50,9 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
         nbytes *= 2
     large = _seconds(group, nbytes // 4, _LARGE, device)
     if large <= small:
-        raise RuntimeError(f"no rate can be read: {nbytes} bytes took no longer than 4 ({large:.2g} s)")
+        raise RuntimeError(
+            f"the rate of the link cannot be measured: {nbytes} bytes took no longer than 4 bytes ({large:.2g} s)"
+        )
     per_byte = (large - small) / (hops / group.size * (nbytes - 4))
     return Link(max(0.0, small / hops - 4 / group.size * per_byte), 1 / per_byte)
 

@@ -91,18 +91,18 @@ class Audit:
         with self.questions.countdown("certify", most) as progress:
             for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
                 task.network.load_state_dict(tensors)
-                told = partial(self._tell, progress, i)
+                reported = partial(self._report, progress, i)
                 try:
-                    certificates.append(self.questions.certify(task, task_loss, examples, told, len(data)))
+                    certificates.append(self.questions.certify(task, task_loss, examples, reported, len(data)))
                 except NotFiniteError as error:
                     raise ConfigError(f"{file}: {error}") from None
         findings = []
         for file, tensors, certificate in zip(self.files, weights, certificates, strict=True):
             task.network.load_state_dict(tensors)
-            findings.append(self.questions.look(file, task, task_loss, examples, certificate))
+            findings.append(self.questions.finding(file, task, task_loss, examples, certificate))
         return findings
 
-    def _tell(self, progress: Report, point: int, done: int, text: str) -> None:
+    def _report(self, progress: Report, point: int, done: int, text: str) -> None:
         which = f"point {point + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
         progress(point * self.questions.search.max_hvps + done, f"{which}{text}")
 

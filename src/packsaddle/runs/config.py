@@ -51,7 +51,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_positive(limit=self.limit, context=self.context)
         if self.name != "text" and self.context != 64:
-            raise ValueError(f"context is an option of text, and {self.name} has none")
+            raise ValueError(f"context is only for text, got name = {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,22 @@ class ModelConfig:
             raise ValueError(f"width must be at least 4, got {self.width}")
         _at_most(self, width=_WIDEST, depth=1000)
         resnet, text = "resnet" in self.name, self.name == "char-transformer"
-        self._refuse("of a resnet", resnet, stem="small", norm="worker")
-        self._refuse("of a resnet or the char-transformer", resnet or text, width=64)
-        self._refuse("of the char-transformer", text, depth=2, heads=2)
-        self._refuse("of an autoencoder", "autoencoder" in self.name, output="sigmoid")
+        self._check_applies("a resnet", resnet, stem="small", norm="worker")
+        self._check_applies("a resnet or the char-transformer", resnet or text, width=64)
+        self._check_applies("the char-transformer", text, depth=2, heads=2)
+        self._check_applies("an autoencoder", "autoencoder" in self.name, output="sigmoid")
         if (self.name == "autoencoder") != bool(self.widths):
-            raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
+            raise ValueError(f"widths must be set for the autoencoder, and for no other model, got {list(self.widths)}")
         if any(not 1 <= w <= _WIDEST for w in self.widths):
             raise ValueError(f"widths must be from 1 to {_WIDEST:,}, got {list(self.widths)}")
         check_positive(depth=self.depth, heads=self.heads)
         if text and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
-    def _refuse(self, whose: str, applies: bool, **defaults: object) -> None:
+    def _check_applies(self, models: str, applies: bool, **defaults: object) -> None:
         for name, default in defaults.items():
             if not applies and getattr(self, name) != default:
-                raise ValueError(f"{name} is an option {whose}, and {self.name} has none")
+                raise ValueError(f"{name} is only for {models}, got name = {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class NoiseConfig:
         if max(start or 0, stop or 0) > _EPOCHS[1]:
             raise ValueError(f"lower_from and lower_until must be at most {_EPOCHS[1]:g}, got {start} and {stop}")
         if stop is not None and (start is None or start > stop):
-            raise ValueError(f"lower_until needs a lower_from that is not after it, got {start} and {stop}")
+            raise ValueError(
+                f"lower_until needs a lower_from that is not above it, got lower_from = {start} and {stop}"
+            )
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class CertifyConfig(Search):
         check_not_negative(iterates=self.iterates)
         _at_most(self, iterates=10**6)
         if any(not 0 < epoch <= _EPOCHS[1] for epoch in self.at):
-            raise ValueError(f"at must be epochs after the start, at most {_EPOCHS[1]:g}, got {list(self.at)}")
+            raise ValueError(f"at must be epochs above 0, at most {_EPOCHS[1]:g}, got {list(self.at)}")
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class LocalConfig:
     A round is one exchange of a fragment.
     """
 
-    every: int = 30  # H, steps between two exchanges
+    every: int = 8  # H, steps between two exchanges
     # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
     # matrices of hidden layers (by default momentum 0.95 with nesterov), AdamW for the rest
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
@@ -183,7 +185,7 @@ class LocalConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
-            raise ValueError(f"betas are options of adamw and muon, and sgd has none, got {list(self.betas)}")
+            raise ValueError(f"betas are only for adamw and muon, not sgd, got {list(self.betas)}")
         LocalOptions(Compression(Identity()), self.every, overlap=self.overlap)
 
 
@@ -229,12 +231,12 @@ class Config(Compression):
         super().__post_init__()
         if self.storm is not None:
             if self.momentum:
-                raise ValueError(f"storm takes the place of a momentum: it needs momentum = 0, got {self.momentum:g}")
+                raise ValueError(f"storm replaces the momentum: it needs momentum = 0, got {self.momentum:g}")
             Storm(self.storm)
         if self.local is not None:
             self._check_local(self.local)
         elif self.exchange == "senders" or self.decay != 1:
-            raise ValueError('exchange = "senders" and a decay are of [local], and the configuration has none')
+            raise ValueError('exchange = "senders" and a decay need the table [local]')
 
     def _check_local(self, local: LocalConfig) -> None:
         """Raise ValueError, beginning with the key, for options that local updates do not support."""
@@ -245,9 +247,9 @@ class Config(Compression):
 
         # Each worker steps with local.optimizer: lr, momentum and nesterov are its options.
         if self.storm is not None:
-            raise ValueError("storm does not go with [local], whose workers step with optimizers of their own")
+            raise ValueError("storm cannot be used with [local], where each worker steps with its own optimizer")
         if self.momentum and local.optimizer == "adamw":
-            raise ValueError('momentum is of local.optimizer = "sgd" and "muon"; of adamw set local.betas')
+            raise ValueError('momentum is only for local.optimizer = "sgd" and "muon"; for adamw set local.betas')
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.nesterov and not self.momentum:
@@ -318,7 +320,7 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     """
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise ConfigError(f"--set takes key=value, got {shown(assignment)}")
+        raise ConfigError(f"--set needs key=value, got {shown(assignment)}")
     try:
         if is_too_deep(text):
             raise RecursionError
@@ -326,7 +328,7 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
     except (ValueError, RecursionError):
-        raise ConfigError(f"--set {shortened(assignment)}: too many digits, or brackets in brackets") from None
+        raise ConfigError(f"--set {shortened(assignment)}: too many digits, or too deeply nested brackets") from None
 
     # Create missing tables.
     *path, last = key = tuple(name.strip().split("."))

@@ -36,7 +36,7 @@ def check_elastic(config: Config) -> Config:
         ("certify", config.certify),
     ):
         if found:
-            raise ConfigError(f"{name} does not go with --elastic, whose workers are not all there")
+            raise ConfigError(f"{name} cannot be used with --elastic, where workers may be missing")
     if config.data.shard != "iid":
         raise ConfigError("data.shard must be iid with --elastic, where each worker draws from all the data")
     return replace(config, workers=1)

@@ -100,7 +100,7 @@ class Questions:
         search = self._started(1)
         return certify(model, loss_fn, batches, **self._goal, search=search, sample_of=sample_of, progress=tell)
 
-    def look(
+    def finding(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
         """Return all results at a certified point: profiles, and if chosen spectrum and population; collective."""

@@ -55,8 +55,8 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
         except NoLocksError as error:
             number = None
             print(
-                f"packsaddle: warning: {folder} is on a file system without locks ({error.strerror}), so nothing "
-                f"keeps a second process from training in it",
+                f"packsaddle: warning: {folder} is on a file system without locks ({error.strerror}), so a "
+                f"second process could train in it at the same time",
                 file=sys.stderr,
             )
     try:

@@ -117,14 +117,16 @@ class Job:
         """Raise ConfigError if another process has trained in the folder since `located` read it."""
         expected = "begun" if self.saving.resume else "new"
         if self.resume and state_of(self.folders[0]) != expected:
-            raise ConfigError(f"{self.folders[0]} has been trained in by another process meanwhile; try again")
+            raise ConfigError(
+                f"{self.folders[0]} was trained in by another process in the meantime; run the command again"
+            )
 
     def claim(self, stack: ExitStack) -> "Job | None":
         """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
         Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
         collectives, problem = ObjectCollectives(resolve(None), torch.device("cpu")), None
         self._check_given(collectives)
-        said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
+        outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
 
         # Only rank 0 checks, creates folders and acquires locks.
         if collectives.group.rank == 0:
@@ -136,20 +138,20 @@ class Job:
                         job.make_folders()
                         stack.enter_context(job.held())
                         job._check_unchanged()
-                        said |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
+                        outcome |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
             except ConfigError as error:
-                problem, said["failed"] = error, True
+                problem, outcome["failed"] = error, True
 
         # Broadcast the outcome of rank 0 before any worker stops.
-        said = collectives.gather(said)[0]
+        outcome = collectives.gather(outcome)[0]
         if problem is not None:
             raise problem
-        if said["failed"]:
+        if outcome["failed"]:
             raise SystemExit(2)
-        if said["configs"] is None:
+        if outcome["configs"] is None:
             return None
-        configs = tuple(replace(build(Config, c), workers=collectives.group.size) for c in said["configs"])
-        return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
+        configs = tuple(replace(build(Config, c), workers=collectives.group.size) for c in outcome["configs"])
+        return replace(self, configs=configs, saving=replace(self.saving, resume=outcome["resume"]))
 
     def _check_given(self, collectives: ObjectCollectives) -> None:
         """Raise ConfigError on all workers if their configurations differ; collective."""
@@ -159,8 +161,8 @@ class Job:
                 if (different := first_difference(theirs, ours)) is not None:
                     key, his, first = different
                     raise ConfigError(
-                        f"workers must be given one configuration, but {key} is {first!r} for worker 0 and {his!r} for "
-                        f"worker {worker}"
+                        f"all workers must have the same configuration, but {key} is {first!r} for worker 0 and "
+                        f"{his!r} for worker {worker}"
                     )
 
     def train(self, *, batched: bool = False) -> bool:
@@ -207,7 +209,7 @@ class Job:
             return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
 
     def _run_here(self, workers: int, how: How) -> bool:
-        with self._hearing():
+        with self._saving_on_sigterm():
             if workers == 1:
                 return self.train()
             self._check_simulation(how)
@@ -216,7 +218,7 @@ class Job:
             with ambient_group(FusedGroup(workers)):
                 return self.train()
 
-    def _hearing(self) -> AbstractContextManager[None]:
+    def _saving_on_sigterm(self) -> AbstractContextManager[None]:
         return recording_sigterm() if self.saving.on and self.saving.stops else nullcontext()
 
     def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
@@ -237,10 +239,12 @@ class Job:
                 raise ConfigError(f"{reason}; use --serial")
             if how == "fused" and not can_be_fused(config):
                 if config.local is not None:
-                    raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
+                    raise ConfigError(
+                        "local: each worker has its own parameters, but a fused simulation one copy; use --serial"
+                    )
                 exchange = config.exchange or "direct"
                 raise ConfigError(
-                    f"a fused simulation needs workers that exchange means alone, but "
+                    f"a fused simulation needs messages that are averaged by all-reduce, but "
                     f"{type(config.compressor).__name__} by exchange {exchange!r} sends more; use --serial"
                 )
 
@@ -267,5 +271,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group(job.timeout), job._hearing():
+    with process_group(job.timeout), job._saving_on_sigterm():
         yield

@@ -43,9 +43,11 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
                 left = (time.monotonic() - begin) / (step - first) * (total - step)
-                said = [text] * (text != last) + [time_left(left)] * (step < total)  # an unchanged text is not repeated
+                texts = [text] * (text != last) + [time_left(left)] * (
+                    step < total
+                )  # an unchanged text is not repeated
                 console.print(
-                    f"{label}: {tenths * 10:3d}%  {'  '.join(said)}", highlight=False, soft_wrap=True, markup=False
+                    f"{label}: {tenths * 10:3d}%  {'  '.join(texts)}", highlight=False, soft_wrap=True, markup=False
                 )
                 last = text
 

@@ -80,7 +80,7 @@ class StopAndSaveVote:
             return False
         return time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
 
-    def heard(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
+    def decide(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
         """Return (save, stop) after `steps` steps, from the mean of the votes. `means` is None after a step without an
         exchange; then only the number of steps decides."""
         if not self._saving.on:
@@ -119,7 +119,7 @@ class RunCheckpoints:
         """Save a checkpoint; return the time it took, in seconds."""
         before = time.perf_counter()
         if self._group.rank == 0:
-            self._folder.settle()
+            self._folder.flush()
         save_checkpoint(self._path, self._parts, step=step, extra=extra, process_group=self._group)
         return time.perf_counter() - before
 
@@ -147,14 +147,14 @@ class RunCheckpoints:
             except (ConfigError, OSError) as error:
                 raise CheckpointError(str(error)) from error
 
-    def say_stopped(self, step: int, steps: int, *, quiet: bool) -> None:
+    def record_stop(self, step: int, steps: int, *, quiet: bool) -> None:
         """Write stopped.json when all workers have saved, and print how to resume. `steps`: those of the whole run."""
         self._group.all_reduce(torch.zeros(1))  # a barrier
         if self._group.rank == 0:
             hint = self.policy.hint
             self._folder.write_json(STOPPED, {"step": step, "of": steps, "resume": hint})
             if not quiet:
-                print(f"stopped at step {step} of {steps}; to go on: {hint}", flush=True)
+                print(f"stopped at step {step} of {steps}; to resume: {hint}", flush=True)
 
     def remove(self) -> None:
         """Remove the checkpoints of a run that is done."""
@@ -176,9 +176,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
     state = state_of(path)
     if state == "new":
         if config is None:
-            raise ConfigError(
-                f"--resume: {path} is not a run folder (it has no config.json); to begin one, give CONFIG"
-            )
+            raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json); to start one, add CONFIG")
         return config, state
 
     # The folder of a begun run contains its configuration.
@@ -208,5 +206,5 @@ def state_of(path: Path) -> State:
         [p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL)] if path.is_dir() else []
     )
     if others or (path.exists() and not path.is_dir()):
-        raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and not empty")
+        raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and is not empty")
     return "new"

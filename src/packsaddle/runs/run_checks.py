@@ -55,16 +55,16 @@ class NoiseCheck:
         times, rest = divmod(step, first)
         return step == steps or (rest == 0 and times & (times - 1) == 0)
 
-    def look(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
+    def measurements(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
         """Return the measurements before step `step`, as plain types; `moves`: the result of `Training.walk`."""
         r = self._config.noise.std
         walk = Walk(*moves, self._size)
-        said = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
+        values = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
         found = self._measure(step, batches) if self._measures else None
         if found is not None:
             times = found.times(r)
-            said |= {"times": times, "std": found.std, "std_error": found.std_error, **asdict(found)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
+            values |= {"times": times, "std": found.std, "std_error": found.std_error, **asdict(found)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def _measure(self, step: int, batches: Batches) -> GradientNoise | None:
         device, dtype = (first := next(self._task.parameters())).device, first.dtype
@@ -75,16 +75,16 @@ class NoiseCheck:
             return None  # the step itself reports non-finite gradients
 
 
-def noise_warning(look: dict[str, Any], *, by_round: bool = False) -> str | None:
+def noise_warning(found: dict[str, Any], *, by_round: bool = False) -> str | None:
     """Return a warning if a run's noise would move x too far, else None; `by_round`: noise of local updates."""
-    walk, times, suggested = look["walk"], look.get("times"), look["suggested"]
+    walk, times, suggested = found["walk"], found.get("times"), found["suggested"]
     if walk is None or suggested is None or not walk > FAR:
         return None
     length = "r sqrt(rounds)" if by_round else "eta r sqrt(T)"
-    own = "" if times is None else f"is {times:,.0f} times the gradient's own noise at step {look['step']:,} and "
+    own = "" if times is None else f"is {times:,.0f} times the gradient's own noise at step {found['step']:,} and "
     return (
-        f"noise {look['r']:.2g} {own}carries x {walk:,.3g} times ||x_0|| away in the run, {length} a coordinate; "
-        f"beyond {FAR:g} times it is more likely to keep the loss up than to free it; suggested r = {suggested:.1g}"
+        f"noise {found['r']:.2g} {own}moves x by {walk:,.3g} ||x_0|| over the run, {length} per coordinate; "
+        f"above {FAR:g} ||x_0|| it tends to keep the loss high; suggested r = {suggested:.1g}"
     )
 
 
@@ -115,7 +115,7 @@ class Inspector:
         """Return True if x_t, t = `step`, should be saved or certified."""
         return step in self._iterates or step in self._due
 
-    def look(self, step: int, folder: RunFolder) -> None:
+    def inspect(self, step: int, folder: RunFolder) -> None:
         """Save x_t if it was drawn, and certify it if due; t = `step`. Call before the step."""
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())

@@ -102,7 +102,7 @@ def _checked(content: Any, name: str, where: str) -> dict[str, Any]:
     for field, kind in {**needed, **possible}.items():
         if field not in content:
             if field in needed:
-                raise ConfigError(f"{where} lacks {field}")
+                raise ConfigError(f"{where}: {field} is missing")
             continue
         if content[field] is None and field in possible and field != "seed":
             continue
@@ -142,7 +142,7 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Flush the .jsonl files to disk (fsync). Call before saving a checkpoint. Raises OSError."""
         for path in self.path.glob("*.jsonl"):
             with path.open("rb") as file:
@@ -178,9 +178,9 @@ def make_new(path: Path) -> None:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        raise ConfigError(f"output folder {path} exists already; choose another with --out") from None
+        raise ConfigError(f"output folder {path} already exists; choose another with --out") from None
     except OSError as error:
-        raise ConfigError(f"output folder {path} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"output folder {path} cannot be created: {error.strerror}") from None
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def written(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = error.strerror or str(error)
-        raise ConfigError(f"{folder} cannot be written: {what}; what it holds so far stays readable") from None
+        raise ConfigError(f"{folder} cannot be written: {what}; the files written so far remain readable") from None
 
 
 @cache
@@ -267,7 +267,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             continue
         inside = [p.parent for depth in _DEPTHS for p in path.glob(f"{depth}/config.json")] if path.is_dir() else []
         if not inside:
-            raise ConfigError(f"{path} is not a run folder (it has no config.json) and holds none")
+            raise ConfigError(f"{path} is not a run folder (it has no config.json) and contains none")
         flat = all(run.parent == path for run in inside)
         order: Callable[[Path], Any] = (lambda run: run.stat().st_mtime_ns) if flat else _natural
         for run in sorted(inside, key=order):

@@ -131,7 +131,7 @@ class Trainer:
         self.inspector = None
         if config.certify is not None:
             self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
-        self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
+        self.step_size_check = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
         self.inspected = 0.0  # seconds of checks along the run
@@ -199,7 +199,7 @@ class Trainer:
         tally = self.tally
         checkpoints = RunCheckpoints(folder, saving, self._parts(), self._own_group())
         if saving.resume:
-            notes = checkpoints.resume(self._go_on_from)
+            notes = checkpoints.resume(self._restore)
             if not quiet:
                 where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
                 print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
@@ -210,13 +210,13 @@ class Trainer:
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
             for step in range(first, steps):
-                self._look(step, folder, quiet=quiet)
+                self._check(step, folder, quiet=quiet)
                 try:
                     measured = self._step(step, vote.scalars(step))
                     if step + 1 == steps:
                         self.training.finish()
                 except NonFiniteError as error:
-                    raise self._given_up(error, checkpoints) from error
+                    raise self._with_resume_hint(error, checkpoints) from error
 
                 # Recorded seconds exclude checks, tests and saving.
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
@@ -227,21 +227,21 @@ class Trainer:
                     text = _describe(line, self.group.size)
                 report(step + 1, text)
                 if step + 1 < steps:
-                    save, stop = vote.heard(step + 1, self.training.scalars)
+                    save, stop = vote.decide(step + 1, self.training.scalars)
                     if save:
                         tally.elapsed = time.perf_counter() - begin
                         vote.saved(step + 1, self._save(checkpoints))
                     if stop:
-                        checkpoints.say_stopped(tally.step, steps, quiet=quiet)
+                        checkpoints.record_stop(tally.step, steps, quiet=quiet)
                         return False
-            self._look(steps, folder, quiet=quiet)
+            self._check(steps, folder, quiet=quiet)
 
         # Remove checkpoints last: without a summary the run can still be resumed.
         self._finish(folder, tally)
         checkpoints.remove()
         return True
 
-    def _go_on_from(self, found: Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         """Restore counters and history from a checkpoint, after its parts; replan if the number of workers changed."""
         self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
         self.inspected, self.warnings = found.extra["inspected"], found.extra["warnings"]
@@ -252,8 +252,8 @@ class Trainer:
             return
         if self.config.certify is not None:
             raise CheckpointError(
-                f"a run with [certify] cannot continue with {size} workers: it began with {history[-1][1]}, and "
-                f"the steps that it certifies were counted for those"
+                f"a run with [certify] cannot continue with {size} workers: it started with {history[-1][1]}, "
+                f"and its certificates are scheduled for that number"
             )
         self._plan()
         self.training.replan(self.calendar)
@@ -267,13 +267,13 @@ class Trainer:
         tally.saved += seconds
         return seconds
 
-    def _given_up(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
+    def _with_resume_hint(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
         """Save a checkpoint when too many steps were skipped; return `error`, extended by the command that resumes."""
         if not checkpoints.policy.on:
             return error
         self.training.front.reset_skip_streak()  # resuming allows max_skipped new skips
         self._save(checkpoints)
-        hint = f"; to go on: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
+        hint = f"; to resume: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
 
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
@@ -289,18 +289,18 @@ class Trainer:
         tally.begin_line()
         return line
 
-    def _look(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
+    def _check(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
         """Do the checks due before step `step`, or at the end: certificates, step size and noise; collective."""
         begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
         if self.inspector is not None and self.inspector.due(step):
             with self.training.at_anchor():
-                self.inspector.look(step, folder)
+                self.inspector.inspect(step, folder)
 
         # Rank 0 warns of unstable step sizes, and at the start of too much noise.
-        if self.group.rank == 0 and step < steps and self.footing.due(step, self.calendar):
-            self._warn(self.footing.warning(step), quiet=quiet)
+        if self.group.rank == 0 and step < steps and self.step_size_check.due(step, self.calendar):
+            self._warn(self.step_size_check.warning(step), quiet=quiet)
         if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
-            found = self.tally.noise = self.noise_check.look(step, self.batches[0], self.training.walk())
+            found = self.tally.noise = self.noise_check.measurements(step, self.batches[0], self.training.walk())
             if step == 0:
                 self._warn(noise_warning(found, by_round=self.config.local is not None), quiet=quiet)
         self.inspected += time.perf_counter() - begin
@@ -379,10 +379,10 @@ class Trainer:
         return means[:-1] / means[-1]
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
-        said, moved = self.training.summary(), self.training.moved()
+        summary, moved = self.training.summary(), self.training.moved()
 
         # compression = bytes of float32 gradients / payload of the training exchanges.
-        dense = self.tally.step * said["parameters"] * 4
+        dense = self.tally.step * summary["parameters"] * 4
         training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
         folder.write_json(
             "summary.json",
@@ -392,7 +392,7 @@ class Trainer:
                 "steps": self.calendar.steps,
                 "final_loss": final_loss,
                 **test,
-                **said,
+                **summary,
                 "rounds": self.training.rounds,
                 **asdict(sum(moved.values(), Bytes())),
                 "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},

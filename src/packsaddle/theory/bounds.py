@@ -24,7 +24,7 @@ class Assumptions:
     Raises ValueError for a constant that is out of range, and unless L >= sqrt(rho epsilon).
 
     Args:
-        d: Coordinates of the parameter vector x, as 25000000, 25e6 or 25M.
+        d: Number of parameters of the model (coordinates of x), such as 25M, 25e6 or 25000000.
         epsilon: Target, an epsilon-SOSP: ||grad f|| <= epsilon and lambda_min >= -sqrt(rho epsilon).
         smoothness: L, the Lipschitz constant of the gradient of f.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian.

@@ -90,7 +90,7 @@ def test_missing_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         load_images(DataConfig("mnist"), tmp_path / "nowhere", train=True)
     for name in ("mnist", "cifar10"):
-        with pytest.raises(ConfigError, match=f"{name} is not in --data-dir .*; --download fetches it there"):
+        with pytest.raises(ConfigError, match=f"{name} is not in --data-dir .*; add --download to download it there"):
             load_images(DataConfig(name), tmp_path, train=True)  # type: ignore[arg-type]
 
 

@@ -195,7 +195,7 @@ def test_run_and_certify_commands(
 
 REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "no folder": (("--data-dir", "NOWHERE"), "nowhere is not a folder"),
-    "no files": (("--data-dir", "EMPTY"), "empty must hold *.txt or *.md files, in it or in its folders, but has none"),
+    "no files": (("--data-dir", "EMPTY"), "empty must contain *.txt or *.md files, also in subfolders, but has none"),
     "bytes": (("--data-dir", "BYTES"), "bad.txt must be UTF-8, but byte 2 is not"),
     "short": (
         ("--data-dir", "SHORT"),
@@ -206,10 +206,10 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "context": (("--set", "data.context=0"), "context must be positive and finite, got 0"),
     "heads": (("--set", "model.heads=3"), "width must be a multiple of heads, got 16 and 3"),
     "depth": (("--set", "model.depth=0"), "depth must be positive and finite, got 0"),
-    "context of images": (("--set", "data.name=digits"), "context is an option of text, and digits has none"),
+    "context of images": (("--set", "data.name=digits"), "context is only for text, got name = 'digits'"),
     "depth of images": (
         ("--set", "model.name=resnet18", "model.depth=3", "model.width=64"),
-        "depth is an option of the char-transformer, and resnet18 has none",
+        "depth is only for the char-transformer, got name = 'resnet18'",
     ),
     "images": (
         ("--set", "data.name=digits", "data.context=64"),
@@ -235,7 +235,7 @@ def test_bad_input_is_one_line_and_code_2(
 
 def test_a_python_without_the_default_text(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ConfigError, match=r"is that of the module pydoc_data\.topics, which this Python lacks"):
+    with pytest.raises(ConfigError, match=r"is read from the module pydoc_data\.topics, which is missing"):
         load(None)
 
 

@@ -94,7 +94,9 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
     if name == "digits":
         return _digits(train)
     if data_dir is None:
-        raise ConfigError(f"{name} needs --data-dir, the folder that holds it or that it is to be downloaded to")
+        raise ConfigError(
+            f"{name} needs --data-dir, the folder that contains the dataset, or to which --download downloads it"
+        )
     if not data_dir.is_dir():
         raise ConfigError(f"--data-dir {data_dir} is not a folder")
     vision = require("torchvision", "vision", f"reading {name}")
@@ -116,7 +118,7 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
         if download:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{name} could not be downloaded to --data-dir {data_dir}: {reason}") from None
-        raise ConfigError(f"{name} is not in --data-dir {data_dir}; --download fetches it there") from None
+        raise ConfigError(f"{name} is not in --data-dir {data_dir}; add --download to download it there") from None
 
     # Damage that the reader does not detect: no images, or labels that do not match them.
     levels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)

@@ -366,7 +366,7 @@ def _check_memory(config: ModelConfig, shape: torch.Size, classes: int) -> None:
         needed = 2**63  # sizes that overflow
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
     if needed > there:
-        raise ConfigError(f"model {config.name} takes {needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} here")
+        raise ConfigError(f"model {config.name} needs {needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} GB here")
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -110,7 +110,8 @@ def _topics() -> str:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
         raise ConfigError(
-            "text without --data-dir is that of the module pydoc_data.topics, which this Python lacks; name a folder"
+            "text without --data-dir is read from the module pydoc_data.topics, which is missing in this Python; "
+            "set --data-dir"
         ) from None
     return "\n".join(topics[name] for name in sorted(topics))
 
@@ -120,5 +121,5 @@ def _files(data_dir: Path) -> str:
         raise ConfigError(f"--data-dir {data_dir} is not a folder")
     files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
     if not files:
-        raise ConfigError(f"--data-dir {data_dir} must hold *.txt or *.md files, in it or in its folders, but has none")
+        raise ConfigError(f"--data-dir {data_dir} must contain *.txt or *.md files, also in subfolders, but has none")
     return "\n".join(read_text(file, f"text file {file}") for file in files)

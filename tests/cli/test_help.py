@@ -1,0 +1,136 @@
+"""Help: overviews without torch, the same text by every spelling, and options in groups."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import tyro
+from commandline import command, refused
+
+import packsaddle_command
+from packsaddle import __version__
+from packsaddle.cli import COMMANDS, parsing
+from packsaddle.cli.flags import flags_of, groups_of
+from packsaddle_command import Entry
+
+SOURCE = Path(packsaddle_command.__file__).parent
+QUICK = (["--version"], [], ["-h"], ["--help"], ["help"], ["plan"], ["plan", "--help"], ["help", "plan"])
+
+
+def interpreter(script: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SOURCE)!r}); {script}", *words]
+
+
+@pytest.mark.parametrize("words", QUICK, ids=" ".join)
+def test_overviews_and_the_version_import_neither_torch_nor_tyro(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a fresh interpreter; and the package's own command line prints the same."""
+    report = "import packsaddle_command; packsaddle_command.main(); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run(interpreter(report, *words), capture_output=True, text=True, check=True, timeout=60)
+    modules = {"packsaddle_command", "packsaddle", "torch", "tyro", "rich"} & {*done.stderr.split()}
+    assert modules == {"packsaddle_command"}
+    assert command(*words) == 0
+    assert done.stdout == capsys.readouterr().out
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert __version__ in done.stdout or "plan" in words
+
+
+def entries(table: Mapping[str, Entry], *names: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    for name, (summary, target) in table.items():
+        yield (*names, name), summary
+        if not isinstance(target, str):
+            yield from entries(target, *names, name)
+
+
+@pytest.mark.parametrize(
+    ("names", "summary"), [pytest.param(n, s, id=" ".join(n)) for n, s in entries(packsaddle_command.COMMANDS)]
+)
+def test_summaries_are_the_first_lines_of_docstrings(names: tuple[str, ...], summary: str) -> None:
+    entry: parsing.Command | parsing.Group = COMMANDS
+    for name in names:
+        assert isinstance(entry, parsing.Group)
+        entry = entry.commands[name]
+    assert parsing.summary(entry) == summary
+
+
+def test_only_the_module_of_the_command_is_imported() -> None:
+    report = (
+        "from packsaddle.cli import main; sys.argv[1:] = ['completion', 'bsh']\ntry: main()\n"
+        "except SystemExit: print(*(m for m in sys.modules if m.startswith('packsaddle.cli.')))"
+    )
+    done = subprocess.run(interpreter(report), capture_output=True, text=True, check=True, timeout=120)
+    commands = ("run", "certify", "certify_script", "report", "plan_theory", "plan_link", "doctor")
+    assert not {f"packsaddle.cli.{name}" for name in commands} & {*done.stdout.split()}
+
+
+@pytest.mark.parametrize("words", ["run", "plan link", "certify-script", "plan"])
+def test_help_before_a_command_is_help_behind_it(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*words.split(), "--help") == 0
+    expected = capsys.readouterr().out
+    assert command("help", *words.split()) == 0
+    assert capsys.readouterr().out == expected
+    *group, last = words.split()
+    assert command(*group, "help", last) == 0
+    assert capsys.readouterr().out == expected
+    refused(capsys, "unknown command rnu (did you mean run?)", "help", "rnu")
+
+
+def test_an_overview_into_a_closed_pipe_exits_silently() -> None:
+    words = [
+        "sh",
+        "-c",
+        '"$@" | true',
+        "sh",
+        *interpreter("import time, packsaddle_command as c; time.sleep(1); c.main()"),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+FIRST = {
+    "run": ["set", "workers", "out"],
+    "certify": ["epsilon", "hessian_lipschitz", "examples"],
+    "certify-script": ["epsilon", "hessian_lipschitz", "out"],
+    "plan theory": ["d", "epsilon", "lipschitz_gradient"],
+    "plan link": ["model", "d", "workers"],
+}
+
+
+@pytest.mark.parametrize("words", FIRST)
+def test_options_are_in_groups(words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each flag in one group; help shows the groups as boxes, in order, the common flags first."""
+    entry: parsing.Command | parsing.Group = COMMANDS
+    for name in words.split():
+        assert isinstance(entry, parsing.Group)
+        entry = entry.commands[name]
+    assert not isinstance(entry, parsing.Group)
+    groups, flags = groups_of(entry), flags_of(entry)
+    listed = [name for names in groups.values() for name in names]
+    positional = [n for n, f in flags.items() if tyro.conf.Positional in getattr(f.annotation, "__metadata__", ())]
+    assert sorted([*listed, *positional]) == sorted(flags)
+    assert listed[:3] == FIRST[words]
+
+    # The titles and flags shown, with or without boxes around them.
+    monkeypatch.setenv("COLUMNS", "80")
+    command("help", *words.split())
+    shown = capsys.readouterr().out.partition("Examples:")[2].partition("\n\n")[2]
+    rows = re.findall(r"^(?:. |  )(--[\w-]+)|^(?:╭─)? ((?:[\w ]+ )?options) ", shown, re.MULTILINE)
+    found = [flag or title for flag, title in rows]
+    expected = []
+    for title, names in groups.items():
+        expected += [f"{title} options".strip(), *(f"--{name.replace('_', '-')}" for name in names)]
+    assert found == expected
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_flags_of_all_groups_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--d", "25M", "--epsilon", "0.1", "--sigma", "0", "--ratio=1%", "--compressor", "topk", "--json")
+    assert command("plan", "theory", *words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["assumptions"]["d"], found["assumptions"]["sigma"]) == (25_000_000, 0.0)
+    assert found["plans"][1]["k"] == 250_000
