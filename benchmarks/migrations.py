@@ -30,7 +30,7 @@ from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 WORKERS, BATCH = 2, 4
 MODEL = ModelConfig("char-transformer", width=48, depth=2, heads=4)
-RATES = (0.002, 0.004, 0.008, 0.016)
+RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 class Method:
