@@ -30,7 +30,7 @@ from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 WORKERS, BATCH = 2, 4
 MODEL = ModelConfig("char-transformer", width=48, depth=2, heads=4)
-RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
 
 
 class Method:
@@ -129,9 +129,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "hook, Sign()": partial(Hook, compressor=packsaddle.Sign()),
     "local updates, every 1": partial(Local, every=1),
     "local updates, every 8": partial(Local, every=8),
-    "local updates, every 30, OuterSGD()": partial(Local, every=30, outer=packsaddle.OuterSGD()),
+    "local updates, every 25, OuterSGD()": partial(Local, every=25, outer=packsaddle.OuterSGD()),
     "local SGD, every 8": partial(LocalSGD, every=8),
-    "torchft's DiLoCo, every 30": partial(DiLoCo, every=30),
+    "torchft's DiLoCo, every 25": partial(DiLoCo, every=25),
 }
 
 

@@ -12,7 +12,7 @@ STEPS, EVERY = 240, 8
 accelerator = Accelerator(cpu=not torch.cuda.is_available())
 worker = accelerator.process_index
 model = network()
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 model, optimizer = accelerator.prepare(model, optimizer)
 
 with LocalSGD(accelerator=accelerator, model=model, local_sgd_steps=EVERY) as local_sgd:

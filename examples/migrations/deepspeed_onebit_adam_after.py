@@ -17,7 +17,7 @@ has_gpu, worker = torch.cuda.is_available(), int(os.environ["RANK"])
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
 torch.distributed.init_process_group("nccl" if has_gpu else "gloo")
 model = network().to(device)
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 local = packsaddle.LocalUpdates(optimizer, every=1)
 
 for step in range(STEPS):

@@ -13,7 +13,7 @@ engine, _, _, _ = deepspeed.initialize(
     model_parameters=model.parameters(),
     config={
         "train_micro_batch_size_per_gpu": 32,
-        "optimizer": {"type": "OneBitAdam", "params": {"lr": 5e-3, "freeze_step": 60}},
+        "optimizer": {"type": "OneBitAdam", "params": {"lr": 2e-3, "freeze_step": 60}},
     },
 )
 worker = deepspeed.comm.get_rank()

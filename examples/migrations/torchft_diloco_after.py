@@ -15,7 +15,7 @@ import packsaddle
 STEPS, EVERY = 240, 20
 worker = int(os.environ.get("REPLICA_GROUP_ID", os.environ["RANK"]))
 model = network()
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 outer = packsaddle.OuterSGD(lr=0.7, momentum=0.9)
 
 manager = None

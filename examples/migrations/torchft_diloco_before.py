@@ -16,7 +16,7 @@ from torchft.local_sgd import DiLoCo
 STEPS, EVERY = 240, 20
 worker = int(os.environ["REPLICA_GROUP_ID"])
 model = network()
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
 
 

@@ -16,7 +16,7 @@ from torchft.local_sgd import LocalSGD
 STEPS, EVERY = 240, 20
 worker = int(os.environ["REPLICA_GROUP_ID"])
 model = network()
-optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 
 
 def state_dict():
