@@ -1,6 +1,6 @@
 """The same with packsaddle: AdamW on each worker, and the mean change of every 8 steps, in 1 bit.
 
-    torchrun --nproc-per-node 2 examples/migrations/accelerate_local_sgd_after.py
+torchrun --nproc-per-node 2 examples/migrations/accelerate_local_sgd_after.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Accelerate's LocalSGD: AdamW on each worker, and the mean of the parameters after every 8 steps.
 
-    torchrun --nproc-per-node 2 examples/migrations/accelerate_local_sgd_before.py
+torchrun --nproc-per-node 2 examples/migrations/accelerate_local_sgd_before.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """DeepSpeed's 1-bit Adam, up to DeepSpeed 0.19.6 on GPUs: momentum in 1 bit a coordinate after 60 uncompressed steps.
 
-    deepspeed --num_gpus 2 examples/migrations/deepspeed_onebit_adam_before.py
+deepspeed --num_gpus 2 examples/migrations/deepspeed_onebit_adam_before.py
 """
 
 import deepspeed

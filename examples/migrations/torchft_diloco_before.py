@@ -1,8 +1,8 @@
 """torchft's DiLoCo: AdamW on each worker, and Nesterov momentum on the mean change of every 20 steps.
 
-    torchft_lighthouse --min_replicas 2 --join_timeout_ms 10000     # once; then two workers, REPLICA_GROUP_ID 0 and 1
-    export TORCHFT_LIGHTHOUSE=http://localhost:29510
-    REPLICA_GROUP_ID=0 torchrun --standalone --nproc-per-node 1 examples/migrations/torchft_diloco_before.py
+torchft_lighthouse --min_replicas 2 --join_timeout_ms 10000     # once; then two workers, REPLICA_GROUP_ID 0 and 1
+export TORCHFT_LIGHTHOUSE=http://localhost:29510
+REPLICA_GROUP_ID=0 torchrun --standalone --nproc-per-node 1 examples/migrations/torchft_diloco_before.py
 """
 
 import os
