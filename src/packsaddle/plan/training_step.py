@@ -17,7 +17,7 @@ StepOptimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A model and the arguments of its forward pass: one argument, a tuple of several, or a dict by keyword.
+    """A model and the batch on which its step is timed.
 
     The loss is the first scalar that the model returns, or else the mean square of all that it returns.
 
@@ -29,7 +29,7 @@ class TrainingStep:
     """
 
     model: nn.Module
-    batch: Any
+    batch: Any  # the model's argument, a tuple of its arguments, or a dict by keyword
 
     @classmethod
     def of_model(cls, name: str, batch: int) -> "TrainingStep":
