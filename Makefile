@@ -31,7 +31,7 @@ quick: .venv/.installed
 # With the real Lightning, transformers, accelerate, torchft and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track,torchft]'
-	$(BIN)/pytest -q tests/integrations/test_frameworks.py tests/runs/test_trackers.py
+	$(BIN)/pytest -q tests/integrations tests/runs/test_trackers.py
 	$(BIN)/pytest -q tests/local/test_elastic_workers.py tests/comm/test_network_faults.py
 	$(BIN)/pytest -q tests/lab/race/test_race_to_loss.py -k torchft
 	PACKSADDLE_ALL_TUTORIALS=1 $(BIN)/pytest -q tests/docs/test_tutorials.py

@@ -37,7 +37,7 @@ def report(
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    sent = "one worker, nothing sent"
+    sent = "nothing sent"
     if exchange is not None and exchange.ledger.sent:
         exchanges = exchange.rounds if isinstance(exchange, packsaddle.LocalUpdates) else exchange.steps
         ours, alone = exchange.ledger.sent, exchange.uncompressed.sent

@@ -27,9 +27,9 @@ from packsaddle.plan import (
     Fleet,
     Link,
     ModelSize,
+    TrainingStep,
     Verdict,
     clocked,
-    compute_seconds,
     forecast,
     measure,
     probe,
@@ -71,7 +71,7 @@ def worker(folder: Path, name: str, bits: float, batch: int, repeats: int) -> No
 def predict(group: Group, link: Link, name: str, batch: int) -> Verdict:
     """Computing and coding are measured by all workers at once: they share the machine's cores."""
     group.all_reduce(torch.zeros(1))
-    fleet = Fleet(group.size, compute_seconds(name, batch))
+    fleet = Fleet(group.size, TrainingStep.of_model(name, batch).time().low)
     group.all_reduce(torch.zeros(1))
     workload = ModelSize.of_model(name)
     return forecast(workload, link, fleet, COMPRESSORS, measure, update=update_seconds(workload.d))

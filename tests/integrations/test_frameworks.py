@@ -41,7 +41,7 @@ LOCAL: dict[str, tuple[list[str], str, int, int]] = {
 LINE = re.compile(
     r"worker (?P<rank>\d+): loss (?P<first>[\d.]+) -> (?P<last>[\d.]+), (?P<steps>\d+) steps, "
     r"(?:(?P<exchanges>\d+) exchanges, sent (?P<sent>[\d,]+) bytes, DistributedDataParallel alone (?P<alone>[\d,]+) .*"
-    r"|one worker, nothing sent), weights (?P<weights>\w+)"
+    r"|nothing sent), weights (?P<weights>\w+)"
 )
 
 
@@ -258,7 +258,7 @@ def test_with_one_worker_nothing_is_sent_and_callbacks_say_so(name: str, tmp_pat
         if name == "accelerate" and local:
             what = ["accelerate_local_updates.py"]
         printed = run([sys.executable, EXAMPLES / what[0], *what[1:], *short], tmp_path)
-        assert "one worker, nothing sent" in printed
+        assert "nothing sent" in printed
         said = "its LocalUpdates send nothing" if local else "packsaddle has nothing to do: there is one worker"
         assert printed.count(said) == (name != "accelerate")
         assert bool(list(tmp_path.rglob("packsaddle-0.pt"))) == (local and name != "accelerate")

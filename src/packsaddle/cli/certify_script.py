@@ -1,9 +1,6 @@
 """The command `packsaddle certify-script`."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from importlib import import_module
+from contextlib import nullcontext
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +9,7 @@ import tyro
 
 from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import grouped
+from packsaddle.cli.own_function import call, importing_from
 from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
@@ -78,7 +76,7 @@ def certify_script(
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
-        _importing_from(Path.cwd()),
+        importing_from(Path.cwd()),
     ):
         finding = _certify(function, checkpoint, questions)
     if is_first():
@@ -87,17 +85,6 @@ def certify_script(
             write([finding], {"points": [finding.to_dict()]}, out)  # after printing: a full disk loses nothing
             if not json:
                 print(f"certificate: {out}")
-
-
-@contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    """Add `folder` to sys.path within, also for imports that the function, loss and batches make when called."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            sys.path.remove(str(folder))
 
 
 def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
@@ -126,19 +113,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
 
 def _problem(function: str) -> tuple[Any, Any, Any]:
     """Call MODULE:NAME; return its model, loss and batches. Raises ConfigError if it fails or returns others."""
-    module, colon, name = function.partition(":")
-    if not (module and colon and name.isidentifier()):
-        raise ConfigError(f"the function must be given as module:function, got {function!r}")
-    try:
-        found = getattr(import_module(module), name, None)
-    except Exception as error:  # a script can raise anything
-        raise ConfigError(f"{module} cannot be imported: {first_line(error)}") from None
-    if not callable(found):
-        raise ConfigError(f"{module} has no function {name!r}")
-    try:
-        returned = found()
-    except Exception as error:
-        raise ConfigError(f"{function} failed: {first_line(error)}") from None
+    returned = call(function)
     if not (isinstance(returned, tuple) and len(returned) == 3 and callable(returned[1])):
         raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(returned).__name__}")
     model, loss_fn, batches = returned

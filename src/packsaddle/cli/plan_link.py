@@ -2,11 +2,13 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,18 +17,22 @@ import tyro
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
 from packsaddle.cli.console import brief, digits, is_first, kilobytes, number_table, print_table, short_exchange
 from packsaddle.cli.flags import grouped
+from packsaddle.cli.own_function import call, importing_from
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors
+from packsaddle.messages import first_line
 from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.plan.model_size import ModelSize, compute_seconds, update_seconds
+from packsaddle.plan.model_size import ModelSize, update_seconds
 from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
+from packsaddle.plan.timing import Timing
+from packsaddle.plan.training_step import TrainingStep, random_batch
 from packsaddle.runs.progress import Report, countdown
 
 _BATCH = 32
@@ -55,10 +61,15 @@ class LinkOptions:
     Args:
         d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
         model: Network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
-            Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
+            Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images). For your own model
+            MODULE:FUNCTION, imported from the current folder and called without arguments; implies --local.
+        data: MODULE:FUNCTION that returns a batch for your own model, called with the number of examples: the model's
+            argument, a tuple of its arguments, or a dict by keyword.
+        input: Shape of one example for your own model, instead of --data: 3x224x224 for random numbers, int64:1024 for
+            random tokens.
         latency: Time of a small message on the link; by default 100us. It is measured if RATE is auto.
-        compute: Time of a step's forward and backward pass and optimizer, such as 55ms; by default the passes of
-            --model are measured on this machine.
+        compute: Time of a step's forward and backward pass and optimizer, such as 55ms; by default measured on this
+            machine for --model, with AdamW or --optimizer.
         batch: Examples per worker and step in that measurement; by default 32.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
         noise: Include the time of generating the artificial noise.
@@ -69,6 +80,8 @@ class LinkOptions:
 
     d: int | None = None
     model: str | None = None
+    data: str | None = None
+    input: str | None = None
     latency: Seconds | None = None
     compute: Seconds | None = None
     batch: int | None = None
@@ -84,12 +97,41 @@ class LinkOptions:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
         if self.compute is not None and self.batch is not None:
             raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
-        if self.most_steps is not None and not self.local:
+        if self.most_steps is not None and not (self.local or self.is_own):
             raise ValueError("most_steps is for local updates: it needs --local")
+        example = (self.data is not None) + (self.input is not None)
+        if example and not self.is_own:
+            raise ValueError(f"{'input' if self.data is None else 'data'} is for --model MODULE:FUNCTION")
+        if self.is_own and example != (self.compute is None):
+            raise ValueError("model MODULE:FUNCTION needs one of --data MODULE:FUNCTION, --input SHAPE and --compute")
 
-    def workload(self) -> ModelSize:
-        """Return the sizes of the model. Raises ValueError."""
-        return ModelSize.of_model(self.model) if self.model is not None else ModelSize.of_size(self.d or 0)
+    @property
+    def is_own(self) -> bool:
+        """True if the model is the user's own."""
+        return ":" in (self.model or "")
+
+    def training_step(self) -> TrainingStep | None:
+        """Return the step of the model, None for --d. Its batch is None with --compute. Raises ConfigError."""
+        batch = _BATCH if self.batch is None else self.batch
+        if self.model is None:
+            return None
+        if not self.is_own:
+            return TrainingStep.of_model(self.model, batch)
+        with importing_from(Path.cwd()), torch.random.fork_rng(devices=[]):
+            model = call(self.model)
+            if not isinstance(model, torch.nn.Module):
+                raise ConfigError(f"{self.model} must return a torch.nn.Module, got {type(model).__name__}")
+            return TrainingStep(model, call(self.data, batch) if self.data else _random_batch(self.input, model, batch))
+
+
+def _random_batch(text: str | None, model: torch.nn.Module, batch: int) -> torch.Tensor | None:
+    """Return random examples for --input. Raises ConfigError."""
+    if text is None:
+        return None
+    kind, _, sizes = text.rpartition(":")
+    if kind not in ("", "float32", "int64") or not all(size.isdecimal() for size in sizes.split("x")):
+        raise ConfigError(f"--input must be a shape such as 3x224x224, or int64:1024 for tokens, got {text!r}")
+    return random_batch(model, tuple(map(int, sizes.split("x"))), batch, tokens=kind == "int64")
 
 
 @dataclass(frozen=True)
@@ -103,11 +145,13 @@ class _Inputs:
     update: float  # seconds of error memory and noise per step, beyond plain SGD's update
     optimizer: Optimizer | None
     local: tuple[LocalForecast, ...]  # the fastest first; empty: not requested
+    timing: Timing | None = None  # of the measured step, whose minimum is the fleet's; None: --compute
+    slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for its maximum
 
 
 @grouped(
     {
-        "": "model d workers json",
+        "": "model data input d workers json",
         "compressor": "compressor ratio optimizer",
         "local update": "local most_steps",
         "step time": "compute batch spread noise latency",
@@ -130,6 +174,7 @@ def link(
         packsaddle plan link 100mbit --model char-transformer --workers 2 --local
         packsaddle plan link 100mbit --model char-transformer --workers 2 --optimizer muon
         packsaddle plan link 100mbit --model resnet18 --optimizer sgd
+        packsaddle plan link 100mbit --model train:make_model --input int64:256 --batch 8 --workers 2
         packsaddle plan link 20mbit/100mbit --model char-transformer --local
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
 
@@ -149,7 +194,7 @@ def link(
     if options.local and optimizer == "sgd":
         raise ConfigError("--local was measured with adamw and muon only: leave out --optimizer sgd")
     with config_errors():
-        if optimizer == "muon":
+        if optimizer == "muon" or (options.is_own and optimizer != "sgd"):
             options = replace(options, local=True)
         chosen = optimizer or ("adamw" if options.local else None)
         verdict, inputs = _plan(rate, options, compressor, ratio, chosen, workers)
@@ -173,7 +218,12 @@ def _plan(
     if bits is None and options.latency is not None:
         raise ConfigError("--latency is measured if RATE is auto: leave it out")
     link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
-    source, workload = "as given", options.workload()
+    source, step = "as given", options.training_step()
+    if step is None:
+        workload = ModelSize.of_size(options.d or 0)
+    else:
+        trained = [p for p in step.model.parameters() if p.requires_grad]
+        workload = ModelSize.of_parameters(str(options.model), trained)
     most = math.inf if options.most_steps is None else options.most_steps
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
     settings = measured_with(workers, inner)
@@ -183,23 +233,41 @@ def _plan(
     with process_group() if under_launcher() else nullcontext() as group:
         # Measure the link and the compute time unless given, and the update.
         device = torch.device("cpu") if group is None else local_device()
+        if group is None and step is not None:
+            device = next(step.model.parameters()).device
         if bits is None:
             link, source = _measured(group, workers, device)
         total = len(candidates) + len({s.compressor for s in settings}) * options.local + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
-            if options.compute is None:
-                batch = _BATCH if options.batch is None else options.batch
-                fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
+            timing = None
+            if options.compute is None and step is not None:
+                timing = _timed(step.to(device), optimizer or "adamw", str(options.model))
+                fleet = replace(fleet, compute=timing.low)
             update = update_seconds(workload.d, noise=options.noise, device=device)
 
             # `forecast` times each compressor through `pace`.
-            pace = _reporting(partial(measure, repeats=3, device=device), report)
-            verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
-            local: tuple[LocalForecast, ...] = ()
-            if options.local:
-                local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
-    return verdict, _Inputs(workload, link, source, fleet, update, optimizer, local)
+            pace = cache(_reporting(partial(measure, repeats=3, device=device), report))
+
+            def forecasts(fleet: Fleet) -> tuple[Verdict, tuple[LocalForecast, ...]]:
+                verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
+                if not options.local:
+                    return verdict, ()
+                return verdict, forecast_local(
+                    workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most
+                )
+
+            verdict, local = forecasts(fleet)
+            slowest = forecasts(replace(fleet, compute=timing.high)) if timing else None
+    return verdict, _Inputs(workload, link, source, fleet, update, optimizer, local, timing, slowest)
+
+
+def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
+    """Time the step. Raises ConfigError if a user's model fails on its batch."""
+    try:
+        return step.time(optimizer)
+    except Exception as error:  # a user's model can raise anything
+        raise ConfigError(f"{name} failed on its batch: {first_line(error)}") from None
 
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
@@ -262,6 +330,7 @@ def _print_json(verdict: Verdict, inputs: _Inputs) -> None:
         "fleet": asdict(fleet),
         "update": inputs.update,
         "optimizer": inputs.optimizer,
+        "measured_step": asdict(inputs.timing) if inputs.timing else None,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
@@ -289,6 +358,8 @@ def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
+    if inputs.timing:
+        print(_spread(inputs.timing, inputs.optimizer or "adamw"))
     print("DDP's exchange overlaps with the backward pass.")
     print(f"Coding includes {ms(inputs.update)} ms for the error memory, and for the noise with --noise.")
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
@@ -303,7 +374,23 @@ def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
         print(_NOTE if inputs.optimizer is None else _STEPS_NOTE.format(inputs.optimizer))
     if inputs.local:
         _print_local(verdict.dense.seconds, inputs.local, inputs.optimizer or "adamw")
+        for line in _lines_to_paste(verdict, inputs.local[0], inputs.optimizer):
+            print(line)
+        if inputs.slowest:
+            print(f"For the slowest measured step. {_recommendation(inputs.slowest[0], inputs.slowest[1][0])}")
         print(_recommendation(verdict, inputs.local[0]))
+
+
+def _spread(timing: Timing, optimizer: str) -> str:
+    """Return a sentence on the measured step; its median shows whether the machine was busy."""
+    busy = timing.median / timing.low - 1
+    said = (
+        f" The machine is busy: the median is {busy:.0%} longer. Repeat this on an idle one." if busy > _ERROR else ""
+    )
+    return (
+        f"That is the minimum of {timing.repeats} steps with {optimizer}, which took {ms(timing.low)} to "
+        f"{ms(timing.high)} ms.{said}"
+    )
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
@@ -319,15 +406,43 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     # The fastest: seconds per step times the relative number of steps.
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
-    setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
-    delay, fragments = best.setting.delay, best.fragments
-    if delay:
-        setting += f", overlap={delay}" if fragments == 1 else f", overlap=Overlap({delay}, fragments={fragments})"
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
     inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
-    print(f"LocalUpdates({inner}, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")
+    print(f"LocalUpdates({inner}, {_setting(best)}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")
     print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
+
+
+def _setting(f: LocalForecast, package: str = "") -> str:
+    """Return the arguments of LocalUpdates after the optimizers; `package` precedes the names of classes."""
+    setting = f"every={f.setting.every}, compressor={package}{describe(f.setting.compressor)}"
+    if delay := f.setting.delay:
+        fragments = f"{package}Overlap({delay}, fragments={f.fragments})"
+        setting += f", overlap={delay if f.fragments == 1 else fragments}"
+    return setting
+
+
+def _lines_to_paste(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> list[str]:
+    """Return the lines of Python that a script needs for the advice of `_recommendation`; empty for DDP as it is."""
+    use = _recommendation(verdict, local)
+    if "LocalUpdates" in use:
+        inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
+        lines = [
+            "import packsaddle",
+            f"local = packsaddle.LocalUpdates({inner}, {_setting(local, 'packsaddle.')})  # and no "
+            "DistributedDataParallel",
+            "local.flush()  # after the last step",
+        ]
+    elif "register_ddp_hook" in use:
+        compressor = re.sub(r"\b([A-Z]\w+\()", r"packsaddle.\1", _hook_argument(verdict.best))
+        lines = [
+            "import packsaddle",
+            "model = torch.nn.parallel.DistributedDataParallel(model)",
+            f"hook = packsaddle.register_ddp_hook(model, {compressor}, optimizer=optimizer)",
+        ]
+    else:
+        return []
+    return ["Lines for your script:", *(f"    {line}" for line in lines)]
 
 
 def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
@@ -338,10 +453,13 @@ def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
         return "Use: DistributedDataParallel as it is."
     if local.seconds <= hook.seconds:
         return f"Use: LocalUpdates, {dense / best:.3g} times as fast as dense training."
+    return f"Use: register_ddp_hook with {_hook_argument(hook)}, {dense / best:.3g} times as fast as dense training."
+
+
+def _hook_argument(hook: Forecast) -> str:
+    """Return the compressor of a forecast as the argument of the hook."""
     name = hook.compressor
-    if hook.exchange == "two-way":  # not the default
-        name = f'Compression({name}, exchange="two-way")'
-    return f"Use: register_ddp_hook with {name}, {dense / best:.3g} times as fast as dense training."
+    return f'Compression({name}, exchange="two-way")' if hook.exchange == "two-way" else name  # not the default
 
 
 def _steps(f: Forecast) -> str:

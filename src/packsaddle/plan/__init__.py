@@ -1,15 +1,16 @@
 """Plans for a link: a model of step time, the compressors that pay off at a given rate, and the measurements needed.
 
 Read `step_time` first (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
-updates). `coding` times compressors, `model_size` the forward and backward pass of a model.
+updates). `coding` times compressors, `training_step` the step of a model.
 """
 
 from packsaddle.plan.coding import Line, Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
-from packsaddle.plan.model_size import MODELS, ModelSize, compute_seconds, update_seconds
+from packsaddle.plan.model_size import MODELS, ModelSize, update_seconds
 from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
-from packsaddle.plan.timing import Timing, clocked, copy_bandwidth, side_by_side
+from packsaddle.plan.timing import Timing, clocked, copy_bandwidth, repeated, side_by_side
+from packsaddle.plan.training_step import TrainingStep
 
 __all__ = [
     "LATENCY",
@@ -27,10 +28,10 @@ __all__ = [
     "Step",
     "StepTime",
     "Timing",
+    "TrainingStep",
     "Verdict",
     "clocked",
     "compressed",
-    "compute_seconds",
     "copy_bandwidth",
     "expected_maximum",
     "forecast",
@@ -38,6 +39,7 @@ __all__ = [
     "measure",
     "measured_with",
     "probe",
+    "repeated",
     "side_by_side",
     "update_seconds",
 ]

@@ -58,7 +58,7 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
     """Time a compressor on Gaussian vectors on a `device`, one of d and one of few coordinates, with torch's threads.
 
     Return its pace: seconds to encode, decode and add as linear functions of the number of coordinates, each through
-    two medians of `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
+    two minima over `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.plan.coding import measure
@@ -74,7 +74,7 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
             works[f"{name} {n}"] = work
     times = side_by_side(works, repeats=repeats)
     lines = {
-        name: Line.through(*((n, times[f"{name} {n}"].median) for n in lengths)) for name in ("encode", "decode", "add")
+        name: Line.through(*((n, times[f"{name} {n}"].low) for n in lengths)) for name in ("encode", "decode", "add")
     }
     return Pace(**lines)
 

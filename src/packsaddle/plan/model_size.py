@@ -1,4 +1,4 @@
-"""The number of coordinates that a model exchanges, and measured compute and update times of its step."""
+"""The number of coordinates that a model exchanges, and the measured time of its compressed update."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class ModelSize:
     @classmethod
     def of_model(cls, name: str) -> "ModelSize":
         """Return the size of a model by its `name` in `MODELS`. Raises ConfigError for another name."""
-        return cls.of_parameters(name, _build(name).parameters())
+        return cls.of_parameters(name, build_model(name).parameters())
 
     @classmethod
     def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
@@ -81,39 +81,18 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def _build(name: str) -> nn.Module:
+def build_model(name: str) -> nn.Module:
+    """Return a new model by its `name` in `MODELS`. Raises ConfigError for another name."""
     if name not in MODELS:
         raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
     with torch.random.fork_rng(devices=[]):  # layers initialize their weights from the global generator
         return MODELS[name][0]()
 
 
-def _examples(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return random examples: character codes, int64, or pixels, float."""
-    rng = torch.Generator().manual_seed(0)
-    if isinstance(model, CharTransformer):
-        return torch.randint(model.characters.num_embeddings, shape, generator=rng)
-    return torch.rand(shape, generator=rng)
-
-
-def compute_seconds(name: str, batch: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> float:
-    """Return the median seconds of a model's forward and backward pass on `batch` examples. Raises ConfigError."""
-    if batch < 1:
-        raise ConfigError(f"batch must be at least 1, got {batch}")
-    model = _build(name).to(device)
-    examples = _examples(model, (batch, *MODELS[name][1])).to(device)
-
-    def work() -> None:
-        model.zero_grad()
-        torch.autograd.backward(model(examples).square().mean())
-
-    return side_by_side({name: work}, repeats=repeats)[name].median
-
-
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
 
-    It is spent on the error memory and, with `noise`, on noise; from medians of `repeats`, on at most 2^25 coordinates.
+    It is spent on the error memory and, with `noise`, on noise; minima over `repeats`, on at most 2^25 coordinates.
     """
     n = min(d, _LONG)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
@@ -138,4 +117,4 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
         },
         repeats=repeats,
     )
-    return max(0.0, times["compressed"].median - times["plain"].median) * d / n
+    return max(0.0, times["compressed"].low - times["plain"].low) * d / n

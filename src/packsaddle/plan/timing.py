@@ -15,10 +15,11 @@ class Timing:
     median: float
     low: float
     high: float
+    repeats: int
 
     @classmethod
     def of(cls, seconds: list[float]) -> "Timing":
-        return cls(median(seconds), min(seconds), max(seconds))
+        return cls(median(seconds), min(seconds), max(seconds), len(seconds))
 
 
 def side_by_side(
@@ -40,6 +41,21 @@ def side_by_side(
             if attempt >= warm_up:
                 taken[name].append(seconds)
     return {name: Timing.of(seconds) for name, seconds in taken.items()}
+
+
+def repeated(
+    work: Callable[[], object], *, least: int = 5, within: float = 0.02, limit: float = 20.0, warm_up: int = 2
+) -> Timing:
+    """Time `work` at least `least` times, until its three fastest repeats differ by `within`, or for `limit` seconds.
+
+    The minimum is then reproduced: other programs on the machine only lengthen a repeat.
+    """
+    for _ in range(warm_up):
+        work()
+    taken: list[float] = []
+    while len(taken) < least or (sorted(taken)[2] > (1 + within) * min(taken) and sum(taken) < limit):
+        taken.append(clocked(work))
+    return Timing.of(taken)
 
 
 def clocked(work: Callable[[], object]) -> float:

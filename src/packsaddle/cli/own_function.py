@@ -1,0 +1,39 @@
+"""Functions of a user's script, named as MODULE:FUNCTION on the command line."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from packsaddle.errors import ConfigError
+from packsaddle.messages import first_line
+
+
+@contextmanager
+def importing_from(folder: Path) -> Iterator[None]:
+    """Add `folder` to sys.path within, also for imports that the functions make when called."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Call MODULE:FUNCTION, and return its result. Raises ConfigError if it cannot be imported, or fails."""
+    module, colon, name = function.partition(":")
+    if not (module and colon and name.isidentifier()):
+        raise ConfigError(f"the function must be given as module:function, got {function!r}")
+    try:
+        found = getattr(import_module(module), name, None)
+    except Exception as error:  # a script can raise anything
+        raise ConfigError(f"{module} cannot be imported: {first_line(error)}") from None
+    if not callable(found):
+        raise ConfigError(f"{module} has no function {name!r}")
+    try:
+        return found(*arguments)
+    except Exception as error:
+        raise ConfigError(f"{function} failed: {first_line(error)}") from None

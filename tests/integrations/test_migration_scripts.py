@@ -1,0 +1,131 @@
+"""The scripts of examples/migrations, before and after, by real processes and with the real libraries."""
+
+import contextlib
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from forked_python import environment, torchrun
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+SCRIPTS = EXAMPLES / "migrations"
+LINE = re.compile(r"worker (\d): loss ([\d.]+), sent ([\d,]+) bytes, weights (\w+)")
+PAIRS = ("torchft_diloco", "torchft_local_sgd", "accelerate_local_sgd")
+UNCOMPRESSED = ", compressor=packsaddle.Identity(), keep_unsent=False"
+pytestmark = [pytest.mark.process, pytest.mark.xdist_group("migrations")]  # each script run once
+
+
+def needs(library: str, reason: str = "is not installed") -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} {reason}")
+
+
+def outputs(commands: list[list[str]], *environments: dict[str, str]) -> str:
+    """Run commands side by side and return what all of them printed."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [
+        subprocess.Popen(words, env=environment(**given), **pipes)  # type: ignore[call-overload]
+        for words, given in zip(commands, environments, strict=True)
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(printed)
+    return "".join(printed)
+
+
+def workers_of(printed: str) -> tuple[float, int]:
+    """Return the loss and the bytes that both workers said; their weights are equal."""
+    found = sorted(LINE.findall(printed))
+    assert [worker for worker, *_ in found] == ["0", "1"], printed
+    assert len({weights for *_, weights in found}) == 1
+    return float(found[0][1]), int(found[0][2].replace(",", ""))
+
+
+@cache
+def launched(script: Path) -> tuple[float, int]:
+    """The loss and the bytes of two workers under one torchrun."""
+    return workers_of(outputs([torchrun(script)], {}))
+
+
+@contextlib.contextmanager
+def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import elastic
+
+    with elastic.lighthouse(2) as address:
+        yield address
+
+
+def under_torchft(script: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, int]:
+    """The same of two replica groups of one worker, as torchft's users start them."""
+    with lighthouse(monkeypatch) as address:
+        places = [{"TORCHFT_LIGHTHOUSE": address, "REPLICA_GROUP_ID": str(i)} for i in range(2)]
+        return workers_of(outputs([torchrun(script, workers=1)] * 2, *places))
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "deepspeed_onebit_adam"])
+def test_afterwards_it_trains_with_fewer_bytes(name: str) -> None:
+    if name.startswith("accelerate"):
+        needs("accelerate")
+    loss, sent = launched(SCRIPTS / f"{name}_after.py")
+    assert loss < 1  # ln 64 = 4.16 at the start
+    steps, every = 240, {"torchft": 20, "accelera": 8}.get(name[: 7 + name.startswith("a")], 1)
+    reduced = 4 * 32_992 * steps // every
+    assert sent < reduced / 5  # the flush is two thirds of what DiLoCo's script sends
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_without_compression_it_is_what_was_replaced(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real library's loss, to rounding: the same inner steps, means, and outer optimizer.
+
+    Without init_sync: with it torchft replaces the first change of all workers but one by that one's.
+    """
+    needs(name.partition("_")[0])
+    text = (SCRIPTS / f"{name}_after.py").read_text()
+    exact, count = re.subn(r"every=EVERY", "every=EVERY" + UNCOMPRESSED, text)
+    assert count == 1
+    (tmp_path / "exact.py").write_text(exact.replace("local.flush()\n", ""))  # a flush is a step of the outer optimizer
+    shutil.copy(SCRIPTS / "task.py", tmp_path)
+    before = tmp_path / "before.py"
+    before.write_text((SCRIPTS / f"{name}_before.py").read_text().replace("=2,\n", "=2,\n    init_sync=False,\n"))
+    theirs = under_torchft(before, monkeypatch) if name.startswith("torchft") else launched(before)
+    ours = launched(tmp_path / "exact.py")
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
+    assert theirs[0] < 1
+
+
+def test_after_torchft_workers_are_elastic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a lighthouse the script trains as it does without, by torchft's Manager."""
+    needs("torchft")
+    elastic = under_torchft(SCRIPTS / "torchft_diloco_after.py", monkeypatch)
+    fixed = launched(SCRIPTS / "torchft_diloco_after.py")
+    assert elastic[0] == pytest.approx(fixed[0], rel=0.2, abs=1e-3)
+
+
+def test_deepspeeds_script() -> None:
+    needs("deepspeed", "is not installed, and its 1-bit Adam runs on GPUs only")
+    workers_of(outputs([["deepspeed", "--num_gpus", "2", str(SCRIPTS / "deepspeed_onebit_adam_before.py")]], {}))
+
+
+def test_machines_are_workers_with_the_whole_batch() -> None:
+    """Two machines of two processes train as two workers that compute each machine's batch alone."""
+    line = re.compile(r"worker (\d): loss [\d.]+ -> ([\d.]+), 40 steps, (.*), weights (\w+)")
+    losses, sends = {}, {}
+    for per_machine in (2, 1):
+        command = torchrun(
+            EXAMPLES / "machines.py", "--per-machine", per_machine, "--steps", 40, workers=2 * per_machine
+        )
+        found = sorted(line.findall(outputs([command], {})))
+        assert len(found) == 2 * per_machine
+        assert len({weights for *_, weights in found}) == 1
+        losses[per_machine] = sum(float(loss) for _, loss, *_ in found) / len(found)
+        sends[per_machine] = ["sent" in sent and sent != "nothing sent" for _, _, sent, _ in found]
+    assert losses[2] == pytest.approx(losses[1], rel=0.02)
+    assert sends == {2: [True, False, True, False], 1: [True, True]}
