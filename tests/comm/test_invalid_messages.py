@@ -46,7 +46,9 @@ def corrupting(name: str, *, sizes: bool = False) -> Iterator[None]:
     def other_gather(self: Communicator, parts: Parts, **options: Any) -> list[Parts]:
         return gather(self, corrupt(parts, name), **options)
 
-    def other_exchange(self: Communicator, outgoing: Sequence[Parts | None], like: Parts, **options: Any) -> list[Parts]:
+    def other_exchange(
+        self: Communicator, outgoing: Sequence[Parts | None], like: Parts, **options: Any
+    ) -> list[Parts]:
         return exchange(self, [p and corrupt(p, name) for p in outgoing], like, **options)
 
     def other_all_gather(self: TorchGroup, tensor: Tensor) -> list[Tensor]:
@@ -145,7 +147,7 @@ def too_many() -> str:
 
 def test_a_worker_whose_messages_stay_invalid_ends_the_run(gloo: Gloo) -> None:
     for message in gloo(too_many, 3):
-        assert message.startswith(f"3 step 0: indices in a message of TopK")
+        assert message.startswith("3 step 0: indices in a message of TopK")
         assert "Check the memory and the network of that worker" in message
 
 

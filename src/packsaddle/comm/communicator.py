@@ -79,9 +79,7 @@ class Communicator:
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 
-    def gather(
-        self, parts: Parts, *, fixed_size: bool, purpose: str | None = None, most: int = _MOST
-    ) -> list[Parts]:
+    def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None, most: int = _MOST) -> list[Parts]:
         """Return every worker's parts, by rank. Names and dtypes must match on all workers, sizes if `fixed_size`.
 
         Otherwise sizes are gathered first, and shorter messages are padded to the longest. Bytes are recorded
