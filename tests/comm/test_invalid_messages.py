@@ -40,16 +40,14 @@ def corrupt(parts: Parts, name: str) -> Parts:
 
 @contextmanager
 def corrupting(name: str, *, sizes: bool = False) -> Iterator[None]:
-    """In the process of SENDER alone: what it sends from here on has a part that is corrupted, or announces 2^60 bytes."""
+    """In the process of SENDER alone: all that it sends has a corrupted part, or one message announces 2^60 bytes."""
     gather, exchange, all_gather = Communicator.gather, Communicator.exchange, TorchGroup.all_gather
 
     def other_gather(self: Communicator, parts: Parts, **options: Any) -> list[Parts]:
         return gather(self, corrupt(parts, name), **options)
 
-    def other_exchange(
-        self: Communicator, outgoing: Sequence[Parts | None], like: Parts, **options: Any
-    ) -> list[Parts]:
-        return exchange(self, [p and corrupt(p, name) for p in outgoing], like, **options)
+    def other_exchange(self: Communicator, outgoing: Sequence[Parts | None], *args: Any, **options: Any) -> list[Parts]:
+        return exchange(self, [p and corrupt(p, name) for p in outgoing], *args, **options)
 
     def other_all_gather(self: TorchGroup, tensor: Tensor) -> list[Tensor]:
         TorchGroup.all_gather = all_gather  # type: ignore[method-assign]
