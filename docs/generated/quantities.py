@@ -131,7 +131,7 @@ CERTIFICATE = (
         "pilot_examples pilot_hvps",
         "on which v was found first, and the products over them; null and 0 without a pilot",
     ),
-    _of("examples sample_of whose", "the examples of the Hessian, the number they were drawn from, and both in words"),
+    _of("examples sample_of loss_name", "the examples of the Hessian, the number they were drawn from, and both in words"),
     _of(
         "precision hvp hvp_reason hvp_error hvp_step",
         "of the Hessian-vector products: precision, method and its reason, error, and the step of differences",

@@ -110,7 +110,9 @@ def test_a_step_of_files_that_are_not_of_one_moment_is_set_aside(tmp_path: Path)
     for kind in ("pt", "json"):
         name = Path("step-00000004") / f"worker-0.{kind}"
         (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
-    with pytest.warns(UserWarning, match=r"step 4 is not whole.*worker-1\.pt needs tensors of worker 0 that .* moment"):
+    with pytest.warns(
+        UserWarning, match=r"step 4 is incomplete or damaged.*worker-1\.pt needs tensors of worker 0 that .* moment"
+    ):
         found = simulate(lambda rank: load_checkpoint(tmp_path / "a", Small().parts), 2)
     assert [f.step for f in found if f] == [2, 2]
 
@@ -275,7 +277,7 @@ def test_damage_falls_back_with_a_warning(name: str, tmp_path: Path) -> None:
     saved_by(tmp_path)
     spoil(tmp_path, name)
     one = Small()
-    with pytest.warns(UserWarning, match=rf"step 4 is not whole, and is set aside: .*{name} is damaged"):
+    with pytest.warns(UserWarning, match=rf"step 4 is incomplete or damaged, and is set aside: .*{name} is damaged"):
         found = load_checkpoint(tmp_path, one.parts)
     assert found is not None
     assert found.step == 2
@@ -299,7 +301,7 @@ def test_all_steps_damaged_is_an_error(tmp_path: Path) -> None:
     saved_by(tmp_path)
     for name in ("step-00000002", "step-00000004"):
         (tmp_path / name / "worker-0.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"has no whole checkpoint: step 4: .* No such file"):
+    with pytest.raises(CheckpointError, match=r"has no intact checkpoint: step 4: .* No such file"):
         load_checkpoint(tmp_path, Small().parts)
 
 
@@ -323,7 +325,9 @@ def test_the_first_step_of_which_a_worker_has_nothing(tmp_path: Path) -> None:
     for file in (tmp_path / "step-00000002").iterdir():
         file.unlink()
     (tmp_path / "step-00000002").rmdir()
-    with pytest.warns(UserWarning, match="step 4 is not whole, and is set aside: the files of worker 1 of 2"):
+    with pytest.warns(
+        UserWarning, match="step 4 is incomplete or damaged, and is set aside: the files of worker 1 of 2"
+    ):
         assert simulate(lambda rank: load_checkpoint(tmp_path, Small().parts), 2) == [None, None]
 
 
@@ -441,7 +445,7 @@ def test_a_step_that_was_set_aside_earlier_is_kept_until_it_is_old(tmp_path: Pat
     for damage in (b"first", b"second"):
         save_checkpoint(tmp_path, {"model": model}, step=2)
         (tmp_path / "step-00000002" / "worker-0.pt").write_bytes(damage)
-        with pytest.warns(UserWarning, match="step 2 is not whole, and is set aside"):
+        with pytest.warns(UserWarning, match="step 2 is incomplete or damaged, and is set aside"):
             load_checkpoint(tmp_path, {"model": model})
     names = ("step-00000002.unusable", "step-00000002.unusable-2")
     assert [(tmp_path / name / "worker-0.pt").read_bytes() for name in names] == [b"first", b"second"]
@@ -485,7 +489,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert {p: p.read_bytes() for p in tmp_path.rglob("worker*")} == before
     found = load_checkpoint(tmp_path, Small().parts) if not (tmp_path / "step-00000006").exists() else None
     if found is None:
-        with pytest.warns(UserWarning, match="step 6 is not whole"):
+        with pytest.warns(UserWarning, match="step 6 is incomplete or damaged"):
             found = load_checkpoint(tmp_path, Small().parts)
     assert found is not None
     assert found.step == 4

@@ -31,7 +31,7 @@ def linear() -> nn.Module:
 def test_certificates_are_those_of_the_points_that_are_due() -> None:
     model, seen = linear(), []
     options = {"epsilon": 0.5, "hessian_lipschitz": 1.0}
-    watch = CertifyEvery(model, loss_fn, data().split(8), every=3, told=seen.append, **options)  # type: ignore[arg-type]
+    watch = CertifyEvery(model, loss_fn, data().split(8), every=3, on_certificate=seen.append, **options)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for step in range(1, 8):
         optimizer.zero_grad()

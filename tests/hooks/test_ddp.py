@@ -796,7 +796,7 @@ def one_failed_bucket() -> tuple[list[str], list[int], list[int], bool]:
                 thread.join()
         steps.append(hook.steps)
         if steps[-1] == 2 and errors:
-            hook._settle(broken_off=True)
+            hook._settle(interrupted=True)
             unchanged = all(torch.equal(e, kept[name]) for name, e in hook.memory().items())
     return errors, steps, calls, unchanged
 

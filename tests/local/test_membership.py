@@ -16,7 +16,7 @@ from torch import Tensor
 
 from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, LowRank, RandomK, TopK, simulate
 from packsaddle.comm import Group, PeerLostError, Solo, connect
-from packsaddle.comm.managed import lighthouse_place
+from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Roster
@@ -714,4 +714,4 @@ def test_without_torchft(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_address_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHFT_LIGHTHOUSE", address)
     with pytest.raises(ConfigError, match="the lighthouse must be http://HOST:PORT, got"):
-        lighthouse_place()
+        lighthouse_address()

@@ -237,7 +237,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("run", "--resume", "certified", "--workers", "3", "--serial"),
         "cannot continue with 3 workers: it began",
     ),
-    "damaged": (("run", "--resume", "damaged"), "damaged/checkpoint has no whole checkpoint: step 12: damaged/checkpo"),
+    "damaged": (
+        ("run", "--resume", "damaged"),
+        "damaged/checkpoint has no intact checkpoint: step 12: damaged/checkpo",
+    ),
 }
 
 

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from packsaddle.comm.launching import asked_to_stop, hearing_sigterm
+from packsaddle.comm.launching import asked_to_stop, recording_sigterm
 
 
 def fail_beside_a_stopped_one(folder: Path) -> None:
@@ -22,7 +22,7 @@ def fail_beside_a_stopped_one(folder: Path) -> None:
 
 def save_when_told(folder: Path) -> None:
     """Wait for SIGTERM, and then take a while to save."""
-    with hearing_sigterm():
+    with recording_sigterm():
         (folder / f"here-{os.environ['RANK']}").touch()
         while not asked_to_stop():
             time.sleep(0.01)

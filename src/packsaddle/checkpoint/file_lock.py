@@ -34,81 +34,81 @@ def acquire(path: Path) -> int:
     """
     # The last holder may remove the file between open and lock: then the lock is on a deleted file.
     while True:
-        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            locked = _lock(number)
+            locked = _lock(fd)
         except OSError as error:
             path.unlink(missing_ok=True)
-            os.close(number)
+            os.close(fd)
             raise NoLocksError(error.errno, error.strerror) from None
-        if locked and _is_at(number, path):
-            _sign(number)
-            return number
-        os.close(number)
+        if locked and _is_same_file(fd, path):
+            _write_owner(fd)
+            return fd
+        os.close(fd)
         if not locked:
-            raise _held(path)
+            raise _held_error(path)
 
 
-def release(number: int, path: Path) -> None:
+def release(fd: int, path: Path) -> None:
     """Close this process's descriptor of a lock, and remove the file unless another process holds it."""
-    os.close(number)
+    os.close(fd)
     with suppress(OSError):
-        number = os.open(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR)
         try:
-            if _lock(number) and _is_at(number, path):
+            if _lock(fd) and _is_same_file(fd, path):
                 path.unlink()
         finally:
-            os.close(number)
+            os.close(fd)
 
 
-def release_everywhere(number: int, path: Path) -> None:
+def release_everywhere(fd: int, path: Path) -> None:
     """Release a lock even if forked processes have inherited its descriptor."""
     assert fcntl is not None
-    fcntl.flock(number, fcntl.LOCK_UN)
-    release(number, path)
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    release(fd, path)
 
 
 def check_not_held(path: Path) -> None:
     """Raise HeldError if another process has the lock now."""
     with suppress(OSError):  # never locked, or locks are not supported
-        number = os.open(path, os.O_RDWR)
+        fd = os.open(path, os.O_RDWR)
         try:
-            if not _lock(number, shared=True):
-                raise _held(path)
+            if not _lock(fd, shared=True):
+                raise _held_error(path)
         finally:
-            os.close(number)
+            os.close(fd)
 
 
-def _lock(number: int, *, shared: bool = False) -> bool:
+def _lock(fd: int, *, shared: bool = False) -> bool:
     """Lock an open file; return False if another process holds the lock. Raises OSError if locks are unsupported."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     try:
-        fcntl.flock(number, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True
 
 
-def _is_at(number: int, path: Path) -> bool:
+def _is_same_file(fd: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(number), path.stat())
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _sign(number: int) -> None:
+def _write_owner(fd: int) -> None:
     """Write the holder's process id and host to the file, if possible; the lock is valid without it."""
     with suppress(OSError):
-        os.ftruncate(number, 0)
-        os.pwrite(number, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
 
-def _held(path: Path) -> HeldError:
+def _held_error(path: Path) -> HeldError:
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(_LONGEST))
-        whose = f"process {int(found['pid'])} on {str(found['host'])[:255]!r}, or workers that it has left"
+        holder = f"process {int(found['pid'])} on {str(found['host'])[:255]!r}, or workers that it has left"
     except (OSError, ValueError, KeyError, TypeError):
-        whose = "another process"
-    return HeldError(whose)
+        holder = "another process"
+    return HeldError(holder)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from packsaddle.checkpoint.files import CheckpointError
-from packsaddle.comm.communicator import Together
+from packsaddle.comm.communicator import ObjectCollectives
 
 
 class Part(Protocol):
@@ -101,7 +101,7 @@ def _check_groups(part: Optimizer, state: Mapping[str, Any]) -> None:
         raise ValueError(f"parameter groups have {here} parameters here, but {there} in the checkpoint")
 
 
-def fill_all(parts: Parts, state: Mapping[str, Any], together: Together) -> None:
+def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollectives) -> None:
     """Load all parts on all workers, or none anywhere; collective. Raises CheckpointError."""
     before = {name: _copied(part.state_dict()) for name, part in parts.items()}
 
@@ -113,7 +113,7 @@ def fill_all(parts: Parts, state: Mapping[str, Any], together: Together) -> None
                 raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
     try:
-        on_all(together, load)
+        run_on_all(collectives, load)
     except CheckpointError:
         for name, part in parts.items():
             part.load_state_dict(before[name])
@@ -147,8 +147,8 @@ def first_problem(outcomes: list[Any]) -> tuple[str, str]:
     return kind, text if len(outcomes) == 1 else f"worker {rank}: {text}"
 
 
-def on_all(together: Together, work: Callable[[], None]) -> None:
+def run_on_all(collectives: ObjectCollectives, work: Callable[[], None]) -> None:
     """Call `work` on every worker; if one raises CheckpointError, all do. Collective."""
-    _, problem = first_problem(together.gather(attempt(work)))
+    _, problem = first_problem(collectives.gather(attempt(work)))
     if problem:
         raise CheckpointError(problem)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from packsaddle.checkpoint.files import CheckpointError
-from packsaddle.comm.communicator import Together
+from packsaddle.comm.communicator import ObjectCollectives
 
 Path = tuple[Any, ...]  # keys from the outermost
 
@@ -37,17 +37,17 @@ def fingerprint(value: Any) -> bytes:
     return repr(value).encode()
 
 
-def paths_in_common(content: Mapping[str, Any], together: Together) -> tuple[list[Path], str]:
+def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) -> tuple[list[Path], str]:
     """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective.
 
     Empty on worker 0, which writes all of its tensors.
     """
-    if together.group.size == 1:
+    if collectives.group.size == 1:
         return [], ""
     mine = {path: fingerprint(tensor) for path, tensor in _tensors(content)}
-    theirs = together.send(mine if together.group.rank == 0 else None, 0)
-    paths = [] if together.group.rank == 0 else [path for path, found in mine.items() if theirs.get(path) == found]
-    return paths, _together(mine[path] for path in paths) if paths else ""
+    theirs = collectives.send(mine if collectives.group.rank == 0 else None, 0)
+    paths = [] if collectives.group.rank == 0 else [path for path, found in mine.items() if theirs.get(path) == found]
+    return paths, _joint_fingerprint(mine[path] for path in paths) if paths else ""
 
 
 def without(content: Any, paths: list[Path]) -> Any:
@@ -63,8 +63,8 @@ def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise TypeError("not a tensor")
-    said = _together(fingerprint(tensor) for tensor in found.values()) if paths else ""
-    return _replaced(content, {path: tensor.clone() for path, tensor in found.items()}), said
+    checksum = _joint_fingerprint(fingerprint(tensor) for tensor in found.values()) if paths else ""
+    return _replaced(content, {path: tensor.clone() for path, tensor in found.items()}), checksum
 
 
 def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -83,7 +83,7 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_quantized
 
 
-def _together(fingerprints: Iterator[bytes]) -> str:
+def _joint_fingerprint(fingerprints: Iterator[bytes]) -> str:
     return hashlib.sha256(b"".join(fingerprints)).hexdigest()
 
 
@@ -114,28 +114,32 @@ class Split:
     equal: dict[Path, Any] = field(default_factory=dict)
 
 
-def carried(
-    parts: Mapping[str, Any], template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
+def resharded(
+    parts: Mapping[str, Any],
+    template: dict[str, Any],
+    contents: Sequence[dict[str, Any]],
+    workers: int,
+    collectives: ObjectCollectives,
 ) -> dict[str, Any]:
     """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
 
-    `template` is the content of worker 0's file, on every worker, and `held` the contents of the files that this worker
-    has read, each read by one worker. Raises CheckpointError, on every worker, if a state cannot be converted.
+    `template` is the content of worker 0's file, on every worker, and `contents` are those of the files that this
+    worker has read, each read by one worker. Raises CheckpointError, on every worker, if a state cannot be converted.
     """
-    made: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, held, workers, together)}
+    result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
     apart = any(getattr(part, "trains_apart", False) for part in parts.values())
     splits = {name: _split_of(name, part, template, workers) for name, part in parts.items()}
     for name, part in parts.items():
         state, split = template["parts"][name], splits[name]
-        mine = [_split(part, content["parts"][name], workers) for content in held]
-        if (lone := _lone(split, mine, together)) is not None:
+        mine = [_split(part, content["parts"][name], workers) for content in contents]
+        if (missing := _missing(split, mine, collectives)) is not None:
             raise CheckpointError(
-                f"{name}: {'.'.join(map(str, lone))} is not in the state of each of the {workers} workers that saved "
-                f"it, or not of one shape, so it cannot be carried to another number of workers"
+                f"{name}: {'.'.join(map(str, missing))} is missing, or has another shape, in the state of "
+                f"one of the {workers} workers that saved it, so it cannot be loaded by another number of workers"
             )
 
         # Differing floats are averaged in buffers and, between rounds of local updates, parameters and optimizers.
-        different = _different(split, mine, together)
+        different = _different(split, mine, collectives)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
         own = apart and isinstance(part, nn.Module | Optimizer)  # between rounds of local updates
         for path in different:
@@ -144,16 +148,16 @@ def carried(
             if not (has_mean and (own or path[0] in buffers)):
                 where = ".".join(map(str, path))
                 raise CheckpointError(
-                    f"{name}: {where} differs between the {workers} workers that saved it, and what the mean of it "
-                    f"would be is not known, so it cannot be carried to another number of workers"
+                    f"{name}: {where} differs between the {workers} workers that saved it, and its mean would "
+                    f"have no meaning, so it cannot be loaded by another number of workers"
                 )
 
         # Means over the workers that saved; each file was read by one worker.
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
-        _put(part, state, _mean(means, sums, workers, together))
-        made["parts"][name] = state
-    return made
+        _write_into(part, state, _mean(means, sums, workers, collectives))
+        result["parts"][name] = state
+    return result
 
 
 def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "Split":
@@ -165,56 +169,59 @@ def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "
 
 
 def _mean_of_extra(
-    template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
+    template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
     """Return worker 0's `extra`, with floating-point tensors averaged if all workers have them with one shape."""
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
-    here = [[_form(content["extra"].get(k)) == _form(extra[k]) for content in held] for k in candidates]
-    everywhere = map(all, zip(*together.gather(list(map(all, here))), strict=True))
+    here = [[_layout(content["extra"].get(k)) == _layout(extra[k]) for content in contents] for k in candidates]
+    everywhere = map(all, zip(*collectives.gather(list(map(all, here))), strict=True))
     like = {(k,): extra[k] for k, found in zip(candidates, everywhere, strict=True) if found}
-    mine = [{path: content["extra"][path[0]] for path in like} for content in held]
-    return extra | {path[0]: t for path, t in _mean(like, mine, workers, together).items()}
+    mine = [{path: content["extra"][path[0]] for path in like} for content in contents]
+    return extra | {path[0]: t for path, t in _mean(like, mine, workers, collectives).items()}
 
 
 def _mean(
-    like: Mapping[Path, Tensor], mine: Sequence[Mapping[Path, Tensor | None]], workers: int, together: Together
+    like: Mapping[Path, Tensor],
+    mine: Sequence[Mapping[Path, Tensor | None]],
+    workers: int,
+    collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
     """Return the means over all workers that saved, accumulated in float64."""
     found = {}
     for path, tensor in like.items():
-        total = torch.zeros(tensor.shape, dtype=torch.float64, device=together.device)
+        total = torch.zeros(tensor.shape, dtype=torch.float64, device=collectives.device)
         for one in mine:
             value = one[path]
             assert value is not None
-            total += value.to(together.device, torch.float64)
-        together.group.all_reduce(total)
+            total += value.to(collectives.device, torch.float64)
+        collectives.group.all_reduce(total)
         found[path] = total.div_(workers).to(tensor.dtype).cpu()
     return found
 
 
-def _form(value: Any) -> Any:
+def _layout(value: Any) -> Any:
     """Return a tensor's shape, and True if it is floating point; None for other values."""
     return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
 
 
-def _lone(template: Split, mine: Sequence[Split], together: Together) -> Path | None:
+def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> Path | None:
     """Return a path that is missing, or has another shape, in some worker's state; else None; collective."""
 
-    def forms(split: Split) -> dict[Path, Any]:
-        return {path: _form(value) for path, value in {**split.equal, **split.means}.items()}
+    def layouts(split: Split) -> dict[Path, Any]:
+        return {path: _layout(value) for path, value in {**split.equal, **split.means}.items()}
 
-    expected = forms(template)
+    expected = layouts(template)
     here = [
         path
-        for found in map(forms, mine)
+        for found in map(layouts, mine)
         for path in (*expected, *found)
         if path not in expected or path not in found or found[path] != expected[path]
     ]
-    return next((first for first in together.gather(here[0] if here else None) if first is not None), None)
+    return next((first for first in collectives.gather(here[0] if here else None) if first is not None), None)
 
 
-def _different(template: Split, mine: Sequence[Split], together: Together) -> list[Path]:
+def _different(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> list[Path]:
     """Return the paths of values that must be equal on all workers but differ; collective."""
     paths = list(template.equal)
     here = {
@@ -223,7 +230,7 @@ def _different(template: Split, mine: Sequence[Split], together: Together) -> li
         for one in mine
         if path not in one.equal or fingerprint(one.equal[path]) != fingerprint(template.equal[path])
     }
-    return [paths[i] for i in sorted({i for found in together.gather(sorted(here)) for i in found})]
+    return [paths[i] for i in sorted({i for found in collectives.gather(sorted(here)) for i in found})]
 
 
 def _split(part: Any, state: Mapping[str, Any], workers: int) -> Split:
@@ -240,7 +247,7 @@ def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
     return {path: value}
 
 
-def _put(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
+def _write_into(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
     """Write means, and the values of this worker's own, into a state, in place."""
     replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
     for path, value in {**means, **replaced}.items():

@@ -31,15 +31,15 @@ from packsaddle.checkpoint.parts import (
     check_parts,
     check_shapes,
     device_of,
-    fill_all,
     first_problem,
+    load_all,
     modules,
-    on_all,
+    run_on_all,
     shapes,
 )
-from packsaddle.checkpoint.reshard import carried, filled, paths_in_common, without
-from packsaddle.comm.communicator import Together
-from packsaddle.comm.failures import told_in
+from packsaddle.checkpoint.reshard import filled, paths_in_common, resharded, without
+from packsaddle.comm.communicator import ObjectCollectives
+from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 from packsaddle.version import __version__
 
@@ -65,7 +65,7 @@ class Checkpoint:
     notes: tuple[str, ...] = field(default=(), repr=False)  # warnings for the user, one line each
 
 
-@told_in("save_checkpoint")
+@names_call("save_checkpoint")
 def save_checkpoint(
     folder: str | Path,
     parts: Parts,
@@ -101,18 +101,18 @@ def save_checkpoint(
     """
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
-    together = Together(group, device_of(parts))
+    collectives = ObjectCollectives(group, device_of(parts))
     content: dict[str, Any] = {"parts": {}, "extra": dict(extra or {})}
-    on_all(together, partial(_gather_states, folder, parts, content, step, keep))
-    had = min(together.gather(newest_of(folder, group.rank)))
+    run_on_all(collectives, partial(_gather_states, folder, parts, content, step, keep))
+    had = min(collectives.gather(newest_of(folder, group.rank)))
 
     # Tensors equal to worker 0's are in worker 0's file alone.
-    common, common_sha256 = paths_in_common(content, together)
+    common, common_sha256 = paths_in_common(content, collectives)
     content = {**without(content, common), "common": common}
-    said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
+    identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
     module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
     try:
-        write_files(folder, content, **said, common_sha256=common_sha256, shapes=module_shapes)
+        write_files(folder, content, **identity, common_sha256=common_sha256, shapes=module_shapes)
         rotate(folder, keep, had)
     except OSError as error:
         raise _unwritable(folder, step, error) from None
@@ -176,36 +176,38 @@ def load_checkpoint(
     return found if found.step >= 0 else None
 
 
-@told_in("load_checkpoint")
+@names_call("load_checkpoint")
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
     """`load_checkpoint` with its warnings in `notes`. Step -1: only an unfinished first step existed, as in `notes`."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
-    return _Restoring(folder, parts, Together(group, device_of(parts))).run()
+    return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
 
 
 class _Restoring:
     """Finds the newest intact step and loads it; every method is collective."""
 
-    def __init__(self, folder: Path, parts: Parts, together: Together) -> None:
-        self._folder, self._parts, self._together = folder, parts, together
-        self._rank, self._size = together.group.rank, together.group.size
+    def __init__(self, folder: Path, parts: Parts, collectives: ObjectCollectives) -> None:
+        self._folder, self._parts, self._collectives = folder, parts, collectives
+        self._rank, self._size = collectives.group.rank, collectives.group.size
 
     def run(self) -> Checkpoint | None:
         """See `restore`."""
-        seen = [{int(step): v for step, v in survey.items()} for survey in self._together.gather(_survey(self._folder))]
+        seen = [
+            {int(step): v for step, v in survey.items()} for survey in self._collectives.gather(_survey(self._folder))
+        ]
         problems: dict[int, str] = {}  # by step
         damaged = False
 
         # The newest intact step, and the problems of newer ones.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
-            there = [survey.get(step, {}) for survey in seen]
-            workers, problem, unfinished = _whole(there)
+            surveys = [survey.get(step, {}) for survey in seen]
+            workers, problem, unfinished = _saved_by(surveys)
             if not problem:
-                holders = _holders(workers, there)
-                contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in there])
+                holders = _holders(workers, surveys)
+                contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in surveys])
                 if not problem:
                     return self._load(step, contents, holders, problems)
             problems[step] = problem
@@ -216,39 +218,39 @@ class _Restoring:
             return None
         if damaged or len(problems) > 1:
             reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
-            raise CheckpointError(f"{self._folder} has no whole checkpoint: {reasons}")
-        on_all(self._together, lambda: set_aside_after(self._folder, -1))
+            raise CheckpointError(f"{self._folder} has no intact checkpoint: {reasons}")
+        run_on_all(self._collectives, lambda: set_aside_after(self._folder, -1))
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
-    def _read(self, step: int, holders: list[int], see_first: list[bool]) -> tuple[Contents, str]:
+    def _read(self, step: int, holders: list[int], has_first: list[bool]) -> tuple[Contents, str]:
         """Return the contents of the files that `holders` assigns to this worker, and any damage found ("": none), the
         same on all workers. Tensors shared with worker 0 are filled in; workers without its file receive them."""
         contents: Contents = {}
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
-        wanted = [*mine, *([0] if see_first[self._rank] and 0 not in mine else [])]
+        wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
         found: dict[int, tuple[Manifest, dict[str, Any]]] = {}
         problem = self._problem(partial(_read_files, self._folder, step, wanted, self._parts, found))
         if not problem:
             first = found[0][1] if 0 in found else None
-            if not all(see_first):
-                sent = self._together.send(first, holders[0])
+            if not all(has_first):
+                sent = self._collectives.send(first, holders[0])
                 first = sent if first is None else first
             problem = self._problem(partial(_complete, self._folder, {i: found[i] for i in mine}, first, contents))
         return contents, problem
 
     def _problem(self, work: Callable[[], None]) -> str:
         """Call `work`; return the first DamagedError's text, or "", on all. Raises CheckpointError for other errors."""
-        kind, problem = first_problem(self._together.gather(attempt(work)))
+        kind, problem = first_problem(self._collectives.gather(attempt(work)))
         if problem and kind != "DamagedError":
             raise CheckpointError(problem)
         return problem
 
     def _load(self, step: int, contents: Contents, holders: list[int], problems: Mapping[int, str]) -> Checkpoint:
         workers = len(holders)
-        content = self._same(contents, holders) if workers == self._size else self._carried(contents, holders)
-        on_all(self._together, lambda: check_fit(self._parts, content["parts"]))
-        on_all(self._together, lambda: set_aside_after(self._folder, step))
-        fill_all(self._parts, content["parts"], self._together)
+        content = self._own_content(contents, holders) if workers == self._size else self._resharded(contents, holders)
+        run_on_all(self._collectives, lambda: check_fit(self._parts, content["parts"]))
+        run_on_all(self._collectives, lambda: set_aside_after(self._folder, step))
+        load_all(self._parts, content["parts"], self._collectives)
         notes = _notes(problems)
         if workers != self._size:
             notes += (
@@ -257,25 +259,26 @@ class _Restoring:
             )
         return Checkpoint(step, content["extra"], workers, notes)
 
-    def _same(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
+    def _own_content(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
         """Return this worker's own content, sent by another worker if that one has the file on its disk."""
         for i, holder in enumerate(holders):
             if holder != i:
-                sent = self._together.send(contents.get(i), holder)
+                sent = self._collectives.send(contents.get(i), holder)
                 if self._rank == i:
                     contents[i] = sent
         return contents[self._rank]
 
-    def _carried(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
+    def _resharded(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
         """Return this worker's state from a checkpoint that another number of workers saved."""
-        template = self._together.send(contents.get(0), holders[0])
-        on_all(self._together, lambda: check_names(self._parts, template["parts"]))
-        return carried(self._parts, template, list(contents.values()), len(holders), self._together)
+        template = self._collectives.send(contents.get(0), holders[0])
+        run_on_all(self._collectives, lambda: check_names(self._parts, template["parts"]))
+        return resharded(self._parts, template, list(contents.values()), len(holders), self._collectives)
 
 
 def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
     return tuple(
-        f"the checkpoint of step {step} is not whole, and is set aside: {problem}" for step, problem in problems.items()
+        f"the checkpoint of step {step} is incomplete or damaged, and is set aside: {problem}"
+        for step, problem in problems.items()
     )
 
 
@@ -292,11 +295,11 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
     return found
 
 
-def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
+def _saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
     """Return the number of workers that saved a step, the error in its manifests ("": none), and True if an interrupted
-    save explains the error. `there` is each worker's `_survey` of the step."""
+    save explains the error. `surveys` is each worker's `_survey` of the step."""
     ranks: dict[int, set[int]] = {}
-    for survey in there:
+    for survey in surveys:
         for rank, found in survey.items():
             if isinstance(found, int):
                 ranks.setdefault(found, set()).add(int(rank))
@@ -307,22 +310,22 @@ def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
             return workers, "", False
 
     # Report damage before absence, which an interrupted save explains.
-    wrong = [found for survey in there for found in survey.values() if isinstance(found, str)]
-    if wrong:
-        return 0, wrong[0], False
+    errors = [found for survey in surveys for found in survey.values() if isinstance(found, str)]
+    if errors:
+        return 0, errors[0], False
     if not ranks:
         return 0, "the files of all workers are missing", True
     workers = min(ranks)
-    gone = sorted(set(range(workers)) - ranks[workers])
-    return 0, f"the files of worker {gone[0]} of {workers} are missing", True
+    missing = sorted(set(range(workers)) - ranks[workers])
+    return 0, f"the files of worker {missing[0]} of {workers} are missing", True
 
 
-def _holders(workers: int, there: list[dict[str, Any]]) -> list[int]:
+def _holders(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
     """Return the rank that reads each file i: rank i modulo the group size if it has it, else the first that does."""
     found = []
     for i in range(workers):
-        able = [r for r, survey in enumerate(there) if survey.get(str(i)) == workers]
-        found.append(next((r for r in able if r % len(there) == i % len(there)), able[0]))
+        owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]
+        found.append(next((r for r in owners if r % len(surveys) == i % len(surveys)), owners[0]))
     return found
 
 

@@ -32,7 +32,7 @@ import packsaddle
 from packsaddle.cli.console import is_first, print_table
 from packsaddle.comm.group import backends
 from packsaddle.comm.launching import launch, process_group, under_launcher
-from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_place, reach
+from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_address, reach
 from packsaddle.messages import one_line
 from packsaddle.numerics import kernels
 
@@ -294,7 +294,7 @@ def elastic() -> Iterator[Fact]:
     # Report a failing import of torchft and an unreachable lighthouse alike.
     try:
         importlib.import_module("torchft")
-        place = lighthouse_place()
+        place = lighthouse_address()
         if place is None:
             advice = f"export {LIGHTHOUSE}=http://HOST:29510, where torchft_lighthouse runs"
             value = f"torchft {_version('torchft')}, and no lighthouse is named"

@@ -188,7 +188,7 @@ def _split(wire: Tensor, like: Parts, sizes: Sequence[int]) -> Parts:
     return {name: b.clone().view(part.dtype) for (name, part), b in zip(like.items(), pieces, strict=False)}
 
 
-class Together:
+class ObjectCollectives:
     """Collectives for Python values, not counted in a ledger. Every method is collective."""
 
     def __init__(self, group: Group, device: torch.device) -> None:

@@ -22,7 +22,7 @@ class PeerLostError(RuntimeError):
 
 
 @contextmanager
-def told_in(call: str) -> Iterator[None]:
+def names_call(call: str) -> Iterator[None]:
     """Add `call`, the collective function in which this worker waited, to the message of a PeerLostError."""
     try:
         yield

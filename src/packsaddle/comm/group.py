@@ -97,18 +97,18 @@ class TorchGroup(Group):
         return group
 
     def all_reduce(self, tensor: Tensor) -> None:
-        with self.told():
+        with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.told():
+        with self.naming_lost_workers():
             dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         received = outgoing[0].new_empty(sum(sizes))
-        with self.told():
+        with self.naming_lost_workers():
             dist.all_to_all_single(
                 received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
             )
@@ -116,7 +116,7 @@ class TorchGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         whole = tensor.contiguous()  # gloo ignores the strides of its output
-        with self.told():
+        with self.naming_lost_workers():
             dist.broadcast(whole, src=self.ranks[0], group=self._group)
         if whole is not tensor:
             tensor.copy_(whole)
@@ -125,7 +125,7 @@ class TorchGroup(Group):
         return TorchGroup(same_workers(self.process_group, device))
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def naming_lost_workers(self) -> Iterator[None]:
         """Convert a network error of a collective to PeerLostError, which names the lost workers."""
         try:
             yield

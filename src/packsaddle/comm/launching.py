@@ -142,12 +142,12 @@ _asked = threading.Event()
 
 
 def asked_to_stop() -> bool:
-    """Return True if this process received SIGTERM in a `hearing_sigterm` block."""
+    """Return True if this process received SIGTERM in a `recording_sigterm` block."""
     return _asked.is_set()
 
 
 @contextmanager
-def hearing_sigterm() -> Iterator[None]:
+def recording_sigterm() -> Iterator[None]:
     """Record a SIGTERM in the block for `asked_to_stop`; a second one has its previous effect. Main thread only."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
@@ -196,7 +196,7 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
     Workers wait until the launcher reports that all have returned. After SIGTERM it does not, and kills them in 30 s,
     the time that SLURM and Kubernetes give the launcher itself. So it then exits _MOMENT seconds after `entry` returns.
     """
-    threading.Thread(target=_follow_launcher, daemon=True).start()
+    threading.Thread(target=_stop_with_launcher, daemon=True).start()
     # All workers are on this machine, so no other one may connect to them.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
@@ -210,7 +210,7 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def _follow_launcher() -> None:
+def _stop_with_launcher() -> None:
     """Wait for the launcher's exit, then send this process SIGTERM: only a killed launcher exits before its workers."""
     launcher = multiprocessing.parent_process()
     if launcher is not None:
@@ -239,20 +239,20 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         torch.cuda.set_device(local_rank)
     # CPU scalars (metrics, flags) use gloo even if vectors use NCCL.
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_meeting(timeout))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout))
     except (OSError, RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
         raise ConfigError(not_joined(error)) from error
     try:
         group = TorchGroup()
         yield group
-        with group.told():
+        with group.naming_lost_workers():
             dist.barrier()  # an early exit would close connections that others still use
     finally:
         # Without this, interpreters that exit while gloo threads live sometimes abort.
         dist.destroy_process_group()
 
 
-def _meeting(timeout: timedelta | None) -> dict[str, Any]:
+def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
     """Return a store as arguments of `init_process_group`; {} if torchrun's store is never reused.
 
     torchrun's store gets a new prefix. Of other launchers rank 0 has the store, which listens at MASTER_ADDR alone.
@@ -322,7 +322,7 @@ def preload_workers(module: str) -> None:
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
+def _restoring_signal_handlers() -> Iterator[None]:
     """Restore the signal handlers at the end: torch's launcher replaces them permanently. Main thread only."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
@@ -349,7 +349,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # A signal to the launcher arrives here as SignalException, after the workers have ended.
     try:
-        with _quiet_launcher(), short_shutdown_grace(), _handlers_kept(), _local_store() as file:
+        with _quiet_launcher(), short_shutdown_grace(), _restoring_signal_handlers(), _local_store() as file:
             # One machine, and a port that the system chooses. No restarts: a failed worker ends the launch.
             config = LaunchConfig(
                 min_nodes=1,

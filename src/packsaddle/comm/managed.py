@@ -109,7 +109,7 @@ def connect(
     """
     os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers log several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")
-    logging.getLogger("torchft.manager").addFilter(_is_of_use)
+    logging.getLogger("torchft.manager").addFilter(_is_useful)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
     # Other workers connect to the address of the interface that reaches the lighthouse.
@@ -166,7 +166,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def _is_of_use(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     """Return False for the warning that torchft logs at every quorum of workers without NCCL."""
     return "NCCL flight recorder" not in record.getMessage()
 
@@ -186,7 +186,7 @@ def reach(host: str, port: int, seconds: float) -> str:
         raise ConfigError(_absent(f"http://{host}:{port}", error.strerror or str(error))) from None
 
 
-def lighthouse_place() -> tuple[str, int] | None:
+def lighthouse_address() -> tuple[str, int] | None:
     """Return host and port from TORCHFT_LIGHTHOUSE, None if it is not set. Raises ConfigError if it is invalid."""
     return _place(os.environ[LIGHTHOUSE]) if os.environ.get(LIGHTHOUSE) else None
 

@@ -38,7 +38,7 @@ class Choice:
     reason: str
 
 
-def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
+def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
     """Warn if there are no coordinates to compress. `stacklevel` is that of `warnings.warn` in the caller."""
     if d == 0 and not compressor.lossless:
         warnings.warn(

@@ -123,13 +123,13 @@ class Certificate:
         return math.log(10) / math.log1p(-lr * self.lambda_min_upper) if lr and self.lambda_min_upper < 0 else None
 
     @property
-    def whose(self) -> str:
+    def loss_name(self) -> str:
         """A description of the function whose Hessian this is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     @property
-    def _how(self) -> str:
+    def _why_differences(self) -> str:
         """The step and error of differences, and the reason for using them; empty for double backward."""
         if self.hvp_step is None:
             return ""
@@ -137,7 +137,7 @@ class Certificate:
         return f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
 
     @property
-    def _whence(self) -> str:
+    def _rho_origin(self) -> str:
         """The origin of a default epsilon; empty if one was given."""
         if not self.epsilon_proposed:
             return ""
@@ -152,7 +152,7 @@ class Certificate:
         """
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
-        values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "whose": self.whose}
+        values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
         values |= {"saddle_below_rho": self.saddle_below_rho, "lr": lr}
         values["escape_steps"] = None if lr is None else self.escape_steps(lr)
         return for_json(values)
@@ -166,12 +166,12 @@ class Certificate:
             error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
         lines = [
             f"{self.verdict}{', not a minimum' if is_plateau else ''}",
-            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
+            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._rho_origin}",
             *self._curvature(),
             *self._remarks(),
-            f"loss {self.loss:.6f}; the Hessian is that of {self.whose}",
-            f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}{self._how}, "
-            f"{self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
+            f"loss {self.loss:.6f}; the Hessian is that of {self.loss_name}",
+            f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}"
+            f"{self._why_differences}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
         return "\n  ".join(lines)
 

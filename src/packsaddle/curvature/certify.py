@@ -88,19 +88,19 @@ def certify(
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
             """Prove a saddle on all examples by a direction found on a part of them, or search on all."""
-            full, scout = CurvatureSearch(products, goal, progress), None
+            full, pilot_search = CurvatureSearch(products, goal, progress), None
             if grad_norm <= epsilon and math.isinf(search.tolerance) and math.isinf(search.sharpness):
-                scout = pilot(products, goal, batches, of, progress)
-            if scout is None or not full.proves(scout.v, scout.error):
-                scout = None
+                pilot_search = pilot(products, goal, batches, of, progress)
+            if pilot_search is None or not full.proves(pilot_search.v, pilot_search.error):
+                pilot_search = None
                 full.run()
-            return full, scout, full.walk(scout) if full.verdict is Verdict.SADDLE else None
+            return full, pilot_search, full.walk(pilot_search) if full.verdict is Verdict.SADDLE else None
 
         # Decide on which side of -sqrt(rho epsilon) lambda_min is.
-        full, scout, walk = with_products(chosen, search.hvp, decide)
-        products, sharpest = full.products, (scout or full).sharpest
+        full, pilot_search, walk = with_products(chosen, search.hvp, decide)
+        products, sharpest = full.products, (pilot_search or full).sharpest
     distance, lowest, bend = walk or (None, None, None)
-    ritz = (scout or full).ritz
+    ritz = (pilot_search or full).ritz
     assert ritz is not None
     return Certificate(
         verdict=full.verdict,
@@ -128,8 +128,8 @@ def certify(
         ritz_shares=ritz.shares,
         examples=curvature.examples,
         sample_of=sample_of,
-        pilot_examples=None if scout is None else scout.curvature.examples,
-        pilot_hvps=0 if scout is None else scout.curvature.products,
+        pilot_examples=None if pilot_search is None else pilot_search.curvature.examples,
+        pilot_hvps=0 if pilot_search is None else pilot_search.curvature.products,
         precision=str(curvature.parameters[0].dtype).removeprefix("torch."),
         hvp=products.name,
         hvp_reason=products.reason,

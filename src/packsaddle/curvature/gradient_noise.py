@@ -85,7 +85,7 @@ def gradient_noise(
         raise ValueError(f"workers must be at least 1, got {workers}")
 
     # Sums over workers of the estimates n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 of tr(Cov), their squares and counts.
-    apart, examples, d = _apart(model, loss_fn, batches)
+    apart, examples, d = _sum_of_squares(model, loss_fn, batches)
     found = torch.tensor(apart, dtype=torch.float64)
     counts = torch.tensor([len(apart), examples, not apart], dtype=torch.float64)
     sums = torch.cat([found.sum().view(1), found.square().sum().view(1), counts])
@@ -103,7 +103,7 @@ def gradient_noise(
     return GradientNoise(mean, math.sqrt(spread), seen / drawn, drawn, group.size if workers is None else workers, d)
 
 
-def _apart(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
+def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
     """Return the estimates of tr(Cov), the number of examples, and d."""
     parameters = trainable(model)
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
@@ -113,7 +113,7 @@ def _apart(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[l
         for batch in batches:
             n = batch_size(batch)
             grads = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
-            square = _move(mean, grads, n / (seen + n))
+            square = _update_mean(mean, grads, n / (seen + n))
             if seen:
                 found.append(n * seen / (seen + n) * square)
             seen += n
@@ -121,7 +121,7 @@ def _apart(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[l
 
 
 @torch.no_grad()
-def _move(mean: list[Tensor], grads: tuple[Tensor | None, ...], weight: float) -> float:
+def _update_mean(mean: list[Tensor], grads: tuple[Tensor | None, ...], weight: float) -> float:
     """Move `mean` toward `grads` by `weight` of their distance, in place; return the square of that distance."""
     square = torch.zeros((), dtype=torch.float64, device=mean[0].device)
     for m, g in zip(mean, grads, strict=True):

@@ -278,7 +278,7 @@ class Curvature:
         cast to float64; None without examples; not collective."""
         if not sum(self._sizes_of_batches):
             return None
-        model, doubled = copy.deepcopy(self._model).double(), partial(map, _doubled)
+        model, doubled = copy.deepcopy(self._model).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
@@ -442,7 +442,7 @@ def every_nth(batches: Iterable[Any], n: int, first: int = 0) -> Reread:
     return Reread(batches, lambda read: islice(read, first, None, n))
 
 
-def _doubled(batch: Any) -> Any:
+def _to_double(batch: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
 
 

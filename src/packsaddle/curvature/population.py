@@ -167,8 +167,8 @@ def certify_population(
         def measure(products: Products) -> PopulationCertificate:
             seen, fresh = map(products.of, halves)
             v = _lowest_direction(seen, search, progress)
-            products.learn(seen)
-            fresh.learn(seen)
+            products.copy_estimates(seen)
+            fresh.copy_estimates(seen)
             _, off_by = fresh.checked(v)
             rho = hessian_lipschitz or products.rho(v)
             threshold = -math.sqrt(rho * epsilon)

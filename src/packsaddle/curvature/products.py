@@ -87,7 +87,7 @@ class Products(ABC):
     def of(self, curvature: Curvature) -> "Products":
         """Return products over other examples, by the same method."""
 
-    def learn(self, other: "Products") -> None:  # noqa: B027 -- most have nothing to learn
+    def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- most have nothing to learn
         """Initialize step sizes and error estimates from products over other examples."""
 
     @abstractmethod
@@ -176,7 +176,7 @@ class DoubleBackward(Products):
     def of(self, curvature: Curvature) -> "DoubleBackward":
         return DoubleBackward(curvature)
 
-    def learn(self, other: Products) -> None:
+    def copy_estimates(self, other: Products) -> None:
         """Skip the second computation of the first product if the other's did not differ."""
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
@@ -321,10 +321,10 @@ class Differences(Products):
 
     def of(self, curvature: Curvature) -> "Differences":
         other = Differences(curvature, self.reason)
-        other.learn(self)
+        other.copy_estimates(self)
         return other
 
-    def learn(self, other: Products) -> None:
+    def copy_estimates(self, other: Products) -> None:
         """Copy the step and the rounding estimates of `other`."""
         assert isinstance(other, Differences)
         self.step, self._rounding, self._quietest = other.step, other._rounding, other._quietest

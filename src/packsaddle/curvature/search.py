@@ -40,7 +40,7 @@ class Bounds:
         return f"lambda_min in [{low:.1e}, {high:.1e}] of {self.examples:,} examples{asked}"
 
 
-Told = Callable[[Bounds], None]
+OnBounds = Callable[[Bounds], None]
 Walk = tuple[float, float, float]  # s, f(x + s v), and the largest f(x) - [f(x + s v) + f(x - s v)] / 2
 
 
@@ -60,7 +60,7 @@ class CurvatureSearch:
 
     products: Products
     goal: Goal
-    told: Told
+    on_bounds: OnBounds
     rho: float = field(init=False)
     lower: float = -math.inf
     lambda_max: tuple[float, float] = (-math.inf, math.inf)
@@ -89,7 +89,7 @@ class CurvatureSearch:
         for k in range(1, goal.options.max_hvps + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound, up to rounding
-            self._tell(ritz, k, measured_at > 0 or goal.rho is not None)
+            self._report(ritz, k, measured_at > 0 or goal.rho is not None)
             last = k == goal.options.max_hvps or lanczos.exhausted
 
             # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
@@ -130,15 +130,15 @@ class CurvatureSearch:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
-    def walk(self, scout: "CurvatureSearch | None") -> Walk:
+    def walk(self, pilot_search: "CurvatureSearch | None") -> Walk:
         """Evaluate f(x + s v) and f(x - s v), from s = ||x|| / 1000 or less in factors of 4, while one of them falls.
 
         With a scout, the losses of its examples select two s, at which f is then evaluated on all examples. Returns s
         and f(x + s v) of the lowest loss, and the largest decrease of the mean of both sides, which a slope cannot
         cause: |lambda|^3 / (10 rho^2) or more for the true rho, at any s from |lambda| / (2 rho) to four times that.
         """
-        losses = (scout or self)._follow(self.v, self.upper, self.rho)
-        if scout is not None:
+        losses = (pilot_search or self)._follow(self.v, self.upper, self.rho)
+        if pilot_search is not None:
             chosen = {min(losses, key=lambda s: min(losses[s])), min(losses, key=lambda s: sum(losses[s]))}
             losses = {s: self._on_both_sides(self.v, s) for s in sorted(chosen)}
         sides = [(loss, s * sign) for s, pair in losses.items() for loss, sign in zip(pair, (1, -1), strict=True)]
@@ -167,10 +167,12 @@ class CurvatureSearch:
         self.lower = ritz.lower_bound(probability)
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
 
-    def _tell(self, ritz: Ritz, k: int, known: bool) -> None:
-        threshold = -math.sqrt(self.rho * self.goal.epsilon) if known else None
+    def _report(self, ritz: Ritz, k: int, rho_is_known: bool) -> None:
+        threshold = -math.sqrt(self.rho * self.goal.epsilon) if rho_is_known else None
         bounds = self.lower, ritz.theta_min + ritz.rounding
-        self.told(Bounds(k, self.goal.options.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold))
+        self.on_bounds(
+            Bounds(k, self.goal.options.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold)
+        )
 
     def _settled(self, ritz: Ritz) -> bool:
         low, high = self.lambda_max
@@ -211,7 +213,7 @@ def pilot(
     goal: Goal,
     batches: Iterable[Any],
     derivatives: Callable[[Iterable[Any]], Curvature],
-    told: Told,
+    on_bounds: OnBounds,
 ) -> CurvatureSearch | None:
     """Search on about `pilot_examples` examples, in evenly spaced batches; collective.
 
@@ -227,10 +229,10 @@ def pilot(
     part = derivatives(every_nth(batches, stride))
     most = max(1, _PILOT_COST * curvature.examples // part.examples)
     goal = replace(goal, options=replace(search, max_hvps=min(search.max_hvps, most)))
-    scout = CurvatureSearch(full.of(part), goal, told)
+    pilot_search = CurvatureSearch(full.of(part), goal, on_bounds)
     try:
-        scout.run()
+        pilot_search.run()
     finally:
         curvature.passes += part.passes * part.examples / curvature.examples
-    full.learn(scout.products)
-    return scout if scout.verdict is Verdict.SADDLE else None
+    full.copy_estimates(pilot_search.products)
+    return pilot_search if pilot_search.verdict is Verdict.SADDLE else None

@@ -20,7 +20,7 @@ class CertifyEvery:
         every: steps between two certificates.
         at: a function that returns a context in which all workers have equal parameters, such as
             `LocalUpdates.at_anchor`; by default the current parameters are certified.
-        told: called with each certificate, on every worker.
+        on_certificate: called with each certificate, on every worker.
         options: further options of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
 
     `certificates` is a list of (step, certificate). Raises ValueError for `every` below 1, and the errors of `certify`.
@@ -46,7 +46,7 @@ class CertifyEvery:
         *,
         every: int,
         at: Callable[[], AbstractContextManager[None]] = nullcontext,
-        told: Callable[[Certificate], None] = lambda certificate: None,
+        on_certificate: Callable[[Certificate], None] = lambda certificate: None,
         **options: Any,
     ) -> None:
         if every < 1:
@@ -55,7 +55,7 @@ class CertifyEvery:
         self.steps = 0  # steps counted so far
         self.certificates: list[tuple[int, Certificate]] = []
         self._certify: Callable[[], Certificate] = partial(certify, model, loss_fn, batches, **options)
-        self._at, self._told = at, told
+        self._at, self._on_certificate = at, on_certificate
 
     def step(self) -> Certificate | None:
         """Count a step, and return the certificate if one is due."""
@@ -65,7 +65,7 @@ class CertifyEvery:
         with self._at():
             certificate = self._certify()
         self.certificates.append((self.steps, certificate))
-        self._told(certificate)
+        self._on_certificate(certificate)
         return certificate
 
     def state_dict(self) -> dict[str, Any]:

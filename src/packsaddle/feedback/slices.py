@@ -143,7 +143,7 @@ class FlatParameters(Slice):
         first, owner = self.parameters[0], [i for i, g in enumerate(groups) for _ in g["params"]]
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
         # The order of x: compressed tensors, then uncompressed ones.
-        dense, start, found = [goes_dense(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
+        dense, start, found = [is_sent_uncompressed(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
         for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # stable
             p = self.parameters[i]
             found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
@@ -229,8 +229,8 @@ def places(
     """
     check_dense_below(dense_below)
     found, start = [], 0
-    for name, p in sorted(named, key=lambda item: goes_dense(item[1], dense_below)):  # stable
-        found.append(Place(name, part(p), goes_dense(p, dense_below), start))
+    for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # stable
+        found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
         start += found[-1].size
     return found
 
@@ -241,7 +241,7 @@ def check_dense_below(dense_below: int) -> None:
         raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
 
 
-def goes_dense(p: Tensor, dense_below: int) -> bool:
+def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
     """Return True if p, with fewer than two dimensions or `dense_below` elements, is sent uncompressed; 0: never."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 

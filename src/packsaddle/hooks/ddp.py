@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import group_like, training_group
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.select_aggregator import choose, warn_of_nothing
+from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
@@ -216,7 +216,7 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
     compressed = [place for place in found if not place.dense]
     compressor, d = rules.at(rules.start_step), sum(place.size for place in compressed)
     spec = rules.compression
-    warn_of_nothing(compressor, d, spec.dense_below, stacklevel=3)
+    warn_if_nothing_compressed(compressor, d, spec.dense_below, stacklevel=3)
     shapes = [place.parameter.shape for place in compressed]
     choose(compressor.for_tensors(shapes), spec.exchange_of(compressor), d=d, dense=1, workers=workers, back=spec.back)
 

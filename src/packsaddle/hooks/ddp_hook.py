@@ -157,7 +157,7 @@ class DDPHook(GradientHook):
         self._factors, self._scaled = self._rates.factors(), self._scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
-    def _conclude(self, *, apply: bool) -> None:
+    def _end_pass(self, *, apply: bool) -> None:
         self._rates.close(apply=apply)
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:

@@ -171,7 +171,7 @@ class GradientHook(ABC):
         self._bad_name = ""  # the first parameter whose part of this worker's vector is invalid
         self._complete = False
         self._protected: list[Optimizer] = []
-        self._spoiled: list[Optimizer] = []  # protected ones whose gradients have NaNs of a rejected pass
+        self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
         self._fresh = True  # False: gradients include those of earlier passes
 
     def __repr__(self) -> str:  # without waiting for a running pass
@@ -214,7 +214,7 @@ class GradientHook(ABC):
         calls once for the gradients is supported.
         """
         if self._skips.most is not None:
-            optimizer.register_step_pre_hook(self._withhold)
+            optimizer.register_step_pre_hook(self._clear_rejected_gradients)
             self._protected.append(optimizer)
             self._skips.protected = True
 
@@ -222,48 +222,48 @@ class GradientHook(ABC):
         """Register a GradScaler, `scaler`. While enabled, it skips steps with non-finite gradients."""
         self._skips.protected |= scaler.is_enabled()
 
-    def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _clear_rejected_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
         named = kwargs.get("closure")
         closure = named or (args[1] if len(args) > 1 and callable(args[1]) else None)  # args[0] is the optimizer
         if closure is None:
-            self._take_away(optimizer)
+            self._clear_gradients(optimizer)
             return None
 
         def guarded() -> Any:
             found = closure()
-            self._take_away(optimizer)
+            self._clear_gradients(optimizer)
             return found
 
         return (args, {**kwargs, "closure": guarded}) if named else ((args[0], guarded, *args[2:]), kwargs)
 
-    def _take_away(self, optimizer: Optimizer) -> None:
+    def _clear_gradients(self, optimizer: Optimizer) -> None:
         self._settle()
-        if optimizer in self._spoiled:
-            self._spoiled.remove(optimizer)
+        if optimizer in self._rejected:
+            self._rejected.remove(optimizer)
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = None
 
     def _open(self) -> None:
         """Settle the last pass and begin a new one. Raises NonFiniteError after too many consecutive skips."""
-        self._settle(broken_off=True)
+        self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
         self._allocation.begin(self._rules.at(self._steps))
 
-    def _feedback(self, of: Slice, loose: dict[str, Tensor], seed: int) -> ErrorFeedback:
-        """Return the error feedback of a slice. Errors in `loose`, by parameter name, are moved into its memory."""
+    def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
+        """Return the error feedback of a slice. Errors in `unassigned`, by name, are moved into its memory."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
-            if (error := loose.pop(place.name, None)) is not None:
+            if (error := unassigned.pop(place.name, None)) is not None:
                 view.copy_(error)
         parts = (of, memory, self.channel, self._guard, self._contraction)
         return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
 
-    def _use(self, part: ErrorFeedback, step: int, *, still: bool = False) -> Compressor:
-        """Set and return a slice's compressor of a step. With `still` errors it causes no owner errors."""
+    def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:
+        """Set and return a slice's compressor of a step. With `kept` errors it causes no owner errors."""
         exchange = self._rules.compression.exchange
-        compressor = Identity() if still and exchange != "direct" else self._rules.at(step)
+        compressor = Identity() if kept and exchange != "direct" else self._rules.at(step)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self._rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
@@ -284,8 +284,8 @@ class GradientHook(ABC):
         they differ between workers, the code is UNLIKE or more.
         """
         decay = self._rules.compression.decay
-        still = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
-        compressor = self._use(part, self._steps, still=bool(still))
+        kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
+        compressor = self._use(part, self._steps, kept=bool(kept))
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
@@ -298,7 +298,7 @@ class GradientHook(ABC):
         r.exchange([bits.to(v) for bits in identity])
         self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
-        r.apply(BucketTarget(part.slice, gradients, scale), keep=still)
+        r.apply(BucketTarget(part.slice, gradients, scale), keep=kept)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()
@@ -308,30 +308,30 @@ class GradientHook(ABC):
         self._codes.append(code)
         return code
 
-    def _settle(self, *, broken_off: bool = False) -> None:
+    def _settle(self, *, interrupted: bool = False) -> None:
         """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
 
         No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
         """
         with self._lock:
-            if not self._pass or not (self._complete or broken_off):
+            if not self._pass or not (self._complete or interrupted):
                 return
             # All workers read the same codes, so all commit every slice, or none does.
             codes = torch.stack(self._codes).tolist() if self._complete else []
             rejected = [code for code in codes if code != 0]
             applied = self._complete and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code >= UNLIKE]
-            self._conclude(apply=applied)
+            self._end_pass(apply=applied)
             self._allocation.close(apply=applied)
             for r in self._pass:
                 r.commit() if applied else r.roll_back()
             self._contraction.close(self._steps, apply=applied)
-            # A rejected pass leaves NaNs in the gradients: `_withhold` clears them for protected optimizers.
+            # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.
             if applied:
                 self._skips.reset_streak()
-                self._spoiled = [] if self._fresh else self._spoiled
+                self._rejected = [] if self._fresh else self._rejected
             elif self._complete and not unlike:
-                self._spoiled = list(self._protected)
+                self._rejected = list(self._protected)
                 others = "a gradient of another worker" if min(rejected) <= 1 else THE_MEAN
                 skip = Skip.of(self._steps, {self.channel.group.rank: self._bad_name}, others)
                 if not skip.workers and any(math.isnan(code) for code in rejected):
@@ -345,7 +345,7 @@ class GradientHook(ABC):
                     f"{unlike[0] or 'the root module'}, another reduced another module of its size"
                 )
 
-    def _conclude(self, *, apply: bool) -> None:  # noqa: B027 -- FSDP's has none
+    def _end_pass(self, *, apply: bool) -> None:  # noqa: B027 -- FSDP's has none
         """Commit or roll back other state of the hook."""
 
     @property
@@ -378,7 +378,7 @@ class GradientHook(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
         self.saved_state.validate(state)
-        self._settle(broken_off=True)
+        self._settle(interrupted=True)
         self._step_rates.clear()
         self.saved_state.load(state)
         self._drift.resume(max(0, self._steps - 1))  # parameters are compared when the next step begins

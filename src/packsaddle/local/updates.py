@@ -26,7 +26,7 @@ from packsaddle.comm.communicator import Communicator, as_text, check_agreement,
 from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
-from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
@@ -176,7 +176,7 @@ class LocalUpdates:
         with torch.no_grad():
             self._fragments = partition(self._parameters, options, self._channel, device, agree)
         d = sum(part.compressed_d for part in self._fragments)
-        warn_of_nothing(spec.at(0), d, spec.dense_below, stacklevel=2)
+        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=2)
         spec.at(0).validate(d)
         for part in self._fragments:
             part.use(spec.at(0))

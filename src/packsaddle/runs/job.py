@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from packsaddle.comm.communicator import Together
+from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.cost_model import RingAllReduce
 from packsaddle.comm.failures import TerminatedError
 from packsaddle.comm.group import Solo, ambient_group, resolve
-from packsaddle.comm.launching import hearing_sigterm, launch, process_group
+from packsaddle.comm.launching import launch, process_group, recording_sigterm
 from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
@@ -122,17 +122,17 @@ class Job:
     def claim(self, stack: ExitStack) -> "Job | None":
         """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
         Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
-        together, problem = Together(resolve(None), torch.device("cpu")), None
-        self._check_given(together)
+        collectives, problem = ObjectCollectives(resolve(None), torch.device("cpu")), None
+        self._check_given(collectives)
         said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
 
         # Only rank 0 checks, creates folders and acquires locks.
-        if together.group.rank == 0:
+        if collectives.group.rank == 0:
             try:
                 with ambient_group(Solo()):  # the check constructs optimizers, which is collective
                     job = self.located()
                     if job is not None:
-                        job.check(together.group.size)
+                        job.check(collectives.group.size)
                         job.make_folders()
                         stack.enter_context(job.held())
                         job._check_unchanged()
@@ -141,19 +141,19 @@ class Job:
                 problem, said["failed"] = error, True
 
         # Broadcast the outcome of rank 0 before any worker stops.
-        said = together.gather(said)[0]
+        said = collectives.gather(said)[0]
         if problem is not None:
             raise problem
         if said["failed"]:
             raise SystemExit(2)
         if said["configs"] is None:
             return None
-        configs = tuple(replace(build(Config, c), workers=together.group.size) for c in said["configs"])
+        configs = tuple(replace(build(Config, c), workers=collectives.group.size) for c in said["configs"])
         return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
 
-    def _check_given(self, together: Together) -> None:
+    def _check_given(self, collectives: ObjectCollectives) -> None:
         """Raise ConfigError on all workers if their configurations differ; collective."""
-        given = together.gather([plain(config) for config in self.configs])
+        given = collectives.gather([plain(config) for config in self.configs])
         for worker, configs in enumerate(given):
             for ours, theirs in zip(given[0], configs, strict=False):
                 if (different := first_difference(theirs, ours)) is not None:
@@ -216,7 +216,7 @@ class Job:
                 return self.train()
 
     def _hearing(self) -> AbstractContextManager[None]:
-        return hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext()
+        return recording_sigterm() if self.saving.on and self.saving.stops else nullcontext()
 
     def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
         try:

@@ -16,7 +16,7 @@ from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
-from packsaddle.feedback.slices import goes_dense
+from packsaddle.feedback.slices import is_sent_uncompressed
 from packsaddle.local.joined import JoinedOptimizer
 from packsaddle.local.options import Elastic
 from packsaddle.local.updates import LocalUpdates
@@ -131,7 +131,7 @@ class LocalTraining(Training):
         """See `Training`. The exchange is described as if all fragments were exchanged together."""
         # n of the d coordinates are compressed.
         config = self._config
-        compressed = [p for p in self._parameters if not goes_dense(p, config.dense_below)]
+        compressed = [p for p in self._parameters if not is_sent_uncompressed(p, config.dense_below)]
         d, n = (sum(p.numel() for p in some) for some in (self._parameters, compressed))
         shapes, lossless = [p.shape for p in compressed], config.compressor.lossless
         choice = choose(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from packsaddle.checkpoint.atomic_files import PARTIAL
 from packsaddle.checkpoint.files import CheckpointError, remove_all, steps_in
-from packsaddle.checkpoint.parts import on_all
+from packsaddle.checkpoint.parts import run_on_all
 from packsaddle.checkpoint.save_load import Checkpoint, restore, save_checkpoint
-from packsaddle.comm.communicator import Together
+from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import asked_to_stop
 from packsaddle.errors import ConfigError
@@ -134,7 +134,7 @@ class RunCheckpoints:
             if found is not None and found.step >= 0:
                 load(found)
                 step = found.step
-            on_all(Together(self._group, torch.device("cpu")), partial(self._cut, step))
+            run_on_all(ObjectCollectives(self._group, torch.device("cpu")), partial(self._cut, step))
         except CheckpointError as error:
             raise LoadingError(str(error)) from error
         return () if found is None else tuple(found.notes)

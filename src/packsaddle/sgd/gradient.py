@@ -166,7 +166,7 @@ class Gradient:
         """Clear the kept vectors. Call after the escape check has rolled x back."""
 
 
-class _Gathered(Gradient):
+class _StatefulGradient(Gradient):
     """A direction that keeps a vector between steps, float[d], in at least float32.
 
     A step computes its next value in `_next`: the same buffer as `_now` without `spare`, where no step is rolled back.
@@ -202,7 +202,7 @@ class _Gathered(Gradient):
             torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
 
 
-class Momentum(_Gathered):
+class Momentum(_StatefulGradient):
     """Momentum of each worker's g = grad F_i(x) + weight_decay x + xi, before compression: m <- beta m + g.
 
     u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e follows SGD with momentum on the mean
@@ -233,7 +233,7 @@ class Momentum(_Gathered):
         return {"momentum": self._now.views}
 
 
-class StormGradient(_Gathered):
+class StormGradient(_StatefulGradient):
     """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g of the same examples.
 
     A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. g includes weight

@@ -19,7 +19,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import is_averaged_by_ddp, training_group
 from packsaddle.comm.ledger import Ledger, Totals
-from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
@@ -174,7 +174,7 @@ class CompressedSGD(Optimizer):
 
         # x as one vector, and the workers.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
-        warn_of_nothing(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
+        warn_if_nothing_compressed(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 
