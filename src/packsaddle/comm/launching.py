@@ -239,7 +239,9 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         torch.cuda.set_device(local_rank)
     # CPU scalars (metrics, flags) use gloo even if vectors use NCCL.
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout)
+        )
     except (OSError, RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
         raise ConfigError(not_joined(error)) from error
     try:
