@@ -63,11 +63,11 @@ def batch(number: int, seed: int) -> tuple[str, Counter[str]]:
     }
     counts: Counter[str] = Counter()
     out = torch.zeros(d)
-    # A message that decodes is what the next mutation starts from, now and then: so that changes add up.
     slow = isinstance(compressor, SharedTopK | SketchTopK)
     for i in range(_BATCH_OF_SLOW if slow else _BATCH):
         kind = KINDS[i % len(KINDS)]
         base = rng.choice(made)
+        # One in four is mutated twice.
         if rng.randrange(4) == 0:
             base = mutate(base, rng.choice(KINDS[:7]), others, rng)
         parts = mutate(base, kind, others, rng)
@@ -96,14 +96,17 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_table(state: dict[str, Any], path: Path) -> None:
-    """Write the counts as rows of compressor, kind, and one column for each outcome."""
+    """Write the counts as rows of the compressor's class, kind, and one column for each outcome."""
     columns = ("refused", "finite", "not finite")
+    classes: dict[str, Counter[str]] = {}
+    for compressor, counts in state["counts"].items():
+        classes.setdefault(compressor.partition("(")[0], Counter()).update(counts)
     with path.open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("compressor", "mutation", *columns))
-        for compressor, counts in sorted(state["counts"].items()):
+        for name, counts in sorted(classes.items()):
             for kind in KINDS:
-                table.writerow((compressor, kind, *(counts.get(f"{kind}, {column}", 0) for column in columns)))
+                table.writerow((name, kind, *(counts[f"{kind}, {column}"] for column in columns)))
 
 
 def main() -> None:

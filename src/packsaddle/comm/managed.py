@@ -6,6 +6,7 @@ the exchange. The Manager's own collectives are not used: it has no all-gather, 
 all-reduce scales and zeroes its input.
 """
 
+import ipaddress
 import logging
 import os
 import socket
@@ -15,7 +16,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def connect(
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
         bind: the address at which this worker's servers listen; "::" for all. None: its address in the connection to
-            the lighthouse.
+            the lighthouse, or `hostname` if that one is localhost.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
     torchft, and ConfigError if there is no lighthouse.
@@ -114,17 +114,19 @@ def connect(
     host, port = _place(address)
     # Other workers connect to the address of the interface that reaches the lighthouse.
     route = reach(host, port, connect_timeout)
-    here, listen = hostname or route, bind or route
+    here = hostname or route
+    listen = bind or (here if ipaddress.ip_address(route).is_loopback else route)
     # For torchft a worker is a replica group of one process, with its own rendezvous store.
     try:
         store = bound_store(listen)
     except OSError as error:
         raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
+    # torchft's server of a Manager would listen at every address, and has no option for it.
     managers: Any = require("torchft.manager", "torchft", "elastic training")
-    served, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
-    at_address = partial(_at_address, served, f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}")
+    server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
+    bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
     try:
-        with _replaced(managers, "ManagerServer", at_address):
+        with _replaced(managers, "ManagerServer", lambda **settings: server(**settings | bound)):
             manager = torchft.Manager(
                 pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=timeout)),
                 load_state_dict=None,
@@ -148,11 +150,6 @@ def connect(
         raise ConfigError(_absent(address, str(error))) from None
     weakref.finalize(manager, lambda _: None, store)  # keep the store alive as long as the Manager
     return manager
-
-
-def _at_address(server: Any, address: str, **settings: Any) -> Any:
-    """Return torchft's server of a Manager, which always would listen at all addresses."""
-    return server(**{**settings, "bind": address})
 
 
 @contextmanager

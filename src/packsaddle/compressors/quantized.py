@@ -186,18 +186,14 @@ class QSGD(Compressor):
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         self.check_parts(parts, d)
-        some = self._not_zero(parts["scales"], d)
         with decoding(self):
-            return Message(parts, self._unpacked(parts["levels"], d if some is None else some.coordinates))
+            return Message(parts, self._unpacked(parts, d))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         norms, d = message.parts["scales"], len(out)
         scale = alpha / (self.levels * (1 + self.omega(d)))
-        some = self._not_zero(norms, d)
-        codes: Tensor | None = message.context  # set by `receive`
-        if codes is None:
-            with decoding(self):
-                codes = self._unpacked(message.parts["levels"], d if some is None else some.coordinates)
+        # Decoded by `receive`; not by `encode`, whose message keeps the bytes alone.
+        codes, some = message.context or self._unpacked(message.parts, d)
         if some is None:
             self._add(codes, norms, self._width(d), out, scale)
             return
@@ -205,13 +201,18 @@ class QSGD(Compressor):
         self._add(codes, norms[some.index], some.width, found, scale)
         some.add(found, out)
 
-    def _unpacked(self, coded: Tensor, d: int) -> Tensor:
-        """Return d levels + `levels`, uint8[d] or int32[d], checked; packed as they are for the Triton kernel."""
+    def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
+        """Return level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all, n = d).
+
+        Checked, except on a GPU a fixed width of at most 8 bits, which stays packed for the Triton kernel.
+        """
+        coded = parts["levels"]
         if not self.fixed_size:
-            return decode_levels(coded, d, self.levels, self.bits)
-        if coded.device.type != "cpu" and self.bits <= MOST_BITS:  # a check would synchronize
-            return coded
-        return unpack_levels(coded, d, self.levels, self.bits)
+            some = self._not_zero(parts["scales"], d)
+            return decode_levels(coded, d if some is None else some.coordinates, self.levels, self.bits), some
+        if coded.device.type != "cpu" and self.bits <= MOST_BITS:
+            return coded, None
+        return unpack_levels(coded, d, self.levels, self.bits), None
 
     def _add(self, codes: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
         """Add scale * level * norm to out, float[n]; one norm per bucket of b coordinates."""
@@ -233,7 +234,7 @@ class QSGD(Compressor):
         None if over 7/8 are, or buckets do not end at byte boundaries.
         """
         b = self._width(d)
-        if self.fixed_size or b * self.bits % 8:
+        if b * self.bits % 8:
             return None
         index = norms.nonzero().squeeze(1)
         return None if 8 * len(index) > 7 * len(norms) else _Buckets(index, b, d)
