@@ -149,7 +149,7 @@ def outcome(compressor: Compressor, parts: Parts, out: Tensor, *, thorough: bool
     if thorough:
         support, first = compressor.support_of(message, d), out.clone()
         if support is not None and len(support):
-            assert len(support.unique()) == len(support), "coordinates of a support must be distinct"
+            assert len(set(support.tolist())) == len(support), "coordinates of a support must be distinct"
             assert int(support.min()) >= 0, "an index is negative"
             assert int(support.max()) < d, "an index is beyond the end"
         compressor.add_decoded(compressor.receive(tensors, d, seed=1, step=2), out.zero_())

@@ -233,8 +233,8 @@ class Round:
         dense = v[n:]
         extras = [f.guard.flag(dense, self.invalid), *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
-        flag = f.guard.flag_index(len(dense))
-        g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=flag)
+        at = f.guard.flag_index(len(dense))
+        g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=at)
         if g.error is not None:
             self.name = self.name or blame(g.error)
         mean, flag, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
