@@ -30,15 +30,19 @@ class GuardError(RuntimeError):
 class MessageError(ValueError):
     """A compressor's message that cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
 
-    `part` is the part's name, `expected` its requirement, `found` the actual value, `compressor` the compressor's name.
+    `part` is the part's name, `expected` its requirement, `found` the actual value, `compressor` the compressor's name,
+    `worker` the sender's rank (None: unknown).
     """
 
-    def __init__(self, part: str, expected: str, found: object, compressor: str = "the compressor") -> None:
-        super().__init__(part, expected, found, compressor)
-        self.part, self.expected, self.found, self.compressor = part, expected, found, compressor
+    def __init__(
+        self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None
+    ) -> None:
+        super().__init__(part, expected, found, compressor, worker)
+        self.part, self.expected, self.found, self.compressor, self.worker = part, expected, found, compressor, worker
 
     def __str__(self) -> str:
-        return f"{self.part} in a message of {self.compressor} must be {self.expected}, got {self.found}"
+        sender = "" if self.worker is None else f" from worker {self.worker}"
+        return f"{self.part} in a message of {self.compressor}{sender} must be {self.expected}, got {self.found}"
 
 
 class MissingExtraError(ConfigError):

@@ -88,9 +88,8 @@ def test_a_layer_without_its_codes_is_refused(d: int, loops: type[contextlib.nul
         for unary in ([0], [1], [128], [255], [0, 0]):
             levels = layered(d, 3, unary)
             assert len(levels) <= 21
-            message = QSGD().receive({"levels": levels, "scales": scales}, d, seed=0, step=0)
             with pytest.raises(MessageError, match=r"levels in a message of QSGD\(levels=7"):
-                QSGD().add_decoded(message, torch.zeros(d))
+                QSGD().receive({"levels": levels, "scales": scales}, d, seed=0, step=0)
     # Three quotients of 0 and remainders of 0 are the first three coordinates.
     out, message = torch.zeros(d), Message({"levels": layered(d, 3, [0b11100000]), "scales": scales})
     QSGD().add_decoded(message, out)
@@ -181,12 +180,11 @@ def test_compiled_loops_refuse_arrays_that_are_too_short() -> None:
     short = torch.zeros(3, dtype=torch.uint8)
     calls = {
         "add_signs": (short, 0, torch.ones(()), torch.zeros(100)),
-        "add_levels": (short, 7, 4, 512, torch.ones(1), torch.zeros(100)),
-        "add_rice_levels": (torch.full((100,), 255, dtype=torch.uint8), 7, 0, 16, torch.ones(1), torch.zeros(100), 1.0),
-        "add_coded_levels": ([], [], short, 7, 16, torch.ones(1), torch.zeros(100), 1.0),
+        "add_levels": (short, 7, 4, 512, torch.ones(1), torch.zeros(100), 1.0),
+        "add_cells": (torch.zeros(100), torch.arange(3), 8, torch.ones(23), 1.0),
+        "unpack_levels": (short, 100, 7, 4),
         "unpack_numbers": (short, 5, 100),
     }
     for name, arguments in calls.items():
-        more = (1.0,) if name == "add_levels" else ()
         with pytest.raises(ValueError, match="must have at least"):
-            kernel(name)(*arguments, *more)  # type: ignore[misc]
+            kernel(name)(*arguments)  # type: ignore[misc]

@@ -4,17 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.communicator import Communicator, Parts
 from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.compressors import Compressor, LowRank, Message
 from packsaddle.compressors.low_rank import orthonormal, scaled
 from packsaddle.compressors.shared import SharedSupport
+from packsaddle.errors import MessageError
 from packsaddle.numerics.finite import magnitude
 from packsaddle.numerics.seeds import mix
 
@@ -46,6 +47,7 @@ class Averaged:
     own: tuple[Term, ...]  # this worker's C(v), which its error memory subtracts
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all
     dense: Tensor  # float[d - compressed d], the mean of the uncompressed parts
+    error: MessageError | None = None  # another worker's message is invalid: all workers must reject the exchange
 
     def write_to(self, out: Tensor) -> Tensor:
         """Write the mean to out, float[d], which must be zero; return out."""
@@ -86,8 +88,14 @@ class Aggregator(ABC):
         self.compressor = compressor
 
     @abstractmethod
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
-        """Average C(v), v float[d], and the uncompressed part `dense`; collective. v and dense are not changed."""
+    def average(
+        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+    ) -> Averaged:
+        """Average C(v), v float[d], and the uncompressed part `dense`; collective. v and dense are not changed.
+
+        If a message of another worker is invalid, dense[flag] is averaged as NaN, for all workers to reject the mean,
+        and `Averaged.error` is set. Without `flag` MessageError is raised.
+        """
 
     @abstractmethod
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
@@ -159,7 +167,9 @@ class AllReduce(Aggregator):
         super().__init__(compressor)
         self._buffer = torch.zeros(0)
 
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(
+        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+    ) -> Averaged:
         own = self.compressor.encode(v, seed=seed, step=step)
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
@@ -177,24 +187,31 @@ class AllReduce(Aggregator):
 class AllGather(Aggregator):
     """All-gather of the messages, averaged locally by every worker, and an all-reduce of the uncompressed part."""
 
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
-        mean_dense = mean_of_dense(channel, dense)
+    def average(
+        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+    ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_dense)
+            return Averaged((), (), mean_of_dense(channel, dense))
         own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
-        gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
         mean: list[Term] = []
+        gathered: list[Parts] = []
+        invalid, most = Invalid(), most_bytes(len(v), own.parts)
+        with invalid.of(None):
+            gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size, most=most)
         for worker, parts in enumerate(gathered):
             message = own
-            if worker != channel.group.rank:
-                message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
-            mean += self._terms(message, len(v), 1.0 / channel.group.size)
-        return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
+            with invalid.of(worker):
+                if worker != channel.group.rank:
+                    message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
+                mean += self._terms(message, len(v), 1.0 / channel.group.size)
+        # Last, so that a worker can report an invalid message to all.
+        mean_dense = mean_of_dense(channel, dense, invalid.error, flag)
+        return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense, invalid.error)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         sizes = 0 if self.compressor.fixed_size or not d else 8 * part_count(self.compressor, d)
         message = message_bytes(self.compressor, d, itemsize) if d else 0
-        return [RingAllReduce((dense * itemsize,)), RingAllGather(sizes), RingAllGather(message)]
+        return [RingAllGather(sizes), RingAllGather(message), RingAllReduce((dense * itemsize,))]
 
     def work(self, d: int, workers: int) -> list[Work]:
         return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # all but its own are decoded
@@ -209,7 +226,9 @@ class SharedSupportAllReduce(Aggregator):
 
     compressor: SharedSupport
 
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(
+        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+    ) -> Averaged:
         d, compressor = len(v), self.compressor
         if not d:
             return Averaged((), (), mean_of_dense(channel, dense))
@@ -244,7 +263,9 @@ class LowRankAllReduce(Aggregator):
         super().__init__(compressor)
         self._qs: list[Tensor] | None = None
 
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(
+        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+    ) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
         # Q: the warm start plus a tenth of a fresh Gaussian, or the Gaussian alone.
@@ -309,9 +330,56 @@ def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
     return round(compressor.message_bytes(d, itemsize)) if d else 0
 
 
-def mean_of_dense(channel: Communicator, dense: Tensor) -> Tensor:
-    """Return the mean of the uncompressed part over workers, without a collective if it is empty."""
-    return channel.mean(dense.clone(), "dense") if len(dense) else dense
+class Invalid:
+    """The first MessageError of `with invalid.of(worker):` blocks, which then end without it.
+
+    >>> from packsaddle.errors import MessageError
+    >>> invalid = Invalid()
+    >>> with invalid.of(3):
+    ...     raise MessageError("signs", "uint8[2]", "uint8[1]", "Sign()")
+    >>> str(invalid.error)
+    'signs in a message of Sign() from worker 3 must be uint8[2], got uint8[1]'
+    """
+
+    error: MessageError | None = None
+    _worker: int | None = None
+
+    def of(self, worker: int | None) -> Self:
+        """Set the sender of the message that the block receives; None: the error names it."""
+        self._worker = worker
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if not isinstance(error, MessageError):
+            return False
+        error.worker = self._worker if error.worker is None else error.worker
+        self.error = self.error or error
+        return True
+
+
+def most_bytes(d: int, parts: Parts) -> int:
+    """Return an upper bound on the bytes of any message with such parts for d coordinates, far above real ones."""
+    return (64 * d + 4096) * len(parts)
+
+
+def mean_of_dense(
+    channel: Communicator, dense: Tensor, error: MessageError | None = None, flag: int | None = None
+) -> Tensor:
+    """Return the mean of the uncompressed part over workers, without a collective if it is empty.
+
+    With an `error`, dense[flag] is averaged as NaN; without `flag` the error is raised.
+    """
+    if not len(dense) and error is None:
+        return dense
+    mine = dense.clone()
+    if error is not None:
+        if flag is None:
+            raise error
+        mine[flag] = float("nan")
+    return channel.mean(mine, "dense")
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from packsaddle.comm.group import Group
 from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.errors import MessageError
 from packsaddle.version import __version__
 
 Parts = Mapping[str, Tensor]
+_MOST = 1 << 30  # bytes of a worker's texts or parts, if the caller has no lower limit
 
 
 def ring_all_reduce(payload: int, workers: int) -> Bytes:
@@ -77,17 +79,20 @@ class Communicator:
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 
-    def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None) -> list[Parts]:
+    def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None, most: int = _MOST) -> list[Parts]:
         """Return every worker's parts, by rank. Names and dtypes must match on all workers, sizes if `fixed_size`.
 
         Otherwise sizes are gathered first, and shorter messages are padded to the longest. Bytes are recorded
-        under the parts' names, "sizes" and "padding", or all under `purpose`.
+        under the parts' names, "sizes" and "padding", or all under `purpose`. Raises MessageError on all workers if the
+        sizes of one are not those of its parts, or above `most` bytes in all.
         """
         wire = _join(parts)
         sizes = [_sizes(parts)] * self.group.size
         if not fixed_size:
             announced = self.group.all_gather(torch.tensor(sizes[0], device=wire.device))
             sizes = [s.tolist() for s in announced]
+            for worker, of_worker in enumerate(sizes):
+                check_sizes(of_worker, parts, worker, most)
             self._count(purpose or "sizes", "all-gather", ring_all_gather(8 * len(parts), self.group.size))
         padding = max(map(sum, sizes)) - len(wire)
         gathered = self.group.all_gather(torch.nn.functional.pad(wire, (0, padding)))
@@ -101,10 +106,11 @@ class Communicator:
         gathered = self.gather(parts, fixed_size=False, purpose=purpose)
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
-    def exchange(self, outgoing: Sequence[Parts | None], like: Parts) -> list[Parts]:
+    def exchange(self, outgoing: Sequence[Parts | None], like: Parts, *, most: int = _MOST) -> list[Parts]:
         """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by sender's rank.
 
-        `like` has the names and dtypes of the parts. Sizes are exchanged first.
+        `like` has the names and dtypes of the parts. Sizes are exchanged first. Raises MessageError, here alone, if
+        those of a worker are not sizes of such parts, or above `most` bytes in all.
         """
         nothing = [0] * len(like)
         sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
@@ -113,6 +119,8 @@ class Communicator:
             [torch.tensor(s, device=device).view(torch.uint8) for s in sizes], [8 * len(like)] * self.group.size
         )
         incoming = [h.view(torch.int64).tolist() for h in headers]
+        for worker, announced in enumerate(incoming):
+            check_sizes(announced, like, worker, most)
         wires = [torch.empty(0, dtype=torch.uint8, device=device) if p is None else _join(p) for p in outgoing]
         received = self.group.all_to_all(wires, [sum(s) for s in incoming])
         others = [r for r in range(self.group.size) if r != self.group.rank]
@@ -128,11 +136,15 @@ class Communicator:
         payload = tensor.numel() * tensor.element_size()
         self._count(purpose, "broadcast", star_broadcast(payload, self.group.rank, self.group.size))
 
-    def broadcast_parts(self, parts: Parts | None, like: Parts) -> Parts:
-        """Return rank 0's parts; others pass None. `like` has the names and dtypes. Sizes are broadcast first."""
+    def broadcast_parts(self, parts: Parts | None, like: Parts, *, most: int = _MOST) -> Parts:
+        """Return rank 0's parts; others pass None. `like` has the names and dtypes. Sizes are broadcast first.
+
+        Raises MessageError if they are not sizes of such parts, or above `most` bytes in all.
+        """
         device = next(iter(like.values())).device
         sizes = torch.tensor([0] * len(like) if parts is None else _sizes(parts), device=device)
         self.broadcast(sizes, "sizes")
+        check_sizes(sizes.tolist(), like, 0, most)
         wire = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device) if parts is None else _join(parts)
         self.group.broadcast(wire)
         for name, size in zip(like, sizes.tolist(), strict=True):
@@ -142,6 +154,17 @@ class Communicator:
     def _count(self, purpose: str, collective: str, moved: Bytes) -> None:
         if moved != Bytes() and self.group.sends:
             self.ledger.add(self.step, purpose, collective, moved)
+
+
+def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
+    """Raise MessageError if announced `sizes` are not bytes of parts `like`, or above `most` in all.
+
+    Call before memory of these sizes is allocated.
+    """
+    whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
+    if not whole or sum(sizes) > most:
+        expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))
+        raise MessageError("sizes", expected, found, "any compressor", worker)
 
 
 def _sizes(parts: Parts) -> list[int]:

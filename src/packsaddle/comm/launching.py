@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -28,6 +29,8 @@ from packsaddle.comm.failures import Store, TerminatedError, failure_of
 from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
+
+BIND = "PACKSADDLE_BIND"  # environment variable, rank 0's address for its store; unset: MASTER_ADDR
 
 
 def under_launcher() -> bool:
@@ -72,6 +75,9 @@ def not_joined(error: Exception) -> str:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
         advice = f"{place} is in use; name another port with --master-port (MASTER_PORT)"
+    elif isinstance(error, OSError):
+        where = os.environ.get(BIND, os.environ.get("MASTER_ADDR"))
+        advice = f"this machine cannot listen at {where}; name one of its addresses in {BIND}, or :: for all of them"
     elif "environment variable" in reason:
         advice = "start it with torchrun, which sets the variables"
     elif "joined" in reason or "imed out" in reason:
@@ -191,6 +197,10 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
     the time that SLURM and Kubernetes give the launcher itself. So it then exits _MOMENT seconds after `entry` returns.
     """
     threading.Thread(target=_stop_with_launcher, daemon=True).start()
+    # All workers are on this machine, so no other one may connect to them.
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+        os.environ.setdefault(variable, loopback[0])
     result = entry(*args)
     if asked_to_stop():
         sys.stdout.flush()
@@ -232,7 +242,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout)
         )
-    except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
+    except (OSError, RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
         raise ConfigError(not_joined(error)) from error
     try:
         group = TorchGroup()
@@ -245,20 +255,67 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
 
 
 def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
-    """Return a store with a new prefix as arguments of `init_process_group`; {} if torchrun's store is never reused."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+    """Return a store as arguments of `init_process_group`; {} if torchrun's store is never reused.
+
+    torchrun's store gets a new prefix. Of other launchers rank 0 has the store, which listens at MASTER_ADDR alone.
+    """
+    is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return {}  # torch's error names the missing variable
+    if is_torchrun and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         return {}
     rank, size, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout or timedelta(minutes=30)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store: Any = dist.TCPStore(address, port, size, False, patience)  # type: ignore[attr-defined]
-    word = agree_on_prefix(store, rank, size, patience.total_seconds())
-    store = dist.PrefixStore(f"packsaddle/{word}", store)  # type: ignore[attr-defined]
+    store: Any
+    if rank == 0 and not is_torchrun:
+        bind = os.environ.get(BIND, address)
+        store = bound_store(bind, port, world_size=size, wait_for_workers=True, timeout=patience)
+    else:
+        store = dist.TCPStore(address, port, size, False, patience)  # type: ignore[attr-defined]
+    if is_torchrun:
+        word = agree_on_prefix(store, rank, size, patience.total_seconds())
+        store = dist.PrefixStore(f"packsaddle/{word}", store)  # type: ignore[attr-defined]
     return {"store": store, "rank": rank, "world_size": size}
+
+
+def bound_store(address: str, port: int = 0, **options: Any) -> Any:
+    """Return a TCPStore that listens at `address` alone (::, all of them); torch's own always listens at all.
+
+    `port` 0: a free one. `options` are further arguments of TCPStore. Raises OSError if the address is not one of this
+    machine, or the port is in use.
+    """
+    family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server(
+        (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
+    )
+    # The store also is a client of its own, and closes the listener at its end.
+    here, port = "localhost" if address in ("::", "0.0.0.0") else address, listener.getsockname()[1]
+    make: Any = dist.TCPStore  # type: ignore[attr-defined]
+    options = {"wait_for_workers": False, "is_master": True, "master_listen_fd": listener.detach()} | options
+    return make(here, port, **options)
 
 
 def local_device() -> torch.device:
     """Return this worker's GPU (see `process_group`), or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def _local_store() -> Iterator[str]:
+    """Yield a file's path for the launcher's rendezvous, whose store for the workers listens at one address alone."""
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
+
+    # torch has no option for the address; a version without this method listens at all of them.
+    handler: Any = DynamicRendezvousHandler
+    create = getattr(handler, "_create_tcp_store_server", None)
+    if create is not None:
+        handler._create_tcp_store_server = lambda self, address, port: bound_store(address, port)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield f"{folder}/rendezvous"
+    finally:
+        if create is not None:
+            handler._create_tcp_store_server = create
 
 
 def preload_workers(module: str) -> None:
@@ -295,21 +352,23 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     preload_workers(entry.__module__)
     # All cores, divided among the workers; torchrun would give each worker one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    # One machine, and a port that the system chooses. No restarts: a failed worker ends the launch with its error.
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="forkserver",  # torch is imported once, and every worker is a clean copy
-        monitor_interval=0.1,
-    )
     # A signal to the launcher arrives here as SignalException, after the workers have ended.
     try:
-        with _quiet_launcher(), short_shutdown_grace(), _restoring_signal_handlers():
+        with _quiet_launcher(), short_shutdown_grace(), _restoring_signal_handlers(), _local_store() as file:
+            # One machine, and a port that the system chooses. No restarts: a failed worker ends the launch.
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=workers,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint=file,
+                rdzv_configs={"store_type": "file"},
+                local_addr="localhost",
+                max_restarts=0,
+                start_method="forkserver",  # torch is imported once, and every worker is a clean copy
+                monitor_interval=0.1,
+            )
             return elastic_launch(config, in_worker)(entry, *args)[0]
     except ChildFailedError as error:
         raise failure_of(*error.get_first_failure()) from error

@@ -6,14 +6,15 @@ the exchange. The Manager's own collectives are not used: it has no all-gather, 
 all-reduce scales and zeroes its input.
 """
 
+import ipaddress
 import logging
 import os
 import socket
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from packsaddle.comm.group import Group
+from packsaddle.comm.launching import bound_store
 from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
 
@@ -84,6 +86,7 @@ def connect(
     quorum_timeout: float | str = 600.0,
     connect_timeout: float | str = 10.0,
     hostname: str | None = None,
+    bind: str | None = None,
 ) -> Any:
     """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`.
 
@@ -96,6 +99,8 @@ def connect(
         quorum_timeout: seconds to wait for other workers to join a round.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
+        bind: the address at which this worker's servers listen; "::" for all. None: its address in the connection to
+            the lighthouse, or `hostname` if that one is localhost.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
     torchft, ConfigError if there is no lighthouse, and ValueError for a time that is none.
@@ -112,33 +117,54 @@ def connect(
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
     # Other workers connect to the address of the interface that reaches the lighthouse.
-    here = hostname or reach(host, port, connect_timeout)
+    route = reach(host, port, connect_timeout)
+    here = hostname or route
+    listen = bind or (here if ipaddress.ip_address(route).is_loopback else route)
     # For torchft a worker is a replica group of one process, with its own rendezvous store.
-    store: Any = _dist.TCPStore(here, 0, is_master=True, wait_for_workers=False)
     try:
-        manager = torchft.Manager(
-            pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=timeout)),
-            load_state_dict=None,
-            state_dict=None,
-            min_replica_size=min_workers,
-            use_async_quorum=False,
-            timeout=timedelta(seconds=timeout),
-            quorum_timeout=timedelta(seconds=quorum_timeout),
-            connect_timeout=timedelta(seconds=connect_timeout),
-            rank=0,
-            world_size=1,
-            store_addr=here,
-            store_port=store.port,
-            lighthouse_addr=address,
-            replica_id=name,
-            hostname=here,
-            checkpoint_transport=_transport(here, timeout),
-            quorum_retries=max(1, int(quorum_timeout / _AGAIN)),  # else one failure uses up quorum_timeout
-        )
+        store = bound_store(listen)
+    except OSError as error:
+        raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
+    # torchft's server of a Manager would listen at every address, and has no option for it.
+    managers: Any = require("torchft.manager", "torchft", "elastic training")
+    server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
+    bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
+    try:
+        with _replaced(managers, "ManagerServer", lambda **settings: server(**settings | bound)):
+            manager = torchft.Manager(
+                pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=timeout)),
+                load_state_dict=None,
+                state_dict=None,
+                min_replica_size=min_workers,
+                use_async_quorum=False,
+                timeout=timedelta(seconds=timeout),
+                quorum_timeout=timedelta(seconds=quorum_timeout),
+                connect_timeout=timedelta(seconds=connect_timeout),
+                rank=0,
+                world_size=1,
+                store_addr=here,
+                store_port=store.port,
+                lighthouse_addr=address,
+                replica_id=name,
+                hostname=here,
+                checkpoint_transport=_transport(here, listen, timeout),
+                quorum_retries=max(1, int(quorum_timeout / _AGAIN)),  # else one failure uses up quorum_timeout
+            )
     except RuntimeError as error:
         raise ConfigError(_absent(address, str(error))) from None
     weakref.finalize(manager, lambda _: None, store)  # keep the store alive as long as the Manager
     return manager
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module within the context."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
@@ -185,8 +211,11 @@ def _absent(address: str, reason: str) -> str:
     )
 
 
-def _transport(host: str, seconds: float) -> Any:
-    """Return torchft's transport of states to joining workers, served at `host` and without pickled objects."""
+def _transport(host: str, listen: str, seconds: float) -> Any:
+    """Return torchft's transport of states to joining workers, without pickled objects.
+
+    Its server listens at `listen` alone; other workers reach it at `host`.
+    """
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]
@@ -205,6 +234,13 @@ def _transport(host: str, seconds: float) -> Any:
                 warnings.simplefilter("ignore", UserWarning)  # torch's, about non-writable buffers
                 return http._streaming_load(answer, weights_only=True)
 
-    transport = PlainTransport(timeout=timedelta(seconds=seconds), num_chunks=0)
+    class Server(http._IPv6HTTPServer):  # type: ignore[misc]
+        address_family = socket.AF_INET6 if ":" in listen else socket.AF_INET
+
+        def __init__(self, _: object, handler: Any) -> None:
+            super().__init__((listen, 0), handler)
+
+    with _replaced(http, "_IPv6HTTPServer", Server):
+        transport = PlainTransport(timeout=timedelta(seconds=seconds), num_chunks=0)
     transport._server.RequestHandlerClass.log_message = lambda *_: None  # no line on stderr for each joining worker
     return transport

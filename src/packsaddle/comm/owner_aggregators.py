@@ -10,7 +10,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import Aggregator, Averaged, Term, Work, mean_of_dense, message_bytes, part_count
+from packsaddle.comm.aggregators import (
+    Aggregator,
+    Averaged,
+    Invalid,
+    Term,
+    Work,
+    mean_of_dense,
+    message_bytes,
+    most_bytes,
+    part_count,
+)
 from packsaddle.comm.communicator import Communicator, Parts
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.compressors import Compressor, Identity, Message
@@ -42,10 +52,11 @@ class Owners(Aggregator):
     def bounds(self, d: int, workers: int) -> list[int]:
         """Return the chunk boundaries, W + 1 coordinates: worker j owns [bounds[j], bounds[j + 1])."""
 
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
-        mean_dense = mean_of_dense(channel, dense)
+    def average(
+        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+    ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_dense)
+            return Averaged((), (), mean_of_dense(channel, dense))
         rank, size = channel.group.rank, channel.group.size
         chunks = list(pairwise(self.bounds(len(v), size)))
         self._own = chunks[rank]
@@ -55,11 +66,16 @@ class Owners(Aggregator):
                 part, own_seed = self.compressor.restrict(b - a, len(v)), mix(self._seed_of(rank, seed), owner)
                 own[owner] = Term(part, part.encode(v[a:b], seed=own_seed, step=step), a, b)
         outgoing = [own[j].message.parts if j in own else None for j in range(size)]
-        received = channel.exchange(outgoing, own[min(own)].message.parts)
-        reply = self._reply(v, received, chunks[rank], rank, seed, step) if rank in own else None
-        return Averaged(tuple(own.values()), self._return(channel, reply, v, chunks, seed, step), mean_dense)
+        like, invalid = own[min(own)].message.parts, Invalid()
+        received = channel.exchange(outgoing, like, most=most_bytes(len(v), like))
+        reply = self._reply(v, received, chunks[rank], rank, seed, step, invalid) if rank in own else None
+        mean = self._return(channel, reply, v, chunks, seed, step, invalid)
+        # Last, so that a worker can report an invalid message to all.
+        return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
 
-    def _reply(self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int) -> Message:
+    def _reply(
+        self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
+    ) -> Message:
         """Return B(mean of this worker's chunk + owner error), and set the owner error to the residual.
 
         If that sum is invalid, the reply is NaN, even where compression would have dropped the invalid coordinates.
@@ -70,8 +86,9 @@ class Owners(Aggregator):
         error = self.vectors(v)["owner_error"][a:b]
         corrected = error.clone()
         for worker, parts in enumerate(received):
-            message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
-            up.add_decoded(message, corrected, 1.0 / len(received))
+            with invalid.of(worker):
+                message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
+                up.add_decoded(message, corrected, 1.0 / len(received))
         # Compress ones in place of an invalid v, for which B(v) need not be defined.
         bad = ~is_in_range(corrected)
         fill_where(corrected, bad, 1.0)
@@ -86,24 +103,33 @@ class Owners(Aggregator):
         return reply
 
     def _return(
-        self, channel: Communicator, reply: Message | None, v: Tensor, chunks: list[Chunk], seed: int, step: int
+        self,
+        channel: Communicator,
+        reply: Message | None,
+        v: Tensor,
+        chunks: list[Chunk],
+        seed: int,
+        step: int,
+        invalid: Invalid,
     ) -> tuple[Term, ...]:
         """Send every owner's reply to every worker; return the replies as terms of the mean."""
         # Workers without a chunk get the names and dtypes of the parts by compressing zeros.
         n = next(b - a for a, b in chunks if a < b)
         example = reply or self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step)
         like = example.parts
-        gathered = self._send_back(channel, reply.parts if reply else {name: p[:0] for name, p in like.items()}, like)
-        terms = []
-        for owner, ((a, b), parts) in enumerate(zip(chunks, gathered, strict=True)):
-            if a < b:
-                back = self.back.restrict(b - a, len(v))
-                terms.append(Term(back, back.receive(parts, b - a, seed=mix(seed, owner, 1), step=step), a, b))
+        mine, gathered, terms = reply.parts if reply else {name: p[:0] for name, p in like.items()}, [], []
+        with invalid.of(None):
+            gathered = self._send_back(channel, mine, like, most_bytes(len(v), like))
+        for owner, ((a, b), parts) in enumerate(zip(chunks, gathered, strict=False)):
+            with invalid.of(owner):
+                if a < b:
+                    back = self.back.restrict(b - a, len(v))
+                    terms.append(Term(back, back.receive(parts, b - a, seed=mix(seed, owner, 1), step=step), a, b))
         return tuple(terms)
 
     @abstractmethod
-    def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
-        """Send this worker's reply to all; return all workers' replies, by rank."""
+    def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
+        """Send this worker's reply to all; return all workers' replies, of at most `most` bytes each, by rank."""
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
         if self._residual is None:
@@ -142,14 +168,14 @@ class Owners(Aggregator):
                 compressor.restrict(n, d).validate(n)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
-        first: list[Collective] = [RingAllReduce((dense * itemsize,))]
+        last = RingAllReduce((dense * itemsize,))
         if not d:
-            return first
+            return [last]
         sizes, both = [b - a for a, b in pairwise(self.bounds(d, workers))], (self.compressor, self.back)
         up, down = ([message_bytes(c.restrict(n, d), n, itemsize) if n else 0 for n in sizes] for c in both)
         header, back_header = (8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in both)
         announced = AllToAll([header] * workers, to_self=False)
-        return [*first, announced, AllToAll(up), *self._sent_back(down, back_header)]
+        return [announced, AllToAll(up), *self._sent_back(down, back_header), last]
 
     @abstractmethod
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
@@ -179,8 +205,8 @@ class TwoWay(Owners):
     def bounds(self, d: int, workers: int) -> list[int]:
         return [j * d // workers for j in range(workers + 1)]
 
-    def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
-        return channel.gather(parts, fixed_size=False)  # chunks may differ by one coordinate
+    def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
+        return channel.gather(parts, fixed_size=False, most=most)  # chunks may differ by one coordinate
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
         return [RingAllGather(header), RingAllGather(max(down))]  # shorter replies are padded
@@ -195,10 +221,11 @@ class Coordinator(Owners):
     def bounds(self, d: int, workers: int) -> list[int]:
         return [0] + [d] * workers
 
-    def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
+    def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
         first = channel.group.rank == 0
         nothing = {name: part[:0] for name, part in like.items()}
-        return [channel.broadcast_parts(parts if first else None, like)] + [nothing] * (channel.group.size - 1)
+        reply = channel.broadcast_parts(parts if first else None, like, most=most)
+        return [reply] + [nothing] * (channel.group.size - 1)
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
         return [Broadcast(header), Broadcast(down[0])]

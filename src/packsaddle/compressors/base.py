@@ -76,7 +76,7 @@ class Compressor(ABC):
     with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. Override also
     - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
       length does not depend on v;
-    - `receive` if messages have a context; call `check_parts` first;
+    - `receive` if messages have a context, or contents to validate; call `check_parts` first;
     - `expected_parts`, so that a truncated or corrupted message raises MessageError;
     - `private = True` if the randomness should differ between workers (as for unbiased rounding);
     - `fixed_size = True` if the size of every part depends on d alone; sizes are then not exchanged;
@@ -123,15 +123,13 @@ class Compressor(ABC):
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`.
-
-        Raises MessageError if the message is incomplete or out of range; out may then be partly updated.
-        """
+        """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`, hence valid."""
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
 
-        Raises MessageError if the parts do not match `expected_parts`.
+        Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector: `add_decoded` and
+        `support_of` of the result cannot fail.
         """
         self.check_parts(parts, d)
         return Message(parts)
@@ -147,10 +145,7 @@ class Compressor(ABC):
                 check_expected(parts, expected, d)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
-        """Return the indices of the coordinates that `message` contains, int64[...], distinct; None: all d.
-
-        Raises MessageError under the same conditions as `add_decoded`.
-        """
+        """Return the indices of the coordinates that `message` contains, int64[...], distinct; None: all d."""
         return None
 
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose

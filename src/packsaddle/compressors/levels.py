@@ -107,38 +107,42 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Invert `encode_levels`: return d levels packed as level + top in `bits` bits each, uint8[...].
-
-    Raises MessageError unless `coded` encodes d levels. Fixed-width levels are not checked against `top`.
-    """
+    """Invert `encode_levels`: return d levels + top, uint8[d]. Raises MessageError unless `coded` encodes d levels."""
     code = _code_of(coded, d)
     if code == _FIXED:
         if len(coded) != bool(d) + math.ceil(d * bits / 8):
             raise MessageError("levels", f"{bool(d) + math.ceil(d * bits / 8)} bytes", len(coded))
-        return coded[1:]
-    levels = _from_rice(coded, d, top) if code == _RICE else _from_layers(coded, d, top)
-    if int(levels.abs().amax()) > top:
-        raise MessageError("levels", f"from {-top} to {top}", f"magnitude {int(levels.abs().amax())}")
-    return wire.pack(levels + top, bits)
-
-
-def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha * level * norm to out, float[d], decoding in a compiled loop; one norm per `bucket` coordinates.
-
-    Returns False, out unchanged, if there is no such loop or the levels have a fixed width or no layer. Raises
-    MessageError unless `coded` encodes d levels; out is then partly updated.
-    """
-    code, d = _code_of(coded, len(out)), len(out)
-    if code == _RICE and (loop := kernel("add_rice_levels", out, norms)):
-        complete = loop(coded[2:], top, _rice_parameter(coded), bucket, norms, out, alpha)
-    elif code == _LAYERS and int(coded[1]) and (loop := kernel("add_coded_levels", out, norms)):
+        return unpack_levels(coded[1:], d, top, bits)
+    # Compiled loops return None for an invalid code.
+    found: Tensor | None
+    if code == _RICE and (loop := kernel("decode_rice_levels", device=coded.device)):
+        found = loop(coded[2:], d, top, _rice_parameter(coded))
+    elif code == _LAYERS and int(coded[1]) and (loop := kernel("decode_layers", device=coded.device)):
         layers, bodies, signs = _taken_apart(coded, d, top)
-        complete = loop(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
+        found = loop(_table(layers), bodies, signs, top, d)
     else:
-        return False
-    if not complete:
+        levels = _from_rice(coded, d, top) if code == _RICE else _from_layers(coded, d, top)
+        found = (levels + top).to(torch.uint8) if int(levels.abs().amax()) <= top else None
+    if found is None:
         raise MessageError("levels", f"the code of {d} levels from {-top} to {top}", f"{len(coded)} bytes that are not")
-    return True
+    return found
+
+
+def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
+    """Return d levels + top, packed in `bits` bits each, as uint8[d] if that fits, else int32[d].
+
+    Raises MessageError if a level is above `top`.
+    """
+    if bits <= MOST_BITS and (loop := kernel("unpack_levels", device=packed.device)):
+        codes: Tensor | None = loop(packed, d, top, bits)
+        found = "a larger one"
+    else:
+        codes = wire.unpack(packed, bits, d).to(torch.uint8 if bits <= MOST_BITS else torch.int32)
+        largest = int(codes.max()) if d else 0
+        codes, found = (codes, "") if largest <= 2 * top else (None, str(largest))
+    if codes is None:
+        raise MessageError("levels", f"codes of at most {2 * top}", found)
+    return codes
 
 
 def _code_of(coded: Tensor, d: int) -> int:

@@ -91,10 +91,14 @@ class LowRank(Compressor):
         left, right = self.factor_sizes(d)
         return {"left": floats(left), "right": floats(right)}
 
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
+        with decoding(self):
+            check_magnitudes("left", parts["left"], _LARGEST_OF_BASIS)
+        return Message(parts)
+
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         left, right = message.parts["left"].to(out.dtype), message.parts["right"].to(out.dtype)
-        with decoding(self):
-            check_magnitudes("left", left, _LARGEST_OF_BASIS)
         for matrix, (n, m) in zip(self.matrices(out), self._shapes(len(out)), strict=True):
             r = self.rank((n, m))
             p, left = left[: n * r].view(n, r), left[n * r :]

@@ -1,7 +1,8 @@
 """Validation of received messages: names, dtypes and lengths of their parts are checked before decoding.
 
-Errors in the contents (indices out of order, truncated codes) are detected by the decoders. Compiled loops never index
-out of bounds, whatever a message contains, and return False or None if it is invalid; callers raise MessageError.
+Errors in the contents (indices out of order, truncated codes) are detected by the decoders, in `Compressor.receive`.
+Compiled loops never index out of bounds, whatever a message contains, and return None if it is invalid; callers raise
+MessageError.
 """
 
 from collections.abc import Mapping

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag
-from packsaddle.compressors.levels import MOST_BITS, add_coded_levels, decode_levels, encode_levels, level_bytes
+from packsaddle.compressors.levels import MOST_BITS, decode_levels, encode_levels, level_bytes, unpack_levels
 from packsaddle.compressors.parts import Expected, decoding, floats, octets
-from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
@@ -185,41 +184,55 @@ class QSGD(Compressor):
         norms = floats(math.ceil(d / self._width(d)), torch.float32, torch.float64)
         return {"levels": levels, "scales": norms}
 
-    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        packed, norms = message.parts["levels"], message.parts["scales"]
-        scale = alpha / (self.levels * (1 + self.omega(len(out))))
-        some = None if self.fixed_size else self._not_zero(norms, len(out))
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
         with decoding(self):
-            if some is None:
-                self._add(packed, norms, self._width(len(out)), out, scale)
-                return
-            found = out.new_zeros(some.coordinates)
-            self._add(packed, norms[some.index], some.width, found, scale)
+            return Message(parts, self._unpacked(parts, d))
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        norms, d = message.parts["scales"], len(out)
+        scale = alpha / (self.levels * (1 + self.omega(d)))
+        # Decoded by `receive`; not by `encode`, whose message keeps the bytes alone.
+        codes, some = message.context or self._unpacked(message.parts, d)
+        if some is None:
+            self._add(codes, norms, self._width(d), out, scale)
+            return
+        found = out.new_zeros(some.coordinates)
+        self._add(codes, norms[some.index], some.width, found, scale)
         some.add(found, out)
 
-    def _add(self, packed: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
-        """Add scale * level * norm to out, float[n]; one norm per bucket of b coordinates."""
-        # Compiled loops decode and add in one pass. Without one, first decode coded levels to a fixed width.
+    def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
+        """Return level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all, n = d).
+
+        Checked, except on a GPU a fixed width of at most 8 bits, which stays packed for the Triton kernel.
+        """
+        coded = parts["levels"]
         if not self.fixed_size:
-            if add_coded_levels(packed, self.levels, b, norms, out, scale):
-                return
-            packed = decode_levels(packed, len(out), self.levels, self.bits)
-        if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
-            if not loop(packed, self.levels, self.bits, b, norms, out, scale):
-                raise MessageError("levels", f"codes of at most {2 * self.levels}", "a larger one")
+            some = self._not_zero(parts["scales"], d)
+            return decode_levels(coded, d if some is None else some.coordinates, self.levels, self.bits), some
+        if coded.device.type != "cpu" and self.bits <= MOST_BITS:
+            return coded, None
+        return unpack_levels(coded, d, self.levels, self.bits), None
+
+    def _add(self, codes: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
+        """Add scale * level * norm to out, float[n]; one norm per bucket of b coordinates."""
+        width = self.bits if self.fixed_size and codes.device.type != "cpu" else 8
+        if codes.dtype == torch.uint8 and (loop := kernel("add_levels", out, norms)):
+            loop(codes, self.levels, width, b, norms, out, scale)
             return
         # PyTorch fallback, in slabs that end at byte and bucket boundaries.
         size = _slab(b)
-        pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
-        for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
-            found = wire.unpack(codes, self.bits, len(slab))
-            if len(found) and int(found.max()) > 2 * self.levels:
-                raise MessageError("levels", f"codes of at most {2 * self.levels}", int(found.max()))
+        pieces = torch.split(codes, size * width // 8), torch.split(norms, size // b)
+        for slab, c, scales in zip(torch.split(out, size), *pieces, strict=True):
+            found = c if c.dtype == torch.int32 else wire.unpack(c, width, len(slab))
             levels = (found - self.levels).to(scales.dtype)
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # in this order: no overflow
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
-        """Return the buckets with a nonzero norm. None if over 7/8 are, or buckets do not end at byte boundaries."""
+        """Return the buckets with a nonzero norm, for coded levels.
+
+        None if over 7/8 are, or buckets do not end at byte boundaries.
+        """
         b = self._width(d)
         if b * self.bits % 8:
             return None

@@ -21,6 +21,7 @@ from packsaddle.compressors.selection import counts_among_largest, holding, larg
 from packsaddle.compressors.values import (
     FORMATS,
     ValueFormat,
+    check_values,
     decode_values,
     encode_values,
     value_count,
@@ -294,6 +295,8 @@ class RandomK(_OfEachTensor):
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         self.check_parts(parts, d)
+        with decoding(self):
+            check_values(parts, self.values)
         return Message(parts, self.cells(d, seed=seed, step=step, device=parts["values"].device))
 
     def support_of(self, message: Message, d: int) -> Tensor:
@@ -301,9 +304,7 @@ class RandomK(_OfEachTensor):
         return cells.coordinates(d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        with decoding(self):
-            values = decode_values(message.parts, self.values, out.dtype)
-        message.context.add_to(out, values, alpha)
+        message.context.add_to(out, decode_values(message.parts, self.values, out.dtype), alpha)
 
 
 class _CodedSupport(Compressor):
@@ -329,21 +330,21 @@ class _CodedSupport(Compressor):
         with decoding(self):
             check_expected(parts, {"indices": wire.index_bytes(d, k), **value_parts(k, self.values)}, d)
 
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
+        with decoding(self):
+            check_values(parts, self.values)
+            return Message(parts, self._decode_indices(parts, d))
+
     def support_of(self, message: Message, d: int) -> Tensor:
-        index: Tensor | None = message.context  # set by `encode`, None after `receive`
-        if index is None:
-            with decoding(self):
-                index = self._decode_indices(message.parts, d)
+        index: Tensor = message.context
         return index
 
     def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
         return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        index = self.support_of(message, out.numel())
-        with decoding(self):
-            values = decode_values(message.parts, self.values, out.dtype)
-        out.index_add_(0, index, values, alpha=alpha)
+        out.index_add_(0, message.context, decode_values(message.parts, self.values, out.dtype), alpha=alpha)
 
 
 @dataclass(frozen=True)

@@ -100,15 +100,13 @@ class Stages(Compressor):
         return Message(parts, tuple(m.context for m in messages))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        for i, one in enumerate(self._messages(message), 1):
-            with decoding(self, f"{i} "):
-                self.compressor.add_decoded(one, out, alpha)
+        for one in self._messages(message):
+            self.compressor.add_decoded(one, out, alpha)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
         sent: Tensor | None = None
-        for i, one in enumerate(self._messages(message), 1):
-            with decoding(self, f"{i} "):
-                support = self.compressor.support_of(one, d)
+        for one in self._messages(message):
+            support = self.compressor.support_of(one, d)
             if support is None:
                 return None
             sent = support.new_zeros(d, dtype=torch.bool) if sent is None else sent
@@ -130,9 +128,9 @@ class Stages(Compressor):
         return split
 
     def _messages(self, message: Message) -> list[Message]:
-        """Return the message of each pass; their contexts are None if that of `message` is."""
-        contexts = message.context or (None,) * self.passes
-        return [Message(parts, context) for parts, context in zip(self._split(message.parts), contexts, strict=True)]
+        """Return the message of each pass."""
+        pairs = zip(self._split(message.parts), message.context, strict=True)
+        return [Message(parts, context) for parts, context in pairs]
 
     @property
     def _depth(self) -> int:

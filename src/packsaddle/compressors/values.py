@@ -94,27 +94,28 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Decode the scales of a message, float[m]."""
     if "unit" not in parts:
         return parts["scales"].to(dtype)
-    codes = parts["scales"].to(torch.int32) & 0xFFFF
-    unit = parts["unit"]
-    if len(codes) and (most := int(codes.max())) > _MOST_SCALE and bool(unit.isfinite().all()):
-        raise MessageError("scales", f"codes of at most {_MOST_SCALE}", most)
-    bits = codes << _SCALE_SHIFT
-    return (bits.view(torch.float32).double() / _SCALE_UNIT * unit.double()).to(dtype)
+    bits = (parts["scales"].to(torch.int32) & 0xFFFF) << _SCALE_SHIFT
+    return (bits.view(torch.float32).double() / _SCALE_UNIT * parts["unit"].double()).to(dtype)
+
+
+def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
+    """Raise MessageError if a value or a scale is out of range. `parts` must match `value_parts`."""
+    if how in _PACKED and len(parts["scales"]) and bool(parts["unit"].isfinite().all()):
+        most = int((parts["scales"].to(torch.int32) & 0xFFFF).max())
+        if most > _MOST_SCALE:
+            raise MessageError("scales", f"codes of at most {_MOST_SCALE}", most)
+    elif how in _DTYPES and how not in _LARGEST:
+        check_magnitudes("values", parts["values"], 1.0)
 
 
 def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype) -> Tensor:
-    """Invert `encode_values`: return the values, float[k]. `parts` must match `value_parts`.
-
-    Raises MessageError if a value or a scale is out of range.
-    """
+    """Invert `encode_values`: return the values, float[k]. `parts` must match `value_parts` and `check_values`."""
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how), _scales_of(parts, dtype)
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:
         return _of_levels(whole, scales, _HALVINGS[how])
-    if how not in _LARGEST:
-        check_magnitudes("values", whole, 1.0)
     values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]

@@ -6,7 +6,7 @@ same `Verdict`: all apply the exchange, or all reject it. `Skips` counts rejecte
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.errors import GuardError
+from packsaddle.errors import GuardError, MessageError
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
@@ -26,6 +26,7 @@ _log = logging.getLogger("packsaddle")
 THE_SUM = "the sum of the error memory and the gradient"  # named if both are finite
 ROOT = "the root module"  # FSDP's name for it is ""
 THE_MEAN = "a mean of finite gradients"
+_ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
 
 
@@ -63,12 +64,37 @@ class Skip:
     """
 
     step: int  # t; the next step reuses this index
-    workers: tuple[int, ...]  # ranks with an invalid vector; behind a hook only this worker's own
+    workers: tuple[int, ...]  # ranks with an invalid vector or message; behind a hook only those known to this worker
     parameter: str  # the first invalid parameter of the first of these workers
+    message: str = ""  # error of an invalid message, from workers[0]; "": a vector is invalid
+
+    @classmethod
+    def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
+        """Return the skip for `Round.name` by rank; `prefix` before a parameter's name, `unnamed` if there is none."""
+        found = {worker: name for worker, name in names.items() if name}
+        for name in found.values():
+            if (sender := sender_of(name)) is not None:
+                return cls(step, (sender,), "", name.partition(": ")[2])
+        return cls(step, tuple(found), next((prefix + name for name in found.values()), unnamed))
 
     def __str__(self) -> str:
+        if self.message:
+            return f"step {self.step}: {self.message}"
         where = f" on {numbered('worker', self.workers)}" if self.workers else ""
         return f"step {self.step}: {self.parameter} is not finite{where}"
+
+
+_BLAME = "message of worker "
+
+
+def blame(error: MessageError) -> str:
+    """Return the `Round.name` of a worker that has received an invalid message."""
+    return f"{_BLAME}{error.worker}: {error}"
+
+
+def sender_of(name: str) -> int | None:
+    """Return the sender of the invalid message in a `Round.name`; None if it is not of a message."""
+    return int(name.removeprefix(_BLAME).partition(":")[0]) if name.startswith(_BLAME) else None
 
 
 class Skips:
@@ -83,11 +109,14 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step. Logged by its first worker, or by rank 0, at consecutive counts 1, 2, 4, ..."""
+        """Record a skipped step. Logged at consecutive counts 1, 2, 4, ... by its first worker, or by rank 0.
+
+        An invalid message is logged by all that know of it.
+        """
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
-        is_mine = skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
+        is_mine = skip.message or skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
         if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
             row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
             _log.warning("%s; %s%s", skip, "the step is skipped" if self.protected else _UNPROTECTED, row)
@@ -105,7 +134,7 @@ class Skips:
             raise NonFiniteError(
                 f"{self.list[-1]}; {in_a_row} consecutive step{'s' * (in_a_row > 1)} skipped, more than "
                 f"max_skipped={self.most}. "
-                f"{same} Lower the learning rate or check the data"
+                f"{same} {'Check the memory and the network of that worker' if self.list[-1].message else _ADVICE}"
             )
 
     def fields(self) -> list[Value]:
@@ -183,6 +212,13 @@ class Guard:
         if blank:
             fill_where(v, invalid, 0.0)
         return invalid, name
+
+    def flag_index(self, dense: int) -> int | None:
+        """Return the index of a number whose mean rejects the exchange if it is NaN; None without checks.
+
+        It counts from the uncompressed part, of `dense` coordinates, to the flag behind it.
+        """
+        return {"dense": 0, "extra": dense, "none": None}[self._flag]
 
     def flag(self, dense: Tensor, invalid: Tensor) -> Tensor:
         """Return the number to average with `dense`, the uncompressed part of v, float[m]: float[1], or float[0].

@@ -25,7 +25,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import Compressor, identify
 from packsaddle.feedback.checks import Contraction
-from packsaddle.feedback.guard import Guard, Verdict
+from packsaddle.feedback.guard import Guard, Verdict, blame
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.slices import Slice
 from packsaddle.numerics.seeds import mix
@@ -201,7 +201,7 @@ class Round:
 
     v: Tensor  # float[n]; after `absorb` its residual
     invalid: Tensor  # bool[], this worker's v is invalid; it was set to zero, except with memory="gradient"
-    name: str  # the first invalid parameter; "": none, or not named by the guard
+    name: str  # the first invalid parameter, or an invalid message (`blame`); "": none, or not named by the guard
     g: Averaged  # the mean, until `absorb`
     extras: list[Tensor]  # the means of the extras
     verdict: Verdict
@@ -238,7 +238,10 @@ class Round:
         dense = v[n:]
         extras = [f.guard.flag(dense, self.invalid), *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
-        g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step)
+        at = f.guard.flag_index(len(dense))
+        g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=at)
+        if g.error is not None:
+            self.name = self.name or blame(g.error)
         mean, flag, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
         self.extras = [other.clone() for other in others]
         # This worker's own terms are of weight v, and `absorb` needs those of v.

@@ -6,9 +6,10 @@ are stored by parameter, not by bucket. The memory is in units of a gradient, so
 of plain SGD changes (see `rates`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import RLock
 from typing import Any, Literal, get_args
 
@@ -289,12 +290,12 @@ class GradientHook(ABC):
             self._pass.append(r)
         # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged.
         v = r.correct(BucketUpdate(part.slice, gradients, noise, scale, factors, decay))
-        self._bad_name = self._bad_name or r.name
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():
                 view.mul_(factors.get(name, 1.0))
         r.exchange([bits.to(v) for bits in identity])
+        self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
         r.apply(BucketTarget(part.slice, gradients, scale), keep=kept)
         if not decay:  # no error feedback
@@ -330,9 +331,11 @@ class GradientHook(ABC):
                 self._rejected = [] if self._fresh else self._rejected
             elif self._complete and not unlike:
                 self._rejected = list(self._protected)
-                workers = (self.channel.group.rank,) if self._bad_name else ()
                 others = "a gradient of another worker" if min(rejected) <= 1 else THE_MEAN
-                self._skips.record(Skip(self._steps, workers, self._bad_name or others))
+                skip = Skip.of(self._steps, {self.channel.group.rank: self._bad_name}, others)
+                if not skip.workers and any(math.isnan(code) for code in rejected):
+                    skip = replace(skip, message="another worker has received an invalid message")
+                self._skips.record(skip)
             self._steps += applied
             self._pass, self._codes, self._complete, self._bad_name = [], [], False, ""
             if unlike:

@@ -179,11 +179,11 @@ class Fragment(Slice):
         return total
 
     def name_workers(self, p: PendingExchange) -> None:
-        """Gather the names of invalid parameters if a v is invalid and they are unknown; collective."""
+        """Gather the names of invalid parameters or messages, if there are any and they are unknown; collective."""
         assert p.round is not None
         fraction = p.round.verdict.fraction
         assert fraction is not None
-        if fraction > 0 and not p.names:
+        if fraction != 0 and not p.names:  # NaN: a message is invalid
             p.names = self.feedback.channel.gather_text(p.round.name, p.invalid.device, "guard")
 
     def close(self) -> bool:

@@ -80,9 +80,7 @@ class Outcomes:
             self._rejected.add(part)
             self._restore()
         # Count it, and raise on all workers.
-        workers = tuple(worker for worker, name in enumerate(exchange.names) if name)
-        name = f"the local update of {exchange.names[workers[0]]}" if workers else THE_MEAN
-        self.skips.record(Skip(t, workers, name))
+        self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, "the local update of "))
         self._raise_if_failed(exchange.names)
         self.skips.check(self.skips.in_a_row)
         return False

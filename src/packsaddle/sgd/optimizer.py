@@ -378,15 +378,14 @@ class CompressedSGD(Optimizer):
 
     def _skip(self, round: Round) -> None:
         """Record a step that all workers skip; collective. Raises NonFiniteError after too many."""
-        # The first invalid parameter of each worker, and its count of consecutive skips.
-        name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else ""
+        # The first invalid parameter or message of each worker, and its count of consecutive skips.
+        name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else round.name
         text = torch.tensor(list(name.encode()), dtype=torch.uint8)
         row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
         parts = {"name": text.to(device), "row": row.to(device)}
         gathered = self.channel.gather(parts, fixed_size=False, purpose="guard")
-        names = [bytes(p["name"].tolist()).decode() for p in gathered]
-        workers = tuple(worker for worker, found in enumerate(names) if found)
-        self._skips.record(Skip(round.step, workers, names[workers[0]] if workers else THE_MEAN))
+        names = {worker: bytes(p["name"].tolist()).decode() for worker, p in enumerate(gathered)}
+        self._skips.record(Skip.of(round.step, names, THE_MEAN))
         self._skips.check(max(int(p["row"]) for p in gathered))
         if self._memory.in_gradients:
             raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')

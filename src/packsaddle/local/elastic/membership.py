@@ -37,6 +37,7 @@ from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
+from packsaddle.feedback.guard import sender_of
 from packsaddle.feedback.state import Rule, State, Value, Vector, attribute
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
@@ -367,11 +368,18 @@ class Membership:
                 own.start_count(mine.weight)
         self._set_pace(attempt.hellos, mine)
         # The memory in the file has been sent, so replace it before training continues.
-        applied = True
+        applied, reports = True, 0
         for part in attempt.parts:
             t, p = part.rounds, part.apply_exchange(self._outer)
             applied &= self._outcomes.record(part, t, p)
+            reports = max(reports, sum(sender_of(name) == self._group.rank for name in p.names))
         self._save()
+        # The others continue without a worker whose message most of them could not decode.
+        if 2 * reports > self._group.size - 1:
+            raise GuardError(
+                f"{reports} of the {self._group.size - 1} other workers received an invalid message from this one "
+                f"({self._outcomes.skips.list[-1].message}): check its memory and its network, and restart it"
+            )
         return applied
 
     def _tell(self, attempt: Attempt) -> None:

@@ -161,39 +161,52 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
             out[k * bits + j] = np.uint8((word >> np.uint64(8 * (bits - 1 - j))) & np.uint64(255))
 
 
-def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha * (code - levels) * norm to out, float[d], for the codes and norms of `pack_levels`.
+def unpack_levels(packed: Tensor, d: int, levels: int, bits: int) -> Tensor | None:
+    """Return the d codes of `pack_levels`, uint8[d]; None if one of them is above 2 * levels."""
+    check_room("packed levels", packed, -(-d * bits // 8))
+    codes = torch.empty(d, dtype=torch.uint8)
+    p, c = packed.numpy(), codes.numpy()
+    largest = in_parts(d, 8, lambda start, stop: _unpack_levels(p[start * bits // 8 :], bits, c[start:stop]))
+    return codes if max(largest) <= 2 * levels else None
 
-    Returns False if a code is above 2 * levels.
-    """
+
+@compiled_loop
+def _unpack_levels(packed: Array, bits: int, codes: Array) -> Any:
+    """Write the codes, and return the largest."""
+    full, largest, last = len(codes) // 8 * 8, np.uint8(0), np.empty(8, np.uint8)
+    unpack_codes(packed, bits, codes[:full])
+    unpack_codes(packed[full * bits // 8 :], bits, last)
+    codes[full:] = last[: len(codes) - full]
+    for i in range(len(codes)):
+        largest = max(largest, codes[i])
+    return largest
+
+
+def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
+    """Add alpha * (code - levels) * norm to out, float[d], for codes of `bits` bits and the norms of `pack_levels`."""
     check_room("packed levels", packed, -(-len(out) * bits // 8))
     check_room("norms", norms, -(-len(out) // bucket))
     p, s, o = packed.numpy(), norms.numpy(), out.numpy()
     scale = scalar(alpha, o)
 
-    def part(start: int, stop: int) -> int:
-        largest: int = _add_levels(
-            p[start * bits // 8 :], levels, bits, bucket, s[start // bucket :], o[start:stop], scale
-        )
-        return largest
+    def part(start: int, stop: int) -> None:
+        _add_levels(p[start * bits // 8 :], levels, bits, bucket, s[start // bucket :], o[start:stop], scale)
 
-    return max(in_parts(len(out), 8 * bucket, part)) <= 2 * levels
+    in_parts(len(out), 8 * bucket, part)
 
 
 @compiled_loop
-def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array, out: Array, alpha: float) -> Any:
-    """Add the decoded levels, and return the largest code."""
-    codes, largest = np.empty(8 * bucket, np.uint8), np.uint8(0)
+def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array, out: Array, alpha: float) -> None:
+    scratch = np.empty(8 * bucket, np.uint8)
     for group in range(0, len(out), 8 * bucket):
         held = out[group : group + 8 * bucket]
-        unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
+        codes = packed[group : group + len(held)] if bits == 8 else scratch
+        if bits < 8:
+            unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
         for start in range(0, len(held), bucket):
             x, c, norm = held[start : start + bucket], codes[start : start + bucket], norms[(group + start) // bucket]
             for i in range(len(x)):
-                largest = max(largest, c[i])
-            for i in range(len(x)):
                 x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
-    return largest
 
 
 @compiled_loop

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
-from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, scalar
+from packsaddle.numerics.kernels.numba_common import Array, compiled_loop
 
 Table = list[tuple[int, int, int, bool]]  # per layer: members, coded members, Rice parameter, inverted
 _GROUP = 4096  # coordinates processed at a time, a multiple of 8
@@ -176,47 +176,45 @@ class _Reader(NamedTuple):
     rest_at: Array  # next bit of the remainders in `stream`
 
 
-def add_coded_levels(
-    layers: Table, bodies: list[Tensor], signs: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float
-) -> bool:
-    """Add alpha * level * norm to out, float[d], for `bodies` and `signs` from `code_levels`; one norm per bucket.
+def decode_layers(layers: Table, bodies: list[Tensor], signs: Tensor, top: int, d: int) -> Tensor | None:
+    """Return d levels + top, uint8[d], from `bodies` and `signs` of `code_levels`.
 
-    Preconditions: at most `top` layers, each body at least as long as its remainders. Returns False if a body does not
+    Preconditions: at most `top` layers, each body at least as long as its remainders. Returns None if a body does not
     encode exactly the coded members of its layer.
     """
-    check_room("norms", norms, -(-len(out) // bucket))
     table = np.array(layers, np.int64).reshape(-1, 4)
     rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
     unary_bytes = [len(body) - n for body, n in zip(bodies, rest_bytes, strict=True)]
     # Padding with ones, as many as there are codes, stops searches for a one that run past the end of a body.
-    codes = max((coded for _, coded, _, _ in layers), default=0)
-    stream = torch.cat([*bodies, torch.full((codes // 8 + 2,), 255, dtype=torch.uint8)]).numpy()
+    ones = max(coded for _, coded, _, _ in layers)
+    stream = torch.cat([*bodies, torch.full((ones // 8 + 2,), 255, dtype=torch.uint8)]).numpy()
     starts = _starts([len(body) for body in bodies])
     reader = _Reader(stream, table[:, 1].copy(), starts * 8, (starts + np.array(unary_bytes, np.int64)) * 8)
-    o, factor = out.numpy(), scalar(alpha, out.numpy())
-    return bool(_add_coded_levels(table, tuple(reader), signs.numpy(), top, bucket, norms.numpy(), o, factor))
+    codes = torch.empty(d, dtype=torch.uint8)
+    return codes if _decode_layers(table, tuple(reader), signs.numpy(), top, codes.numpy()) else None
 
 
 @compiled_loop
-def _add_coded_levels(
-    table: Array, reader: Any, signs: Array, top: int, bucket: int, norms: Array, out: Array, alpha: float
-) -> bool:
+def _decode_layers(table: Array, reader: Any, signs: Array, top: int, out: Array) -> bool:
     d, layers = len(out), len(table)
     stream, left, unary_at, rest_at = reader
-    size = bucket * max(1, _GROUP // bucket)
-    codes, hits = np.empty(size, np.uint8), np.empty(size + 16, np.int64)
-    places, marks, ends = np.empty(size + 1, np.int64), np.empty(size, np.uint8), np.empty(9, np.int64)
+    hits, places = np.empty(_GROUP + 16, np.int64), np.empty(_GROUP + 1, np.int64)
+    marks, ends = np.empty(_GROUP, np.uint8), np.empty(9, np.int64)
     waiting, unary_end = np.zeros(layers, np.int64), rest_at.copy()
     for j in range(1, layers):
         waiting[j] = _next_gap(j, table[j, 2], reader)
     unary, rest = stream[unary_at[0] >> 3 :], stream[rest_at[0] >> 3 :]
     b, mask, accumulator = table[0, 2], np.uint64((1 << table[0, 2]) - 1), np.uint64(0)
+    longest = (np.int64(d) >> b) + 1  # maximum bits of a quotient; a longer one could overflow an index
     held, at, byte_at, before = 0, 0, 0, np.int64(-1)
     last, pending, sign = np.int64(-1), 0, 0
-    for group in range(0, d, size):
-        n = min(size, d - group)
+    for group in range(0, d, _GROUP):
+        codes = out[group : group + _GROUP]
+        n = len(codes)
         # The coded members of the first layer, until one is beyond this group.
         while left[0] > 0 and (pending == 0 or hits[pending - 1] < group + n):
+            if 8 * byte_at - before > longest:
+                return False
             byte = unary[byte_at]
             ones: Any = 0
             for i in range(8):
@@ -258,7 +256,7 @@ def _add_coded_levels(
         # The levels at these positions.
         if sign + m > 8 * len(signs):
             return False
-        codes[:n] = top
+        codes[:] = top
         for i in range(m):
             magnitude = 1
             for j in range(1, layers):
@@ -274,11 +272,6 @@ def _add_coded_levels(
             negative = (signs[sign >> 3] >> (7 - (sign & 7))) & 1
             sign += 1
             codes[places[i]] = np.uint8(top - magnitude if negative else top + magnitude)
-        for start in range(0, n, bucket):
-            x, c = out[group + start : group + min(n, start + bucket)], codes[start : start + bucket]
-            norm = norms[(group + start) // bucket]
-            for i in range(len(x)):
-                x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(top))) * norm  # in this order: no overflow
     # Complete: all gaps were read, lead to members of their layer, and end in the last byte of quotients, zero-padded.
     unary_at[0] += before + 1
     complete = left[0] == 0 and pending == 0
@@ -343,31 +336,27 @@ def _rice_levels(packed: Array, d: int, top: int, bits: int, b: int, unary: Arra
             pack_codes(remainders[:whole], b, rest[group * b // 8 :])
 
 
-def add_rice_levels(body: Tensor, top: int, b: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha * level * norm to out, float[d], for `body` from `rice_levels`; one norm per bucket.
+def decode_rice_levels(body: Tensor, d: int, top: int, b: int) -> Tensor | None:
+    """Return d levels + top, uint8[d], from `body` of `rice_levels`; None unless it encodes d levels from -top to top.
 
-    Returns False unless exactly d levels from -top to top are coded.
+    `b` is at most 8.
     """
-    check_room("norms", norms, -(-len(out) // bucket))
-    o = out.numpy()
-    split = len(body) - -(-len(out) * b // 8)
-    stream = body.numpy()
-    return split >= 0 and bool(
-        _add_rice_levels(stream[:split], stream[split:], top, b, bucket, norms.numpy(), o, scalar(alpha, o))
-    )
+    split = len(body) - -(-d * b // 8)
+    stream, codes = body.numpy(), torch.empty(d, dtype=torch.uint8)
+    if split < 0 or not _decode_rice_levels(stream[:split], stream[split:], top, b, codes.numpy()):
+        return None
+    return codes
 
 
 @compiled_loop
-def _add_rice_levels(
-    unary: Array, rest: Array, top: int, b: int, bucket: int, norms: Array, out: Array, alpha: float
-) -> bool:
+def _decode_rice_levels(unary: Array, rest: Array, top: int, b: int, out: Array) -> bool:
     longest = np.int64((2 * top >> b) + 1)  # maximum bits of a quotient
-    size = 8 * bucket * max(1, _GROUP // (8 * bucket))  # whole buckets, whose remainders end at a byte boundary
-    remainders, quotients, levels = np.zeros(size, np.uint8), np.empty(size + 8, np.int32), np.empty(size, np.int32)
-    ends = np.empty(9, np.int64)
+    remainders, quotients = np.zeros(_GROUP, np.uint8), np.empty(_GROUP + 8, np.int32)
+    levels, ends = np.empty(_GROUP, np.int32), np.empty(9, np.int64)
     pending, byte_at, before = 0, 0, np.int64(-1)
-    for group in range(0, len(out), size):
-        n = min(size, len(out) - group)
+    for group in range(0, len(out), _GROUP):
+        codes = out[group : group + _GROUP]
+        n = len(codes)
         if b:
             unpack_codes(rest[group * b // 8 :], b, remainders[: -(-n // 8) * 8])
         # The quotients of this group, and up to seven of the next.
@@ -394,12 +383,9 @@ def _add_rice_levels(
             largest = max(largest, abs(levels[i]))
         if largest > top:
             return False
+        for i in range(n):
+            codes[i] = np.uint8(levels[i] + np.int32(top))
         for i in range(n, pending):
             quotients[i - n] = quotients[i]
         pending -= n
-        for start in range(0, n, bucket):
-            x, c = out[group + start : group + min(n, start + bucket)], levels[start : start + bucket]
-            norm = norms[(group + start) // bucket]
-            for i in range(len(x)):
-                x[i] += (alpha * out.dtype.type(c[i])) * norm  # in this order: no overflow
     return pending == 0 and byte_at == len(unary)

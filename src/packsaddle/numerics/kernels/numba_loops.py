@@ -16,6 +16,7 @@ from packsaddle.numerics.kernels.numba_common import (
     WORTH_THREADS,
     Array,
     bits_of,
+    check_room,
     compiled_fma,
     compiled_loop,
     in_parts,
@@ -44,6 +45,7 @@ def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
 
 def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
     """Add alpha * values, float[m b], to out, float[d], at the cells, in place."""
+    check_room("values", values, len(cells) * b)
     scale = scalar(alpha, out.numpy())
     _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
 

@@ -157,14 +157,13 @@ def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr): 
         )
 
 
-def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha * (code - levels) * norm to out, float[d], for the codes and norms of `pack_levels`.
+def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
+    """Add alpha * (code - levels) * norm to out, float[d], for codes of `bits` bits and the norms of `pack_levels`.
 
-    Always returns True: checking for codes above 2 * levels would synchronize. Invalid codes decode below 3 * levels.
+    Codes above 2 * levels are not detected, which would synchronize; they decode to at most 3 * levels.
     """
     programs, sizes = -(-len(out) // _AT_ONCE), (len(out), len(packed))
     _launch(_add_levels, programs, packed, norms, out, alpha, levels, bucket, *sizes, BITS=bits, SIZE=_AT_ONCE)
-    return True
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""Structured mutations of messages, fast enough for millions: parts are byte strings until they are decoded."""
+
+import math
+import random
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from packsaddle import Compressor, Message
+from packsaddle.errors import MessageError
+
+HUGE = 1e30  # finite numbers on the wire above this may decode to numbers that are not
+_NUMBERS = (math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, -1.0, 0.0, 1.0)
+_FORMATS = {torch.float32: "f", torch.float64: "d", torch.float16: "e"}
+
+
+class Part(NamedTuple):
+    """A part of a message as bytes."""
+
+    dtype: torch.dtype
+    content: bytes
+
+    @classmethod
+    def of(cls, part: Tensor) -> "Part":
+        """Return the bytes of a flat tensor."""
+        return cls(part.dtype, part.contiguous().view(torch.uint8).numpy().tobytes())
+
+    def tensor(self) -> Tensor:
+        """Return the part as a tensor; bytes beyond the last whole element are dropped."""
+        whole = len(self.content) // self.dtype.itemsize * self.dtype.itemsize
+        if not whole:
+            return torch.empty(0, dtype=self.dtype)
+        return torch.frombuffer(bytearray(self.content[:whole]), dtype=self.dtype)
+
+
+Parts = Mapping[str, Part]
+
+
+def as_bytes(message: Message) -> Parts:
+    """Return the parts of a message as bytes."""
+    return {name: Part.of(part) for name, part in message.parts.items()}
+
+
+def _flip_bits(part: Part, rng: random.Random) -> bytes:
+    content = bytearray(part.content)
+    for _ in range(rng.randrange(1, 5)):
+        if content:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+def _change_lengths(part: Part, rng: random.Random) -> bytes:
+    """Change the first bytes, which say how the rest is coded and how long it is, or the last, a count."""
+    content = bytearray(part.content)
+    if content:
+        at = rng.randrange(min(len(content), 10)) if rng.randrange(4) else len(content) - 1
+        content[at] = rng.choice((0, 1, 2, 3, 127, 128, 255, rng.randrange(256)))
+    return bytes(content)
+
+
+def _replace_codes(part: Part, rng: random.Random) -> bytes:
+    """Fill a run with zeros, ones or random bytes: codes without an end, or that end at once."""
+    content = bytearray(part.content)
+    start = rng.randrange(len(content) + 1)
+    stop = min(len(content), start + rng.choice((1, 4, 16, 1 << 20)))
+    fill = rng.randrange(3)
+    content[start:stop] = rng.randbytes(stop - start) if fill == 2 else bytes([255 * fill]) * (stop - start)
+    return bytes(content)
+
+
+def _truncate(part: Part, rng: random.Random) -> bytes:
+    """Cut the end, or remove a run."""
+    n, size = len(part.content), part.dtype.itemsize
+    if rng.randrange(2):
+        return part.content[: rng.choice((n // 2, max(0, n - size), rng.randrange(n + 1)))]
+    start = rng.randrange(n + 1)
+    return part.content[:start] + part.content[start + rng.randrange(17) :]
+
+
+def _extend(part: Part, rng: random.Random) -> bytes:
+    """Append, insert or repeat bytes."""
+    at = rng.choice((len(part.content), rng.randrange(len(part.content) + 1)))
+    more = rng.choice((part.content, part.content[at : at + 16], rng.randbytes(part.dtype.itemsize), bytes(8)))
+    return part.content[:at] + more + part.content[at:]
+
+
+def _replace_numbers(part: Part, rng: random.Random) -> bytes:
+    """Replace some numbers by NaN, Inf, the largest, the smallest, negative ones; bits of another dtype are flipped."""
+    content, size = bytearray(part.content), part.dtype.itemsize
+    n = len(content) // size
+    for _ in range(rng.randrange(1, 4)):
+        if n:
+            at, x = rng.randrange(n) * size, rng.choice(_NUMBERS)
+            if part.dtype == torch.bfloat16:
+                content[at : at + 2] = struct.pack("f", x)[2:]
+            elif part.dtype in _FORMATS:
+                x = math.copysign(min(abs(x), 65504.0), x) if size == 2 and math.isfinite(x) else x
+                content[at : at + size] = struct.pack(_FORMATS[part.dtype], x)
+            else:
+                content[at] ^= 255
+    return bytes(content)
+
+
+_OF_A_PART: dict[str, Callable[[Part, random.Random], bytes]] = {
+    "bits": _flip_bits,
+    "lengths": _change_lengths,
+    "codes": _replace_codes,
+    "truncated": _truncate,
+    "extended": _extend,
+    "numbers": _replace_numbers,
+}
+KINDS = (*_OF_A_PART, "random", "another vector", "another d", "another compressor")
+
+
+def mutate(parts: Parts, kind: str, others: Mapping[str, Sequence[Parts]], rng: random.Random) -> Parts:
+    """Return a mutated message. `others` has messages for the kinds that begin with "another"."""
+    if kind == "another vector":  # one part, whose length may fit
+        other, name = rng.choice(others[kind]), rng.choice(list(parts))
+        return {**parts, name: other[name]}
+    if kind in others:
+        other = rng.choice(others[kind])
+        if rng.randrange(2):
+            return other
+        # Its bytes under the names and dtypes of this compressor.
+        contents = [part.content for part in other.values()]
+        return {name: Part(part.dtype, rng.choice(contents)) for name, part in parts.items()}
+    name = rng.choice(list(parts))
+    part = parts[name]
+    if kind == "random":
+        return {**parts, name: Part(part.dtype, rng.randbytes(len(part.content)))}
+    return {**parts, name: Part(part.dtype, _OF_A_PART[kind](part, rng))}
+
+
+def outcome(compressor: Compressor, parts: Parts, out: Tensor, *, thorough: bool) -> str:
+    """Decode a message into out, float[d]: "refused" by MessageError, "finite", or "not finite".
+
+    Raises AssertionError if finite numbers decode to others, if a support has wrong or repeated indices, or, with
+    `thorough`, if a second decoding differs. Other exceptions pass.
+    """
+    tensors, d = {name: part.tensor() for name, part in parts.items()}, len(out)
+    try:
+        message = compressor.receive(tensors, d, seed=1, step=2)
+    except MessageError as error:
+        return "refused" if type(compressor).__name__ in error.compressor else f"without the compressor: {error}"
+    compressor.add_decoded(message, out.zero_())
+    if thorough:
+        support, first = compressor.support_of(message, d), out.clone()
+        if support is not None and len(support):
+            assert len(set(support.tolist())) == len(support), "coordinates of a support must be distinct"
+            assert int(support.min()) >= 0, "an index is negative"
+            assert int(support.max()) < d, "an index is beyond the end"
+        compressor.add_decoded(compressor.receive(tensors, d, seed=1, step=2), out.zero_())
+        assert torch.equal(first.nan_to_num(7.0), out.nan_to_num(7.0)), "the same message decodes differently"
+    if math.isfinite(float(out.sum())) or bool(out.isfinite().all()):
+        return "finite"
+    numbers = torch.cat([part.double() for part in tensors.values() if part.is_floating_point()])
+    assert not bool((numbers.abs() < HUGE).all()), "finite numbers decode to others"
+    return "not finite"
