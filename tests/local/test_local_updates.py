@@ -21,6 +21,7 @@ from packsaddle import (
     Identity,
     LinearSketch,
     LocalUpdates,
+    OuterSGD,
     Overlap,
     RandomK,
     Sign,
@@ -594,3 +595,24 @@ def test_the_exchange_follows_the_number_of_workers(workers: int, options: dict[
 
     for sent in simulate(body, workers):
         assert sent / (256 * 256 / 8) == pytest.approx(messages, rel=0.06)
+
+
+def test_a_flush_with_nothing_to_exchange_moves_nothing() -> None:
+    """The outer momentum must not move the anchor: DiLoCo ends with its last round, and a second flush is a no-op."""
+
+    def work(rank: int) -> tuple[float, float, float]:
+        weight = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        outer = OuterSGD(0.7, 0.9, nesterov=True)
+        local = LocalUpdates(optimizer, Identity(), every=2, outer=outer, keep_unsent=False)
+        for n in range(4):
+            weight.grad = torch.full_like(weight, 1.0 + rank + n)
+            optimizer.step()
+        norms = [float(weight.detach().norm())]
+        for _ in range(2):
+            assert local.flush()
+            norms.append(float(weight.detach().norm()))
+        return norms[0], norms[1], norms[2]
+
+    for before, once, twice in simulate(work, 2):
+        assert before == once == twice > 0

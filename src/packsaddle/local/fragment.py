@@ -232,7 +232,9 @@ class Fragment(Slice):
         if applied:
             assert p.mean is not None
             self.rounds += 1
-            self.anchor.apply_mean(p.mean, outer)
+            # A flush with nothing to exchange moves nothing, though an outer momentum would.
+            if not (p.uncompressed and isinstance(p.mean, Tensor) and not p.mean.any()):
+                self.anchor.apply_mean(p.mean, outer)
             is_clipped = p.clip is not None and bool(p.clip < 1)
             if p.uncompressed and p.share and not is_clipped:  # of a weighted v the residual is its rounding error
                 self.feedback.memory.vector.zero_()
