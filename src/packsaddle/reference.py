@@ -10,8 +10,9 @@ W workers minimize f, the mean of their objectives f_i, from one point x of d co
 
 So updates are delayed but not lost: with e the mean error memory, y = x - eta e changes by exactly
 -eta (mean gradient + xi) for any C. Noise and negative curvature move x away from a saddle. The escape check (lines 5
-to 7) divides the run into segments: one ends after `interval` iterations, or when y is farther than `radius` from its
-first point. Then x is set to y if f has decreased, else to that point, and the error memories are cleared.
+to 7) divides the run into segments. A segment ends after more than `interval` iterations, or when y is farther than
+`radius` from the segment's start point. Then x is set to y if f has decreased since, else to the start point, and the
+error memories are cleared.
 
 One loop runs all workers on dense vectors, so this file is slow and easy to check. `CompressedSGD` computes the same
 iterates across processes, and the tests compare the two.
@@ -42,20 +43,20 @@ Gradient = Callable[[Tensor, int], Tensor]  # (x_t, t) -> grad F_i(x_t, theta_t)
 
 @dataclass(frozen=True)
 class Check:
-    """Settings of the escape check (lines 5 to 7)."""
+    """Settings of the escape check, which divides a run into segments (lines 5 to 7)."""
 
-    objective: Callable[[Tensor], float]  # f
-    interval: float = math.inf  # I, the maximum number of iterations of a segment
-    radius: float = math.inf  # R, the radius of a segment, in units of x
+    objective: Callable[[Tensor], float]  # x -> f(x), the mean objective of all workers
+    interval: float = math.inf  # I; a segment ends when more than I iterations have passed
+    radius: float = math.inf  # R; a segment ends when y is farther than R from its start point
 
 
 @dataclass
 class Trace:
-    """All iterates of a run; only `x[-1]` is the paper's output."""
+    """All iterates of a run of `algorithm1`; its result is `x[-1]`, the only output in the paper."""
 
-    x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; each x_t after the check of its iteration
-    e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], the means over workers, in gradient units
-    resets: list[tuple[int, bool]] = field(default_factory=list)  # t at line 7, and True if f had decreased
+    x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; x_t is after the escape check of iteration t
+    e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], mean error memories, in gradient units
+    resets: list[tuple[int, bool]] = field(default_factory=list)  # per segment, at its end: t, True if f had decreased
 
 
 def algorithm1(
@@ -96,7 +97,7 @@ def algorithm1(
         e = [v_i - g_i for v_i, g_i in zip(v, g, strict=True)]  # line 12
     trace.x.append(x)
     trace.e.append(mean(e))
-    return trace  # line 14: x_T is its last x
+    return trace  # line 14: the last x in it is x_T
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
@@ -105,7 +106,7 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def noise(like: Tensor, r: float, seed: int, t: int) -> Tensor:
-    """Return xi_t ~ N(0, r^2 Id), a tensor like `like`, float[d]; a function of (seed, t), so all workers share it."""
+    """Return the noise xi_t ~ N(0, r^2 Id) of iteration t, like `like`, float[d]; a pure function of (seed, t)."""
     xi = torch.zeros_like(like)
     add_gaussians(xi, r, keys(seed, t, Stream.NOISE))
     return xi

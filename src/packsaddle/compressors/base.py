@@ -23,7 +23,7 @@ _PART = 1 << 20  # coordinates; for a longer vector, `message_bytes` extrapolate
 
 @dataclass(frozen=True)
 class Message:
-    """The compressed form of a vector: `parts` are sent; `context` is recomputed by every worker.
+    """The compressed form of a vector: `parts` are sent; every receiver recomputes `context` from them and the seed.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -39,14 +39,14 @@ class Message:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts."""
+        """The total size of all parts in bytes."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
 
 def check_share(name: str, value: Any, hint: str) -> None:
-    """Raise ValueError unless `value` is a fraction in (0, 1]. `hint`, added to the message, names the alternatives.
+    """Raise ValueError unless `value` is a float in (0, 1]. `hint`, added to the error text, names the alternatives.
 
-    The integer 1 is an error: it could mean one coordinate, 1% or everything. Pass 1.0 for everything.
+    Integers are an error: 1 could mean one coordinate, 1% or everything. Pass 1.0 for everything.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
@@ -105,25 +105,28 @@ class Compressor(ABC):
 
     @property
     def aggregation(self) -> str:
-        """The name, in `comm.select_aggregator`, of the collective that averages messages exactly."""
+        """The collective that averages the messages of all workers, by its name in `comm.select_aggregator`."""
         return "all-reduce" if self.linear else "all-gather"
 
     @property
     def needs_tensors(self) -> bool:
-        """True if C(v) depends on the shapes of the tensors in v; then call `for_tensors`."""
+        """True if C(v) depends on the shapes of the tensors concatenated in v; pass them to `for_tensors` first."""
         return self.for_tensors([torch.Size([2, 3])]) != self
 
     @abstractmethod
     def mu(self, d: int) -> float:
-        """Return the contraction mu in (0, 1] that holds for every vector of d coordinates."""
+        """Return the contraction mu in (0, 1]: E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v, float[d]."""
 
     @abstractmethod
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        """Return the message of v, float[d]; v does not change. The randomness is a function of (seed, step)."""
+        """Compress v, float[d], to a message; v does not change. The randomness is a function of (seed, step)."""
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`, hence valid."""
+        """Decode C(v) from `message`, and add alpha * C(v) to out, float[d], in place.
+
+        `message` must be valid: from `encode` or `receive`.
+        """
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
@@ -152,34 +155,35 @@ class Compressor(ABC):
         """Raise ValueError if this compressor does not support vectors of d coordinates."""
 
     def restrict(self, part: int, d: int) -> "Compressor":
-        """Return the compressor for a chunk of `part` of the d coordinates, such as one with k scaled to the chunk."""
+        """Return the compressor for a chunk with `part` of the d coordinates of a vector: a fixed k is scaled down."""
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return the probability per step that a coordinate is sent; None if it depends on the values of v.
+        """Return the probability that a coordinate of v, float[d], is sent; None if it depends on the values of v.
 
-        A list of (number of coordinates, probability) for consecutive ranges of v; the numbers add up to d.
+        The result is a list of (number of coordinates, probability) for consecutive ranges that cover v.
         """
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
-        """Return the number and size of the cells of v, float[d], if a message is v at some of them; else None.
+        """Return (number of cells, size of a cell) if a message has the values of some cells of v, float[d]; else None.
 
-        The cells must be identical on all workers and independent of the values of v. The message then has the
-        `sparse.Cells` as its context and "values" as its only part.
+        A cell is a run of consecutive coordinates. The cells sent must be identical on all workers and independent of
+        the values of v. They are the message's context, a `sparse.Cells`; its only part is "values".
         """
         return None
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
-        """Return one compressor per section of a vector, dividing the coordinates to send by the sections' magnitudes.
+        """Return one compressor for each section of a vector, a range of coordinates that is compressed separately.
 
-        `samples` has some coordinates of each section, float[1 or more], `sizes` the section lengths. Returns None if
-        the compression of a section does not depend on the other sections.
+        Together they send about as much as this compressor of the whole vector, more from sections of larger magnitude.
+        `samples` has some coordinates of each section, float[1 or more], and `sizes` the section lengths. Returns None
+        if the compression of a section does not depend on the other sections.
         """
         return None
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "Compressor":
-        """Return this compressor for vectors that concatenate flattened tensors of these shapes."""
+        """Return this compressor adapted to vectors that concatenate flattened tensors of these shapes."""
         return self
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
@@ -215,10 +219,11 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
 
 @dataclass(frozen=True)
 class RatioRamp:
-    """A schedule step -> compressor; the ratio falls geometrically from `first` to the compressor's own at step `stop`.
+    """A schedule of a compressor's ratio, which falls geometrically from `first` at step 0 to its own value at `stop`.
 
-    This is the warm-up of Deep Gradient Compression (Lin et al. 2018, section 3.3), which starts at 25%. Raises
-    ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or if `stop` is below 1.
+    Call it with a step to get the compressor of that step. This is the warm-up of Deep Gradient Compression (Lin et al.
+    2018, section 3.3), which starts at 25%. Raises ValueError if the compressor has no ratio, if `first` is below that
+    ratio or above 1, or if `stop` is below 1.
 
     >>> from packsaddle import RatioRamp, TopK
     >>> ramp = RatioRamp(TopK(0.01), stop=100)

@@ -2,8 +2,8 @@
 
 A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
 kept per chunk is fixed, so no statistics of the whole vector are needed and no lengths are sent. An index is coded by
-its gap from the previous one in its chunk. Rice codes take log2(n / k) + 1.5 bits per index for k of n, and at most
-2 log2(e) more if the support is not random, since the gaps add up to less than n.
+its gap from the previous index in its chunk. Rice codes take log2(n / k) + 1.5 bits per index for k indices of n, and
+at most 2 log2(e) more if the indices are not random, since the gaps add up to less than n.
 """
 
 import math
@@ -24,35 +24,35 @@ _SLAB = 1 << 20  # coordinates processed at a time, to bound scratch memory
 
 @dataclass(frozen=True)
 class Chunks:
-    """The division of a vector into chunks, and the number of coordinates kept of each."""
+    """The division of a vector into chunks, and the number of coordinates kept in each chunk."""
 
     whole: int  # number of full chunks
-    size: int  # coordinates of a full chunk
-    kept: int  # coordinates kept of a full chunk
-    rest: int  # coordinates of the shorter last chunk, below `size`; 0: none
-    kept_of_rest: int  # coordinates kept of the last chunk
+    size: int  # coordinates per full chunk
+    kept: int  # coordinates kept per full chunk
+    rest: int  # coordinates of the shorter last chunk, below `size`; 0: no such chunk
+    kept_of_rest: int  # coordinates kept in the shorter last chunk
 
     @classmethod
     def of(cls, d: int, size: int, count: Callable[[int], int]) -> "Chunks":
-        """Divide d coordinates into chunks of `size`; a chunk of n coordinates keeps count(n)."""
+        """Divide d coordinates into chunks of `size`; in a chunk of n coordinates, count(n) are kept."""
         whole, rest = divmod(d, size)
         return cls(whole, size, count(size), rest, count(rest) if rest else 0)
 
     @property
     def total(self) -> int:
-        """The number of kept coordinates."""
+        """The number of coordinates kept in all chunks together."""
         return self.whole * self.kept + self.kept_of_rest
 
     @property
     def share(self) -> float:
-        """The smallest fraction of its coordinates that any chunk keeps; 1 if there are no chunks."""
+        """The smallest fraction of coordinates kept in a chunk, over all chunks; 1 if there are no chunks."""
         shares = [self.kept / self.size] * bool(self.whole) + [self.kept_of_rest / max(1, self.rest)] * bool(self.rest)
         return min(shares, default=1.0)
 
     def largest(self, v: Tensor) -> Tensor:
-        """Return the indices of the largest magnitudes of each chunk of v, increasing int64[total].
+        """Return the indices of the largest magnitudes in each chunk of v, increasing int64[total].
 
-        NaN counts as the largest. Of equal magnitudes the CPU selects the first; other devices select as torch.topk.
+        NaN counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk.
         """
         if loop := kernel("largest_of_chunks", v):
             index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
@@ -68,13 +68,13 @@ class Chunks:
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=v.device)
 
     def encode(self, index: Tensor) -> Tensor:
-        """Encode the indices from `largest`, uint8[...]; empty if all are kept."""
+        """Encode the indices of the kept coordinates, from `largest`, as uint8[...]; empty if all are kept."""
         if self.total == self.whole * self.size + self.rest:
             return torch.empty(0, dtype=torch.uint8, device=index.device)
         return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter)
 
     def decode(self, coded: Tensor) -> Tensor:
-        """Invert `encode`, int64[total]. Raises MessageError if indices are missing or outside their chunks."""
+        """Decode indices from `encode`, int64[total]. Raises MessageError if any is missing or outside its chunk."""
         if self.total == self.whole * self.size + self.rest:
             return torch.arange(self.total, device=coded.device)
         stop = self.whole * self.size + self.rest
@@ -87,7 +87,7 @@ class Chunks:
         return wire.gap_bytes(self.total, self.whole + bool(self.rest), self.size, self._rice_parameter)
 
     def bits(self) -> float:
-        """Predict the number of bits of `encode` for a random support."""
+        """Predict the size of the output of `encode` in bits, for random indices."""
         if self.total == self.whole * self.size + self.rest:
             return 0.0
         b = self._rice_parameter
@@ -100,7 +100,7 @@ class Chunks:
 
 
 def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
-    """Return the flat indices of the k largest magnitudes of each of n rows, increasing int64[n k]."""
+    """Return the flat indices of the k largest magnitudes in each row of a matrix of n rows, increasing int64[n k]."""
     if rows.device.type != "cpu":
         places = torch.topk(rows.abs(), k, dim=1, sorted=False).indices.sort(1).values
         return (places + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]).view(-1)
@@ -113,7 +113,7 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
 
 @cache
 def _quotients(n: int, k: int, b: int) -> float:
-    """Return the expected sum of floor(gap / 2^b) over the k gaps of k random indices of n.
+    """Return the expected sum of floor(gap / 2^b) over the gaps before each of k random indices in [0, n).
 
     Each gap is at least m with probability C(n - m, k) / C(n, k).
     """

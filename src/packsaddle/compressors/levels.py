@@ -2,8 +2,8 @@
 
 *Layers*, for mostly small levels: layer j is the set of coordinates with magnitude above j, a subset of layer j - 1. It
 is coded by the gaps between its elements, or between those of its complement in layer j - 1, whichever are fewer. One
-sign bit per nonzero level follows. *Rice codes*, for large levels: nearly as short and much faster, of levels folded by
-0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, .... *Fixed width*, if neither is shorter.
+sign bit per nonzero level follows. *Rice codes*, for large levels: the levels 0, 1, -1, 2, -2, ... are mapped to
+0, 1, 2, 3, 4, ...; the codes are nearly as short as layers, and much faster. *Fixed width*, if neither is shorter.
 """
 
 import math
@@ -28,24 +28,24 @@ MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of layer j: it selects, among the coordinates with magnitude at least j, those with magnitude above j."""
+    """Sizes of layer j, the set of coordinates with |level| above j, a subset of those with |level| at least j."""
 
-    members: int  # coordinates with magnitude at least j
-    going_on: int  # those with magnitude above j, the members of the next layer
+    members: int  # number of coordinates with magnitude at least j
+    going_on: int  # number with magnitude above j, the `members` of layer j + 1
 
     @property
     def inverted(self) -> bool:
-        """True if the layer codes the members with magnitude j, in place of those above it."""
+        """True if the code lists the members with magnitude j, because they are fewer than those above j."""
         return 2 * self.going_on > self.members
 
     @property
     def coded(self) -> int:
-        """The number of coded members."""
+        """The number of members that the code lists."""
         return self.members - self.going_on if self.inverted else self.going_on
 
     @cached_property
     def rice(self) -> int:
-        """The Rice parameter of the gaps."""
+        """The Rice parameter of the coded gaps between members: the number of bits of a remainder."""
         return wire.shortest_rice(self.members, self.coded) if self.coded else 0
 
     @property
@@ -63,20 +63,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rice:
-    """Sizes of the Rice codes of a vector of levels."""
+    """The parameter and the size of the Rice codes of a vector of levels."""
 
     members: int  # number of levels
-    unary: int  # total bits of the quotients by 2^b
+    unary: int  # total bits of the quotients of the levels by 2^b, in unary
     b: int  # Rice parameter, bits of a remainder
 
     @property
     def bits(self) -> int:
-        """The total number of bits."""
+        """The total size of the codes in bits."""
         return self.unary + self.members * self.b
 
 
 def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Encode d levels from -top to top, uint8[...]; `packed` holds level + top in `bits` bits each."""
+    """Entropy-code d levels from -top to top as uint8[...]; `packed` has level + top in `bits` bits for each."""
     if not d:
         return packed
     # Predict the size of each code from the histogram of the levels.
@@ -107,7 +107,7 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Invert `encode_levels`: return d levels + top, uint8[d]. Raises MessageError unless `coded` encodes d levels."""
+    """Invert `encode_levels`: return level + top for d levels, uint8[d]. Raises MessageError if `coded` is invalid."""
     code = _code_of(coded, d)
     if code == _FIXED:
         if len(coded) != bool(d) + math.ceil(d * bits / 8):
@@ -129,7 +129,7 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Return d levels + top, packed in `bits` bits each, as uint8[d] if that fits, else int32[d].
+    """Unpack level + top for d levels, of `bits` bits each, to uint8[d] if bits is at most 8, else to int32[d].
 
     Raises MessageError if a level is above `top`.
     """
@@ -146,7 +146,7 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def _code_of(coded: Tensor, d: int) -> int:
-    """Return the type of code from the first byte. All codes except fixed width need a second byte."""
+    """Return the code that the first byte of `coded` selects. Raises MessageError if it is unknown or incomplete."""
     code = int(coded[0]) if d and len(coded) else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
         raise MessageError("levels", f"in code {_FIXED}, {_LAYERS} or {_RICE}", f"code {code} in {len(coded)} bytes")
@@ -161,12 +161,12 @@ def _rice_parameter(coded: Tensor) -> int:
 
 
 def _of_magnitudes(counts: Sequence[int], top: int) -> list[int]:
-    """Return the counts of magnitudes 0 to top, from the counts of levels -top to top."""
+    """Return the number of levels of each magnitude 0 to top, given the number of each level -top to top."""
     return [counts[top]] + [counts[top - m] + counts[top + m] for m in range(1, top + 1)]
 
 
 def _shortest_rice(counts: Sequence[int], top: int) -> Rice:
-    """Return the shortest Rice codes for levels with frequencies counts[level + top]."""
+    """Return the parameter and size of the shortest Rice codes for levels with frequencies counts[level + top]."""
     members = np.array(counts)
     folded = _folded(torch.arange(-top, top + 1)).numpy()
     d = int(members.sum())
@@ -175,7 +175,7 @@ def _shortest_rice(counts: Sequence[int], top: int) -> Rice:
 
 
 def _folded(levels: Tensor) -> Tensor:
-    """Return 0, 1, 2, 3, 4, ... for levels 0, 1, -1, 2, -2, ..., int64[n]."""
+    """Map levels 0, 1, -1, 2, -2, ... to the nonnegative integers 0, 1, 2, 3, 4, ..., int64[n]."""
     return torch.where(levels > 0, 2 * levels - 1, -2 * levels)
 
 
@@ -184,7 +184,7 @@ def _in_rice(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: int,
         body = loop(packed, d, top, bits, rice.b, rice.unary)
     else:
         assert levels is not None
-        ends = torch.cumsum(_folded(levels) + 1, 0)  # indices whose gaps are the folded levels
+        ends = torch.cumsum(_folded(levels) + 1, 0)  # the gaps between these are the folded levels
         body = wire.pack_gaps(ends - 1, d, int(ends[-1]), rice.b)
     return torch.cat([packed.new_tensor([_RICE, rice.b]), body])
 
@@ -213,7 +213,7 @@ def _in_layers(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: in
 
 
 def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
-    """Invert `_in_layers`: return the levels, int64[d]."""
+    """Decode the output of `_in_layers` to levels, int64[d]."""
     layers, bodies, signs = _taken_apart(coded, d, top)
     levels = torch.zeros(d, dtype=torch.int64, device=coded.device)
     members = None
@@ -235,7 +235,7 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
 
 
 def _layers(counts: Sequence[int]) -> list[Layer]:
-    """Return the layers, from the counts of the magnitudes 0, 1, ...."""
+    """Return the sizes of all layers, given the number of levels of each magnitude 0, 1, ...."""
     members, layers = sum(counts), []
     for count in counts:
         if members == count:
@@ -251,12 +251,12 @@ def _table(layers: Sequence[Layer]) -> list[tuple[int, int, int, bool]]:
 
 
 def _taken_apart(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Tensor], Tensor]:
-    """Split a code into its layers, their gaps and the signs. Raises MessageError if the lengths are inconsistent."""
+    """Split a code into layer sizes, coded gaps per layer, and sign bits. Raises MessageError if lengths disagree."""
     count, width = int(coded[1]), _width(d)
     start = 2 + math.ceil(2 * count * width / 8)
     if count > top or start > len(coded):
         raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
-    # The header has two numbers per layer: its size, and the bytes of its gaps.
+    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
     sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
     going_on, lengths = sizes[::2], sizes[1::2]
     layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
@@ -271,5 +271,5 @@ def _taken_apart(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Ten
 
 
 def _width(d: int) -> int:
-    """Return the bits of one number in the header of a layer code."""
+    """Return the number of bits of each number in the header of the layer code of d levels."""
     return (d + 16).bit_length()

@@ -12,19 +12,19 @@ from packsaddle.compressors.parts import Expected, floats
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash
 
-_GAUSSIAN_ROWS = 64  # rows of S generated at a time
+_GAUSSIAN_ROWS = 64  # rows of the Gaussian matrix S generated at a time
 
 
 @dataclass(frozen=True)
 class LinearSketch(Compressor):
-    """The linear compressor C(v) = S^T S v / (1 + omega), with S a random sketch, float[c, d]; S v is all-reduced.
+    """The linear compressor C(v) = S^T S v / (1 + omega), with a random matrix S, float[c, d]; S v is all-reduced.
 
-    S^T S v is unbiased with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction with
-    mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). The sketch "count" is one row of a count
-    sketch: omega = (d - n) / c with n the size of the last chunk of c coordinates (see `numerics.sketches`), so mu is
-    c / d if c divides d, and never below the c / (c + d - 1) of a sketch with independent hashes. The sketch "gaussian"
-    has independent N(0, 1/c) entries: omega = (d + 1) / c. It generates c d Gaussians per step, so it suits small
-    problems only.
+    S^T S v is an unbiased estimate of v with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction
+    with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). The sketch "count" is one row of a
+    count sketch: omega = (d - n) / c, n being the size of the last chunk of c coordinates (see `numerics.sketches`), so
+    mu is c / d if c divides d, and never below the c / (c + d - 1) of a sketch with independent hashes. The sketch
+    "gaussian" has independent N(0, 1/c) entries: omega = (d + 1) / c. It generates c d Gaussians per step, so it suits
+    small problems only.
 
     Raises ValueError unless exactly one of ratio and columns is given, in range, and sketch is "count" or "gaussian".
 
@@ -105,7 +105,7 @@ class LinearSketch(Compressor):
             out.add_(rows.T @ part, alpha=scale)
 
     def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:
-        """Return S in blocks of rows. Identical on every device, so that workers can each generate it."""
+        """Return the Gaussian matrix S, float[c, d], in blocks of rows. Identical on every worker, up to rounding."""
         c, blocks = self.width(d), []
         for start in range(0, c, _GAUSSIAN_ROWS):
             rows = like.new_zeros(min(_GAUSSIAN_ROWS, c - start), d)

@@ -21,8 +21,9 @@ class LowRank(Compressor):
     A tensor, viewed as a matrix M, float[n, m], is replaced by P P^T M, where P, float[n, matrix_rank], is an
     orthonormal basis of the columns of M Q for some Q, float[m, matrix_rank]. Between workers
     (`comm.aggregators.LowRankAllReduce`) M Q and P^T M are all-reduced, and Q is the previous step's (P^T M)^T plus a
-    small Gaussian: warm-started power iteration. For a single vector Q is Gaussian. Without the shapes of `for_tensors`
-    a vector is viewed as a nearly square matrix. Tensors whose factors would not be smaller are sent uncompressed.
+    small Gaussian: warm-started power iteration. In `encode`, which has no previous step, Q is Gaussian. Without the
+    shapes of `for_tensors` a vector is viewed as a nearly square matrix. Tensors whose factors would not be smaller are
+    sent uncompressed.
     ||M - P P^T M|| is at most ||M||, and for random Q on average at most sqrt(1 - matrix_rank / min(n, m)) ||M||.
     Raises ValueError unless matrix_rank is a positive integer.
 
@@ -54,7 +55,7 @@ class LowRank(Compressor):
         return self if part == d else replace(self, shapes=())
 
     def matrices(self, v: Tensor) -> list[Tensor]:
-        """Return views of the tensors in v, float[d], as matrices float[n, m]."""
+        """Return the tensors concatenated in v, float[d], as views of v, one matrix float[n, m] each."""
         tensors = torch.split(v, self._sizes(len(v)))
         return [t.view(shape) for t, shape in zip(tensors, self._shapes(len(v)), strict=True)]
 
@@ -64,12 +65,12 @@ class LowRank(Compressor):
         return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
 
     def mu(self, d: int) -> float:
-        """Return the smallest matrix_rank / min(n, m) over the tensors of d coordinates (in expectation over Q)."""
+        """Return the smallest matrix_rank / min(n, m) over the matrices in v, float[d]; holds in expectation over Q."""
         shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
         return min([1.0, *shares])
 
     def gaussian(self, v: Tensor, *, seed: int, step: int) -> list[Tensor]:
-        """Return a Gaussian Q, float[m, rank], for each matrix in v, float[d]; a function of (seed, step)."""
+        """Return a Gaussian matrix Q, float[m, rank], for each matrix in v, float[d]; a function of (seed, step)."""
         rng = generator(seed, step, Stream.SKETCH, device=v.device)
         qs = []
         for shape in self._shapes(len(v)):
@@ -83,7 +84,7 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message of `ps`, each P float[n, rank], and P^T M of `matrices` (M itself if the rank is 0)."""
+        """Return the message of P, float[n, rank], and P^T M for P in `ps` and M in `matrices` (M if the rank is 0)."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
@@ -107,7 +108,7 @@ class LowRank(Compressor):
             matrix.add_(p @ q.view(r, m) if r else q.view(n, m), alpha=alpha)
 
     def factor_sizes(self, d: int) -> tuple[int, int]:
-        """Return the total sizes of left and right factors for d coordinates; uncompressed matrices count as right."""
+        """Return the number of elements of all P, and of all P^T M and uncompressed matrices, for d coordinates."""
         shapes = self._shapes(d)
         left = sum(n * self.rank((n, m)) for n, m in shapes)
         return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)
@@ -117,7 +118,7 @@ class LowRank(Compressor):
             return list(self.shapes)
         n = math.isqrt(d)
         square = [(n, d // n)] if n else []
-        return square + ([(d - n * (d // n), 1)] if n and d % n else [])  # the remainder, as a column
+        return square + ([(d - n * (d // n), 1)] if n and d % n else [])  # the remaining coordinates, as a column
 
     def _sizes(self, d: int) -> list[int]:
         return [n * m for n, m in self._shapes(d)]

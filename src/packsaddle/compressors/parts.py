@@ -1,8 +1,8 @@
 """Validation of received messages: names, dtypes and lengths of their parts are checked before decoding.
 
 Errors in the contents (indices out of order, truncated codes) are detected by the decoders, in `Compressor.receive`.
-Compiled loops never index out of bounds, whatever a message contains, and return None if it is invalid; callers raise
-MessageError.
+Compiled loops never index out of bounds, whatever a message contains, and return None if the message is invalid; then
+their callers raise MessageError.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Expected(NamedTuple):
-    """The allowed dtypes of a part and its allowed number of elements, from `least` to `most`."""
+    """The allowed dtypes and lengths, `least` to `most` elements, of one part of a message."""
 
     dtypes: tuple[torch.dtype, ...]
     least: int
@@ -42,17 +42,17 @@ class Expected(NamedTuple):
 
 
 def floats(n: int, *dtypes: torch.dtype) -> Expected:
-    """Return the `Expected` of a part of n floating-point numbers; default `dtypes`: any floating-point dtype."""
+    """Return the `Expected` of a message part of n numbers with one of `dtypes`; default: any floating-point."""
     return Expected(dtypes or _FLOATING, n, n)
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a part of `least` to `most` bytes; None: exactly `least`."""
+    """Return the `Expected` of a message part of `least` to `most` bytes, by default `least`, with this last byte."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 
 def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected], d: int) -> None:
-    """Raise MessageError unless `parts` are flat and match `expected`; the message names d, the vector's length."""
+    """Raise MessageError unless `parts` are flat and match `expected`; the error names d, the vector's length."""
     if parts.keys() != expected.keys():
         raise MessageError("parts", ", ".join(sorted(expected)), ", ".join(sorted(parts)) or "none")
     for name, part in parts.items():
@@ -65,9 +65,9 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
 
 
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
-    """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`. NaNs pass; the guard detects them.
+    """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`; `part` is named in the error.
 
-    No-op on a GPU: the check would synchronize.
+    NaNs pass; the guard against invalid updates detects them. No-op on a GPU: the check would synchronize.
     """
     if numbers.device.type == "cpu" and len(numbers):
         low, high = map(float, torch.aminmax(numbers))
@@ -76,7 +76,7 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """A context manager that adds the compressor, and `prefix` before the part's name, to a MessageError inside."""
+    """A context manager that adds the compressor, and `prefix` before the part's name, to a MessageError inside it."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix

@@ -19,7 +19,7 @@ from packsaddle.numerics.seeds import Keys, Stream, keys, words
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
 _AT_ONCE = 1 << 16  # largest bucket that the Triton kernel supports, in coordinates
 _MOST_LEVELS = 1 << 23  # float32 represents all integers up to this exactly
-_NEGLIGIBLE = 2.0**-28  # buckets below this fraction of the vector's largest magnitude are sent as 0
+_NEGLIGIBLE = 2.0**-28  # buckets whose magnitudes are below this fraction of the vector's largest are sent as 0
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Sign(Compressor):
 
 
 def _mean_magnitude(v: Tensor) -> Tensor:
-    """Return the mean magnitude ||v||_1 / d, float64[], so that large sums do not overflow; 0 if d is 0."""
+    """Return the mean magnitude ||v||_1 / d, float64[]; summed in float64 to avoid overflow; 0 if d is 0."""
     if not len(v):
         return v.new_zeros((), dtype=torch.float64)
     if loop := kernel("sum_of_magnitudes", v):
@@ -84,7 +84,7 @@ def _mean_magnitude(v: Tensor) -> Tensor:
 
 
 def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale (bit 1) or -scale (bit 0) to each element of out, float[n], by the n bits from index `first` on."""
+    """Add +scale (bit 1) or -scale (bit 0) to element i of out, float[n], by bit first + i of `signs`."""
     if loop := kernel("add_signs", out):
         loop(signs, first, scale, out)
         return
@@ -96,10 +96,10 @@ def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class QSGD(Compressor):
-    """Stochastic rounding of |v| / ||v|| to multiples of 1 / `levels`, with signs (Alistarh et al. 2017).
+    """A compressor that rounds |v| / ||v|| stochastically to multiples of 1 / `levels` (Alistarh et al. 2017).
 
-    The rounded Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
-    levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega), a mu-compressor with
+    The rounded vector Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
+    levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega). A level with its sign takes ceil(log2(2 s + 1)) bits, or about its entropy if `coded` (see
     `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0:
     residuals shrink by a factor 1 - mu per step and would otherwise be sent until they underflow. Raises ValueError
@@ -114,7 +114,7 @@ class QSGD(Compressor):
     """
 
     private: ClassVar[bool] = True
-    levels: int = 7  # s, nonzero levels of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
+    levels: int = 7  # s, number of nonzero levels of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
     bucket: int = 512  # b, coordinates per norm
     coded: bool = True  # entropy-code the levels, if levels is at most 127; message sizes then vary
 
@@ -132,11 +132,11 @@ class QSGD(Compressor):
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if levels are sent in a fixed width."""
+        """True if levels are sent in a fixed number of bits each, not entropy-coded."""
         return not self.coded or self.bits > MOST_BITS
 
     def omega(self, d: int) -> float:
-        """Return the variance bound of the unscaled Q on d coordinates (Alistarh et al. 2017, Lemma 3.1)."""
+        """Return omega, where E||Q(v) - v||^2 <= omega ||v||^2 for d coordinates (Alistarh et al. 2017, Lemma 3.1)."""
         b = min(d, self.bucket)
         return min(b / self.levels**2, math.sqrt(b) / self.levels)
 
@@ -168,7 +168,10 @@ class QSGD(Compressor):
         return Message({"levels": encode_levels(packed, d, self.levels, self.bits), "scales": norms})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
-        """Return codes, int64[n, b], and norms, float[n], of `buckets`, float[n, b], which begin at index `first`."""
+        """Quantize n buckets, float[n, b], from index `first` of v on.
+
+        Returns level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n].
+        """
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
@@ -192,7 +195,7 @@ class QSGD(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         norms, d = message.parts["scales"], len(out)
         scale = alpha / (self.levels * (1 + self.omega(d)))
-        # Decoded by `receive`; not by `encode`, whose message keeps the bytes alone.
+        # `receive` stored the decoded levels in the context; a message from `encode` has no context.
         codes, some = message.context or self._unpacked(message.parts, d)
         if some is None:
             self._add(codes, norms, self._width(d), out, scale)
@@ -202,9 +205,10 @@ class QSGD(Compressor):
         some.add(found, out)
 
     def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
-        """Return level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all, n = d).
+        """Decode levels: return level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all).
 
-        Checked, except on a GPU a fixed width of at most 8 bits, which stays packed for the Triton kernel.
+        Raises MessageError if a level is invalid. Fixed-width levels of at most 8 bits on a GPU are returned packed and
+        unchecked, for the Triton kernel.
         """
         coded = parts["levels"]
         if not self.fixed_size:
@@ -215,23 +219,23 @@ class QSGD(Compressor):
         return unpack_levels(coded, d, self.levels, self.bits), None
 
     def _add(self, codes: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
-        """Add scale * level * norm to out, float[n]; one norm per bucket of b coordinates."""
+        """Add scale * level * norm to out, float[n], given codes = level + `levels` and a norm per b coordinates."""
         width = self.bits if self.fixed_size and codes.device.type != "cpu" else 8
         if codes.dtype == torch.uint8 and (loop := kernel("add_levels", out, norms)):
             loop(codes, self.levels, width, b, norms, out, scale)
             return
-        # PyTorch fallback, in slabs that end at byte and bucket boundaries.
+        # PyTorch fallback, in pieces that end at byte and bucket boundaries.
         size = _slab(b)
         pieces = torch.split(codes, size * width // 8), torch.split(norms, size // b)
         for slab, c, scales in zip(torch.split(out, size), *pieces, strict=True):
             found = c if c.dtype == torch.int32 else wire.unpack(c, width, len(slab))
             levels = (found - self.levels).to(scales.dtype)
-            slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # in this order: no overflow
+            slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # this order avoids overflow
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
-        """Return the buckets with a nonzero norm, for coded levels.
+        """Return the buckets with a nonzero norm: only their levels are entropy-coded and sent.
 
-        None if over 7/8 are, or buckets do not end at byte boundaries.
+        None (send all buckets) if over 7/8 of the norms are nonzero, or if buckets do not end at byte boundaries.
         """
         b = self._width(d)
         if b * self.bits % 8:
@@ -240,7 +244,7 @@ class QSGD(Compressor):
         return None if 8 * len(index) > 7 * len(norms) else _Buckets(index, b, d)
 
     def _width(self, d: int) -> int:
-        """Return the number of coordinates of a bucket."""
+        """Return the number of coordinates per bucket for a vector of d coordinates."""
         return max(1, min(d, self.bucket))
 
 
@@ -254,7 +258,7 @@ class _Buckets:
 
     @cached_property
     def _cut(self) -> int:
-        """The number of coordinates missing from the vector's last bucket; 0 if it is not in the subset."""
+        """The coordinates that the vector's last bucket has less than a full one; 0 if it is not in the subset."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 
@@ -264,7 +268,7 @@ class _Buckets:
         return len(self.index) * self.width - self._cut
 
     def of(self, packed: Tensor, size: int) -> Tensor:
-        """Select the bytes of these buckets from `packed`, which has `size` bytes per bucket, uint8[...]."""
+        """Return the bytes of these buckets, uint8[...], from `packed`, with `size` bytes per bucket of the vector."""
         missing = -len(packed) % size
         padded = torch.nn.functional.pad(packed, (0, missing)).view(-1, size)[self.index].view(-1)
         return padded[: len(padded) - missing] if self._cut else padded
@@ -279,7 +283,7 @@ class _Buckets:
 
 
 def _without_negligible(v: Tensor, bucket: int) -> Tensor:
-    """Return v, float[d], with full buckets set to 0 if they are negligible relative to its largest magnitude."""
+    """Return v, float[d], with 0 in full buckets whose magnitudes are all below 2^-28 of the largest in v."""
     if len(v) <= bucket:
         return v
     edge = len(v) // bucket * bucket
@@ -293,5 +297,5 @@ def _without_negligible(v: Tensor, bucket: int) -> Tensor:
 
 
 def _slab(bucket: int) -> int:
-    """Return the coordinates to process at a time: a multiple of 8 buckets, so that codes end at a byte."""
+    """Return the number of coordinates to process at a time: a multiple of 8 buckets, so that codes end at a byte."""
     return 8 * bucket * max(1, _SLAB // (8 * bucket))

@@ -1,4 +1,4 @@
-"""The list of all compressors, and their conversion from and to text and plain types."""
+"""The list of all compressors, and functions that parse a compressor from text or describe it as text or a dict."""
 
 import ast
 import re
@@ -23,7 +23,7 @@ _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 class Summary:
     """A compressor's row in the table of the documentation."""
 
-    mu: str  # formula of the contraction
+    mu: str  # formula of the contraction mu
     message: str  # contents of a message
 
 
@@ -112,14 +112,14 @@ def _argument(node: ast.expr) -> Any:
 
 
 def describe(compressor: Compressor) -> str:
-    """Return the constructor call as text, without fields at their defaults (no fields if it is not a dataclass)."""
+    """Return a compressor's constructor call as text, without default values; no arguments if it is not a dataclass."""
     given = [(f, getattr(compressor, f.name)) for f in _fields(compressor)]
     shown = [f"{f.name}={_described(value)}" for f, value in given if value != f.default]
     return f"{type(compressor).__name__}({', '.join(shown)})"
 
 
 def _fields(compressor: Compressor) -> "list[Field[Any]]":
-    """Return the fields that users can set; an empty list if it is not a dataclass."""
+    """Return the dataclass fields of a compressor that users can set; empty if it is not a dataclass."""
     if not is_dataclass(compressor):
         return []
     return [f for f in fields(compressor) if not f.metadata.get("internal")]
@@ -132,7 +132,7 @@ def _described(value: Any) -> str:
 
 
 def identify(compressor: Compressor) -> dict[str, Any]:
-    """Return a compressor's class name as "kind" and its fields, in plain types, for a checkpoint."""
+    """Return a dict for a checkpoint: the compressor's class name as "kind", and its fields, in plain types."""
     values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
     return {"kind": type(compressor).__name__, **values}
 

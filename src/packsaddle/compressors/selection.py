@@ -1,8 +1,8 @@
 """Selection of coordinates by magnitude: the k largest, or the fewest that hold a fraction of the energy ||v||^2.
 
 Magnitudes are compared as integers, by their bit patterns: the order is the same and NaN is the largest, so compiled
-loops and PyTorch code on the CPU select the same coordinates. For a selection among several sections of a vector, the
-number per section is estimated from samples.
+loops and PyTorch code on the CPU select the same coordinates. If the sections of a vector (ranges of coordinates) are
+compressed separately, the number to select in each section is estimated from samples of all sections.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from packsaddle.numerics.kernels import kernel
 
-_WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
+_WORTH_SAMPLING = 1 << 18  # minimum number of elements for which `largest` samples a threshold
 _SAMPLE = 1 << 16
 _SLAB = 1 << 18  # elements processed at a time, to bound scratch memory
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FEWEST = 64  # selected sample coordinates below which an estimate of section counts is too noisy
+_FEWEST = 64  # minimum number of selected sample coordinates: with fewer, the counts per section are too noisy
 HISTOGRAM_BITS = 12  # leading bits of a magnitude that index a bin: the exponent and the first bits of the mantissa
 
 
@@ -29,11 +29,11 @@ def as_integers(v: Tensor) -> Tensor:
 
 
 def largest(v: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest magnitudes, increasing int64[k]; the first among equal ones on the CPU.
+    """Return the indices of the k largest magnitudes of v, float[n], increasing int64[k].
 
-    On the CPU a threshold from a strided sample selects slightly more than k candidates, and only these are ranked; if
-    it selects fewer than k, all elements are. Other devices use torch.topk, which does not synchronize but breaks ties
-    in its own way.
+    The CPU selects the first of equal magnitudes. A threshold from a strided sample selects slightly more than k
+    candidates, and only these are ranked; if there are fewer than k candidates, all elements are ranked. Other devices
+    use torch.topk, which does not synchronize but breaks ties in its own way.
     """
     if v.device.type != "cpu":
         return torch.topk(v.abs(), k, sorted=False).indices.sort().values
@@ -49,10 +49,11 @@ def largest(v: Tensor, k: int) -> Tensor:
 def largest_of_blocks(
     blocks: Callable[[], Iterable[Tensor]], sample: Callable[[Tensor], Tensor], n: int, k: int, first: int = 0
 ) -> Tensor:
-    """Return `largest` of the n values that `blocks()` yields; on the CPU they are not all in memory together.
+    """Return the indices of the k largest magnitudes of n values that are generated in blocks, increasing int64[k].
 
+    Each call of `blocks()` yields all values; it is called several times, so that the CPU need not store all of them.
     `sample` maps indices to values. Among equal magnitudes those from index `first` on are preferred, then those from
-    index 0 on. `blocks` is called several times.
+    index 0 on.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
@@ -87,7 +88,7 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
-    """Return `kept` without the last `surplus` of the elements that `equal`, bool[n], marks."""
+    """Return `kept`, int64[n], without the last `surplus` of its elements at which `equal`, bool[n], is True."""
     if surplus == 0:
         return kept
     places = equal.nonzero().squeeze(1)
@@ -97,7 +98,10 @@ def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
-    """Return an integer magnitude that at least k of n values should reach, and the number expected to reach it."""
+    """Estimate from `sample`, float[m], a threshold that at least k of n magnitudes reach, and the number that do.
+
+    The threshold is a magnitude as an integer. It is chosen low enough that fewer than k rarely reach it.
+    """
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # A margin of four standard deviations, plus 8 for small expected counts.
@@ -106,7 +110,10 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of magnitudes that, as integers, reach `threshold`, increasing int64[about `expected`]."""
+    """Return the indices of v whose magnitudes, as integers, are at least `threshold`, increasing int64[...].
+
+    `expected` is an estimate of their number.
+    """
     if loop := kernel("reaching", v):
         reached: Tensor = loop(v, threshold, expected)
         return reached
@@ -114,11 +121,12 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the fewest indices that hold the fraction `share` in (0, 1] of ||v||^2, increasing int64[...].
+    """Return the indices of the fewest coordinates with the fraction `share` of ||v||^2, increasing int64[...].
 
-    A histogram of the energy by the leading bits of the magnitudes locates the smallest selected magnitude; histograms
-    of its bin by the next bits refine it to all bits. Among equal magnitudes the first are selected. Empty if v is
-    zero; only the index of the largest magnitude if v is non-finite.
+    `share` is in (0, 1]. A histogram of the energy over the leading bits of the magnitudes determines the leading bits
+    of the smallest selected magnitude; histograms over the next bits, of the magnitudes in its bin, determine the
+    others. Among equal magnitudes the first are selected. Empty if v is zero; only the index of the largest magnitude
+    if v is non-finite.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
@@ -152,7 +160,7 @@ def holding(v: Tensor, share: float) -> Tensor:
 
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
-    """Return the highest bin with at least `needed` energy in it and above, and the energy needed from this bin."""
+    """Return the highest bin that has, with all bins above, the energy `needed`, and the energy needed from it."""
     held = energy.flip(0).cumsum(0)
     occupied = counts.nonzero()  # bounds for the case that rounding makes the sum too small or `needed` zero
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
@@ -164,7 +172,7 @@ def _bits(v: Tensor) -> int:
 
 
 def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
-    """Return the counts, int64[bins], and energies of v / top, float64[bins], of the magnitudes by leading bits."""
+    """Return histograms over the leading bits of magnitudes: the counts, int64[bins], and the energy of v / top."""
     if loop := kernel("energy_histogram", v):
         counts, energy = loop(v, top, HISTOGRAM_BITS)
         return counts, energy
@@ -178,10 +186,11 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
 
 
 def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
-    """Estimate each section's number of coordinates among the k largest magnitudes of all sections.
+    """Estimate the number of coordinates in each section of a vector among the k largest magnitudes of the vector.
 
-    `samples` has some coordinates of each section, float[m], at nearly the same sampling rate relative to `sizes`.
-    Exact if it has all coordinates and k is at least 64; for smaller k, the counts among the 64 largest are scaled.
+    `samples` has nearly the same fraction of each section's coordinates, float[m]; `sizes` are the section lengths.
+    Exact if `samples` has all coordinates and k is at least 64. The estimate uses at least the 64 largest samples, so
+    for small k the counts are too large, and only their ratios are accurate.
     """
     pooled = torch.cat(list(samples))
     rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
@@ -190,9 +199,10 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate the fraction of each section's energy in the smallest support with the fraction `share` of all energy.
+    """Estimate the fraction of energy to send in each section, to send the fraction `share` of the vector's energy.
 
-    `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`.
+    The vector's largest magnitudes are sent. `samples` as in `counts_among_largest`. Fractions are clamped to
+    [1e-6, 1]; a section of zeros gets `share`.
     """
     pooled = torch.cat(list(samples)).double()
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
@@ -203,7 +213,7 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
 
 
 def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Return the sum of `values` per section; `index` has their positions in the concatenated samples."""
+    """Return the sum of `values` in each section of a vector; `index` has their positions in the joined samples."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
     sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
@@ -212,12 +222,12 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Return integers that add up to `total`, proportional to `weights` and clamped to [1, size].
+    """Divide `total` into integers proportional to `weights`, each clamped to [1, size] by its size in `sizes`.
 
     Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1.
     """
     total = min(max(total, len(sizes)), sum(sizes))
-    # A small weight by size, so that the total can be reached even with zero weights.
+    # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0
     shares = [w / most for w in weights]
     lifted = [w + 1e-9 * (sum(shares) or 1.0) * n / sum(sizes) for w, n in zip(shares, sizes, strict=True)]

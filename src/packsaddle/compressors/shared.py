@@ -1,4 +1,4 @@
-"""SharedTopK and SketchTopK: the support is identical on all workers, from an all-reduced sketch of their mean."""
+"""SharedTopK and SketchTopK: all workers send the same coordinates, selected by a sketch of the mean vector."""
 
 import math
 from abc import abstractmethod
@@ -18,8 +18,8 @@ from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _SLAB = 1 << 17  # random numbers generated at a time, so that scratch memory fits a fast cache
 _MOST_ROWS = 100  # a median of more than about ten rows is hardly more accurate
-_COUNTERS = 16  # columns of a row per kept coordinate
-_OVERSAMPLE = 4  # candidates per kept coordinate
+_COUNTERS = 16  # default columns (counters of a row) per kept coordinate
+_OVERSAMPLE = 4  # default candidates per kept coordinate
 
 
 class Drawn(NamedTuple):
@@ -30,10 +30,10 @@ class Drawn(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The context of a message: the kept cells, and the positions of their values in the message."""
+    """The context of a message: the kept cells (ranges of coordinates), and where their values are in the message."""
 
     cells: Cells
-    which: Tensor | None  # positions, increasing int64[k]; None: all
+    which: Tensor | None  # positions in "values", increasing int64[k]; None: all
 
 
 class SharedSupport(KOfD):
@@ -51,18 +51,18 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the sketch of v, float[d], with the randomness `drawn`, [n]; empty if all values are sent."""
+        """Return the flat sketch of v, float[d], with the randomness `drawn`; empty if all values are sent instead."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the cells of d coordinates to send, selected by `sketch`, with the randomness `drawn`."""
+        """Return the cells of d coordinates to send, selected by their `sketch`, which has the randomness `drawn`."""
 
     @abstractmethod
     def sizes(self, d: int) -> tuple[int, int]:
-        """Return the sizes of the sketch of d coordinates and of the values."""
+        """Return the number of elements of the sketch, and of the values sent, for a vector of d coordinates."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Return the subset of `places`, of d coordinates, to keep, given their exact `values`; default: all."""
+        """Select the cells to keep from those sent, `places`, by their `values`, for d coordinates; default: all."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -93,13 +93,13 @@ class SharedSupport(KOfD):
 
 @dataclass(frozen=True)
 class SharedTopK(SharedSupport):
-    """A compressor that keeps the blocks of largest estimated energy of the mean over workers (after ARC-TopK, 2025).
+    """A compressor that keeps the blocks with the largest estimated energy of the workers' mean (after ARC-TopK, 2025).
 
     k is `ratio` * d, rounded and at least 1, or given. The vector is divided into B blocks of `block_size` b
     coordinates. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
     float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j,
     r = `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709
-    uses the rows of each matrix as blocks). For a given support C is linear, so the mean of C(v_i) is C(mean v_i):
+    uses the rows of each matrix as blocks). For given blocks C is linear, so the mean of C(v_i) is C(mean v_i):
     Algorithm 1 on the mean, as in Theorem 3.1. The cost does not depend on the number of workers.
 
     mu = K / B >= k/d, in expectation, for every v. docs/compressors.md has the proof and derives the default block
@@ -137,7 +137,7 @@ class SharedTopK(SharedSupport):
         check_flag("half of SharedTopK", self.half)
 
     def block(self, d: int) -> int:
-        """Return b for vectors of d coordinates."""
+        """Return the block size b for vectors of d coordinates."""
         if not d:
             return 1
         k = self.count(d)
@@ -147,10 +147,10 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        return -(-d // max(1, d * kept // k))  # the largest number of blocks of which `kept` are the fraction k/d
+        return -(-d // max(1, d * kept // k))  # for the most blocks of which `kept` are the fraction k/d
 
     def grid(self, d: int) -> tuple[int, int, int]:
-        """Return (blocks, kept blocks, projections per block) for d coordinates; 0 projections: all are kept."""
+        """Return (blocks, kept blocks, projections per block) for d coordinates; 0 projections: all blocks are kept."""
         if not d:
             return 0, 0, 0
         b, r = self.block(d), self.projections
@@ -168,17 +168,17 @@ class SharedTopK(SharedSupport):
         return blocks * rows, kept * self.block(d)
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the keys of the projections and the tie-breaking block of d coordinates, from `seed` and `step`."""
+        """Return the keys of the projections and the block to break ties from, for `d`, `seed` and `step`."""
         first = mix(seed, step, int(Stream.PROJECTION)) % max(1, self.grid(d)[0])
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the projections of v's blocks with the keys in `drawn`, bfloat16 or float[blocks * projections]."""
+        """Return random projections of v's blocks, by the keys in `drawn`, bfloat16 or float[blocks * projections]."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the blocks of d coordinates with the largest energy in `sketch`; ties are broken by `drawn`."""
+        """Return the blocks of a vector, float[d], with the largest energy in `sketch`; ties are broken by `drawn`."""
         blocks, kept, rows = self.grid(d)
         if not rows:
             return Cells(torch.arange(blocks, device=sketch.device), self.block(d))
@@ -188,13 +188,13 @@ class SharedTopK(SharedSupport):
 
 
 def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
-    """Return G_j v_j, float[blocks * rows], for each block v_j of `size` coordinates; G_j has N(0, 1) entries.
+    """Project each block v_j, of `size` coordinates, to G_j v_j, float[rows], where G_j has N(0, 1) entries.
 
-    Entries are a function of the key and of block, row and column, so they are identical on all workers and no matrix
-    is stored. The last block may be shorter. Computed in at least float32.
+    Returns float[blocks * rows], in at least float32. Entries are a function of the key and of block, row and column:
+    they are identical on all workers, and no matrix is stored. The last block may be shorter.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
-    together = max(1, _SLAB // (size * rows))  # blocks
+    together = max(1, _SLAB // (size * rows))  # blocks projected at a time
     numbers = torch.empty(together * rows * size, dtype=dtype, device=v.device)
     projected = []
     for i, part in enumerate(torch.split(v, together * size)):
@@ -213,7 +213,7 @@ class SketchTopK(SharedSupport):
     First the workers' sketches, `rows` x `columns` counters, are all-reduced. They estimate the mean; the P k
     coordinates of largest estimated magnitude are candidates, P = `oversample`. Then the exact values of the candidates
     are all-reduced, and the k of largest exact magnitude are kept. k is `ratio` * d, rounded and at least 1, or given.
-    The support is identical on all workers and the mean is compressed, as Theorem 3.1 requires.
+    All workers keep the same coordinates and the mean is compressed, as Theorem 3.1 requires.
 
     The estimate is the median over rows; in each row its variance is at most ||v||^2 / columns (see
     `numerics.sketches`). docs/compressors.md derives the default sizes, 16 k columns and O(log(d / k)) rows. If sketch
@@ -230,7 +230,7 @@ class SketchTopK(SharedSupport):
     tensor([[17]])
     """
 
-    rows: int | None = None  # R, estimates per median; by default odd, of order log(d / k)
+    rows: int | None = None  # R, rows of counters; estimates are medians over rows; by default odd, of order log(d / k)
     columns: int | None = None  # c, counters per row; by default 16 k
     oversample: int = _OVERSAMPLE  # P, candidates per kept coordinate; their exact values are sent
     half: bool = True  # send counters in bfloat16, else in the vector's dtype
@@ -276,19 +276,19 @@ class SketchTopK(SharedSupport):
         return rows * columns, candidates
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Draw by `seed` and `step` the hash of each sketch row, and the coordinate of d from which ties are broken."""
+        """Return each sketch row's hash, and the coordinate of d from which ties are broken, by `seed` and `step`."""
         return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the counters of v in all rows, with the hashes in `drawn`, bfloat16 or float[rows * columns]."""
+        """Return the count sketch of v with the hashes in `drawn`, bfloat16 or float[rows * columns]."""
         counters = [h.sketch(v) for h in drawn.numbers] or [v[:0]]
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the candidates, increasing: the coordinates of d with the largest magnitude estimated by `sketch`.
+        """Return the candidates, increasing: the coordinates of d whose magnitudes estimated by `sketch` are largest.
 
-        Coordinates that share a counter with a much larger one tie with it in that row. Ties are therefore broken in
-        cyclic order from the random coordinate in `drawn` on, not by position.
+        Coordinates that share a counter with a much larger one have the same estimate in that row. Ties are therefore
+        broken in cyclic order from the random coordinate in `drawn` on, not by position.
         """
         hashes = drawn.numbers
         if not hashes:
@@ -304,6 +304,6 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Return the k of `places`, of d coordinates, whose `values`, float[m], have the largest magnitudes."""
+        """Select the k of m candidates `places`, in d coordinates, with the largest exact `values` in magnitude."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

@@ -36,13 +36,14 @@ _LONGEST_CHUNK = 1 << 30  # coordinates
 
 @dataclass(frozen=True)
 class Cells:
-    """A subset of the cells [i size, (i + 1) size) of a vector of at least `size` coordinates; the last may be shorter.
+    """A subset of the cells of a vector; cell i has the coordinates [i size, (i + 1) size), fewer if it is the last.
 
-    The values at m cells are a float[m size] tensor, with zeros beyond the end of the vector.
+    The vector has at least `size` coordinates. The values at m cells are a float[m size] tensor, with zeros beyond the
+    end of the vector.
     """
 
-    index: Tensor  # cell numbers i, distinct int64[m]
-    size: int  # coordinates of a cell
+    index: Tensor  # cell numbers, distinct int64[m]
+    size: int  # coordinates per cell
 
     def coordinates(self, d: int) -> Tensor:
         """Return the indices below d of the coordinates in these cells, int64[at most m size]."""
@@ -83,22 +84,22 @@ class Cells:
         whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows, alpha=alpha)
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of the n full cells, float[n, size], and of the shorter last cell; empty: none."""
+        """Return views of the n full cells of v, float[n, size], and of the shorter last cell, which may be empty."""
         n = len(v) // self.size
         return v[: n * self.size].view(n, self.size), v[n * self.size :]
 
     def _is_rest(self, whole: Tensor) -> Tensor:
-        """Return a mask of the shorter last cell, bool[m, 1]; does not synchronize."""
+        """Return a mask, bool[m, 1], True for the shorter last cell of the vector; does not synchronize with a GPU."""
         return (self.index == len(whole))[:, None]
 
 
 _MOST_TOGETHER = 128  # largest default cell, in coordinates: longer runs are hardly copied faster
-_CELLS_KEPT = 1024  # kept cells by default, at least: with fewer the kept energy varies much between steps
+_CELLS_KEPT = 1024  # minimum number of kept cells by default: with fewer the kept energy varies much between steps
 
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """The compressor C(v) = v, which sends all values unchanged. mu = 1, linear.
+    """The compressor C(v) = v, which sends all values unchanged. It is linear, with mu = 1.
 
     >>> import torch
     >>> from packsaddle import Identity
@@ -154,20 +155,20 @@ class KOfD(Compressor):
         return replace(self, k=min(part, max(1, round(self.k * part / d)))) if self.k is not None and part else self
 
     def count(self, d: int) -> int:
-        """Return the number of coordinates sent of d: k, or ratio * d, rounded and at least 1."""
+        """Return the number of coordinates to send of d coordinates: k, or ratio * d, rounded and at least 1."""
         if self.k is not None:
             return min(self.k, d)
         assert self.ratio is not None  # __post_init__
         return min(d, max(1, round(self.ratio * d)))
 
     def mu(self, d: int) -> float:
-        """Return k/d (for RandomK with equality in Definition 2.1; Stich et al. 2018)."""
+        """Return the contraction k/d, exact for RandomK and a lower bound for TopK (Stich et al. 2018)."""
         return self.count(d) / d if d else 1.0
 
 
 @dataclass(frozen=True)
 class _OfEachTensor(KOfD):
-    """Base of compressors that keep k of all coordinates or, with `per_tensor`, the ratio of each tensor's."""
+    """Base of compressors that keep k of all coordinates or, with `per_tensor`, the fraction `ratio` of each tensor."""
 
     per_tensor: bool = False  # apply the ratio to each tensor separately, not to the whole vector
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
@@ -182,11 +183,11 @@ class _OfEachTensor(KOfD):
         return replace(self, sizes=tuple(shape.numel() for shape in shapes)) if self.per_tensor else self
 
     def restrict(self, part: int, d: int) -> KOfD:
-        """Drop the tensor sizes for a chunk, which does not end at tensor boundaries."""
+        """Return the compressor for a chunk, without tensor sizes: chunks do not end at tensor boundaries."""
         return KOfD.restrict(replace(self, sizes=self.sizes if part == d else ()), part, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return (start, size) of each part of a vector of d coordinates that has its own k, by default one part."""
+        """Return (start, size) of each range of d coordinates with its own k: a tensor if `per_tensor`, else all d."""
         sizes = self.sizes if sum(self.sizes) == d else (d,)
         return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
 
@@ -200,7 +201,7 @@ class _OfEachTensor(KOfD):
 
 @dataclass(frozen=True)
 class RandomK(_OfEachTensor):
-    """A compressor that keeps k random coordinates, identical on all workers. mu = k/d, linear, no index bytes.
+    """A linear compressor that keeps k random coordinates, identical on all workers; sends no indices. mu = k/d.
 
     k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values are not rescaled by d/k: error
     feedback needs a contraction, not an unbiased estimate.
@@ -244,7 +245,7 @@ class RandomK(_OfEachTensor):
         return self.values is None
 
     def block(self, d: int) -> int:
-        """Return b, the number of consecutive coordinates of a cell, all kept or none, for vectors of length d."""
+        """Return b, the number of consecutive coordinates kept or dropped together, for vectors of d coordinates."""
         if self.per_tensor:
             return 1
         k = self.count(d)
@@ -257,7 +258,7 @@ class RandomK(_OfEachTensor):
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the fraction of the cells that is kept, at least k/d, times the retention of `values`."""
+        """Return the fraction of cells kept, at least k/d for d coordinates, times `value_retention` of `values`."""
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
         return share * value_retention(self.values)
@@ -308,7 +309,7 @@ class RandomK(_OfEachTensor):
 
 
 class _CodedSupport(Compressor):
-    """Base of compressors whose support depends on v, so that a message contains coded indices."""
+    """Base of compressors that select coordinates by the values of v, so that a message contains coded indices."""
 
     values: ValueFormat | None
 
@@ -325,7 +326,7 @@ class _CodedSupport(Compressor):
         return wire.encode_indices(index, d)
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` are consistent with the number of values in them, at most d."""
+        """Raise MessageError unless `parts` match the expected parts for the number of values in them, at most d."""
         k = min(d, value_count(parts, self.values)) if "values" in parts else 0
         with decoding(self):
             check_expected(parts, {"indices": wire.index_bytes(d, k), **value_parts(k, self.values)}, d)
@@ -349,7 +350,7 @@ class _CodedSupport(Compressor):
 
 @dataclass(frozen=True)
 class TopK(_CodedSupport, _OfEachTensor):
-    """A compressor that keeps the k coordinates of largest magnitude. mu >= k/d, not linear.
+    """A compressor that keeps the k coordinates of largest magnitude; it is not linear. mu >= k/d.
 
     k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). A message has values and coded indices.
 
@@ -391,7 +392,7 @@ class TopK(_CodedSupport, _OfEachTensor):
             raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
 
     def chunks(self, d: int) -> Chunks | None:
-        """Return the chunks of a vector of d coordinates; None without `chunk`."""
+        """Return the division of a vector of d coordinates into chunks; None without `chunk`."""
         return None if self.chunk is None else Chunks.of(d, self.chunk, lambda n: KOfD.count(self, n))
 
     def count(self, d: int) -> int:
@@ -403,9 +404,9 @@ class TopK(_CodedSupport, _OfEachTensor):
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one TopK per section; their k, estimated from `samples` and `sizes`, add up to the k of the vector.
+        """Return one TopK per section of a vector; their k, estimated from `samples` and `sizes`, add up to its k.
 
-        None with `per_tensor` or `chunk`, since k is then fixed for each part.
+        None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk.
         """
         if self.per_tensor or self.chunk is not None:
             return None
@@ -424,7 +425,7 @@ class TopK(_CodedSupport, _OfEachTensor):
         return {"indices": chunks.expected() if chunks else wire.index_bytes(d, k), **value_parts(k, self.values)}
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` fit d coordinates. A given k is not checked: `apportion` varies it."""
+        """Raise MessageError unless `parts` match d coordinates. A given k may differ, since `apportion` varies it."""
         if self.k is None:
             Compressor.check_parts(self, parts, d)
         else:
@@ -449,7 +450,7 @@ class AdaptiveTopK(_CodedSupport):
     """A compressor that keeps the fewest coordinates with the fraction `share` of ||v||^2: mu = share for every v.
 
     It satisfies the paper's Assumption D by construction. The number of coordinates sent varies between steps. Raises
-    ValueError unless share is a float in (0, 1] and values is a format.
+    ValueError unless share is a float in (0, 1] and values is a format or None.
 
     >>> import torch
     >>> from packsaddle import AdaptiveTopK
@@ -471,7 +472,7 @@ class AdaptiveTopK(_CodedSupport):
         return self.share * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one AdaptiveTopK per section, its share estimated from `samples`; `sizes` has no effect."""
+        """Return one AdaptiveTopK per section of a vector, with a share estimated from `samples`; `sizes` is unused."""
         return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
 
     def select(self, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stages: a compressor applied repeatedly to its own residual, in one message."""
+"""Stages: a compressor applied repeatedly to its own residual v - C(v), in one message."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Stages(Compressor):
-    """The composition of `passes` passes of one compressor, each applied to the residual of the previous pass.
+    """A compressor that applies another one `passes` times, each time to the residual of the previous pass.
 
     C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), so v - C(v) = r_p. The passes
     have independent randomness, and the expected energy of r_i is at most 1 - mu times that of r_{i-1}. C is therefore
@@ -23,7 +23,7 @@ class Stages(Compressor):
     (seed, step, i); the first pass equals the compressor without Stages. A message has the parts of all passes:
     "1 signs", "2 signs", ....
 
-    Linear compressors are not allowed: a larger ratio sends the same, in one part and by all-reduce. Messages are
+    Linear compressors are not allowed: a larger ratio sends as much, in one part and by all-reduce. Messages are
     all-gathered, even for compressors with another aggregation (LowRank, SketchTopK). Raises ValueError if the
     compressor is not a Compressor, or is linear or lossless, or if passes is not a positive integer.
 
@@ -73,7 +73,7 @@ class Stages(Compressor):
         return replace(self, compressor=self.compressor.for_tensors(shapes))
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one Stages per section, with the compressor's own division by `samples` and `sizes` in every pass."""
+        """Return one Stages per section of a vector, each of a compressor apportioned by `samples` and `sizes`."""
         allotted = self.compressor.apportion(samples, sizes)
         return None if allotted is None else [replace(self, compressor=compressor) for compressor in allotted]
 
@@ -119,7 +119,7 @@ class Stages(Compressor):
         return super().message_bytes(d, itemsize)  # residuals are not Gaussian, so measure all passes
 
     def _split(self, parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Return the parts of each pass. Raises MessageError if a part belongs to no pass."""
+        """Split the parts of a message into those of each pass. Raises MessageError if a part belongs to no pass."""
         split: list[dict[str, Tensor]] = []
         for i in range(1, self.passes + 1):
             split.append({n.removeprefix(f"{i} "): part for n, part in parts.items() if n.startswith(f"{i} ")})
@@ -128,15 +128,15 @@ class Stages(Compressor):
         return split
 
     def _messages(self, message: Message) -> list[Message]:
-        """Return the message of each pass."""
+        """Split a message into one message per pass, in the compressor's own format."""
         pairs = zip(self._split(message.parts), message.context, strict=True)
         return [Message(parts, context) for parts, context in pairs]
 
     @property
     def _depth(self) -> int:
-        """The nesting depth of Stages."""
+        """The number of nested Stages, including this one."""
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:
-        """Return the seed of pass i: `seed` for pass 0, else one that differs between passes and nesting depths."""
+        """Return the seed of pass i: `seed` itself for pass 0, else one derived from it, i and the nesting depth."""
         return mix(seed, i, i * self._depth) if i else seed

@@ -13,7 +13,7 @@ from torch import Tensor
 from packsaddle.compressors import Compressor, Message
 from packsaddle.compressors.base import check_count
 
-STANDARD_ERRORS = 5.0  # tolerance; a correct random compressor fails about one comparison in three million
+STANDARD_ERRORS = 5.0  # tolerance of means; a correct random compressor fails about one comparison in three million
 
 
 def nasty_vectors() -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, `fixed_size` holds.
+    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, `fixed_size` is true.
 
     Raises AssertionError, which begins with `where`.
     """
@@ -142,7 +142,7 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     expected, tolerance = 1 - 2 * compressor(v, seed=8, step=9), 8 * torch.finfo(v.dtype).eps
     scale = 1 + _largest(v)
     assert torch.allclose(own, expected, rtol=tolerance, atol=tolerance * scale), f"{where}: alpha is not a factor"
-    # A fixed size depends on d alone, so the message of 0 must have it too.
+    # A fixed size depends on d alone, so the message of a zero vector must have the same size.
     if compressor.fixed_size:
         zeros = compressor.encode(torch.zeros_like(v), seed=1, step=1)
         sizes = [{name: part.numel() for name, part in m.parts.items()} for m in (message, zeros)]
@@ -151,14 +151,14 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C(2 v) = 2 C(v), so that vectors may be scaled by eta; `where` begins the error."""
+    """Check `compressor` on v: C(2 v) = 2 C(v), so scaling commutes with it; errors begin with `where`."""
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v and v reversed: C(a + b) = C(a) + C(b) up to rounding; `where` begins the error."""
+    """Check `compressor` on v and v reversed: C(a + b) = C(a) + C(b) up to rounding; errors begin with `where`."""
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
@@ -210,7 +210,7 @@ def check_empty(compressor: Compressor) -> None:
 
 
 def _largest(v: Tensor) -> float:
-    """Return the largest magnitude; 0 for an empty vector."""
+    """Return the largest magnitude in v, float[d]; 0 if v is empty."""
     return float(v.double().abs().max()) if len(v) else 0.0
 
 

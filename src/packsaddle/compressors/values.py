@@ -1,4 +1,4 @@
-"""Rounding of the sent values to formats of fewer bits, in blocks with one scale or a few levels each.
+"""Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
 Floating-point formats, "int8" and "int4" round to nearest after division by the largest magnitude of the block, so that
 values of any scale fit the format. "int1", "int2" and "int3" store a sign and one of 1, 2 or 4 levels per value:
@@ -19,18 +19,18 @@ from packsaddle.errors import MessageError
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
 FORMATS = get_args(ValueFormat)
-VALUE_BLOCK = 256  # values per scale
+VALUE_BLOCK = 256  # values per block
 _LARGEST = {"int8": 127, "int4": 7}
 _PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; an extra last byte has the number of values modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
-_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # code of twice the unit, less 1: a subnormal unit is inexact
+_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # code of almost 2 units: a subnormal unit is inexact
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", one per block.
+    """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", a scale per block.
 
     Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1].
     """
@@ -59,7 +59,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
 
 
 def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Tensor]:
-    """Encode each value as a sign and a level number, with levels per block; padding is excluded from the means."""
+    """Encode each value as a sign and the number of a level of its block; padding is excluded from the means."""
     there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
     codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
     codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
@@ -68,7 +68,7 @@ def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Te
 
 
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
-    """Return the level number of each member, uint8[n, b], and the levels, float64[n, 1] each, in rising order."""
+    """Split the members of each row at their mean, recursively; return level numbers, uint8[n, b], and the levels."""
     count = members.sum(1, keepdim=True)
     mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
     if not halvings:
@@ -82,7 +82,8 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Encode nonnegative scales, float[m], to relative error 2^-9 as "scales", int16[m], and the largest as "unit".
 
-    Scales below 2^-252 of the largest become 0. The unit, in `dtype`, is non-finite if any scale is.
+    Scales below 2^-252 of the largest have a larger relative error, and those below 2^-261 become 0. The unit, in
+    `dtype`, is non-finite if any scale is.
     """
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0)
@@ -109,7 +110,7 @@ def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
 
 
 def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype) -> Tensor:
-    """Invert `encode_values`: return the values, float[k]. `parts` must match `value_parts` and `check_values`."""
+    """Invert `encode_values`: return the values, float[k]. `parts` must have passed `check_values`."""
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how), _scales_of(parts, dtype)
@@ -123,7 +124,7 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
 
 
 def _of_levels(codes: Tensor, levels: Tensor, halvings: int) -> Tensor:
-    """Decode codes of sign and level number, int64[k], to values, float[k]."""
+    """Decode `codes`, int64[k], each a sign and a level number, to values, float[k]."""
     blocks = torch.nn.functional.pad(codes, (0, -len(codes) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     signed = torch.cat([levels.view(-1, 1 << halvings), -levels.view(-1, 1 << halvings)], 1)
     return signed.gather(1, blocks).view(-1)[: len(codes)]
@@ -151,7 +152,7 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 
 def _packed(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers and append a byte with their count modulo 8."""
+    """Pack numbers of `width` bits each, and append a byte with their count modulo 8."""
     return torch.cat([pack(numbers, width), numbers.new_tensor([len(numbers) % 8]).to(torch.uint8)])
 
 
@@ -167,7 +168,7 @@ def value_retention(how: ValueFormat | None) -> float:
     least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
     with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
     single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean); returns 4 / b.
-    int3: its levels split those of int2, so no more is lost. (Gaussian tails retain at least 0.97.)
+    int3: its levels split those of int2, so no more is lost. (The largest 10% of Gaussian values retain 0.97.)
     """
     if how is None:
         return 1.0

@@ -76,11 +76,11 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Encode the gaps of increasing indices, int64[k], in Rice codes, uint8[...]; the other arguments are not stored.
+    """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; other arguments are not stored.
 
-    There are `kept` indices in each chunk of `size`: index i is in [c size, (c + 1) size) for c = floor(i / kept), and
-    the first gap of a chunk is relative to its start. The quotients of all gaps by 2^b come first, each in unary as
-    zeros and a one, then the remainders of b bits.
+    There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
+    c = floor(i / kept), and the first gap of a chunk is relative to its start. The quotients of all gaps by 2^b are
+    stored first, each in unary as zeros and a one, then the remainders of b bits.
     """
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_gaps", device=index.device)):
         packed: Tensor = loop(index, kept, size, b)
@@ -192,12 +192,12 @@ def index_bits(d: int, k: int) -> float:
 
 
 def _width(d: int) -> int:
-    """Return the bits of an index below d."""
+    """Return the number of bits of an index in [0, d)."""
     return max(1, (d - 1).bit_length())
 
 
 def _rice_parameter(d: int, k: int) -> int:
-    """Return the least b with 2^b at least log 2 times the mean gap (Golomb 1966); a function of d and k alone."""
+    """Return the Rice parameter, the least b with 2^b >= log(2) * mean gap, for k indices below d (Golomb 1966)."""
     mean_gap = (d - k) / k
     return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
 

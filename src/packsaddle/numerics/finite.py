@@ -65,9 +65,10 @@ def overflow_margin(dtype: torch.dtype) -> float:
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha * more and return an upper bound on its norm. Same shapes, no gaps in memory.
+    """Set out to base + alpha * more, and return an upper bound on the norm of out.
 
-    Works in parts that fit a cache, from which the norm is then computed; the bound is the sum of the parts' norms.
+    The tensors have the same shape and no gaps in memory. They are added in parts that fit a cache, so that computing
+    the norm of a part does not read memory again; the bound is the sum of these norms.
     """
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
@@ -85,10 +86,10 @@ Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): out += alpha * more, t
 
 
 def add_if_finite(sums: Iterable[Sum]) -> float | None:
-    """Compute all sums in place, and return an upper bound on the squared norm of the concatenated results.
+    """Add alpha * more to out for all `sums`, in place; return an upper bound on the squared norm of all results.
 
-    Returns None if the square of an element of an `out` or `alpha * more` is non-finite. Completed sums are then
-    subtracted again, so all tensors are unchanged up to rounding. Each part is read and written once.
+    Returns None if a sum of squares of elements of `out` or `alpha * more` is non-finite. Completed additions are then
+    undone by subtraction, so all tensors are unchanged up to rounding. Each part is read and written once.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
     add = kernel("add_finite", *(line for out, more, _ in lines for line in (out, more))) or _add_finite
@@ -102,7 +103,7 @@ def add_if_finite(sums: Iterable[Sum]) -> float | None:
 
 
 def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both tensors as 1-D views with the same element order, or unsqueezed to [1, ...] if there are none."""
+    """Return 1-D views of both tensors with the same element order; if impossible, the tensors as [1, ...]."""
     if out.is_contiguous() and more.is_contiguous():
         return out.view(-1), more.view(-1)
     if out.stride() == more.stride():  # e.g. channels_last; no gaps in memory
@@ -111,7 +112,7 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]:
-    """PyTorch version of `kernels.numba_loops.add_finite`."""
+    """Add as `kernels.numba_loops.add_finite` does, with PyTorch operations."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):

@@ -1,7 +1,7 @@
 """Random numbers as pure functions of (seed, step): there is no generator state to store, resume or synchronize.
 
-A *shared* stream is identical on every worker (Algorithm 1's xi_t and the compressor's randomness); a *private* one
-also depends on the worker (its batches). Global random state is never read or written.
+A *shared* stream is identical on every worker (the noise xi_t of Algorithm 1, the compressor's randomness); a *private*
+stream also depends on the worker (the order of its batches). Global random state is never read or written.
 
 Counter-based numbers are functions of a counter and a key. Any range of a sequence can be computed on any device, in
 any order, so adding noise to a vector needs no second vector. A random word is the 32-bit counter, hashed twice (a
@@ -31,16 +31,16 @@ class Stream(IntEnum):
     """The purpose of random numbers; two streams of one (seed, step) are independent."""
 
     SUPPORT = 1  # cells of coordinates that RandomK keeps
-    NOISE = 2  # perturbation xi_t
+    NOISE = 2  # noise xi_t that is added to gradients
     SKETCH = 3  # sketches of norms and compressors, and LowRank's Gaussian Q
     BATCH = 4  # order of a worker's examples
     SHARD = 5  # assignment of examples to workers
     INIT = 6  # initial parameters x_0
     ROUNDING = 7  # stochastic rounding
-    CERTIFY = 8  # start vectors and examples of a certificate
+    CERTIFY = 8  # start vectors and examples for certifying a stationary point
     ITERATES = 9  # selection of the iterates to certify
     OUTSTANDING = 10  # deferred noise, drawn when it is applied to x
-    SETTLED = 11  # all deferred noise, drawn when e or y is read
+    SETTLED = 11  # all deferred noise, drawn when the error memory e or y = x - eta e is read
     PROJECTION = 12  # SharedTopK's projections of blocks
 
 
@@ -68,7 +68,7 @@ def as_seed(seed: int) -> int:
 def generator(
     seed: int, step: int, stream: Stream, *, worker: int | None = None, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Return a generator on `device` for (seed, step, stream): shared, or private if `worker` is given."""
+    """Return a torch.Generator on `device`, seeded by (seed, step, stream) and, if given, by `worker`."""
     private = () if worker is None else (worker + 1,)
     # PyTorch's CPU generator uses 32 bits of a seed, the CUDA generator 63: pass 32 bits to both.
     return torch.Generator(device).manual_seed(mix(seed, step, int(stream), *private) >> 32)
@@ -142,7 +142,7 @@ class Keys(NamedTuple):
 
 
 def keys(seed: int, step: int, stream: Stream) -> Keys:
-    """Return the keys of (seed, step, stream)."""
+    """Return the keys of the counter-based sequence for (seed, step, stream)."""
     return Keys(*(mix(seed, step, int(stream), i) >> 32 for i in range(3)))
 
 
@@ -167,7 +167,7 @@ def _signed(word: int, bits: int = 32) -> int:
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
-    """Add scale times the standard normal numbers `start`, start + 1, ... of a key to out, float[n], in place.
+    """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence of `key`.
 
     Identical on every device up to rounding in the logarithm, sine and cosine.
     """
@@ -183,7 +183,7 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
-    """Add the standard normal numbers of a key, in cell i times scales[i], to out, float[m b], in place."""
+    """Add scales[i] * N(0, 1) noise, the sequence of `key`, to the i-th of m cells of b elements in out, float[m b]."""
     b = len(out) // max(1, len(scales))
     if (loop := kernel("add_cell_gaussians", out, scales)) and 2 * _PAIRS % max(1, b) == 0:
         loop(out, scales, key)
@@ -194,7 +194,7 @@ def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:
-    """Return the normal numbers of chunks first, ..., last - 1, of 2048 each, float32[2048 (last - first)]."""
+    """Return the normal numbers of chunks `first` to `last` - 1, 2048 in each, float32[2048 (last - first)]."""
     counters = torch.arange(first * _PAIRS, last * _PAIRS, device=device).to(torch.int32)
     hashed = _mixed(counters * _signed(0x9E3779B1) + _signed(key.first))
     radial, angular = _mixed(hashed + _signed(key.second)), _mixed(hashed + _signed(key.third))

@@ -1,8 +1,8 @@
 """Random linear sketches: for the norm of a mean over workers, and count sketches for estimates of its coordinates.
 
-Norm sketch (AY21, section 3: "using linear sketches"). The mean v = mean_i v_i is not on any worker. Each worker sends
-S v_i for the same random linear S; the mean of the sketches is S v, and ||S v||^2 estimates ||v||^2 (Alon, Matias and
-Szegedy 1999, with the buckets of Charikar et al. 2002).
+Norm sketch (section 3 of the paper: "using linear sketches"). No worker has the mean v = mean_i v_i. Each worker sends
+S v_i for the same random linear map S; the mean of the sketches is S v, and ||S v||^2 estimates ||v||^2 (Alon, Matias
+and Szegedy 1999, with the buckets of Charikar et al. 2002).
 
 Count sketch. Its hash is structured, so that sketching and estimation are a few shifted sums. v is divided into chunks
 of c coordinates; chunk b is rotated by a random rho_b and multiplied by a random sign sigma_b, and the chunks are
@@ -33,7 +33,7 @@ _BLOCK = 1 << 16  # coordinates of a block, whose scratch memory fits a fast cac
 class RowHash:
     """The hash of one row of a count sketch, from d coordinates to c = `columns` counters; a linear map S."""
 
-    columns: int
+    columns: int  # c, number of counters
     rotations: tuple[int, ...]  # rho_b in [0, c), one per chunk
     signs: tuple[float, ...]  # sigma_b, 1.0 or -1.0, one per chunk
 
@@ -47,7 +47,7 @@ class RowHash:
         return cls(columns, tuple(rotations.tolist()), tuple(signs.to(torch.float64).tolist()))
 
     def sketch(self, v: Tensor) -> Tensor:
-        """Return S v, float[c]. Reads v once."""
+        """Return the sketch S v, float[c], of v, float[d]. Reads v once."""
         c = self.columns
         if len(self.rotations) > _MANY:
             counters = torch.zeros(c, dtype=v.dtype, device=v.device)
@@ -57,7 +57,7 @@ class RowHash:
             return counters
         counters = torch.zeros(c, dtype=v.dtype, device=v.device)
         for chunk, rho, sigma in zip(torch.split(v, c), self.rotations, self.signs, strict=True):
-            n = min(len(chunk), c - rho)  # before the rotation wraps round
+            n = min(len(chunk), c - rho)  # coordinates before the rotation wraps around
             counters[rho : rho + n].add_(chunk[:n], alpha=sigma)
             if n < len(chunk):
                 counters[: len(chunk) - n].add_(chunk[n:], alpha=sigma)
@@ -85,16 +85,16 @@ class RowHash:
             yield chunk, rotations[place], signs[place]
 
     def _places(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield per block the counter index of each coordinate, int64[rows, c], and the signs of the chunks."""
+        """Yield per block of chunks of `out` the counter index of each coordinate, int64[rows, c], and the signs."""
         positions = torch.arange(self.columns, device=out.device)
         for _, rows, signs in self._blocks(out):
             yield (positions + rows[:, None]).remainder_(self.columns), signs
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
-    """Yield the median over rows of each coordinate's estimate, float[d] in blocks; tables is S v, float[rows, c]."""
+    """Yield, in blocks of v, the median over rows of each coordinate's estimate; `tables` is S v, float[rows, c]."""
     chunks, c = len(hashes[0].rotations), hashes[0].columns
-    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. For many short chunks gather by indices,
+    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. Many short chunks: gather by indices.
     if chunks > _MANY:
         group = max(1, _BLOCK // c)
         rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
@@ -105,7 +105,7 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
-    # for a few long ones use slices.
+    # A few long chunks: use slices.
     doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of this
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):
@@ -161,10 +161,10 @@ _SLAB = 1 << 20  # coordinates hashed at a time, to bound scratch memory
 class NormSketch:
     """An estimator of ||v|| from `rows` independent count sketches of `columns` counters (Charikar et al. 2002).
 
-    It replaces d floats by rows x columns. v is divided into chunks of `columns` coordinates, each chunk is rotated at
-    random and given random signs, and the chunks are summed. Two coordinates of one chunk never collide, two of
-    different chunks collide with probability 1/columns, and signs are independent. The energy Z of each row therefore
-    has E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i, j collide) <= (2 / columns) ||v||^4. The estimate of
+    A sketch has rows * columns numbers instead of d. v is divided into chunks of `columns` coordinates, each chunk is
+    rotated at random and given random signs, and the chunks are summed. Two coordinates of one chunk never collide, two
+    of different chunks collide with probability 1/columns, and signs are independent. So the energy Z of each row has
+    E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i, j collide) <= (2 / columns) ||v||^4. The estimate of
     ||v||^2 is the median of Z over rows. A vector no longer than the sketch is sent unchanged, and its norm is exact.
     Raises ValueError unless rows and columns are at least 1.
 
@@ -196,7 +196,7 @@ class NormSketch:
         return float(binom.sf((self.rows + 1) // 2 - 1, self.rows, p))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return S v, float[rows, columns], for S drawn from (seed, step); a copy of v if v is no longer than S v."""
+        """Return S v, float[rows, columns], for a random S from (seed, step); a copy of v if that is not longer."""
         if v.numel() <= self.rows * self.columns:
             return v.clone()
         return torch.stack([self._row(v, generator(seed, step, Stream.SKETCH, worker=row)) for row in range(self.rows)])

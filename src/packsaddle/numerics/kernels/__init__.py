@@ -1,4 +1,4 @@
-"""Lookup of compiled inner loops, with a fallback to PyTorch.
+"""Lookup of compiled inner loops by name, with a fallback to PyTorch.
 
 Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA, where PyTorch includes it.
 Every caller has an equivalent PyTorch implementation for the case that `kernel` returns None.
@@ -28,9 +28,10 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for the device of these vectors (without vectors: `device`), or None.
+    """Return the compiled loop `name` for the device of `vectors` (by default, for `device`); None if there is none.
 
-    None also unless all vectors are on one device, have stride 1, are float32 or float64, and do not require gradients.
+    Returns None also if vectors are on several devices, or if one has a stride other than 1, is neither float32 nor
+    float64, or requires gradients.
     """
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
@@ -50,7 +51,7 @@ def compiler(device: torch.device | str) -> str:
 
 
 def obstacle(device: torch.device | str) -> str:
-    """Return the reason that a device has no compiled loops; "" if it has."""
+    """Return the reason that a device has no compiled loops; "" if it has compiled loops."""
     return _load(torch.device(device).type)[1]
 
 

@@ -20,7 +20,7 @@ from packsaddle.numerics.kernels.numba_random import word
 
 
 def pack_signs(v: Tensor) -> Tensor:
-    """Return one bit per coordinate, 1 where v >= 0, uint8[ceil(d / 8)], most significant bit first."""
+    """Pack the signs of v, float[d], into uint8[ceil(d / 8)]: bit 1 where v >= 0, most significant bit first."""
     out = torch.empty(-(-len(v) // 8), dtype=torch.uint8)
     a, o = v.numpy(), out.numpy()
     in_parts(len(v), 8, lambda start, stop: _pack_signs(a[start:stop], o[start // 8 :]))
@@ -57,7 +57,7 @@ def _sum_of_magnitudes(v: Array) -> float:
 
 
 def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale (bit 1) or -scale (bit 0), float[], to out, float[n], by the n bits of `packed` from `first` on."""
+    """Add +scale or -scale, float[], to element i of out, float[n], where bit first + i of `packed` is 1 or 0."""
     check_room("signs", packed, -(-(first + len(out)) // 8))
     p, o = packed.numpy(), out.numpy()
     s = scalar(float(scale), o)
@@ -78,8 +78,8 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Return QSGD's codes, uint8[ceil(d bits / 8)], and the norms of buckets, float[ceil(d / bucket)]; bits at most 8.
-    See `compressors.quantized`."""
+    """Quantize v, float[d], as QSGD: return packed codes, uint8[ceil(d bits / 8)], and a norm per bucket, float[...].
+    `bits` is at most 8. See `compressors.quantized`."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
@@ -101,7 +101,7 @@ def _pack_levels(
 ) -> None:
     levels, bits, bucket = shape
     # Loops run over slices: numba then excludes negative indices, and vectorizes them.
-    unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte
+    unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte boundary
     for group in range(0, len(v), 8 * bucket):
         held = v[group : group + 8 * bucket]
         for start in range(0, len(held), bucket):
@@ -115,7 +115,7 @@ def _pack_levels(
 
 @compiled_loop
 def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: Any, place: Any, codes: Array) -> Any:
-    """Write the codes of the bucket that begins at index `place` of the vector, and return its norm."""
+    """Write the codes of one bucket x, which begins at index `place` of the vector; return its norm."""
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
@@ -152,7 +152,7 @@ def _sum_of_squares(v: Array) -> float:
 
 @compiled_loop
 def pack_codes(codes: Array, bits: int, out: Array) -> None:
-    """Pack a multiple of 8 codes, uint8[n], of at most 8 bits each."""
+    """Pack `codes`, uint8[n], n a multiple of 8, in `bits` bits each, at most 8, into `out`."""
     for k in range(len(codes) // 8):
         word = np.uint64(0)
         for j in range(8):
@@ -162,7 +162,7 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
 
 
 def unpack_levels(packed: Tensor, d: int, levels: int, bits: int) -> Tensor | None:
-    """Return the d codes of `pack_levels`, uint8[d]; None if one of them is above 2 * levels."""
+    """Unpack the d codes of `pack_levels` to uint8[d]; return None if a code is above 2 * levels."""
     check_room("packed levels", packed, -(-d * bits // 8))
     codes = torch.empty(d, dtype=torch.uint8)
     p, c = packed.numpy(), codes.numpy()
@@ -172,7 +172,7 @@ def unpack_levels(packed: Tensor, d: int, levels: int, bits: int) -> Tensor | No
 
 @compiled_loop
 def _unpack_levels(packed: Array, bits: int, codes: Array) -> Any:
-    """Write the codes, and return the largest."""
+    """Unpack `packed` into `codes`, uint8[n], and return the largest code."""
     full, largest, last = len(codes) // 8 * 8, np.uint8(0), np.empty(8, np.uint8)
     unpack_codes(packed, bits, codes[:full])
     unpack_codes(packed[full * bits // 8 :], bits, last)
@@ -211,11 +211,11 @@ def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array
 
 @compiled_loop
 def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
-    """Unpack a multiple of 8 codes, uint8[n], of at most 8 bits each."""
+    """Unpack n codes of `bits` bits each, at most 8, from `packed` into `codes`, uint8[n], n a multiple of 8."""
     mask = np.uint64((1 << bits) - 1)
     for k in range(len(codes) // 8):
         word = np.uint64(0)
-        for j in range(bits):  # the last word may be cut short
+        for j in range(bits):  # the last word may be incomplete
             place = k * bits + j
             word = (word << np.uint64(8)) | (np.uint64(packed[place]) if place < len(packed) else np.uint64(0))
         for j in range(8):
@@ -244,7 +244,7 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Encode the gaps of indices, int64[k], `kept` in each chunk of `size`, uint8[...]. See `wire.pack_gaps`."""
+    """Encode the gaps between indices, int64[k], `kept` per chunk of `size`, as uint8[...]. See `wire.pack_gaps`."""
     k = len(index)
     unary = torch.zeros((k + (-(-k // kept) * size >> b)) // 8 + 1, dtype=torch.uint8)
     remainders = torch.empty(-(-k * b // 8), dtype=torch.uint8)
@@ -260,7 +260,7 @@ def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remaind
     for i in range(len(index)):
         if i % kept == 0:
             last = np.int64(i // kept) * size - 1
-        # The quotient by 2^b in unary, as zeros and a one; then the remainder in b bits.
+        # Write the gap's quotient by 2^b in unary, as zeros and a one, and its remainder in b bits.
         gap = np.uint64(index[i] - last - 1)
         last = index[i]
         bit += np.int64(gap >> np.uint64(b))
@@ -295,7 +295,7 @@ def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, 
     for j in range(len(unary)):
         if m == len(out):
             return False
-        # The positions of the ones in this byte; each ends a quotient.
+        # Find the positions of the ones in this byte; each one ends a quotient.
         byte = unary[j]
         found: Any = 0
         for i in range(8):  # branch-free: positions of zeros are overwritten
@@ -303,14 +303,14 @@ def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, 
             found += np.int64((byte >> (7 - i)) & 1)
         if found > len(out) - m:
             return False
-        # The remainder of each, in b bits.
+        # Read a remainder of b bits for each quotient.
         for i in range(found):
             while held < b:
                 accumulator = (accumulator << np.uint64(8)) | np.uint64(remainders[place])
                 held += 8
                 place += 1
             held -= b
-            # A chunk's first gap is relative to its start, which the previous chunk must not have passed.
+            # The first gap of a chunk is relative to the chunk's start; the previous index must be before that start.
             if m % kept == 0:
                 before_chunk = np.int64(m // kept) * size - 1
                 if last > before_chunk:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray
-MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits but the sign
-BLOCK = 64  # elements per block of a selection
+MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits except the sign
+BLOCK = 64  # elements per block in loops that select by magnitude
 WORTH_THREADS = 1 << 18  # minimum number of elements per thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # sums in any order
-# Sums in any order, and fused multiply-add, as torch.add with alpha.
+# Sums in any order, with fused multiply-add, as torch.add uses it for `alpha`.
 compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
 from packsaddle.numerics.kernels.numba_common import Array, compiled_loop
 
-Table = list[tuple[int, int, int, bool]]  # per layer: members, coded members, Rice parameter, inverted
+Table = list[tuple[int, int, int, bool]]  # per `compressors.levels.Layer`: members, coded, rice, inverted
 _GROUP = 4096  # coordinates processed at a time, a multiple of 8
-_NEVER = 1 << 62  # gap after the last coded member of a layer
+_NEVER = 1 << 62  # returned as the next gap after the last coded member of a layer
 
 
 def count_levels(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
-    """Return the number of occurrences of each level from -top to top, for d levels packed as level + top."""
+    """Count each level from -top to top among d levels, packed as level + top in `bits` bits each."""
     counts = np.zeros(256, np.int64)
     if 8 % bits == 0:  # codes do not cross byte boundaries
         of_bytes = np.zeros((4, 256), np.int64)
@@ -50,7 +50,7 @@ def _count_codes(packed: Array, d: int, bits: int, counts: Array) -> None:
 
 
 def code_levels(packed: Tensor, d: int, top: int, bits: int, layers: Table) -> tuple[list[Tensor], Tensor]:
-    """Return the coded gaps of each layer, uint8[...] each, and the sign bits of the nonzero levels, uint8[...]."""
+    """Encode d levels in layers: return the coded gaps of each layer, uint8[...], and the sign bits, uint8[...]."""
     table = np.array(layers, np.int64).reshape(-1, 4)
     unary_bytes = [(coded + (members >> b)) // 8 + 1 for members, coded, b, _ in layers]
     rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
@@ -77,18 +77,18 @@ class _Writer(NamedTuple):
     """
 
     unary: Array  # quotients in unary, packed bits
-    used: Array  # next bit in `unary`
+    used: Array  # position of the next bit in `unary`
     rest: Array  # remainders, packed bits
-    place: Array  # next byte in `rest`
+    place: Array  # position of the next byte in `rest`
     waiting: Array  # remainder bits that do not fill a byte yet
-    held: Array  # number of these bits
+    held: Array  # number of bits in `waiting`
 
 
 @compiled_loop
 def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, writer: Any, signs: Array) -> None:
     _, _, rest, place, waiting, held_bits = writer
     layers = len(table)
-    gaps = np.zeros(layers, np.int64)  # per layer, since its last coded member
+    gaps = np.zeros(layers, np.int64)  # per layer: members since its last coded member
     codes, coded, others = np.empty(_GROUP, np.uint8), np.empty(_GROUP + 1, np.int32), np.empty(_GROUP + 1, np.int32)
     last: Any = np.int64(-1)
     sign = 0
@@ -109,7 +109,7 @@ def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, write
             last = _append_gaps(others[:zeros], group, last, table[0, 2], writer)
         else:
             last = _append_gaps(members, group, last, table[0, 2], writer)
-        # The other layers.
+        # The other layers, and one sign bit per nonzero level.
         for i in range(len(members)):
             level: Any = np.int64(held[members[i]]) - top
             signs[sign >> 3] |= np.uint8(np.uint8(level < 0) << (7 - (sign & 7)))
@@ -129,7 +129,7 @@ def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, write
 
 @compiled_loop
 def _append_gaps(places: Array, group: int, last: int, b: int, writer: Any) -> Any:
-    """Append the gaps of the first layer between positions in a group, and return the last position in the vector."""
+    """Append the gaps between `places`, positions in a group, to layer 0; return the last place, as an index."""
     # Local variables, which stay in registers in the loop; array elements would not.
     unary, used, rest, place, waiting, held_bits = writer
     bit, at, accumulator, held = used[0], place[0], waiting[0], held_bits[0]
@@ -138,7 +138,7 @@ def _append_gaps(places: Array, group: int, last: int, b: int, writer: Any) -> A
     for i in range(len(places)):
         gap = np.uint64(places[i] - before - 1)
         before = places[i]
-        # The quotient by 2^b in unary, as zeros and a one; then the remainder in b bits.
+        # Write the gap's quotient by 2^b in unary, as zeros and a one, and its remainder in b bits.
         bit += np.int64(gap >> np.uint64(b))
         unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
         bit += 1
@@ -154,7 +154,7 @@ def _append_gaps(places: Array, group: int, last: int, b: int, writer: Any) -> A
 
 @compiled_loop
 def _append(j: int, gap: int, b: int, writer: Any) -> None:
-    """Append a gap of layer j."""
+    """Append one gap to the code of layer j."""
     unary, used, rest, place, waiting, held = writer
     used[j] += gap >> b
     unary[used[j] >> 3] |= np.uint8(128 >> (used[j] & 7))
@@ -172,12 +172,12 @@ class _Reader(NamedTuple):
 
     stream: Array  # coded gaps of all layers, concatenated
     left: Array  # number of unread gaps
-    unary_at: Array  # next bit of the quotients in `stream`
-    rest_at: Array  # next bit of the remainders in `stream`
+    unary_at: Array  # position in `stream` of the next bit of the quotients
+    rest_at: Array  # position in `stream` of the next bit of the remainders
 
 
 def decode_layers(layers: Table, bodies: list[Tensor], signs: Tensor, top: int, d: int) -> Tensor | None:
-    """Return d levels + top, uint8[d], from `bodies` and `signs` of `code_levels`.
+    """Decode `bodies` and `signs` from `code_levels`: return level + top for d levels, uint8[d].
 
     Preconditions: at most `top` layers, each body at least as long as its remainders. Returns None if a body does not
     encode exactly the coded members of its layer.
@@ -211,7 +211,7 @@ def _decode_layers(table: Array, reader: Any, signs: Array, top: int, out: Array
     for group in range(0, d, _GROUP):
         codes = out[group : group + _GROUP]
         n = len(codes)
-        # The coded members of the first layer, until one is beyond this group.
+        # Read the coded members of the first layer until one is beyond this group.
         while left[0] > 0 and (pending == 0 or hits[pending - 1] < group + n):
             if 8 * byte_at - before > longest:
                 return False
@@ -237,7 +237,7 @@ def _decode_layers(table: Array, reader: Any, signs: Array, top: int, out: Array
         inside = pending
         while inside > 0 and hits[inside - 1] >= group + n:
             inside -= 1
-        # The positions of nonzero levels.
+        # Collect the positions of nonzero levels in this group.
         if table[0, 3]:
             marks[:n] = 1
             for i in range(inside):
@@ -253,7 +253,7 @@ def _decode_layers(table: Array, reader: Any, signs: Array, top: int, out: Array
         for i in range(inside, pending):
             hits[i - inside] = hits[i]
         pending -= inside
-        # The levels at these positions.
+        # Decode the levels at these positions.
         if sign + m > 8 * len(signs):
             return False
         codes[:] = top
@@ -272,7 +272,7 @@ def _decode_layers(table: Array, reader: Any, signs: Array, top: int, out: Array
             negative = (signs[sign >> 3] >> (7 - (sign & 7))) & 1
             sign += 1
             codes[places[i]] = np.uint8(top - magnitude if negative else top + magnitude)
-    # Complete: all gaps were read, lead to members of their layer, and end in the last byte of quotients, zero-padded.
+    # Valid only if all gaps were read and lead to members of their layer, and the quotients end in their last byte.
     unary_at[0] += before + 1
     complete = left[0] == 0 and pending == 0
     for j in range(layers):
@@ -284,7 +284,7 @@ def _decode_layers(table: Array, reader: Any, signs: Array, top: int, out: Array
 
 @compiled_loop
 def _next_gap(j: int, b: int, reader: Any) -> Any:
-    """Read the next gap of layer j, bit by bit; _NEVER after the last."""
+    """Read and return the next gap of layer j, bit by bit; _NEVER after the last gap."""
     stream, left, unary_at, rest_at = reader
     if left[j] == 0:
         return np.int64(_NEVER)
@@ -303,7 +303,7 @@ def _next_gap(j: int, b: int, reader: Any) -> Any:
 
 
 def rice_levels(packed: Tensor, d: int, top: int, bits: int, b: int, unary_bits: int) -> Tensor:
-    """Return the Rice codes of d levels packed by `pack_levels`: quotients in unary, then remainders, uint8[...].
+    """Encode d levels, packed by `pack_levels`, in Rice codes: quotients in unary, then remainders, uint8[...].
 
     `unary_bits` is the length of the unary part, the sum of all quotients plus d.
     """
@@ -330,14 +330,14 @@ def _rice_levels(packed: Array, d: int, top: int, bits: int, b: int, unary: Arra
             bit += np.int64(folded >> b)
             unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
             bit += 1
-        # Remainders of b bits. Groups end at byte boundaries; the last byte is padded with zeros.
+        # Pack the remainders in b bits each. Groups end at byte boundaries; the last byte is padded with zeros.
         remainders[n:whole] = 0
         if b:
             pack_codes(remainders[:whole], b, rest[group * b // 8 :])
 
 
 def decode_rice_levels(body: Tensor, d: int, top: int, b: int) -> Tensor | None:
-    """Return d levels + top, uint8[d], from `body` of `rice_levels`; None unless it encodes d levels from -top to top.
+    """Decode `body` from `rice_levels`: return level + top for d levels, uint8[d], or None if it is invalid.
 
     `b` is at most 8.
     """
@@ -359,7 +359,7 @@ def _decode_rice_levels(unary: Array, rest: Array, top: int, b: int, out: Array)
         n = len(codes)
         if b:
             unpack_codes(rest[group * b // 8 :], b, remainders[: -(-n // 8) * 8])
-        # The quotients of this group, and up to seven of the next.
+        # Read the quotients of this group, and up to seven of the next.
         while pending < n and byte_at < len(unary):
             if 8 * byte_at - before > longest:
                 return False

@@ -1,6 +1,6 @@
 """Compiled loops for sparse vectors (cells of b coordinates, permutations, selection by magnitude) and checked sums.
 
-Most read and write each element in memory once.
+Most loops read and write each element once.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from packsaddle.numerics.kernels.numba_common import (
 
 
 def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
-    """Return the values of v at the cells, float[m b], zero-padded if the last cell of the grid is shorter."""
+    """Return the values of v at m cells of b consecutive coordinates, float[m b]; zeros beyond the end of v."""
     out = torch.empty(cells.numel() * b, dtype=v.dtype)
     _gather_cells(v.numpy(), cells.numpy(), b, out.numpy())
     return out
@@ -44,7 +44,7 @@ def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
 
 
 def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
-    """Add alpha * values, float[m b], to out, float[d], at the cells, in place."""
+    """Add alpha * values, float[m b], to out, float[d], at m cells of b consecutive coordinates, in place."""
     check_room("values", values, len(cells) * b)
     scale = scalar(alpha, out.numpy())
     _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
@@ -62,7 +62,10 @@ def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) ->
 
 
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
-    """Return the permutation of `seeds.sample_without_replacement` at 0..k-1, int64[k], before its rotation."""
+    """Return the first k values, int64[k], of a keyed permutation of [0, n).
+
+    It is that of `seeds.sample_without_replacement`, without the rotation.
+    """
     out = torch.empty(k, dtype=torch.int64)
     _feistel(out.numpy(), np.uint64(n), bits // 2, bits - bits // 2, np.array(keys[:-1], dtype=np.uint64))
     return out
@@ -93,7 +96,7 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of magnitudes that, as integers, reach `threshold`, increasing int64[about `expected`]."""
+    """Return the indices of v whose magnitudes, as integers, are at least `threshold`. See `selection.reaching`."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 
@@ -112,17 +115,17 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Write the indices that reach the limit to `out`, and return their number; complete if BLOCK places remain."""
+    """Write the indices of magnitudes >= `limit` to `out`; return their number n. Complete if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
-    # Blocks without a hit, the majority, cost only a count.
+    # For blocks without such a magnitude, the majority, only the count is computed.
     for s in range(0, full, BLOCK):
         block: Array = bits[s : s + BLOCK]
         c: Any = np.int32(0)
         for i in range(BLOCK):  # vectorized
             c += np.int32((block[i] & mask) >= limit)
         if c > 0:
-            # Without room left, only count, so that the caller can allocate enough.
+            # If `out` is full, only count, so that the caller can allocate enough.
             if m + BLOCK > len(out):
                 m += c
                 continue
@@ -165,7 +168,7 @@ def _largest_of_chunks(
     for start in range(0, len(bits), chunk):
         block = bits[start : start + chunk]
         k = kept if len(block) == chunk else kept_of_last
-        # Candidates reach slightly less than the previous chunk's threshold; rank all if there are too few.
+        # Candidates reach slightly less than the previous chunk's threshold; if there are too few, rank all.
         m = _reached_places(block, mask, block.dtype.type(guess), found)
         if m < k:
             m = _reached_places(block, mask, block.dtype.type(0), found)
@@ -180,7 +183,7 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """Write the indices that reach `limit` to `found`, one element longer than `bits`, and return their number."""
+    """Write the indices of magnitudes >= `limit` to `found`, one longer than `bits`; return their number."""
     m: Any = 0
     for i in range(len(bits)):
         found[m] = i
@@ -190,7 +193,7 @@ def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
 
 @compiled_loop
 def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
-    """Return an integer that exactly k magnitudes reach or, if there is none because of ties, the k-th largest.
+    """Return a threshold that exactly k magnitudes reach or, if ties exclude that, the k-th largest magnitude.
 
     Searches from the largest magnitude down in growing steps, at first about a factor sqrt(2), then by bisection.
     """
@@ -225,7 +228,7 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write offset + found for magnitudes above the limit and the first equal to it, k in all."""
+    """Write k indices, offset + found, to `out`: those of magnitudes above the limit, and of the first equal to it."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
@@ -239,7 +242,7 @@ def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: 
 
 
 def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
-    """Return the counts, int64[bins], and energies of v / top, float64[bins], of magnitudes by leading bits."""
+    """Return histograms over the leading bits of magnitudes: the counts, int64[bins], and the energy of v / top."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     shift = 8 * v.element_size() - 1 - first_bits
 
@@ -269,7 +272,7 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
 
 
 def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
-    """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a square is non-finite.
+    """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a sum of squares overflows.
 
     Returns the completed ranges as (index of the sum, start, stop), and the sum of the squares of out and alpha * more
     there, infinite if stopped. All arrays are created before the first sum: the sums evict everything from the cache.
@@ -277,7 +280,7 @@ def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
     added, total = [], 0.0
-    # Long vectors are divided among threads. If a square is non-finite, the caller undoes all ranges in `added`.
+    # Long vectors are divided among threads. If a sum of squares overflows, the caller undoes all ranges in `added`.
     for i, (o, m, factor) in enumerate(ready):
         if len(o) < WORTH_THREADS:
             stop, squares = _add_finite(o, m, factor)
@@ -301,7 +304,7 @@ def _in_threads(out: Array, more: Array, factor: Any) -> list[tuple[int, int, fl
     return in_parts(len(out), _LINE, part)
 
 
-_LINE = 128  # elements per step, few enough that prefetching of the next overlaps with the addition
+_LINE = 128  # elements added at a time, few enough that the next elements are prefetched during the addition
 
 
 @compiled_fma

@@ -1,6 +1,6 @@
 """Preload module for a multiprocessing fork server: imports and initializes numba once for all forked processes.
 
-Importing numba takes half a second, and its initialization at the first call of a loop as long again.
+Importing numba takes half a second, and initializing it at the first call of a loop another half second.
 """
 
 import os
