@@ -27,8 +27,8 @@ Results = Sequence[tuple[Promise, Tensor]]
 class Background:
     """Runs functions sequentially in the background: on a CPU in a separate thread, on a GPU in a separate stream.
 
-    Sequentially, since all workers must start their collectives in the same order. On a GPU collectives do not block
-    the host, so a stream is enough to overlap them with computation.
+    Functions run one at a time because all workers must start their collectives in the same order. On a GPU
+    collectives do not block the host, so a stream is enough to overlap them with computation.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,18 +36,18 @@ class Background:
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._waiting: deque[tuple[Callable[[], object], Results]] = deque()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []  # the last one
+        self._threads: list[threading.Thread] = []  # the last thread started; empty on a GPU
         self._busy = False
         weakref.finalize(self, _join, self._threads)  # also at interpreter exit
 
     def promise(self) -> Promise:
-        """Return a new promise; its `future` may be waited for in any stream."""
+        """Return a new promise. Any CUDA stream may wait for its `future`."""
         source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
         # DDP reads a future's value without checking for an error; the future that `then` returns raises it.
         return Promise(source, source.then(lambda done: done.value()))
 
     def submit(self, work: Callable[[], object], results: Results) -> None:
-        """Run `work` in the background; then complete each promise with its result, or with the error of `work`."""
+        """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):

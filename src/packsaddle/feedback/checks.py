@@ -1,4 +1,4 @@
-"""Measurements and checks at intervals of steps: the contraction of an exchange, and differences between workers."""
+"""Periodic measurements and checks: how much of a vector compression keeps, and whether workers' parameters differ."""
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -20,40 +20,41 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """A schedule: due every N steps, and then until `done` is called, since not every step exchanges. 0: never due."""
+    """A schedule that is due every `steps` steps, and stays due until `done` is called; 0: never due."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.last = 0  # the number of steps at the last `done`
 
     def due(self, step: int) -> bool:
-        """Return True if it is due in this step, counted from 0."""
+        """Return True if the check is due in this step, counted from 0."""
         return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
 
     def done(self, step: int) -> None:
-        """Record that it was done in this step."""
+        """Record that the check ran in this step."""
         self.last = step + 1
 
 
 class Contraction:
-    """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v every `every` steps; 0 never measures.
+    """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    mu_t covers all slices of a step together. Nothing is read from a device before `close`. Lazy noise (see
-    `sgd.lazy_noise.OutstandingNoise`) is not in v.
+    v is the vector to send and C(v) its compressed form, over all slices of a step together. Nothing is read from a
+    device before `close`. Lazy noise (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
-        every: steps between two measurements.
-        of: the slice, if all steps have the same one, to measure each of its tensors as well. None: only mu_t.
+        every: steps between two measurements; 0 never measures.
+        of: the parameters that form v, if they are the same in all steps: each tensor is then measured too. None:
+            only mu_t of the whole v.
     """
 
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the last mu_t
         self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
-        self._energies: list[Tensor] = []  # of v and of its residual for each slice, float64[tensors or 1]
+        self._energies: list[Tensor] = []  # squared norms of v, of its residual, ...; float64[tensors or 1]
 
     def measure(self, step: int, vector: Tensor) -> None:
-        """Measure v of a slice, float[n], or in a second call its residual, if the step is due."""
+        """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due."""
         if self._every.due(step):
             self._energies.append(self._energy(vector))
 
@@ -78,7 +79,7 @@ class Contraction:
         self._every.done(step)
 
     def fields(self, path: Path = ("contraction",)) -> list[Value]:
-        """Return the fields of the saved state, at a path: the last measurement and its step."""
+        """Return the fields of the saved state, stored under `path`: the last measurement and its step."""
         whole = attribute((*path, "whole"), self, "whole", float | None)
         tensors = attribute((*path, "by_tensor"), self, "by_tensor", dict[str, float])
         last = attribute((*path, "steps"), self._every, "last", int)
@@ -86,29 +87,29 @@ class Contraction:
 
 
 def contraction(before: float, after: float) -> float:
-    """Return 1 - ||v - C(v)||^2 / ||v||^2, from ||v||^2 and ||v - C(v)||^2; 1 for v = 0."""
-    return 1.0 - after / before if before != 0 else 1.0  # a NaN stays one
+    """Return the contraction 1 - after / before, from before = ||v||^2 and after = ||v - C(v)||^2; 1 for v = 0."""
+    return 1.0 - after / before if before != 0 else 1.0  # NaN if one of them is NaN
 
 
 class StepRates:
-    """The last step's rates, r and each group's learning rate and weight decay, and an 8-byte digest of all steps."""
+    """The rates of the last step (noise std, learning rates, weight decays), and an 8-byte hash of all steps' rates."""
 
     def __init__(self) -> None:
         self._digest = bytes(8)
         self.last: Sequence[float] = ()
 
     def add(self, rates: Sequence[float]) -> None:
-        """Record a step's rates, the same number on all workers."""
+        """Record the rates of a step. Their number must be equal on all workers."""
         packed = struct.pack(f"<{len(rates)}d", *rates)
         self._digest = blake2b(self._digest + packed, digest_size=8).digest()
         self.last = rates
 
     def clear(self) -> None:
-        """Reset the record, when a saved state is loaded."""
+        """Clear the last rates and the hash. Call when a saved state is loaded."""
         self._digest, self.last = bytes(8), ()
 
     def digest(self, device: torch.device) -> Tensor:
-        """Return the digest, int64[]."""
+        """Return the hash of all recorded rates, int64[], on `device`."""
         return torch.tensor(int.from_bytes(self._digest, "little", signed=True), device=device)
 
 
@@ -168,11 +169,12 @@ class Drift:
 
 
 class DriftGuard:
-    """Compares x over workers every `every` steps (0: never) by fingerprints; `action`: raise, or broadcast rank 0's x.
+    """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
 
-    x is never sent, so differences by faulty memory, other rounding or a script that changes parameters on one worker
-    would not be detected. Learning rates, weight decays and r are never sent either: x stays equal if they differ, but
-    e is then in units of each worker's own rate, and the mean noise is not xi. So their digests are compared too.
+    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's. Causes are faulty memory, other
+    rounding, or a script that changes parameters on one worker; no exchange would detect them. Hashes of learning
+    rates, weight decays and the noise std are compared too: if they differ, parameters stay equal, but each worker's
+    error memory is scaled by its own rate, and the mean of the workers' noise is wrong.
     """
 
     def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
@@ -181,17 +183,17 @@ class DriftGuard:
         self.found: list[Drift] = []
 
     def resume(self, steps: int) -> None:
-        """Set the number of steps whose comparisons are done, when a saved state is loaded."""
+        """Restart the schedule after `steps` steps, with no comparison overdue. Call when a saved state is loaded."""
         self._every.last = steps
 
     def due(self, step: int) -> bool:
-        """Return True if a comparison is due after this step with an exchange, counted from 0."""
+        """Return True if there are several workers and a comparison is due after this step, counted from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns their tensors by name.
+        """Compare vectors that must be equal on all workers; collective. `parts()` returns their (name, tensor).
 
         If they differ, raises DriftError on every worker, or broadcasts rank 0's; if `rates` differ, raises DriftError.
         """
@@ -203,7 +205,7 @@ class DriftGuard:
             raise DriftError(self._unlike_rates(step, rates, others, prints[0].device))
         if not any(apart):
             return
-        # Only after a difference, single tensors are compared in a second gather.
+        # After a difference, a second gather compares single tensors, to name the first that differs.
         named = parts()
         rows = self._differing([fingerprint(tensor) for _, tensor in named])
         first = next(i for i, row in enumerate(rows) if row)
@@ -217,7 +219,7 @@ class DriftGuard:
             self._channel.broadcast(vector, "guard")
 
     def _unlike_rates(self, step: int, rates: StepRates, workers: list[int], device: torch.device) -> str:
-        """Return the error message, with the first difference between `workers[0]` and worker 0; collective."""
+        """Return the error message for unequal rates, with the first one that differs on `workers[0]`; collective."""
         mine = torch.tensor(rates.last, dtype=torch.float64, device=device)
         last = [p["rates"].tolist() for p in self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")]
         verb = "differs" if len(workers) == 1 else "differ"
@@ -236,7 +238,7 @@ class DriftGuard:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits as integers, modulo 2^64, int64[].
+    """Return a checksum of a tensor, int64[]: the sum of its 8-byte words, modulo 2^64.
 
     A change of one element always changes it; random changes of several do, except with probability 2^-64. Its speed is
     that of reading memory: 6 ms for 25 million float32 on a CPU.

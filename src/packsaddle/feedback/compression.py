@@ -1,4 +1,4 @@
-"""The settings of an exchange: compressor, averaging, error memory and guards."""
+"""The settings of compressed averaging over workers: compressor, exchange, error memory and validation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,17 +17,18 @@ Schedule = Callable[[int], Compressor]
 
 @dataclass(frozen=True)
 class Compression(Option):
-    """Settings of an exchange: compressor, averaging, error memory and guards.
+    """Settings of compressed averaging over workers: compressor, exchange, error memory and validation.
 
     Arguments of this type also accept a `Compressor`, as short for `Compression(compressor)`.
 
     Args:
         compressor: C, applied to the concatenation of all compressed tensors. Hooks and local updates also accept a
             function of the step or round that returns it (see `RatioRamp`).
-        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
-            "coordinator", or "auto", by predicted bytes (see `select_aggregator`). Local updates also accept "senders":
-            direct, but each coordinate averaged over the workers that sent it, as in SparseLoCo's code; this breaks
-            y = a - mean e. None: "auto" in local updates of fixed, equally weighted workers, else "direct".
+        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way" (each worker
+            averages one chunk of the vector), "coordinator" (one worker averages all), or "auto", by predicted bytes
+            (see `select_aggregator`). Local updates also accept "senders": direct, but each coordinate averaged over
+            the workers that sent it, as in SparseLoCo's code; error memories are then not exactly the unsent part of
+            the updates. None: "auto" in local updates of fixed, equally weighted workers, else "direct".
         back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
@@ -80,7 +81,7 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # Other exchanges keep owner errors, in the units of their messages.
+        # In other exchanges a chunk's owner keeps a residual of the mean, in the units of the messages.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_dense_below(self.dense_below)
@@ -94,7 +95,7 @@ class Compression(Option):
     def of(cls, given: "Compressor | Schedule | Compression", exchange: Exchange = "direct") -> "Compression":
         """Return `given` as a `Compression`; a compressor or schedule gets the default of each other setting.
 
-        `exchange` replaces an exchange of None with memory="buffer"; with another memory "direct" does.
+        If its exchange is None, it is set to `exchange` with memory="buffer", and to "direct" with another memory.
         """
         spec = given if isinstance(given, Compression) else cls(given)
         if spec.exchange is not None:
@@ -102,7 +103,7 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return the exchange for a compressor; "direct" if lossless, since its mean needs no second compression."""
+        """Return how messages of a compressor are averaged; "direct" if it is lossless."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
@@ -111,7 +112,7 @@ class Compression(Option):
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def fixed(self) -> Compressor:
-        """Return the compressor, identical in all steps. Raises ValueError for a function of the step."""
+        """Return the compressor that all steps use. Raises ValueError for a function of the step."""
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "

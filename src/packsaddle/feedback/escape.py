@@ -1,4 +1,4 @@
-"""The escape check of Algorithm 1, lines 4-8: end a segment far from its start x_t', and keep it if f decreased."""
+"""The escape check (Algorithm 1, lines 4-8): undo the steps since the last check unless they decreased the loss."""
 
 import math
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from packsaddle.numerics.sketches import NormSketch
 
 @dataclass(frozen=True)
 class EscapeRule:
-    """Rule of the escape check: its firing times, and the point whose loss it compares (Algorithm 1, lines 4-8)."""
+    """Settings of the escape check (Algorithm 1, lines 4-8): when it fires, and where it evaluates the loss."""
 
-    interval: int  # I, in steps, at least 1; in local updates in rounds, as is every
-    radius: float  # R > 0, in the norm of x
-    # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t'), y_t = x_t - eta e_t, the point that is
-    # accepted, at the cost of a dense all-reduce per check
+    interval: int  # maximum length I of a segment, in steps, at least 1; in local updates in rounds, as is every
+    radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
+    # x: accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; y: if f(y_t) < f(x_t') for
+    # y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
-    every: int = field(default=1, kw_only=True)  # steps between tests of the norm; the interval is tested at each step
+    every: int = field(default=1, kw_only=True)  # steps between tests of the distance; interval is tested at each
 
     def __post_init__(self) -> None:
         check_integers(1, **{f"{name} of Escape": getattr(self, name) for name in ("interval", "every")})
@@ -33,18 +33,20 @@ class EscapeRule:
 
 @dataclass(frozen=True)
 class Escape(EscapeRule):
-    """The escape check (Algorithm 1, lines 4-8).
+    """The escape check (Algorithm 1, lines 4-8): at the end of a segment of steps, accept x or roll it back.
+
+    A segment ends when it exceeds `interval` steps, or a distance of `radius` from its start point x_t'.
 
     Args:
-        interval: I, in steps, at least 1; in local updates in rounds, as is `every`.
-        radius: R > 0, in the norm of x.
+        interval: maximum length I of a segment, in steps, at least 1; in local updates in rounds, as is `every`.
+        radius: maximum Euclidean distance R > 0 from the start point of the segment.
         objective: a function that returns this worker's f_i(x) at the parameters' current values, as a float or 0-dim
             tensor; f = mean_i f_i is computed here. It is called under no_grad, at x_t and at x_t', and should be the
             same function both times.
-        compare: "x" is line 6 of the paper, f(x_t) < f(x_t'); "y" tests the point that is accepted,
-            f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check.
-        every: steps between tests of the norm; the interval is tested at each step.
-        sketch: estimator of the norm with several workers.
+        compare: "x" accepts if f(x_t) < f(x_t'), the loss at the start point (line 6 of the paper); "y" if
+            f(x_t - eta e_t) < f(x_t'), at the point that is accepted, with an uncompressed all-reduce per check.
+        every: steps between tests of the distance; the interval is tested at each step.
+        sketch: estimator of the distance if there are several workers.
 
     Raises ValueError for a value that is out of range.
 
@@ -68,7 +70,7 @@ class Escape(EscapeRule):
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the escape check, with its reason, the compared values and the decision (lines 5-8).
+    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8).
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Escape, TopK
@@ -81,38 +83,38 @@ class Reset:
     [(3, 'interval', True)]
     """
 
-    step: int  # t, the new t'
-    reason: Literal["interval", "radius"]  # I steps have passed, or ||x_t' - y_t|| > R
-    distance: float | None  # ||x_t' - y_t||, estimated if there are several workers; None if not measured
-    candidate: float  # f(x_t), or f(y_t) with compare="y"
-    anchor: float  # f(x_t')
-    committed: bool  # x_t <- y_t; else it was rolled back to x_t'
+    step: int  # t, at which the next segment starts
+    reason: Literal["interval", "radius"]  # more than I steps have passed, or the distance exceeds R
+    distance: float | None  # from the start point, ||x_t' - y_t||; estimated for several workers; None: not measured
+    candidate: float  # loss f(x_t), or f(y_t) with compare="y"
+    anchor: float  # loss f(x_t') at the start point
+    committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'
 
 
 class Vector(Protocol):
-    """The flat vector x, float[d]; its first `compressed_d` coordinates are compressed."""
+    """All parameters as one vector x, float[d]; its first `compressed_d` coordinates are compressed."""
 
     x: Tensor
     compressed_d: int
 
 
 class EscapeCheck:
-    """Runs an `Escape` rule on the flat vector x and the pending update eta e^(i), float[d]."""
+    """Runs the escape check on the flat parameters x, float[d]; keeps the start point of the current segment."""
 
     def __init__(self, rule: Escape, flat: Vector, channel: Communicator, seed: int) -> None:
-        self.anchor = flat.x.clone()  # x_t', float[d]
-        self.anchor_step = 0  # t'
+        self.anchor = flat.x.clone()  # the start point x_t', float[d]
+        self.anchor_step = 0  # t', the step at the start point
         self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
 
     def begin(self) -> None:
-        """Set x_0' to the current x: weights may have been loaded since construction."""
+        """Set the first start point to the current x: weights may have been loaded since construction."""
         self.anchor.copy_(self._flat.x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
-        """Run lines 5-7 for iteration t = `step`; return the firing, if any, and the rounding error of x, float[d].
+        """Run the check at iteration t = `step` (lines 5-7). `pending` is this worker's unsent update, float[d].
 
-        If it fires, x is replaced, and the caller must set `pending` to that rounding error (None: zero), which
-        16-bit parameters have.
+        Returns a `Reset`, or None, and the rounding error of x, float[d], which only 16-bit parameters have. If the
+        check fires, x is replaced, and the caller must set `pending` to the rounding error (None: zero).
         """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
         late = step - self.anchor_step > self._rule.interval
@@ -125,18 +127,18 @@ class EscapeCheck:
         return Reset(step, "interval" if late else "radius", distance, candidate, anchor, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
-        """Return ||x_t' - (x_t - eta e_t)||: exact for one worker, else from the mean of the workers' sketches."""
+        """Return the distance from the start point to y_t = x_t - eta e_t; several workers estimate it by sketches."""
         moved = pending.sub(self._flat.x).add_(self.anchor)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
-        # A new hash after each reset, since x depends on the results of earlier sketches.
+        # The sketch has a new hash after each reset, since x depends on the results of earlier sketches.
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
-        """Run line 6: set x to y_t if the objective decreased from x_t', else to x_t'; or to x_t if that raises.
+        """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6).
 
-        Returns the objectives of both points, and y_t, float[d], if it was accepted, else None.
+        Returns both losses, and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged.
         """
         x, here = self._flat.x, self._flat.x.clone()
         try:
@@ -152,14 +154,14 @@ class EscapeCheck:
         if not candidate < anchor:
             return candidate, anchor, None
         y = self._corrected(here, pending) if y is None else y
-        # e_t may have a NaN although f(x_t) is finite. y is identical on all workers, so they decide alike.
+        # e_t may have a NaN although f(x_t) is finite. y is identical on all workers, so all make the same decision.
         if not torch.isfinite(y).all():
             return candidate, anchor, None
         x.copy_(y)
         return candidate, anchor, y
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d]: a dense all-reduce, since e_t is a mean over workers."""
+        """Return y_t = x_t - eta e_t, float[d]; an uncompressed all-reduce, since e_t is a mean over workers."""
         y, compressed_d = x.to(pending.dtype, copy=True), self._flat.compressed_d
         y[:compressed_d].sub_(self._channel.mean(pending[:compressed_d].clone(), "reset"))
         return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))

@@ -1,7 +1,7 @@
-"""The guard of an exchange: all workers reject it if any worker's v is invalid (has an Inf or NaN, or is too large).
+"""Validation of an exchange: all workers reject it if the vector of one is invalid (Inf, NaN or too large numbers).
 
-A worker whose v is invalid sends zeros and a flag. The flags are averaged with the messages, so all workers compute the
-same `Verdict`: all apply the exchange, or all reject it. `Skips` counts rejected exchanges.
+A worker whose vector v is invalid sends zeros and a flag. The flags are averaged with the messages, so all workers
+compute the same `Verdict`: all apply the exchange, or all reject it. `Skips` counts rejected exchanges.
 """
 
 import logging
@@ -23,7 +23,7 @@ from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_ran
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # named if both are finite
+THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both are valid
 ROOT = "the root module"  # FSDP's name for it is ""
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
@@ -33,8 +33,8 @@ _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call 
 class NonFiniteError(GuardError):
     """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
-    Parameters and error memories are unchanged since before the first of them. Local updates also raise it if a
-    worker's inner optimizer cannot be reset.
+    The skipped steps changed neither parameters (unless a hook's optimizer applied NaN gradients) nor error memories.
+    Local updates also raise it if a worker's inner optimizer cannot be reset.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
@@ -51,7 +51,7 @@ class NonFiniteError(GuardError):
 
 @dataclass(frozen=True)
 class Skip:
-    """A skipped step, or a rejected round.
+    """A skipped step, or a rejected round of local updates, with its cause.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK
@@ -64,13 +64,16 @@ class Skip:
     """
 
     step: int  # t; the next step reuses this index
-    workers: tuple[int, ...]  # ranks with an invalid vector or message; behind a hook only those known to this worker
+    workers: tuple[int, ...]  # ranks that sent an invalid vector or message; in a hook only those known to this worker
     parameter: str  # the first invalid parameter of the first of these workers
     message: str = ""  # error of an invalid message, from workers[0]; "": a vector is invalid
 
     @classmethod
     def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
-        """Return the skip for `Round.name` by rank; `prefix` before a parameter's name, `unnamed` if there is none."""
+        """Return the skip of `step` for `names`, the `Round.name` of each rank.
+
+        `prefix` precedes the name of a parameter; `unnamed` is the name if no rank has one.
+        """
         found = {worker: name for worker, name in names.items() if name}
         for name in found.values():
             if (sender := sender_of(name)) is not None:
@@ -88,12 +91,12 @@ _BLAME = "message of worker "
 
 
 def blame(error: MessageError) -> str:
-    """Return the `Round.name` of a worker that has received an invalid message."""
+    """Return the text that `Round.name` has if a message was invalid: its sender and the error."""
     return f"{_BLAME}{error.worker}: {error}"
 
 
 def sender_of(name: str) -> int | None:
-    """Return the sender of the invalid message in a `Round.name`; None if it is not of a message."""
+    """Return the rank of the sender in a text of `blame`; None for the name of a parameter."""
     return int(name.removeprefix(_BLAME).partition(":")[0]) if name.startswith(_BLAME) else None
 
 
@@ -105,13 +108,13 @@ class Skips:
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
         self.most, self._rank, self.protected = most, rank, protected
-        self.list: list[Skip] = []  # since construction or loading
+        self.list: list[Skip] = []  # the skipped steps since construction or loading
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
         """Record a skipped step. Logged at consecutive counts 1, 2, 4, ... by its first worker, or by rank 0.
 
-        An invalid message is logged by all that know of it.
+        An invalid message is logged by every worker that records it.
         """
         self.list.append(skip)
         self.count += 1
@@ -138,7 +141,7 @@ class Skips:
             )
 
     def fields(self) -> list[Value]:
-        """Return the fields of the saved state: the counts."""
+        """Return the fields of the saved state: the total and the consecutive number of skips."""
         return [
             Value(("skips", "total"), int, lambda: self.count, self._resume),
             attribute(("skips", "consecutive"), self, "in_a_row", int),
@@ -150,14 +153,14 @@ class Skips:
 
 @dataclass
 class Verdict:
-    """The outcome of an exchange, applied or rejected, computed from averaged numbers; on the device until `read`."""
+    """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    fraction: Tensor | None  # float[], fraction of workers with an invalid v; None: they sent NaNs, or no checks
-    magnitude: Tensor | float  # approximate maximum of the mean, float64[]; non-finite if the mean is
-    fits: Tensor | bool = True  # the target can represent the result
+    fraction: Tensor | None  # of workers whose v is invalid, float[]; None: those sent NaNs, or no checks
+    magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
+    fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
     def code(self) -> Tensor:
-        """Return `fraction`, plus 2 if the target cannot represent the result; 0: the exchange is applied."""
+        """Return the outcome as a number, float[]: 0 if applied, else `fraction`, plus 2 unless the result `fits`."""
         assert self.fraction is not None
         fits = torch.as_tensor(self.fits, device=self.fraction.device)
         return self.fraction + 2 * (~fits).to(self.fraction)
@@ -172,13 +175,13 @@ class Verdict:
 
 
 class Guard:
-    """Validates this worker's v, and flags an invalid one to all workers in the exchange.
+    """Validates this worker's vector to send, v, and reports an invalid v to all workers within the exchange.
 
     Args:
         flag: how an invalid v is flagged. "dense": by NaNs in the uncompressed part, or in an extra number if that is
             empty; "extra": always by an extra number, whose mean is `Verdict.fraction`; "none": no checks.
-        unnamed: name of an invalid v whose tensors are all valid here. None: invalid tensors are not named.
-        agree: reduces a bool[] with OR over the shards of this worker; collective over them.
+        unnamed: the name reported for an invalid v whose tensors are all valid here. None: no names are reported.
+        agree: a function that reduces a bool[] with OR over the shards of this worker; collective over them.
     """
 
     def __init__(
@@ -191,11 +194,11 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return the length of the uncompressed part of an exchange with `dense` uncompressed coordinates."""
+        """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
-        """Check v, float[n]; return True if it is invalid, bool[], and on a CPU its first invalid tensor's name, or "".
+        """Return bool[], True if v, float[n], is invalid, and on a CPU the name of its first invalid tensor, else "".
 
         With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v.
         """
@@ -214,14 +217,14 @@ class Guard:
         return invalid, name
 
     def flag_index(self, dense: int) -> int | None:
-        """Return the index of a number whose mean rejects the exchange if it is NaN; None without checks.
+        """Return the index of an uncompressed number whose NaN mean rejects the exchange; None without checks.
 
-        It counts from the uncompressed part, of `dense` coordinates, to the flag behind it.
+        Indices count the `dense` uncompressed coordinates, then the flag.
         """
         return {"dense": 0, "extra": dense, "none": None}[self._flag]
 
     def flag(self, dense: Tensor, invalid: Tensor) -> Tensor:
-        """Return the number to average with `dense`, the uncompressed part of v, float[m]: float[1], or float[0].
+        """Return the flag to average with `dense`, float[m], the uncompressed part of v: float[1], or float[0].
 
         With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty.
         """
@@ -234,7 +237,7 @@ class Guard:
         return flag
 
     def verdict(self, g: Averaged, flag: Tensor) -> Verdict:
-        """Return the verdict on an exchange with mean `g`; `flag` is the mean of the tensors that `flag()` returned."""
+        """Return the verdict on an exchange, from its mean update `g` and the mean of the workers' flags, `flag`."""
         if self._flag == "none":
             return Verdict(None, 0.0)
         if self._flag == "extra":

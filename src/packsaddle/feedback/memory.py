@@ -1,13 +1,13 @@
 """Error memories: the accumulated residuals of compression (Stich et al. 2018; Algorithm 1, lines 10-12).
 
-In a round `correct` adds an update to the memory, v = e + u (line 10), `apply_mean` subtracts the mean update from x
-(line 11), `absorb` stores the residual (line 12), and `close` commits the round or rolls back. `reset` clears the
+In an exchange, `correct` adds an update u to the memory e, v = e + u (line 10), `apply_mean` subtracts the mean update
+from x (line 11), `absorb` stores the residual v - C(v) (line 12), and `close` commits or rolls back. `reset` clears the
 memory (line 7). `InPlaceMemory` is a variant for large vectors; `sgd.memories` has kinds for `CompressedSGD` only.
 
 If updates include the step size eta, `ErrorMemory` stores eta e^(i), the pending update, rather than e^(i). For a
 constant step size the two are the same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping
 eta e fixed is exactly the rescaling of e by eta_old / eta_new that leaves y = x - eta e continuous, and eta = 0 needs
-no special case. Hooks have no access to eta, so their updates and memories are in units of a gradient.
+no special case. Hooks have no access to the step size, so their updates and memories are in units of a gradient.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -22,9 +22,9 @@ Memory = Literal["buffer", "gradient", "ef21"]
 
 
 class Update:
-    """u, float[n]: the input of an error memory in one step, in the memory's units; a base class."""
+    """The update u, float[n], that a step adds to an error memory, in the memory's units; a base class."""
 
-    norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown without an extra pass
+    norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown
     is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
@@ -32,7 +32,7 @@ class Update:
         raise NotImplementedError
 
     def perturb(self, out: Tensor) -> None:
-        """Add the rest of u, such as noise, to out, float[n], which already includes u's gradient."""
+        """Add the terms of u except the gradient, such as noise, to out, float[n], in place."""
         raise NotImplementedError
 
     def add_if_finite(self, out: Shaped) -> bool:
@@ -45,17 +45,17 @@ class Update:
 
 
 class ErrorMemory:
-    """This worker's error memory on a slice, float[n], in at least float32; kind "buffer".
+    """This worker's error memory e of some parameters, float[n], in at least float32, in a buffer of its own.
 
-    On the uncompressed part it has the rounding error of x only, and the clipped part of local updates. With `spare`, v
-    is computed in a second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v
-    overwrites the memory.
+    Its uncompressed part is only the rounding error of x, and the clipped part of local updates. With `spare`, the
+    sum v = e + u is computed in a second vector, which becomes the memory on commit, so that a step can be rolled back;
+    without it, v overwrites the memory.
     """
 
-    kind = "buffer"  # in saved states
-    in_gradients = False  # the memory is the parameters' gradients
-    in_gradient_units = False  # updates do not include the learning rate
-    unit = 1.0  # the factor that converts the vector and its messages to updates of x
+    kind = "buffer"  # the name of the class in saved states
+    in_gradients = False  # True: the memory is the parameters' gradients
+    in_gradient_units = False  # True: updates do not include the learning rate
+    unit = 1.0  # the factor that converts the memory and its messages to updates of x
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self._slice, self.compressed_d = of, of.compressed_d
@@ -64,17 +64,17 @@ class ErrorMemory:
 
     @property
     def vector(self) -> Tensor:
-        """The memory, float[n]."""
+        """The error memory e as one vector, float[n]."""
         return self._now.flat
 
     @property
     def views(self) -> list[Tensor]:
-        """The memory, shaped as the parameters."""
+        """The error memory e as views, each shaped as its parameter."""
         return self._now.views
 
     @property
     def spare_bytes(self) -> int:
-        """The size of the spare vector, 0 without one."""
+        """The size of the spare vector in bytes; 0 without one."""
         return 0 if self._next is self._now else self._next.flat.nbytes
 
     @property
@@ -82,16 +82,16 @@ class ErrorMemory:
         """True if a step can still be rolled back after the next step's gradients have replaced its own."""
         return self._next is not self._now
 
-    # In a round.
+    # During an exchange.
 
     def correct(self, update: Update) -> Tensor:
-        """Return v = e + u, float[n] (line 10); 0 on frozen parameters."""
+        """Return the vector to send, v = e + u, float[n], with zeros for frozen parameters (line 10)."""
         update.add(self._now, self._next)
         self._clear_frozen(self._next.flat)
         return self._next.flat
 
     def apply_mean(self, x: Tensor, g: Averaged) -> None:
-        """Subtract mean_i g^(i) from x, float[n], in at least float32 (line 11)."""
+        """Subtract the mean update g from x, float[n], in place; x is in at least float32 (line 11)."""
         for term in g.mean:
             term.add_to(x[: self.compressed_d], -self.unit)
         x[self.compressed_d :].sub_(g.dense, alpha=self.unit)
@@ -99,7 +99,7 @@ class ErrorMemory:
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
         """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
 
-        `rounding`, float[n], is the rounding error of x; it is added, to be sent again.
+        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory.
         """
         residual = self._next.flat
         for term in sent:
@@ -110,44 +110,44 @@ class ErrorMemory:
         self._clear_frozen(residual)
 
     def keep(self, which: Collection[int]) -> None:
-        """Restore the old e for the parameters with these indices. Call after `absorb`."""
+        """Restore the old error memory of the parameters with these indices. Call after `absorb`."""
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
     def close(self, *, apply: bool) -> None:
-        """Commit the round, or roll back."""
+        """Commit the new error memory, or roll back to the old one."""
         if apply:
             self._now, self._next = self._next, self._now
 
-    # Between rounds.
+    # Between exchanges.
 
     def validate(self) -> None:
         """Raise RuntimeError if gradients that store the memory were replaced or changed; no-op in other kinds."""
 
     def pending(self) -> Tensor:
-        """Return the pending update of x, eta e, float[n]; may be a view."""
+        """Return the update of x that is not sent yet, eta e, float[n]; may be a view."""
         return self.vector
 
     def add(self, update: Tensor) -> None:
-        """Add an update of x, float[at most n], to the first coordinates."""
+        """Add an update of x, float[at most n], to the first coordinates of the memory."""
         self.vector[: len(update)].add_(update, alpha=1 / self.unit)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Set the error to zero (line 7), or to the rounding error of x, float[n]."""
+        """Set the error memory to zero (line 7), or to the rounding error of x, float[n]."""
         self.vector.zero_()
         if rounding is not None:
             self.vector.add_(rounding)
         self.after_load()
 
     def bound(self, magnitude: float) -> float:
-        """Return a bound on the change of x by a mean of this magnitude."""
+        """Return an upper bound on the change of a coordinate of x by a mean update of this magnitude."""
         return magnitude * abs(self.unit)
 
     def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
         """Return the factors that this worker applies to the update locally, which must be equal on all workers.
 
-        With `lazy` noise they are `unit` and `grown`, the std of the noise not drawn yet; else there are none. Without
-        `can_wait` a step must not wait for numbers from a device.
+        With `lazy` noise they are `unit` and `grown`, the std of the step's noise that is not drawn yet; else there are
+        none. `can_wait`: the step may wait to read numbers from the device.
         """
         return [self.unit, grown] if lazy and can_wait else []
 
@@ -156,7 +156,7 @@ class ErrorMemory:
         return {}
 
     def after_load(self, unit: float | None = None) -> None:
-        """Update dependent state after a change of the vector between two steps; `unit`: the vector's new unit."""
+        """Update dependent state after the memory changed between two steps; `unit`: the memory's new unit."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
         """Set the vector to zero on frozen parameters: they get neither noise nor a compressor's output for zeros."""
@@ -165,7 +165,7 @@ class ErrorMemory:
 
 
 class InPlaceMemory(ErrorMemory):
-    """The error memory of a large vector, float[n], without a spare vector: v is computed in the memory itself.
+    """The error memory of a large vector, float[n], without a spare vector: v = e + u is computed in it.
 
     Rolling back subtracts the update, which needs the step's gradients, so the memory is restored up to rounding. If
     the sum may be non-finite, and subtraction could not restore it, v is computed in a temporary vector.
@@ -173,7 +173,7 @@ class InPlaceMemory(ErrorMemory):
 
     def __init__(self, of: Slice) -> None:
         super().__init__(of)
-        self._added: Update | None = None  # the uncommitted update included in the memory
+        self._added: Update | None = None  # the uncommitted update included in the memory; None: none
 
     def correct(self, update: Update) -> Tensor:
         if update.add_if_finite(self._now):

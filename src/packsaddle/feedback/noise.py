@@ -1,4 +1,4 @@
-"""The artificial noise xi_t of Algorithm 1, line 9, and schedules for its standard deviation r.
+"""The artificial noise xi_t that is added to gradients (Algorithm 1, line 9), and schedules for its std r.
 
 r is the standard deviation of each coordinate (as in the paper's Figure 2), so ||xi_t|| is about r sqrt(d).
 """
@@ -15,7 +15,7 @@ from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys
 
 @dataclass(frozen=True)
 class Ramp:
-    """A noise schedule r: `std` until step `start`, then linear to `final` at step `stop`, and constant after that.
+    """A schedule of the noise's std: `std` until step `start`, then linear to `final` at step `stop`, then constant.
 
     `std` and `final` are standard deviations of a coordinate, in units of a gradient. The paper lowers its noise late
     in Figure 2 so that the gradient converges. Raises ValueError for a negative std or final, or stop before start.
@@ -47,7 +47,7 @@ class Ramp:
         return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
 
     def squares(self, steps: int) -> float:
-        """Return the sum of r^2 over steps 0 ... steps - 1."""
+        """Return the sum of the squared noise std over the first `steps` steps."""
         before, width = min(self.start, steps), self.stop - self.start
         n = min(self.stop, steps) - before  # steps of the linear part, k = 0 ... n - 1
         fall = (self.final - self.std) / max(1, width)
@@ -57,7 +57,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """xi_t, float[d], identical on all workers. A range of its coordinates can be drawn without the others."""
+    """The noise vector xi_t of one step, float[d], identical on all workers. Any range of it can be drawn alone."""
 
     std: float
     key: Keys
@@ -76,9 +76,9 @@ class Noise:
     Args:
         std: r, the standard deviation of each coordinate of xi_t, in units of a gradient (in local updates of the
             parameters), finite and at least 0; or a function of the step that returns it (see `Ramp`).
-        lazy: draw a coordinate of xi only when it is sent, O(k) per step instead of O(d), with the same distribution
-            of x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`, with RandomK
-            by all-reduce and without an escape check, which reads e. None: if possible.
+        lazy: draw the noise of a coordinate only when it is sent, k numbers per step instead of d, with the same
+            distribution of x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`,
+            with RandomK by all-reduce and without an escape check, which reads the error memory. None: if possible.
 
     Raises ValueError if r is negative or not finite.
 
@@ -99,19 +99,19 @@ class Noise:
         return given if isinstance(given, Noise) else cls(given)
 
     def at_step(self, step: int) -> float:
-        """Return r at `step`. Raises ValueError if it is negative or not finite."""
+        """Return the noise std r at `step`. Raises ValueError if it is negative or not finite."""
         r = float(self.std(step)) if callable(self.std) else float(self.std)
         if not (math.isfinite(r) and r >= 0):
             raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
         return r
 
     def drawn(self, *, seed: int, step: int) -> GaussianNoise | None:
-        """Return xi_t for t = `step` and the workers' shared `seed`, or None if r is 0."""
+        """Return the noise of `step` for the workers' shared `seed`; None if its std is 0."""
         r = self.at_step(step)
         return GaussianNoise(r, keys(seed, step, Stream.NOISE)) if r else None
 
     def vector(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
-        """Return xi_t for t = `step` and `seed` as a vector like `like`, float[d], or None if r is 0."""
+        """Return the noise of `step` for the shared `seed` as a vector like `like`, float[d]; None if its std is 0."""
         noise = self.drawn(seed=seed, step=step)
         if noise is None:
             return None

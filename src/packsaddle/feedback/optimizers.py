@@ -60,7 +60,7 @@ class Attempts:
 
     `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. Neither is compiled into an optimizer's graph. Raises TypeError if `scaler` is not a GradScaler.
+    only. Neither function is compiled into an optimizer's graph. Raises TypeError if `scaler` is not a GradScaler.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Attempts:
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
-        self._stepped = list[Optimizer]()  # in the current step; empty between two steps
+        self._stepped = list[Optimizer]()  # have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before(optimizer)))

@@ -1,7 +1,8 @@
 """Error feedback as a transaction: lines 10 to 12 of Algorithm 1, for the optimizer, hooks and local updates.
 
-An `ErrorFeedback` is the error memory of a slice, with the aggregator that averages its messages. A `Round` is one
-exchange. Its caller supplies an `Update`, the input u, and a `Target`, to which the mean is applied:
+An `ErrorFeedback` is the error memory of a slice (parameters exchanged together), with the aggregator that averages its
+messages. A `Round` is one exchange. Its caller supplies an `Update`, the input u, and a `Target`, to which the mean
+update is applied:
 
     with feedback.round(t) as round:
         round.correct(update)    # line 10: v = e^(i) + u^(i), validated
@@ -33,38 +34,38 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator, without its owner errors."""
+    """The saved state of an aggregator, without the residuals of the mean that it keeps (owner errors)."""
 
-    compressor: dict[str, Any]  # see `identify`
+    compressor: dict[str, Any]  # the compressor in use, see `identify`
     state: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Applied:
-    """The outcome of applying a mean, identical on all workers."""
+    """The outcome of applying a mean update, identical on all workers."""
 
-    fits: Tensor | bool = True  # bool[]; False: the target cannot represent the result; unchanged unless it defers
+    fits: Tensor | bool = True  # bool[]; False: the result would overflow the target; unchanged unless it defers
     rounding: Tensor | None = None  # float[n], the part that 16-bit storage could not represent; None: 0
 
 
 class Target(Protocol):
-    """The parameters or gradients to which a mean is applied (line 11)."""
+    """The parameters or gradients to which a mean update is applied (line 11)."""
 
-    defers: bool  # applied before the verdict is read
+    defers: bool  # True: written before the verdict is read
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Apply the mean g; `magnitude` is its approximate maximum."""
+        """Apply the mean update g; `magnitude` is the approximate maximum of its absolute values."""
 
 
 class ErrorFeedback:
-    """Error feedback of a slice: this worker's error memory e^(i), float[n], and the aggregator that averages C(v).
+    """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
 
     Args:
-        of: the slice; its first `compressed_d` coordinates are compressed.
+        of: the slice, some parameters as one vector; its first `compressed_d` coordinates are compressed.
         memory: the error memory of the slice.
         channel: the communicator between workers.
-        guard: validates v.
-        contraction: measures v and its residual.
+        guard: validates the vector to send.
+        contraction: measures that vector and its residual.
         seed: seed of all shared randomness. A slice with all compressed coordinates uses it unchanged, so that its
             randomness is that of `CompressedSGD`; other slices derive their own seeds from it.
         back: the compressor of the mean that is sent back, in exchanges that need one.
@@ -101,7 +102,7 @@ class ErrorFeedback:
         return compressor == self._compressor
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Switch to a compressor. The owner errors of the previous one are added to the error memory.
+        """Switch to a compressor, and add the residuals that the old aggregator keeps to the error memory.
 
         `compressor` is for the whole vector, `allotted` for this slice, if its budget depends on the other slices.
         Raises ValueError if the exchange does not support the compressor.
@@ -130,7 +131,7 @@ class ErrorFeedback:
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:
-        """Add the owner errors to the error memory, and remove aggregator and compressor."""
+        """Remove aggregator and compressor, after adding the aggregator's residuals to the error memory."""
         self._replace(None, None)
 
     def _replace(self, choice: Choice | None, compressor: Compressor | None) -> None:
@@ -138,10 +139,10 @@ class ErrorFeedback:
             residual = self._choice.aggregator.add_residual(self.memory.vector, self.channel.group.size)
             self.memory.vector.copy_(residual)
         self._choice, self._compressor = choice, compressor
-        self.owner_errors()  # allocates them, as long as the memory
+        self.owner_errors()  # allocates them, with the memory's length
 
     def round(self, step: int) -> "Round":
-        """Begin an exchange."""
+        """Begin and return a new exchange of the slice, in this step."""
         return Round(self, step)
 
     def owner_errors(self) -> dict[str, Tensor]:
@@ -149,14 +150,14 @@ class ErrorFeedback:
         return self._choice.aggregator.vectors(self.memory.vector) if self._choice is not None else {}
 
     def pending(self) -> Tensor:
-        """Return this worker's share of the unapplied updates, float[n]; may be a view."""
+        """Return this worker's part of the updates not applied yet, float[n]; may be a view."""
         pending = self.memory.pending()
         if self._choice is None:
             return pending
         return self._choice.aggregator.add_residual(pending, self.channel.group.size)
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Clear e (line 7), or set it to the rounding error of x, float[n], and clear the owner errors."""
+        """Clear the error memory (line 7), or set it to the rounding error of x, float[n]; clear the owner errors."""
         self.memory.reset(rounding)
         if self._choice is not None:
             self._choice.aggregator.reset()
@@ -167,13 +168,13 @@ class ErrorFeedback:
         return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
     def aggregator_state(self) -> SavedAggregator | None:
-        """Return the aggregator's state and the compressor, None without one."""
+        """Return the state of the aggregator, and its compressor; None before `use`."""
         if self._compressor is None:
             return None
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state; return False, with nothing restored, if it is of another compressor.
+        """Restore the aggregator's state. Return False, with nothing restored, if its compressor was another.
 
         Call after `use`.
         """
@@ -183,9 +184,9 @@ class ErrorFeedback:
         return fits
 
     def restore(self, saved: SavedAggregator, errors: Mapping[str, Tensor]) -> None:
-        """Restore the aggregator and its owner errors, by parameter. Call after `use`.
+        """Restore the aggregator, and its owner errors from `errors`, by parameter. Call after `use`.
 
-        Errors of another compressor are added to the error memory.
+        If they were saved with another compressor, they are added to the error memory.
         """
         mine, memory = self.owner_errors_by_name(), self.slice.by_name(self.memory.vector)
         fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
@@ -199,11 +200,11 @@ class ErrorFeedback:
 class Round:
     """One exchange of a slice, as a transaction (see the module). `commit` or `roll_back` ends it."""
 
-    v: Tensor  # float[n]; after `absorb` its residual
-    invalid: Tensor  # bool[], this worker's v is invalid; it was set to zero, except with memory="gradient"
-    name: str  # the first invalid parameter, or an invalid message (`blame`); "": none, or not named by the guard
-    g: Averaged  # the mean, until `absorb`
-    extras: list[Tensor]  # the means of the extras
+    v: Tensor  # the vector to send, float[n]; after `absorb` its residual
+    invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero, except with memory="gradient"
+    name: str  # first invalid parameter, or invalid message (see `blame`); "": none, or not named by the guard
+    g: Averaged  # the mean update; deleted by `absorb`
+    extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
     verdict: Verdict
 
     def __init__(self, feedback: ErrorFeedback, step: int) -> None:
@@ -211,11 +212,11 @@ class Round:
         self._aggregator = feedback.choice.aggregator
         self._snapshot: Any = self._aggregator.snapshot()
         self.absorbed = False
-        self._unsent: Tensor | None = None  # the clipped part of v's uncompressed part; None: 0
+        self._unsent: Tensor | None = None  # the uncompressed numbers removed by clipping; None: 0
         self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
-        """Return v = e^(i) + u^(i), float[n] (line 10); zeros if it is invalid, except with memory="gradient"."""
+        """Return the vector to send, v = e + u, float[n]; if invalid zeros, except with memory="gradient" (line 10)."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.name = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)
@@ -223,18 +224,18 @@ class Round:
         return v
 
     def exchange(self, extras: Sequence[Tensor] = (), *, weight: float = 1.0, clip: Tensor | None = None) -> Averaged:
-        """Return the mean over workers of C(v) and of v's uncompressed part; collective (line 10).
+        """Average C(v) and v's uncompressed part over workers, and return the means; collective (line 10).
 
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
-        collective. `weight` scales v where it is sent, but not its residual. `clip`, float[] in [0, 1], scales v where
-        it is sent, and the rest is in the residual. May run in another thread.
+        collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
+        the removed part is added to the residual. May run in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
         if clip is not None and (clip.device.type != "cpu" or clip < 1):
             v = v * clip
             self._unsent = self.v[n:] * (1 - clip)
-        # The uncompressed part, the flag, the extras.
+        # Send the uncompressed part, the flag and the extras as one vector.
         dense = v[n:]
         extras = [f.guard.flag(dense, self.invalid), *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
@@ -244,7 +245,7 @@ class Round:
             self.name = self.name or blame(g.error)
         mean, flag, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
         self.extras = [other.clone() for other in others]
-        # This worker's own terms are of weight v, and `absorb` needs those of v.
+        # `g.own` is C(weight * v), and `absorb` needs C(v).
         if weight not in (0.0, 1.0):
             g = replace(g, own=tuple(replace(term, weight=term.weight / weight) for term in g.own))
         self.g = replace(g, dense=mean)
@@ -252,9 +253,9 @@ class Round:
         return self.g
 
     def apply(self, target: Target, keep: Collection[int] = ()) -> None:
-        """Apply the mean to the target (line 11), and absorb the residual. No-op if the exchange is rejected.
+        """Apply the mean update to the target (line 11), and store the residual in the error memory.
 
-        `keep`: indices of parameters whose e does not change.
+        No-op for a rejected exchange, unless the target defers. Parameters with indices in `keep` keep the old memory.
         """
         if not target.defers and not self.verdict.read():
             return
@@ -265,7 +266,7 @@ class Round:
             self.absorb(done.rounding, keep)
 
     def absorb(self, rounding: Tensor | None = None, keep: Collection[int] = ()) -> None:
-        """Set e^(i) to v - C(v), uncommitted (line 12), plus the rounding error of the target, float[n]."""
+        """Set the new error memory to the residual v - C(v), plus the target's rounding error, float[n] (line 12)."""
         self._memory.absorb(self.g.own, rounding)
         if self._unsent is not None:
             self.v[self._memory.compressed_d :].add_(self._unsent)

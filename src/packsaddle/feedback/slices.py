@@ -18,7 +18,7 @@ from packsaddle.errors import check_integers
 
 @dataclass(frozen=True)
 class Shaped:
-    """A flat vector, float[d], and its views shaped as the parameters, in the order of the slice's places."""
+    """A flat vector, float[d], and its views, one for each parameter of a slice, shaped as the parameter."""
 
     flat: Tensor
     views: list[Tensor]
@@ -31,29 +31,29 @@ class Place:
     name: str
     parameter: Tensor  # read for shape, dtype and memory format
     dense: bool  # sent uncompressed
-    start: int
+    start: int  # offset in the vector of all parameters
     group: int = 0  # index of its parameter group
     trained: Tensor | None = None  # the parameter whose requires_grad may become False; None: never frozen
 
     @property
     def size(self) -> int:
-        """The number of coordinates."""
+        """The number of elements of the parameter."""
         return self.parameter.numel()
 
 
 class Slice:
-    """Some parameters as a vector of their own, float[d], in the order of the whole vector.
+    """A set of parameters as one vector, float[d], in the same order as in the vector of all parameters.
 
-    Views of a vector are in the order of `places`. `zeros` returns at least float32.
+    `views` returns views in the order of `places`. `zeros` returns at least float32.
     """
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
         self.places = list(places)
         self.names = [place.name for place in self.places]
-        order = sorted(range(len(self.places)), key=lambda i: self.places[i].start)  # stable
+        order = sorted(range(len(self.places)), key=lambda i: self.places[i].start)  # sorted() is stable
         self._in_order = [self.places[i] for i in order]
         self.compressed_d = sum(place.size for place in self.places if not place.dense)
-        self.start = self._in_order[0].start if order else 0  # in the whole vector
+        self.start = self._in_order[0].start if order else 0  # offset in the vector of all parameters
         self.d, self._offsets = 0, [0] * len(self.places)
         for i in order:
             self._offsets[i] = self.d
@@ -64,7 +64,7 @@ class Slice:
             self._dtype = torch.promote_types(self._dtype, place.parameter.dtype)
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """Return views of a vector, float[d], in the shapes and memory formats of the parameters."""
+        """Return one view of a vector, float[d], for each parameter, in its shape and memory format."""
         first = flat.storage_offset()
         return [
             flat.as_strided(place.parameter.shape, strides, first + offset)
@@ -72,7 +72,7 @@ class Slice:
         ]
 
     def named(self, flat: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Return each parameter's place with its view of a vector, float[d]."""
+        """Return a pair for each parameter: its place, and its view of a vector, float[d]."""
         return zip(self.places, self.views(flat), strict=True)
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
@@ -80,11 +80,11 @@ class Slice:
         return dict(zip(self.names, self.views(flat), strict=True))
 
     def shaped(self, flat: Tensor) -> Shaped:
-        """Return a vector, float[d], with its views."""
+        """Return `flat`, float[d], with its views."""
         return Shaped(flat, self.views(flat))
 
     def zeros(self) -> Shaped:
-        """Return a vector of zeros, float[d]."""
+        """Return a new vector of zeros, float[d], with its views."""
         return self.shaped(torch.zeros(self.d, dtype=self._dtype, device=self._device))
 
     @property
@@ -93,7 +93,7 @@ class Slice:
         return any(place.trained is not None and not place.trained.requires_grad for place in self.places)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
-        """Return the views of the parameters that have been frozen since construction."""
+        """Return the views of a vector, float[d], that belong to parameters frozen since construction."""
         if not self.has_frozen:
             return []
         return [view for p, view in self.named(flat) if p.trained is not None and not p.trained.requires_grad]
@@ -104,7 +104,7 @@ class Slice:
         return [place.parameter.shape for place in self._in_order if not place.dense]
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Yield the ranges of this vector that are contiguous in the whole one: start, stop, and start in the whole."""
+        """Yield (start, stop, offset) of each range that is contiguous in the vector of all parameters, at `offset`."""
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
@@ -119,7 +119,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class GroupRange:
-    """A range of the flat vector whose parameters are in one parameter group, so have one learning rate."""
+    """A range of the flat vector that belongs to one parameter group, and so has one learning rate."""
 
     group: int
     start: int
@@ -144,11 +144,11 @@ class FlatParameters(Slice):
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
         # The order of x: compressed tensors, then uncompressed ones.
         dense, start, found = [is_sent_uncompressed(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
-        for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # stable
+        for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # sorted() is stable
             p = self.parameters[i]
             found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
             start += p.numel()
-        self.ranges = _ranges(list(found.values()))  # in the order of x
+        self.ranges = _ranges(list(found.values()))  # of parameter groups, in the order of x
         super().__init__([found[i] for i in range(len(found))], first.device)
         # Move the parameters into x, each in its memory format (channels_last, say).
         self.x = torch.empty(self.d, dtype=first.dtype, device=first.device)
@@ -157,7 +157,7 @@ class FlatParameters(Slice):
             p.data = view
 
     def kinds(self) -> dict[str, str]:
-        """Describe the parameters, in the user's order."""
+        """Return name, shape and dtype of each parameter as text, in the user's order."""
         each = zip(self.names, self.parameters, strict=True)
         return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
 
@@ -166,7 +166,7 @@ class FlatParameters(Slice):
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
-        """Call work(x), which changes x in place, in at least float32; frozen parameters are restored.
+        """Change x by a call of work(x), in place and in at least float32, except in frozen parameters.
 
         Returns the rounding error of x, float[d], or None if x is at least float32.
         """
@@ -222,14 +222,14 @@ def _check(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the place of each parameter, in the order of the vector: the compressed ones first.
+    """Return the place of each parameter in one vector of all: compressed parameters first, then uncompressed.
 
-    The vector has `part(p)` of each parameter p, such as this process's shard; `dense_below` is compared with the whole
-    of p. Raises ValueError for a `dense_below` below 0.
+    The vector contains `part(p)` of each parameter p, such as this process's shard; `dense_below` is compared with the
+    size of the whole p. Raises ValueError for a `dense_below` below 0.
     """
     check_dense_below(dense_below)
     found, start = [], 0
-    for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # stable
+    for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
         start += found[-1].size
     return found
@@ -241,7 +241,7 @@ def check_dense_below(dense_below: int) -> None:
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if p, with fewer than two dimensions or `dense_below` elements, is sent uncompressed; 0: never."""
+    """Return True if p has fewer than two dimensions or `dense_below` elements; False if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 

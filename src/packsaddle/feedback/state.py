@@ -1,11 +1,11 @@
-"""Saved states: fields declared by path; saving, validation, loading, and splitting for another number of workers.
+"""Saved states: declared fields, their saving, validation and loading, and conversion to other numbers of workers.
 
 A state is nested dictionaries and lists of tensors and plain types. Its owner (the optimizer, a hook, local updates)
-declares its fields once: a `Vector` is saved by parameter and validated by shape, a `Value` is validated by type.
+declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.
 Loading validates all fields before it changes any, and loads them in the order of declaration.
 
 A `Rule` gives the kind of the entries at a path. Rules are for paths rather than fields, since the loading worker may
-not have all fields of the state (a pending exchange, for example). The kinds, for another number of workers:
+not have all fields of the state (a pending exchange, for example). Kinds, for a change of the number of workers:
 
     shared      identical on all workers; copied
     error       averaged over workers: error memories, momenta, x at the start of an exchange
@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-FORMAT = 2  # of the states of optimizers, hooks and local updates, and of the files of elastic workers
+FORMAT = 2  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
 ANY = "*"  # in a path: any key
 Path = tuple[Any, ...]  # keys, outermost first
 Kind = Literal["shared", "error", "owner", "own", "constant"]
@@ -30,7 +30,7 @@ Kind = Literal["shared", "error", "owner", "own", "constant"]
 
 @dataclass(frozen=True)
 class Rule:
-    """The kind of all entries of a state at a path or below it."""
+    """The kind of all entries of a saved state at a path or below it (see the module)."""
 
     path: Path
     kind: Kind
@@ -41,11 +41,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Vector:
-    """A field with one tensor per parameter; ANY in `path` stands for the parameter's key."""
+    """A field of a saved state with one tensor per parameter; ANY in `path` stands for the parameter's key."""
 
     path: Path
     shapes: Mapping[Any, torch.Size | None]  # by key; None: any length, and may be missing
-    get: Callable[[], Mapping[Any, Tensor]]  # by key; a function, since a step may swap buffers
+    get: Callable[[], Mapping[Any, Tensor]]  # returns tensors by key; a function, since a step may swap buffers
     set: Callable[[Mapping[Any, Tensor]], None] | None = None  # None: copy into the tensors that `get` returns
     optional: bool = False  # may be missing as a whole: None in a state, {} from `get`
 
@@ -57,7 +57,7 @@ class Vector:
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> dict[Any, Tensor]:
         """Return the saved tensors by key. Raises ValueError unless they have the shapes of this field."""
-        # The dictionary by parameter.
+        # Find the dictionary with one entry per parameter.
         at = self.path.index(ANY)
         (saved,) = (found for _, found in _matches(state, self.path[:at]))
         rest, name = self.path[at + 1 :], next(str(key) for key in reversed(self.path) if key != ANY)
@@ -71,7 +71,7 @@ class Vector:
                 f"{name} is of {len(saved)} parameters in the state, and of {len(self.shapes)} here: was dense_below "
                 f"another?"
             )
-        # The tensor of each parameter, below further keys.
+        # Find the tensor of each parameter, below further keys.
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
             for inner in rest:
@@ -94,7 +94,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Value:
-    """A field of a plain type, a dataclass, or tensors that belong to no parameter."""
+    """A field of a saved state: a value of plain type, a dataclass, or tensors that belong to no parameter."""
 
     path: Path
     hint: Any  # the type, as in an annotation
@@ -125,13 +125,13 @@ class State:
     """The saved state of `owner`: its fields, and its identity, the values that must be equal at saving and loading.
 
     Args:
-        owner: the name of the class in messages.
-        rules: the kinds of all paths; the first rule that matches a path applies.
+        owner: the name of the class that has the state, for error messages.
+        rules: the kinds of the entries at all paths; the first rule that matches a path applies.
         identity: returns the identity by name.
         fields: returns the fields, in the order in which they are loaded.
         head: the path of the format and the identity, () for "format" and "identity" at the top.
-        names: the names of parameters in messages, by key. None: the keys.
-        only_with: remedies in messages, by name of an identity value; not empty: the state cannot be split.
+        names: the names of parameters in error messages, by key. None: the keys.
+        only_with: advice in error messages, by name of an identity value; not empty: the state cannot be split.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class State:
             field.load(value)
 
     def _read(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-        """Return the fields, each with its saved value."""
+        """Validate a state, and return (field, saved value) of each field."""
         self._check_format(state)
         for name, here in self._identity().items():
             for saved in self._saved_in(state, (*self._where, name)):
@@ -212,14 +212,14 @@ class State:
             if rule.like:
                 for path in [path for path in means if _fits(path, rule.like)]:
                     means.setdefault(_filled(rule.path, path, rule.like), torch.zeros_like(means[path]))
-        # An owner error is a residual of the mean, so it is worth W times one worker's error.
+        # An owner error is a residual of the mean over W workers: one worker's error must grow by W times as much.
         for path, rule in kinds.items():
             for into in (_filled(pattern, path, rule.path) for pattern in rule.into):
                 means[into] = means[into].double() + workers * leaves[path].double()
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return this worker's new values of owner errors, zeros, and of constants, by path.
+        """Return this worker's new entries by path: zeros for owner errors, and the constants.
 
         `leaves` are those of `split`, which adds the owner errors to the averaged errors.
         """
@@ -238,7 +238,7 @@ class State:
 
 
 def skip(saved: Any) -> None:
-    """No-op, the `load` of a field that its owner restores after all others."""
+    """No-op: the `load` of a field that its owner restores itself, after all other fields."""
 
 
 def check_format(found: Any, what: str) -> None:
@@ -273,7 +273,7 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
         return value
     if hint is Tensor:
         check_tensor(_dotted(path), value, getattr(value, "shape", None))
-    # The outer type.
+    # Check the outer type.
     expected: dict[Any, Any] = {list: (list, tuple), tuple: (list, tuple), dict: Mapping, float: (float, int)}
     is_made = is_dataclass(hint)
     kind: Any = Mapping if is_made else object if origin is Literal else origin or hint
@@ -281,7 +281,7 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
         raise ValueError(f"{_dotted(path)} must be of type {getattr(kind, '__name__', kind)}, found {value!r:.80}")
     if origin is Literal and value not in args:
         raise ValueError(f"{_dotted(path)} must be one of {', '.join(map(repr, args))}, found {value!r:.80}")
-    # The types of its entries.
+    # Convert the entries.
     if is_made:
         hints = get_type_hints(hint)
         inner = {f.name: next(_matches(value, (f.name,), path)) for f in fields(hint)}
@@ -336,7 +336,7 @@ def _fits(path: Path, pattern: Path) -> bool:
 
 
 def _filled(pattern: Path, path: Path, of: Path) -> Path:
-    """Return a pattern with each ANY replaced by the key of `path` at the corresponding ANY of `of`, its pattern."""
+    """Return `pattern` with each ANY replaced by the key that `path` has at the corresponding ANY of `of`."""
     keys = iter([key for key, p in zip(path, of, strict=False) if p == ANY])
     return tuple(next(keys) if p == ANY else p for p in pattern)
 

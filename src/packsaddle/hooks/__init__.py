@@ -1,8 +1,8 @@
 """Compressed exchange of gradients in the backward pass, for any optimizer.
 
-- `ddp` registers a `DDPHook` (`ddp_hook`) with DistributedDataParallel; `fsdp` one between replicas of an FSDP2 model
-- `hook`: the base class of both, a backward pass as one transaction
-- `budget`: coordinates per bucket; `rates`: learning rates of plain SGD; `escape`: the escape check after its steps
+- `ddp` registers a `DDPHook` (`ddp_hook`) with DistributedDataParallel; `fsdp` an `FSDPHook` with an FSDP2 model
+- `hook`: the base class of both: the exchanges of a backward pass are all applied, or all rejected
+- `budget`: coordinates sent by bucket; `rates`: rates of plain SGD; `escape`: the escape check after its steps
 """
 
 from packsaddle.hooks.ddp_hook import DDPHook as DDPHook

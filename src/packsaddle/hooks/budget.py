@@ -1,10 +1,10 @@
-"""Division of a compressor's budget k among the slices of a gradient, by the magnitudes of their coordinates.
+"""Division of a compressor's budget of k coordinates among the buckets or modules of a model, by their magnitudes.
 
 A budget divided among DistributedDataParallel's buckets by size does not select the k largest coordinates of the model:
 a bucket with large gradients gets too few, and its error memory grows. The k largest of the model are known only at the
-end of the backward pass. So the budget of each slice is its number of coordinates among the model's k largest of the
-previous step. The budgets add up to k at every step, a bucket is sent as soon as it is ready, and coordinates that were
-not sent raise a slice's budget at the next step, since they are in its error memory.
+end of the backward pass. So the budget of each slice (bucket or module) is its number of coordinates among the model's
+k largest of the previous step. The budgets add up to k at every step, a bucket is sent as soon as it is ready, and
+coordinates that were not sent raise a slice's budget at the next step, since they are in its error memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +22,9 @@ _SAMPLE = 1 << 17  # coordinates of the model that are sampled; all of a smaller
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample of the coordinates of a slice's vector: `values`, float[m], of `size` coordinates."""
+    """A sample of a slice's vector to send: the `values`, float[m], of some of its `size` coordinates."""
 
-    names: Names  # of the slice's parameters
+    names: Names  # the names of the slice's parameters
     size: int
     values: Tensor
 
@@ -33,9 +33,9 @@ class _Sample:
 
 
 class Allocation:
-    """The compressors of the slices of a model of d coordinates, from samples of the previous step's vectors.
+    """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
 
-    They differ between workers, as the k largest coordinates do. The budget of a slice without a sample is
+    Workers may choose differently, as their k largest coordinates differ. The budget of a slice without a sample is
     proportional to its size. Slices are identified by the names of their parameters.
     """
 
@@ -43,9 +43,9 @@ class Allocation:
         self.d = d
         # Odd, to sample all columns of a matrix whose width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
-        self._last: Mapping[Names, _Sample] = {}  # of the previous step, by slice
+        self._last: Mapping[Names, _Sample] = {}  # samples of the previous step, by slice
         self._next: dict[Names, _Sample] = {}
-        self._compressor: Compressor | None = None  # of this step
+        self._compressor: Compressor | None = None  # that of the whole model in this step
         self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
@@ -57,11 +57,11 @@ class Allocation:
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
     def of(self, part: Names, compressor: Compressor) -> Compressor | None:
-        """Return a slice's compressor in this step; None without a sample, or if `compressor` is not this step's."""
+        """Return the slice's compressor in this step. None: it has no sample, or `compressor` is not this step's."""
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:
-        """Sample a slice's corrected vector, float[n], if this type of compressor divides its budget by magnitudes."""
+        """Sample a slice's vector to send, float[n], if compressors of this type divide their budget by magnitudes."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
@@ -73,7 +73,7 @@ class Allocation:
         self._next = {}
 
     def field(self, device: Callable[[], torch.device]) -> Value:
-        """Return the field of the saved state: the samples of the last step, loaded to a device."""
+        """Return a field for the saved state, the samples of the last step; they are loaded to `device()`."""
 
         def load(saved: Sequence[_Sample]) -> None:
             self._last = {s.names: replace(s, values=s.values.to(device(), copy=True)) for s in saved}

@@ -59,7 +59,7 @@ def register_ddp_hook(
             how messages are averaged, which tensors are sent uncompressed and which checks are made; its memory must
             be "buffer" and its on_drift "stop".
         noise: as in `CompressedSGD`, but not lazy.
-        escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
+        escape: the escape check of Algorithm 1, made after each step of `optimizer`, which must be plain SGD.
         start_step: the number of initial steps, which are exchanged uncompressed.
         seed: as in `CompressedSGD`.
         scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or the whole
@@ -70,12 +70,12 @@ def register_ddp_hook(
         scaler: the GradScaler that scales the gradients; the error memory is kept unscaled.
 
     If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
-    back, and all gradients become NaN on every worker, so that scalers skip the step on all of them. The worker with
-    the invalid gradient logs the name of the parameter (on a CPU), and `hook.skips` records the step. More than
-    `max_skipped` consecutive rejections raise NonFiniteError in the backward pass (with None they never do, and
-    `optimizer` receives the NaNs). Parameters that differ between workers when compared raise DriftError on all.
-    If gradients are computed without a call of the hook (the model runs without DistributedDataParallel, as
-    `model.module(x)`), the next forward pass raises RuntimeError.
+    back, and the gradients of the bucket (or model, see `scope`) become NaN on every worker, so that scalers skip the
+    step on all of them. The worker with the invalid gradient logs the name of the parameter (on a CPU), and
+    `hook.skips` records the step. More than `max_skipped` consecutive rejections raise NonFiniteError in the backward
+    pass (with None they never do, and `optimizer` receives the NaNs). Parameters that differ between workers when
+    compared raise DriftError on all. If gradients are computed without a call of the hook (the model runs without
+    DistributedDataParallel, as `model.module(x)`), the next forward pass raises RuntimeError.
 
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
 
@@ -105,7 +105,7 @@ def register_ddp_hook(
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
-    # Lines 9-12 in the backward pass, lines 4-8 after the optimizer's step.
+    # The backward pass does lines 9-12 of Algorithm 1; the optimizer's step is followed by lines 4-8.
     channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizers, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
     hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
@@ -135,8 +135,9 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 
     It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
     Returns None for one worker without a DistributedDataParallel: there is nothing to exchange.
-    Raises TypeError for several of them, for none with several workers, and for a model that FSDP shards; RuntimeError
-    if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of `register_ddp_hook`.
+    Raises TypeError for several DistributedDataParallels, for none with several workers, and for a model that FSDP
+    shards; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of
+    `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle
@@ -166,8 +167,8 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 def keep_gradients_local(model: nn.Module) -> None:
     """Disable the exchange of gradients and buffers in every DistributedDataParallel of a model, for `LocalUpdates`.
 
-    For frameworks that wrap each model. Each worker keeps its own gradients, and its own buffers, such as running
-    statistics. No-op for a model without one. Raises RuntimeError for a DistributedDataParallel that has a
+    For use under frameworks that wrap every model. Each worker keeps its own gradients and its own buffers, such as
+    running statistics. No-op for a model without one. Raises RuntimeError for a DistributedDataParallel that has a
     communication hook already.
 
     >>> import torch
@@ -188,11 +189,11 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
-            module.broadcast_buffers = False  # else each forward pass waits for rank 0's
+            module.broadcast_buffers = False  # else each forward pass waits for rank 0's buffers
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
-    """Register `take` as a model's communication hook. Raises RuntimeError if the model has one already."""
+    """Register the function `take` as a model's communication hook. Raises RuntimeError if the model has one."""
 
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
@@ -223,7 +224,7 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     """Make a forward pass raise RuntimeError if earlier gradients were computed without a call of the hook."""
-    for handle in _guards.pop(model.module, ()):  # of an earlier DistributedDataParallel
+    for handle in _guards.pop(model.module, ()):  # hooks of an earlier DistributedDataParallel
         handle.remove()
     # One gradient shows that a backward pass ran; a pass within no_sync does not call the hook.
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
@@ -253,4 +254,4 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     _guards[model.module] = handles
 
 
-_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # by wrapped model
+_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # hooks of each wrapped model

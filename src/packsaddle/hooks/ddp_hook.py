@@ -1,7 +1,7 @@
 """The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
-DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps a slice, with an error
-memory, for each set of parameters that shared a bucket. `ddp` registers it.
+DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps one error memory for each
+set of parameters that share a bucket. `ddp` registers it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class Bucket:
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model; `scale()` returns the factor of the incoming gradients.
+    `places` are the parameters of `module`, the model; `scale()` returns the GradScaler's factor, 1 without one.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -69,7 +69,7 @@ class DDPHook(GradientHook):
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense), "register_ddp_hook")
         self.resets: list[Reset] = []  # firings of the escape check
-        self.parts: dict[str, EscapeAfterStep] = {}  # other parts of the saved state, by name
+        self.parts: dict[str, EscapeAfterStep] = {}  # objects whose state is saved with the hook's, by name
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self._perturbation = noise
@@ -83,14 +83,14 @@ class DDPHook(GradientHook):
         self._noise: GaussianNoise | None = None
         self._factors: Mapping[str, float] = {}
         self._scaled = 1.0  # the GradScaler's factor of the gradients
-        self._failure: Exception | None = None  # the first failure of a bucket
+        self._failure: Exception | None = None  # the first exception in this pass; None: none
 
     @property
     def device(self) -> torch.device:
         return self._places[0].parameter.device
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
-        """Submit a bucket; the future returns its means. DDP calls this in order, in the backward pass."""
+        """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
         self.calls += 1
         if bucket.index == 0:
             self._check_parameters()
@@ -122,9 +122,9 @@ class DDPHook(GradientHook):
         return [self._named[id(p)].name for p in parameters]
 
     def _exchange_buckets(self, buckets: Sequence[Bucket]) -> None:
-        """Average buckets as one vector, in place. After a failed bucket, the pass's later ones raise the same error.
+        """Average buckets over workers as one vector, in place.
 
-        DDP submits all buckets of a pass, also after an error.
+        After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error.
         """
         if buckets[0].index == 0:
             self._failure = None
@@ -148,7 +148,7 @@ class DDPHook(GradientHook):
         self._complete = buckets[-1].is_last
 
     def _begin(self) -> None:
-        """Settle the last pass, compare parameters if due, and draw the noise of this one (line 9)."""
+        """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -161,7 +161,7 @@ class DDPHook(GradientHook):
         self._rates.close(apply=apply)
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the slice of these parameters; if DDP has rebuilt its buckets, with the old slices' memories."""
+        """Return the error feedback of these parameters, with the old error memories if DDP has rebuilt its buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -180,10 +180,10 @@ class DDPHook(GradientHook):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's e^(i) by parameter, in units of a gradient, with its share of the owner errors.
+        """Return this worker's error memory by parameter, in units of a gradient, with its owner errors.
 
-        Each is shaped as its parameter, in float32 or wider. The mean over workers is the sum of all updates that have
-        not been applied yet. In a backward pass it is that of the previous step.
+        Each tensor is shaped as its parameter, in float32 or wider. The mean over workers is the sum of all updates
+        that have not been applied yet. During a backward pass, returns the memory after the previous step.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
@@ -195,7 +195,7 @@ class DDPHook(GradientHook):
 
     @torch.no_grad()
     def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Reset e to zero (line 7), or to `lost`, by parameter and shaped as it, in units of a gradient."""
+        """Reset the error memory to zero (line 7), or to `lost`, tensors by parameter, in units of a gradient."""
         self._settle()
         self._loose = {name: error.clone() for name, error in lost.items()}
         for part in self._slices.values():
@@ -205,11 +205,11 @@ class DDPHook(GradientHook):
                     view.copy_(self._loose.pop(name))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: e^(i) by parameter, the step, the owner errors, the ledger's totals.
+        """Return this worker's state: error memory by parameter, step count, owner errors, byte counts.
 
-        Tensors and plain types only; each worker has its own. With scope="bucket" the owner errors of a two-way
-        exchange are in the error memory of their owner, since buckets may differ at loading: no update is lost, but
-        only with scope="model" does a run continue bitwise identically.
+        It has tensors and plain types only, and differs between workers. With scope="bucket" the owner errors of a
+        two-way exchange are added to this worker's error memory, since buckets may differ at loading. No update is
+        lost, but a resumed run is bitwise identical only with scope="model".
         """
         return super().state_dict()
 
@@ -232,7 +232,7 @@ class DDPHook(GradientHook):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The slice of all parameters, with scope="model" after the first exchange or loading; else None."""
+        """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
         return next(iter(self._slices.values()), None) if self._rules.scope == "model" else None
 
     def _errors(self) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ class DDPHook(GradientHook):
         return None if self._whole is None else self._whole.aggregator_state()
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store errors by parameter until slices are created for the next buckets."""
+        """Store loaded error memories by parameter, until slices are created for the next buckets."""
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The escape check behind a gradient hook: lines 4-8 of Algorithm 1 after each step of plain SGD."""
+"""The escape check for a gradient hook: lines 4-8 of Algorithm 1 after each step of plain SGD."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -15,27 +15,27 @@ from packsaddle.hooks.rates import Rates, are_plain_sgd
 
 
 class Hook(Protocol):
-    """A gradient hook whose optimizer's steps `EscapeAfterStep` checks."""
+    """The interface of a gradient hook that `EscapeAfterStep` uses."""
 
     resets: list[Reset]
     channel: Communicator
 
     @property
     def steps(self) -> int:
-        """The number of applied exchanges."""
+        """The number of applied backward passes."""
 
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's e^(i), in units of a gradient, by parameter."""
+        """Return this worker's error memory by parameter, in units of a gradient."""
 
     def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Reset e to zero (line 7), or to `lost`, by parameter."""
+        """Reset the error memory to zero (line 7), or to `lost`, tensors by parameter."""
 
 
 class EscapeAfterStep:
-    """Runs the escape check after each step of plain SGD with a gradient hook, on y = x - eta e.
+    """Runs the escape check after each step of plain SGD with a gradient hook.
 
-    This is the paper's y for plain SGD only, so any other optimizer raises ValueError. The parameters are moved into
-    one flat tensor.
+    The check needs y = x - eta e, which is correct for plain SGD only, so any other optimizer raises ValueError. The
+    parameters are moved into one flat tensor.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class EscapeAfterStep:
             return
         self._checked = steps
         self._flat.check_attached()
-        # eta e of this worker: the hook's memory is in units of a gradient.
+        # This worker's unsent update eta e, since the hook's memory is in units of a gradient.
         memory = self._hook.memory()
         rates = self._rates.now()
         pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
@@ -85,7 +85,7 @@ class EscapeAfterStep:
         reset, lost = self._check.run(steps, pending)
         if reset is None:
             return
-        # Line 7: e <- 0, or x's rounding error, in units of a gradient.
+        # Line 7: set the error memory to 0, or to x's rounding error, in units of a gradient.
         left = {}
         if lost is not None:
             for place, view in zip(self._places, self._flat.views(lost), strict=True):
@@ -94,7 +94,7 @@ class EscapeAfterStep:
         self._hook.resets.append(reset)
 
     def fields(self) -> list[Vector | Value]:
-        """Return the fields of the hook's saved state: x_t' by parameter, and t'. Load them after the hook's steps."""
+        """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
         anchor = {p.name: view for p, view in zip(self._places, self._flat.views(self._check.anchor), strict=True)}
         shapes = {name: view.shape for name, view in anchor.items()}
         return [

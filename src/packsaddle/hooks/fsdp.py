@@ -1,4 +1,4 @@
-"""Compressed gradient exchange between replicas of an FSDP2 model: uncompressed in a machine, compressed between them.
+"""Averaging of gradients over replicas of an FSDP2 model: uncompressed in a machine, compressed between machines.
 
 `fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
 averages it over the workers that have the same shard on other machines. FSDP is looked up in sys.modules, not
@@ -38,13 +38,13 @@ def uses_fsdp(model: nn.Module) -> bool:
 
 
 def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return the modules that FSDP2 (`fully_shard`) shards, by name."""
+    """Return (name, module) of each module that FSDP2 (`fully_shard`) shards."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [(name, m) for name, m in model.named_modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
 
 
 def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
-    """Return name and local shard of every parameter that FSDP2 shards, or with `gradients` of every gradient.
+    """Return (name, local shard) of every parameter that FSDP2 shards, or with `gradients` of every gradient.
 
     Call outside of forward and backward passes, in which parameters are unsharded.
     """
@@ -94,10 +94,10 @@ _SHARDS = {"replicas": _OTHERS, "shards": _OTHERS}
 
 
 class FSDPHook(GradientHook):
-    """The hook of `register_fsdp_hook`. Every sharded module is a slice of its own, with its error memory.
+    """The hook of `register_fsdp_hook`. Every sharded module is averaged separately, with its own error memory.
 
-    The modules of a backward pass are one transaction: if one is invalid on some replica all are rejected, and all
-    gradients become NaN on all replicas of the shard. Workers that have other shards do not detect it.
+    If the gradient of one module is invalid on any replica, the whole backward pass is rejected: all gradients become
+    NaN on all replicas of the shard. Workers that have other shards do not detect it.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -130,8 +130,8 @@ class FSDPHook(GradientHook):
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._loose: dict[str, Tensor] = {}  # loaded errors of modules without a slice
-        self._seen: dict[str, int] = {}  # autograd's id of this backward pass, by module in it
+        self._loose: dict[str, Tensor] = {}  # loaded error memories of modules without a slice
+        self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
 
     @torch.no_grad()
     def start(self) -> None:
@@ -159,7 +159,7 @@ class FSDPHook(GradientHook):
         if not self._pass or name in self._seen:  # a new pass begins
             self._open()
             self._seen = {}
-            # FSDP adds this pass's gradients to those of earlier ones, which the exchange does not see.
+            # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
             self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self._perturbation.at_step(self._steps)])
             # Runs after FSDP's own callback, which sets the gradients of parameters.
@@ -170,7 +170,7 @@ class FSDPHook(GradientHook):
         xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
-        # Reading the code waits for the GPU: here once for each module, later only when a pass is settled.
+        # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
             self._complete = True
             self._settle()
@@ -225,9 +225,9 @@ class FSDPHook(GradientHook):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory e^(i) by module, float[n], with its part of the owner errors.
+        """Return this worker's error memory by module, float[n], with its part of the owner errors.
 
-        During a backward pass that is the memory of the previous step.
+        During a backward pass, returns the memory after the previous step.
         """
         self._settle()
         return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}
@@ -238,7 +238,7 @@ class FSDPHook(GradientHook):
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store errors by module until slices are created for the next gradients."""
+        """Store loaded error memories by module, until slices are created for the next gradients."""
         self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
         self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
@@ -311,7 +311,7 @@ def register_fsdp_hook(
         )
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
-    # Options must match on all replicas of the shard, and they start from the same x.
+    # Options must match on all replicas of the shard, which start from the same parameters.
     same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
@@ -328,7 +328,7 @@ def register_fsdp_hook(
 def _start(model: nn.Module, hook: FSDPHook) -> None:
     """Broadcast rank 0's parameters: now or, for a model on the meta device, in the first forward pass with gradients.
 
-    That is done before FSDP's own forward hook, while parameters are sharded.
+    The broadcast runs before FSDP's own forward hook, while parameters are sharded.
     """
     if not any(local.is_meta for _, local in local_shards(model)):
         hook.start()

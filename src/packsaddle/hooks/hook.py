@@ -1,9 +1,9 @@
 """A backward pass as one transaction: the base class of the hooks of DistributedDataParallel and FSDP.
 
-Gradients arrive in slices, DDP's buckets or FSDP's modules, each with an `ErrorFeedback`; the exchanges of a pass are
-all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so errors
-are stored by parameter, not by bucket. The memory is in units of a gradient, so it is rescaled when the learning rate
-of plain SGD changes (see `rates`).
+Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
+pass are all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so
+error memories are saved by parameter, not by bucket. They are in units of a gradient, so they are rescaled when the
+learning rate of plain SGD changes (see `rates`).
 """
 
 import math
@@ -59,7 +59,7 @@ class HookOptions(Option):
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step."""
+        """Return the compressor of a step: `Identity`, which is lossless, before `start_step`."""
         return Identity() if step < self.start_step else self.compression.at(step)
 
     def agreement(self) -> dict[str, object]:
@@ -69,9 +69,9 @@ class HookOptions(Option):
 
 @dataclass(frozen=True)
 class BucketUpdate(Update):
-    """A slice's gradients as the update of its error memory: v = decay * factor * e + g / scale + xi.
+    """The update of a slice's error memory e by gradients g and noise xi: v = decay * factor * e + g / scale + xi.
 
-    `decay` multiplies all of e; `factors` has further factors by parameter name (default 1).
+    `scale` is the GradScaler's factor. `factors` has a further factor of e by parameter name (default 1).
     """
 
     of: Slice
@@ -92,7 +92,7 @@ class BucketUpdate(Update):
         self.perturb(out.flat)
 
     def perturb(self, out: Tensor) -> None:
-        """Add xi to out, float[n]; xi is indexed by the coordinates of the whole model."""
+        """Add the noise xi to out, float[n], in place; xi is indexed by the coordinates of the whole model."""
         if self.noise is not None:
             for first, last, start in self.of.stretches():
                 self.noise.add_to(out[first:last], 1.0, start)
@@ -100,7 +100,7 @@ class BucketUpdate(Update):
 
 @dataclass(frozen=True)
 class BucketTarget:
-    """Writes the mean of an exchange to a slice's gradients; the user's optimizer applies it (line 11)."""
+    """Writes the mean update of an exchange to a slice's gradients, which the user's optimizer applies (line 11)."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -108,7 +108,7 @@ class BucketTarget:
     defers = True
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Overwrite the gradients with scale * mean_i g^(i). Only 16-bit gradients cause a rounding error."""
+        """Overwrite the gradients with scale times the mean update g. Only 16-bit gradients cause a rounding error."""
         total = self.of.zeros()
         g.write_to(total.flat)
         outs = [self.gradients[place.name] for place in self.of.places]
@@ -124,7 +124,7 @@ class BucketTarget:
 
 
 _NO_FACTORS: Mapping[str, float] = {}
-UNLIKE = 4.0  # added to the code of an exchange in which workers had different slices
+UNLIKE = 4.0  # added to the code of an exchange if workers exchanged different slices
 
 
 _RULES = [
@@ -138,9 +138,9 @@ _RULES = [
 
 
 class GradientHook(ABC):
-    """The exchanges of the running or last backward pass, and the number of applied passes.
+    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
 
-    Verdicts are read on demand or at the beginning of the next pass, so a pass does not wait for a GPU. `d` is the
+    The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the
     number of compressed coordinates of all slices, `owner` the name of the function that registers the hook.
     """
 
@@ -164,10 +164,10 @@ class GradientHook(ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
-        # The running or last pass.
+        # The running backward pass, or the last one.
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each round, plus UNLIKE if workers had different slices
-        self._bad_name = ""  # the first parameter whose part of this worker's vector is invalid
+        self._bad_name = ""  # the first parameter with an invalid part of this worker's vector
         self._complete = False
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
@@ -244,14 +244,14 @@ class GradientHook(ABC):
                 p.grad = None
 
     def _open(self) -> None:
-        """Settle the last pass and begin a new one. Raises NonFiniteError after too many consecutive skips."""
+        """Commit or roll back the last pass, and begin another. Raises NonFiniteError after too many skips."""
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
         self._allocation.begin(self._rules.at(self._steps))
 
     def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
-        """Return the error feedback of a slice. Errors in `unassigned`, by name, are moved into its memory."""
+        """Return new error feedback for a slice. Error memories in `unassigned`, by parameter, are moved into it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := unassigned.pop(place.name, None)) is not None:
@@ -260,7 +260,7 @@ class GradientHook(ABC):
         return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:
-        """Set and return a slice's compressor of a step. With `kept` errors it causes no owner errors."""
+        """Set a slice's compressor for a step; return that of the model. `kept`: one that causes no owner errors."""
         exchange = self._rules.compression.exchange
         compressor = Identity() if kept and exchange != "direct" else self._rules.at(step)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
@@ -276,11 +276,11 @@ class GradientHook(ABC):
         factors: Mapping[str, float] = _NO_FACTORS,
         identity: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Replace a slice's gradients by their mean; return the code of the exchange, float[], 0: it is applied.
+        """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
-        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `factors` multiply the errors first, by parameter;
-        errors with a factor of 0 stay as they are. `identity` has bits of 0 or 1, float[b], that identify the slice: if
-        they differ between workers, the code is UNLIKE or more.
+        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `factors` multiply the error memory first, by
+        parameter; with a factor of 0 it does not change. `identity` has bits of 0 or 1, float[b], that identify the
+        slice: if they differ between workers, the code is UNLIKE or more.
         """
         decay = self._rules.compression.decay
         kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
@@ -288,7 +288,7 @@ class GradientHook(ABC):
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
-        # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged.
+        # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
         v = r.correct(BucketUpdate(part.slice, gradients, noise, scale, factors, decay))
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
@@ -302,7 +302,7 @@ class GradientHook(ABC):
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()
         code = r.verdict.code()
-        for mean in r.extras:  # a mean of equal bits is 0 or 1, to rounding
+        for mean in r.extras:  # the mean of equal bits is 0 or 1, up to rounding
             code = code + UNLIKE * (mean * (1 - mean) > 1e-6).any().to(code)
         self._codes.append(code)
         return code
@@ -345,7 +345,7 @@ class GradientHook(ABC):
                 )
 
     def _end_pass(self, *, apply: bool) -> None:  # noqa: B027 -- FSDP's has none
-        """Commit or roll back other state of the hook."""
+        """Commit or roll back the state of a subclass at the end of a pass."""
 
     @property
     @abstractmethod
@@ -366,7 +366,7 @@ class GradientHook(ABC):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, tensors and plain types; each worker has its own."""
+        """Return this worker's state, of tensors and plain types; it differs between workers."""
         self._settle()
         return self.saved_state.save()
 

@@ -8,16 +8,16 @@ from packsaddle.feedback.slices import Place
 
 
 def are_plain_sgd(optimizers: Sequence[Optimizer]) -> bool:
-    """Return True if all are SGD without momentum or maximize: then an error e changes x by -eta e."""
+    """Return True if all are SGD without momentum or maximize: only then does an error memory e change x by -lr e."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return {type(o) for o in optimizers} == {SGD} and not any(g["momentum"] or g["maximize"] for g in groups)
 
 
 class Rates:
-    """Computes the factor of e when plain SGD's learning rate changes from a to b: a / b keeps y = x - eta e unchanged.
+    """The factor of the error memory e when plain SGD's learning rate changes: old / new keeps x - lr e unchanged.
 
-    No factor without optimizers, or with others: momentum and second moments would accumulate the rescaled error like
-    a gradient. Raises ValueError if the optimizers miss a parameter.
+    Other optimizers have no factor: their momentum and second moments would accumulate the rescaled error like a
+    gradient. Raises ValueError if the optimizers miss a parameter.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
@@ -30,7 +30,7 @@ class Rates:
             if id(place.parameter) not in owner:
                 raise ValueError(f"optimizer must have all parameters of the model, and lacks {place.name}")
             self._group[place.name] = owner[id(place.parameter)]
-        self.units: dict[str, float] = {}  # by parameter: the last nonzero rate, which scales e
+        self.units: dict[str, float] = {}  # by parameter name: the last nonzero rate, the unit of e
         self._next: dict[str, float] = {}
 
     def now(self) -> dict[str, float]:
@@ -38,9 +38,10 @@ class Rates:
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
-        """Return the factors of e of the parameters whose rate has changed, and record the rates for `close`.
+        """Return the factors of the error memory, by name of each parameter whose learning rate has changed.
 
-        A factor is 0 if the rate is 0: x will not move, so e must be kept and excluded from the exchange.
+        Records the rates for `close`. A factor is 0 if the rate is 0: the parameter will not move, so its error memory
+        must be kept and excluded from the exchange.
         """
         if not are_plain_sgd(self._optimizers):
             return {}
@@ -51,6 +52,6 @@ class Rates:
         return {name: factor for name, factor in factors.items() if factor != 1.0}
 
     def close(self, *, apply: bool) -> None:
-        """Commit the rates of the last `factors` as the units of e, or roll back."""
+        """Commit the learning rates of the last `factors` as the units of the error memory, or roll back."""
         if apply:
             self.units = self._next

@@ -1,6 +1,6 @@
-"""Directions u^(i), float[d]: a worker's gradient, its momentum or its variance-reduced estimate (STORM).
+"""The direction u, float[d], of a worker's step: gradient, momentum or variance-reduced gradient (STORM).
 
-`GradientUpdate` is the update of one step, eta u, which enters the error memory.
+`GradientUpdate` is the update of one step, the learning rate times u, which is added to the error memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -53,18 +53,18 @@ class Storm:
 
 
 class Gradient:
-    """The plain direction, u = grad F_i(x) + weight_decay x + xi.
+    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi.
 
-    A parameter without a gradient has gradient zero. Subclasses keep vectors, which `close` commits or rolls back.
+    A parameter without a gradient has gradient zero. Subclasses keep a vector between steps, such as the momentum.
     """
 
     kind = "gradient"  # its name in saved states
-    started = True
+    started = True  # False: no step has been applied, so the kept vector has no value yet
     keeps = False  # True: keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        self.norm: Tensor | None = None  # upper bound on the norm of the last sum; None: not measured
+        self.norm: Tensor | None = None  # upper bound on the norm of the last sum computed; None: not measured
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         """Compute gradients by calling the closure, if given, and return its value."""
@@ -74,7 +74,7 @@ class Gradient:
             return closure()
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Set out to base + scale u, both float[d]; out may be base. One scale per parameter group."""
+        """Set out to base + scale * u, both float[d]; out may be base. One scale per parameter group."""
         if out is base:  # in place
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
@@ -83,12 +83,12 @@ class Gradient:
             self.perturb(out.flat, scales, extras)
 
     def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
-        """Add scale (xi + weight_decay x) to out, float[d]."""
+        """Add noise and weight decay, scale * (xi + weight_decay * x), to out, float[d], in place."""
         self._add_decay(out, scales, extras.decays)
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale u to out, float[d], in place. Return False, with out unchanged up to rounding, if non-finite."""
+        """Add scale * u to out, float[d], in place. Return False, with out unchanged up to rounding, if non-finite."""
         squares = add_if_finite(self._sums(out, scales, extras))
         if squares is None:
             return False
@@ -97,7 +97,7 @@ class Gradient:
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Subtract scale u from out, float[d]. Gradients and x must be unchanged since it was added."""
+        """Subtract scale * u from out, float[d]. Gradients and x must be unchanged since it was added."""
         self.perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
@@ -114,10 +114,10 @@ class Gradient:
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
-        """Commit the vectors of the step, or roll back."""
+        """Commit the new values of the kept vectors, or roll them back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        in_one_pass = out is not base and out.flat.device.type == "cpu"  # a GPU prefers a pass to many kernels
+        in_one_pass = out is not base and out.flat.device.type == "cpu"  # a pass is faster on a GPU than many kernels
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
         # norm(base + alpha g) <= the sum of the norms of its tensors, measured in the same pass.
@@ -143,7 +143,7 @@ class Gradient:
                 extras.noise.add_to(out[start : run.stop], scales[run.group], start)
 
     def _add_decay(self, out: Tensor, scales: Sequence[float], decays: Sequence[float]) -> None:
-        """Add scale weight_decay x to out, float[d]: the decay is part of the objective, so it is compressed too."""
+        """Add scale * weight_decay * x to out, float[d]: decay is part of the objective, so it is compressed too."""
         for run in self._flat.ranges:
             if decays[run.group]:
                 stretch = slice(run.start, run.stop)
@@ -169,7 +169,7 @@ class Gradient:
 class _StatefulGradient(Gradient):
     """A direction that keeps a vector between steps, float[d], in at least float32.
 
-    A step computes its next value in `_next`: the same buffer as `_now` without `spare`, where no step is rolled back.
+    A step computes the next value in `_next`. Without `spare` that is the buffer of `_now`: no step can be rolled back.
     """
 
     keeps = True
@@ -203,11 +203,12 @@ class _StatefulGradient(Gradient):
 
 
 class Momentum(_StatefulGradient):
-    """Momentum of each worker's g = grad F_i(x) + weight_decay x + xi, before compression: m <- beta m + g.
+    """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e follows SGD with momentum on the mean
-    gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`: m <- beta m + (1 - beta) g,
-    with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
+    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e follows SGD with
+    momentum on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`:
+    m <- beta m + (1 - beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and
+    Richtarik 2023).
     """
 
     kind = "momentum"
@@ -234,10 +235,11 @@ class Momentum(_StatefulGradient):
 
 
 class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g of the same examples.
+    """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), g of the same examples.
 
-    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. g includes weight
-    decay; xi is added to d_t but not accumulated. With memory="ef21" it is EF21-STORM (Fatkhullin et al. 2023).
+    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. The gradient g has
+    weight decay in it; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
+    (Fatkhullin et al. 2023).
     """
 
     kind = "storm"
@@ -297,7 +299,7 @@ class StormGradient(_StatefulGradient):
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """The update of one step, scale u, float[d], not stored as a vector of its own. One scale per parameter group."""
+    """The update of one step, scale * u, float[d], computed when it is added. One scale per parameter group."""
 
     direction: Gradient
     scales: Sequence[float]
@@ -310,29 +312,30 @@ class GradientUpdate(Update):
         return None if self.x_is_large else self.direction.norm
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to base + scale u, both float[d]; out may be base."""
+        """Set out to base + scale * u, both float[d]; out may be base."""
         self.direction.add(base, out, self.scales, self.extras)
 
     def add_if_finite(self, out: Shaped) -> bool:
-        """Add scale u to out, float[d], in place; False if it may be non-finite, see `Gradient.add_if_finite`."""
+        """Add scale * u to out, float[d], in place; False if it may be non-finite, see `Gradient.add_if_finite`."""
         bounded = not (self.is_known_invalid or self.x_is_large)
         return bounded and self.direction.add_if_finite(out, self.scales, self.extras)
 
     def subtract(self, out: Shaped) -> None:
-        """Subtract scale u from out, float[d], within the same step."""
+        """Subtract scale * u from out, float[d], within the same step."""
         self.direction.subtract(out, self.scales, self.extras)
 
     def perturb(self, out: Tensor) -> None:
-        """Add scale (xi + weight_decay x) to out, float[d], which contains the gradient already."""
+        """Add the update's noise and weight decay to out, float[d], which contains the gradient already."""
         self.direction.perturb(out, self.scales, self.extras)
 
 
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
-    """Return the direction for these options. `spare` allocates the buffer for rolling back skipped steps.
+    """Return the direction (gradient, momentum or STORM) for these options.
 
-    Raises ValueError for values out of range and for unsupported combinations.
+    `spare` allocates the buffer for rolling back skipped steps. Raises ValueError for values out of range and for
+    unsupported combinations.
     """
     if memory == "gradient" and momentum:
         raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')

@@ -1,4 +1,4 @@
-"""Lazy noise: xi_t is drawn when a step applies it to x, instead of passing through the error memory."""
+"""Lazy noise: the noise of a coordinate is drawn when a step sends it, instead of passing through the error memory."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _NEGLIGIBLE = 1e-9  # ratio to a float64 sum below which a term loses too many d
 
 @dataclass(frozen=True)
 class SavedNoise:
-    """Outstanding noise in a saved state."""
+    """The noise not yet applied to x, in a saved state: its variance, by cell (a block of coordinates)."""
 
     total: float  # the variance of a coordinate that was never sent
     kept: Tensor  # float[cells], the total when each cell was last sent
@@ -32,13 +32,13 @@ class SavedNoise:
 
 
 class OutstandingNoise:
-    """The noise that has not been applied to x yet, represented by its variance: one number for each cell of a grid.
+    """The noise not applied to x yet, represented by its variance: one number per cell (a block of coordinates).
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
     sum_s eta_s xi_s to x, over the steps s since the cell was last sent: Gaussian with variance sum_s (eta_s r_s)^2,
     independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and
     x_0, x_1, ... have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a
-    separate draw: right at that step, but not jointly with other draws or with later x.
+    separate draw. Its distribution is exact at that step, but not jointly with other draws or with later x.
     """
 
     def __init__(self, cells: int, size: int, device: torch.device) -> None:
@@ -56,12 +56,12 @@ class OutstandingNoise:
         self._total += variance
 
     def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
-        """Add alpha times the noise of these m cells of b coordinates to out, float[m b], and clear it there."""
+        """Draw the noise of these m cells of b coordinates; add alpha times it to out, float[m b], and clear it."""
         self._add(self._total - self._kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
         self._kept[cells.index] = self._total
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return a draw of the noise of every coordinate, float[d] as `like`; the noise stays outstanding."""
+        """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""
         noise = like.new_zeros(len(self._kept) * self._size)
         # A random stream other than that of `take` at this step, since both draws may reach x.
         self._add(self._total - self._kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
@@ -76,7 +76,7 @@ class OutstandingNoise:
         return math.sqrt(self._total)
 
     def clone(self) -> "OutstandingNoise":
-        """Return a copy."""
+        """Return a copy of this outstanding noise."""
         return self.of(self.state(), self._kept.device)
 
     @property
@@ -95,14 +95,14 @@ class OutstandingNoise:
 
     @classmethod
     def of(cls, saved: SavedNoise, device: torch.device) -> "OutstandingNoise":
-        """Return the outstanding noise with a copy of this state."""
+        """Return an `OutstandingNoise` with a copy of the saved state."""
         made = cls(len(saved.kept), saved.size, device)
         made._total = saved.total
         made._kept.copy_(saved.kept)
         return made
 
     def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
-        """Return True if both have the same number and size of cells."""
+        """Return True if this and the other noise have the same number and size of cells."""
         return (len(self._kept), self._size) == (len(other._kept), other._size)
 
 
@@ -110,8 +110,8 @@ class Perturber:
     """The noise of CompressedSGD (line 9 of Algorithm 1); with lazy noise, also its outstanding part.
 
     Lazy noise draws k Gaussians a step instead of d. It needs an aggregator with which all workers send the same
-    coordinates (an all-reduce of `shared_cells`, as of RandomK), `plain` error feedback and no `escape` check. Raises
-    ValueError if `noise.lazy` is True without these.
+    coordinates (an all-reduce of `shared_cells`, as of RandomK), `plain` error feedback (no EF21, no momentum) and no
+    `escape` check. Raises ValueError if `noise.lazy` is True without these.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Perturber:
         self._step = 0  # t of the last draw
         self._outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
-        # The grid (cells, size) of which all workers send the same cells; None without one.
+        # Number and size of cells, if all workers send the same ones in each step; else None.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         if not plain:
             if lazy:
@@ -154,7 +154,7 @@ class Perturber:
         return self._outstanding is not None
 
     def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return xi_t (None: zero), and the number of leading coordinates whose noise stays outstanding."""
+        """Return the noise xi_t of this step (None: 0), and how many leading coordinates keep it outstanding."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self._outstanding is None:
@@ -187,7 +187,7 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """Upper bound on the change of x by `add_outstanding`: Gaussians from 32 random bits stay below 7."""
+        """An upper bound on the change of x by `add_outstanding`: 7 std, as Gaussians of 32 random bits are below."""
         return 0.0 if self._outstanding is None else 7 * math.hypot(self.grown, self._outstanding.std)
 
     def snapshot(self) -> Any:
@@ -199,7 +199,7 @@ class Perturber:
         self._outstanding = snapshot
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
-        """Return `pending`, eta e, float[d], plus a draw of the outstanding noise. Does not change the run."""
+        """Return the unsent update `pending`, float[d], plus a draw of the outstanding noise, which is not cleared."""
         if self._outstanding is None or not self._outstanding.anything:
             return pending
         noise = self._outstanding.draw(pending[: self._d], seed=self._seed, step=step)
@@ -215,7 +215,7 @@ class Perturber:
         return None if self._outstanding is None else self._outstanding.state()
 
     def load(self, saved: SavedNoise | None, memory: ErrorMemory, step: int) -> None:
-        """Restore `state`. If noise is eager here, or on another grid, the saved noise is added to the error memory."""
+        """Restore a saved state. If noise is eager here, or cells differ, it is drawn and added to the memory."""
         self.clear()
         if saved is None:
             return

@@ -1,8 +1,8 @@
 """Error memories for CompressedSGD alone: they need the gradients or the learning rates of the parameters.
 
-`GradientMemory` keeps e in the gradients themselves: no second buffer, and no pass over all coordinates in a step. Each
-`p.grad` is a view of one vector. The residual stays there, and the next backward pass accumulates into it. So the
-vector is e before the pass and e + grad F_i after it, in units of a gradient.
+`GradientMemory` stores the error memory e in the gradients: no second buffer, and no pass over all coordinates in a
+step. Each `p.grad` is a view of one vector. The residual stays there, and the next backward pass accumulates into it.
+So the vector is e before the pass and e plus the gradient after it, in units of a gradient.
 
 `EstimateMemory` is EF21 (Richtarik, Sokolov and Fatkhullin 2021): workers send the difference between their gradient
 and a running estimate of it.
@@ -25,7 +25,7 @@ _HOLD = 'with memory="gradient" the gradients store the error memory'
 
 
 class GradientMemory(ErrorMemory):
-    """This worker's e^(i), float[d], as the parameters' gradients.
+    """This worker's error memory e, float[d], stored in the parameters' gradients (memory="gradient").
 
     A change of gradients between the backward pass and the step (clearing, replacing, clipping, unscaling) would change
     the memory, and raises RuntimeError at the next step; a change of `p.grad.data`, or in numpy, is not detected.
@@ -133,11 +133,11 @@ class GradientMemory(ErrorMemory):
 
 
 class EstimateMemory(ErrorMemory):
-    """This worker's estimate g^(i), float[d], and the mean of all workers', in units of a gradient.
+    """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
 
-    Workers send C(u - g^(i)) and add it to g^(i); x <- x - eta mean_i g^(i). So no update is ever pending: e = 0 and
-    y = x. Its proof does not assume bounded gradients; small batches need momentum. Raises ValueError for 16-bit
-    parameters.
+    From its update u and estimate g^(i) a worker sends C(u - g^(i)), and adds it to g^(i); x <- x - eta mean_i g^(i).
+    So no update is ever unsent: e = 0 and y = x. EF21's proof does not assume bounded gradients; small batches need
+    momentum. Raises ValueError for 16-bit parameters.
     """
 
     kind = "ef21"
@@ -149,12 +149,12 @@ class EstimateMemory(ErrorMemory):
         super().__init__(flat)
         self._flat = flat
         self.mean = torch.zeros_like(self.vector)
-        self._lacking = flat.zeros()  # u - the estimate
+        self._lacking = flat.zeros()  # the update less the estimate, the vector to send
         self._rates = rates
-        self._bound: float | None = None  # on the magnitude of `mean`
+        self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
 
     def bound(self, magnitude: float) -> float:
-        """Return a bound on the change of x by the mean estimate: measured once, then its growth is bounded."""
+        """Return an upper bound on the change of x by the mean estimate, which is measured once only."""
         if self._bound is None:
             self._bound = float(measured(self.mean))
         self._bound += magnitude

@@ -1,7 +1,7 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
 
-Read `CompressedSGD.step` first. `gradient` computes the update u, `feedback.round` exchanges v = e + u as a
-transaction, and `FlatTarget` applies the mean to x.
+Read `CompressedSGD.step` first. `gradient` computes the update u, `feedback.round` averages v = e + u, with the error
+memory e, over workers as a transaction, and `FlatTarget` applies the mean to the parameters x.
 """
 
 import math
@@ -64,7 +64,7 @@ _RULES = [
 
 
 class FlatTarget:
-    """Applies the mean of a round to x, and rejects a step that would overflow x."""
+    """Applies the mean update of an exchange to the parameters x, and rejects a step that would overflow x."""
 
     defers = False
 
@@ -73,7 +73,7 @@ class FlatTarget:
         self.x_was_large = False  # an update was large enough to overflow x
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Subtract the mean g from x (line 11)."""
+        """Subtract the mean update g from x (line 11); x is unchanged if that would overflow."""
         # A small step cannot overflow x, whatever x is.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
@@ -91,7 +91,7 @@ class FlatTarget:
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:
-        """Set x <- x - mean_i g^(i), eta in the messages or the memory's unit; return the rounding error of x."""
+        """Subtract the mean update g and outstanding noise from x; return the rounding error of x, float[d] or None."""
         self._noise.add_outstanding(g, self._memory.unit)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
@@ -99,7 +99,7 @@ class FlatTarget:
 class CompressedSGD(Optimizer):
     """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
-    It is an optimizer itself: for AdamW or Muon see `LocalUpdates` and `register_ddp_hook`.
+    It replaces your optimizer. To train with AdamW or Muon, see `LocalUpdates` and `register_ddp_hook`.
 
     Args:
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
@@ -108,7 +108,7 @@ class CompressedSGD(Optimizer):
             uncompressed, where the error is kept and which checks are made. Not a function of the step.
         noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
             returns it (see `Ramp`); or a `Noise`.
-        escape: the escape check of lines 4-8; None: no check.
+        escape: the escape check of Algorithm 1, lines 4-8; None: no check.
         momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`); or a `Storm`.
         nesterov: use Nesterov's form of the momentum.
         weight_decay: coefficient of x added to the gradient, before compression.
@@ -122,8 +122,8 @@ class CompressedSGD(Optimizer):
     WORLD_SIZE above 1 and there is no process group. The first `step` raises RuntimeError if a DistributedDataParallel
     exchanges the same gradients.
 
-    `choice` has the way messages are averaged and the reason, `monitor` the measured contraction, `skips` the skipped
-    steps (x, memories and t do not change in them), `drifts` the comparisons at which workers differed.
+    Attributes: `choice`, how messages are averaged and why; `monitor`, the measured contraction; `skips`, the skipped
+    steps, which change neither parameters nor memories; `drifts`, the comparisons that found workers to differ.
 
     A parameter without a gradient has gradient zero: noise and weight decay still apply.
 
@@ -173,13 +173,13 @@ class CompressedSGD(Optimizer):
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
 
-        # x as one vector, and the workers.
+        # The parameters as one vector x, and the communicator.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
         warn_if_nothing_compressed(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 
-        # The update, the error memory, the exchange, and the target of its mean.
+        # Make the update, the error memory, the exchange, and the target of its mean.
         spare = spec.max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
@@ -207,7 +207,7 @@ class CompressedSGD(Optimizer):
         )
         self._target = FlatTarget(self._flat, self._memory, self._noise)
 
-        # Checks after a step.
+        # Make the checks that run after a step.
         self._skips = Skips(spec.max_skipped, self.channel.group.rank)
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._rates = StepRates()
@@ -318,13 +318,13 @@ class CompressedSGD(Optimizer):
         return self._step
 
     def _update(self, t: int) -> GradientUpdate:
-        """Return the update eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM applied (line 9)."""
+        """Return the update eta (gradient + weight_decay x + noise xi_t), with momentum or STORM applied (line 9)."""
         lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(self._memory, lrs, t)
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
-        # A GradScaler's factor of the gradients, and whether it found an Inf in them.
+        # Attributes that a GradScaler sets: the factor of the gradients, and a flag for an Inf in them.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found is not None and self._memory.in_gradients:
             raise RuntimeError('memory="gradient" does not support a GradScaler, which would scale the error memory')
@@ -334,13 +334,13 @@ class CompressedSGD(Optimizer):
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _given(self, scalars: Tensor | None, like: Tensor) -> Tensor:
-        """Return the user's scalars, to be averaged in the same collective, float[n] like `like`."""
+        """Return the user's scalars to average over workers, float[n], with the dtype and device of `like`."""
         return like[:0] if scalars is None else scalars.detach().reshape(-1).to(like)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return the factors of the update, which must be equal on all workers: float[2], or [0] if not compared.
+        """Return this worker's factors of the update, which all workers compare, float[0 or more] (`local_factors`).
 
-        On a GPU they are not compared, since a step would have to wait to read them.
+        On a GPU only memory="ef21" has them, since a step would have to wait to read others.
         """
         if self.channel.group.size == 1:
             return like[:0]
@@ -356,7 +356,7 @@ class CompressedSGD(Optimizer):
             )
 
     def _finish_step(self, round: Round) -> None:
-        """Commit or roll back the direction, count the step or the skip, and compare workers at intervals."""
+        """Commit or roll back the direction, count the step or the skip, and compare workers if due."""
         t, applied = round.step, round.absorbed
         self._direction.close(apply=applied)
         if not applied:
@@ -369,7 +369,7 @@ class CompressedSGD(Optimizer):
             self._drift.compare(t, list(shared.values()), partial(self._named, shared), self._rates)
 
     def _named(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """Return the parts of some flat vectors, float[d], as "VECTOR of PARAMETER", or the parameter's name alone."""
+        """Return (name, view) of each parameter in some flat vectors, float[d], with names as "VECTOR of PARAMETER"."""
         return [
             (f"{kind} of {place.name}" if kind else place.name, view)
             for kind, vector in vectors.items()
@@ -377,8 +377,11 @@ class CompressedSGD(Optimizer):
         ]
 
     def _skip(self, round: Round) -> None:
-        """Record a step that all workers skip; collective. Raises NonFiniteError after too many."""
-        # The first invalid parameter or message of each worker, and its count of consecutive skips.
+        """Record a step that all workers skip; collective.
+
+        Raises NonFiniteError after too many, or with memory="gradient" after one.
+        """
+        # Gather the first invalid parameter or message of each worker, and its count of consecutive skips.
         name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else round.name
         text = torch.tensor(list(name.encode()), dtype=torch.uint8)
         row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
@@ -402,7 +405,7 @@ class CompressedSGD(Optimizer):
         self._skips.reset_streak()
 
     def _check_escape(self) -> None:
-        """Run the escape check (lines 4-8). If it fires, reset the memory; after a rollback of x also the direction."""
+        """Run the escape check (lines 4-8). If it fires, clear the memory; if it rolls x back, the direction too."""
         if self._escape is None:
             return
         with self._busy():
@@ -440,10 +443,10 @@ class CompressedSGD(Optimizer):
 
     @property
     def mu(self) -> float:
-        """The effective contraction of the whole vector: 1 - E||v - C(v)||^2 / ||v||^2 for v of even energy.
+        """The contraction 1 - E||v - C(v)||^2 / ||v||^2, if the coordinates of v, float[d], have equal mean squares.
 
-        Uncompressed coordinates are sent exactly, so this exceeds `compressor.mu`. Only the latter holds for every v,
-        since all energy of v may lie in the compressed part.
+        Uncompressed coordinates are sent exactly, so this exceeds `compressor.mu`. Only the latter is valid for every
+        v, since uncompressed coordinates may all be zero.
         """
         d, compressed = self._flat.d, self._flat.compressed_d
         kept = self.choice.aggregator.mu(compressed, self.channel.group.size) * compressed
@@ -475,7 +478,7 @@ class CompressedSGD(Optimizer):
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return e_t = mean_i e^(i), float[d], in the order of torch's `parameters_to_vector`; collective.
+        """Return the workers' mean error memory e_t, float[d], in the order of `parameters_to_vector`; collective.
 
         Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not).
         """
@@ -488,15 +491,15 @@ class CompressedSGD(Optimizer):
 
     @torch.no_grad()
     def corrected(self) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective.
+        """Return x_t less the mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in `error`; collective.
 
-        With lazy noise only its marginal distribution is right: outstanding noise is drawn separately for each t, so
+        With lazy noise only its marginal distribution is exact: outstanding noise is drawn separately for each t, so
         y_t and y_{t+1}, or y_t and a later x, are not distributed jointly as with eager noise. Same for `error`.
         """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """Return this worker's part of eta e: error memory, the aggregator's residuals and outstanding noise."""
+        """Return this worker's unsent update, float[d]: error memory, aggregator's residuals and outstanding noise."""
         return self._noise.pending(self._feedback.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
@@ -506,7 +509,7 @@ class CompressedSGD(Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: memory, direction, residuals, the escape check's x_t'."""
+        """Return the flat vectors of a checkpoint by name: memory, direction, owner errors, escape check's anchor."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
         return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
@@ -524,9 +527,9 @@ class CompressedSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this worker, which differs between workers: tensors and plain types only.
 
-        Each parameter has "pending" (eta e^(i), or e^(i) with memory="gradient") and with an escape check "anchor"
-        (x_t'), as views; each group has format, t, t', seed, rank and number of workers. Further entries: the
-        aggregator's state, outstanding noise, skips, the ledger's totals, resets and drifts.
+        Each parameter has "pending" (the error memory eta e, or e with memory="gradient", or EF21's estimate), and with
+        an escape check "anchor" (its start point), as views. Each group has format, step t, start step t', seed, rank
+        and number of workers. Further entries: aggregator, outstanding noise, skips, ledger totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -602,7 +605,7 @@ class CompressedSGD(Optimizer):
         self._noise.load(saved, self._memory, self._step)
 
     def _identity(self) -> dict[str, int | str]:
-        """Return the values that must be equal at saving and at loading; only some exchanges have owner errors."""
+        """Return the values that must be equal at saving and at loading. "owners": an exchange with owner errors."""
         owners = self.choice.name if "owner_error" in self._flat_state() else "none"
         return {
             "seed": self.seed,
