@@ -3,7 +3,7 @@
 Read `certify` first. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
 (Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
 (Lanczos steps until the verdict is decided, first on a part of the examples). `options` has the limits of a search,
-`certificate` the verdict and its evidence, and the iterates to certify. `population` certifies the population loss,
+`certificate` the verdict, its evidence, and the choice of iterates. `population` certifies the population loss,
 `watch` certifies at intervals during training. `spectral_density` estimates the density of all eigenvalues;
 `step_stability` finds step sizes too large for the curvature.
 """

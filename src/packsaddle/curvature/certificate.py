@@ -17,7 +17,7 @@ from packsaddle.numerics.seeds import Stream, generator
 
 
 class Verdict(StrEnum):
-    """The verdict of a certificate."""
+    """The verdict of a certificate on a point, by its gradient norm and smallest Hessian eigenvalue."""
 
     SECOND_ORDER_STATIONARY = "second-order stationary"
     SADDLE = "saddle"
@@ -26,9 +26,10 @@ class Verdict(StrEnum):
 
 
 def judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Return the verdict of Definition 2.4: `least` and `most` bound ||grad f||, `lower` and `upper` lambda_min.
+    """Return the verdict from bounds on the gradient norm (`least`, `most`) and smallest eigenvalue (`lower`, `upper`).
 
-    A Rayleigh quotient below the threshold is proof of a saddle, whatever its residual.
+    `epsilon` and `threshold` are the limits of both (Definition 2.4). A Rayleigh quotient below the threshold proves a
+    saddle, whatever its residual.
     """
     if not least <= epsilon:
         return Verdict.GRADIENT_TOO_LARGE
@@ -40,11 +41,11 @@ def judge(least: float, most: float, epsilon: float, threshold: float, upper: fl
 
 
 def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float:
-    """Return the default epsilon: the smallest for which the gradient is small enough in spite of its standard error.
+    """Return the default epsilon: the smallest threshold that the gradient norm satisfies, with a margin for its error.
 
-    It is the gradient's norm plus twice its standard error (if given and finite), rounded up to two digits; `eps` for a
-    gradient of 0. At a smaller epsilon the gradient would decide the verdict; at a larger one a saddle of less
-    curvature would pass.
+    It is the gradient norm plus twice its standard error (if given and finite), rounded up to two digits; `eps` for a
+    gradient of 0. With a smaller epsilon the gradient would decide the verdict; with a larger one a saddle of weaker
+    negative curvature would be certified as stationary.
     """
     most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
     if most <= 0:
@@ -61,59 +62,62 @@ def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The verdict on one point and its evidence; H is the Hessian of the mean loss over the examples, in eval mode."""
+    """The verdict on one point and its evidence; H is the Hessian of the mean loss over the examples, in eval mode.
+
+    A pilot is a first search on fewer examples. If it finds a saddle's direction v, other eigenvalues are not bounded.
+    """
 
     verdict: Verdict  # verdict on the point
-    epsilon: float  # the gradient's threshold
-    epsilon_proposed: bool  # True: none was given; see `proposed_epsilon`
+    epsilon: float  # threshold of the gradient norm
+    epsilon_proposed: bool  # True: epsilon was not given, see `proposed_epsilon`
     loss: float
-    grad_norm: float  # ||grad f||
-    grad_norm_error: float | None  # standard error of the gradient; None: the examples are not a sample of more
+    grad_norm: float  # ||grad f||, norm of the gradient
+    grad_norm_error: float | None  # standard error of the gradient; None: the examples are no sample of a larger set
     lambda_min_upper: float  # upper bound on lambda_min: the escape direction's Rayleigh quotient plus rounding
-    lambda_min_lower: float  # lower bound on it, less rounding, up to the failure probability; -inf after a pilot
-    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value less rounding; -inf after a pilot
-    lambda_max_upper: float  # upper bound on it, up to a failure probability of its own; inf after a pilot
+    lambda_min_lower: float  # lower bound on lambda_min, up to the failure probability; -inf if a pilot found v
+    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value less rounding; -inf if a pilot found v
+    lambda_max_upper: float  # upper bound on lambda_max, up to a failure probability of its own; inf if a pilot found v
     residual: float  # ||H v - lambda v|| for the escape direction v
-    failure_probability: float  # of each bound that depends on the random start
-    threshold: float  # -sqrt(rho epsilon)
-    hessian_lipschitz: float  # rho
-    hessian_lipschitz_estimated: bool  # True: rho was measured along v, an estimate from below
+    failure_probability: float  # failure probability of each bound that depends on the random start
+    threshold: float  # threshold of lambda_min, -sqrt(rho epsilon)
+    hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
+    hessian_lipschitz_estimated: bool  # True: rho was measured along v, which underestimates it
     escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
-    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, or of a pilot's; None: not stored
-    slope: float  # <grad f, v>
-    escape_distance: float | None  # s of the lowest f(x + s v) found; None: no saddle
-    escape_loss: float | None  # f(x + s v) at this s
-    escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 found
-    ritz_values: tuple[float, ...]  # ascending
+    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, of the pilot's Hessian if any; None: not stored
+    slope: float  # <grad f, v>, derivative of the loss along v
+    escape_distance: float | None  # distance s with the lowest loss f(x + s v) found, may be negative; None: no saddle
+    escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: no saddle
+    escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s evaluated
+    ritz_values: tuple[float, ...]  # Ritz values of the Hessian, ascending
     ritz_shares: tuple[float, ...]  # squared component of the random start along each Ritz vector
-    examples: int
-    sample_of: int | None  # number of examples that these were drawn from; None: these are all
-    pilot_examples: int | None  # number of examples that v and the Ritz values are from; None: all
-    pilot_hvps: int  # products over the pilot's examples
+    examples: int  # number of examples in the mean loss
+    sample_of: int | None  # number of examples from which they were drawn; None: they are all
+    pilot_examples: int | None  # examples in the pilot search that found v and the Ritz values; None: no pilot
+    pilot_hvps: int  # Hessian-vector products over the pilot's examples
     precision: str  # dtype of the products; the recurrences are in float64
-    hvp: str  # method of the products: "double backward" or "differences of gradients"
+    hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
     hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
     hvp_error: float  # error of a product of a unit vector, measured or estimated; included in both bounds
-    hvp_step: float | None  # last h of the differences; None: double backward
+    hvp_step: float | None  # last step h of the differences; None: double backward
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # over the examples, a pilot's in proportion; double backward has two a product
-    bytes_sent: int  # by this worker
-    seconds: float  # for the whole certificate
+    backward_passes: int  # backward passes over the examples, a pilot's in proportion; double backward: two per product
+    bytes_sent: int  # bytes sent by this worker
+    seconds: float  # time for the whole certificate
 
     @property
     def smallest_epsilon(self) -> float:
-        """The smallest epsilon for which this point would be certified with this rho."""
+        """The smallest epsilon for which this point would be certified as second-order stationary, for the same rho."""
         below = max(0.0, -self.lambda_min_lower)
         return max(self.grad_norm, below * below / self.hessian_lipschitz)
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The rho below which the point would be a saddle, lambda_min_upper^2 / epsilon; None if no negative
-        curvature was found."""
+        """The Lipschitz constant rho below which the point would be a saddle, lambda_min_upper^2 / epsilon; None if no
+        negative curvature was found."""
         return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
 
     def escape_steps(self, lr: float) -> float | None:
-        """Return the number of SGD steps in which the distance from this point along v grows tenfold.
+        """Return the number of SGD steps in which the distance from this point along `escape_direction` grows tenfold.
 
         It is ln(10) / ln(1 + lr |lambda|), lambda = lambda_min_upper. With momentum m, pass lr / (1 - m). Returns
         None if lr is 0 or no negative curvature was found. Raises ValueError if lr is negative or not finite.
@@ -130,7 +134,7 @@ class Certificate:
 
     @property
     def _why_differences(self) -> str:
-        """The step and error of differences, and the reason for using them; empty for double backward."""
+        """A description of the differences' step and error and the reason for using them; "" for double backward."""
         if self.hvp_step is None:
             return ""
         why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
@@ -138,7 +142,7 @@ class Certificate:
 
     @property
     def _rho_origin(self) -> str:
-        """The origin of a default epsilon; empty if one was given."""
+        """The explanation of a default epsilon in the printed certificate; "" if epsilon was given."""
         if not self.epsilon_proposed:
             return ""
         error = self.grad_norm_error
@@ -176,7 +180,7 @@ class Certificate:
         return "\n  ".join(lines)
 
     def _curvature(self) -> list[str]:
-        """The lines on bounds of both extreme eigenvalues, or of one by a pilot's direction, and on the threshold."""
+        """Return the printed lines with the bounds on the extreme eigenvalues and the threshold of the smallest."""
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # one product, for the record
             return ["curvature was not looked at: the gradient decides"]
         if self.pilot_examples is None:
@@ -196,7 +200,7 @@ class Certificate:
         return [*bounds, f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({given})"]
 
     def _remarks(self) -> list[str]:
-        """The remarks on a verdict: f(x + s v) of a saddle, the gap between the bounds, or caveats."""
+        """Return printed remarks on the verdict: a saddle's loss along v, the gap of undecided bounds, or caveats."""
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
@@ -223,7 +227,7 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return m independent uniform draws from 0 ... T for T = `steps`, sorted; some may be equal.
+    """Return the indices of m iterates, drawn uniformly from 0 ... `steps` with replacement, sorted.
 
     Deterministic given `seed`.
     """
@@ -234,13 +238,13 @@ def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
 class Share:
     """Bounds from m certificates on the fraction of a run's iterates that are second-order stationary."""
 
-    drawn: int  # m
-    stationary: int  # certified as second-order stationary
-    refuted: int  # saddles and large gradients; the rest are undecided
+    drawn: int  # m, number of iterates drawn and certified
+    stationary: int  # number certified as second-order stationary
+    refuted: int  # number of saddles and of too large gradients; the other iterates are undecided
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":
-        """Count verdicts."""
+        """Count the verdicts of m certificates."""
         stationary = sum(v is Verdict.SECOND_ORDER_STATIONARY for v in verdicts)
         refuted = sum(v in (Verdict.SADDLE, Verdict.GRADIENT_TOO_LARGE) for v in verdicts)
         return cls(len(verdicts), stationary, refuted)
@@ -260,8 +264,8 @@ class Share:
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """Return a lower confidence bound on the fraction (Clopper-Pearson, one-sided). It assumes right certificates,
-        each of which may fail with its own probability."""
+        """Return a lower confidence bound on the fraction of stationary iterates (Clopper-Pearson, one-sided). It does
+        not include the failure probabilities of the certificates."""
         if self.stationary == 0:
             return 0.0
         from scipy.special import betaincinv  # slow to import, and only this needs it

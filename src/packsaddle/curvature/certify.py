@@ -46,13 +46,14 @@ def certify(
             by FSDP2 or tensor parallelism, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
-        epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon). None: the smallest that the gradient
-            passes (`curvature.certificate.proposed_epsilon`), for a verdict on the curvature; give one to compare
-            points.
-        hessian_lipschitz: rho. None: measured as ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
+        epsilon: threshold of the gradient norm; that of the smallest eigenvalue is -sqrt(rho epsilon). None: the
+            smallest value that the gradient norm satisfies (`curvature.certificate.proposed_epsilon`), so that the
+            curvature decides the verdict. Set it to compare points.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. None: measured along the escape direction v as
+            ||H(x + h v) v - H(x - h v) v|| / (2 h).
         search: the limits of the search, its precision, and the method of Hessian-vector products.
-        sample_of: number of examples that the batches of all workers were drawn from. If these are more, the gradient
-            norm has a standard error, from the variation between batches.
+        sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds their number of
+            examples, the certificate has a standard error of the gradient, from the variation between batches.
         process_group: the workers; None for the default group, or this process alone.
         tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches. None: not used.
         progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
@@ -68,14 +69,14 @@ def certify(
     if not is_sharded(model):  # workers of a sharded model run every batch together
         batches = with_examples(batches)
     with certifying(model, channel):
-        # Loss and gradient at the point, and the method of products.
+        # Evaluate loss and gradient at the point, and choose the method of Hessian-vector products.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
             sample_of = None
-        # Before the first gradient, at which a compiled model would fix its graph.
+        # Choose before the first gradient: a compiled model fixes its backward graph there.
         chosen = choose_products(curvature, search.hvp)
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
@@ -87,7 +88,7 @@ def certify(
         goal = Goal(grad_norm, epsilon, hessian_lipschitz, search)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """Prove a saddle on all examples by a direction found on a part of them, or search on all."""
+            """Prove a saddle by a direction found on a subset of the examples; if that fails, search on all."""
             full, pilot_search = CurvatureSearch(products, goal, progress), None
             if grad_norm <= epsilon and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 pilot_search = pilot(products, goal, batches, of, progress)
@@ -96,7 +97,7 @@ def certify(
                 full.run()
             return full, pilot_search, full.walk(pilot_search) if full.verdict is Verdict.SADDLE else None
 
-        # Decide on which side of -sqrt(rho epsilon) lambda_min is.
+        # Decide if the smallest eigenvalue, lambda_min, is below -sqrt(rho epsilon).
         full, pilot_search, walk = with_products(chosen, search.hvp, decide)
         products, sharpest = full.products, (pilot_search or full).sharpest
     distance, lowest, bend = walk or (None, None, None)

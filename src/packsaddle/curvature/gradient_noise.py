@@ -2,7 +2,7 @@
 
 A worker's gradient is grad f_i plus mini-batch noise of variance tr(Cov) / b for b examples. The mean over W workers
 divides this variance by W, but not that of xi_t, which is identical on all workers. Both are scaled by the same
-learning rate and pass the same error memories, so r sqrt(d) is comparable with sqrt(E||g - grad f||^2) at any of them.
+learning rate and pass the same error memories, so the ratio of r sqrt(d) to sqrt(E||g - grad f||^2) depends on neither.
 """
 
 import math
@@ -24,20 +24,20 @@ class GradientNoise:
     """Measured mini-batch noise: the variance of one example's gradient, and of the mean over the workers' batches."""
 
     per_example: float  # tr(Cov) of the gradient of one example
-    error: float  # its standard error, from the variation between batches; inf for a single pair
+    error: float  # standard error of `per_example`, from the variation between batches; inf for a single pair
     batch_size: float  # mean number of examples in a batch
     batches: int  # number of batches compared, of all workers
-    workers: int  # W, whose batches are averaged in a step
-    d: int  # trainable coordinates
+    workers: int  # W, number of workers whose batches are averaged in a step
+    d: int  # number of trainable coordinates
 
     @property
     def variance(self) -> float:
-        """E||g - grad f||^2 of the mean g of W workers' mini-batch gradients."""
+        """The variance of a step's gradient g, the mean over W workers: E||g - grad f||^2."""
         return self.per_example / (self.batch_size * self.workers)
 
     @property
     def std(self) -> float:
-        """sqrt(E||g - grad f||^2): the root mean square norm of mini-batch noise."""
+        """The root mean square norm of a step's mini-batch noise, sqrt(E||g - grad f||^2)."""
         return math.sqrt(self.variance)
 
     @property
@@ -46,14 +46,14 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
-        """Return the norm of the artificial noise xi_t, r sqrt(d), over that of mini-batch noise; inf if that is 0.
+        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`; inf if `std` is 0.
 
-        With momentum too: xi_t is added to the gradient, so both noises are accumulated alike (see `Momentum`).
+        It holds with momentum too: the noise is added to the gradient, so both are accumulated identically.
         """
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
-        """Return the r at which the artificial noise's norm, r sqrt(d), is `times` that of mini-batch noise."""
+        """Return the std r of artificial noise whose norm, r sqrt(d), is `times` that of mini-batch noise."""
         return times * self.std / math.sqrt(self.d)
 
 
@@ -65,7 +65,7 @@ def gradient_noise(
     workers: int | None = None,
     process_group: Any = None,
 ) -> GradientNoise:
-    """Measure the variance of mini-batch gradients at the model's current parameters; collective, own batches each.
+    """Measure the variance of mini-batch gradients at the model's current parameters; collective.
 
     The k-th batch has n_k examples, the first k batches have N_k and mean gradient m_k. Each
     n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). Their mean is
@@ -74,7 +74,7 @@ def gradient_noise(
     Args:
         model: a network, evaluated in eval mode to exclude noise from dropout and batch statistics.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
-        batches: at least two on every worker, drawn as in training; eight determine `std` to about 10%.
+        batches: this worker's, at least two, drawn as in training; eight determine `std` to about 10%.
         workers: W, the number of workers whose batches a step averages. None: that of the process group.
         process_group: the workers; None for the default group, or this process alone.
 
@@ -91,12 +91,12 @@ def gradient_noise(
     sums = torch.cat([found.sum().view(1), found.square().sum().view(1), counts])
     sums = sums.to(next(model.parameters()).device)
     total, squares, count, seen, short = Communicator(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
-    if short:  # on all workers
+    if short:  # identical on all workers
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")
 
-    # Their mean, and its variance: (sum of squares / K - mean^2) / (K - 1).
+    # The mean of the estimates, and its variance: (sum of squares / K - mean^2) / (K - 1).
     mean = total / count
     spread = max(0.0, squares / count - mean * mean) / (count - 1) if count > 1 else math.inf
     drawn = int(count) + group.size
@@ -104,7 +104,7 @@ def gradient_noise(
 
 
 def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
-    """Return the estimates of tr(Cov), the number of examples, and d."""
+    """Return this worker's estimates of one example's variance tr(Cov), its number of examples, and d."""
     parameters = trainable(model)
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []

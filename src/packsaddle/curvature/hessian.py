@@ -28,7 +28,7 @@ from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.seeds import Stream, generator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-# Parts of torch's errors for gradients without a derivative: of fused kernels and compiled graphs.
+# Texts in torch's errors for gradients without a derivative, as of fused kernels and compiled graphs.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
 UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +47,7 @@ def fresh_generator() -> torch.Generator:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Return a model's trainable parameters. Raises ValueError if there are none, or complex ones."""
+    """Return a model's trainable parameters. Raises ValueError if there are none, or if one is complex."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model has no trainable parameters")
@@ -73,16 +73,16 @@ class Curvature:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
-        self.held = self.d  # most elements of a vector on one worker
-        self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of x
+        self.held = self.d  # largest number of elements of a vector stored on one worker
+        self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over the examples so far; passes over a part count in proportion
         self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
-        self._derives = False  # the loss itself computes derivatives
-        self._displaced = 0  # gradients at displaced points so far: the seed of dithering
+        self._derives = False  # True: the loss computes derivatives, as of a gradient penalty
+        self._displaced = 0  # number of gradients at displaced points so far; seeds stochastic rounding
 
-        # sum_b n_b loss_b, twice: the values differ if loss or batches are random.
+        # Evaluate sum_b n_b loss_b twice: the values differ if loss or batches are random.
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
@@ -103,7 +103,7 @@ class Curvature:
         if not examples:
             raise ValueError("batches is empty on every worker")
 
-        # The coarsest precision in which the loss computes, and f = sum_b n_b loss_b / N.
+        # Find the coarsest precision in which the loss computes, and the mean loss f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # unit roundoff of the loss
         self.examples = int(examples) // self._alike
@@ -120,7 +120,7 @@ class Curvature:
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
-        """Return this worker's sum of losses over examples, and number of examples; each loss runs within `watch`."""
+        """Return the summed loss of this worker's examples and their number; each loss runs in the context `watch`."""
         total, sizes = 0.0, []
         with evaluating(self._model):
             for batch, n in self.read():
@@ -143,7 +143,10 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's loss, float[], with a graph if gradients are enabled. Raises ValueError if invalid."""
+        """Return a batch's mean loss, float[], with a graph if gradients are enabled.
+
+        Raises ValueError if it is not a tensor of one number, or has no graph.
+        """
         loss = whole(self._loss_fn(self._model, batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -166,7 +169,7 @@ class Curvature:
         return round(self.sum_of(sum(self._sizes_of_batches[::n]))) // self._alike
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum over workers, float64; collective."""
+        """Return the sum of `values` over workers, float64; collective."""
         values = values.to(self.device, torch.float64)
         return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
 
@@ -179,7 +182,7 @@ class Curvature:
         return self.sum_of(found) > 0
 
     def gradient(self) -> tuple[Tensor, float]:
-        """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
+        """Return the gradient of the mean loss f, float64[d], and its standard error as of a sample; collective.
 
         For B batches of n_b examples and gradient g_b, sum_b n_b ||g_b - grad f||^2 / (B - 1) is an unbiased estimate
         of one example's variance; divided by N it is that of the mean. The error is inf for a single batch.
@@ -205,7 +208,7 @@ class Curvature:
         return math.sqrt(within / self.examples)
 
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        """Return H v, float64[d], for v float64[d], by double backward; collective.
+        """Return the Hessian-vector product H v, float64[d], for v float64[d], by double backward; collective.
 
         `inspect` is called with the loss of every batch of this worker, before its graph is freed.
         """
@@ -228,7 +231,7 @@ class Curvature:
         return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
 
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        """Return H_b v, float64[d], of one batch's mean loss by double backward; not collective."""
+        """Return one batch's Hessian-vector product, float64[d], by double backward; not collective."""
         with differentiating(self._model):
             return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
 
@@ -274,15 +277,15 @@ class Curvature:
         return None
 
     def in_double(self) -> "Curvature | None":
-        """Return the `Curvature` of a float64 copy of the model over this worker's examples, floating-point tensors
-        cast to float64; None without examples; not collective."""
+        """Return the `Curvature` of a float64 copy of the model over this worker's examples, their floating-point
+        tensors cast to float64; None without examples; not collective."""
         if not sum(self._sizes_of_batches):
             return None
         model, doubled = copy.deepcopy(self._model).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
-        """Return grad f(x + distance * direction), float64[d], with 16-bit x rounded stochastically; collective."""
+        """Return the gradient at x + distance * direction, float64[d], 16-bit x rounded stochastically; collective."""
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
@@ -303,15 +306,15 @@ class Curvature:
         return torch.Generator().manual_seed(int(seed))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """Return <a, b> of two vectors, float64[d]."""
+        """Return the inner product <a, b> of two vectors, float64[d]."""
         return float(a @ b)
 
     def norm(self, a: Tensor) -> float:
-        """Return ||a|| of a vector, float64[d]."""
+        """Return the norm ||a|| of a vector, float64[d]."""
         return math.sqrt(self.dot(a, a))
 
     def size_of_parameters(self) -> float:
-        """Return ||x||."""
+        """Return the norm of the trainable parameters, ||x||."""
         return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
@@ -322,13 +325,13 @@ class Curvature:
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
-        if not torch.isfinite(mean).all():  # on all workers
+        if not torch.isfinite(mean).all():  # identical on all workers
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 
     @contextmanager
     def moved(self, direction: Tensor, distance: float, dither: int | None = None) -> Iterator[None]:
-        """Context in which the parameters are x + distance * direction, direction float64[d]; x is restored bitwise.
+        """Context in which the parameters x are moved to x + distance * direction, float64[d]; x is restored bitwise.
 
         With a seed `dither`, 16-bit parameters are rounded stochastically, so that their expected value is exact: a
         displacement below their resolution would otherwise be lost.
@@ -345,14 +348,14 @@ class Curvature:
             yield
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
-        """Return f(x + distance * direction); collective."""
+        """Return the mean loss at the parameters x + distance * direction; collective."""
         with self.moved(direction, distance):
             total = self._totals()[0]
         return self.sum_of(total) / self._alike / self.examples
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the shorter dtypes to which operations cast float64 inputs: a loss may be coarser than its parameters."""
+    """Records the shorter dtypes to which a loss casts float64 inputs: it may be coarser than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -373,7 +376,7 @@ def whole(loss: Any) -> Tensor:
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Round doubles stochastically to a shorter dtype, so that the expected value is x (for normal numbers)."""
+    """Return doubles x rounded stochastically to a shorter dtype, so that the mean is x (for normal numbers)."""
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # unit in last place
     return (x + place * (torch.rand(x.shape, generator=rng, dtype=x.dtype, device=x.device) - 0.5)).to(dtype)
 
@@ -382,7 +385,7 @@ def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
     """Context in which every worker has rank 0's buffers (batch normalization statistics); collective.
 
-    On exit its own are restored, and so is torch's generator, from which a DataLoader draws in every iteration.
+    On exit each worker's own buffers are restored, and torch's generator, from which a DataLoader draws its seeds.
     """
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
     with torch.random.fork_rng(devices=()), _restored(buffers):
@@ -393,7 +396,7 @@ def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
 
 @contextmanager
 def _restored(tensors: list[Tensor]) -> Iterator[None]:
-    """Context on whose exit these tensors are restored bitwise."""
+    """Context manager that restores these tensors bitwise on exit."""
     before = [t.clone() for t in tensors]
     try:
         yield

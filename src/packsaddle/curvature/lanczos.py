@@ -38,18 +38,18 @@ from torch import Tensor
 
 _EVALUATIONS = 100  # most evaluations of the sum for a bound; about a dozen are usual
 _ROUNDING = 16  # error of a product in units of the last place of ||A||, roughly that of long sums
-_LEAST_PROBABILITY = 1e-100  # the quantile underflows at still smaller ones
+_LEAST_PROBABILITY = 1e-100  # for smaller probabilities the quantile underflows
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """The result of k Lanczos steps on a symmetric n x n matrix A."""
+    """The result of k Lanczos steps on a symmetric n x n matrix A; lambda are its eigenvalues, theta Ritz values."""
 
-    n: int
-    alphas: tuple[float, ...]  # k, diagonal of the tridiagonal matrix
-    betas: tuple[float, ...]  # k, its off-diagonal; the last is the norm of the residual of step k
+    n: int  # size of A
+    alphas: tuple[float, ...]  # k diagonal entries of the tridiagonal matrix
+    betas: tuple[float, ...]  # k off-diagonal entries of that matrix; the last is the norm of the residual of step k
     thetas: tuple[float, ...]  # k Ritz values, ascending
-    shares: tuple[float, ...]  # k, squared component of the unit start b along each Ritz vector
+    shares: tuple[float, ...]  # k squared components of the unit start vector b, one along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
     rounding: float  # approximate error of a product along one direction
     exhausted: bool  # the Krylov space is invariant: Ritz values are eigenvalues, to rounding
@@ -57,29 +57,29 @@ class Ritz:
 
     @property
     def steps(self) -> int:
-        """k, the number of steps, with one product each."""
+        """The number of Lanczos steps k, with one product each."""
         return len(self.alphas)
 
     @property
     def theta_min(self) -> float:
-        """Upper bound on lambda_min if `orthogonal`; otherwise use the Ritz vector's Rayleigh quotient."""
+        """Smallest Ritz value, an upper bound on lambda_min if `orthogonal`; else use the Ritz vector's quotient."""
         return self.thetas[0]
 
     @property
     def theta_max(self) -> float:
-        """Lower bound on lambda_max if `orthogonal`."""
+        """Largest Ritz value, a lower bound on lambda_max if `orthogonal`."""
         return self.thetas[-1]
 
     @property
     def is_settling(self) -> bool:
-        """True if the Ritz vector of theta_min is nearly an eigenvector: residual at most |theta_min| / 10."""
+        """True if the smallest Ritz value's vector is nearly an eigenvector: residual at most |theta_min| / 10."""
         return self.residual <= 0.1 * abs(self.theta_min)
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on lambda_min, less `rounding`.
+        """Return a lower bound on the smallest eigenvalue, lambda_min, less `rounding`.
 
-        With probability 1 - `failure_probability` over the start it holds for all k simultaneously. Raises ValueError
-        unless the probability is in [1e-100, 1).
+        With probability 1 - `failure_probability` over the random start, it holds simultaneously for all numbers of
+        steps. Raises ValueError unless the probability is in [1e-100, 1).
         """
         check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
@@ -105,14 +105,16 @@ class Ritz:
         return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on lambda_max, with its own `failure_probability`: minus the lower bound for -A."""
+        """Return an upper bound on the largest eigenvalue, up to its own `failure_probability`, by `lower_bound`."""
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )
         return -turned.lower_bound(failure_probability)
 
     def _log_growth(self, below: float, scale: float) -> float:
-        """Return log sum_j p_j(lambda)^2, or the log of its largest term, at lambda = `below`, less than theta_min.
+        """Return the log of the sum of the squared Lanczos polynomials p_j at `below`, or of its largest term.
+
+        `below` is less than theta_min; `scale` is about the norm of A. The largest term is used without `orthogonal`.
 
         -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
         """
@@ -129,7 +131,7 @@ class Ritz:
 
 
 class Lanczos:
-    """The Lanczos process on a symmetric A, one product a `step`.
+    """The Lanczos process on a symmetric matrix A, with one product in each `step`.
 
     `matvec` maps v, float64[n], to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate and
     equal on all workers; `precision` is the unit roundoff of the products; `error()` is the current estimate of their
@@ -155,13 +157,13 @@ class Lanczos:
         n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
         self._known_error, self._dot = error, dot
-        self._error = 0.0  # largest component found that exact products would not have
+        self._error = 0.0  # largest component found in a product that an exact one would not have
         self.products = 0  # number of products so far, including those for Ritz vectors
         self._basis = [start / self._norm(start)]
-        self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
+        self._pair = (torch.zeros(0), self._basis[0])  # the last two Lanczos vectors
         self._alphas: list[float] = []
         self._betas: list[float] = []
-        self._ends = torch.ones(1, 2, dtype=torch.float64)  # Ritz vectors of theta_min and theta_max in the basis
+        self._ends = torch.ones(1, 2, dtype=torch.float64)  # coefficients of the extreme Ritz vectors in the basis
 
     @property
     def exhausted(self) -> bool:
@@ -169,7 +171,7 @@ class Lanczos:
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:
-        """Do one step, with one product, and return the result so far. Raises RuntimeError if `exhausted`."""
+        """Do one Lanczos step, with one product, and return the result so far. Raises RuntimeError if `exhausted`."""
         if self.exhausted:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
 
@@ -228,8 +230,8 @@ class Lanczos:
         return ritz
 
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
-        """Return the unit Ritz vector v of theta_min, or with `largest` of theta_max, float64[n]. Each vector not
-        stored costs one product."""
+        """Return the unit Ritz vector of the smallest Ritz value, or with `largest` of the largest, float64[n]. Each
+        Lanczos vector that is not stored costs one product."""
         v = torch.zeros_like(self._basis[0])
         weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):
@@ -243,8 +245,8 @@ class Lanczos:
         return v.div_(self._norm(v))
 
     def _spread_error(self) -> float:
-        """Return the norm of an n x k matrix with the errors of k products as independent columns of the known norm
-        (Marchenko and Pastur): hardly more than that of one column unless k is near n."""
+        """Return the norm of the errors of all k products, as an n x k matrix of independent columns of the known norm
+        (Marchenko and Pastur). It is little more than the norm of one column unless k is near n."""
         return self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
 
     def _norm(self, v: Tensor) -> float:
@@ -255,7 +257,7 @@ class Lanczos:
         return self._matvec(q)
 
     def _recur(self, product: Tensor, alpha: float, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
-        """Return A q_j - alpha_j q_j - beta_j q_{j-1}; `product`, A q_j, is not modified."""
+        """Return the next Lanczos vector, A q_j - alpha_j q_j - beta_j q_{j-1}; `product`, A q_j, is not modified."""
         j = len(self._alphas) if j is None else j
         w = product.sub(q, alpha=alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w

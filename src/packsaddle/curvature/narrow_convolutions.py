@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_REGISTER = 16  # float32 numbers of AVX-512
+_REGISTER = 16  # number of float32 values in an AVX-512 register
 
 _Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

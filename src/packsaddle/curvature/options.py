@@ -19,7 +19,7 @@ class Search:
 
     Args:
         max_hvps: Most Hessian-vector products for the bounds, at least 1; a verdict needs a few more.
-        failure_probability: Of each bound that depends on the random start, in [1e-100, 1).
+        failure_probability: Failure probability of each bound that depends on the random start, in [1e-100, 1).
         tolerance: Largest relative residual of a saddle's direction, above 0: the search continues until
             ||H v - lambda v|| <= tolerance |lambda|. inf: it stops with the verdict.
         sharpness: Largest relative distance between the bounds on lambda_max, above 0: the search continues until they
@@ -27,9 +27,10 @@ class Search:
         pilot_examples: Number of examples of a first, cheaper search for a saddle's direction; one product over all
             examples then proves the saddle, and there are no other bounds on eigenvalues. Used if there are at
             least eight times as many examples, and tolerance and sharpness are inf. 0: none.
-        hvp: Method of the products. "double-backward" is exact; "differences" of gradients have an error, which is
-            measured and widens both bounds; "auto" is double backward, or differences if torch has none (fused
-            attention, compiled networks) or it is wrong (a custom autograd.Function, see docs/certificates.md).
+        hvp: Method of the Hessian-vector products. "double-backward" is exact; "differences" of gradients have an
+            error, which is measured and widens both bounds; "auto" is double backward, or differences if
+            torch has none (fused attention, compiled networks) or it is wrong (a custom autograd.Function, see
+            docs/certificates.md).
         memory_limit: Bytes of Lanczos vectors stored, of 8 d each, at least 0. Beyond it the bounds need a few more
             products, and the escape direction one product for each vector that was not stored.
         generator: Generator of the random start, on rank 0; fresh for every certificate. None: seeded by the system.

@@ -5,10 +5,10 @@ batches g_n and H_n. Bounds for g and H of the population follow from the variat
 
 gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector of covariance C with s^2 = tr C
             (Borell's inequality, and ||C|| <= tr C); s^2 = sum_b n_b ||g_b - g_n||^2 / ((B - 1) n), as measured.
-above       v is found on every second batch and measured on the B' others, which are independent of it: the
+upper bound v is found on every second batch and measured on the B' others, which are independent of it: the
             v^T H_b v have expected value v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean plus
             Student's t-quantile for B' - 1 degrees of freedom times its standard error.
-below       lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the
+lower bound lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the
             largest eigenvalue exceeds t with probability d exp(-t^2 / (2 ||E Z^2||)) at most (Tropp, Found. Comput.
             Math. 12, 2012, theorem 4.1), so it is at most sqrt(2 ||E Z^2|| log(d / delta)).
             E Z^2 = sum_b n_b (H_b - H_n)^2 / ((B - 1) n), as measured, its norm bounded from above by Lanczos.
@@ -42,7 +42,7 @@ _FEWEST_BATCHES = 8
 _STEPS = 40  # most Lanczos steps of each search on the examples
 _VARIANCE_STEPS = 24
 _CLOSE = 1.5  # ratio of the bounds on the variance's norm at which its search stops
-MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximately
+MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of products
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,27 @@ class PopulationCertificate:
     """Bounds for the population loss; all hold together with probability 1 - `failure_probability`."""
 
     verdict: Verdict
-    epsilon: float
-    epsilon_proposed: bool  # True: none was given; the smallest that passes the bound on the gradient
-    hessian_lipschitz: float  # rho
+    epsilon: float  # threshold of the gradient norm
+    epsilon_proposed: bool  # True: epsilon was not given; it is the smallest that `grad_norm_upper` satisfies
+    hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
     hessian_lipschitz_estimated: bool  # True: measured along v on the examples
-    threshold: float  # -sqrt(rho epsilon)
-    grad_norm: float  # ||g_n||
-    grad_norm_lower: float  # lower bound on ||g||
-    grad_norm_upper: float  # upper bound on ||g||
+    threshold: float  # threshold of lambda_min, -sqrt(rho epsilon)
+    grad_norm: float  # norm of the examples' gradient, ||g_n||
+    grad_norm_lower: float  # lower bound on the norm of the population's gradient, ||g||
+    grad_norm_upper: float  # upper bound on the norm of the population's gradient, ||g||
     quotient: float  # v^T H v over the batches not used to find v
-    quotient_error: float  # its standard error
-    lambda_min_upper: float  # upper bound on lambda_min(H)
+    quotient_error: float  # standard error of `quotient`
+    lambda_min_upper: float  # upper bound on the smallest eigenvalue of the population's Hessian, lambda_min(H)
     lambda_min_lower: float  # lower bound on lambda_min(H); -inf if not needed for the verdict
-    sample_lower: float  # lower bound on lambda_min(H_n); -inf likewise
+    sample_lower: float  # lower bound on lambda_min(H_n), of the examples' Hessian; -inf if not needed
     deviation: float  # upper bound on lambda_max(H_n - H); inf if not needed
-    escape_direction: Tensor  # v, float64[d]
-    failure_probability: float  # of all bounds together
-    examples: int  # n
-    batches: int  # B
-    hvp: str  # method of the products
+    escape_direction: Tensor  # unit vector v, float64[d]
+    failure_probability: float  # failure probability of all bounds together
+    examples: int  # n, number of examples
+    batches: int  # B, number of batches
+    hvp: str  # method of the Hessian-vector products
     hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
-    backward_passes: int  # over the examples
+    backward_passes: int  # number of backward passes over the examples
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the escape direction as plain types for JSON; non-finite floats become None."""
@@ -119,19 +119,19 @@ def certify_population(
     process_group: Any = None,
     progress: Callable[[int], None] = lambda products: None,
 ) -> PopulationCertificate:
-    """Certify the model's current parameters for the population that the batches were drawn from; collective.
+    """Certify the model's current parameters for the population from which the batches were drawn; collective.
 
     Needs eight batches or more on all workers together; many small ones are better than few large ones.
 
     Args:
         model, loss_fn, process_group: as for `certify`.
         batches: as for `certify`; each an independent draw from the population.
-        epsilon: the gradient's threshold. None: the smallest that passes the bound on the gradient.
-        hessian_lipschitz: rho. None: measured along the direction found, over the examples.
-        search: its `failure_probability`, of all bounds together, by default 0.05, and `hvp`, `memory_limit` and
+        epsilon: threshold of the gradient norm. None: the smallest that the upper bound on that norm satisfies.
+        hessian_lipschitz: rho, the Hessian's Lipschitz constant. None: measured along the direction found.
+        search: used are `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
             `generator`; the other options do not apply.
-        progress: called with the number of products so far, at most about `MOST_PRODUCTS`; a product of the variance
-            counts as three.
+        progress: called with the number of Hessian-vector products so far, at most about `MOST_PRODUCTS`; a product
+            with the variance of the Hessian counts as three.
 
     Raises ValueError for invalid arguments, for fewer than eight batches, for a sharded model (whose workers have no
     Hessian of a single batch) and for losses that vary between evaluations.
@@ -155,8 +155,8 @@ def certify_population(
         count = check_population(model, batches, process_group)
         chosen = choose_products(curvature, search.hvp)
 
-        # The gradient, and a direction from every second batch, measured on the others. Half of the workers start at
-        # the second batch, so that both halves have about the same number of batches.
+        # Compute the gradient; find a direction on every second batch, and measure it on the others. Half of
+        # the workers start at the second batch, so that both sets have about the same number of batches.
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
@@ -175,7 +175,7 @@ def certify_population(
             quotient, error, degrees = _quotient(fresh, v)
             upper = quotient + float(stdtrit(degrees, 1 - delta)) * error + off_by
 
-            # The lower bound for the examples, less the deviation of their Hessian from the population's.
+            # Bound lambda_min of the examples from below, and subtract their Hessian's deviation.
             sample_lower, deviation = -math.inf, math.inf
             if grad_norm + off <= epsilon and upper >= threshold:
                 sample_lower = _lower_bound(products, delta, threshold, search, progress)
@@ -212,7 +212,7 @@ def certify_population(
 
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
-    """Return the number of batches of all workers. Raises ValueError, on all, for a sharded model or too few."""
+    """Return the number of batches of all workers; collective. Raises ValueError for a sharded model or below 8."""
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
     channel = Communicator(resolve(process_group), Ledger())
@@ -225,16 +225,16 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 
 
 def _lowest_direction(products: Products, search: Search, progress: Callable[[int], None]) -> Tensor:
-    """Return the Ritz vector of lambda_min, once nearly an eigenvector or after all steps; any vector is valid."""
+    """Return an approximate eigenvector of the smallest eigenvalue, float64[d]; bounds hold for any vector."""
     lanczos = lanczos_over(products, search)
     lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
     return lanczos.ritz_vector()
 
 
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
-    """Return v^T H v over the batches, its standard error and degrees of freedom; collective."""
+    """Return the Rayleigh quotient v^T H v over the batches, its standard error and degrees of freedom; collective."""
     curvature = products.curvature
-    sums = torch.zeros(3, dtype=torch.float64)  # n_b q_b, n_b q_b^2, batches
+    sums = torch.zeros(3, dtype=torch.float64)  # sums of n_b q_b and n_b q_b^2, q_b = v^T H_b v; batches
     for batch, n in curvature.read():
         q = curvature.dot(v, products.of_batch(batch, v))
         sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)
@@ -248,7 +248,7 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """Return a lower bound on lambda_min of the examples; stops if more steps gain little, or at a saddle."""
+    """Return a lower bound on the smallest eigenvalue over the examples; stops at a saddle or if steps gain little."""
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold
@@ -259,12 +259,12 @@ def _lower_bound(
 
 
 def _variance_norm(products: Products, delta: float, search: Search, progress: Callable[[int], None]) -> float:
-    """Return an upper bound on the norm of the variance of H_n, sum_b n_b (H_b - H_n)^2 / ((B - 1) n); collective."""
+    """Return an upper bound on the norm of the Hessian's variance (E Z^2 in the module's docstring); collective."""
     curvature = products.curvature
     count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
-        """Return sum_b n_b H_b (H_b - H_n) u / ((B - 1) n): the variance times u, as sum_b n_b (H_b - H_n) = 0."""
+        """Return the variance times u, sum_b n_b H_b (H_b - H_n) u / ((B - 1) n), as sum_b n_b (H_b - H_n) = 0."""
         mean = products(u)
         total = torch.zeros_like(u)
         for batch, n in curvature.read():

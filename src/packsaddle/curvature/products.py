@@ -1,8 +1,8 @@
 """Hessian-vector products and their errors, by double backward or by central differences of gradients.
 
-`choose_products` selects one. Double backward differentiates the gradient exactly, up to rounding. Fused attention and
-compiled networks have no second derivative in torch; for them `Differences` computes (g(x + h v) - g(x - h v)) / (2 h),
-which needs only gradients. For a unit vector v its error is
+`choose_products` selects the method. Double backward is exact up to rounding. Fused attention and compiled
+networks have no second derivative in torch; for them `Differences` computes (g(x + h v) - g(x - h v)) / (2 h) from
+gradients g. For a unit vector v its error is
 
     rounding / h + h^2 M_3 / 6,    M_3 the norm of the third derivative of g along v,
 
@@ -10,7 +10,7 @@ and both terms are measured at the point and along the vector. Products at h and
 and at 2 h by rounding and by h^2 M_3 / 2, three times the second term: so h is chosen where the first is twice the
 second.
 
-The backward of a custom `autograd.Function` may have a right first and a wrong second derivative (`custom_functions`).
+A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`).
 If a loss has one, products by double backward are compared with differences along the first vector and along the
 direction that decides the verdict.
 """
@@ -32,27 +32,27 @@ from packsaddle.curvature.options import Hvp, Search
 Result = TypeVar("Result")
 
 _NEARBY = 17 / 16  # ratio of two steps whose products differ almost only by rounding
-_ROUNDS = 6  # most trials of a step
+_ROUNDS = 6  # maximum number of trials of a step h
 _LONGEST = 1 / 16  # largest h / ||x||; beyond it M_3 at two steps does not predict the error
 _FARTHEST = 64.0  # largest ratio of the steps of consecutive rounds
 _FAR = 0.1  # relative error of a product above which a step does not predict shorter ones
-_SHORTEN = 1 / 16  # largest factor to the next step in that case
-_SHRUNK = 0.9
-_LOUD = 16  # times the smallest rounding error measured; a larger difference is not rounding
-_KINKED = 1e-3  # relative error of a product that no smooth function has in float64
+_SHORTEN = 1 / 16  # largest ratio of the next step to such a step
+_SHRUNK = 0.9  # ratio of products below which a step is so short that some parameters do not move
+_LOUD = 16  # ratio to the smallest rounding error measured, above which a difference is not rounding
+_KINKED = 1e-3  # relative error of a product above which a loss in float64 has kinks
 _ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which a step may fit between kinks
 _SHORTEST = 64  # smallest h, in units of ||x||'s last place
-_CHECK_EVERY = 2  # products number 1, 2, 4, 8, ... are checked: the second is the first of a curved direction
-_RHO_DISTANCE = 1e-2  # along v to each side
+_CHECK_EVERY = 2  # the error is measured at products number 1, 2, 4, 8, ...; the first direction is random
+_RHO_DISTANCE = 1e-2  # distance along v, to each side, at which rho is measured
 _DOUBT = 2  # two products differ if their distance exceeds this times their errors
 _SURE = 0.01  # largest error at which products are comparable, relative to the largest product's norm
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
-_RANDOM = 16  # smallest relative difference that shows a random loss, in square roots of the unit roundoff
-_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference, relative to the norm
+_RANDOM = 16  # relative difference of two products H v that shows a random loss, over sqrt(unit roundoff)
+_RANDOM_OF_16_BITS = 0.25  # upper limit of the relative difference by `_RANDOM`
 
 
 class DoubleBackwardError(ValueError):
-    """Products by double backward are wrong; `reason` has the size of the error."""
+    """Error for wrong Hessian-vector products by double backward; `reason` describes the difference found."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
@@ -60,47 +60,47 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Hessian-vector products, float64[d]; collective. `error` bounds ||H v - product|| for unit v, less rounding."""
+    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for unit v, less rounding."""
 
     name: str
     reason: str | None = None  # why double backward failed; None: it did not, or was not tried
     precision: float  # unit roundoff of the products, which `error` does not include
     error: float = 0.0
-    unproven = False  # True: the direction that decides a verdict needs `checked`
+    unproven = False  # True: verify the direction that decides a verdict with `checked`
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature
 
     @abstractmethod
     def __call__(self, v: Tensor) -> Tensor:
-        """Return H v, float64[d], for a unit vector v, float64[d]."""
+        """Return the Hessian-vector product H v, float64[d], for a unit vector v, float64[d]."""
 
     @abstractmethod
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        """Return H v for a unit vector v and the error of this product; `error` becomes at least that."""
+        """Return the product H v for a unit vector v, and its error, to which `self.error` is raised if smaller."""
 
     @abstractmethod
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
-        """Return H_b v of one batch's mean loss for a unit vector v, float64[d]; not collective."""
+        """Return one batch's Hessian-vector product for a unit vector v, float64[d]; not collective."""
 
     @abstractmethod
     def of(self, curvature: Curvature) -> "Products":
         """Return products over other examples, by the same method."""
 
-    def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- most have nothing to learn
+    def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- no-op by default
         """Initialize step sizes and error estimates from products over other examples."""
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return ||d/ds H(x + s v) v||, measured by differences over |s| <= 0.01 or more."""
+        """Return the change of H v along v, ||d/ds H(x + s v) v||, measured by differences over |s| <= 0.01 or more."""
 
     def rho(self, v: Tensor) -> float:
-        """Return `change(v)`, an estimate of rho from below; never 0."""
+        """Return `change(v)`, a lower estimate of rho, the Lipschitz constant of the Hessian; never 0."""
         return max(self.change(v), torch.finfo(torch.float64).tiny)
 
 
 class DoubleBackward(Products):
-    """Products as the derivative of <grad f, v>, by autograd.
+    """Hessian-vector products by double backward: the gradient of the inner product <grad f, v>.
 
     The first product is computed twice. Raises ValueError if the two differ, as those of a random loss do. If the loss
     has custom functions, the first product and those of `checked` are compared with differences of gradients. Raises
@@ -115,7 +115,7 @@ class DoubleBackward(Products):
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
-        self._differences: Differences | None = None  # for comparison
+        self._differences: Differences | None = None  # differences of gradients, to compare with
         self._coarse = False  # errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ class DoubleBackward(Products):
     def _compare(self, v: Tensor, product: Tensor) -> None:
         """Raise DoubleBackwardError if a product differs from differences of gradients.
 
-        Below float64, kinks of the loss can hide or imitate a difference. There a float64 copy of the model decides;
-        a loss that raises in float64 counts as different.
+        Below float64, kinks of the loss can cause a difference. It is then verified on a float64 copy of the model; an
+        exception there counts as a difference.
         """
         why = None
         if not self._coarse:
@@ -177,7 +177,7 @@ class DoubleBackward(Products):
         return DoubleBackward(curvature)
 
     def copy_estimates(self, other: Products) -> None:
-        """Skip the second computation of the first product if the other's did not differ."""
+        """Skip the repetition of the first product, a test for random losses, if `other` has passed it."""
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
 
@@ -194,18 +194,18 @@ class DoubleBackward(Products):
 class _Trial:
     """A product by differences with step h, and its measured errors."""
 
-    step: float  # h
-    product: Tensor  # float64[d]
-    noise: float  # rounding / h
+    step: float  # step h of the differences
+    product: Tensor  # Hessian-vector product, float64[d]
+    noise: float  # error by rounding, rounding / h
     apart: float  # distance from the product at 2 h
-    error: float
+    error: float  # estimated total error
 
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
-    """Return how a product by double backward differs from differences of gradients; None if it does not.
+    """Return a description of the difference of a product by double backward from differences of gradients, or None.
 
-    They differ if their distance exceeds both errors, or if these are not small relative to the `largest` norm of
-    products: then a missing term would not be detected.
+    They differ if their distance exceeds the sum of their errors, or if that sum is too large, relative to the
+    `largest` norm of a product, to detect a missing term.
     """
     curvature = differences.curvature
     other, error = differences.checked(v)
@@ -219,9 +219,10 @@ def _disagreement(differences: "Differences", v: Tensor, product: Tensor, larges
 
 
 class Differences(Products):
-    """Products (g(x + h v) - g(x - h v)) / (2 h): two gradients each, six or more if the error is measured.
+    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h).
 
-    16-bit parameters are rounded stochastically, so that they move by h v in the mean.
+    Each takes two gradients, or six or more if its error is measured. 16-bit parameters are rounded stochastically,
+    so that they move by h v in the mean.
     """
 
     name = "differences of gradients"
@@ -235,9 +236,9 @@ class Differences(Products):
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
         self._rounding = 0.0  # norm of the rounding error of one gradient
-        self._quietest = math.inf  # smallest one measured
+        self._quietest = math.inf  # smallest rounding error measured
         self._count, self._next_check = 0, 1
-        self._dithers = 0  # number of rounding seeds used for batches
+        self._dithers = 0  # number of seeds of stochastic rounding used by `of_batch`
 
     def __call__(self, v: Tensor) -> Tensor:
         self._count += 1
@@ -269,10 +270,10 @@ class Differences(Products):
         return best.product, best.error
 
     def _is_far(self, last: _Trial, best: _Trial) -> bool:
-        """Return True if the last step is far too long for the loss, as a flat direction's step is in a sharp valley.
+        """Return True if the last step h is far too long, such as that of a flat direction in a sharp valley.
 
-        Then a product is mostly error, and not of rounding, which hardly depends on the direction. Third derivatives do
-        not predict a better step yet, and errors may rise before they fall.
+        Then a product is mostly error. It is not rounding error, which hardly depends on the direction. Third
+        derivatives do not predict a better step yet, and with shorter steps errors may rise before they fall.
         """
         rounds = last.noise * last.step <= _LOUD * self._quietest
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
@@ -281,7 +282,7 @@ class Differences(Products):
         """Return a trial whose step crosses no kink of the loss, else `best`. Only float64 allows such short steps.
 
         With kinks, as of ReLU, similar steps cross different ones, and errors grow with shorter steps until none is
-        crossed. A product with such a step is that of double backward.
+        crossed. A product with such a step equals that of double backward.
         """
         step = best.step
         while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):
@@ -301,7 +302,7 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """Return the factor from a trial's step to the one where rounding / h is twice h^2 M_3 / 6."""
+        """Return the ratio of the best step h, where rounding / h is twice h^2 M_3 / 6, to a trial's step."""
         if trial.noise == 0.0:  # no change: a step below 16-bit resolution, or a constant gradient
             return _FARTHEST
         # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.
@@ -334,7 +335,7 @@ class Differences(Products):
         return ahead.sub_(self.curvature.gradient_at(v, -h)).div_(2 * h)
 
     def change(self, v: Tensor) -> float:
-        """Return the norm of the gradient's second difference over s^2, corrected for rounding."""
+        """Return the norm of the gradient's second difference with step s, over s^2, corrected for rounding."""
         s = max(_RHO_DISTANCE, 2 * self.step)
         second = self.curvature.gradient_at(v, s).add_(self.curvature.gradient_at(v, -s))
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
@@ -343,9 +344,9 @@ class Differences(Products):
 
 
 def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
-    """Return a Lanczos process on H from a random start, which stores up to `search.memory_limit` bytes of vectors.
+    """Return a Lanczos process on the Hessian from a random start, storing up to `search.memory_limit` bytes.
 
-    `matvec`, if given, is the product with another matrix to use in place of H.
+    `matvec`, if given, is the product with another matrix, to use in place of the Hessian.
     """
     curvature = products.curvature
     return Lanczos(
@@ -360,7 +361,7 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
-    """Return the products for a method; "auto" tries double backward on one batch; collective. Raises ValueError."""
+    """Return the products of method `hvp`; "auto" tries double backward on a batch; collective. Raises ValueError."""
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
@@ -371,7 +372,7 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Return work(products) for the products from `choose_products`; collective.
+    """Call `work` with the products from `choose_products`, and return its result; collective.
 
     If double backward turns out wrong, the work is repeated with differences for "auto"; other methods raise
     DoubleBackwardError, a ValueError.

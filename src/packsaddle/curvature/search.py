@@ -2,7 +2,7 @@
 
 One Rayleigh quotient over all examples proves a saddle, for a direction from any source. So `pilot` first searches for
 a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes one product
-over all. Only the absence of negative curvature needs the whole process over all examples.
+over all. Only the absence of negative curvature needs all Lanczos steps over all examples.
 """
 
 import math
@@ -19,20 +19,20 @@ from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, lanczos_over
 
 _LONGEST_WALK = 12
-_PILOT_SHARE = 8  # all examples are at least this multiple of a pilot's
-_PILOT_COST = 2  # products over all examples that a pilot may cost
+_PILOT_SHARE = 8  # smallest ratio of all examples to those of a pilot search
+_PILOT_COST = 2  # largest cost of a pilot search, in products over all examples
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds of a search after some products, as passed to its progress callback."""
+    """Bounds on the extreme eigenvalues during a search, as passed to its progress callback."""
 
-    products: int  # so far
-    most: int  # limit of the products
+    products: int  # number of Hessian-vector products so far
+    most: int  # maximum number of products
     examples: int  # number of examples in a product
-    lambda_min: tuple[float, float]  # lower and upper bound
-    lambda_max: tuple[float, float]  # the same
-    threshold: float | None  # of lambda_min for a saddle; None: rho is not measured yet
+    lambda_min: tuple[float, float]  # lower and upper bound on the smallest eigenvalue
+    lambda_max: tuple[float, float]  # lower and upper bound on the largest eigenvalue
+    threshold: float | None  # the point is a saddle if lambda_min is below it; None: rho is not measured yet
 
     def __str__(self) -> str:
         low, high = self.lambda_min
@@ -41,7 +41,7 @@ class Bounds:
 
 
 OnBounds = Callable[[Bounds], None]
-Walk = tuple[float, float, float]  # s, f(x + s v), and the largest f(x) - [f(x + s v) + f(x - s v)] / 2
+Walk = tuple[float, float, float]  # distance s, loss f(x + s v), and the largest f(x) - [f(x + s v) + f(x - s v)] / 2
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Goal:
 
     grad_norm: float
     epsilon: float
-    rho: float | None  # None: measured along the direction found
+    rho: float | None  # Lipschitz constant of the Hessian; None: measured along the direction found
     options: Search
 
 
 @dataclass
 class CurvatureSearch:
-    """Lanczos steps until the goal is reached, and their results after `run` or `proves`."""
+    """A search for negative curvature by Lanczos, up to a goal; its fields are the results of `run` or `proves`."""
 
     products: Products
     goal: Goal
@@ -77,12 +77,12 @@ class CurvatureSearch:
 
     @property
     def curvature(self) -> Curvature:
-        """The derivatives that the products use."""
+        """The loss and its derivatives over the examples of this search."""
         return self.products.curvature
 
     def run(self) -> None:
-        """Do Lanczos steps from a random start until the verdict is decided and v and lambda_max meet their tolerances,
-        or until `max_hvps` products or exhaustion."""
+        """Do Lanczos steps from a random start until the verdict is decided, and the direction v and the bounds on
+        lambda_max are within their tolerances. Stops at `max_hvps` products or if the Krylov space is exhausted."""
         goal, measured_at = self.goal, 0
         self.rho = goal.rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, goal.options)
@@ -99,20 +99,21 @@ class CurvatureSearch:
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
-            if goal.rho is None and measured_at < k:  # rho is at least that along the final v
+            if goal.rho is None and measured_at < k:  # rho is at least its value along the final v
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
-            # The verdict: v^T H v <= -sqrt(rho epsilon), or the lower bound on lambda_min above it.
+            # Decide the verdict: v^T H v <= -sqrt(rho epsilon), or the lower bound on lambda_min above it.
             if last or self._settled(ritz):
                 self._measure_direction(ritz, lanczos.ritz_vector())
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
                     break
 
     def proves(self, v: Tensor, rounding: float) -> bool:
-        """Measure v's Rayleigh quotient, and rho along v if not given; return True if they prove a saddle.
+        """Return True if the unit vector v proves a saddle, by its Rayleigh quotient over the examples of this search.
 
-        `rounding` is the error of products over other examples; the error assumed here is at least that.
+        Measures rho along v if not given. `rounding`: error of the products, over other examples, that found v; the
+        error assumed for the quotient is at least that.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -125,17 +126,18 @@ class CurvatureSearch:
 
     @property
     def sharpest(self) -> Tensor | None:
-        """The unit Ritz vector of lambda_max, float64[d]; None after one product, or if vectors were not stored."""
+        """The unit Ritz vector of the largest eigenvalue, float64[d]; None after one product or if not stored."""
         if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
     def walk(self, pilot_search: "CurvatureSearch | None") -> Walk:
-        """Evaluate f(x + s v) and f(x - s v), from s = ||x|| / 1000 or less in factors of 4, while one of them falls.
+        """Evaluate the loss f at x + s v and x - s v for distances s growing fourfold, while one of the two falls.
 
-        With a scout, the losses of its examples select two s, at which f is then evaluated on all examples. Returns s
-        and f(x + s v) of the lowest loss, and the largest decrease of the mean of both sides, which a slope cannot
-        cause: |lambda|^3 / (10 rho^2) or more for the true rho, at any s from |lambda| / (2 rho) to four times that.
+        The first s is max(1, ||x||) / 1000 or less. With `pilot_search`, the losses over its examples select two s, at
+        which f is then evaluated on all examples. Returns s and f(x + s v) of the lowest loss, and the largest decrease
+        of the mean of f(x + s v) and f(x - s v). A slope cannot cause that decrease; for the true rho it is at least
+        |lambda|^3 / (10 rho^2), at any s from |lambda| / (2 rho) to four times that.
         """
         losses = (pilot_search or self)._follow(self.v, self.upper, self.rho)
         if pilot_search is not None:
@@ -146,7 +148,7 @@ class CurvatureSearch:
         return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
 
     def _follow(self, v: Tensor, upper: float, rho: float) -> dict[float, tuple[float, float]]:
-        """Return f(x + s v) and f(x - s v) for every distance s evaluated."""
+        """Return the losses f(x + s v) and f(x - s v) by distance s, for growing s while one of them falls."""
         reach = max(1.0, self.curvature.size_of_parameters())
         s = min(abs(upper) / (2 * rho), 1e-3 * reach)
         losses: dict[float, tuple[float, float]] = {}
@@ -184,8 +186,8 @@ class CurvatureSearch:
         return verdict is not Verdict.UNDECIDED
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
-        """Set v, its residual, the bound by its Rayleigh quotient and the verdict: from the recurrence if the basis is
-        orthonormal and products are exact, else from a measurement."""
+        """Set the direction v, its residual, the upper bound on lambda_min by its Rayleigh quotient, and the verdict.
+        If the Lanczos basis is not orthonormal or products are not exact, the quotient is measured by a product."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             quotient, error = self._measure_quotient()
@@ -197,7 +199,7 @@ class CurvatureSearch:
         self.verdict = self._judged(self.upper)
 
     def _measure_quotient(self) -> tuple[float, float]:
-        """Measure v's residual; return its Rayleigh quotient and the error of the product."""
+        """Return the Rayleigh quotient of `self.v`, by one product, and the product's error; set `self.residual`."""
         product, error = self.products.checked(self.v)
         quotient = self.curvature.dot(self.v, product)
         self.residual = self.curvature.norm(product.sub_(self.v, alpha=quotient))
@@ -215,11 +217,11 @@ def pilot(
     derivatives: Callable[[Iterable[Any]], Curvature],
     on_bounds: OnBounds,
 ) -> CurvatureSearch | None:
-    """Search on about `pilot_examples` examples, in evenly spaced batches; collective.
+    """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
 
-    Returns the search if it found a saddle of these examples, else None; None also if there are fewer than eight times
-    as many examples, or batches are too large to skip seven of eight. The method of products is that of `full`; their
-    total cost is at most about two products over all examples.
+    Returns the search if it found a saddle of the mean loss over these examples, else None. No-op (None) if all
+    examples are fewer than eight times as many, or in too few batches to skip seven of eight. The products use the
+    method of `full`, and cost at most about as much as two products over all examples.
     """
     curvature, search = full.curvature, goal.options
     examples = search.pilot_examples

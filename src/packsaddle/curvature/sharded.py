@@ -61,9 +61,9 @@ class ShardedCurvature(Curvature):
         self.held = max(int(n) for n in channel.group.all_gather(torch.tensor([sum(self._sizes)], device=self.device)))
 
     def gradient(self) -> tuple[Tensor, float]:
-        """Return this worker's part of grad f and the standard error; collective.
+        """Return this worker's part of the gradient, float64[n], and the gradient's standard error; collective.
 
-        The batches that workers process at the same time count as one.
+        In the standard error, the batches that workers process at the same time count as one.
         """
         self.passes += 1
         spread, rounds = 0.0, 0
@@ -77,7 +77,7 @@ class ShardedCurvature(Curvature):
         return mean, self._standard_error(spread, self.dot(mean, mean), rounds)
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
-        """Return this worker's part of grad f(x + distance * direction), given that of the direction; collective."""
+        """Return this worker's part of the gradient at x + distance * direction; `direction`: its part. Collective."""
         self.passes += 1
         self._displaced += 1
         total = torch.zeros_like(direction)
@@ -95,17 +95,17 @@ class ShardedCurvature(Curvature):
         return "parameters are sharded"
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """Return <a, b> of two sharded vectors, given this worker's parts; collective, one double."""
+        """Return the inner product <a, b> of two sharded vectors, given this worker's parts; collective, one double."""
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
     def size_of_parameters(self) -> float:
-        """Return ||x||; collective."""
+        """Return the norm of the trainable parameters, ||x||; collective."""
         pieces = zip(self._tensors, self._copies, strict=True)
         return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return this worker's part of an unsharded model's vector, drawn whole for one parameter at a time."""
+        """Return this worker's part of an unsharded model's random vector, drawn whole for one parameter at a time."""
         rng = self._shared_generator(generator)
         parts = []
         for p in self.parameters:
@@ -119,8 +119,8 @@ class ShardedCurvature(Curvature):
         return vector
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield per round of batches this worker's part of the gradient of the summed losses of all workers' examples,
-        and the number of its own examples. Previous gradients of the parameters are restored at the end."""
+        """Yield, for one batch of every worker at a time, this worker's part of the gradient of the losses summed over
+        all workers' examples, and its number of examples. Previous gradients are restored at the end."""
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
         try:
@@ -157,7 +157,7 @@ class ShardedCurvature(Curvature):
                     module.reshard()
 
     def _differs_from_rank_0(self) -> bool:
-        return False  # each worker has another part
+        return False  # workers have different parts of the parameters
 
 
 def derivatives(
@@ -167,7 +167,7 @@ def derivatives(
     channel: Communicator,
     tensor_parallel: Any = None,
 ) -> Curvature:
-    """Return the derivatives of a model, sharded or not; collective."""
+    """Return the `Curvature` of a model, sharded or not; collective."""
     if is_sharded(model):
         return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)
     if tensor_parallel is not None:
@@ -177,7 +177,7 @@ def derivatives(
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
     """Raise ValueError unless FSDP averages a parameter's gradient over all workers that have other batches."""
-    # The mesh of a DTensor and the one of equal batches must span all workers, with one worker in common.
+    # A DTensor's mesh and the tensor-parallel one must span all workers, with one worker in common.
     if hasattr(p, "placements"):
         size = p.device_mesh.size()
         if size == workers:

@@ -6,8 +6,8 @@ Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian ab
 density at t, smoothed by the Gaussian's width. The variation between probes gives its standard error, which excludes
 the error of the quadrature; that is small if the width is at least the spread of the spectrum divided by k.
 
-Fractions of eigenvalues below t need no smoothing: the Chebyshev-Markov-Stieltjes inequalities bound each probe's from
-both sides by sums of its weights.
+Fractions of eigenvalues below t need no smoothing: the Chebyshev-Markov-Stieltjes inequalities bound each probe's
+estimate from both sides by sums of its weights.
 """
 
 import math
@@ -48,27 +48,29 @@ class Estimate:
 class SpectralDensity:
     """The distribution of the Hessian's eigenvalues, as a probability density."""
 
-    values: tuple[float, ...]  # t, ascending
+    values: tuple[float, ...]  # points t, ascending
     density: tuple[float, ...]  # density at each value, smoothed by a Gaussian of `width`
-    error: tuple[float, ...]  # its standard error over probes
+    error: tuple[float, ...]  # standard error of the density over probes
     width: float  # standard deviation of the Gaussian
     nodes: tuple[tuple[float, ...], ...]  # Ritz values of each probe, ascending
     weights: tuple[tuple[float, ...], ...]  # quadrature weights of each probe, summing to 1
-    d: int  # coordinates
+    d: int  # number of trainable coordinates
     examples: int  # number of examples in the mean loss
-    hvp: str  # method of the products
+    hvp: str  # method of the Hessian-vector products
     hvp_error: float  # error of a product of a unit vector, and so of eigenvalues
     hvps: int  # number of Hessian-vector products
 
     @property
     def trace(self) -> Estimate:
-        """The estimate of tr H."""
+        """The estimated trace of the Hessian."""
         pairs = zip(self.nodes, self.weights, strict=True)
         return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
 
     def share_below(self, t: float) -> tuple[Estimate, Estimate]:
-        """Return a lower and an upper bound on the fraction of eigenvalues below t, with standard errors: sums of a
-        probe's weights of Ritz values below t, without the last of them and with the next one."""
+        """Return a lower and an upper bound on the fraction of eigenvalues below t, with standard errors over probes.
+
+        A probe's bounds are the summed weights of its Ritz values below t, without the last one or with the next one.
+        """
         least, most = [], []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             below = sum(theta < t for theta in nodes)
@@ -111,7 +113,7 @@ def spectral_density(
         steps: most Hessian-vector products per probe; fewer if its Krylov space is exhausted.
         width: standard deviation of the smoothing Gaussian; None: the range of Ritz values divided by `steps`.
         points: number of points of the density, from four widths below the least Ritz value to four above the largest.
-        search: its `hvp`, `memory_limit` and `generator` (of the probes); the other options do not apply.
+        search: used are `hvp`, `memory_limit` and `generator` (of the probes); the other options do not apply.
         progress: called with the number of products so far, at most probes * steps.
 
     Raises ValueError for invalid arguments and for losses that vary between evaluations.
@@ -160,7 +162,7 @@ def spectral_density(
 
 
 def _smooth(grid: torch.Tensor, nodes: Sequence[float], weights: Sequence[float], width: float) -> torch.Tensor:
-    """Return a probe's smoothed density, float64[points]."""
+    """Return a probe's density at the points `grid`, smoothed by a Gaussian of `width`, float64[points]."""
     at = torch.tensor(nodes, dtype=torch.float64)
     bells = torch.exp(-((grid[:, None] - at) ** 2) / (2 * width**2)) / (width * math.sqrt(2 * math.pi))
     return bells @ torch.tensor(weights, dtype=torch.float64)

@@ -15,7 +15,7 @@ import torch
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.products import Products, choose_products, with_products
 
-LIMIT = 2.684  # E ln|1 - a U| = 0 for U exponential
+LIMIT = 2.684  # the number a with E ln|1 - a U| = 0 for U exponential
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class CoordinateStep:
     """The learning rate of a parameter, and the mean number of steps that its coordinates wait to be sent."""
 
     name: str  # name of the parameter
-    lr: float  # its learning rate, eta
-    wait: float  # 1 / mu, in steps
+    lr: float  # learning rate eta of the parameter
+    wait: float  # mean number of steps between two sends of a coordinate, 1 / mu
 
     @property
     def effective(self) -> float:
@@ -34,24 +34,24 @@ class CoordinateStep:
 
 @dataclass(frozen=True)
 class Overshoot:
-    """The coordinate with the largest (eta / mu) H_jj found."""
+    """The least stable coordinate found, by effective step size times curvature, (eta / mu) H_jj."""
 
-    step: CoordinateStep  # step of its parameter
-    index: tuple[int, ...]  # index in its parameter
-    curvature: float  # H_jj, less the error of the product
+    step: CoordinateStep  # learning rate and waiting time of its parameter
+    index: tuple[int, ...]  # index of the coordinate in its parameter
+    curvature: float  # second derivative H_jj of the loss, less the error of the product
 
     @property
     def gain(self) -> float:
-        """(eta / mu) H_jj; at 2 a mean step ends on the other side of the minimum, at the same distance."""
+        """Step size times curvature, (eta / mu) H_jj; at 2 a mean step reflects the coordinate at its minimum."""
         return self.step.effective * self.curvature
 
     @property
     def is_unstable(self) -> bool:
-        """True if the coordinate grows without bound on a quadratic."""
+        """True if, on a quadratic loss, the coordinate would grow without bound."""
         return self.gain > LIMIT
 
     def advice(self) -> str:
-        """Return a message with the numbers and the possible changes."""
+        """Return a warning with the measured values and the options to change."""
         lr, where = self.step.lr * LIMIT / self.gain, ", ".join(map(str, self.index))
         return (
             f"past stability: {self.step.name}[{where}] waits 1/mu = {self.step.wait:,.0f} steps to be sent and then "
@@ -70,10 +70,10 @@ def largest_overshoot(
     probes: int = 6,
     candidates: int = 4,
 ) -> Overshoot:
-    """Return the worst coordinate that `probes` + `candidates` Hessian-vector products find; collective.
+    """Return the least stable coordinate found with `probes` + `candidates` Hessian-vector products; collective.
 
     Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
-    then computed: the result is right for its coordinate, and a lower bound for the worst. The method of products is
+    then computed. So the result is correct for its coordinate, but another one may be less stable. The products use
     hvp="auto": differences of gradients if double backward is wrong. `steps` are in the order of
     `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
     """

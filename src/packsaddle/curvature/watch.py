@@ -13,7 +13,7 @@ from packsaddle.curvature.hessian import LossFn
 
 
 class CertifyEvery:
-    """Certifies the model's parameters after every `every` steps of a training loop; collective.
+    """A counter of training steps that certifies the model's parameters every `every` steps; collective.
 
     Args:
         model, loss_fn, batches: as for `certify`; batches are this worker's, equal in every iteration.
@@ -24,7 +24,7 @@ class CertifyEvery:
         options: further options of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
 
     `certificates` is a list of (step, certificate). Raises ValueError for `every` below 1, and the errors of `certify`.
-    The cost of a certificate is that of its products: two backward passes over the batches each.
+    A certificate costs two backward passes over the batches for each of its Hessian-vector products.
 
     >>> import torch
     >>> from packsaddle.curvature import CertifyEvery
@@ -58,7 +58,7 @@ class CertifyEvery:
         self._at, self._on_certificate = at, on_certificate
 
     def step(self) -> Certificate | None:
-        """Count a step, and return the certificate if one is due."""
+        """Count a training step. Return the certificate of the current parameters if one is due, else None."""
         self.steps += 1
         if self.steps % self.every:
             return None
@@ -69,7 +69,7 @@ class CertifyEvery:
         return certificate
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the steps so far, for a checkpoint."""
+        """Return the step counter, for a checkpoint."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

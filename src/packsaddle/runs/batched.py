@@ -24,11 +24,11 @@ def why_not_batched(config: Config) -> str:
 
 
 class BatchedGradients:
-    """Gradients of the W workers of a serial simulation by `torch.func.vmap` over their batches, at identical x.
+    """Gradients of the W workers of a serial simulation by `torch.func.vmap` over their batches, at equal parameters.
 
     Small batches use a processor poorly, so one pass is faster than W. Gradients equal those of separate passes up to
-    rounding. Batch normalization over all workers shares its running statistics between the workers' tasks, and the
-    exchanges that it would have made are entered in each worker's ledger.
+    rounding. Batch normalization over all workers shares its running statistics between the workers' models; the
+    ledger of each worker counts the bytes that its exchanges would have sent.
     """
 
     def __init__(
@@ -74,6 +74,6 @@ class BatchedGradients:
 
 
 def _format(p: Tensor) -> torch.memory_format:
-    """Return the memory format of a parameter, which the optimizer's flat vector has too."""
+    """Return the memory format of a parameter; the optimizer's flat vector uses the same."""
     last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

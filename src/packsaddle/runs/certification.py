@@ -36,12 +36,12 @@ class Audit:
     """Certification of weights of one run, all on the same examples."""
 
     run: Path
-    files: tuple[Path, ...]  # weights, as saved by `Trainer`
+    files: tuple[Path, ...]  # files of weights, as saved by `Trainer`
     questions: Questions = Questions()  # noqa: RUF009 -- immutable
     examples: int | None = None  # size of the random sample (by `questions.seed`); None: all, or `at_most` of them
-    at_most: int | None = None  # None: no limit
+    at_most: int | None = None  # maximum number of examples, if `examples` is None; None: no limit
     batch_size: int | None = None  # None: 500 for all examples, 64 for a sample: a standard error needs many batches
-    double: bool = False  # products in float64
+    double: bool = False  # True: compute in float64
     data_dir: Path | None = None
 
     def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
@@ -63,7 +63,7 @@ class Audit:
         return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
-        """Certify in this process, or in `workers` new ones. Raises ConfigError if these are too many."""
+        """Certify all files in this process, or in `workers` new ones. Raises ConfigError for too many workers."""
         if workers == 1:
             return self.certify()
         _, data, _ = self.load()  # raises for invalid input before any worker starts
@@ -85,7 +85,7 @@ class Audit:
             except ValueError as error:
                 raise ConfigError(f"{error}; --batch-size makes them smaller") from None
 
-        # All verdicts, with one countdown; then profiles, spectra and populations.
+        # Certify all files, with one countdown; then compute profiles, spectra and populations.
         certificates = []
         most = len(self.files) * self.questions.search.max_hvps
         with self.questions.countdown("certify", most) as progress:
@@ -113,7 +113,7 @@ class Audit:
         return task.to(examples.device, examples.dtype), examples
 
     def _examples(self, data: Dataset) -> Examples:
-        """Return this worker's part of the sample."""
+        """Return this worker's part of the chosen examples, in batches."""
         group, n = resolve(None), len(data)
         order = torch.randperm(n, generator=generator(self.questions.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32
@@ -144,7 +144,7 @@ def read_config(run: Path) -> Config:
 def read_weights(file: Path) -> Any:
     """Load a file written by `torch.save` to the CPU. Raises ConfigError."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # about the format; an error mentions it
+        with warnings.catch_warnings(action="ignore"):  # warnings about the format; an error mentions it too
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} does not exist") from None

@@ -93,10 +93,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Artificial noise xi_t, Gaussian with standard deviation r in each coordinate."""
+    """Artificial noise xi_t in each step t, Gaussian with standard deviation r in each coordinate."""
 
-    # r; 0: no noise. packsaddle run suggests a value at its end, and warns if r is too large. With [local], r is in
-    # the units of x and one xi is added per round
+    # standard deviation r; 0: no noise. packsaddle run suggests a value at its end, and warns if r is too large. With
+    # [local], r is in the units of x and one xi is added per round
     std: float = 0.0
     lower_from: float | None = None  # epoch from which r falls linearly; by default never
     lower_until: float | None = None  # epoch at which r reaches zero; by default the end of the run
@@ -116,7 +116,7 @@ class NoiseConfig:
 class EscapeConfig(EscapeRule):
     """The escape check of Algorithm 1."""
 
-    examples: int = 1024  # examples per worker on which f is evaluated
+    examples: int = 1024  # examples per worker on which the loss is evaluated
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +152,7 @@ class CertifyConfig(Search):
 class LocalConfig:
     """Local updates: workers step separately and exchange their changes (see `packsaddle.LocalUpdates`).
 
-    A round is one exchange of a fragment.
+    A fragment is a set of parameters exchanged together; a round is one exchange of a fragment.
     """
 
     every: int = 8  # H, steps between two exchanges
@@ -161,7 +161,7 @@ class LocalConfig:
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's betas
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start
-    schedule: Literal["constant", "cosine"] = "constant"  # of lr after the warm-up; cosine: down to a tenth at the end
+    schedule: Literal["constant", "cosine"] = "constant"  # lr after the warm-up; cosine: down to a tenth at the end
     clip: float | None = None  # maximum gradient norm; larger gradients are scaled down; by default no limit
     keep_unsent: bool = True  # after a round, start from the anchor minus the worker's error memory; false: the anchor
     overlap: Overlap = field(default_factory=Overlap)
@@ -308,7 +308,7 @@ def configure(
 
 
 def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
-    """Return the last override of `key` or a table that contains it, else of a key inside it; else ""."""
+    """Return the text of the last override of `key` or a table that contains it, else of a key in it; else ""."""
     found = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
     return given[found[-1]] if found else ""
 

@@ -2,7 +2,7 @@
 
 Every worker is started separately and writes its own folder. Steps, epochs and the learning rate schedule count the
 steps of all workers together: the run ends when these amount to `epochs` passes over the data.
-There are no shards, since the number of workers is unknown: each worker draws its own order of all the data.
+Data are not sharded, since the number of workers is unknown: each worker uses all data, in its own random order.
 """
 
 import os
@@ -43,12 +43,12 @@ def check_elastic(config: Config) -> Config:
 
 
 class ElasticTrainer(Trainer):
-    """The trainer of a worker under a torchft Manager. Only rounds are collective; all else is local."""
+    """The trainer of a worker under a torchft Manager. Only exchanges of local updates are collective."""
 
     training: LocalTraining
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, elastic: Elastic) -> None:
-        self._elastic, self._seen = elastic, 0  # _seen: front.position at the last line of metrics
+        self._elastic, self._seen = elastic, 0  # _seen: steps of all workers at the last metrics
         with ambient_group(Solo()):
             super().__init__(check_elastic(config), data_dir, download)
 
@@ -85,7 +85,7 @@ class ElasticTrainer(Trainer):
                 loss = f"loss {tally.line['loss']:.4f}  " if tally.line else ""
                 report(min(steps, training.front.position), f"{loss}{there.workers} workers")
 
-        # The last exchange, then this worker's results.
+        # Do the last exchange, then write this worker's results.
         training.finish()
         if tally.step > tally.since or not tally.line:  # else no steps since the last line
             tally.line = self._log(folder, time.perf_counter() - begin)

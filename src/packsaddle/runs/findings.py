@@ -36,22 +36,22 @@ _PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products 
 class Profile:
     """The loss along a direction v: f(x + s v)."""
 
-    distances: tuple[float, ...]  # s
-    losses: tuple[float | None, ...]  # f(x + s v); None: non-finite
+    distances: tuple[float, ...]  # distances s along v
+    losses: tuple[float | None, ...]  # losses f(x + s v); None: non-finite
     examples: int  # number of examples in the mean loss
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The results at one point."""
+    """The results of the certification of one point, a file of weights."""
 
-    file: Path  # weights
+    file: Path  # file of the weights
     certificate: Certificate
-    profile: Profile  # along the escape direction
-    sharpest: Profile | None  # along the sharpest direction; None if unknown
+    profile: Profile  # loss along the escape direction
+    sharpest: Profile | None  # loss along the sharpest direction; None if unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
-    sharded: bool  # the model is sharded: directions are this worker's shard
+    sharded: bool  # True: the model is sharded, and directions are this worker's shards
     lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,8 +77,8 @@ class Finding:
 class Questions:
     """Options of the certification of a point."""
 
-    epsilon: float | None = None  # None: the smallest that the gradient at the point satisfies
-    hessian_lipschitz: float | None = None  # rho; None: measured
+    epsilon: float | None = None  # threshold of the gradient norm; None: the smallest that the point satisfies
+    hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # estimate the density of all eigenvalues
     population: bool = False  # certify the loss of the population from which the examples are drawn
@@ -90,7 +90,7 @@ class Questions:
     def certify(
         self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
     ) -> Certificate:
-        """Return the certificate; collective. `progress` counts Hessian-vector products, of at most `max_hvps`."""
+        """Certify the model's parameters; collective. `progress` gets the number of products, at most `max_hvps`."""
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 
@@ -103,15 +103,15 @@ class Questions:
     def finding(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
-        """Return all results at a certified point: profiles, and if chosen spectrum and population; collective."""
-        # f(x + s v) along the extreme directions v.
+        """Return all results at a certified point: loss profiles, optional spectrum and population; collective."""
+        # Evaluate the loss along the escape and the sharpest direction.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
         escape = _profile(model, loss_fn, every, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
 
-        # All eigenvalues, and those of the population.
+        # Estimate the density of all eigenvalues, and certify the population loss.
         spectrum = population = None
         if self.spectrum:
             with self._counting("spectral density", _PROBES * _STEPS) as progress:
@@ -137,7 +137,7 @@ class Questions:
 
     @contextmanager
     def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
-        """Show progress within; yields a function to call with the number of products so far."""
+        """Show progress during the block; yield a function to call with the number of products so far."""
         with self.countdown(what, most) as progress:
             yield lambda products: progress(products, f"{products} of at most {most} products")
 
@@ -154,7 +154,7 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Create a folder for the results of the work within; remove it if the work fails. Raises ConfigError."""
+    """Create a folder for the results of the block; remove it if the block fails. Raises ConfigError."""
     make_new(folder)
     try:
         yield

@@ -1,6 +1,6 @@
 """The lock on a run folder, held by one process and its workers until the last of them has exited.
 
-The workers of a killed launcher still have to save, so they keep the lock's file, `.lock`, open too (see
+Workers keep the lock's file, `.lock`, open too, since they still save a checkpoint if their launcher is killed (see
 `checkpoint.file_lock`).
 """
 
@@ -39,12 +39,12 @@ def _inherited(sent: Any) -> FolderLock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[FolderLock | None]:
-    """Hold the lock of a folder within; the folder is created if missing.
+    """Hold the lock of a run folder during the block; the folder is created if missing.
 
     Yields the lock; or None, with a warning on stderr, if the file system has no locks. Raises ConfigError if another
     process holds the lock (it is named) or the folder cannot be written.
     """
-    # Only on a file system without locks, training starts without one.
+    # Training starts without a lock only if the file system has none.
     path = folder / LOCK
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class Job:
     track: tuple[TrackerName, ...] = ()  # trackers that also record rank 0's metrics
     saving: CheckpointPolicy = NEVER
     resume: bool = False  # continue the run in `folders[0]`, the only folder, if begun; `configs` may be empty then
-    timeout: timedelta | None = None  # of a collective of worker processes; None: torch's default
+    timeout: timedelta | None = None  # timeout of a collective of worker processes; None: torch's default
     lighthouse: str | None = None  # address of the torchft lighthouse, for one elastic worker; None: not elastic
     memory: Path | None = None  # file of the elastic worker's error memory
 
@@ -86,7 +86,7 @@ class Job:
                 shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
-        """Return the job with the configuration in its folder if `resume`, else itself; None if the run is done.
+        """Return the job to do: with `resume`, with the configuration in its folder. None if that run is done.
 
         Raises ConfigError, also if another process is training in the folder.
         """
@@ -109,7 +109,7 @@ class Job:
 
     @contextmanager
     def held(self) -> Iterator[tuple[FolderLock | None, ...]]:
-        """Hold the locks of the folders within. Raises ConfigError if another process holds one."""
+        """Hold the locks of the folders during the block. Raises ConfigError if another process holds one."""
         with ExitStack() as stack:
             yield tuple(stack.enter_context(locked(folder)) for folder in self.folders)
 
@@ -142,7 +142,7 @@ class Job:
             except ConfigError as error:
                 problem, outcome["failed"] = error, True
 
-        # Broadcast the outcome of rank 0 before any worker stops.
+        # Broadcast rank 0's outcome before any worker stops.
         outcome = collectives.gather(outcome)[0]
         if problem is not None:
             raise problem

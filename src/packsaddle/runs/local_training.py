@@ -26,14 +26,14 @@ from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.runs.training import Closure, Training
 
 _LAST_FRACTION = 0.1  # learning rate at the end of a cosine schedule, as a fraction of the peak
-_MUON_MOMENTUM = 0.95  # with nesterov, if momentum is not configured
+_MUON_MOMENTUM = 0.95  # default momentum of Muon, then with nesterov
 
 
 class LocalTraining(Training):
     """Training with the local updates configured in [local].
 
-    All other averages over workers use the default group and a separate ledger, because an exchange may run in another
-    thread at the same time.
+    Other averages over workers, such as of losses, use the default group and a separate ledger, because an exchange may
+    run in another thread at the same time.
     """
 
     front: LocalUpdates
@@ -50,7 +50,7 @@ class LocalTraining(Training):
         self._local = local = config.local
         super().__init__(config, calendar, local.every)
 
-        # The inner optimizer of this worker, then the exchanges.
+        # Make this worker's inner optimizer, then the exchanges.
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._inner = make_inner(config, local, model)
         with config_errors():
@@ -67,7 +67,7 @@ class LocalTraining(Training):
                 seed=config.seed,
             )
         self.channel = Communicator(resolve(None), Ledger())
-        self._mu: dict[str, Any] = {}  # contraction before `finish`, which sends everything
+        self._mu: dict[str, Any] = {}  # measured contraction before `finish`, whose exchange is uncompressed
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         # Compute gradients, and clip them if configured.
@@ -102,7 +102,7 @@ class LocalTraining(Training):
         return peak * (_LAST_FRACTION + (1 - _LAST_FRACTION) * (1 + math.cos(math.pi * passed)) / 2)
 
     def finish(self) -> None:
-        """Exchange all pending updates. If rejected, flush again: only valid updates of the others are left."""
+        """Exchange all pending updates. If that is rejected, exchange again: only valid updates remain then."""
         self._mu = self.contraction()
         if not self.front.flush():
             self.front.flush()

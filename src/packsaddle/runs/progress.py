@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from packsaddle.messages import printable
 
-_BETWEEN_LINES = 10.0  # seconds
+_BETWEEN_LINES = 10.0  # seconds between two printed lines
 
 
 class Report(Protocol):
@@ -66,7 +66,7 @@ def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        # Few lines, for logs.
+        # Print few lines, as the output may go to a log file.
         begin = printed = time.monotonic()
 
         def report(step: int, text: str) -> None:

@@ -40,7 +40,7 @@ class CheckpointPolicy:
     With `stops` False, workers need not vote, and `every` = None means exactly one epoch.
     """
 
-    every: int | None = None  # steps; None: about an epoch, at least half a minute; 0: no checkpoints
+    every: int | None = None  # steps between checkpoints; None: about an epoch, at least 30 s; 0: no checkpoints
     resume: bool = False  # restore the newest checkpoint in the folder
     stops: bool = True  # on SIGTERM, save a checkpoint and stop
     hint: str = ""  # the command that resumes a stopped run
@@ -51,7 +51,7 @@ class CheckpointPolicy:
 
     @property
     def on(self) -> bool:
-        """True if there are checkpoints."""
+        """True if checkpoints are saved."""
         return self.every != 0
 
 
@@ -126,7 +126,7 @@ class RunCheckpoints:
     def resume(self, load: Callable[[Checkpoint], None]) -> tuple[str, ...]:
         """Restore the parts from the newest checkpoint, if any, and truncate the recorded metrics to its step.
 
-        `load` restores the rest of the checkpoint. Returns notes for the user. Raises LoadingError.
+        `load` is called with the checkpoint to restore all else. Returns notes for the user. Raises LoadingError.
         """
         try:
             found = restore(self._path, self._parts, process_group=self._group)
@@ -148,7 +148,7 @@ class RunCheckpoints:
                 raise CheckpointError(str(error)) from error
 
     def record_stop(self, step: int, steps: int, *, quiet: bool) -> None:
-        """Write stopped.json when all workers have saved, and print how to resume. `steps`: those of the whole run."""
+        """Write stopped.json when all workers have saved, and print how to resume. `steps`: of the whole run."""
         self._group.all_reduce(torch.zeros(1))  # a barrier
         if self._group.rank == 0:
             hint = self.policy.hint
@@ -192,7 +192,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
 
 
 def state_of(path: Path) -> State:
-    """Return the state of the run in a folder. Raises ConfigError if it contains other files, but no run."""
+    """Return the state of the run in a folder. Raises ConfigError if the folder contains other files, but no run."""
     if (path / "config.json").is_file():
         if (path / "summary.json").is_file():
             return "done"

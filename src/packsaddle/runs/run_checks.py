@@ -35,14 +35,14 @@ _BATCHES = 8
 
 
 class NoiseCheck:
-    """Compares the artificial noise with that of mini-batch gradients, measured on this process's next batches.
+    """A comparison of the artificial noise with mini-batch noise, measured on this process's next batches.
 
     Gradients of networks with batch normalization are not measured: in evaluation mode, before running statistics have
     accumulated, they differ from those in training.
     """
 
     def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
-        """Record the size of x_0, the parameters of `task`."""
+        """Record the root mean square of the initial parameters, those of `task`."""
         self._config, self._task, self._data, self._workers = config, task, data, workers
         self._size = rms(task)
         # With local updates the noise is in the units of x, not of a gradient.
@@ -56,7 +56,7 @@ class NoiseCheck:
         return step == steps or (rest == 0 and times & (times - 1) == 0)
 
     def measurements(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
-        """Return the measurements before step `step`, as plain types; `moves`: the result of `Training.walk`."""
+        """Return the measured noises before step `step`, as plain types; `moves`: the result of `Training.walk`."""
         r = self._config.noise.std
         walk = Walk(*moves, self._size)
         values = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
@@ -76,7 +76,7 @@ class NoiseCheck:
 
 
 def noise_warning(found: dict[str, Any], *, by_round: bool = False) -> str | None:
-    """Return a warning if a run's noise would move x too far, else None; `by_round`: noise of local updates."""
+    """Return a warning if a run's noise would move the parameters too far, or None; `by_round`: local updates."""
     walk, times, suggested = found["walk"], found.get("times"), found["suggested"]
     if walk is None or suggested is None or not walk > FAR:
         return None
@@ -89,17 +89,17 @@ def noise_warning(found: dict[str, Any], *, by_round: bool = False) -> str | Non
 
 
 class Inspector:
-    """One worker's part in the certificates along a run. Every method is collective."""
+    """Certification during a run, and saving of iterates to certify later. Every method is collective."""
 
     def __init__(
         self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
     ) -> None:
-        """`shards`: the shards of the workers in this process, several in a fused simulation (see `FusedGroup`)."""
+        """Choose the examples. `shards`: of the workers in this process, several in a simulation by `FusedGroup`."""
         assert config.certify is not None
         self._rule, self._lr, self._seed = config.certify, config.sgd_lr(), config.seed
         self._task, self._steps, self._per_epoch, self._population = task, steps, per_epoch, len(data)
         like = next(task.parameters())
-        # Chosen at random, since a shard may be sorted by class.
+        # Choose examples at random, since a shard may be sorted by class.
         chosen = [
             mine[self._order(len(mine), worker)[: self._rule.examples]]
             for worker, mine in enumerate(shards, start=resolve(None).rank)
@@ -112,11 +112,11 @@ class Inspector:
         return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
 
     def due(self, step: int) -> bool:
-        """Return True if x_t, t = `step`, should be saved or certified."""
+        """Return True if the parameters before step `step` should be saved or certified."""
         return step in self._iterates or step in self._due
 
     def inspect(self, step: int, folder: RunFolder) -> None:
-        """Save x_t if it was drawn, and certify it if due; t = `step`. Call before the step."""
+        """Save the current parameters if this iterate was drawn, and certify them if due. Call before step `step`."""
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())
         if step in self._due:
@@ -143,7 +143,7 @@ class Inspector:
 
 
 def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
-    """Return the steps of a run's certificates: every `rule.every` epochs, at `rule.at`, and if any, at the end."""
+    """Return the steps to certify: every `rule.every` epochs, at the epochs `rule.at`, and if any, at the end."""
     due = {round(epoch * per_epoch) for epoch in rule.at}
     if rule.every is not None:
         stride = max(1, round(rule.every * per_epoch))
@@ -152,12 +152,12 @@ def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]
 
 
 def iterate_name(step: int) -> str:
-    """Return the path of the iterate x_t, t = `step`, inside the run folder."""
+    """Return the path, inside the run folder, of the parameters saved before step `step`."""
     return f"iterates/step-{step:08d}.pt"
 
 
 def drawn_names(config: Config, steps: int) -> list[str]:
-    """Return the files of the iterates drawn by a run of T = `steps` steps, repeated as often as drawn."""
+    """Return the files of the iterates drawn by a run of `steps` steps, repeated if drawn repeatedly."""
     m = 0 if config.certify is None else config.certify.iterates
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
@@ -168,15 +168,15 @@ _LONG = 5.0  # mean steps between two sends of a coordinate; below this it moves
 
 
 class StepSizeCheck:
-    """Checks the stability of the step size for coordinates that are rarely sent, on this process's examples.
+    """A check of the step size's stability for coordinates that are rarely sent, on this process's examples.
 
-    The mean over workers would cost several dense exchanges.
+    A check on the examples of all workers would cost several uncompressed exchanges.
     """
 
     def __init__(
         self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]
     ) -> None:
-        """`waits`: see `Training.waits`; `shards`: the shards of the workers in this process."""
+        """Choose the examples. `waits`: see `Training.waits`; `shards`: of the workers in this process."""
         self._config, self._task = config, task
         self._steps = [
             CoordinateStep(name, config.lr / (1 - config.momentum), wait)
@@ -195,7 +195,7 @@ class StepSizeCheck:
         return self._concerned and rest == 0 and epochs & (epochs - 1) == 0
 
     def warning(self, step: int) -> str | None:
-        """Return a warning if the step size is unstable, else None."""
+        """Return a warning if the step size is unstable before step `step`, else None."""
         channel = Communicator(Solo(), Ledger())
         dice = generator(self._config.seed, step, Stream.CERTIFY)
         try:

@@ -185,7 +185,7 @@ def make_new(path: Path) -> None:
 
 @contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """Convert an OSError within, such as of a full or read-only disk, to a ConfigError that names the folder."""
+    """Convert an OSError of the block, such as of a full or read-only disk, to a ConfigError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -238,7 +238,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None  # None: the run has not finished
-    certificates: list[dict[str, Any]]  # along the run: `Certificate.to_dict()` with step and epoch
+    certificates: list[dict[str, Any]]  # certificates along the run: `Certificate.to_dict()` with step and epoch
 
     @property
     def label(self) -> str:

@@ -60,7 +60,7 @@ _COLUMN, _WIDTH = 28, 120
 
 
 def template(config: Config, heading: str) -> str:
-    """Return TOML text with every key that loads as `config`. Keys at their defaults or None are commented out.
+    """Return `config` as TOML text with every key. Keys at their defaults or None are commented out.
 
     Keys that are None have example values. `heading`: text at the top of the file, written as a comment.
     """
@@ -120,7 +120,7 @@ def _toml(value: Any) -> str:
 
 
 EPOCHS = 60.0
-# The loss of the best constant output: the mean variance of a pixel of the training digits.
+# Loss of the best constant output: the mean variance of a pixel of the training digits.
 PLATEAU = 0.0735
 
 

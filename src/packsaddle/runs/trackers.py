@@ -17,7 +17,7 @@ from packsaddle.integrations.callbacks import scalars
 from packsaddle.runs.run_folder import RunFolder
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-Outcome = Literal["finished", "failed", "killed"]  # of a run; killed: interrupted or terminated
+Outcome = Literal["finished", "failed", "killed"]  # outcome of a run; killed: interrupted or terminated
 _EXIT_CODES: Mapping[Outcome, int] = {"finished": 0, "failed": 1, "killed": 130}
 _FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json that metrics.jsonl may lack
 

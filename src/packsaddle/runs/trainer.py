@@ -44,13 +44,13 @@ from packsaddle.runs.training import CompressedTraining, Training
 class RunCounters:
     """One worker's counters. Only `step` and `since` are always identical on all workers.
 
-    `sums` adds up the steps since the last line of metrics, `final` those of the last epoch.
+    `sums` adds up losses and gradient norms since the last line of metrics, `final` the losses of the last epoch.
     """
 
     step: int = 0  # number of steps done
     since: int = 0  # `step` at the last line of metrics
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, gradient norm
-    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # loss
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # of loss, gradient norm
+    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of losses
     line: dict[str, Any] = field(default_factory=dict)  # the last line of metrics; the last step always writes one
     elapsed: float = 0.0  # seconds of the run at the last checkpoint
     left_out: int = 0  # skipped steps, without a loss, since the last line of metrics
@@ -70,7 +70,7 @@ class RunCounters:
             self.in_final += 1
 
     def totals(self) -> Tensor:
-        """Return the sums since the last line and the number of steps in them, float64[3]."""
+        """Return the sums since the last line of metrics and the number of steps in them, float64[3]."""
         return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
 
     def final_totals(self) -> Tensor:
@@ -148,7 +148,7 @@ class Trainer:
             check_agreement(Communicator(self.group, Ledger()), found, self.device)
 
     def _plan(self) -> None:
-        """Set shards, batches and calendar from `history`, the numbers of workers so far."""
+        """Set the shards, batches and epoch calendar from `history`, the numbers of workers so far."""
         config, (_, size) = self.config, self.history[-1]
         how, seed = config.data.shard, config.seed
         self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
@@ -170,7 +170,7 @@ class Trainer:
         return {"model": self.task, **self.training.parts()}
 
     def _own_group(self) -> Group:
-        """Return the group of the processes that write files: a fused simulation is a single one."""
+        """Return the group of the processes that write files; a fused simulation of all workers is one process."""
         return Solo() if isinstance(self.group, FusedGroup) else self.group
 
     def _escape(self) -> Escape | None:
@@ -242,7 +242,7 @@ class Trainer:
         return True
 
     def _restore(self, found: Checkpoint) -> None:
-        """Restore counters and history from a checkpoint, after its parts; replan if the number of workers changed."""
+        """Restore counters and history from a checkpoint; recompute shards if the number of workers changed."""
         self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
         self.inspected, self.warnings = found.extra["inspected"], found.extra["warnings"]
         history = [(step, workers) for step, workers in found.extra["history"]]
@@ -370,11 +370,11 @@ class Trainer:
         self._own_group().all_reduce(torch.zeros(1))  # a barrier: the run is done on all workers
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """Return the mean loss of the steps counted as the last epoch, over workers; collective."""
+        """Return the mean loss of the last epoch's steps, over all workers; collective."""
         return self._means(tally.final_totals()).item()
 
     def _means(self, totals: Tensor) -> Tensor:
-        """Return the sums over all workers, `totals[:-1]`, divided by their counts, `totals[-1]`; NaN if 0."""
+        """Return `totals[:-1]` summed over workers, divided by the summed counts `totals[-1]`, NaN if 0; collective."""
         means = self.training.channel.mean(totals, "metrics")
         return means[:-1] / means[-1]
 
@@ -408,7 +408,7 @@ class Trainer:
     def _test(self) -> dict[str, float]:
         """Return the mean test loss and, for classifiers, accuracy. Each worker evaluates its part; collective."""
         average_buffers(self.task, self.training.channel)
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
+        totals = torch.zeros(3, dtype=torch.float64)  # sums of losses, correct predictions, examples
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
         for index in torch.split(mine, EVAL_BATCH) if len(mine) else ():  # there may be fewer examples than workers

@@ -41,8 +41,8 @@ class Rescheduled:
 class Training(ABC):
     """Interface of one worker's optimizer and its exchanges, used by `Trainer`.
 
-    `front` does the exchanges, `every` steps apart. `channel` averages everything else; its bytes are in the same
-    totals. `reach` is the distance by which noise with r = 1 moves a coordinate in one exchange.
+    `front` exchanges updates, `every` steps apart. `channel` averages all other values, such as losses; both count
+    bytes in the same totals. `reach`: distance by which noise of std 1 moves a coordinate in one exchange.
     """
 
     front: "CompressedSGD | LocalUpdates"
@@ -56,7 +56,7 @@ class Training(ABC):
         self._noise = None if config.noise.lower_from is None else Rescheduled(self._ramp())
 
     def _ramp(self) -> Ramp:
-        """Convert the noise schedule from epochs to exchanges."""
+        """Return the configured noise schedule, converted from epochs to exchanges."""
         noise, calendar = self._config.noise, self._calendar
         assert noise.lower_from is not None
         stop = calendar.steps if noise.lower_until is None else calendar.step_at(noise.lower_until)
@@ -64,18 +64,18 @@ class Training(ABC):
         return Ramp(noise.std, start // self._every, stop // self._every)
 
     def replan(self, calendar: Calendar) -> None:
-        """Replace the calendar of the schedules. Call when the number of workers has changed."""
+        """Update the schedules for a new calendar. Call when the number of workers has changed."""
         self._calendar = calendar
         if self._noise is not None:
             self._noise.ramp = self._ramp()
 
     def walk(self) -> tuple[float, float]:
-        """Return `reach`, and the sum of (r_t / r)^2 over the run's exchanges."""
+        """Return `reach`, and the sum of (r_t / r)^2 over all exchanges t, r_t the scheduled std, r the initial one."""
         exchanges, std = self._calendar.steps // self._every, self._config.noise.std
         return self.reach, self._noise.ramp.squares(exchanges) / std**2 if self._noise and std else float(exchanges)
 
     def guards(self) -> dict[str, Any]:
-        """Return the findings of the guards and of the escape check, as plain types."""
+        """Return the escape check's resets, the number of skipped steps, and parameter drifts found, as plain types."""
         return {
             "resets": [asdict(reset) for reset in self.front.resets],
             "skipped": self.front.skipped,
@@ -90,10 +90,10 @@ class Training(ABC):
         """
 
     def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
-        """Make x identical on all workers at the end of a run; collective. Raises NonFiniteError."""
+        """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError."""
 
     def at_anchor(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are the anchor, identical on all workers."""
+        """Return a context in which the parameters are the anchor, on which all workers last agreed."""
         return nullcontext()
 
     @abstractmethod
@@ -106,11 +106,11 @@ class Training(ABC):
 
     @abstractmethod
     def moved(self) -> Mapping[str, Bytes]:
-        """Return this worker's bytes by purpose; collective."""
+        """Return the bytes that this worker sent and received, by purpose; collective."""
 
     @abstractmethod
     def contraction(self) -> dict[str, Any]:
-        """Return the last measured contraction: `mu` of the whole vector and `mu_by_tensor`."""
+        """Return the compressor's last measured contraction: `mu` of the whole vector and `mu_by_tensor`."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Training(ABC):
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """Number of applied exchanges; with local updates, of fragments."""
+        """The number of applied exchanges; with local updates, each is of one fragment of the parameters."""
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter; None if unknown."""
@@ -127,7 +127,7 @@ class Training(ABC):
 
 
 class CompressedTraining(Training):
-    """Training with CompressedSGD: an exchange in every step; x is identical on all workers."""
+    """Training with CompressedSGD: an exchange in every step; parameters are identical on all workers."""
 
     front: CompressedSGD
 

@@ -28,11 +28,11 @@ SURE = 0.01  # largest standard error of the fall, as a fraction of the loss
 
 @dataclass(frozen=True)
 class Standstill:
-    """The last part of a run, in which its loss did not fall."""
+    """A standstill at the end of a run: the last part, in which its training loss did not fall."""
 
-    since: int  # step at which it begins
-    lines: int  # number of its lines of metrics
-    level: float  # its mean loss
+    since: int  # step at which the standstill begins
+    lines: int  # number of lines of metrics in the standstill
+    level: float  # mean loss in the standstill
     fall: float  # fall of the fitted line; negative: rise
     error: float  # standard error of the fall
 
@@ -96,10 +96,10 @@ class Curve:
     """One setting's quantities along the axes: columns of equal length, NaN where a quantity was not measured."""
 
     setting: str
-    columns: dict[str, list[float]]  # by name: the axes, seeds, and loss_mean, loss_low (10%), loss_high (90%), ...
+    columns: dict[str, list[float]]  # columns by name: axes, seeds, and loss_mean, loss_low (10%), loss_high (90%), ...
 
     def along(self, axis: str, quantity: str) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Return x, mean, 10% and 90% quantile at the points where the quantity was measured."""
+        """Return positions on `axis`, mean, 10% and 90% quantile over seeds, where `quantity` was measured."""
         c = self.columns
         rows = zip(c[axis], *(c[f"{quantity}_{part}"] for part in _PARTS), strict=True)
         kept = [row for row in rows if not math.isnan(row[1])]
@@ -160,7 +160,7 @@ def _text(value: float) -> str:
 
 
 def read_curves(path: Path) -> list[Curve]:
-    """Read a file of `write_curves`. Raises ConfigError if it is invalid."""
+    """Read the curves in a file written by `write_curves`. Raises ConfigError if it is invalid."""
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -214,7 +214,7 @@ class Still:
     """A standstill of a run's loss, with its position along every axis."""
 
     run: Run
-    x: dict[str, tuple[float, float]]  # by axis: positions of its first and last line of metrics
+    x: dict[str, tuple[float, float]]  # positions of its first and last line of metrics, by axis
     found: Standstill
 
 
@@ -229,12 +229,12 @@ def stills(setting: Setting) -> list[Still]:
 
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
-    """Return the finite values of `plateau` in the configurations, sorted."""
+    """Return the finite plateau losses in the configurations, distinct and sorted."""
     found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
     return sorted(level for level in found if math.isfinite(level))
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
-    """Return the end of the linear part of the curvature's symlog axis: a tenth of the smallest threshold."""
+    """Return the end of the linear part of the eigenvalues' symlog axis: a tenth of the smallest threshold."""
     found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
     return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

@@ -42,8 +42,8 @@ AXIS_NAMES: dict[Axis, str] = {
     "seconds": "seconds",
     "rounds": "rounds",
 }
-_LOGARITHMIC = {"megabytes", "rounds"}  # compression and local updates change them by orders of magnitude
-_INTERVALS = 200  # of an axis; a longer curve is thinned to their extremes
+_LOGARITHMIC = {"megabytes", "rounds"}  # axes that compression and local updates change by orders of magnitude
+_INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes of each are drawn
 
 
 def line_style(i: int) -> dict[str, str]:
@@ -95,7 +95,7 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
     own = {"svg.fonttype": "none", "svg.hashsalt": f"{panel} {along}", "font.size": 11}  # ids are unique in the page
     with mpl.rc_context(STYLE | own):
         figure, file = Figure(figsize=(4.8, 3.1)), io.StringIO()
-        axes = figure.add_axes((0.16, 0.17, 0.82, 0.8))  # a layout engine would take most of the time
+        axes = figure.add_axes((0.16, 0.17, 0.82, 0.8))  # fixed, since a layout engine would take most of the time
         _draw_panel(axes, panel, along, settings, curves)
         axes.set_xlabel(AXIS_NAMES[along])
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
@@ -111,7 +111,7 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
 
 
 def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> None:
-    """Draw all settings; logarithmic scales are used only if they have data, as diverged runs may have none."""
+    """Draw one panel with all settings. An axis is logarithmic only if it has data: diverged runs may have none."""
     log_x = along in _LOGARITHMIC and any(_positive(c.columns[along], c.columns["loss_mean"]) for c in curves)
     if panel == "curvature":
         _draw_bounds(axes, settings, along)
@@ -144,8 +144,8 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str,
 def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -> list[int]:
     """Return the indices of the points to draw, ascending: all of a short curve.
 
-    Of a longer one, the points with the smallest and the largest value of each column in each of 200 equal intervals
-    of the axis (of log x with `log`), and the two ends: no extreme is lost, and every point drawn is a point measured.
+    Of a longer curve: in each of 200 equal intervals of the axis (of log x with `log`), the points where a column is
+    smallest or largest, and the two ends. So no extreme is lost, and every point drawn was measured.
     """
     if len(x) <= 2 * _INTERVALS:
         return list(range(len(x)))
@@ -155,7 +155,7 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
     interval = ((place - place.min()) / (np.ptp(place) or 1.0) * _INTERVALS).astype(int)
     kept = {0, len(x) - 1}
 
-    # Sorted by interval and then by value, each interval's extremes are the ends of its part. NaNs come last.
+    # Sort by interval, then by value: an interval's extremes are the ends of its part. NaNs come last.
     for column in map(np.asarray, columns):
         order = np.lexsort((column, interval))
         ends = np.flatnonzero(np.diff(interval[order]))
@@ -222,7 +222,7 @@ def _add_verdicts(axes: Any) -> None:
 
 
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
-    """Write NAME.png and NAME.svg to a folder, with `source`, if given, as metadata."""
+    """Write a figure to a folder as NAME.png and NAME.svg, with `source`, if given, as metadata."""
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
     figure.set_layout_engine("none")  # keep the layout; computing it takes as long as drawing

@@ -1,4 +1,4 @@
-"""A self-contained HTML page of settings: tables and charts, with no script and no network requests."""
+"""The report as a self-contained HTML page: tables and charts, with no script and no network requests."""
 
 import base64
 import json
@@ -18,13 +18,13 @@ _DASHES = {"-": "", "--": "6 4", ":": "2 3"}  # matplotlib's line styles in SVG
 
 
 def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
-    """Return the HTML page of settings and their curves. Raises MissingExtraError without the plot extra."""
+    """Return the report on `settings` and their `curves` as HTML. Raises MissingExtraError without the plot extra."""
     jinja2 = require("jinja2", "plot", "writing the report")
     templates = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = files("packsaddle.runs.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     runs = [run for setting in settings for run in setting.runs]
 
-    # Without local updates rounds equal steps: no axis of their own.
+    # Without local updates, rounds equal steps and need no axis.
     has_rounds = any(setting.config.get("local") for setting in settings)
     axes = {axis: name for axis, name in AXIS_NAMES.items() if axis != "rounds" or has_rounds}
     charts = {
@@ -66,7 +66,7 @@ def title(runs: Sequence[Run]) -> str:
 
 
 def _text(table: Any) -> str:
-    """Return the name in a table of a configuration, "" without one; tables of other versions may be anything."""
+    """Return `name` in a configuration table, "" without one; tables of other versions may have any type."""
     name = table.get("name") if isinstance(table, dict) else None
     return name if isinstance(name, str) else ""
 

@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with a 95% confidence interval (Student's t), or None for a single seed."""
+    """A mean over seeds with a 95% confidence interval (Student's t); its ends are None for a single seed."""
 
     mean: float
     low: float | None

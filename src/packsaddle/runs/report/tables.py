@@ -14,7 +14,7 @@ PLATEAU_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """The row of one run; None: unknown or not applicable."""
+    """The table row of one run; None: unknown or not applicable."""
 
     run: str
     seed: int | None
@@ -25,25 +25,25 @@ class Row:
     plateau_epochs: float | None  # epochs spent on the plateau
     left_plateau: bool | None
     still_since: int | None  # first step of a standstill of the loss that lasts to the end (see `standstill`)
-    megabytes: float  # sent per worker; with one worker, of its messages
+    megabytes: float  # megabytes sent per worker; with one worker, size of its messages
     compression: float | None  # bytes of uncompressed SGD's gradients over bytes of this run's messages
     seconds: float
 
 
 @dataclass(frozen=True)
 class SettingRow:
-    """The row of one setting: quantities over its seeds; None: unknown or not applicable."""
+    """The table row of one setting, runs that differ only in their seed; None: unknown or not applicable."""
 
     setting: str
     seeds: int  # number of runs
     unfinished: int  # number of unfinished runs
     on_plateau: int  # number of runs on the plateau at the end
     still: int  # number of runs with a standstill at the end
-    estimates: dict[str, Estimate | None]  # by quantity, in the order of the columns
+    estimates: dict[str, Estimate | None]  # estimates over seeds by quantity, in the order of the columns
 
 
 def row(run: Run) -> Row:
-    """Summarize a run, finished or not."""
+    """Return the table row of a run, finished or not."""
     last = run.metrics[-1] if run.metrics else {}
     summary = run.summary or {}
     spent, left = plateau(run.metrics, run.config.get("plateau"))
@@ -70,7 +70,7 @@ def _latest(run: Run, quantity: str) -> float | None:
 
 
 def setting_row(setting: Setting) -> SettingRow:
-    """Summarize a setting. Each quantity is averaged over the runs that have it."""
+    """Return the table row of a setting. Each quantity is averaged over the runs that have it."""
     rows = [row(run) for run in setting.runs]
 
     def over(quantity: str) -> Estimate | None:
@@ -105,7 +105,7 @@ def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[flo
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity in the tables."""
+    """A column of the tables, for one quantity."""
 
     heading: str
     write: Callable[[float], str]
@@ -156,7 +156,7 @@ class Table:
 
 
 def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Return a table of two columns and the quantities `shown`; its legend has only the marks that occur."""
+    """Return a table of the columns `first` and the quantities `shown`; its legend has only the marks that occur."""
     names, numbers = " ".join(cells[0] for cells in rows), " ".join(cell for cells in rows for cell in cells[1:])
     marks = [(mark, said) for mark, said in _MARKS.items() if mark in (names if mark == "standing still" else numbers)]
     columns = [_COLUMNS[name] for name in shown]
@@ -192,7 +192,7 @@ def _seed(seed: int | None) -> str:
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the quantities to show as columns."""
+    """Return the names of the quantities to show as columns."""
     found = [*rows]
     return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
 

@@ -41,8 +41,8 @@ class Dataset(Protocol):
 class Images:
     """Images with labels; pixels are levels / full_scale, in [0, 1]."""
 
-    levels: Tensor  # uint8[n, channels, height, width]
-    labels: Tensor  # int64[n]
+    levels: Tensor  # levels of the pixels, uint8[n, channels, height, width]
+    labels: Tensor  # class of each image, int64[n]
     full_scale: int
     classes: int
 
@@ -68,7 +68,7 @@ class Images:
 
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
-    """Load the training or test part of images or of a text. Raises ConfigError if data are missing or damaged."""
+    """Load the training or test part of images or a text. Raises ConfigError if data are missing or damaged."""
     try:
         if config.name == "text":
             return load_text(config, data_dir, train=train)

@@ -24,7 +24,7 @@ _MOMENTUM, _EPS = 0.1, 1e-5
 
 
 class WorkerBatchNorm2d(nn.Module):
-    """Batch normalization over each worker's batch ("worker") or all workers' ("all"); float[b, c, h, w] to the same.
+    """Batch normalization over each worker's batch ("worker") or all workers' ("all"), for float[b, c, h, w].
 
     The local batch is the concatenation of the batches of `parts` workers (1 except in a fused simulation). Running
     statistics are first and second moments, both linear in the batches, so their averages over workers are the moments
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         self.outwards = linear(width, width, gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [b, length, width] to the same."""
+        """Return the attention output, float[b, length, width], of inputs of that shape."""
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.inwards(x).chunk(3, 2)
         )
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(linear(width, 4 * width), nn.GELU(), linear(4 * width, width, gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [b, length, width] to the same."""
+        """Return the block's output, float[b, length, width], for inputs of that shape."""
         x = x + self.attention(self.attention_norm(x))
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
@@ -215,7 +215,7 @@ def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
 
 
 def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
-    """Make the paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters; [b, 1, 28, 28] to the same.
+    """Make the paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters, for float[b, 1, 28, 28].
 
     Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The
     decoder is symmetrical": transposed convolutions in reverse. Two choices are open in the paper; here the code layer
@@ -241,7 +241,7 @@ def _last(output: str) -> list[nn.Module]:
 
 
 def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
-    """Make a fully connected autoencoder with ReLU; the decoder mirrors `widths`; [b, *shape] to the same."""
+    """Make a fully connected autoencoder with ReLU; the decoder mirrors `widths`, for inputs [b, *shape]."""
     sizes = [shape.numel(), *widths]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -305,7 +305,7 @@ class Task(nn.Module):
             examples = "data.name = 'text'" if self.reads_text else "images"
             raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
 
-        # Each network supports certain shapes of examples.
+        # Make the network, after checking that it supports the shape of the examples.
         if self.reads_text:
             self.network: nn.Module = CharTransformer(
                 classes, shape[0], width=config.width, depth=config.depth, heads=config.heads

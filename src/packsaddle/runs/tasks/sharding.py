@@ -19,7 +19,7 @@ History = Sequence[tuple[int, int]]  # (first step, number of workers) of each p
 
 @dataclass(frozen=True)
 class Calendar:
-    """Conversion of steps to epochs (passes of all workers together) for the current number of workers."""
+    """Conversion of steps to epochs (passes of all workers together), for a changing number of workers."""
 
     per_epoch: int  # steps in an epoch
     start: int  # first step with this number of workers
@@ -28,7 +28,7 @@ class Calendar:
 
     @classmethod
     def of(cls, history: History, examples: int, batch_size: int, epochs: float) -> "Calendar":
-        """Make the calendar of a run, with at least one step after the last change of workers."""
+        """Make the calendar of a run, with at least one step after the last change of the number of workers."""
         done = 0.0
         for (start, workers), (stop, _) in pairwise(history):
             done += (stop - start) / _per_epoch(examples, batch_size, workers)
@@ -125,7 +125,7 @@ class Batches:
 def deal(
     data: Dataset, how: str, batch_size: int, *, seed: int, history: History, workers: Iterable[int]
 ) -> list[Batches]:
-    """Return the batches of the given current workers, in a run with a `history` of changing numbers of workers.
+    """Return the batches of each of the given `workers`, in a run with a `history` of numbers of workers.
 
     After a change, the remaining examples of unfinished passes go to the new workers that own them, so that none is
     repeated or dropped. Raises ConfigError if a worker has no examples.
@@ -157,7 +157,7 @@ class Examples:
     """Chosen examples as an iterable of batches, on a device and in a dtype; may be iterated repeatedly."""
 
     data: Dataset
-    index: Tensor  # int64[n]
+    index: Tensor  # indices of the examples, int64[n]
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_size: int = _BATCH

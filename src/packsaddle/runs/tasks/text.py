@@ -21,7 +21,7 @@ _CODE_POINTS = 0x110000
 class Text:
     """A text cut into windows: example i reads codes[i c : i c + c] and predicts codes[i c + 1 : i c + c + 1]."""
 
-    codes: Tensor  # int16[n c + 1]
+    codes: Tensor  # codes of the characters, int16[n c + 1]
     context: int  # c, characters of a window
     vocabulary: str  # the character of code j is vocabulary[j - 1]; others are UNKNOWN
 
