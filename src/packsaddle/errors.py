@@ -1,7 +1,7 @@
 """Exceptions with messages for users, checks of numbers, reading of text files, and import of optional packages.
 
-For use in every layer. The command line prints the message of a ConfigError and exits with code 2; for a GuardError,
-with code 1.
+Any module may import this one. The command line prints the message of a ConfigError and exits with code 2, and that of
+a GuardError with code 1.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from types import ModuleType
 class ConfigError(ValueError):
     """An invalid configuration or command; the message is one line.
 
-    `key` is the path of the invalid key, or of the table if several keys are involved; (): none.
+    `key` is the path of the invalid key in the configuration, or of the table if several keys are involved; (): none.
     """
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
@@ -28,7 +28,7 @@ class GuardError(RuntimeError):
 
 
 class MessageError(ValueError):
-    """A compressor's message that cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
+    """A compressor's message cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
 
     `part` is the part's name, `expected` its requirement, `found` the actual value, `compressor` the compressor's name,
     `worker` the sender's rank (None: unknown).

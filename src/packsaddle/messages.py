@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-_SHOWN = 200  # characters of a value, or of a key, in a message
-_LINE = 1000  # characters of a message
+_SHOWN = 200  # most characters of a value, or of a key, in a message
+_LINE = 1000  # most characters of a message
 
 
 def shown(value: Any) -> str:
@@ -29,14 +29,14 @@ def printable(text: str) -> str:
 def cell(value: Any) -> Any:
     """Return a value for a CSV file, with an apostrophe before text that a spreadsheet would run as a formula.
 
-    Text that begins with an apostrophe gets another one, so that `read_cell` can undo it.
+    Text that begins with an apostrophe gets another one, so that `read_cell` can restore the text.
     """
     starts = ("'", "=", "+", "-", "@", "\t", "\r", "\n")
     return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
 
 
 def read_cell(text: str) -> str:
-    """Return the text that `cell` wrote."""
+    """Return the original text of a CSV value that `cell` returned."""
     return text.removeprefix("'")
 
 
@@ -51,5 +51,5 @@ def first_line(error: Exception) -> str:
 
 
 def numbered(noun: str, numbers: Sequence[int]) -> str:
-    """Return "worker 1", or "workers 1, 3"."""
+    """Return a noun with one or several numbers, such as "worker 1" or "workers 1, 3"."""
     return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

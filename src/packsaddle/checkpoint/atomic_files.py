@@ -12,7 +12,7 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
     """Write a file atomically, by `write(file)` to a temporary file, fsync and rename. Raises OSError.
 
     Creates the folder. On failure an existing file is unchanged, and the temporary file is removed. `file` has `write`
-    and `flush`, for `torch.save`. Returns the size in bytes; `digest`, of hashlib, is updated with the written bytes.
+    and `flush`, for `torch.save`. Returns the size in bytes; `digest`, a hashlib object, is updated with all bytes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
@@ -53,14 +53,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Sink:
-    """A file whose `check` raises the first OSError of its writes, since `torch.save` may crash if `write` raises."""
+    """A file that defers the OSError of a write to `check`, since `torch.save` may crash if `write` raises."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest
         self._failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes, unless an earlier write has failed."""
+        """Write bytes, unless an earlier write failed; return their number."""
         view = memoryview(data).cast("B")
         if self._failure is None:
             try:
@@ -75,7 +75,7 @@ class _Sink:
         """No-op: `check` flushes."""
 
     def check(self) -> None:
-        """Flush, and raise the OSError of a write that failed."""
+        """Flush the file, or raise the OSError of the first write that failed."""
         if self._failure is not None:
             raise self._failure
         self._file.flush()

@@ -1,7 +1,7 @@
 """An advisory lock between processes, on a file (flock).
 
-The operating system releases it when no process has the file open any more, however they ended. The file contains the
-holder's process id and host. `release` removes it; a file left by a killed process is not locked.
+The operating system releases the lock when no process has the file open, however the processes ended. The file contains
+the holder's process id and host. `release` removes the file; a file left by a killed process is not locked.
 """
 
 import errno
@@ -16,11 +16,11 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_LONGEST = 4096  # bytes read of the file
+_LONGEST = 4096  # most bytes to read from a lock file
 
 
 class HeldError(RuntimeError):
-    """Another process has the lock; the message names it."""
+    """Another process has the lock; the message names that process."""
 
 
 class NoLocksError(OSError):
@@ -28,11 +28,11 @@ class NoLocksError(OSError):
 
 
 def acquire(path: Path) -> int:
-    """Create and lock a file; return its descriptor, which must stay open.
+    """Create a file and lock it; return its descriptor, which must stay open while the lock is needed.
 
     Raises HeldError if another process has the lock, NoLocksError, and OSError if the file cannot be opened.
     """
-    # The last holder may remove the file between open and lock: then the lock is on a deleted file.
+    # The last holder may remove the file between open and lock: then the lock is on a deleted file, so try again.
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -50,7 +50,7 @@ def acquire(path: Path) -> int:
 
 
 def release(fd: int, path: Path) -> None:
-    """Close this process's descriptor of a lock, and remove the file unless another process holds it."""
+    """Release a lock by closing its descriptor, and remove its file unless another process has locked it."""
     os.close(fd)
     with suppress(OSError):
         fd = os.open(path, os.O_RDWR)
@@ -70,7 +70,7 @@ def release_everywhere(fd: int, path: Path) -> None:
 
 def check_not_held(path: Path) -> None:
     """Raise HeldError if another process has the lock now."""
-    with suppress(OSError):  # never locked, or locks are not supported
+    with suppress(OSError):  # the file was never locked, or locks are not supported
         fd = os.open(path, os.O_RDWR)
         try:
             if not _lock(fd, shared=True):

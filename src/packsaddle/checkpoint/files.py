@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from packsaddle.checkpoint.atomic_files import set_aside, write_whole
 from packsaddle.errors import ConfigError
 
-FORMAT = 2  # 1, of development versions, had all tensors in every worker's file
-_STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # set aside with the suffix
+FORMAT = 2  # version of the files; 1, of development versions, had all tensors in every worker's file
+_STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks a folder that was set aside
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
-_LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters need a tenth
+_LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters need a tenth of that
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -60,7 +60,7 @@ class Manifest:
     workers: int
     bytes: int
     sha256: str
-    common_sha256: str  # of the tensors that only worker 0's file contains; "": none
+    common_sha256: str  # sha256 of the tensors that are stored in worker 0's file only; "": none
     shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by module part and tensor name
     packsaddle: str
     torch: str
@@ -73,12 +73,12 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps with a folder, except those set aside, in ascending order."""
+    """Return the steps that have a folder, except folders set aside as unusable, in ascending order."""
     return sorted(step for step, _, aside in _step_folders(folder) if not aside)
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path, bool]]:
-    """Return step, folder, and True if it is set aside, for each step folder."""
+    """Return step number, path, and True if set aside, for each step folder in a checkpoint folder."""
     found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     return [(int(match[1]), path, match[2] is not None) for match, path in found if match]
 
@@ -112,7 +112,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamagedError(f"{path} is damaged: not a manifest") from None
 
-    # The digest covers all other keys; which keys there are depends on the format.
+    # The digest covers all other keys. It is checked before the format, on which the set of keys depends.
     if digest != _digest(found):
         raise DamagedError(f"{path} is damaged: its sha256 is another")
     if found.get("format") != FORMAT:
@@ -129,7 +129,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
 
 
 def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Load a worker's tensors to the CPU, if size and sha256 match its manifest. Raises DamagedError."""
+    """Load a worker's tensor file to the CPU. Raises DamagedError unless size and sha256 match the manifest."""
     path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
 
     # Only bytes with the manifest's size and sha256 reach torch.load.
@@ -147,7 +147,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except DamagedError:
         raise
-    except Exception as error:  # whole, but not made by save_checkpoint
+    except Exception as error:  # undamaged, but not written by save_checkpoint
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise DamagedError(f"{path} was not made by save_checkpoint")
@@ -155,7 +155,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise CheckpointError, naming the place, for a value that weights_only=True would not load."""
+    """Raise CheckpointError if a nested value has parts that torch.load(weights_only=True) would not load."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
             if not _is_plain_key(key):
@@ -189,7 +189,7 @@ def newest_of(folder: Path, rank: int) -> int:
 
 
 def rotate(folder: Path, keep: int, had: int) -> None:
-    """Remove all workers' files of steps older than the `keep` newest and than `had`, which all workers have saved."""
+    """Remove the files of steps older than the `keep` newest and than `had`, the newest step saved by all workers."""
     oldest = min(steps_in(folder)[-keep:][0], had)
     for step, path, _ in _step_folders(folder):
         if step < oldest:
@@ -203,7 +203,7 @@ def remove_all(folder: Path) -> None:
 
 
 def remove(step: Path) -> None:
-    """Remove a step's folder, manifests first. Other workers may do so at the same time."""
+    """Remove a step's folder, manifests first. Other workers may remove it at the same time."""
     try:
         for file in sorted(step.iterdir(), key=lambda p: p.suffix != ".json"):
             if _OURS.fullmatch(file.name):
@@ -214,7 +214,7 @@ def remove(step: Path) -> None:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename the folders of all steps after `step`, which are unusable, so that this run never reads them."""
+    """Rename the folders of all steps after `step`, which are incomplete or damaged, so that they are never read."""
     for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
             set_aside(path)

@@ -19,14 +19,14 @@ class Part(Protocol):
         """Return the state as tensors and plain types."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore the state."""
+        """Restore the state from a result of `state_dict`."""
 
 
 Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError if `parts` is not a mapping to parts, or misses an optimizer's LocalUpdates."""
+    """Raise CheckpointError if `parts` is not a mapping of names to parts, or misses an optimizer's LocalUpdates."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():
@@ -45,13 +45,13 @@ def modules(parts: Parts) -> list[str]:
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return dtype and shape of each tensor of a module's state, by name."""
+    """Return dtype and shape of each tensor in a module's state, such as "float32[64, 64]", by name."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
 
 
 def device_of(parts: Parts) -> torch.device:
-    """Return the device on which workers exchange: that of the first part that has tensors."""
+    """Return the device for collectives: that of the first tensor found in the parts, else the CPU."""
     for part in parts.values():
         held = [g["params"] for g in part.param_groups] if isinstance(part, Optimizer) else part.state_dict()
         for leaf in tree_leaves(held):
@@ -61,7 +61,7 @@ def device_of(parts: Parts) -> torch.device:
 
 
 def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Raise CheckpointError, naming the first difference, unless a module's tensors match the saved ones."""
+    """Raise CheckpointError, naming the first difference, unless a module's `shapes` match the saved ones."""
     for name, shape in here.items():
         if saved.get(name) != shape:
             raise CheckpointError(f"{part}: {name} is {shape} here, but {saved.get(name, 'not')} in the checkpoint")
@@ -71,7 +71,7 @@ def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -
 
 
 def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the saved parts have the names of `parts`."""
+    """Raise CheckpointError unless the saved state has the same names of parts as `parts`."""
     if parts.keys() != state.keys():
         here, there = ", ".join(sorted(parts)), ", ".join(sorted(state))
         raise CheckpointError(f"the parts are {here} here, but {there} in the checkpoint")
@@ -102,14 +102,14 @@ def _check_groups(part: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollectives) -> None:
-    """Load all parts on all workers, or none anywhere; collective. Raises CheckpointError."""
+    """Restore all parts on all workers; if one fails, roll back all and raise CheckpointError. Collective."""
     before = {name: _copied(part.state_dict()) for name, part in parts.items()}
 
     def load() -> None:
         for name, part in parts.items():
             try:
                 part.load_state_dict(state[name])
-            except Exception as error:  # on any error, the other parts must be restored
+            except Exception as error:  # after any error, all parts must be rolled back
                 raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
     try:
@@ -130,7 +130,7 @@ def _copied(value: Any) -> Any:
 
 
 def attempt(work: Callable[[], None]) -> tuple[str, str]:
-    """Call `work`; return type name and message of the CheckpointError that it raises, "" and "" without one."""
+    """Call `work`; return type name and message of the CheckpointError that it raises, or "" and "" if it succeeds."""
     try:
         work()
     except CheckpointError as error:
@@ -139,7 +139,7 @@ def attempt(work: Callable[[], None]) -> tuple[str, str]:
 
 
 def first_problem(outcomes: list[Any]) -> tuple[str, str]:
-    """Return the error of the first worker, from all workers' `attempt`; DamagedErrors only if there are no others."""
+    """Return type and message of one error in all workers' `attempt` results: the first by rank, DamagedErrors last."""
     found = sorted((kind == "DamagedError", rank, kind, text) for rank, (kind, text) in enumerate(outcomes) if text)
     if not found:
         return "", ""

@@ -2,13 +2,13 @@
 
 Tensors are shared if the sha256 of their dtype, shape and bytes is equal, such as the weights of a
 DistributedDataParallel model and the state of a torch optimizer. Only worker 0's file contains them; the other files
-have their paths, and the manifests their joint fingerprint, so that a worker-0 file of another save is detected.
+list their paths, and the manifests their joint fingerprint, so that a worker-0 file of another save is detected.
 
-For another number of workers, values equal on all workers are kept and the rest is averaged. This preserves the mean of
-the error memories (the sum of all unapplied updates), x, y, and means of momenta, which are linear in each worker's
-gradients. Owner errors of a two-way exchange are errors of the mean, and are added to the error memories. If workers
-train separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too,
-as an exchange would do.
+For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
+parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
+each worker. Owner errors, the residuals of a two-way exchange's mean, are added to the error memories. If workers train
+separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too, as in
+an exchange.
 """
 
 import copy
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.comm.communicator import ObjectCollectives
 
-Path = tuple[Any, ...]  # keys from the outermost
+Path = tuple[Any, ...]  # keys and indices in nested containers, outermost first
 
 
 def fingerprint(value: Any) -> bytes:
@@ -38,7 +38,7 @@ def fingerprint(value: Any) -> bytes:
 
 
 def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) -> tuple[list[Path], str]:
-    """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective.
+    """Return the paths of this worker's tensors that equal those of worker 0, and a joint fingerprint; collective.
 
     Empty on worker 0, which writes all of its tensors.
     """
@@ -58,7 +58,8 @@ def without(content: Any, paths: list[Path]) -> Any:
 def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
     """Return a copy of `content` with the tensors of `whole` at these paths, and their joint fingerprint.
 
-    Tensors are copied, so that two workers' contents share no memory. Raises LookupError or TypeError without them.
+    Tensors are copied, so that two workers' contents share no memory. Raises LookupError or TypeError if `whole` misses
+    one of them.
     """
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
@@ -68,7 +69,7 @@ def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
 
 
 def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield path and tensor of all non-empty plain tensors; DTensors, sparse and quantized ones are never shared."""
+    """Yield path and tensor of all non-empty plain tensors. Others (DTensors, sparse, quantized) are never shared."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _tensors(inner, (*path, key))
@@ -123,8 +124,9 @@ def resharded(
 ) -> dict[str, Any]:
     """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
 
-    `template` is the content of worker 0's file, on every worker, and `contents` are those of the files that this
-    worker has read, each read by one worker. Raises CheckpointError, on every worker, if a state cannot be converted.
+    `template` is the content of worker 0's file, present on every worker; `contents` are those of the files that this
+    worker has read. Each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
+    converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
     apart = any(getattr(part, "trains_apart", False) for part in parts.values())
@@ -138,10 +140,10 @@ def resharded(
                 f"one of the {workers} workers that saved it, so it cannot be loaded by another number of workers"
             )
 
-        # Differing floats are averaged in buffers and, between rounds of local updates, parameters and optimizers.
+        # Floats that differ are averaged in buffers, and with local updates also in parameters and optimizer states.
         different = _different(split, mine, collectives)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-        own = apart and isinstance(part, nn.Module | Optimizer)  # between rounds of local updates
+        own = apart and isinstance(part, nn.Module | Optimizer)  # these differ between exchanges of local updates
         for path in different:
             value = split.equal[path]
             has_mean = isinstance(value, Tensor) and value.is_floating_point()
@@ -152,7 +154,7 @@ def resharded(
                     f"have no meaning, so it cannot be loaded by another number of workers"
                 )
 
-        # Means over the workers that saved; each file was read by one worker.
+        # Average over the workers that saved the checkpoint; each file was read by one of the current workers.
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         _write_into(part, state, _mean(means, sums, workers, collectives))
@@ -161,7 +163,7 @@ def resharded(
 
 
 def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "Split":
-    """Split a part of the template, which all workers have, so that all raise if it cannot be converted."""
+    """Split a part's state in the template. As all workers have the template, all raise if it cannot be converted."""
     try:
         return _split(part, template["parts"][name], workers)
     except ValueError as error:
@@ -171,7 +173,7 @@ def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "
 def _mean_of_extra(
     template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return worker 0's `extra`, with floating-point tensors averaged if all workers have them with one shape."""
+    """Return worker 0's `extra`, with floating-point tensors averaged if they have the same shape on all workers."""
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
     here = [[_layout(content["extra"].get(k)) == _layout(extra[k]) for content in contents] for k in candidates]
@@ -187,7 +189,7 @@ def _mean(
     workers: int,
     collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
-    """Return the means over all workers that saved, accumulated in float64."""
+    """Return the mean of each tensor over all workers that saved the checkpoint, accumulated in float64."""
     found = {}
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=collectives.device)
@@ -248,10 +250,10 @@ def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
 
 
 def _write_into(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
-    """Write means, and the values of this worker's own, into a state, in place."""
+    """Write averaged tensors, and values that are specific to this worker, into a state dict, in place."""
     replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
     for path, value in {**means, **replaced}.items():
         *outer, key = path
-        if outer and _at(state, tuple(outer)) is None:  # worker 0 had none of these tensors
+        if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
             _at(state, tuple(outer[:-1]))[outer[-1]] = {}
         _at(state, tuple(outer))[key] = value

@@ -43,12 +43,12 @@ from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 from packsaddle.version import __version__
 
-Contents = dict[int, dict[str, Any]]  # contents of files, by the rank that saved them
+Contents = dict[int, dict[str, Any]]  # contents of the tensor files, by the rank that saved them
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint.
+    """The step, further state and origin of a checkpoint that was loaded.
 
     >>> import tempfile
     >>> import torch
@@ -59,9 +59,9 @@ class Checkpoint:
     Checkpoint(step=10, extra={}, workers=1)
     """
 
-    step: int  # after which it was saved
-    extra: dict[str, Any]  # as it was saved
-    workers: int  # number of workers that saved it
+    step: int  # step after which the checkpoint was saved
+    extra: dict[str, Any]  # further state of the run, given to `save_checkpoint`
+    workers: int  # number of workers that saved the checkpoint
     notes: tuple[str, ...] = field(default=(), repr=False)  # warnings for the user, one line each
 
 
@@ -120,7 +120,7 @@ def save_checkpoint(
 
 
 def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: int, keep: int) -> None:
-    """Add the parts' states to `content`. Raises CheckpointError if they cannot be saved there as this step."""
+    """Add the parts' states to `content`. Raises CheckpointError if they cannot be saved in `folder` as this step."""
     if keep < 2:  # while a step is being written, only the one before is complete
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
@@ -129,7 +129,7 @@ def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: in
     for name, value in {**content["parts"], "extra": content["extra"]}.items():
         check_plain(value, name)
 
-    # Later steps in the folder are another run's, and would be loaded in place of this one.
+    # Later steps in the folder belong to another run, and would be loaded in place of this step.
     try:
         later = [s for s in steps_in(folder) if s > step]
     except OSError as error:
@@ -150,10 +150,10 @@ def load_checkpoint(
 ) -> Checkpoint | None:
     """Restore the newest step in `folder` with intact files of every worker; collective.
 
-    Newer, damaged steps are renamed to step-STEP.unusable, with a warning. On another number of workers, x is kept and
-    each worker gets the mean of the error memories, with a warning. On the same number, training continues bitwise
-    identically. Returns None if there is no step, or only one unfinished step. Raises CheckpointError, on every worker
-    and with all parts unchanged, if no step is intact, if a part does not fit (another model, another seed, ...), or
+    Newer, damaged steps are renamed to step-STEP.unusable, with a warning. On another number of workers, parameters are
+    kept and each worker gets the mean of the error memories, with a warning. On the same number, training continues
+    bitwise identically. Returns None if there is no step, or only one unfinished step. Raises CheckpointError, on every
+    worker and with all parts unchanged, if no step is intact, if a part does not fit (another model or seed, ...), or
     if it cannot be converted to this number of workers. `parts` and `process_group` are as in `save_checkpoint`.
 
     >>> import tempfile
@@ -180,28 +180,28 @@ def load_checkpoint(
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """`load_checkpoint` with its warnings in `notes`. Step -1: only an unfinished first step existed, as in `notes`."""
+    """Load as `load_checkpoint` does, with warnings in `notes`; step -1 if there was only an unfinished first step."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
 
 
 class _Restoring:
-    """Finds the newest intact step and loads it; every method is collective."""
+    """One call of `restore`: finds the newest intact step and loads it. Every method is collective."""
 
     def __init__(self, folder: Path, parts: Parts, collectives: ObjectCollectives) -> None:
         self._folder, self._parts, self._collectives = folder, parts, collectives
         self._rank, self._size = collectives.group.rank, collectives.group.size
 
     def run(self) -> Checkpoint | None:
-        """See `restore`."""
+        """Load the newest intact step, and return it as `restore` does."""
         seen = [
             {int(step): v for step, v in survey.items()} for survey in self._collectives.gather(_survey(self._folder))
         ]
-        problems: dict[int, str] = {}  # by step
+        problems: dict[int, str] = {}  # message for each unusable step
         damaged = False
 
-        # The newest intact step, and the problems of newer ones.
+        # Find the newest intact step, and collect the problems of newer ones.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
             surveys = [survey.get(step, {}) for survey in seen]
             workers, problem, unfinished = saved_by(surveys)
@@ -223,8 +223,8 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], has_first: list[bool]) -> tuple[Contents, str]:
-        """Return the contents of the files that `holders` assigns to this worker, and any damage found ("": none), the
-        same on all workers. Tensors shared with worker 0 are filled in; workers without its file receive them."""
+        """Return the contents of the files that `holders` assigns to this worker, and a message if any worker's files
+        are damaged (else ""). Tensors shared with worker 0 are filled in; workers without its file receive them."""
         contents: Contents = {}
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
@@ -239,7 +239,7 @@ class _Restoring:
         return contents, problem
 
     def _problem(self, work: Callable[[], None]) -> str:
-        """Call `work`; return the first DamagedError's text, or "", on all. Raises CheckpointError for other errors."""
+        """Call `work`; return the first DamagedError's message ("": none) on all workers. Other errors are raised."""
         kind, problem = first_problem(self._collectives.gather(attempt(work)))
         if problem and kind != "DamagedError":
             raise CheckpointError(problem)
@@ -260,7 +260,7 @@ class _Restoring:
         return Checkpoint(step, content["extra"], workers, notes)
 
     def _own_content(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
-        """Return this worker's own content, sent by another worker if that one has the file on its disk."""
+        """Return the content of this worker's own file, sent by another worker if only that one has the file."""
         for i, holder in enumerate(holders):
             if holder != i:
                 sent = self._collectives.send(contents.get(i), holder)
@@ -309,7 +309,7 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
         if present == set(range(workers)):
             return workers, "", False
 
-    # Report damage before absence, which an interrupted save explains.
+    # Report damaged files before missing ones, which an interrupted save explains.
     errors = [found for survey in surveys for found in survey.values() if isinstance(found, str)]
     if errors:
         return 0, errors[0], False
@@ -321,7 +321,7 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
-    """Return the rank that reads each file i: rank i modulo the group size if it has it, else the first that does."""
+    """Return the rank that reads each worker i's file: i modulo the group size if it has the file, else the first."""
     found = []
     for i in range(workers):
         owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]
@@ -344,7 +344,7 @@ def _read_files(
 
 
 def _complete(folder: Path, found: Mapping[int, tuple[Manifest, dict[str, Any]]], first: Any, out: Contents) -> None:
-    """Fill worker 0's shared tensors into the contents. Raises DamagedError if their fingerprint does not match."""
+    """Fill the tensors shared with worker 0 into the contents. Raises DamagedError if a fingerprint does not match."""
     for rank, (manifest, content) in found.items():
         common = content.pop("common")
         try:

@@ -1,10 +1,10 @@
 """Communication between workers: groups, launching, failures, byte counts, and averaging compressed vectors.
 
 Read `group` first (the four collectives, and how `resolve` selects a group), then `communicator` (the same collectives,
-counted in a `ledger`) and `aggregators` (one class for each way to average messages; `select_aggregator` chooses).
-`simulation` runs W workers in one process, a group of `machines` sends from one process per machine, and workers of a
-`managed` group may join and leave; `cost_model` predicts bytes and critical paths. torch.distributed is imported here,
-and otherwise only in `hooks.ddp` and the benchmarks' peers.
+with byte counts recorded in a `ledger`) and `aggregators` (one class for each method of averaging compressed vectors;
+`select_aggregator` chooses one). `simulation` runs W workers in one process, `machines` is a group in which only one
+process per machine uses the network, and workers of a `managed` group may join and leave. `cost_model` predicts bytes
+and critical paths. torch.distributed is imported only here, in `hooks.ddp` and in the benchmarks' peers.
 """
 
 from packsaddle.comm.aggregators import Aggregator

@@ -22,7 +22,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Term:
-    """A decoded message times `weight`, on the coordinates [start, stop) of a vector."""
+    """One term of a sum of compressed vectors: a message that decodes to coordinates [start, stop), times `weight`."""
 
     compressor: Compressor
     message: Message
@@ -31,26 +31,26 @@ class Term:
     weight: float = 1.0
 
     def add_to(self, out: Tensor, alpha: float) -> None:
-        """Add alpha times this term to out, float[d], in place."""
+        """Decode the message, and add alpha times this term to the vector out, float[d], in place."""
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
     def magnitude(self) -> Tensor:
-        """Return an approximate largest magnitude of this term, float64[]; finite if its message is."""
+        """Return the approximate largest absolute value of this term, float64[]; finite if the message is finite."""
         parts = [magnitude(part) for part in self.message.parts.values() if part.is_floating_point()]
         return torch.stack(parts).sum() * self.weight
 
 
 @dataclass(frozen=True)
 class Averaged:
-    """The result of one exchange. `own` and `mean` are sums of terms, on the compressed coordinates."""
+    """The result of averaging a vector over workers. `own` and `mean` are sums of terms, on compressed coordinates."""
 
-    own: tuple[Term, ...]  # this worker's C(v), which its error memory subtracts
-    mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all
+    own: tuple[Term, ...]  # this worker's compressed vector C(v); its error memory becomes v - C(v)
+    mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
     dense: Tensor  # float[d - compressed d], the mean of the uncompressed parts
-    error: MessageError | None = None  # another worker's message is invalid: all workers must reject the exchange
+    error: MessageError | None = None  # error of an invalid message, for which all workers reject the mean; None: valid
 
     def write_to(self, out: Tensor) -> Tensor:
-        """Write the mean to out, float[d], which must be zero; return out."""
+        """Write the mean of all d coordinates, the uncompressed ones last, to out, zeros[d]; return out."""
         n = len(out) - len(self.dense)
         for term in self.mean:
             term.add_to(out[:n], 1.0)
@@ -58,9 +58,9 @@ class Averaged:
         return out
 
     def magnitude(self) -> Tensor:
-        """Return an approximate largest magnitude of the mean, float64[]; bitwise identical on all workers.
+        """Return the approximate largest absolute value of the mean, float64[]; bitwise identical on all workers.
 
-        Computed from the messages, without decoding them. Workers send no vector whose C(v) could overflow (see
+        Computed from the messages, without decoding them. Workers send no vector v whose C(v) could overflow (see
         `numerics.finite.is_in_range`), so the mean is finite if the messages and the uncompressed part are.
         """
         return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
@@ -68,17 +68,17 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Work:
-    """Operation counts of a worker in one exchange, for messages of `coordinates` coordinates."""
+    """Counts of a worker's encode, decode and add operations in one exchange, on vectors of `coordinates` numbers."""
 
     compressor: Compressor
     coordinates: int
     encode: int = 0
-    decode: int = 0  # messages of other workers, received and added to a vector
-    add: int = 0  # messages whose context is known, added to a vector or to the error memory
+    decode: int = 0  # messages of other workers, decoded and added to a vector
+    add: int = 0  # messages with known context (`Message.context`), added to a vector or to the error memory
 
 
 class Aggregator(ABC):
-    """Averages C(v_i), v_i float[d], and an uncompressed part over workers i. May have state, such as owner errors."""
+    """A method of averaging compressed vectors C(v), and uncompressed parts, over workers. Some have state."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
@@ -91,25 +91,25 @@ class Aggregator(ABC):
     def average(
         self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
-        """Average C(v), v float[d], and the uncompressed part `dense`; collective. v and dense are not changed.
+        """Average C(v), v float[d], and the uncompressed part `dense` over workers; collective. Inputs do not change.
 
-        If a message of another worker is invalid, dense[flag] is averaged as NaN, for all workers to reject the mean,
-        and `Averaged.error` is set. Without `flag` MessageError is raised.
+        If a message of another worker is invalid, this worker sends NaN as dense[flag], so that all workers reject the
+        mean, and sets `Averaged.error`. Without `flag` it raises MessageError.
         """
 
     @abstractmethod
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         """Return the collectives of one exchange of d compressed and `dense` uncompressed coordinates, in order.
 
-        Sizes are exact if messages have a fixed size, else expected ones.
+        Their sizes are exact if the compressor's messages have a fixed size; otherwise they are expected sizes.
         """
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        """Predict the bytes of one worker in one exchange, from its `collectives`."""
+        """Predict the bytes that worker `rank` sends and receives in one exchange, from its `collectives`."""
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the busiest worker's coding operations in one exchange, including its application."""
+        """Return the operation counts of the busiest worker in one exchange, including those that apply the mean."""
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
@@ -117,50 +117,50 @@ class Aggregator(ABC):
         return {}
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
-        """Return `pending`, float[>= d], plus this worker's part of the aggregator's own residuals.
+        """Return the unapplied update `pending`, float[>= d], plus this worker's part of the aggregator's residuals.
 
-        The mean of the results over workers is the sum of all unapplied updates.
+        The mean of the results over workers is the total unapplied update.
         """
         return pending
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange for a vector of d coordinates of equal magnitude."""
+        """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d coordinates of equal size."""
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
-        """Raise ValueError if the compressor does not support d coordinates, or the size of a chunk of them."""
+        """Raise ValueError if the compressor does not support d coordinates, or one worker's chunk of them."""
         if d:
             self.compressor.validate(d)
 
     def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
-        """Reset the aggregator's state, residuals included."""
+        """Reset the aggregator's state, including its residuals."""
 
     def snapshot(self) -> Any:
         """Return the aggregator's state, for `restore`."""
         return None
 
     def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators have no state
-        """Roll back to `snapshot`, discarding the exchanges since."""
+        """Roll the state back to `snapshot`, and discard the exchanges since then."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state other than residuals, such as a warm start: tensors and plain types. It contains no update."""
+        """Return the state without residuals, such as the low-rank warm start, as tensors and plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
-        """Restore `state`, from `state_dict`, to `device`. Entries that do not fit have no effect."""
+        """Restore a state from `state_dict`, with its tensors on `device`. Entries that do not fit have no effect."""
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
         return (Term(self.compressor, message, 0, d, weight),) if d else ()
 
     def _seed_of(self, worker: int, seed: int) -> int:
-        """Return the seed of a worker's encoding, a separate one if the compressor's randomness is private."""
+        """Return the random seed of a worker's encoding: its own for a `private` compressor, else the shared one."""
         return mix(seed, worker + 1) if self.compressor.private else seed
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the uncompressed part. The result is exactly C of the mean.
+    """One all-reduce of a linear compressor's message and the uncompressed part. Gives exactly the compressed mean.
 
-    The buffer is reused: a result is valid until the next exchange.
+    The communication buffer is reused: a result is valid until the next exchange.
     """
 
     def __init__(self, compressor: Compressor) -> None:
@@ -204,7 +204,7 @@ class AllGather(Aggregator):
                 if worker != channel.group.rank:
                     message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
                 mean += self._terms(message, len(v), 1.0 / channel.group.size)
-        # Last, so that a worker can report an invalid message to all.
+        # The uncompressed part is averaged last: its flag reports an invalid message to all workers.
         mean_dense = mean_of_dense(channel, dense, invalid.error, flag)
         return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense, invalid.error)
 
@@ -214,7 +214,7 @@ class AllGather(Aggregator):
         return [RingAllGather(sizes), RingAllGather(message), RingAllReduce((dense * itemsize,))]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # all but its own are decoded
+        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # a worker does not decode its own
 
 
 class SharedSupportAllReduce(Aggregator):
@@ -251,10 +251,11 @@ class SharedSupportAllReduce(Aggregator):
 class LowRankAllReduce(Aggregator):
     """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the uncompressed part.
 
-    Each worker's error memory subtracts P P^T M_i, the projection of its own matrix, and all apply the mean of these.
-    PowerSGD subtracts the mean from every M_i instead, and differences between workers grow without bound. Q is the
-    last step's (P^T M)^T (a warm start) plus a tenth of a fresh Gaussian, identical on all workers, so that Q recovers
-    directions that it has lost.
+    P is an orthonormal basis of the columns of M Q, with M the mean of the workers' matrices M_i. Worker i subtracts
+    P P^T M_i, the projection of its own matrix, from its error memory, and all workers apply the mean of the
+    projections. PowerSGD subtracts that mean from every M_i, which lets differences between workers grow without bound.
+    Q is (P^T M)^T of the last step (the warm start) plus a tenth of a fresh Gaussian matrix, identical on all workers,
+    so that Q recovers lost directions.
     """
 
     compressor: LowRank
@@ -272,13 +273,13 @@ class LowRankAllReduce(Aggregator):
         fresh = compressor.gaussian(v, seed=seed, step=step)
         warm = self._qs if self._qs and [q.shape for q in self._qs] == [f.shape for f in fresh] else None
         qs = [q + 0.1 * f for q, f in zip(warm, fresh, strict=True)] if warm else fresh
-        # The first all-reduce: the mean of M_i Q, whose columns P spans.
+        # The first all-reduce: the mean of M_i Q. The columns of P are an orthonormal basis of its columns.
         products = [m @ q for m, q in zip(matrices, qs, strict=True)]
         if d:
             flat = channel.mean(torch.cat([p.reshape(-1) for p in products]), "left")
             pieces = torch.split(flat, [p.numel() for p in products])
             products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
-        # The second all-reduce: the mean of P^T M_i. This worker sent P P^T M_i; all apply the mean, P P^T M.
+        # The second all-reduce: the mean of P^T M_i. This worker's C(v) is P P^T M_i; all workers apply P P^T M.
         own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
         right = own.parts["right"] if d else dense[:0]
         mean, mean_dense = mean_with_dense(channel, right, "right", dense)
@@ -291,13 +292,13 @@ class LowRankAllReduce(Aggregator):
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Return the next warm start, (P^T M)^T at unit scale; None if one of them is zero or non-finite."""
+        """Return the next warm start, (P^T M)^T of each matrix at unit scale; None if one is zero or non-finite."""
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m
             following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
             right = right[size:]
-        # Without `for_tensors` the shapes are unknown here, and Q stays Gaussian.
+        # A compressor that is not bound to shapes by `for_tensors` has no warm start: Q stays Gaussian.
         valid = all(bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel())
         return following if valid and len(following) == len(qs) else None
 
@@ -326,12 +327,12 @@ def part_count(compressor: Compressor, d: int) -> int:
 
 @cache
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
-    """Return the expected bytes of a message for d coordinates."""
+    """Return the expected size in bytes of a compressor's message for d coordinates."""
     return round(compressor.message_bytes(d, itemsize)) if d else 0
 
 
 class Invalid:
-    """The first MessageError of `with invalid.of(worker):` blocks, which then end without it.
+    """Context manager that suppresses MessageErrors in `with invalid.of(worker):` blocks and records the first one.
 
     >>> from packsaddle.errors import MessageError
     >>> invalid = Invalid()
@@ -345,7 +346,7 @@ class Invalid:
     _worker: int | None = None
 
     def of(self, worker: int | None) -> Self:
-        """Set the sender of the message that the block receives; None: the error names it."""
+        """Set the rank of the sender whose message the block receives; None: the error itself contains the rank."""
         self._worker = worker
         return self
 
@@ -361,7 +362,7 @@ class Invalid:
 
 
 def most_bytes(d: int, parts: Parts) -> int:
-    """Return an upper bound on the bytes of any message with such parts for d coordinates, far above real ones."""
+    """Return a loose upper bound on the bytes of any message for d coordinates with the same number of parts."""
     return (64 * d + 4096) * len(parts)
 
 
@@ -370,7 +371,7 @@ def mean_of_dense(
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers, without a collective if it is empty.
 
-    With an `error`, dense[flag] is averaged as NaN; without `flag` the error is raised.
+    With an `error`, this worker sends NaN as dense[flag], or raises the error if `flag` is None.
     """
     if not len(dense) and error is None:
         return dense
@@ -383,6 +384,6 @@ def mean_of_dense(
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """All-reduce a message part, counted under `name`, together with the uncompressed part; return both means."""
+    """Return the means of a message part, `name` in the ledger, and of the uncompressed part, by one all-reduce."""
     mean = channel.mean(torch.cat([part, dense]), {name: len(part), "dense": len(dense)})
     return mean[: len(part)], mean[len(part) :]

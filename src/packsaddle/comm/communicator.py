@@ -1,9 +1,9 @@
 """Collectives with byte counts, collectives for Python objects, and a check that all workers have equal arguments.
 
-Bytes that each of W workers sends and receives: 2 (W - 1) / W n in a ring all-reduce of n bytes; (W - 1) n in a ring
-all-gather of n bytes per worker; in an all-to-all, the messages to and from other workers. A broadcast of n bytes
-counts as n received by every worker except rank 0, which sends (W - 1) n. Python objects are exchanged outside of
-training and are not counted.
+Each of W workers sends and receives 2 (W - 1) / W n bytes in a ring all-reduce of n bytes, (W - 1) n in a ring
+all-gather of n bytes per worker, and in an all-to-all its messages to and from other workers. In a broadcast of n
+bytes, rank 0 sends (W - 1) n, and every other worker receives n. Python objects are exchanged outside of training and
+are not counted.
 """
 
 import io
@@ -22,27 +22,27 @@ from packsaddle.errors import MessageError
 from packsaddle.version import __version__
 
 Parts = Mapping[str, Tensor]
-_MOST = 1 << 30  # bytes of a worker's texts or parts, if the caller has no lower limit
+_MOST = 1 << 30  # limit in bytes on the message of one worker, unless the caller sets a lower limit
 
 
 def ring_all_reduce(payload: int, workers: int) -> Bytes:
-    """Return one worker's bytes in a ring all-reduce of `payload` bytes."""
+    """Return the bytes that one worker sends and receives in a ring all-reduce of `payload` bytes."""
     wire = round(2 * (workers - 1) / workers * payload)
     return Bytes(payload, wire, wire)
 
 
 def ring_all_gather(payload: int, workers: int) -> Bytes:
-    """Return one worker's bytes in a ring all-gather of messages of `payload` bytes."""
+    """Return the bytes that one worker sends and receives in a ring all-gather of messages of `payload` bytes."""
     return Bytes(payload, (workers - 1) * payload, (workers - 1) * payload)
 
 
 def star_broadcast(payload: int, rank: int, workers: int) -> Bytes:
-    """Return one worker's bytes in a broadcast of `payload` bytes from rank 0."""
+    """Return the bytes that worker `rank` sends and receives in a broadcast of `payload` bytes from rank 0."""
     return Bytes(payload, payload * (workers - 1), 0) if rank == 0 else Bytes(0, 0, payload)
 
 
 class Communicator:
-    """A group's collectives. Their bytes are recorded in a ledger under `step`, which the caller advances."""
+    """The collectives of a group, with bytes recorded in a ledger under the current `step`, which the caller sets."""
 
     def __init__(self, group: Group, ledger: Ledger) -> None:
         self.group = group
@@ -52,7 +52,7 @@ class Communicator:
     def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
         """Average a tensor over workers in place by all-reduce, and return it.
 
-        `purpose` is the name in the ledger, or the number of elements under each name.
+        `purpose` is the name under which the ledger records the bytes, or the number of elements for each such name.
         """
         self.group.all_reduce(tensor)
         if self.group.size > 1:
@@ -63,7 +63,7 @@ class Communicator:
     def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
         """Average floating-point tensors over workers in place, at least in float32, by an all-reduce for each dtype.
 
-        `weight` is this worker's factor; the factors of all workers have the mean 1.
+        `weight` multiplies this worker's tensors; the weights of all workers must have mean 1.
         """
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
@@ -75,16 +75,17 @@ class Communicator:
                 tensor.copy_(mean.view(tensor.shape))
 
     def count_mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> None:
-        """Record the bytes of a `mean` that was computed without a collective."""
+        """Record the bytes of averaging a tensor in the ledger, without averaging it."""
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 
     def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None, most: int = _MOST) -> list[Parts]:
-        """Return every worker's parts, by rank. Names and dtypes must match on all workers, sizes if `fixed_size`.
+        """All-gather messages: return every worker's parts (tensors by name), by rank.
 
-        Otherwise sizes are gathered first, and shorter messages are padded to the longest. Bytes are recorded
-        under the parts' names, "sizes" and "padding", or all under `purpose`. Raises MessageError on all workers if the
-        sizes of one are not those of its parts, or above `most` bytes in all.
+        Names and dtypes must match on all workers, and with `fixed_size` also sizes. Otherwise sizes are gathered
+        first, and shorter messages are padded to the longest. Bytes are recorded under the parts' names, "sizes" and
+        "padding", or all under `purpose`. Raises MessageError on all workers if the sizes that one worker announces do
+        not fit such parts, or exceed `most` bytes in total.
         """
         wire = _join(parts)
         sizes = [_sizes(parts)] * self.group.size
@@ -109,8 +110,8 @@ class Communicator:
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts, *, most: int = _MOST) -> list[Parts]:
         """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by sender's rank.
 
-        `like` has the names and dtypes of the parts. Sizes are exchanged first. Raises MessageError, here alone, if
-        those of a worker are not sizes of such parts, or above `most` bytes in all.
+        `like` has the names and dtypes of the parts. Sizes are exchanged first. Raises MessageError, on this worker
+        only, if the sizes that another worker announces do not fit such parts, or exceed `most` bytes in total.
         """
         nothing = [0] * len(like)
         sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
@@ -137,9 +138,10 @@ class Communicator:
         self._count(purpose, "broadcast", star_broadcast(payload, self.group.rank, self.group.size))
 
     def broadcast_parts(self, parts: Parts | None, like: Parts, *, most: int = _MOST) -> Parts:
-        """Return rank 0's parts; others pass None. `like` has the names and dtypes. Sizes are broadcast first.
+        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. Sizes are broadcast first.
 
-        Raises MessageError if they are not sizes of such parts, or above `most` bytes in all.
+        `like` has the names and dtypes of the parts. Raises MessageError if the sizes do not fit such parts, or exceed
+        `most` bytes in total.
         """
         device = next(iter(like.values())).device
         sizes = torch.tensor([0] * len(like) if parts is None else _sizes(parts), device=device)
@@ -157,9 +159,9 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if announced `sizes` are not bytes of parts `like`, or above `most` in all.
+    """Raise MessageError if the sizes in bytes that a worker announces do not fit parts such as `like`.
 
-    Call before memory of these sizes is allocated.
+    Also raised if they exceed `most` in total. Call before memory of these sizes is allocated.
     """
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
@@ -168,7 +170,7 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
 
 
 def _sizes(parts: Parts) -> list[int]:
-    """Return the bytes of each part."""
+    """Return the size of each part in bytes."""
     return [part.numel() * part.element_size() for part in parts.values()]
 
 
@@ -178,13 +180,13 @@ def _join(parts: Parts) -> Tensor:
 
 
 def _packed(part: Tensor) -> Tensor:
-    """Return a flat tensor with stride 1, copied if necessary: `contiguous()` keeps other strides of one element."""
+    """Return a flat tensor with stride 1, copied if necessary: `contiguous()` keeps any stride of a single element."""
     return part if part.stride() == (1,) else part.new_empty(part.numel()).copy_(part)
 
 
 def _split(wire: Tensor, like: Parts, sizes: Sequence[int]) -> Parts:
-    """Split a byte buffer into parts with the names and dtypes of `like`; copies, to be aligned for their dtypes."""
-    pieces = torch.split(wire, [*sizes, len(wire) - sum(sizes)])  # the last is padding
+    """Split a byte buffer into parts with the names and dtypes of `like`, copied so that their memory is aligned."""
+    pieces = torch.split(wire, [*sizes, len(wire) - sum(sizes)])  # the last piece is padding
     return {name: b.clone().view(part.dtype) for (name, part), b in zip(like.items(), pieces, strict=False)}
 
 
@@ -202,7 +204,7 @@ class ObjectCollectives:
         return [json.loads(text) for text in self._channel.gather_text(json.dumps(value), self.device)]
 
     def send(self, content: Any, source: int) -> Any:
-        """Return the `content` of rank `source`, tensors and plain types, on all workers. Other content is ignored."""
+        """Broadcast `content`, tensors and plain types, from rank `source`; return it. Other ranks may pass None."""
         if self.group.size == 1:
             return content
         file = io.BytesIO()
@@ -212,12 +214,12 @@ class ObjectCollectives:
         wire = torch.zeros(size, dtype=torch.uint8, device=self.device)
         if self.group.rank == source:
             wire.copy_(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
-        self.group.all_reduce(wire)  # all others have zeros
+        self.group.all_reduce(wire)  # all other ranks contribute zeros
         return torch.load(io.BytesIO(wire.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def check_agreement(channel: Communicator, arguments: Mapping[str, object], device: torch.device) -> None:
-    """Raise ValueError on all workers, naming the first argument that differs and two workers; collective."""
+    """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective."""
     if channel.group.size == 1:
         return
     texts = [t.split("\n") for t in channel.gather_text(as_text(arguments), device, "start")]
@@ -232,4 +234,4 @@ def as_text(arguments: Mapping[str, object]) -> str:
     """Return arguments as text, one per line, identical on workers with equal arguments."""
     arguments = {"packsaddle": __version__, **arguments}
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
-    return re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses differ between processes
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # memory addresses in a repr differ between processes

@@ -16,20 +16,20 @@ from packsaddle.comm.ledger import Bytes
 class Cost:
     """Critical path of an exchange, from its start to its end on the last worker. Consecutive costs add."""
 
-    hops: int = 0  # sequential messages
-    fan: int = 0  # additional messages that one worker sends or receives concurrently with these
-    bytes: float = 0.0  # transferred sequentially over the busiest link
+    hops: int = 0  # number of sequential messages
+    fan: int = 0  # additional messages that one worker sends or receives concurrently with the sequential ones
+    bytes: float = 0.0  # bytes transferred sequentially over the busiest link
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.hops + other.hops, self.fan + other.fan, self.bytes + other.bytes)
 
 
 class Collective(ABC):
-    """One collective of W workers."""
+    """Cost model of one collective operation of W workers."""
 
     @abstractmethod
     def wire(self, rank: int, workers: int) -> Bytes:
-        """Return the bytes of one worker, as the ledger counts them."""
+        """Return the bytes that worker `rank` sends and receives, as the ledger records them."""
 
     @abstractmethod
     def cost(self, workers: int) -> Cost:
@@ -38,7 +38,7 @@ class Collective(ABC):
 
 @dataclass(frozen=True)
 class RingAllReduce(Collective):
-    """One all-reduce of concatenated messages, of these sizes in bytes."""
+    """One ring all-reduce of several concatenated messages, of `payloads` bytes each."""
 
     payloads: tuple[int, ...]
 
@@ -60,9 +60,10 @@ class RingAllGather(Collective):
         return ring_all_gather(self.payload, workers)
 
     def cost(self, workers: int) -> Cost:
-        """Two workers share one connection, on which gloo signals "ready to receive" after sending its first half.
+        """Return the critical path, of one and a half sequential messages for two workers, and W - 1 for others.
 
-        So the later worker sends this half before the other can start: one and a half sequential messages.
+        Two workers share one connection, on which gloo signals "ready to receive" only after it has sent the first half
+        of its own message. So the later worker sends this half before the other one can start.
         """
         hops = workers - 1 if self.payload else 0
         return Cost(hops, 0, hops * self.payload * (1.5 if workers == 2 else 1))
@@ -80,17 +81,17 @@ class AllToAll(Collective):
         return Bytes(total if self.to_self else total - own, total - own, (workers - 1) * own)
 
     def cost(self, workers: int) -> Cost:
-        """All messages are posted immediately, but links are not always used in both directions.
+        """Return the critical path: all messages are posted immediately, but not every link is used both ways at once.
 
-        Two workers share one connection, on which gloo signals "ready to receive" after sending its own message. So
-        with two, the later worker sends everything before the other starts. With more, other pairs use some of the
-        time: 3 and 4 workers measured halfway between simultaneous and sequential directions.
+        Two workers share one connection, on which gloo signals "ready to receive" only after it has sent its own
+        message. So the later worker sends everything before the other one starts. With more workers, other pairs use
+        part of that time: for 3 and 4, measured times are halfway between simultaneous and sequential directions.
         """
         if workers == 1 or not any(self.sizes):
             return Cost()
         total, widest, narrowest = sum(self.sizes), max(self.sizes), min(self.sizes)
         one_way = max(total - narrowest, (workers - 1) * widest)
-        both_ways = total + (workers - 2) * widest  # sent and received by the owner of the widest
+        both_ways = total + (workers - 2) * widest  # sent and received by the worker j with the largest sizes[j]
         return Cost(1, workers - 2, both_ways if workers == 2 else (one_way + both_ways) / 2)
 
 
@@ -104,10 +105,10 @@ class Broadcast(Collective):
         return star_broadcast(self.payload, rank, workers)
 
     def cost(self, workers: int) -> Cost:
-        """gloo uses a binomial tree, whose root posts all its ceil(log2 W) sends immediately.
+        """Return the critical path of gloo's binomial tree, about log2(W)^2 / 2 sequential messages.
 
-        They share the root's link, so its first child receives the message as late as its last one, and then sends
-        to its own children in the same way: about log2(W)^2 / 2 sequential messages.
+        The root posts all its ceil(log2 W) sends immediately. They share its link, so its first child receives the
+        message as late as its last one, and then sends to its own children in the same way.
         """
         depth = (workers - 1).bit_length() if self.payload else 0
         children = [sum((1 << i) - 1 + (1 << j) < workers for j in range(i, depth)) for i in range(depth)]

@@ -23,7 +23,7 @@ class PeerLostError(RuntimeError):
 
 @contextmanager
 def names_call(call: str) -> Iterator[None]:
-    """Add `call`, the collective function in which this worker waited, to the message of a PeerLostError."""
+    """Add `call`, the name of the collective function that this block runs, to the message of a PeerLostError."""
     try:
         yield
     except PeerLostError as error:
@@ -42,10 +42,10 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Roll:
-    """The result of a roll call."""
+    """The result of a roll call: the workers that still respond after a collective failed."""
 
-    answered: tuple[int, ...]  # ranks, this worker's own included
-    absent: tuple[int, ...]  # ranks without an answer
+    answered: tuple[int, ...]  # ranks that answered, this worker's own included
+    absent: tuple[int, ...]  # ranks that did not answer
     reached: bool  # False: the store itself did not answer
 
 
@@ -57,8 +57,8 @@ def is_network(error: Exception) -> bool:
 def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
     """Announce this worker in the store, and return the ranks that announce themselves within `grace` seconds.
 
-    Every worker whose collective fails calls this, so absent ones are dead, hung or cut off. If the store does
-    not answer, `reached` is False and all others are absent.
+    Every worker whose collective fails calls this, so an absent worker is dead, hung or cut off. If the store does
+    not answer, `reached` is False and all other ranks are absent.
     """
     found: list[Roll] = []
 
@@ -82,7 +82,7 @@ def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRAC
 
 
 def _wait(store: Store, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
-    """Wait for the key packsaddle/WORD/RANK of each rank; return the ranks without it after `seconds`."""
+    """Wait at most `seconds` for the key packsaddle/WORD/RANK of each rank; return the ranks without one."""
     deadline = time.monotonic() + seconds
     while True:
         silent = tuple(r for r in ranks if not store.check([f"packsaddle/{word}/{r}"]))
@@ -92,7 +92,7 @@ def _wait(store: Store, word: str, ranks: Sequence[int], seconds: float) -> tupl
 
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
-    """Return the message for a user, about 200 characters: the lost worker, the remedy, and the backend's reason."""
+    """Return the error message for a failed collective: the lost worker, the remedy, and the backend's reason."""
     reason = " ".join(str(error).split("] ", 1)[-1].split()).partition(". ")[0][:60]
     limit = "the timeout" if timeout is None else f"the timeout of {timeout.total_seconds():g} s"
     advice = f"Read its output and resume from the last checkpoint; if it was late, raise {limit}"
@@ -122,7 +122,7 @@ class WorkerFailedError(RuntimeError):
 
 
 def failure_of(rank: int, failure: Any) -> Exception:
-    """Return the exception to raise for torch's record of the first worker that failed."""
+    """Return the exception to raise for `failure`, torch's record of the first worker that failed."""
     if not isinstance(failure.message, dict):  # killed, or out of memory
         return WorkerFailedError(f"worker {rank} failed: {failure.message}")
     message: str = failure.message["message"]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 
 ProcessGroup = dist.ProcessGroup
-_NO_TAG = 7_654_321  # tag that no message has
+_NO_TAG = 7_654_321  # message tag that is never sent
 
 
 class Group(ABC):
@@ -30,7 +30,7 @@ class Group(ABC):
 
     rank: int
     size: int
-    sends = True  # False: another process of this machine uses the network in its place
+    sends = True  # False: another process on this machine sends over the network on its behalf
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:
@@ -49,7 +49,7 @@ class Group(ABC):
         """Overwrite the tensor with rank 0's, in place."""
 
     def background(self, device: torch.device) -> "Group | None":
-        """Return a new group of the same workers, whose collectives may overlap those of this one; collective.
+        """Return a new group of the same workers, with collectives that may overlap those of this one; collective.
 
         None if collectives of this group cannot overlap other work.
         """
@@ -85,7 +85,7 @@ class TorchGroup(Group):
 
     @property
     def ranks(self) -> list[int]:
-        """The workers' ranks in the default group."""
+        """The ranks of the workers in torch's default group."""
         return dist.get_process_group_ranks(self.process_group)
 
     @property
@@ -160,9 +160,9 @@ def ambient_group(group: Group) -> Iterator[None]:
 
 
 def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
-    """Return the group to use: the given one, else a simulated one, else torch's default group, else Solo.
+    """Return the group to use: the given one, else this thread's simulated one, else torch's default one, else Solo.
 
-    Raises TypeError for anything that is not a group.
+    Raises TypeError if `process_group` is not a group or None.
     """
     if isinstance(process_group, Group):
         return process_group
@@ -193,7 +193,7 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
     """Return True if a DistributedDataParallel without a hook averages gradients of these parameters in the group.
 
-    Parameters do not refer to it, so all live Python objects are searched (30 ms).
+    Parameters have no reference to their DDP module, so all live Python objects are searched (30 ms).
     """
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False
@@ -207,9 +207,9 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
 
 
 def group_like(model: DistributedDataParallel) -> Group:
-    """Return a new group with the workers and timeout of a model's group; collective.
+    """Return a new group with the workers and timeout of a DDP model's process group; collective.
 
-    Its collectives can overlap those of the model.
+    Collectives of the new group can overlap those of the model.
     """
     return TorchGroup(same_workers(model.process_group, next(model.parameters()).device))
 

@@ -1,8 +1,8 @@
-"""Workers with different numbers of steps, by torch's `Join`: one that has ended takes part in the others' rounds.
+"""Support for torch's `Join`, for workers with different numbers of steps: ended workers still join every exchange.
 
-`Join` counts the workers that are still training by an all-reduce, which they announce before each step with a
-collective. An ended worker runs the same step without training: its next round has its last local update, and later
-ones only its error memory. The mean is always of all workers, so no update is lost.
+Before a step with collectives, each worker announces them by an all-reduce, in which `Join` counts the workers that
+still train. An ended worker runs the same step without training: in the next exchange it sends its last local update,
+and later only its error memory. Each mean is over all workers, so no update is lost.
 """
 
 from abc import abstractmethod
@@ -15,7 +15,7 @@ from packsaddle.comm.group import Group
 
 
 class JoinableSteps(Joinable):
-    """A Joinable whose steps are counted, on workers of a group; `elastic` workers are not supported."""
+    """A torch Joinable that counts its steps. Unsupported with `elastic` workers, which may join and leave."""
 
     steps: int
 
@@ -25,13 +25,13 @@ class JoinableSteps(Joinable):
 
     @abstractmethod
     def _attempted(self, *, has_ended: bool = False) -> bool:
-        """Count a step, on a worker that trains or `has_ended`; return True if it had collectives."""
+        """Count one step, and run its exchange if one is due; return True if it had collectives."""
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop.
 
-        Raises RuntimeError with a manager or without a process group, and ValueError for options that round averages
-        do not support.
+        Raises RuntimeError with a manager or without a process group, and ValueError if divide_by_initial_world_size
+        is False.
         """
         if self._has_manager:
             raise RuntimeError("Join is for fixed workers: with a manager, a worker that has ended calls leave()")
@@ -43,18 +43,18 @@ class JoinableSteps(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        """The device of exchanges."""
+        """The device of the tensors that workers exchange."""
         return self._device
 
     @property
     def join_process_group(self) -> Any:
-        """The process group of the workers; None without one."""
+        """The torch process group of the workers; None if there is none."""
         return getattr(self._group, "process_group", None)
 
     def _announce(self) -> None:
         """Announce a collective to workers that have ended; no-op outside of `Join`.
 
-        Raises RuntimeError for a second object in `Join`: an ended worker would run its collectives once a round.
+        Raises RuntimeError for a second object in `Join`: ended workers would run it only at steps of the first one.
         """
         if not self._join_config.enable:
             return
@@ -64,17 +64,17 @@ class JoinableSteps(Joinable):
 
 
 class EndedWorker(JoinHook):
-    """The steps of a worker that has ended, while others train."""
+    """The hook of a worker that has ended its training: it takes part in the exchanges of the other workers."""
 
     def __init__(self, of: JoinableSteps) -> None:
         self._of = of
 
     def main_hook(self) -> None:
-        """Count steps up to the next one with collectives, and take part in these."""
+        """Advance the step count to the next step with collectives, and take part in these."""
         while not self._of._attempted(has_ended=True):
             pass
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Set the number of steps to the largest of all workers, so that the next rounds are due at one step."""
+        """Set the step count to the largest of all workers, so that later exchanges are due at the same step on all."""
         mine = torch.tensor([self._of.steps], device=self._of.join_device)
         self._of.steps = max(int(steps) for steps in self._of._group.all_gather(mine))

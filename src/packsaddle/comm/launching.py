@@ -1,8 +1,8 @@
 """Worker processes: the launcher's environment, joining and leaving the process group, starting and ending workers.
 
-torchrun's store survives a restart (torch 2.13), with the addresses of the old workers, to which new workers would
-connect indefinitely. So each start uses its own key prefix, agreed on by all workers. The number of restarts cannot
-be the prefix: with several machines each torchrun counts its own.
+torchrun's store survives a restart (torch 2.13) and still contains the addresses of the old workers, to which new
+workers would try to connect indefinitely. So for each start all workers agree on a new key prefix in the store. The
+number of restarts cannot be the prefix: with several machines each torchrun counts its own.
 """
 
 import logging
@@ -30,7 +30,7 @@ from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
 
-BIND = "PACKSADDLE_BIND"  # environment variable, rank 0's address for its store; unset: MASTER_ADDR
+BIND = "PACKSADDLE_BIND"  # environment variable: address at which rank 0's store listens; unset: MASTER_ADDR
 
 
 def under_launcher() -> bool:
@@ -70,7 +70,7 @@ def check_interface() -> None:
 
 
 def not_joined(error: Exception) -> str:
-    """Return the message, with advice, for a failed `init_process_group`; it ends with the first line of `error`."""
+    """Return the message, with advice, for a failed `init_process_group`; its end is the first line of `error`."""
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -88,14 +88,14 @@ def not_joined(error: Exception) -> str:
 
 
 _PAUSE = 0.02
-_ROUND = 1.0  # seconds to wait for a confirmation before the answers are read again
+_ROUND = 1.0  # seconds to wait for the confirmation of a key prefix before the answers are read again
 
 
 def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
-    """Agree on a key prefix for this launch; collective. Raises RuntimeError after `seconds`.
+    """Agree on a key prefix in the store for this launch; collective. Raises RuntimeError after `seconds`.
 
-    Rank 0 proposes it and publishes the ids of the workers that answered. Each worker confirms once the list has its
-    own id, so answers of workers of an earlier launch are detected.
+    Rank 0 proposes a prefix, and publishes the ids of the workers that answered. Each worker confirms once the list
+    contains its own id, so answers from workers of an earlier launch are detected.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     if rank == 0:
@@ -148,7 +148,7 @@ def asked_to_stop() -> bool:
 
 @contextmanager
 def recording_sigterm() -> Iterator[None]:
-    """Record a SIGTERM in the block for `asked_to_stop`; a second one has its previous effect. Main thread only."""
+    """Record a SIGTERM in the block, for `asked_to_stop`; a second one calls the previous handler. Main thread only."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
 
@@ -163,15 +163,15 @@ def recording_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-SHUTDOWN_SECONDS = 3.0  # until SIGTERM, and from there until SIGKILL
+SHUTDOWN_SECONDS = 3.0  # seconds from a worker's failure until SIGTERM for the others, and from there until SIGKILL
 
 
 @contextmanager
 def short_shutdown_grace() -> Iterator[None]:
-    """After a worker failed, send the others SIGTERM after SHUTDOWN_SECONDS, and SIGKILL after as many more.
+    """Make torch's launcher end the other workers soon after one failed: SIGTERM after SHUTDOWN_SECONDS, then SIGKILL.
 
-    torch's launcher waits 30 s after SIGTERM, which a stopped worker uses up, and has no setting for it.
-    LaunchConfig's shutdown_timeout applies to signals to the launcher, when workers save: it stays at 30 s.
+    By default it waits 30 s after SIGTERM if a worker does not react, and has no setting for this time.
+    LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
     """
     context: Any = ProcessContext
     join = context.join
@@ -186,18 +186,19 @@ def short_shutdown_grace() -> Iterator[None]:
         context.join = join
 
 
-ORPHAN_SECONDS = 30.0  # for a worker to save after its launcher was killed
+ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
 _MOMENT = 2.0  # seconds, enough for a running launcher to receive a result
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
     """Run entry(*args) in a launched worker and return its result; exit if the launcher received SIGTERM or is killed.
 
-    Workers wait until the launcher reports that all have returned. After SIGTERM it does not, and kills them in 30 s,
-    the time that SLURM and Kubernetes give the launcher itself. So it then exits _MOMENT seconds after `entry` returns.
+    A worker normally waits until the launcher reports that all have returned. After SIGTERM the launcher does not
+    report, and kills workers after 30 s, when SLURM or Kubernetes kills the launcher itself. So after SIGTERM the
+    worker exits _MOMENT seconds after `entry` returns.
     """
     threading.Thread(target=_stop_with_launcher, daemon=True).start()
-    # All workers are on this machine, so no other one may connect to them.
+    # All workers are on this machine: use the loopback interface, so that no other machine can connect to them.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
         os.environ.setdefault(variable, loopback[0])
@@ -215,7 +216,7 @@ def _stop_with_launcher() -> None:
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
-        if not asked_to_stop():  # else it is saving, and a second signal would end it
+        if not asked_to_stop():  # else this worker is already saving, and a second SIGTERM would end it
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
@@ -231,7 +232,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     Collectives that exceed `timeout` (None: torch's default) raise PeerLostError.
     Raises ConfigError if the process group cannot be initialized.
     """
-    under_launcher()  # checks the variables
+    under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
@@ -255,9 +256,10 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
 
 
 def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
-    """Return a store as arguments of `init_process_group`; {} if torchrun's store is never reused.
+    """Return `store`, `rank` and `world_size` for `init_process_group`; {} if torch's own store can be used.
 
-    torchrun's store gets a new prefix. Of other launchers rank 0 has the store, which listens at MASTER_ADDR alone.
+    With torchrun: its store, under a new key prefix, unless it never restarts workers. With other launchers: a store
+    in rank 0's process that listens only at MASTER_ADDR, or at BIND.
     """
     is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -279,16 +281,16 @@ def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
 
 
 def bound_store(address: str, port: int = 0, **options: Any) -> Any:
-    """Return a TCPStore that listens at `address` alone (::, all of them); torch's own always listens at all.
+    """Return a TCPStore that listens only at `address` ("::": at all addresses); torch's own always listens at all.
 
-    `port` 0: a free one. `options` are further arguments of TCPStore. Raises OSError if the address is not one of this
-    machine, or the port is in use.
+    `port` 0: a free port. `options` are further arguments of TCPStore. Raises OSError if the address is not one of
+    this machine, or if the port is in use.
     """
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server(
         (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
     )
-    # The store also is a client of its own, and closes the listener at its end.
+    # The store also connects to itself as a client, and closes the listening socket when it is destroyed.
     here, port = "localhost" if address in ("::", "0.0.0.0") else address, listener.getsockname()[1]
     make: Any = dist.TCPStore  # type: ignore[attr-defined]
     options = {"wait_for_workers": False, "is_master": True, "master_listen_fd": listener.detach()} | options
@@ -302,10 +304,10 @@ def local_device() -> torch.device:
 
 @contextmanager
 def _local_store() -> Iterator[str]:
-    """Yield a file's path for the launcher's rendezvous, whose store for the workers listens at one address alone."""
+    """Yield a file path for the launcher's rendezvous, and make the store that it creates listen at one address."""
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-    # torch has no option for the address; a version without this method listens at all of them.
+    # torch has no option for the address; in a version without this method the store listens at all addresses.
     handler: Any = DynamicRendezvousHandler
     create = getattr(handler, "_create_tcp_store_server", None)
     if create is not None:
@@ -319,9 +321,9 @@ def _local_store() -> Iterator[str]:
 
 
 def preload_workers(module: str) -> None:
-    """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once it is running.
+    """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once the server runs.
 
-    Also torch._dynamo, which the first optimizer of a process imports and which takes as long as torch.
+    Also preloads torch._dynamo: the first optimizer of a process imports it, which takes as long as importing torch.
     """
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
@@ -350,12 +352,12 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
 
     check_interface()
     preload_workers(entry.__module__)
-    # All cores, divided among the workers; torchrun would give each worker one thread.
+    # Divide all cores among the workers; torchrun would give each worker one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # A signal to the launcher arrives here as SignalException, after the workers have ended.
     try:
         with _quiet_launcher(), short_shutdown_grace(), _restoring_signal_handlers(), _local_store() as file:
-            # One machine, and a port that the system chooses. No restarts: a failed worker ends the launch.
+            # One machine; the system chooses the port. No restarts: a failed worker ends the launch.
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT = 1000  # spans
+_KEPT = 1000  # number of spans kept
 Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Byte counts of one worker: `payload` of its own messages, `sent` and `received` over the network.
+    """Byte counts of one worker: the `payload` (its own messages), and bytes `sent` and `received` over the network.
 
-    `sent` and `received` include the messages of others that a worker forwards in a ring.
+    `sent` and `received` include messages of other workers that this one forwards in a ring.
 
     >>> from packsaddle import Bytes
     >>> Bytes(payload=4, sent=8, received=8) + Bytes(sent=1)
@@ -50,7 +50,7 @@ class Span:
 
     first: int
     last: int
-    by_purpose: Mapping[str, Bytes]  # bytes of each of these steps
+    by_purpose: Mapping[str, Bytes]  # bytes of each single step, by purpose
 
 
 class Ledger:
@@ -119,17 +119,17 @@ class Ledger:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The newest spans of the history, in order of steps."""
+        """The newest spans (consecutive steps with equal bytes), in ascending order of steps."""
         return tuple(self._spans)
 
     @property
     def by_purpose(self) -> Mapping[str, Bytes]:
-        """Totals by purpose: values, indices, scales, padding, dense, reset, ..."""
+        """Total bytes by purpose, such as values, indices, scales, padding, dense, or reset."""
         return self._sum(0)
 
     @property
     def by_collective(self) -> Mapping[str, Bytes]:
-        """Totals by collective: all-reduce, all-gather, all-to-all, broadcast."""
+        """Total bytes by collective: all-reduce, all-gather, all-to-all, broadcast."""
         return self._sum(1)
 
     def _sum(self, position: int) -> Mapping[str, Bytes]:
@@ -140,7 +140,7 @@ class Ledger:
 
     @property
     def total(self) -> Bytes:
-        """The total over all steps and purposes."""
+        """Total bytes over all steps and purposes."""
         return sum(self._totals.copy().values(), Bytes())
 
     @property
@@ -154,10 +154,10 @@ class Ledger:
         return self.total.received
 
     def state_dict(self) -> list[list[Any]]:
-        """Return the totals as plain types; the per-step history is not kept across checkpoints."""
+        """Return the total bytes as plain types; the per-step history is not checkpointed."""
         return [[*key, b.payload, b.sent, b.received] for key, b in self._totals.copy().items()]
 
     def load_state_dict(self, state: Totals) -> None:
-        """Restore the totals in `state`, from `state_dict`."""
+        """Restore the total bytes from `state`, a result of `state_dict`, and clear the per-step history."""
         self._totals = {(purpose, collective): Bytes(*counts) for purpose, collective, *counts in state}
         self._spans.clear()

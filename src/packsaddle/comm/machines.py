@@ -1,7 +1,7 @@
-"""Machines as workers: one process of each uses the slow network, and broadcasts the result within its machine.
+"""Machines as workers: one process per machine uses the slow network, and broadcasts each result within the machine.
 
 For machines whose processes train one copy of the model, for example with DistributedDataParallel within the machine.
-These processes hold identical values, so one of them exchanges for all.
+Values are identical on all processes of a machine, so one process can exchange them for all.
 """
 
 import os
@@ -70,7 +70,7 @@ def machine_group(processes: int | None = None) -> MachineGroup:
     """Return the group of machines; collective over all processes.
 
     Each machine has `processes` processes, of consecutive ranks. None: torchrun's LOCAL_WORLD_SIZE. Raises ValueError
-    unless it divides the number of all processes.
+    unless `processes` divides the world size.
 
     >>> import torch.distributed as dist
     >>> from packsaddle.comm import machine_group
@@ -86,7 +86,7 @@ def machine_group(processes: int | None = None) -> MachineGroup:
         raise ValueError(f"processes must divide the {world} processes there are, got {each}")
     machine, first = divmod(rank, each)
     within = dist.new_group(range(machine * each, (machine + 1) * each), use_local_synchronization=True)
-    # Also on processes that do not send: torch names a group by the number of groups its members have created.
+    # Created on all processes, also those that do not send: torch names a group by how many its members have created.
     between = dist.new_group(range(first, world, each), use_local_synchronization=True)
     assert isinstance(within, dist.ProcessGroup)
     assert isinstance(between, dist.ProcessGroup)

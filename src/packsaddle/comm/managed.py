@@ -1,9 +1,9 @@
 """The group of a torchft Manager, whose workers may join and leave, and `connect`, which creates a Manager.
 
-torchft's lighthouse tracks the workers, and the Manager reconfigures the process group at every quorum. A collective
-that loses a worker raises here, as in any group; the caller reports the error to the Manager, whose vote then rejects
-the exchange. The Manager's own collectives are not used: it has no all-gather, which sparse messages need, and its
-all-reduce scales and zeroes its input.
+torchft's lighthouse (its coordination server) tracks the workers, and the Manager reconfigures the process group at
+every quorum. A collective that loses a worker raises an error, as in any group; the caller reports it to the Manager,
+so that `Manager.should_commit` rejects the exchange. The Manager's own collectives are not used: it has no all-gather,
+which sparse messages need, and its all-reduce scales and zeroes its input.
 """
 
 import ipaddress
@@ -34,9 +34,9 @@ _c10d: Any = dist.distributed_c10d
 
 
 class ManagedGroup(Group):
-    """The group of the workers in a Manager's latest quorum. `rank` and `size` are those of the last `renew`.
+    """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
 
-    Raises MissingExtraError without torchft.
+    Raises MissingExtraError if torchft is not installed.
 
     >>> group = ManagedGroup(manager)  # doctest: +SKIP
     >>> group.renew()  # doctest: +SKIP
@@ -49,7 +49,7 @@ class ManagedGroup(Group):
         self._group: Any = managed.ManagedProcessGroup(manager).parent  # the Manager reconfigures it in place
 
     def renew(self) -> None:
-        """Read rank and size from the latest quorum. Raises ConfigError if this worker does not participate in it."""
+        """Set rank and size to those in the latest quorum. Raises ConfigError if this worker is not part of it."""
         rank = self.manager.participating_rank()
         if rank is None:
             raise ConfigError("manager must have world_size_mode=DYNAMIC and use_async_quorum=False: no worker spares")
@@ -93,17 +93,17 @@ def connect(
     Args:
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT. None: the variable TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
-        min_workers: minimum number of workers for a round to be applied; identical on all workers.
+        min_workers: minimum number of workers for an exchange to be applied; identical on all workers.
         timeout: limit in seconds for a collective, or for fetching the state of another worker. Like the other two, a
             number or text such as "55ms" or "2min".
-        quorum_timeout: seconds to wait for other workers to join a round.
+        quorum_timeout: seconds to wait for other workers to join an exchange.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
         bind: the address at which this worker's servers listen; "::" for all. None: its address in the connection to
             the lighthouse, or `hostname` if that one is localhost.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
-    torchft, ConfigError if there is no lighthouse, and ValueError for a time that is none.
+    torchft, ConfigError if there is no lighthouse, and ValueError for a time that cannot be parsed.
 
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
@@ -116,7 +116,7 @@ def connect(
     logging.getLogger("torchft.manager").addFilter(_is_useful)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
-    # Other workers connect to the address of the interface that reaches the lighthouse.
+    # By default, other workers connect to this machine's address in its connection to the lighthouse.
     route = reach(host, port, connect_timeout)
     here = hostname or route
     listen = bind or (here if ipaddress.ip_address(route).is_loopback else route)
@@ -125,7 +125,7 @@ def connect(
         store = bound_store(listen)
     except OSError as error:
         raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
-    # torchft's server of a Manager would listen at every address, and has no option for it.
+    # The Manager's server listens at every address, and torchft has no option to change that.
     managers: Any = require("torchft.manager", "torchft", "elastic training")
     server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
     bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
@@ -188,12 +188,12 @@ def reach(host: str, port: int, seconds: float) -> str:
 
 
 def lighthouse_address() -> tuple[str, int] | None:
-    """Return host and port from TORCHFT_LIGHTHOUSE, None if it is not set. Raises ConfigError if it is invalid."""
+    """Return the lighthouse's host and port from TORCHFT_LIGHTHOUSE; None if unset. Raises ConfigError if invalid."""
     return _place(os.environ[LIGHTHOUSE]) if os.environ.get(LIGHTHOUSE) else None
 
 
 def _place(address: str) -> tuple[str, int]:
-    """Return host and port of http://HOST:PORT. Raises ConfigError for another form."""
+    """Return host and port of a lighthouse's address, http://HOST:PORT. Raises ConfigError for another form."""
     scheme, host, port = "", None, None
     with suppress(ValueError):
         parts = urllib.parse.urlsplit(address)
@@ -212,14 +212,14 @@ def _absent(address: str, reason: str) -> str:
 
 
 def _transport(host: str, listen: str, seconds: float) -> Any:
-    """Return torchft's transport of states to joining workers, without pickled objects.
+    """Return torchft's HTTP transport, which sends states to joining workers, restricted to tensors and plain types.
 
-    Its server listens at `listen` alone; other workers reach it at `host`.
+    Its server listens only at the address `listen`; other workers connect to it at `host`.
     """
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]
-        # torchft's own uses this machine's hostname, which other machines may fail to resolve.
+        # torchft's method returns this machine's hostname, which other machines may fail to resolve.
         def address(self) -> str:
             where = f"[{host}]" if ":" in host else host
             return f"http://{where}:{self._server.socket.getsockname()[1]}/checkpoint/"

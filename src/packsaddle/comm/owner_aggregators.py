@@ -31,10 +31,11 @@ Chunk = tuple[int, int]
 
 
 class Owners(Aggregator):
-    """Workers send C(chunk) to the chunk's owner, which sends back B(mean + owner error), B the `back` compressor.
+    """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
-    k= or columns= of a compressor is divided among chunks by their sizes. The owner error is an error of the mean
-    over workers, so in a mean over workers of all residuals it counts W times, on its owner (`add_residual`).
+    An owner replies with B(mean + owner error), where B is the compressor `back` and the owner error is the residual of
+    its last reply. k= or columns= of a compressor is divided among chunks in proportion to their sizes. `add_residual`
+    counts the owner error W times, on its owner alone, so that a mean over the W workers contains it once.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
@@ -50,7 +51,7 @@ class Owners(Aggregator):
 
     @abstractmethod
     def bounds(self, d: int, workers: int) -> list[int]:
-        """Return the chunk boundaries, W + 1 coordinates: worker j owns [bounds[j], bounds[j + 1])."""
+        """Return the chunk boundaries, W + 1 integers: worker j owns the coordinates [bounds[j], bounds[j + 1])."""
 
     def average(
         self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
@@ -70,26 +71,26 @@ class Owners(Aggregator):
         received = channel.exchange(outgoing, like, most=most_bytes(len(v), like))
         reply = self._reply(v, received, chunks[rank], rank, seed, step, invalid) if rank in own else None
         mean = self._return(channel, reply, v, chunks, seed, step, invalid)
-        # Last, so that a worker can report an invalid message to all.
+        # The uncompressed part is averaged last: its flag reports an invalid message to all workers.
         return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> Message:
-        """Return B(mean of this worker's chunk + owner error), and set the owner error to the residual.
+        """Return the owner's reply, its compressed sum of mean and owner error; set the owner error to the residual.
 
-        If that sum is invalid, the reply is NaN, even where compression would have dropped the invalid coordinates.
+        If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates.
         """
         a, b = chunk
         up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
-        # v <- e + the mean of C(v_i), e the owner error.
+        # v <- e + the mean of C(v_i), where e is the owner error.
         error = self.vectors(v)["owner_error"][a:b]
         corrected = error.clone()
         for worker, parts in enumerate(received):
             with invalid.of(worker):
                 message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
                 up.add_decoded(message, corrected, 1.0 / len(received))
-        # Compress ones in place of an invalid v, for which B(v) need not be defined.
+        # Compress ones in place of invalid coordinates, for which B(v) may be undefined.
         bad = ~is_in_range(corrected)
         fill_where(corrected, bad, 1.0)
         reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
@@ -112,8 +113,8 @@ class Owners(Aggregator):
         step: int,
         invalid: Invalid,
     ) -> tuple[Term, ...]:
-        """Send every owner's reply to every worker; return the replies as terms of the mean."""
-        # Workers without a chunk get the names and dtypes of the parts by compressing zeros.
+        """Send this owner's reply to all workers; return the replies of all owners as terms of the mean."""
+        # Workers without a chunk derive the names and dtypes of the reply's parts by compressing zeros.
         n = next(b - a for a, b in chunks if a < b)
         example = reply or self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step)
         like = example.parts
@@ -151,13 +152,13 @@ class Owners(Aggregator):
             return
         if snapshot is None:
             self._residual.zero_()
-        elif len(snapshot) == len(self._residual):  # made before the first exchange
+        elif len(snapshot) == len(self._residual):  # a snapshot from before the first exchange
             self._residual.copy_(snapshot)
         elif self._own:
             self._residual[slice(*self._own)].copy_(snapshot)
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the mean over chunks, weighted by size, of the product of both compressors' mu."""
+        """Return the mean over chunks, weighted by size, of the product of both compressors' contraction mu."""
         parts = [(n, self.compressor.restrict(n, d), self.back.restrict(n, d)) for n in self._sizes(d, workers)]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0
 
@@ -179,7 +180,7 @@ class Owners(Aggregator):
 
     @abstractmethod
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
-        """Return the collectives that send replies of these sizes back."""
+        """Return the collectives that send the owners' replies, of `down` bytes each, to all workers, headers first."""
 
     def work(self, d: int, workers: int) -> list[Work]:
         """Return an owner's operations: it decodes every worker's message for its chunk, and every owner's reply."""
@@ -197,7 +198,7 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns an equal chunk: an all-to-all to the owners, an all-gather back. By default B = C."""
+    """Each worker owns an equal chunk: all-to-all to the owners, all-gather of the means, by default compressed too."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)
@@ -206,7 +207,7 @@ class TwoWay(Owners):
         return [j * d // workers for j in range(workers + 1)]
 
     def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
-        return channel.gather(parts, fixed_size=False, most=most)  # chunks may differ by one coordinate
+        return channel.gather(parts, fixed_size=False, most=most)  # sizes of chunks may differ by one coordinate
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
         return [RingAllGather(header), RingAllGather(max(down))]  # shorter replies are padded

@@ -15,7 +15,7 @@ from packsaddle.comm.aggregators import (
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
 
-# By the name in a compressor's `aggregation`.
+# Aggregator class by the name in a compressor's `aggregation` attribute.
 _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,
@@ -24,14 +24,14 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "low-rank all-reduce": LowRankAllReduce,
 }
 
-_CLEARLY_LESS = 0.95
+_CLEARLY_LESS = 0.95  # largest ratio of bytes for which "auto" prefers another exchange to "direct"
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator", "senders"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The selected aggregator, its name, and the reason."""
+    """The selected aggregator, its name, and the reason for the selection."""
 
     aggregator: Aggregator
     name: str
@@ -39,7 +39,7 @@ class Choice:
 
 
 def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
-    """Warn if there are no coordinates to compress. `stacklevel` is that of `warnings.warn` in the caller."""
+    """Warn if d = 0, so that everything is sent uncompressed. `stacklevel` is that of `warnings.warn` in the caller."""
     if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
@@ -71,7 +71,7 @@ def choose(
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (two all-reduces for
     SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct" or, in place of an all-gather, "two-way"
     if its busiest worker is predicted to send over 5% fewer bytes. "two-way" and "coordinator" may compress the mean
-    again, with `back`. Raises ValueError if the exchange is unknown or unsupported by the compressor, or d is.
+    again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does not support it or d.
     """
     choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
     choice.aggregator.validate(d, workers)
@@ -86,7 +86,7 @@ def _choose(
     if name not in _DIRECT:
         raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
     direct = _DIRECT[name](compressor)
-    # The exact mean, by the compressor's own aggregator; "senders" reweights that mean afterwards.
+    # The exact mean, with the aggregator that the compressor names; "senders" reweights that mean afterwards.
     if exchange in ("direct", "senders", name):
         return Choice(direct, name, "asked for")
     if name not in get_args(Exchange) and exchange != "auto":
@@ -98,7 +98,7 @@ def _choose(
     if exchange in ("two-way", "coordinator"):
         return Choice((TwoWay if exchange == "two-way" else Coordinator)(compressor, back), exchange, "asked for")
     # "auto": the fewest bytes sent by the busiest worker. The exact mean needs fewer messages, and is preferred unless
-    # another exchange saves 5%. A two-way exchange needs a chunk for each worker.
+    # another exchange saves 5%. A two-way exchange needs at least one coordinate per worker.
     candidates: dict[str, Aggregator] = {name: direct}
     if name == "all-gather" and d >= workers:
         candidates["two-way"] = TwoWay(compressor)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return True if trainable parameters are DTensors, by FSDP2 or tensor parallelism."""
+    """Return True if any trainable parameter is a DTensor, as with FSDP2 or tensor parallelism."""
     return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
 
 

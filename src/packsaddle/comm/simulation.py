@@ -22,7 +22,7 @@ class _Aborted(BaseException):
 
 
 class _Turns:
-    """Scheduler of the workers' threads: the rank that may run, and each worker's input to the current collective."""
+    """Scheduler of the workers' threads, with the rank that may run and the inputs to the current collective."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -60,7 +60,7 @@ class _Turns:
         self._pass_on(rank)
 
     def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Submit copies of tensors, wait for all workers, and return the collective's result by rank (read-only)."""
+        """Submit copies of tensors to a collective, wait for all workers, and return its result by rank, read-only."""
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))
@@ -85,7 +85,7 @@ class _Turns:
 
 
 class SimulatedGroup(Group):
-    """The group of a simulation, on one worker."""
+    """One worker's handle of the group of simulated workers."""
 
     def __init__(self, rank: int, turns: _Turns) -> None:
         self.rank = rank
@@ -105,7 +105,7 @@ class SimulatedGroup(Group):
         tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0][0])
 
     def computed_at_once(self, tensor: Tensor, work: Callable[[list[Tensor]], Sequence[T]]) -> T:
-        """Return this rank's entry of work(tensors of all workers), which rank 0 calls once for all; collective."""
+        """Call work(tensors of all workers) once, on rank 0, and return this rank's item of the result; collective."""
         given = self._turns.exchange(self.rank, "computed_at_once", tensor)
         if self.rank == 0:  # rank 0 resumes first
             self._turns.computed = work([t for (t,) in given])
@@ -130,7 +130,7 @@ class FusedGroup(Group):
         tensor.mul_(self.size)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor] * self.size  # for values equal on all workers, such as arguments
+        return [tensor] * self.size  # used only for values that are equal on all workers, such as arguments
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         raise RuntimeError("a fused simulation has no all-to-all: its workers differ in nothing")
@@ -162,7 +162,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     turns = _Turns(workers)
     results: list[Any] = [None] * workers
 
-    # After a failure the other workers end at their next collective, by _Aborted.
+    # After a failure, _Aborted ends the other workers at their next collective.
     def body(rank: int) -> None:
         try:
             turns.wait(rank)

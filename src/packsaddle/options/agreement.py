@@ -5,7 +5,7 @@ from typing import Any
 
 
 class Option:
-    """Base of frozen dataclasses whose fields are options. A field made by `own` may differ between workers."""
+    """Base of frozen dataclasses whose fields are options, equal on all workers except fields made by `own`."""
 
 
 def own(default: Any) -> Any:
@@ -14,7 +14,7 @@ def own(default: Any) -> Any:
 
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
-    """Return the fields of an option class by dotted name, of nested ones too, except those made by `own`."""
+    """Return the options that must be equal on all workers, nested ones too, as a dict of values by dotted name."""
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):
         value, name = getattr(options, f.name), f"{where}{f.name}"

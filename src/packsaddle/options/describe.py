@@ -25,12 +25,12 @@ def _options_of(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def option_class(hint: Any) -> type[Any] | None:
-    """Return the first dataclass among an annotation and its type arguments; None if there is none."""
+    """Return the first dataclass in an annotation such as X, X | None or list[X]; None if there is none."""
     return next((h for h in (hint, *get_args(hint)) if inspect.isclass(h) and dataclasses.is_dataclass(h)), None)
 
 
 def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
-    """Return the entries of the section "Args:" in a docstring, each as one line; those of base classes too."""
+    """Return the texts in the "Args:" section of a docstring by argument, each on one line; base classes included."""
     if inspect.isclass(of):
         docs = [base.__doc__ for base in reversed(of.__mro__[:-1]) if dataclasses.is_dataclass(base)]
     else:

@@ -5,10 +5,10 @@ from contextlib import suppress
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%]?)")
-_UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}  # per second; dividing makes 55ms exactly 0.055
+_UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}  # units per second; division makes 55ms exactly 0.055
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
 DURATION = "seconds such as 30, 55ms or 2min"
-_EXACT = 2.0**53  # larger whole floats may differ from the text
+_EXACT = 2.0**53  # above it, a float may differ from the whole number in the text
 
 
 def real(text: str) -> float:
@@ -26,7 +26,7 @@ def whole(text: str) -> int:
     except ValueError:
         number = real(text)
     if not (number.is_integer() and abs(number) <= _EXACT):
-        raise ValueError(repr(text))  # quoted in error messages
+        raise ValueError(repr(text))  # callers quote the text in their messages
     return int(number)
 
 
@@ -37,7 +37,7 @@ def seconds(text: str) -> float:
 
 
 def duration(value: float | str, name: str) -> float:
-    """Return the seconds of the argument `name`, a number or a text as for `seconds`. Raises ValueError otherwise."""
+    """Return the seconds of `value`, a number or a text as for `seconds`. Raises ValueError, naming it `name`."""
     with suppress(ValueError):
         if isinstance(value, str):
             return seconds(value)

@@ -31,8 +31,8 @@ _INT64 = range(-(2**63), 2**63)
 def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations.
 
-    `where` is the place of `data`, for messages. A field whose type is a union of dataclasses needs a
-    table with a `kind`, the class's name. Raises ConfigError.
+    `where` is the path of `data` in the whole configuration, for error messages. A field whose type is a union of
+    dataclasses needs a table with a `kind`, the name of the class. Raises ConfigError.
     """
     if not isinstance(data, Mapping):
         raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
@@ -64,14 +64,14 @@ def _has(data: Any, path: Sequence[str]) -> bool:
 
 
 def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -> Any:
-    """Convert a key's value. An integer for a fraction stays one, so the class rejects it (ratio = 1 for k = 1)."""
+    """Convert a value to the type of its field. An integer for a fraction is kept, so the class rejects ratio = 1."""
     if field.metadata.get("share") and isinstance(value, int) and not isinstance(value, bool):
         return value
     return _convert(hint, value, where)
 
 
 def _about(where: Place, message: str) -> ConfigError:
-    """Return a ConfigError about a key, or about an item of its list."""
+    """Return a ConfigError with a message about the key at the path `where`, or about an item of its list."""
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def _takes(cls: type[Any], names: list[str]) -> str:
 
 
 def settable(cls: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields that a configuration may set, required ones first; not internal ones."""
+    """Return the fields of a dataclass that a configuration may set, required ones first."""
     found = [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
     return sorted(found, key=lambda f: not is_required(f))
 
@@ -133,7 +133,7 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
         return tuple(_convert(args[0], item, (*where, i)) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and (first := settable(hint)) and first[0].default is not dataclasses.MISSING:
-            value = {first[0].name: value}  # a scalar sets the first field
+            value = {first[0].name: value}  # a plain value in place of a table sets its first field
         return build(hint, value, where)  # type: ignore[arg-type]
 
     # A plain type. A number may be text such as "25M"; a bool is not a number.
@@ -149,7 +149,7 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
 
 
 def _number(hint: type, value: Any) -> Any:
-    """Return the number that a text such as "25M", "1%" or "1e3" stands for; other values are returned unchanged."""
+    """Parse a text such as "25M", "1%" or "1e3" as a number of type `hint`; return other values unchanged."""
     if isinstance(value, str):
         with suppress(ValueError):
             return whole(value) if hint is int else real(value)
@@ -177,7 +177,7 @@ def nearest(word: Any, candidates: Any) -> str:
 
 
 def _dotted(where: Place) -> str:
-    """Return a place in TOML's dotted notation, with keys quoted if necessary, on one line."""
+    """Return a path of keys in TOML's dotted notation, with keys quoted if necessary, on one line."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{_quoted(part)}" for part in where)
     return shortened("".join(parts).removeprefix("."))
 
@@ -202,11 +202,11 @@ def is_too_deep(text: str) -> bool:
 
 
 Key = tuple[str, ...]
-_LONGEST = 300  # lines of a statement; all are parsed again with each added line
+_LONGEST = 300  # most lines of one statement, since all its lines are parsed again for each added line
 
 
 def line_of(key: Key, path: Path, text: str) -> str:
-    """Return "FILE, line N" of a key, else of the innermost table around it that has a line, else "FILE"."""
+    """Return "FILE, line N" for a key, else for the innermost enclosing table whose line is known, else "FILE"."""
     lines = key_lines(text)
     while key and key not in lines:
         key = key[:-1]
@@ -226,8 +226,8 @@ def key_lines(text: str) -> dict[Key, int]:
     """Return the line number, from 1, of each key and each table of a TOML text.
 
     Lines are accumulated until tomllib parses them: then they are one statement, since no part of one is valid alone.
-    A table's line is that of its header, or of its first key without one. Tables of an array ([[x]]) share their keys,
-    so inner keys are omitted if there are several. Parsing stops at a statement of over _LONGEST lines.
+    A table's line is that of its header; without one, that of its first key. Tables of an array ([[x]]) share their
+    keys, so inner keys are omitted if there are several. Parsing stops at a statement of over _LONGEST lines.
     """
     lines: dict[Key, int] = {}
     table: Key = ()
@@ -242,7 +242,7 @@ def key_lines(text: str) -> dict[Key, int]:
                 continue
             break
 
-        # Keys are relative to the last header.
+        # Keys below a table's header are relative to it.
         brackets = re.match(r"\s*(\[*)", statement)
         depth = len(brackets[1]) if brackets else 0  # 1: the header of a table, 2: of a table of an array
         for key in given:
@@ -257,7 +257,7 @@ def key_lines(text: str) -> dict[Key, int]:
 
 
 def _keys(table: dict[str, Any]) -> Iterator[Key]:
-    """Yield the paths of all keys, outer before inner, except in lists. Not recursive, for any depth."""
+    """Yield the paths of all keys, outer before inner, except in lists. Without recursion, which would limit depth."""
     waiting: list[tuple[Key, dict[str, Any]]] = [((), table)]
     while waiting:
         path, table = waiting.pop()
@@ -270,7 +270,7 @@ def _keys(table: dict[str, Any]) -> Iterator[Key]:
 def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """Return the first dotted key with different values, and both values, or None. Ignores the key "workers"."""
+    """Return the first dotted key whose values differ, and both values; None if equal. Ignores the key "workers"."""
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":

@@ -1,7 +1,7 @@
-"""Plans for a link: a model of step time, the compressors that pay off at a given rate, and the measurements needed.
+"""Plans for a network link: a model of step time, the compressors that save time on the link, and their measurement.
 
 Read `step_time` first (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
-updates). `coding` times compressors, `training_step` the step of a model.
+updates). `coding` measures the speed of compressors, `training_step` the time of a model's training step.
 """
 
 from packsaddle.plan.coding import Line, Pace, measure

@@ -1,7 +1,7 @@
 """Measured speed of compressors on this machine, and the entries of a table of compressors.
 
-Encoding and decoding are timed at two lengths; times at other lengths lie on the line through them. A table entry
-is measured on a Gaussian vector: contraction, protocol, bytes, and time.
+Encoding and decoding are timed on vectors of two lengths; times for other lengths lie on the line through these. A
+table entry, measured on a Gaussian vector, has the compressor's contraction, protocol, bytes, and time.
 """
 
 import time
@@ -24,14 +24,14 @@ _LONG = 1 << 25  # coordinates; times of longer vectors are extrapolated
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds as a function of the number of coordinates."""
+    """The seconds of a call as a linear function of the number of coordinates."""
 
     fixed: float  # seconds per call
-    per_coordinate: float
+    per_coordinate: float  # further seconds for each coordinate
 
     @classmethod
     def through(cls, a: tuple[int, float], b: tuple[int, float]) -> "Line":
-        """Return the line through two points (coordinates, seconds); through b and 0 if they have equal coordinates."""
+        """Return the line through two points (coordinates, seconds), or through b and 0 for equal coordinates."""
         slope = (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else b[1] / b[0]
         slope = max(0.0, slope)
         return cls(max(0.0, b[1] - slope * b[0]), slope)
@@ -42,23 +42,23 @@ class Line:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one call: `encode` a vector, `decode` a received message, `add` a message that has its context."""
+    """The speed of a compressor: seconds of each operation by the number of coordinates of a vector."""
 
-    encode: Line
-    decode: Line
-    add: Line
+    encode: Line  # compress a vector
+    decode: Line  # decode a received message, and add it to a vector
+    add: Line  # add a message with known context (`Message.context`) to a vector
 
     def seconds(self, work: Work) -> float:
-        """Return the seconds that this compressor needs for `work`."""
+        """Return the seconds that this compressor needs for the operations in `work`."""
         n = work.coordinates
         return work.encode * self.encode.at(n) + work.decode * self.decode.at(n) + work.add * self.add.at(n)
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Time a compressor on Gaussian vectors on a `device`, one of d and one of few coordinates, with torch's threads.
+    """Time a compressor on two Gaussian vectors on `device`, one of d and one of few coordinates; return its pace.
 
-    Return its pace: seconds to encode, decode and add as linear functions of the number of coordinates, each through
-    two minima over `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
+    The pace has the seconds to encode, decode and add as linear functions of the number of coordinates, each through
+    two minima over `repeats`, with torch's threads. Raises ValueError if the compressor does not support d coordinates.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.plan.coding import measure
@@ -84,7 +84,7 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     out, message = torch.zeros_like(v), compressor.encode(v, seed=0, step=0)
 
     def decode(out: Tensor = out) -> None:
-        # `receive` makes the context, which only the sender has already.
+        # `receive` computes the message's context, which only the sender already has.
         compressor.add_decoded(compressor.receive(message.parts, n, seed=0, step=0), out, 1e-6)
 
     return {
@@ -99,20 +99,20 @@ _REPEATS = 5
 
 @dataclass(frozen=True)
 class CompressorEntry:
-    """One compressor on a Gaussian vector of d coordinates; bytes are one worker's, of one step."""
+    """Table entry of one compressor, measured on a Gaussian vector of d coordinates."""
 
     compressor: str
     mu: float  # contraction guaranteed for every vector
-    kept: float  # fraction of this vector's energy that one compression keeps
+    kept: float  # fraction of this vector's squared norm that one compression keeps
     linear: bool
     protocol: str
-    sent: int  # bytes up
-    received: int  # bytes down
+    sent: int  # bytes that one worker sends per step
+    received: int  # bytes that one worker receives per step
     milliseconds: float  # to encode and decode one vector on one thread, the median of five
 
 
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
-    """Measure the entry of one compressor. Raises ValueError if it cannot act on d coordinates."""
+    """Measure the table entry of one compressor. Raises ValueError if it does not support d coordinates."""
     compressor.validate(d)
     torch.set_num_threads(1)  # as for a worker that shares its machine with others
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)
 
-    # Bytes of the direct exchange, for a worker that is not rank 0.
+    # Bytes of the direct exchange (the exact mean of messages), for a worker that is not rank 0.
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     wire = choice.aggregator.wire(d, 0, min(1, workers - 1), workers, 4)
     return CompressorEntry(

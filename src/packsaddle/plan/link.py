@@ -1,4 +1,4 @@
-"""The plan for a link: the compressor with the shortest step on it, and whether it beats uncompressed training.
+"""The plan for a network link: the compressor with the fastest step, compared with uncompressed training.
 
 A link between workers is measured by all-reduces: small ones for its latency, large ones for its rate. Rates are parsed
 and printed in common notation: 100mbit, 1gbit, 12.5MB/s. `MEASURED` has the steps to the loss of uncompressed ("dense")
@@ -23,17 +23,18 @@ from packsaddle.plan.model_size import ModelSize
 from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
 from packsaddle.plan.timing import clocked
 
-_SMALL = 20  # all-reduces of one element
-_ENOUGH = 0.5  # seconds; an all-reduce of this duration measures the rate
+_SMALL = 20  # number of all-reduces of one element, to measure the latency
+_ENOUGH = 0.5  # seconds of an all-reduce that is long enough to measure the rate
 _MOST = 1 << 26  # bytes of the largest all-reduce
-_LARGE = 5  # all-reduces of the largest message
+_LARGE = 5  # number of all-reduces of the largest message, to measure the rate
 
 
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
-    """Measure the link between the workers of a group with tensors on `device`; collective, equal on all workers.
+    """Measure latency and rate of the link between workers of `group` by all-reduces on `device`; collective.
 
-    Latency and rate are fitted to medians, so one late worker does not matter. Raises ValueError for one worker, and
-    RuntimeError if a large message takes no longer than a small one, so that no rate can be computed.
+    Both are fitted to median times, so that one late worker has no effect, and are equal on all workers. Raises
+    ValueError for one worker, and RuntimeError if a large message takes no longer than a small one, so that no rate can
+    be computed.
 
     >>> from packsaddle import simulate
     >>> from packsaddle.comm.group import resolve
@@ -68,7 +69,7 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
 
 
 def probe_locally(workers: int) -> Link:
-    """Measure the link between `workers` local processes, started for it: gloo on the CPU, NCCL with enough GPUs."""
+    """Start `workers` local processes and measure the link between them: by NCCL with enough GPUs, else by gloo."""
     found: Link = launch(_probe_world, (), workers)
     return found
 
@@ -120,14 +121,14 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class StepsNeeded:
-    """Steps to the loss of dense training as a multiple of its steps, each method at its best learning rate."""
+    """Steps to reach the loss of uncompressed training, relative to its steps, each with its best learning rate."""
 
     factor: float
     at_least: bool = False  # True: the measurement ended before the loss was reached
 
 
-# sgd: experiments/char-transformer (30 passes); adamw: experiments/adamw (800 steps, three seeds). Muon was measured
-# within local updates only.
+# sgd: experiments/char-transformer (30 passes over the data); adamw: experiments/adamw (800 steps, three seeds). Muon
+# was measured within local updates only.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
@@ -144,7 +145,7 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
-    """Return the measured steps, None if not measured; a factor of 1 if lossless or without an optimizer."""
+    """Return the measured steps relative to uncompressed training, or None. 1 if lossless or without an optimizer."""
     if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)
@@ -155,14 +156,14 @@ DENSE = "none"
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast for one compressor, or for DistributedDataParallel without compression."""
+    """Predicted bytes and time of a step with one compressor, or with DistributedDataParallel without compression."""
 
     compressor: str  # "none" for DistributedDataParallel
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
-    sent: int  # bytes a step, of the worker that sends most
-    time: StepTime  # of one step
-    break_even: float | None  # payload bytes a second below which this beats dense training; None: always or never
-    steps: StepsNeeded | None  # steps needed for the progress of one dense step; None: not measured
+    sent: int  # bytes per step, of the worker that sends most
+    time: StepTime  # seconds of one step, by cause
+    break_even: float | None  # rate, payload bytes a second, below which this beats DDP; None: always or never
+    steps: StepsNeeded | None  # steps that make the progress of one uncompressed step; None: not measured
 
     @property
     def is_dense(self) -> bool:
@@ -171,43 +172,43 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """True if the steps needed were measured, and the measurement reached the loss."""
+        """True if the number of steps needed was measured, and is not just a lower bound."""
         return self.steps is not None and not self.steps.at_least
 
     @property
     def seconds(self) -> float:
-        """Seconds for the progress of one dense step; of one step of its own if the steps needed were not measured."""
+        """Seconds to make the progress of one uncompressed step; if `steps` was not measured, seconds of a step."""
         return self.time.total * (self.steps.factor if self.steps else 1.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Predicted step times of all compressors on a link, the fastest first; those of unmeasured steps are last."""
+    """Forecasts for all compressors on a link, the fastest first; those with an unknown number of steps are last."""
 
-    forecasts: tuple[Forecast, ...]  # dense training among them
+    forecasts: tuple[Forecast, ...]  # one for each compressor, and one for DDP without compression
 
     @property
     def best(self) -> Forecast:
-        """The fastest forecast."""
+        """The forecast for the fastest method."""
         return self.forecasts[0]
 
     @property
     def dense(self) -> Forecast:
-        """DistributedDataParallel without compression."""
+        """The forecast for DistributedDataParallel without compression."""
         return next(f for f in self.forecasts if f.is_dense)
 
     @property
     def compress(self) -> bool:
-        """True if a compressor beats dense training."""
+        """True if a compressor is faster than DistributedDataParallel without compression."""
         return not self.best.is_dense
 
     @property
     def break_even(self) -> float | None:
-        """The payload rate below which some compressor beats dense training; None if none does, or one always does."""
+        """The rate, payload bytes a second, below which some compressor beats DDP; None if none or one always does."""
         return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:
-        """Return the forecasts as plain types, seconds with their total."""
+        """Return the forecasts as plain types for JSON, with the total seconds of a step."""
         return [{**asdict(f), "seconds": f.time.total, "seconds_for_a_dense_step": f.seconds} for f in self.forecasts]
 
 
@@ -224,11 +225,11 @@ def forecast(
 ) -> Verdict:
     """Predict the step time of each of `compressors` in float32, with its fastest exchange, and of DDP.
 
-    `workload` is exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange runs during the
-    backward pass. `pace(compressor, d)` returns the speed of encoding and decoding; `update` is the other time of
-    CompressedSGD's step in seconds (see `plan.update_seconds`). Both count as compression. With an `optimizer`, times
-    are multiplied by the steps measured for each compressor with it (`MEASURED`). Raises ValueError for fewer than two
-    workers or a compressor that cannot act on the workload.
+    `workload` is the size of the model, exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange
+    runs during the backward pass. `pace(compressor, d)` returns the speed of encoding and decoding; `update` is the
+    other time of CompressedSGD's step in seconds (see `plan.update_seconds`). Both count as compression. With an
+    `optimizer`, times are multiplied by the steps measured for each compressor with it (`MEASURED`). Raises ValueError
+    for fewer than two workers, or for a compressor that does not support the model.
 
     >>> from functools import partial
     >>> from packsaddle import TopK
@@ -247,7 +248,7 @@ def forecast(
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
 
-    # The forecast uses the fastest exchange on this link, the break-even rate the fastest one at each rate.
+    # The forecast uses the exchange that is fastest on this link; the break-even rate, the fastest one at each rate.
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds

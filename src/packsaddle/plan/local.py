@@ -1,7 +1,7 @@
-"""The plan for local updates on a link: their period, compressor and overlap.
+"""The plan for local updates on a network link: the number of steps between exchanges, the compressor, and the overlap.
 
-Rounds are H inner steps apart, and an exchange may overlap the next `delay` steps. Only settings are considered whose
-number of steps to the loss of dense training was measured (experiments/race).
+Each worker takes `every` inner steps (of its own optimizer) between exchanges, and an exchange may overlap the next
+`delay` steps. Only settings with measured steps to the loss of uncompressed training are considered (experiments/race).
 """
 
 import math
@@ -22,7 +22,7 @@ from packsaddle.plan.step_time import Fleet, Link, compressed
 
 @dataclass(frozen=True)
 class Setting:
-    """Arguments of `LocalUpdates`."""
+    """A combination of arguments of `LocalUpdates`."""
 
     every: int
     compressor: Compressor
@@ -32,9 +32,9 @@ class Setting:
 
 _TWO_BITS = TopK(1 / 2, values="int2")
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
-# Steps to the loss of dense training, as a multiple of its steps, by number of workers; the learning rate of each
-# setting was tuned on one grid. Multiples grow with the number of workers, since dense training gains more from a
-# larger batch. AdamW: experiments/race, "Steps needed", and "Delays" for delays of every / 4, or 1 with every=2.
+# Steps to reach the loss of uncompressed ("dense") training, relative to its steps, by number of workers; the learning
+# rate of each setting was tuned on one grid. Factors grow with the number of workers, since dense training gains more
+# from a larger batch. AdamW: experiments/race, "Steps needed", and "Delays" for delays of every / 4, or 1 if every=2.
 _ADAMW: Mapping[int, Mapping[Setting, float]] = {
     2: {
         Setting(2, _SIGN, keep_unsent=True): 1.11,
@@ -76,31 +76,31 @@ Inner = Literal["adamw", "muon"]
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the measured multiples of dense training's steps: up to 2 workers those of 2, for more those of 4."""
+    """Return each setting's steps relative to uncompressed training, measured with 2 workers, or with 4 for more."""
     return (_MUON if optimizer == "muon" else _ADAMW)[2 if workers <= 2 else 4]
 
 
 @dataclass(frozen=True)
 class LocalForecast:
-    """The predicted cost of a setting; times are in seconds per inner step, on average over a round."""
+    """The predicted cost of local updates with one setting; times are averages in seconds per inner step."""
 
     setting: Setting
-    fragments: int
+    fragments: int  # number of fragments of the model, each exchanged separately
     sent: float  # bytes per inner step, of the worker that sends most
-    compute: float  # seconds, including the wait for the slowest worker, once per round
-    waiting: float  # the wait's part of `compute`
+    compute: float  # seconds of computing, and of waiting for the slowest worker at each exchange
+    waiting: float  # part of `compute`: seconds of waiting for the slowest worker
     coding: float  # seconds to compress and decompress
     exchange: float  # seconds that steps wait for exchanges
-    steps: float  # inner steps with the progress of one step of dense training
+    steps: float  # inner steps that make the progress of one step of uncompressed training
 
     @property
     def step(self) -> float:
-        """Seconds per inner step."""
+        """Seconds per inner step (step of a worker's own optimizer)."""
         return self.compute + self.coding + self.exchange
 
     @property
     def seconds(self) -> float:
-        """Seconds for the progress of one step of dense training."""
+        """Seconds to make the progress of one step of uncompressed training."""
         return self.step * self.steps
 
     @property
@@ -135,12 +135,12 @@ def forecast_local(
     most_steps: float = math.inf,
     measured: Mapping[Setting, float] | None = None,
 ) -> tuple[LocalForecast, ...]:
-    """Predict the cost of the measured settings that need at most `most_steps` times dense training's steps, sorted.
+    """Predict the cost of local updates for each measured setting on a link, the fastest setting first.
 
-    The fastest comes first. `optimizer` is the inner optimizer of the measurements; `pace(compressor, d)` returns the
-    speed of a compressor; `update` is the time in seconds per round to compute v and the residual. With a delay, the
-    number of fragments is the one for which steps wait least. Raises ValueError for fewer than two workers, or if no
-    setting is left.
+    Settings that need over `most_steps` times the steps of uncompressed training are omitted. `optimizer` is the inner
+    optimizer of the measurements; `pace(compressor, d)` returns the speed of a compressor; `update` is the time in
+    seconds per exchange to compute the compressor's input and the residual. With a delay, the number of fragments is
+    the one for which steps wait least. Raises ValueError for fewer than two workers, or if no setting remains.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -154,7 +154,7 @@ def forecast_local(
 
 
 def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
-    """Raise ValueError if every measured setting needs more than `most_steps`."""
+    """Raise ValueError if every measured setting needs over `most_steps` times the steps of uncompressed training."""
     least = min(measured.values())
     if not most_steps >= least:
         raise ValueError(f"most-steps must be at least {least:g}, the least measured, got {most_steps:g}")
@@ -175,12 +175,12 @@ def _forecast(
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
-    # Workers wait for the slowest once per round, so random differences between steps average out.
+    # Workers wait for the slowest one only at exchanges, so that random differences between their steps average out.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Return the seconds per round that steps wait, because exchanges outlast their delays or the round."""
+        """Return the seconds per `every` steps of waiting for an exchange that outlasts its delay or these steps."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

@@ -1,4 +1,4 @@
-"""The number of coordinates that a model exchanges, and the measured time of its compressed update."""
+"""The number of coordinates that workers exchange for a model, and the measured time of CompressedSGD's update."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, res
 from packsaddle.runs.tasks.text import load_text
 from packsaddle.sgd.optimizer import CompressedSGD
 
-_LONG = 1 << 25  # coordinates; times of longer vectors are extrapolated in proportion
+_LONG = 1 << 25  # coordinates; times for longer vectors are extrapolated in proportion to their length
 _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of the vector that one step exchanges.
+    """The size of a model: the coordinates that one step exchanges.
 
     >>> from packsaddle.plan import ModelSize
     >>> size = ModelSize.of_model("mnist-autoencoder")
@@ -39,7 +39,7 @@ class ModelSize:
     shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown
 
     def bind(self, compressor: Compressor) -> Compressor:
-        """Return the compressor bound to the shapes of these tensors, if known."""
+        """Return the compressor bound to the shapes of the model's tensors, if known."""
         return compressor.for_tensors(self.shapes) if self.shapes else compressor
 
     @classmethod
@@ -63,7 +63,7 @@ class ModelSize:
 
 
 def _char_transformer() -> CharTransformer:
-    """Return the model that `packsaddle init` configures, with the character set of Python's reference manual."""
+    """Return the character transformer of `packsaddle init`, with the character set of Python's reference manual."""
     classes = load_text(DataConfig("text"), None, train=True).classes
     defaults = ModelConfig("char-transformer")
     return CharTransformer(
@@ -71,7 +71,7 @@ def _char_transformer() -> CharTransformer:
     )
 
 
-# Constructor and shape of an example; the ResNets are the variants for small images that packsaddle trains.
+# Constructor of a model, and the shape of one example; the ResNets are packsaddle's variants for small images.
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
     "char-transformer": (_char_transformer, (DataConfig.context,)),
@@ -92,7 +92,8 @@ def build_model(name: str) -> nn.Module:
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
 
-    It is spent on the error memory and, with `noise`, on noise; minima over `repeats`, on at most 2^25 coordinates.
+    The error memory and, with `noise`, the noise use this time. Measured as minima over `repeats`, and on at most 2^25
+    coordinates.
     """
     n = min(d, _LONG)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
@@ -108,7 +109,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    # With k = 1 coding takes no time: error memory and noise remain.
+    # With k = 1 coding takes no time: only error memory and noise are timed.
     spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {

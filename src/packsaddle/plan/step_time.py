@@ -1,8 +1,8 @@
 """A model of the time of one training step: compute, waiting for the slowest worker, coding, and the exchange.
 
 A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links; `cost_model` has the
-number of sequential messages and the bytes over the busiest link. It models a step, not a run: compressors need
-different numbers of steps.
+number of sequential messages and the bytes over the busiest link. This is the time of a step, not of a run: compressors
+need different numbers of steps.
 """
 
 import math
@@ -17,14 +17,14 @@ from packsaddle.comm.cost_model import Cost, RingAllReduce
 from packsaddle.options.numerals import duration
 
 FRAMING = 1448 / 1514  # TCP/IP payload as a fraction of an Ethernet frame of 1,514 bytes
-LATENCY = 1e-4  # seconds of a small message, typical of gloo in a local network
+LATENCY = 1e-4  # seconds for a small message, typical of gloo in a local network
 Tail = Literal["lognormal", "exponential"]
-_MOST = 1e9  # limit of seconds and of spreads: sums and squares of larger ones may overflow
+_MOST = 1e9  # largest valid time in seconds, and spread: sums and squares of larger ones may overflow
 
 
 @dataclass(frozen=True)
 class Link:
-    """The link between a worker and the others. Times are numbers, or text such as "55ms".
+    """The network link between a worker and the others. Times are numbers, or text such as "55ms".
 
     Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
 
@@ -48,16 +48,16 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float | str) -> "Link":
-        """Return the link with a nominal rate in bits a second, headers included, and a `latency` in seconds."""
+        """Return the link with a nominal rate of `bits` a second, packet headers included, and `latency` in seconds."""
         return cls(duration(latency, "latency"), bits / 8 * FRAMING)
 
     @property
     def bits(self) -> float:
-        """The nominal rate, bits a second, headers included."""
+        """The nominal rate in bits a second, packet headers included."""
         return self.rate / FRAMING * 8
 
     def parts(self, cost: Cost) -> tuple[float, float]:
-        """Return the seconds of `cost` due to latency, and those due to the rate."""
+        """Return two times in seconds of an exchange with this `cost`: its latency, and its bytes over the rate."""
         return cost.hops * self.latency + cost.fan * self.overhead, cost.bytes / self.rate
 
 
@@ -73,7 +73,7 @@ class Fleet:
     0.031
     """
 
-    workers: int  # W
+    workers: int  # number of workers W
     compute: float  # mean seconds of the forward and backward pass
     spread: float = 0.0  # standard deviation of that time divided by its mean
     tail: Tail = "lognormal"  # the distribution of that time: "lognormal" or "exponential"
@@ -92,7 +92,7 @@ class Fleet:
 
     @property
     def waiting(self) -> float:
-        """Expected seconds of waiting for the slowest of the W, averaged over workers."""
+        """Expected seconds of waiting for the slowest worker, averaged over workers."""
         return self.compute * (expected_maximum(self.workers, self.spread, self.tail) - 1)
 
 
@@ -101,7 +101,7 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
     """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
     `tail` "exponential": 1 - spread plus an exponential time of mean spread, whose expected maximum is spread * H_W
-    (Renyi 1953). "lognormal": by quadrature over the normal score of the slowest.
+    (Renyi 1953). "lognormal": by quadrature over the normal score of the slowest worker.
 
     >>> from packsaddle.plan.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -120,7 +120,7 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
         log_density = math.log(workers / math.sqrt(2 * math.pi)) - z**2 / 2 + (workers - 1) * log_ndtr(z)
         return math.exp(sigma * z - sigma**2 / 2 + log_density)
 
-    centre = float(ndtri(1 - 1 / workers))  # approximate normal score of the slowest
+    centre = float(ndtri(1 - 1 / workers))  # approximate normal score of the slowest worker
     return float(quad(integrand, centre - 8, centre + 10 + sigma, limit=200)[0])
 
 
@@ -136,8 +136,8 @@ class StepTime:
     compute: float  # forward and backward pass
     waiting: float  # waiting for the slowest worker
     compression: float  # encoding, decoding and the optimizer's other work
-    latency: float  # of the exchange: sequential messages
-    bandwidth: float  # of the exchange: bytes over the busiest link
+    latency: float  # latency of the exchange's sequential messages
+    bandwidth: float  # transfer of the exchange's bytes over the busiest link
 
     @property
     def exchange(self) -> float:
@@ -155,15 +155,15 @@ class Step(ABC):
 
     @abstractmethod
     def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Predict the time of one step."""
+        """Predict the time of one step of the workers in `fleet` on `link`."""
 
 
 @dataclass(frozen=True)
 class Compressed(Step):
     """A step of `CompressedSGD`: compute, coding and exchange, sequentially."""
 
-    cost: Cost  # of the exchange
-    compression: float  # seconds
+    cost: Cost  # critical path of the exchange
+    compression: float  # seconds of encoding, decoding and the optimizer's other work
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         return StepTime(fleet.compute, fleet.waiting, self.compression, *link.parts(self.cost))
@@ -181,17 +181,17 @@ class Fastest(Step):
 
 @dataclass(frozen=True)
 class Dense(Step):
-    """DistributedDataParallel: `nbytes` bytes all-reduced in buckets, during the backward pass or after it."""
+    """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
 
     nbytes: int
-    overlap: bool = True
+    overlap: bool = True  # exchange during the backward pass; False: after it
     bucket: int = 25 * 2**20  # bytes, torch's default
     backward: float = 2 / 3  # fraction of the compute time
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of a step whose buckets become ready at even intervals of the backward pass.
 
-        They are sent sequentially. The last one does not overlap; on a slow link, neither does all beyond the pass.
+        Buckets are sent sequentially. The last one does not overlap; on a slow link, others outlast the backward pass.
         """
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
@@ -203,13 +203,13 @@ class Dense(Step):
         return StepTime(fleet.compute, fleet.waiting, 0.0, latency * share, bandwidth * share)
 
 
-Seconds = Callable[[Work], float]  # maps the coding of a step to its duration
+Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operations to seconds
 
 
 def compressed(
     aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
 ) -> Compressed:
-    """Return the step of an aggregator on d compressed and `dense` uncompressed coordinates of `itemsize` bytes."""
+    """Return a step with this aggregator, for d compressed and `dense` uncompressed coordinates of `itemsize` bytes."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
@@ -217,8 +217,8 @@ def compressed(
 def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
     """Return the rate, payload bytes a second, at which `steps` steps of `step` take as long as one `dense` step.
 
-    The latency is the link's. Below this rate `step` is faster. None if it never is, or always: to distinguish the
-    two, compare the times on any link.
+    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always: to
+    distinguish the two, compare the times on any link.
     """
 
     def pays(rate: float) -> bool:
@@ -233,7 +233,7 @@ def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float =
 
 
 def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Bisect in logarithms for the point at which `holds`, true at `low` and false at `high`, becomes false."""
+    """Find, by bisection of logarithms, the point at which `holds`, true at `low` and false at `high`, turns false."""
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)

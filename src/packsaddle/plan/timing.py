@@ -1,4 +1,4 @@
-"""Timing of several functions in interleaved rounds, so that other load on the machine affects all of them equally."""
+"""Timing of several functions by alternating calls, so that other load on the machine affects all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one function over several repeats."""
+    """Median, lowest and highest seconds of one function over `repeats` calls."""
 
     median: float
     low: float
@@ -29,7 +29,7 @@ def side_by_side(
     warm_up: int = 1,
     prepare: Callable[[], object] = int,
 ) -> dict[str, Timing]:
-    """Time every function in `works` `repeats` times, in rounds: the first, the second, ..., the first again.
+    """Time each function in `works` `repeats` times, alternating: the first, the second, ..., the first again.
 
     `prepare` runs before each call and is not timed.
     """
@@ -46,9 +46,9 @@ def side_by_side(
 def repeated(
     work: Callable[[], object], *, least: int = 5, within: float = 0.02, limit: float = 20.0, warm_up: int = 2
 ) -> Timing:
-    """Time `work` at least `least` times, until its three fastest repeats differ by `within`, or for `limit` seconds.
+    """Time `work` at least `least` times, until its three fastest times are within a fraction `within` of each other.
 
-    The minimum is then reproduced: other programs on the machine only lengthen a repeat.
+    The minimum is then reproducible: other programs on the machine only lengthen a call. Stops after `limit` seconds.
     """
     for _ in range(warm_up):
         work()
@@ -59,7 +59,7 @@ def repeated(
 
 
 def clocked(work: Callable[[], object]) -> float:
-    """Return the seconds of one call, with the GPU work that it launches."""
+    """Return the seconds of one call of `work`, including the GPU work that it launches."""
     _synchronise()
     begin = time.perf_counter()
     work()
@@ -73,6 +73,6 @@ def _synchronise() -> None:
 
 
 def copy_bandwidth(numel: int, *, repeats: int = 7, device: torch.device | str = "cpu") -> float:
-    """Return the bytes a second moved by copying float32[numel]: each element is read once and written once."""
+    """Measure the memory bandwidth in bytes a second by copying float32[numel]; each element is read and written."""
     source, target = (torch.ones(numel, device=device) for _ in range(2))
     return 8 * numel / side_by_side({"copy": lambda: target.copy_(source)}, repeats=repeats)["copy"].median

@@ -1,4 +1,4 @@
-"""The training step of a model, one of packsaddle's or a user's: forward and backward pass and optimizer, timed."""
+"""Timing of a training step, forward and backward pass and optimizer, of one of packsaddle's models or a user's."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ StepOptimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A model and the batch on which its step is timed.
+    """A model and a batch, to time the model's training step.
 
     The loss is the first scalar that the model returns, or else the mean square of all that it returns.
 
@@ -43,7 +43,7 @@ class TrainingStep:
         return TrainingStep(self.model.to(device), _moved(self.batch, device))
 
     def loss(self) -> Tensor:
-        """Return the loss. Raises ConfigError if nothing that the model returns depends on its parameters."""
+        """Return the loss on the batch. Raises ConfigError if no output of the model depends on its parameters."""
         if isinstance(self.batch, Mapping):
             output = self.model(**self.batch)
         else:
@@ -55,7 +55,7 @@ class TrainingStep:
         return next((t for t in found if t.numel() == 1), squares)
 
     def time(self, optimizer: StepOptimizer | None = None) -> Timing:
-        """Time the forward and backward pass and the optimizer's step, if any, until the minimum is reproduced."""
+        """Time forward pass, backward pass and the optimizer's step, if any, repeatedly until the minimum is stable."""
         optimizers = _optimizers(self.model, optimizer) if optimizer else []
 
         def step() -> None:
@@ -93,7 +93,7 @@ def _moved(batch: Any, device: torch.device | str) -> Any:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an output and the tuples, lists and dicts that it consists of."""
+    """Yield the tensors in a model's output, a tensor or nested tuples, lists and dicts."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping | tuple | list):
@@ -102,7 +102,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:
-    """Return the optimizer, or for "muon" Muon for the hidden matrices and AdamW for the rest; with a tiny rate."""
+    """Return the named optimizer with a tiny learning rate; "muon": Muon for hidden matrices, AdamW for the others."""
     rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return [torch.optim.SGD(trained, rate, momentum=0.9)]

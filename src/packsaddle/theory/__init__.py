@@ -1,4 +1,4 @@
-"""The paper's theorems as code: bounds, plans, Table 1, the random walk of the noise.
+"""The paper's theorems as code: bounds, plans, Table 1, and the random walk due to artificial noise.
 
 Read `bounds` first (assumptions and constants), then `plans` (parameters of Algorithm 1 for a target).
 """

@@ -1,6 +1,6 @@
-"""The theorems in numbers: assumptions, the constants hidden in O-tilde, step sizes, steps, first-order plans.
+"""Theorems 3.1 and 3.2 in numbers: assumptions, constants hidden in O-tilde, step sizes, number of steps.
 
-Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. `Constants.theory` replaces them by those that Jin et al.
+The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them by those that Jin et al.
 (JACM 2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` by values derived for one saddle at a time.
 So step sizes, steps, interval, radius, noise and decrease are *orders of magnitude*: they show how a run scales.
 Only `first_order_plan` is proved with its constants.
@@ -14,7 +14,7 @@ from packsaddle.errors import check_positive
 from packsaddle.theory.saddle_dynamics import predicted_escape_time
 
 Mode = Literal["practical", "theory"]
-_RANGE = (1e-20, 1e20)  # of every constant of a problem; keeps products of their powers within float64
+_RANGE = (1e-20, 1e20)  # valid constants of a problem, so that products of their powers are within float64
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class Assumptions:
 
     @property
     def curvature(self) -> float:
-        """sqrt(rho epsilon): the negative curvature that must be escaped."""
+        """The magnitude of the negative curvature that must be escaped, sqrt(rho epsilon)."""
         return math.sqrt(self.hessian_lipschitz * self.epsilon)
 
     @property
     def noise_ratio(self) -> float:
-        """N of Jin et al., Eq. (8): about alpha sigma^2 / epsilon^2, alpha = 1 under Assumption C, d otherwise."""
+        """Gradient noise ratio N of Jin et al., Eq. (8): about sigma^2 / epsilon^2, times d without Assumption C."""
         relative = (self.sigma / self.epsilon) ** 2
         if self.lipschitz_gradient is None:
             return 1 + relative * self.d
@@ -80,11 +80,12 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants hidden in O-tilde: powers of the logarithm iota, and factors.
+    """The constants that the theorems hide in O-tilde: powers of the logarithm iota, and factors.
 
     The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). That Algorithm 1 shares them up to
-    logarithms is an assumption; the factors 1 of the compression terms of eta are a guess. `practical` has no proof and
-    no failure probability, but feasible steps. Raises ValueError unless all are positive and finite.
+    logarithms is an assumption; the factors 1 of the second and third bound on eta are guesses. `practical` has no
+    proof and no failure probability, but needs feasible numbers of steps. Raises ValueError unless all are positive and
+    finite.
 
     >>> from packsaddle.theory import Assumptions, Constants
     >>> c = Constants.theory(Assumptions(d=1000, epsilon=0.1))
@@ -92,13 +93,13 @@ class Constants:
     ('theory', True)
     """
 
-    mode: Mode  # "theory" or "practical"
-    iota: float  # the logarithm
-    failure_probability: float | None = None  # delta, which iota depends on
+    mode: Mode  # origin of the constants, "theory" or "practical"
+    iota: float  # value of the logarithm iota
+    failure_probability: float | None = None  # failure probability delta in the logarithm iota; None: not defined
     eta_power: float = 9.0  # eta is proportional to iota^-9
-    gradient_noise_factor: float = 1.0  # factor of eta's first term
-    first_order_factor: float = 1.0  # factor of eta's second term
-    second_order_factor: float = 1.0  # factor of eta's third term
+    gradient_noise_factor: float = 1.0  # factor of the first bound on eta
+    first_order_factor: float = 1.0  # factor of the second bound on eta
+    second_order_factor: float = 1.0  # factor of the third bound on eta
     noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
     patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho eps)
@@ -107,7 +108,7 @@ class Constants:
     decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
     decrease_factor: float = 1.0  # factor of F
     escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
-    descent_factor: float = 100.0  # factor of T's second term
+    descent_factor: float = 100.0  # factor of the second term of T
 
     def __post_init__(self) -> None:
         check_positive(**{f.name: getattr(self, f.name) for f in fields(self)[1:]})
@@ -116,10 +117,11 @@ class Constants:
     def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":
         """Return the constants of the proof, with iota = log_factor * log(d L f_max N / (rho epsilon delta)).
 
-        `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. ValueError unless 0 < delta < 1.
-        The printed argument has units, so its logarithm can be small or negative. A logarithm below 1 is replaced by
-        that of the unitless d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger.
-        `log_factor` is the proof's absolute constant, there only "sufficiently large"; 1 is optimistic.
+        `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. The argument of the logarithm, as
+        in the paper, has units, so the logarithm can be small or negative. A logarithm below 1 is replaced by that of
+        the unitless d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger. The
+        proof only says that `log_factor` is "sufficiently large"; 1 is optimistic. Raises ValueError unless
+        0 < delta < 1.
         """
         if not 0 < failure_probability < 1:
             raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
@@ -132,14 +134,14 @@ class Constants:
 
     @classmethod
     def practical(cls) -> "Constants":
-        """Return iota = 1 and factors for which half of the iterates are epsilon-SOSPs if saddles are as predicted.
+        """Return constants for which half of the iterates are epsilon-SOSPs, if escapes take the predicted time.
 
-        At most a quarter of the gradients are too large: the first two terms of eta are below `first_order_plan`'s for
+        At most a quarter of the gradients are too large: the first two bounds on eta are below `first_order_plan`'s for
         epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), for which
         T = 32 f_max / (eta epsilon^2) provably suffices. At most a quarter of the iterates are near saddles: an escape
         takes I steps, twice the median of `theory.saddle_dynamics.predicted_escape_time`, and decreases f by F, at
         least 2/3 sqrt(epsilon^3 / rho) at distance R if the Hessian is rho-Lipschitz; so T = 4 f_max I / F. The factor
-        1 of eta's third term remains a guess.
+        1 of the third bound on eta remains a guess. The logarithm iota is 1.
         """
         return cls(
             "practical",
@@ -157,10 +159,11 @@ PRACTICAL = Constants.practical()
 
 
 def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict[str, float]:
-    """Return the three terms of eta in Theorems 3.1 and 3.2 by name, units restored; the step size is their minimum.
+    """Return the three bounds on the step size eta in Theorems 3.1 and 3.2, by name; eta is their minimum.
 
-    iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times
-    its factor in `c`; D is 1 for a linear compressor and d otherwise, chi^2 = sigma^2 + ||xi||^2.
+    With units restored, they are iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and
+    mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times its factor in `c`. `mu` is the contraction, D is 1 if `linear`
+    and d otherwise, chi^2 = sigma^2 + ||xi||^2.
     """
     chi = math.hypot(a.sigma, noise_norm(a, c))
     lost = 1 - mu
@@ -175,37 +178,38 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
 
 
 def noise_norm(a: Assumptions, c: Constants) -> float:
-    """Return Jin et al.'s r, approximately ||xi||."""
+    """Return the approximate norm of the artificial noise xi, which is r of Jin et al."""
     return float(c.iota**c.noise_power) * a.epsilon * math.sqrt(a.noise_ratio)
 
 
 def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, int]:
-    """Return the escape interval I and the number of steps T for a step size."""
+    """Return the escape interval I (steps to leave a saddle) and the number of steps T, for the step size eta."""
     if c.patience is None:
         interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
     else:
         noise = noise_norm(a, c) / math.sqrt(a.d)
         predicted = predicted_escape_time(eta, a.curvature, noise, radius(a, c))
-        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # predicted: 0 if noise exceeds R
+        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # predicted is 0 if noise exceeds R
     longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
     return interval, math.ceil(a.f_max * longest)
 
 
 def radius(a: Assumptions, c: Constants) -> float:
-    """Return R, the radius of the escape check."""
+    """Return the radius R of the escape check, a distance from the saddle."""
     return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
 
 
 def decrease(a: Assumptions, c: Constants) -> float:
-    """Return F, the least decrease of f in an escape."""
+    """Return the least decrease F of the objective f in an escape from a saddle."""
     return float(c.decrease_factor * c.iota**-c.decrease_power) * math.sqrt(a.epsilon**3 / a.hessian_lipschitz)
 
 
 def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants = PRACTICAL) -> float:
-    """Return the mu at which the third term of eta equals the first (Corollary 3.3), in (0, 1).
+    """Return the contraction mu, in (0, 1), for which the first and third bound on the step size are equal (Cor. 3.3).
 
-    It solves mu^2 / (1 - mu) = q, with q the ratio of the first term to the third's other factors. If q is small, mu is
-    about sqrt(q): epsilon^(3/4) / sqrt(alpha) if linear, else sqrt(d) times that, alpha as in `noise_ratio`.
+    It solves mu^2 / (1 - mu) = q, with q the ratio of the first bound to the other factors of the third. If q is small,
+    mu is about sqrt(q): epsilon^(3/4) / sqrt(alpha) if linear, else sqrt(d) times that, with alpha = 1 under
+    Assumption C and d otherwise.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # where mu^2 / (1 - mu) = 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
@@ -223,18 +227,18 @@ class FirstOrderPlan:
     """
 
     eta: float  # step size
-    steps: int  # T
-    bound_by: str  # "smoothness", "error feedback", "gradient noise" or "first-order"
+    steps: int  # number of steps T
+    bound_by: str  # condition that limits eta: "smoothness", "error feedback", "gradient noise" or "first-order"
 
 
 def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0) -> FirstOrderPlan:
-    """Plan for first-order stationarity alone: proved with these constants, under Assumptions A and B, without resets.
+    """Return a plan for first-order stationarity only, proved with its constants under Assumptions A and B, no resets.
 
     With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t and E||e_t||^2 (as in Lemma A.5 of the paper) give, for
     eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
     mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
-    T bounds the first term by epsilon^2 / 2, eta each of the other two by epsilon^2 / 4. C must act on the workers'
-    mean. Of `assumptions`, rho and l-tilde are not used; `mu` is C's contraction, in (0, 1].
+    T bounds the first term by epsilon^2 / 2, eta each of the other two by epsilon^2 / 4. The compressor C must act on
+    the mean over workers. Of `assumptions`, rho and l-tilde are not used; `mu` is the contraction of C, in (0, 1].
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=0.01)

@@ -1,10 +1,10 @@
-"""The random walk of x under artificial noise xi_t of standard deviation r, and the r that it suggests.
+"""The random walk of the parameters x under artificial noise of standard deviation r, and a suggestion for r.
 
-Noise moves x by eta xi_t a step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by
-eta r sqrt(d T). The ratio to ||x_0|| predicts the effect: three autoencoders left their plateaus at ratios from 2.4
-to 5.4, at learning rates from 0.1 to 1. For the one with several r, a ratio of 1 gained less, 0.3 gained nothing, and
-10 prevented learning (experiments/noise-rule).
-The ratio to mini-batch noise does not predict it: the same effect needed ratios of 104 and 3,400.
+Noise xi_t moves x by eta xi_t per step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by
+eta r sqrt(d T). The ratio of this length to ||x_0|| predicts the effect of the noise: three autoencoders left their
+plateaus at ratios from 2.4 to 5.4, at learning rates from 0.1 to 1. For the one trained with several r, a ratio of 1
+gained less, 0.3 gained nothing, and 10 prevented learning (experiments/noise-rule). The ratio of r to mini-batch noise
+does not predict the effect: the same effect needed ratios of 104 and 3,400.
 """
 
 import math
@@ -14,38 +14,38 @@ from torch import nn
 
 from packsaddle.errors import check_positive
 
-GOOD = 3.0  # times ||x_0||
-FAR = 8.0
+GOOD = 3.0  # suggested length of the walk, as a multiple of ||x_0||
+FAR = 8.0  # length of the walk, as a multiple of ||x_0||, above which a run warns
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A run's random walk under noise: the quantities that set its length relative to ||x_0||."""
+    """The random walk of a run's parameters under artificial noise, with the quantities that determine its length."""
 
-    lr: float  # eta
-    steps: float  # sum_t (r_t / r)^2; T if r is constant
-    rms: float  # root mean square of x_0: ||x_0|| / sqrt(d)
+    lr: float  # learning rate eta
+    steps: float  # number of steps T; if the noise std r_t varies, sum_t (r_t / r)^2
+    rms: float  # root mean square of the initial parameters x_0: ||x_0|| / sqrt(d)
 
     def times(self, r: float) -> float:
-        """Return the length of the walk over ||x_0||: eta r sqrt(T) / rms. Infinite if x_0 is zero."""
+        """Return the length of the walk for the noise std r over ||x_0||: eta r sqrt(T) / rms. Infinite if x_0 is 0."""
         length = self.lr * r * math.sqrt(self.steps)
         return length / self.rms if self.rms else (math.inf if length else 0.0)
 
     def suggested(self, times: float = GOOD) -> float | None:
-        """Return the noise r whose random walk has length `times` ||x_0||; None if x is constant or x_0 = 0."""
+        """Return the noise std r for a walk of length `times` ||x_0||; None if lr, steps or x_0 is zero."""
         unit = self.times(1.0)
         return times / unit if 0 < unit < math.inf else None
 
 
 def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = GOOD) -> float:
-    """Suggest r, the noise of `CompressedSGD(noise=r)`, for a model before training.
+    """Suggest the noise std r for `CompressedSGD(noise=r)`, for a model before training.
 
-    r = times ||x_0|| / (lr sqrt(d steps)), with d trainable coordinates. If r decreases (`Ramp`), `steps` is
-    sum_t (r_t / r)^2: about the steps before the decrease and a third of those during it. Momentum m accumulates xi_t
-    too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m).
+    r = times ||x_0|| / (lr sqrt(d steps)), for d trainable coordinates with initial values x_0. If r decreases
+    (`Ramp`), `steps` is sum_t (r_t / r)^2: about the steps before the decrease and a third of those during it. Momentum
+    m accumulates noise too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m).
 
-    Without gradients the noise would move x by `times` ||x_0|| in root mean square. Raises ValueError if lr, steps or
-    times are not positive and finite, or if all parameters are zero.
+    Without gradients the noise would move the parameters by `times` ||x_0|| in root mean square. Raises ValueError if
+    lr, steps or times are not positive and finite, or if all parameters are zero.
 
     >>> import torch
     >>> import packsaddle

@@ -1,8 +1,8 @@
 """Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k that costs the fewest.
 
-mu, k and the bytes of a step (except coded indices) are exact; the rest are orders of magnitude, as described in
-`packsaddle.theory.bounds`. `reach` reports whether the number of steps is feasible, and the easier assumptions that
-would reduce it.
+The contraction mu, k and the bytes of a step (except coded indices) are exact; all other values are orders of
+magnitude, as described in `packsaddle.theory.bounds`. `reach` reports if the number of steps is feasible, and easier
+assumptions that would reduce it.
 """
 
 import math
@@ -41,10 +41,10 @@ FAMILIES: Mapping[str, Family] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and what they cost.
+    """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and their cost.
 
     Orders of magnitude, except mu, k and `sent`. Bytes are those that one worker sends, without the escape check and
-    its resets (an uncompressed all-reduce per commit, so at most d / I values a step).
+    its resets (an uncompressed all-reduce per commit, so at most d / interval values a step).
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -56,24 +56,24 @@ class Plan:
     ('6.2e-08', True)
     """
 
-    assumptions: Assumptions  # of the problem
-    constants: Constants  # in place of O-tilde
-    workers: int  # W
-    compressor: Compressor  # C
+    assumptions: Assumptions  # constants of the problem
+    constants: Constants  # constants in place of O-tilde
+    workers: int  # number of workers W
+    compressor: Compressor  # compressor C
     theorem: str  # "3.2" for a linear compressor, else "3.1"
     protocol: str  # the exchange: "all-reduce", "all-gather", ...
-    mu: float  # of C on d coordinates
+    mu: float  # contraction of C on d coordinates
     k: int | None  # coordinates (or counters) sent; None: not defined for this compressor
     eta: float  # step size
-    bound_by: str  # the smallest term of eta: "gradient noise", "first-order" or "second-order"
-    steps: int  # T
-    interval: int  # I
-    radius: float  # R
-    noise: float  # r, std of a coordinate of xi; ||xi|| is about noise * sqrt(d), Jin et al.'s r
-    decrease: float  # F: decrease of f per escape
-    sent: int  # bytes per step
-    total: int  # bytes of all steps
-    improvement: float  # the total of Algorithm 1 without compression, divided by this total
+    bound_by: str  # bound that limits eta: "gradient noise", "first-order" or "second-order"
+    steps: int  # number of steps T
+    interval: int  # escape interval I, in steps
+    radius: float  # radius R of the escape check
+    noise: float  # std r of each coordinate of the noise xi; ||xi|| is about r * sqrt(d), "r" in Jin et al.
+    decrease: float  # decrease F of the objective f per escape
+    sent: int  # bytes that one worker sends per step
+    total: int  # bytes that one worker sends in all steps
+    improvement: float  # total bytes of Algorithm 1 without compression, divided by `total`
 
     @property
     def name(self) -> str:
@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def noise_norm(self) -> float:
-        """The norm of xi, r sqrt(d): compression errors stay below the noise only if it is about sigma or more."""
+        """Norm of the noise, r sqrt(d). Compression errors stay below the noise only if it is about sigma or more."""
         return self.noise * math.sqrt(self.assumptions.d)
 
     @property
     def noise_suffices(self) -> bool:
-        """True if the norm of xi is at least sigma."""
+        """True if the norm of the artificial noise is at least the gradient noise sigma."""
         return self.noise_norm >= self.assumptions.sigma
 
     @property
@@ -107,11 +107,11 @@ class Plan:
 def plan(
     assumptions: Assumptions, compressor: Compressor, *, constants: Constants = PRACTICAL, workers: int = 4
 ) -> Plan:
-    """Plan a run with this compressor: Theorem 3.2 if it is linear, else Theorem 3.1.
+    """Plan a run of Algorithm 1 with this compressor: by Theorem 3.2 if it is linear, else by Theorem 3.1.
 
     `assumptions` are those of the problem, `constants` replace O-tilde. The compressor acts on all d coordinates, in
-    float32, with the direct exchange. Raises ValueError if it cannot, or for fewer than two workers, since one sends
-    nothing.
+    float32, with the direct exchange. Raises ValueError if it does not support that, or for fewer than two workers,
+    since one worker sends nothing.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -125,7 +125,7 @@ def plan(
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
     mu, linear = compressor.mu(d), compressor.linear
 
-    # eta is the least of the theorem's three terms; I and T follow from it.
+    # The step size eta is the least of the theorem's three bounds; interval I and number of steps T follow from it.
     terms = step_sizes(a, c, mu, linear=linear)
     bound_by = min(terms, key=lambda name: terms[name])
     interval, steps = interval_and_steps(a, c, terms[bound_by])
@@ -156,7 +156,7 @@ def plan(
 
 
 def _exchange(compressor: Compressor, d: int, workers: int) -> tuple[str, int]:
-    """Return the protocol and the bytes that one worker sends in a step."""
+    """Return the name of the direct exchange, and the bytes that one worker sends in a step."""
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     return choice.name, choice.aggregator.wire(d, 0, 1, workers, 4).sent
 
@@ -175,9 +175,9 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 
 
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
-    """Return the k of Corollary 3.3, from 1 to d, at which the terms of the number of steps are equal.
+    """Return the number k of coordinates to send, from 1 to d, that balances the bounds on eta (Corollary 3.3).
 
-    `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor of k coordinates.
+    `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor that sends k coordinates.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -190,14 +190,14 @@ def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants
 
 
 def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL, workers: int = 4) -> Plan:
-    """Plan with the k of least total bytes: about the smallest k that takes no more steps than k = d.
+    """Return the plan with the fewest total bytes over k: about the smallest k that needs no more steps than k = d.
 
-    `family(k)` is the compressor of k coordinates; `assumptions`, `constants`, `workers` and ValueError are as in
-    `plan`. Below it a compression term limits eta, and k T grows as k falls; above it T is constant and each step costs
-    more. So the minimum is at this k, at the next smaller mu, or at k = d, which sends no indices. It is `balanced_k`,
-    up to rounding, unless the first-order term, which Corollary 3.3 ignores, limits eta up to a larger k. (LinearSketch
-    has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the bytes, by 13% at
-    d = 7.)
+    `family(k)` is the compressor that sends k coordinates; `assumptions`, `constants`, `workers` and ValueError are as
+    in `plan`. For smaller k, compression limits eta, and k T grows as k falls; for larger k, T is constant and each
+    step costs more. So the minimum is at this k, at the next smaller mu, or at k = d, which sends no indices. It is
+    `balanced_k`, up to rounding, unless the first-order bound, which Corollary 3.3 ignores, limits eta up to a larger
+    k. (LinearSketch has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the
+    bytes, by 13% at d = 7.)
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -216,31 +216,31 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
 
 
 def _first(holds: Callable[[int], bool], d: int) -> int:
-    """Return the smallest k in 1, ..., d with holds(k), which must be true for all larger k."""
+    """Return the smallest k in 1, ..., d for which holds(k) is true; it must be true for all larger k, too."""
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
-MOST_STEPS = 10**9  # twelve days at a thousand steps a second
+MOST_STEPS = 10**9  # limit of feasible runs: twelve days at a thousand steps a second
 _HALVINGS = 40  # bisections of an interval of log(epsilon), at most 92 long
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Steps of the plan without compression, the fewest of any compressor, and its steps on easier terms."""
+    """Number of steps without compression, the fewest of any compressor, and the number under easier assumptions."""
 
-    steps: int  # T without compression
-    at_twice_epsilon: int | None  # steps there; None: every first-order stationary point is second-order
-    epsilon: float | None  # the smallest with at most MOST_STEPS steps; None: no epsilon has
+    steps: int  # steps T without compression
+    at_twice_epsilon: int | None  # steps for 2 epsilon; None: then every first-order stationary point is second-order
+    epsilon: float | None  # smallest target epsilon with at most MOST_STEPS steps; None: there is none
     with_lipschitz_gradient: int | None  # steps under Assumption C with l-tilde = L; None: already assumed
 
     @property
     def out_of_reach(self) -> bool:
-        """True if there are more than MOST_STEPS steps."""
+        """True if the run needs more than MOST_STEPS steps, even without compression."""
         return self.steps > MOST_STEPS
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return the steps without compression: as given, with a larger epsilon, and under Assumption C."""
+    """Return the number of steps without compression: as assumed, with a larger epsilon, and under Assumption C."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
@@ -259,7 +259,7 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
 
 def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
     """Bisect log(epsilon) in [given, greatest] for the smallest epsilon that is `within`; None if none is."""
-    low, high = math.log(given), math.log(greatest) - 1e-12  # inside the range by more than rounding
+    low, high = math.log(given), math.log(greatest) - 1e-12  # within the valid range by more than rounding errors
     if within(given):
         return given
     if high <= low or not within(math.exp(high)):

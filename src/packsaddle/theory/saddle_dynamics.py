@@ -1,7 +1,7 @@
 """The linear recursion of perturbed SGD near a saddle of curvature -gamma, in closed form.
 
-Along the unstable direction x_{t+1} = (1 + eta gamma) x_t - eta xi_t, so a difference or a distance grows like
-(1 + eta gamma)^t, with a prefactor set by the noise.
+Along the unstable direction x_{t+1} = (1 + eta gamma) x_t - eta xi_t, with step size eta and noise xi_t. So a distance
+from the saddle, or between two runs, grows like (1 + eta gamma)^t, with a prefactor set by the noise.
 """
 
 import math
@@ -14,7 +14,9 @@ _NEGLIGIBLE = 45.0  # exp(-45) is negligible
 
 
 def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
-    """Return the exponential growth per step of the unstable coordinate: ln(1 + eta gamma) without compression.
+    """Return the exponential growth rate per step near a saddle of curvature -gamma, for the step size eta.
+
+    Without compression (mu = 1) it is ln(1 + eta gamma).
 
     With RandomK and error feedback (mu = k/d) and a saddle whose unstable direction is a coordinate axis, x_1 moves
     only when coordinate 1 is sent, after T steps with probability mu (1 - mu)^(T-1), and then by T updates at once:
@@ -51,8 +53,9 @@ def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float,
     """Return the median number of steps from a saddle to distance R: ln(R sqrt(2 gamma / eta) / (0.6745 r)) / rate.
 
     The unstable coordinate is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, and 0.6745 is the median
-    of |N(0, 1)|. It assumes one unstable direction, eta gamma << 1, and R well above the first steps' noise. `noise`
-    is r per coordinate, `radius` R; `mu` slows the rate as in `growth_rate`. Raises ValueError unless all are positive.
+    of |N(0, 1)|. Assumes one unstable direction, eta gamma << 1, and R well above the noise of the first steps. `noise`
+    is the std r of a coordinate, `radius` is R, and `rate` is `growth_rate(eta, gamma, mu)`. Raises ValueError unless
+    all are positive.
 
     >>> from packsaddle.theory import predicted_escape_time
     >>> round(predicted_escape_time(0.1, 1.0, noise=0.01, radius=0.5), 1)

@@ -1,7 +1,7 @@
-"""Table 1 of the paper (Corollary 3.4), as exponents of d and epsilon: exact, readable and evaluated.
+"""Table 1 of the paper (Corollary 3.4): costs of methods as powers of d and epsilon, exact, as text, and evaluated.
 
-Orders of magnitude: every constant is 1 and logarithms are omitted. `improvement` is computed from the communication
-columns; `printed` is the paper's entry.
+Orders of magnitude: every constant is 1 and logarithms are omitted. A row's `improvement` is computed from the
+communication columns; `printed` is the paper's entry.
 """
 
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-Powers = tuple[Fraction, Fraction]  # of d and of epsilon
+Powers = tuple[Fraction, Fraction]  # exponents of d and of epsilon
 
 
 @dataclass(frozen=True)
 class Order:
-    """The sum, or with `least` the minimum, of monomials d^a epsilon^b."""
+    """An order of magnitude: the sum, or with `least` the minimum, of monomials d^a epsilon^b."""
 
     terms: frozenset[Powers]
     least: bool = False
@@ -28,7 +28,7 @@ class Order:
         return f"min({', '.join(terms)})" if self.least and len(terms) > 1 else " + ".join(terms)
 
     def per(self, other: "Order") -> "Order":
-        """Return this monomial over the sum `other`, up to a factor: the minimum of its quotients by the terms."""
+        """Divide this monomial by the sum `other`, up to a factor: return the minimum of the quotients by its terms."""
         ((a, b),) = self.terms
         return Order(frozenset((a - c, b - e) for c, e in other.terms), least=len(other.terms) > 1)
 
@@ -50,28 +50,28 @@ def _power(base: str, exponent: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of Table 1."""
+    """One row of the paper's Table 1: a compressor, and its costs as orders of magnitude."""
 
     lipschitz: bool  # True: Assumption C holds
     compressor: str
-    mu: Order | None  # None: a constant c > 0
+    mu: Order | None  # contraction of the compressor; None: a constant c > 0
     iterations: Order
-    communication: Order  # in numbers, per worker
-    baseline: Order  # communication of the setting's first row
+    communication: Order  # numbers sent per worker
+    baseline: Order  # numbers sent per worker without compression
     printed: Order | None  # the improvement as the paper prints it
 
     @property
     def improvement(self) -> Order:
-        """Uncompressed communication divided by this one."""
+        """Communication without compression, divided by this row's communication."""
         return self.baseline.per(self.communication)
 
     @property
     def follows(self) -> bool:
-        """True if the printed improvement follows from the columns."""
+        """True if the improvement printed in the paper follows from its communication columns."""
         return self.printed is None or self.printed == self.improvement
 
     def possible(self, d: int, epsilon: float) -> bool:
-        """True if mu = k / d has a k from 1 to d."""
+        """Return True if a k from 1 to d has the contraction mu = k / d of this row."""
         return self.mu is None or 1 <= self.mu(d, epsilon) * d <= d
 
     def plain(self, d: int, epsilon: float) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Row:
 
 
 def check_range(d: int, epsilon: float) -> None:
-    """Raise ValueError if d or epsilon is outside the range of the formulas."""
+    """Raise ValueError if d or epsilon is outside the range for which Table 1 is valid."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
     if not 0 < epsilon < 1:
