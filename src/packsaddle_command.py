@@ -1,6 +1,6 @@
-"""The console script. Its overviews and its version do not import the package, which takes seconds with torch.
+"""The console script `packsaddle`. It prints overviews and the version without importing torch, which takes seconds.
 
-It is outside the package for this, and so that Ctrl-C ends the package's import quietly.
+It is outside the package for this reason, and so that Ctrl-C during the package's import prints no traceback.
 """
 
 import os
@@ -15,7 +15,7 @@ VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"
 
 
 class Entry(NamedTuple):
-    """A command: the first line of its docstring, and its module. Or a group: its description, and its entries."""
+    """A command (first line of its docstring, name of its module) or a group (description, entries by name)."""
 
     summary: str
     target: "str | Mapping[str, Entry]"
@@ -44,7 +44,7 @@ COMMANDS: Mapping[str, Entry] = {
 
 
 def main() -> None:
-    """Print an overview or the version, or run `packsaddle.cli.main`; exit with code 130 if Ctrl-C ends its import."""
+    """Print an overview or the version, or run `packsaddle.cli.main`; exit code 130 if Ctrl-C stops its import."""
     text = _answer(sys.argv[1:])
     if text is None:
         try:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _answer(words: Sequence[str]) -> str | None:
-    """Return the version, or the overview of the program or of a group; None if `words` are anything else."""
+    """Return the text of the version, or of the overview of the program or a group; None for any other `words`."""
     if [*words] == ["--version"]:
         return f"packsaddle {VERSION}"
     name, about, entries, rest = "packsaddle", ABOUT, COMMANDS, asked_for_help(words)
@@ -75,12 +75,12 @@ def _answer(words: Sequence[str]) -> str | None:
 
 
 def asked_for_help(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with a leading `help` moved to the end, as --help."""
+    """Return the words of a command line; if the first is `help`, it is moved to the end, as --help."""
     return [*words[1:], "--help"] if words and words[0] == "help" else [*words]
 
 
 def overview(about: str, summaries: Mapping[str, str], name: str) -> str:
-    """Return the help of a group of commands: its description, and a summary of each command, in 80 columns."""
+    """Return the help text of a group of commands: its description, and each command's summary, in 80 columns."""
     width = max(map(len, summaries))
     lines = [f"  {word:<{width}}  {summary}" for word, summary in summaries.items()]
     last = f"{name} COMMAND --help: the options of a command, with examples."

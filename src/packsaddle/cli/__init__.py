@@ -54,9 +54,9 @@ def main() -> None:
 
 
 def serve(commands: Command | Group, program: str) -> None:
-    """Run the command in `sys.argv`, one of `commands`. Bad input prints one line on stderr and exits with code 2.
+    """Run the command in `sys.argv`, one of `commands`. Invalid input prints one line on stderr, with exit code 2.
 
-    If the reader of the output has closed the pipe (`| head`), exits silently with code 1, as Python's documentation
+    Exits silently with code 1 if the reader of the output has closed the pipe (`| head`), as Python's documentation
     of SIGPIPE recommends. `program` is the program's name in messages and help.
     """
     _open_streams()
@@ -64,23 +64,23 @@ def serve(commands: Command | Group, program: str) -> None:
         try:
             _run(commands, program)
         finally:
-            sys.stdout.flush()  # at exit the interpreter would print a BrokenPipeError that cannot be caught
+            sys.stdout.flush()  # at exit a BrokenPipeError could not be caught
     except BrokenPipeError:
-        if not _silence_unread():  # the error is of another pipe
+        if not _silence_unread():  # the error is not from stdout or stderr
             raise
         sys.exit(1)
 
 
 def _open_streams() -> None:
-    """Redirect to os.devnull the standard streams that were closed before the start (`>&-`) and are None in Python."""
+    """Redirect stdout and stderr to os.devnull if they were closed before the start (`>&-`), so are None."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as the process lives
 
 
 def _silence_unread() -> bool:
-    """Redirect standard streams without a reader to os.devnull, so that flushing their buffers succeeds. Return True
-    if there are any."""
+    """Redirect stdout and stderr to os.devnull if their pipe has no reader, so that they can be flushed. Return True
+    if either has none."""
     unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
     for number in unread:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -94,10 +94,10 @@ def _is_unread(stream: TextIO) -> bool:
         number = stream.fileno()
     except OSError:  # an in-memory replacement of the stream
         return False
-    if not hasattr(select, "poll"):  # Windows
+    if not hasattr(select, "poll"):  # Windows, where this cannot be tested
         return True
     poll = select.poll()
-    poll.register(number, 0)  # POLLERR, always reported: the pipe of this writing end has no reader
+    poll.register(number, 0)  # POLLERR, which is always reported: the pipe has no reader
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: a socket
 
 

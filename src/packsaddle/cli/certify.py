@@ -66,16 +66,20 @@ def certify(
     Args:
         run: The run folder.
         checkpoint: Weights to certify instead of the final ones: a file, or its name inside the run folder.
-        iterates: Certify the iterates that the run saved (certify.iterates), and bound the fraction that is stationary.
-        epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the run's
-            certify.epsilon, else the gradient norm at the point plus twice its standard error: the curvature decides.
-        hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the escape
-            direction. It decides what counts as a saddle: set it when you compare points.
+        iterates: Certify the points that the run saved at random steps (certify.iterates), and bound the fraction of
+            all steps at stationary points.
+        epsilon: Threshold of the gradient norm; the threshold of the curvature is -sqrt(rho epsilon). By default the
+            run's certify.epsilon, else the gradient norm at the point plus twice its standard error, so that the
+            curvature decides.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default the run's certify.hessian_lipschitz,
+            else measured along the escape direction. The threshold for a saddle depends on it: set it when you compare
+            points.
         spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
-        population: Also certify the loss of the population from which the examples are drawn; about 150 products.
+        population: Also certify the expected loss over the distribution that the examples are drawn from; costs about
+            150 Hessian-vector products.
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples per batch; by default 64, or 500 if all examples are used.
-        double: Compute the products in float64.
+        double: Compute the Hessian-vector products in float64.
         distance: Length of the plot to each side of the point; by default twice the best escape step, or 1.
         data_dir: Folder of the dataset, as for the run (not needed for digits, nor for Python's own text).
         workers: Number of worker processes; under torchrun, the number that it started.
@@ -90,7 +94,7 @@ def certify(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
         check_positive(batch_size=batch_size, workers=workers)
 
-    # Options not given are the run's; its pilot_examples applies to certificates along the run only.
+    # Use the run's options for those not given, except pilot_examples, which applies to certificates during training.
     config = read_config(run)
     options = Search()
     if config.certify is not None:
@@ -132,8 +136,8 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
 
 
 def _drawn(run: Path, config: Config) -> list[str]:
-    """Return the file names of the iterates drawn along the run, repeated as often as drawn. Raises ConfigError if any
-    is missing, as in an unfinished run: the others would be a biased sample."""
+    """Return the file names of the points that the run saved at random steps, repeated as often as drawn. Raises
+    ConfigError if any is missing, as in an unfinished run: the others would be a biased sample."""
     from packsaddle.runs.run_checks import drawn_names
 
     (found,) = read_runs([run])
@@ -166,6 +170,6 @@ def _share(findings: list[Any], drawn: list[str]) -> Any:
 
 
 def _numbered(folder: Path) -> Path:
-    """Return `folder`, or if it exists the first of FOLDER-2, FOLDER-3, ... that does not."""
+    """Return `folder`; if it exists, the first of FOLDER-2, FOLDER-3, ... that does not exist."""
     siblings = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
     return next(path for path in chain([folder], siblings) if not path.exists())

@@ -55,12 +55,13 @@ def certify_script(
     Args:
         function: The function, as MODULE:FUNCTION.
         checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
-            "model_state_dict". It may be that of the compiled or DistributedDataParallel model.
-        epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the gradient
-            norm at the point plus twice its standard error: the curvature decides.
-        hessian_lipschitz: rho. By default measured along the escape direction.
+            "model_state_dict". It may be of the compiled or DistributedDataParallel model.
+        epsilon: Threshold of the gradient norm; the threshold of the curvature is -sqrt(rho epsilon). By default the
+            gradient norm at the point plus twice its standard error, so that the curvature decides.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default measured along the escape direction.
         spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
-        population: Also certify the loss of the population from which the examples are drawn; about 150 products.
+        population: Also certify the expected loss over the distribution that the examples are drawn from; costs about
+            150 Hessian-vector products.
         out: New folder for the certificate, its directions, and a plot of the loss along them; by default none.
         seed: Seed of the random start vector.
         json: Print one JSON document.
@@ -90,7 +91,7 @@ def certify_script(
 def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     from packsaddle.curvature.population import check_population
 
-    # The problem at the checkpoint.
+    # Make the model, loss and batches, and load the checkpoint.
     model, given, batches = _problem(function)
     _load(model, checkpoint)
 
@@ -100,10 +101,10 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
         except Exception as error:
             raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
-    # The verdict, then profiles, spectrum and population.
+    # Compute the certificate, then the loss profiles, spectrum and population certificate.
     try:
         if questions.population:
-            check_population(model, batches)  # fails before the work
+            check_population(model, batches)  # raises an error before the work
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
         return questions.finding(checkpoint, model, loss_fn, batches, certificate)
@@ -112,7 +113,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
 
 
 def _problem(function: str) -> tuple[Any, Any, Any]:
-    """Call MODULE:NAME; return its model, loss and batches. Raises ConfigError if it fails or returns others."""
+    """Call the user's MODULE:NAME; return its model, loss and batches. Raises ConfigError if it fails."""
     returned = call(function)
     if not (isinstance(returned, tuple) and len(returned) == 3 and callable(returned[1])):
         raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(returned).__name__}")
@@ -125,7 +126,7 @@ def _load(model: Any, checkpoint: Path) -> None:
     from packsaddle.runs.certification import read_weights
 
     weights = read_weights(checkpoint)
-    model = getattr(model, "_orig_mod", model)  # inside a compiled model
+    model = getattr(model, "_orig_mod", model)  # the original of a compiled model
     if isinstance(weights, dict):
         own = model.state_dict().keys()
         weights = next((weights[key] for key in _WRAPPERS if isinstance(weights.get(key), dict)), weights)

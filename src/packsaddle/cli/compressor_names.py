@@ -25,14 +25,14 @@ FIXED: Mapping[str, Compressor] = {
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless `name`, in lowercase, is that of a compressor or "best"."""
+    """Raise ConfigError unless `name`, in lowercase, is the name of a compressor or "best"."""
     names = ["best", *WITH_RATIO, *FIXED]
     if name not in names:
         raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
 
 
 def called(text: str, ratio: float | None) -> Compressor:
-    """Return the compressor of a call such as "TopK(0.01)". Raises ConfigError if it is invalid or `ratio` is given."""
+    """Return the compressor that a call such as "TopK(0.01)" makes. Raises ConfigError if invalid, or with a ratio."""
     if ratio is not None:
         raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")
     with config_errors():

@@ -1,4 +1,4 @@
-"""Helpers of all commands: tables, names of new folders, and the check for the printing process (rank 0)."""
+"""Functions for all commands: print tables, name new folders, and test if this process prints (rank 0)."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def number_table(*headings: str, words: int = 1) -> Table:
-    """Return a table with its first `words` columns aligned left, for words, and the others right, for numbers."""
+    """Return an empty table: its first `words` columns, for text, are left-aligned, the others, for numbers, right."""
     table = Table(*headings)
     for column in table.columns[words:]:
         column.justify = "right"
@@ -47,17 +47,17 @@ def digits(number: float) -> str:
 
 
 def kilobytes(count: float) -> str:
-    """Format a number of bytes in units of 1000 bytes, for a column with this unit."""
+    """Format a number of bytes in kB (1000 bytes), without the unit, for a table column."""
     return digits(count / 1e3)
 
 
 def plain_text(text: str) -> Text:
-    """Return a literal text for a rich table, without markup; control characters are escaped."""
+    """Return `text` for a cell of a rich table, printed literally, without markup; control characters are escaped."""
     return Text(printable(text))
 
 
 def print_table(table: Table, uncut: str = "") -> None:
-    """Print a table no wider than the terminal; in a pipe or file 80 columns, or more if its longest words need it.
+    """Print a table that fits the terminal; in a pipe or file 80 columns, or more if its longest words need it.
 
     `uncut`: hint printed below a table that is too wide, such as "--json prints it whole" ("": no hint).
     """
@@ -67,7 +67,7 @@ def print_table(table: Table, uncut: str = "") -> None:
         return
     table.box, table.pad_edge, table.show_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 1, 0, 0)
 
-    # Column widths range from that of the longest word to that of the longest cell.
+    # A column's width is between the length of its longest word and the length of its longest cell.
     wide = console.options.update(width=_UNLIMITED)
     least, widths = [], []
     for column in table.columns:
@@ -97,7 +97,7 @@ def _cells(column: Column) -> Iterator[RenderableType]:
 
 
 def brief(compressor: str) -> str:
-    """Drop the name of the first argument from a compressor's repr: TopK(0.01, values='int8')."""
+    """Shorten a compressor's repr by the name of its first argument: "TopK(ratio=0.01)" becomes "TopK(0.01)"."""
     return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
 
 

@@ -1,7 +1,7 @@
 """The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine.
 
-It includes the network interfaces and the one on which gloo would listen. Values that the system does not report are
-None.
+It includes the network interfaces, and the address on which gloo would listen. Values that the system does not report
+are None.
 """
 
 import importlib
@@ -53,16 +53,16 @@ class Interface:
 
 @dataclass(frozen=True)
 class Listening:
-    """The address on which gloo listens for the other workers, and the reason for it."""
+    """The address on which gloo listens for other workers, and the reason why gloo chooses it."""
 
     address: str  # IP address, or names of interfaces
     why: str
-    reachable: bool  # True: from other hosts
-    possible: bool = True  # False: gloo fails
+    reachable: bool  # True: other hosts can connect
+    possible: bool = True  # False: gloo fails to start
 
 
 def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
-    """Return the network interfaces of this machine; outside Linux their names only."""
+    """Return the network interfaces of this machine; outside Linux only their names are known."""
     inet6 = _inet6()
     found = []
     for _, name in socket.if_nameindex():
@@ -78,7 +78,7 @@ def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
 def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip() or None
-    except OSError:  # not Linux, or a link without a speed
+    except OSError:  # not Linux, or an interface without a speed
         return None
 
 
@@ -96,7 +96,7 @@ def _inet(name: str) -> tuple[str, ...]:
 
 
 def _inet6() -> dict[str, list[str]]:
-    """Return the IPv6 addresses of each interface, without link-local ones."""
+    """Return the IPv6 addresses of each interface, by its name, without link-local addresses."""
     found: dict[str, list[str]] = {}
     for line in (_read(Path("/proc/net/if_inet6")) or "").splitlines():
         digits, _, _, _, _, name = line.split()
@@ -107,7 +107,7 @@ def _inet6() -> dict[str, list[str]]:
 
 
 def gloo_listens() -> Listening:
-    """Return the address on which gloo listens: of GLOO_SOCKET_IFNAME, else of this host's name, else loopback."""
+    """Return the address on which gloo listens: GLOO_SOCKET_IFNAME's, else that of this host's name, else loopback."""
     if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
@@ -124,7 +124,7 @@ def gloo_listens() -> Listening:
 
 
 def _usable_address(host: str) -> str | None:
-    """Return the first address of a host name that a socket can be bound to, the one that gloo uses; None if none."""
+    """Return the first address of a host name to which a socket can be bound, as gloo does; None if there is none."""
     try:
         candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -144,7 +144,7 @@ Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", 
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which takes about a second
-_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # modules not named like their package
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules that differ from their package's
 _PURPOSES = {
     "plot": "figures and pages of demo, report and certify",
     "digits": "the digits that demo and data.name = digits train on",
@@ -164,7 +164,7 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class Fact:
-    """One finding. verdict: note (absent or unused), warning (some uses may fail), problem (training fails) or ok."""
+    """One finding. verdict: ok, note (absent or unused), warning (some uses may fail), problem (training fails)."""
 
     topic: Topic
     name: str
@@ -174,9 +174,9 @@ class Fact:
 
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
-    """Return the facts of the topics `only`; empty: of all.
+    """Run the checks of the topics `only` (empty: all topics), and return their findings.
 
-    `try_processes`: run an all-reduce between two new processes, or between torchrun's workers.
+    `try_processes`: also run an all-reduce between two new processes, or between torchrun's workers.
     """
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
@@ -192,7 +192,7 @@ def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[F
 
 
 def versions() -> Iterator[Fact]:
-    """Yield the versions of packsaddle, Python and required packages, with the oldest tested versions."""
+    """Yield findings: versions of packsaddle, Python and required packages, with the oldest versions allowed."""
     yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
     yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
     for package, least, extra in _requirements():
@@ -229,7 +229,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def machine() -> Iterator[Fact]:
-    """Yield cores, threads and memory."""
+    """Yield findings on the CPU cores, torch's threads and the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Fact("machine", "cores", f"{cores}, torch uses {torch.get_num_threads()} of them")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -237,7 +237,7 @@ def machine() -> Iterator[Fact]:
 
 
 def _available() -> str:
-    """Return a text with the available memory (Linux) and the cgroup's memory limit; "" if unknown."""
+    """Format the available memory (Linux) and the cgroup's memory limit as a text; "" if unknown."""
     text = ""
     if Path("/proc/meminfo").exists():
         kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
@@ -249,7 +249,7 @@ def _available() -> str:
 
 
 def devices() -> Iterator[Fact]:
-    """Yield the GPUs that torch can use, or the reason why there are none."""
+    """Yield findings: the GPUs that torch can use, or the reason why there are none."""
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             of = torch.cuda.get_device_properties(i)
@@ -268,7 +268,7 @@ def devices() -> Iterator[Fact]:
 
 
 def built_with() -> Iterator[Fact]:
-    """Yield the available backends of torch.distributed."""
+    """Yield findings: the backends of torch.distributed (gloo, nccl) that this build of torch has."""
     found = backends()
     if found["gloo"]:
         yield Fact("exchange", "gloo", "available")
@@ -285,13 +285,13 @@ _REACH = 3.0  # timeout for connecting to a lighthouse, in seconds
 
 
 def elastic() -> Iterator[Fact]:
-    """Yield the support for workers that join and leave: torchft, and the lighthouse set in the environment."""
+    """Yield findings on workers that join and leave: torchft, and the torchft_lighthouse set in the environment."""
     if _version("torchft") is None:
         advice = "pip install 'packsaddle[torchft]'"
         yield Fact("exchange", "elastic", "not available: torchft is not installed", "note", advice)
         return
 
-    # Report a failing import of torchft and an unreachable lighthouse alike.
+    # Report a failing import of torchft or an unreachable lighthouse as a warning.
     try:
         importlib.import_module("torchft")
         place = lighthouse_address()
@@ -301,20 +301,20 @@ def elastic() -> Iterator[Fact]:
             yield Fact("exchange", "elastic", value, "note", advice)
             return
         here = reach(*place, _REACH)
-    except Exception as error:  # any failure is the finding
+    except Exception as error:  # any failure is a finding
         yield Fact("exchange", "elastic", f"fails: {one_line(str(error))}", "warning")
         return
     yield Fact("exchange", "elastic", f"the lighthouse at {place[0]}:{place[1]} is reachable from {here}")
 
 
 def loops() -> Iterator[Fact]:
-    """Yield the compiler of the inner loops, by device; without one torch computes the same results more slowly."""
+    """Yield findings: the compiler of inner loops, by device; without one torch computes the same, more slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
         if where == "cuda" and not torch.cuda.is_available():
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # the fact replaces it
+            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces it
             obstacle = kernels.obstacle(where)
         if obstacle:
             advice = "pip install 'packsaddle[fast]'" if obstacle == "numba is not installed" else ""
@@ -326,7 +326,7 @@ def loops() -> Iterator[Fact]:
 
 
 def extras() -> Iterator[Fact]:
-    """Yield the extras: their packages, purpose, and the command that installs missing ones."""
+    """Yield findings on the optional dependencies: packages, purpose, and the command that installs missing ones."""
     needed: dict[str, list[str]] = {}
     for package, _, extra in _requirements():
         if extra not in (None, "all", *_OURS):
@@ -340,7 +340,7 @@ def extras() -> Iterator[Fact]:
 
 
 def network() -> Iterator[Fact]:
-    """Yield the network interfaces, and the address on which gloo would listen."""
+    """Yield findings: the network interfaces, and the address on which gloo would listen."""
     found = interfaces()
     for i in found:
         yield Fact("network", i.name, _described(i), "note" if i.state == "down" else "ok")
@@ -368,7 +368,7 @@ def _described(i: Interface) -> str:
 
 
 def variables() -> Iterator[Fact]:
-    """Yield the environment variables that affect training and are set."""
+    """Yield findings: the environment variables that are set and affect training."""
     for name in sorted(os.environ):
         if name in _VARIABLES or name.startswith("NCCL_"):
             yield Fact("environment", name, os.environ[name])
@@ -378,7 +378,7 @@ def variables() -> Iterator[Fact]:
 
 
 def all_reduce() -> Fact:
-    """Run an all-reduce of one number by gloo between two new processes, or between torchrun's workers."""
+    """Test an all-reduce of one number by gloo, between two new processes or torchrun's workers; return the finding."""
     start = time.perf_counter()
     logging.disable()  # the launcher would log the workers' tracebacks, which the fact summarizes
     try:
@@ -395,7 +395,7 @@ def all_reduce() -> Fact:
 
 
 def sum_over_workers() -> tuple[float, int]:
-    """Return (1 + 2 + ... + W, W), from an all-reduce between W workers on CPUs. Call in a launcher's process."""
+    """Run an all-reduce on CPUs; return (1 + 2 + ... + W, W) for W workers. Call in each process of a launcher."""
     with process_group(_PATIENCE) as group:
         mine = torch.tensor([group.rank + 1.0])
         group.all_reduce(mine)

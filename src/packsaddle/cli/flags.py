@@ -15,9 +15,10 @@ C = TypeVar("C", bound=Command)
 
 
 def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
-    """Return a decorator that sets the order of a command's flags in its help, and their groups.
+    """Return a decorator that sets the groups of a command's flags, and their order, in its help.
 
-    `groups` has the flags' names, separated by spaces, by the group's title; "": without a title, as the first.
+    `groups` maps each group's title to the names of its flags, separated by spaces; "" is the first group, without a
+    title.
     """
 
     def decorate(command: C) -> C:
@@ -28,26 +29,26 @@ def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
 
 
 def groups_of(command: Command) -> dict[str, list[str]]:
-    """Return the names of a command's flags by the title of their group; those in no group are absent."""
+    """Return the names of a command's flags, by the title of their group; flags without a group are left out."""
     return {title: names.split() for title, names in vars(command).get("groups", {}).items()}
 
 
 @dataclass(frozen=True)
 class Overrides(Generic[T]):
-    """The fields of an option class T that are set on the command line; the others get no default."""
+    """Values of those fields of an option class T that are set on the command line; other fields are left out."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def apply_to(self, base: T) -> T:
-        """Return `base` with these fields replaced."""
+        """Return a copy of `base`, an object of the option class, with these fields replaced."""
         return replace(base, **self.values)  # type: ignore[type-var]
 
 
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
-    """Return a command's parameters with evaluated annotations, each option class replaced by its settable fields.
+    """Return a command's flags by name: its parameters, with each option class replaced by its settable fields.
 
-    They are in the order of the command's groups, behind those in no group. A field's default is its value in the
-    parameter's default, else the class's; None for fields of `Overrides`.
+    Annotations are evaluated. Flags without a group come first, then the others in the order of the groups. A field's
+    default is its value in the parameter's default, else the class's; None for fields of `Overrides`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -67,7 +68,7 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
 
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a command from the values of its flags: inverse of `flags_of`.
+    """Convert the values of a command's flags to its arguments, by making its option classes: inverse of `flags_of`.
 
     Raises ConfigError, naming the flag, for a value outside its range.
     """

@@ -1,4 +1,4 @@
-"""Functions of a user's script, named as MODULE:FUNCTION on the command line."""
+"""Import and call functions of a user's script, which the command line names as MODULE:FUNCTION."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from packsaddle.messages import first_line
 
 @contextmanager
 def importing_from(folder: Path) -> Iterator[None]:
-    """Add `folder` to sys.path within, also for imports that the functions make when called."""
+    """Add `folder` to sys.path within the context. Call the functions within it too, since they may import."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -23,7 +23,7 @@ def importing_from(folder: Path) -> Iterator[None]:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Call MODULE:FUNCTION, and return its result. Raises ConfigError if it cannot be imported, or fails."""
+    """Import and call MODULE:FUNCTION; return its result. Raises ConfigError if the import or the call fails."""
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")

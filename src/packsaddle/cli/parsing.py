@@ -1,7 +1,7 @@
-"""Parsing of a command line into a call. Every error is one line that names the nearest valid word.
+"""Parse a command line into a function call. Every error is one line, which names the most similar valid word.
 
-tyro parses a command's flags from its signature, and writes its help and shell completion scripts. Its errors are
-boxes of several lines: `_one_line` joins them into one, and rewords the errors that it recognizes.
+The library tyro parses a command's flags by its signature, and writes help and shell completion scripts. Its errors are
+boxes of several lines: `_one_line` joins each into one line, and rewords the errors that it recognizes.
 """
 
 import functools
@@ -27,7 +27,7 @@ from packsaddle.options.numerals import DURATION, real, seconds, whole
 from packsaddle.options.schema import nearest
 from packsaddle_command import Entry, asked_for_help, overview
 
-# Numbers may be written 1e6, 25M or 1%.
+# Parsers for numbers on the command line, which may be written 1e6, 25M or 1%.
 NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
@@ -56,7 +56,7 @@ def _number(
     )
 
 
-# A float parameter in seconds, which may be written with a unit.
+# Type of a parameter in seconds, which may be written with a unit, such as 90s.
 Seconds = Annotated[float, _number(float, seconds, "SECONDS", DURATION)]
 
 MARKERS = (
@@ -64,19 +64,19 @@ MARKERS = (
     tyro.conf.FlagCreatePairsOff,  # --serial, without --no-serial
     tyro.conf.PositionalMetavarFromFieldName,
 )
-HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # for a default that the help text describes
+HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # for a parameter whose help text describes the default
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of commands, by name."""
+    """A group of commands: its description `about`, and its commands or subgroups by name."""
 
     about: str
     commands: Mapping[str, "Command | Group"]
 
 
 class ImportedCommands(Mapping[str, "Command | Group"]):
-    """The commands of the console script's table. Reading a command imports its module."""
+    """The commands of the console script's table, by name; looking up a command imports its module."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries = entries
@@ -101,7 +101,7 @@ def summary(command: Command | Group) -> str:
 
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
-    """Parse `words`, which follow `name` on the command line, into a call of a command of the group.
+    """Parse `words`, the command line after `name`, into a call (without arguments) of a command in the group.
 
     Raises ConfigError if they are invalid, and SystemExit after printing help.
     """
@@ -127,7 +127,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     if not {"-h", "--help"} & {*words}:
         _check_flags(command, words, name)
 
-    # tyro prints its errors and exits: the printed text becomes one line.
+    # tyro prints an error and exits: raise the printed text as one line.
     try:
         with redirect_stderr(errors), _unwrapped(words):
             call: Callable[[], Any] = tyro.cli(
@@ -146,7 +146,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
-    """Merge repetitions of a flag with several values (tyro would keep only the last), moved behind the other words."""
+    """Merge repetitions of flags with several values, of which tyro would keep the last; move them to the end."""
     tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
     several = {f"--{name.replace('_', '-')}" for name in tuples}
     values: dict[str, list[str]] = {}
@@ -168,7 +168,7 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def _description(command: Command) -> str:
-    """Return the docstring of a command up to its arguments, examples included, wrapped to the terminal."""
+    """Return the docstring of a command before "Args:", with its examples, wrapped to the terminal's width."""
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     width = shutil.get_terminal_size().columns
     # tyro would join lines that begin with a letter, without wrapping the result
@@ -177,9 +177,9 @@ def _description(command: Command) -> str:
 
 
 def deferred(command: Command) -> Command:
-    """Return a function for tyro with one parameter per flag, which returns the call of `command` without running it.
+    """Wrap `command` for tyro: a function with one parameter per flag, which returns a call of `command`, not run yet.
 
-    Defaults None, True, False and () are not shown in its help. A class is returned unchanged.
+    The help does not show defaults None, True, False and (). A class is returned unchanged.
     """
     if inspect.isclass(command):
         return command
@@ -189,7 +189,7 @@ def deferred(command: Command) -> Command:
         about = tyro.conf.arg(help=texts.get(name), prefix_name=False, help_behavior_hint="" if hidden else None)
         flags[name] = flag.replace(annotation=Annotated[flag.annotation, about], kind=flag.KEYWORD_ONLY)
 
-    # tyro shows the fields of a dataclass in a box with the parameter's name as its title.
+    # Put each group of flags into a dataclass: tyro shows its fields in a box, titled by the parameter's name.
     boxes = {title: names for title, names in groups_of(command).items() if title}
     for title, names in boxes.items():
         fields = [(name, flags[name].annotation, field(default=flags.pop(name).default)) for name in names]
@@ -205,7 +205,7 @@ def deferred(command: Command) -> Command:
             values |= vars(values.pop(title.replace(" ", "_")))
         return functools.partial(command, **arguments_of(command, values))
 
-    # tyro reads docstring, name, annotations and signature.
+    # Set the docstring, name, annotations and signature, which tyro reads.
     later.__doc__ = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
     later.__name__, later.__annotations__ = command.__name__, {f.name: f.annotation for f in flags.values()}
     later.__signature__ = inspect.Signature(list(flags.values()))  # type: ignore[attr-defined]
@@ -214,7 +214,7 @@ def deferred(command: Command) -> Command:
 
 @contextmanager
 def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Widen COLUMNS within, so that tyro breaks no words in errors. No-op for --help: it keeps the terminal's width."""
+    """Widen COLUMNS within the context, so that tyro breaks no words in errors. No-op with --help in `words`."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*words}:
         os.environ["COLUMNS"] = "100000"
@@ -227,7 +227,7 @@ def _unwrapped(words: Sequence[str]) -> Iterator[None]:
 
 
 def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
-    """Raise ConfigError for an unknown flag: tyro would rather report the argument that it displaced."""
+    """Raise ConfigError for an unknown flag: tyro would report the argument that the unknown flag displaced."""
     flags = _flags(command)
     for word in words:
         flag = word.partition("=")[0]
@@ -237,14 +237,14 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
 
 
 def _flags(command: Command) -> list[str]:
-    """Return the flags of a command as typed: --NAME, or --no-NAME if it is on by default."""
+    """Return the flags of a command as users type them: --NAME, or --no-NAME if the default is True."""
     parameters = flags_of(command).values()
     positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
     names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
-# Patterns of tyro's errors, with their replacements. The wording of other versions is printed unchanged.
+# Patterns of tyro's errors, with replacements. Errors that match none, as of other versions, stay unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
@@ -261,7 +261,7 @@ def _one_line(text: str, words: Sequence[str]) -> str:
     text = " ".join(line for i, line in enumerate(lines) if line and i >= first and i not in rules)
     text = re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
-    # Errors that contain the values.
+    # Reword errors on invalid choices and unexpected arguments.
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.?", text):
         choices = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"}, key=choice[3].index)
         place = choice[2] if choice[2].startswith("-") else choice[2].upper()
@@ -270,14 +270,14 @@ def _one_line(text: str, words: Sequence[str]) -> str:
         unknown = next((word for word in words if rest[1].startswith(" ".join(word.split()))), rest[1])
         return f"unexpected argument {_shown(unknown)}"
 
-    # Other errors, reworded if a pattern matches.
+    # Reword other errors by the patterns.
     for pattern, replacement in _ERRORS:
         text = re.sub(pattern, replacement, text)
     return re.sub(r"\.? \(required\) ", "; ", text)
 
 
 def _subject(name: str) -> str:
-    """Return the prefix "COMMAND: " of a message, without the program's name, which is printed before it."""
+    """Return the prefix "COMMAND: " of an error message, from `name`, "PROGRAM COMMAND"."""
     _, _, command = name.removeprefix("python -m ").partition(" ")
     return f"{command}: " if command else ""
 
@@ -288,7 +288,7 @@ def _shown(word: str) -> str:
 
 Shell = Literal["bash", "zsh", "fish"]
 
-# Replacements in tyro's scripts: they complete file names for flags, and with these for positional arguments too.
+# Replacements in tyro's scripts, so that file names are completed for positional arguments too, not only for flags.
 _FILES_TOO: dict[Shell, tuple[str, str]] = {
     "bash": ("complete -F", "complete -o default -F"),
     "zsh": ("completion_array\n}", "completion_array || _files\n}"),
@@ -297,7 +297,7 @@ _FILES_TOO: dict[Shell, tuple[str, str]] = {
 
 
 def script(group: Group, name: str, shell: Shell) -> str:
-    """Return tyro's completion script for `shell`, extended to complete file names everywhere."""
+    """Return tyro's completion script for `shell`, changed so that file names are completed for all arguments."""
     written = io.StringIO()
     with redirect_stdout(written), suppress(SystemExit):
         _app(group).cli(prog=name, args=["--tyro-print-completion", shell], config=MARKERS)

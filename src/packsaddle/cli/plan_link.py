@@ -38,7 +38,7 @@ from packsaddle.runs.progress import Report, countdown
 _BATCH = 32
 _UNCUT = "--json prints it whole"
 _ORDER = "shortest time to the same loss (step ms times x steps) first, unknown times last"
-_ERROR = 0.1  # relative error of the time model on idle machines (experiments/scale)
+_ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
 _NOTE = (
     "These are times of one step. The number of steps that a compressor needs depends on the optimizer: with "
     "--optimizer sgd or adamw measured numbers are included."
@@ -56,25 +56,26 @@ _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """The model and the workers of a plan for a link. Raises ValueError for options that exclude one another.
+    """Options of `packsaddle plan link`: model, times, local updates. Raises ValueError for incompatible options.
 
     Args:
         d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
         model: Network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images). For your own model
-            MODULE:FUNCTION, imported from the current folder and called without arguments; implies --local.
-        data: MODULE:FUNCTION that returns a batch for your own model, called with the number of examples: the model's
-            argument, a tuple of its arguments, or a dict by keyword.
+            MODULE:FUNCTION, which is imported from the current folder and called without arguments; implies --local.
+        data: MODULE:FUNCTION that returns a batch for your own model, called with the number of examples. A batch is
+            the model's argument, a tuple of its arguments, or a dict of keyword arguments.
         input: Shape of one example for your own model, instead of --data: 3x224x224 for random numbers, int64:1024 for
             random tokens.
         latency: Time of a small message on the link; by default 100us. It is measured if RATE is auto.
-        compute: Time of a step's forward and backward pass and optimizer, such as 55ms; by default measured on this
-            machine for --model, with AdamW or --optimizer.
-        batch: Examples per worker and step in that measurement; by default 32.
+        compute: Time of a step without communication (forward, backward, optimizer), such as 55ms; by default
+            measured on this machine for --model, with AdamW or --optimizer.
+        batch: Examples per worker and step when the compute time is measured; by default 32.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
-        noise: Include the time of generating the artificial noise.
+        noise: Include the time for generating the artificial noise of Algorithm 1.
         local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest
-            method. Their numbers of steps were measured with adamw, then the default of --optimizer, and with muon.
+            method. Their numbers of steps were measured with adamw, which becomes the default of --optimizer, and with
+            muon.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
     """
 
@@ -111,7 +112,10 @@ class LinkOptions:
         return ":" in (self.model or "")
 
     def training_step(self) -> TrainingStep | None:
-        """Return the step of the model, None for --d. Its batch is None with --compute. Raises ConfigError."""
+        """Make the training step (model and batch) to time; None for --d. Its batch is None with --compute.
+
+        Raises ConfigError if the user's function fails or returns no module.
+        """
         batch = _BATCH if self.batch is None else self.batch
         if self.model is None:
             return None
@@ -125,7 +129,7 @@ class LinkOptions:
 
 
 def _random_batch(text: str | None, model: torch.nn.Module, batch: int) -> torch.Tensor | None:
-    """Return random examples for --input. Raises ConfigError."""
+    """Return a batch of random examples of the shape in --input; None without it. Raises ConfigError if invalid."""
     if text is None:
         return None
     kind, _, sizes = text.rpartition(":")
@@ -136,17 +140,17 @@ def _random_batch(text: str | None, model: torch.nn.Module, batch: int) -> torch
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The inputs of a plan, and the forecasts of local updates."""
+    """The inputs of a plan (model, link, workers, times), and the forecasts of local updates."""
 
     workload: ModelSize
     link: Link
-    source: str  # origin of the link's rate, as text
+    source: str  # text: how the link's rate was obtained
     fleet: Fleet
-    update: float  # seconds of error memory and noise per step, beyond plain SGD's update
+    update: float  # seconds per step for error memory and noise, beyond plain SGD's update
     optimizer: Optimizer | None
-    local: tuple[LocalForecast, ...]  # the fastest first; empty: not requested
-    timing: Timing | None = None  # of the measured step, whose minimum is the fleet's; None: --compute
-    slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for its maximum
+    local: tuple[LocalForecast, ...]  # sorted by time, shortest first; empty: not requested
+    timing: Timing | None = None  # measured times of a step; `fleet` has the minimum. None: --compute was given
+    slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for the maximum of `timing`
 
 
 @grouped(
@@ -168,7 +172,7 @@ def link(
 ) -> None:
     """Find the compressor that trains fastest on a network link.
 
-    Forecasts the time of a step for each compressor and compares it with uncompressed (dense) training.
+    Forecasts the time of a step with each compressor, and compares it with uncompressed (dense) training.
 
     Examples:
         packsaddle plan link 100mbit --model char-transformer --workers 2 --local
@@ -186,8 +190,9 @@ def link(
             Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
         optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
-            to dense training. sgd, adamw: measured behind the DDP hook; only measured compressors are compared, unless
-            --ratio is given. muon (AdamW for all but hidden matrices): measured in local updates; implies --local.
+            to dense training. sgd, adamw: measured with the DDP hook; only measured compressors are compared, unless
+            --ratio is given. muon (with AdamW for all except hidden matrices): measured with local updates; implies
+            --local.
         workers: Number of workers; by default 4, or the number that torchrun started.
         json: Print one JSON document.
     """
@@ -211,7 +216,7 @@ def _plan(
     optimizer: Optimizer | None,
     workers: int | None,
 ) -> tuple[Verdict, _Inputs]:
-    # Validate everything before measuring.
+    # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     bits = None if rate == "auto" else link_planner.slower_rate(rate)
     workers = _workers(workers)
@@ -231,7 +236,7 @@ def _plan(
     fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
     with process_group() if under_launcher() else nullcontext() as group:
-        # Measure the link and the compute time unless given, and the update.
+        # Measure the link and the compute time unless they are given, and the time of an update.
         device = torch.device("cpu") if group is None else local_device()
         if group is None and step is not None:
             device = next(step.model.parameters()).device
@@ -246,7 +251,7 @@ def _plan(
                 fleet = replace(fleet, compute=timing.low)
             update = update_seconds(workload.d, noise=options.noise, device=device)
 
-            # `forecast` times each compressor through `pace`.
+            # Forecast; `pace` measures the speed of each compressor, once.
             pace = cache(_reporting(partial(measure, repeats=3, device=device), report))
 
             def forecasts(fleet: Fleet) -> tuple[Verdict, tuple[LocalForecast, ...]]:
@@ -263,7 +268,7 @@ def _plan(
 
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
-    """Time the step. Raises ConfigError if a user's model fails on its batch."""
+    """Measure the time of a training step. Raises ConfigError if the user's model fails on its batch."""
     try:
         return step.time(optimizer)
     except Exception as error:  # a user's model can raise anything
@@ -271,7 +276,7 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
 
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
-    """Return the compressors to compare: one, or for "best" all measured with the optimizer or all lossy ones."""
+    """Return the compressors to compare: `name`, or for "best" all measured with `optimizer`, or all lossy ones."""
     if "(" in name:
         return [called(name, ratio)]
     name = name.lower()
@@ -299,12 +304,12 @@ def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Calla
 
 
 def ms(seconds: float) -> str:
-    """Format a time in milliseconds."""
+    """Format a time, given in seconds, as milliseconds without the unit."""
     return digits(1e3 * seconds)
 
 
 def _workers(requested: int | None) -> int:
-    """Return the number of workers: torchrun's, else `requested`, else 4. Raises ConfigError if invalid."""
+    """Return the number of workers: torchrun's, else `requested`, else 4. Raises ConfigError if it is invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
     if world is not None and requested not in (None, world):
         raise ConfigError(f"workers must be {world}, the number that torchrun started, got {requested}")
@@ -354,7 +359,7 @@ def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
     print_table(table, _UNCUT)
     print(f"Rows: {_ORDER if inputs.optimizer else 'shortest step first'}. Sent: per worker and step.")
 
-    # Quantities common to all forecasts.
+    # Print the quantities common to all forecasts.
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
@@ -365,7 +370,7 @@ def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {inputs.source}: {payload}.")
 
-    # The verdict.
+    # Print the verdict.
     of_what = "Gradients: " if inputs.local else ""
     if inputs.optimizer == "muon":
         print("Gradients: compressors behind the DDP hook were not measured with muon.")
@@ -382,7 +387,7 @@ def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
 
 
 def _spread(timing: Timing, optimizer: str) -> str:
-    """Return a sentence on the measured step; its median shows whether the machine was busy."""
+    """Return a sentence on the measured times of a step, with advice if the median shows a busy machine."""
     busy = timing.median / timing.low - 1
     said = (
         f" The machine is busy: the median is {busy:.0%} longer. Repeat this on an idle one." if busy > _ERROR else ""
@@ -394,7 +399,7 @@ def _spread(timing: Timing, optimizer: str) -> str:
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
-    """Print the table of local updates, and compare the best with dense training (`dense` seconds per step)."""
+    """Print the table of local updates, and compare the fastest with dense training (`dense` seconds per step)."""
     table = number_table("local updates", "every", "parts", "delay", "sent kB", "step ms", "compute %", "x steps")
     for f in forecasts:
         cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), kilobytes(f.sent), ms(f.step)]
@@ -403,7 +408,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     print_table(table, _UNCUT)
     print(f"Rows: {_ORDER}. Sent: per worker and step, averaged over a round.")
 
-    # The fastest: seconds per step times the relative number of steps.
+    # Compare the fastest by seconds per step times the number of steps relative to dense training.
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     times = dense / best.seconds
@@ -414,7 +419,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
 
 
 def _setting(f: LocalForecast, package: str = "") -> str:
-    """Return the arguments of LocalUpdates after the optimizers; `package` precedes the names of classes."""
+    """Format the arguments of LocalUpdates after the optimizers; class names get the prefix `package`."""
     setting = f"every={f.setting.every}, compressor={package}{describe(f.setting.compressor)}"
     if delay := f.setting.delay:
         fragments = f"{package}Overlap({delay}, fragments={f.fragments})"
@@ -423,7 +428,7 @@ def _setting(f: LocalForecast, package: str = "") -> str:
 
 
 def _lines_to_paste(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> list[str]:
-    """Return the lines of Python that a script needs for the advice of `_recommendation`; empty for DDP as it is."""
+    """Return Python lines for the user's script that apply the recommended method; empty for plain DDP."""
     use = _recommendation(verdict, local)
     if "LocalUpdates" in use:
         inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
@@ -446,7 +451,7 @@ def _lines_to_paste(verdict: Verdict, local: LocalForecast, optimizer: Optimizer
 
 
 def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
-    """Return the line that recommends dense training, the hook or local updates."""
+    """Return the line that recommends the fastest: dense training, the compressing hook or local updates."""
     dense, hook = verdict.dense.seconds, verdict.best
     best = min(hook.seconds, local.seconds)
     if dense < best * (1 + _ERROR):
@@ -457,7 +462,7 @@ def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
 
 
 def _hook_argument(hook: Forecast) -> str:
-    """Return the compressor of a forecast as the argument of the hook."""
+    """Format the compressor of a forecast as the argument of register_ddp_hook."""
     name = hook.compressor
     return f'Compression({name}, exchange="two-way")' if hook.exchange == "two-way" else name  # not the default
 
@@ -479,7 +484,7 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
 
 
 def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
-    """Return the verdict on compressed gradients; `counted`: times include the number of steps needed."""
+    """Return the verdict on compressing gradients as text; `counted`: times include the number of steps needed."""
     if not verdict.compress:
         return f"DO NOT COMPRESS: no compressor is known to be faster than dense training. {_elsewhere(verdict)}"
     best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
@@ -495,7 +500,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
 
 
 def _elsewhere(verdict: Verdict) -> str:
-    """Return a sentence on the links where compression pays, if it does not on this one."""
+    """Return a sentence on the link rates at which compression pays, for a link on which it does not."""
     if verdict.break_even is not None:
         return f"Compression pays below {_line(verdict.break_even)}."
     if unknown := [f.compressor for f in verdict.forecasts if not f.is_known]:

@@ -40,8 +40,8 @@ def theory(
 ) -> None:
     """Compute the parameters of Algorithm 1 from the theorems.
 
-    Prints the step size, number of steps, noise, escape check and bytes that reach an epsilon-second-order stationary
-    point; or that the target is OUT OF REACH, with the changes that would bring it within reach.
+    Prints the step size, number of steps, noise, escape check and bytes with which training reaches an
+    epsilon-second-order stationary point; or OUT OF REACH, with the changes that would bring it within reach.
 
     Examples:
         packsaddle plan theory --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
@@ -57,14 +57,14 @@ def theory(
         workers: Number of workers, at least 2.
         json: Print one JSON document.
     """
-    # The first plan is uncompressed: the others are compared with it.
+    # Compute the plans; the first one is uncompressed, and the others are compared with it.
     with config_errors():
         constants = Constants.theory(assumptions) if mode == "theory" else PRACTICAL
         plans = [plan(assumptions, Identity(), constants=constants, workers=workers)]
         plans += _asked_for(assumptions, constants, workers, compressor, ratio)
         reached = reach(assumptions, constants)
 
-    # Print JSON or the table.
+    # Print the plans as JSON or as tables.
     if json:
         document = {
             "assumptions": asdict(assumptions),
@@ -82,13 +82,13 @@ def theory(
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
-    """Return the plans of `name` and `ratio`, without the uncompressed one."""
+    """Return the plans for the compressor `name` and `ratio` of the command line, except the uncompressed plan."""
     if "(" in name:
         return [plan(a, called(name, ratio), constants=constants, workers=workers)]
     name = name.lower()
     check_name(name)
 
-    # With a ratio this compressor; without one the best k of its family, or a compressor without a ratio.
+    # A compressor with this ratio; without a ratio one with its best k, or one that has no ratio.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:
@@ -104,7 +104,7 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ra
 
 
 def _balanced_k(p: Plan) -> int | None:
-    """Return k from Corollary 3.3 for the plan's kind of compressor; None if it has no k."""
+    """Return the number of coordinates k by Corollary 3.3 for the plan's compressor; None if it has no k."""
     family = FAMILIES.get(type(p.compressor).__name__)
     return balanced_k(p.assumptions, family, constants=p.constants) if family else None
 
@@ -117,7 +117,7 @@ def _show(plans: list[Plan]) -> None:
             table.add_row(name, *(cell(p) for cell in columns.values()))
         print_table(table, _UNCUT)
 
-    # r, R and F do not depend on the compressor.
+    # Print noise, radius and decrease, which do not depend on the compressor.
     first, a = plans[0], plans[0].assumptions
     setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
     print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
@@ -133,14 +133,14 @@ def _show(plans: list[Plan]) -> None:
 
 
 def _out_of_reach(reached: Reach, a: Assumptions) -> str:
-    """Return the verdict on a plan that is out of reach, with the changes that would bring it within reach."""
+    """Return the text for a target that needs too many steps, with the changes that would reduce them."""
     days = MOST_STEPS / _PACE / 86400
     lines = [
         f"OUT OF REACH: the uncompressed plan needs {reached.steps:.1e} steps, over the limit of {MOST_STEPS:.0e} "
         f"({days:.0f} days at {_PACE:,} steps a second).",
     ]
 
-    # Changes that help: a larger epsilon, or Assumption C.
+    # Suggest changes: a larger epsilon, or Assumption C.
     if reached.at_twice_epsilon is not None:
         times = reached.steps / reached.at_twice_epsilon
         power = math.log2(times)
@@ -177,7 +177,7 @@ def _first_order(p: Plan) -> tuple[float, int]:
     return found.eta, found.steps
 
 
-# The cells of each table, by the column's heading.
+# The tables of `packsaddle plan theory`: functions that format a plan's cell, by column heading.
 _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
     {
         "theorem": lambda p: p.theorem,
@@ -205,7 +205,7 @@ def _reliability(plans: list[Plan]) -> str:
     c = plans[0].constants
     lines = ["~ Order of magnitude: the theorems hide their constants."]
 
-    # The guarantee depends on the source of the constants.
+    # Describe the guarantee, which depends on the source of the constants.
     if c.mode == "theory":
         years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
         verdict = "Out of reach: at" if years > 1 else "At"
@@ -246,7 +246,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         print(dumps({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}, indent=2))
         return
 
-    # A table for each setting; each cell has its number below its formula.
+    # Print one table with Assumption C and one without; each cell has a formula and its value.
     for setting, lipschitz in (
         ("Lipschitz stochastic gradients (Assumption C)", True),
         ("Without Assumption C", False),
@@ -259,7 +259,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         print(f"{setting}:\n")
         print_table(rows, _UNCUT)
 
-    # What the numbers mean.
+    # Explain the numbers.
     print(
         f"d = {d:,}, eps = {epsilon:g}. Orders of magnitude, with every constant 1. Communication: numbers per worker."
     )

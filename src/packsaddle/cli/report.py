@@ -37,8 +37,8 @@ def report(
         packsaddle report runs --json --out comparison.json
 
     Args:
-        runs: Run folders, or folders that contain run folders (up to three levels deep, as in a study).
-        out: A new folder for the report; by default `report` in the first folder given. With --json, a new file.
+        runs: Run folders, or folders that contain run folders, up to three levels deep (as a study does).
+        out: New folder for the report; by default `report` in the first folder of RUNS. With --json, a new file.
         overwrite: Allow the report's folder, or the file, to exist, and overwrite it.
         json: Print one JSON document with the numbers of the tables instead, or write it to the file --out.
     """
@@ -56,7 +56,7 @@ def report(
 
 
 def _put_json(runs: Sequence[Run], out: Path | None, overwrite: bool) -> None:
-    """Print the report as JSON, or write it to a file. Raises ConfigError if the file exists, unless `overwrite`."""
+    """Print the report on runs as JSON, or write it to a file. Raises ConfigError if it exists, unless `overwrite`."""
     from json import dumps
 
     from packsaddle.runs.report.document import document
@@ -76,7 +76,8 @@ def _put_json(runs: Sequence[Run], out: Path | None, overwrite: bool) -> None:
 def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
     """List the compressors with their bytes and their speed.
 
-    Also lists the contraction mu, linearity and the communication protocol. The time is measured on this machine.
+    Also lists the contraction mu (a lower bound on the fraction of the squared norm that compression keeps), linearity
+    and the communication protocol. The time is measured on this machine.
 
     Examples:
         packsaddle compressors --d 1000000 --ratio 0.01 --workers 8
@@ -84,7 +85,7 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
     Args:
         d: Length of the Gaussian float32 vector that is compressed.
         ratio: Fraction of the coordinates to send, in (0, 1], for compressors that have one.
-        workers: Number of workers for which bytes are counted.
+        workers: Number of workers, on which the bytes depend.
         json: Print JSON lines instead of a table.
     """
     from dataclasses import asdict

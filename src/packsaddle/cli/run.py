@@ -34,7 +34,7 @@ _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts whole millisec
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
     """Show compressed SGD leave a saddle on which plain SGD stalls.
 
-    Trains a deep autoencoder on scikit-learn's digits four times: uncompressed without noise, then with noise
+    Trains a deep autoencoder on scikit-learn's digits four times: uncompressed without noise, and with noise
     uncompressed, with RandomK 1% and with TopK 1%. Prints a table and writes a figure and an HTML page. Takes about two
     minutes on two cores.
 
@@ -59,7 +59,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     folder = out or dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
 
-    # Check before creating the folder, so that invalid input leaves no files.
+    # Validate before the folder is created, so that invalid input leaves no files.
     job.check(workers)
     make_new(folder)
     job.run(workers, "serial" if serial else "processes")
@@ -114,22 +114,23 @@ def run(
         workers: Number of worker processes; by default the file's.
         serial: Simulate the workers sequentially in this process, instead of starting processes.
         batched: Like --serial, but compute all gradients in one pass: faster for many workers with small batches.
-        fused: Simulate all workers as one with their mean gradient: faster; needs a compressor that uses all-reduce.
+        fused: Simulate all workers as one with their mean gradient, which is faster; needs a compressor that uses
+            all-reduce.
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Download the dataset to --data-dir if it is missing.
         out: New folder for the run; by default runs/FILE-DATE-TIME. Required under torchrun.
         resume: Folder of the run to continue. With CONFIG, a missing or empty folder starts a new run.
         checkpoint_every: Steps between checkpoints; by default about one epoch and at least 30 s. 0: none.
-        timeout: Time that a worker waits for the others before it fails, such as 90s or 5min; by default 30min
-            with gloo.
-        track: Trackers that also record the metrics, in the run folder; wandb records offline.
-        elastic: URL of a torchft_lighthouse: run as one worker that may join and leave; needs [local].
-        memory: With --elastic, the file that keeps this worker's error memory while it is disconnected.
+        timeout: Time after which a worker that waits for the others fails, such as 90s or 5min; by default 30min with
+            gloo.
+        track: Trackers that also record the metrics, into the run folder; wandb records offline.
+        elastic: URL of a torchft_lighthouse. Run as one worker that may join and leave; needs [local] in the file.
+        memory: With --elastic, a file that stores this worker's unsent updates while it is disconnected.
     """
     from packsaddle.runs.job import Job, train_under_launcher
     from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
-    # Check for flags that exclude one another.
+    # Raise errors for flags that exclude one another.
     how = _simulation(serial=serial, batched=batched, fused=fused)
     if timeout is not None and how != "processes":
         raise ConfigError(f"--timeout applies to worker processes, but --{how} starts none")
@@ -141,7 +142,7 @@ def run(
     if elastic is not None:
         _check_alone(workers, how, resume, checkpoint_every)
 
-    # Load the configuration; choose the folder and the checkpoints.
+    # Load the configuration; choose the folder and the steps between checkpoints.
     loaded = _configured(config, set, workers, resume, out)
     if elastic is not None:
         from packsaddle.runs.elastic_run import check_elastic
@@ -175,7 +176,7 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on a finished run: a suggested noise std, and a loss that stopped falling."""
+    """Return remarks on a finished run, as lines of text: a suggested noise std, and a loss that stopped falling."""
     from packsaddle.runs.report.curves import standstill
 
     noise, still, found = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
@@ -187,7 +188,7 @@ def remarks(run: Run) -> list[str]:
         walk = f"noise.std = {suggested:.1g} would move x by {GOOD:g} ||x_0|| over this run"
         found.append(f"noise: {was}; {walk}, which helps to leave plateaus")
 
-    # Noise of the suggested size helps to leave a plateau; too much of it keeps the loss high.
+    # Suggest more noise, which helps to leave a plateau, or less, since much noise keeps the loss high.
     if still is not None:
         remedy = ""
         if suggested is not None and noise["r"] < suggested / 2:
@@ -204,7 +205,7 @@ def remarks(run: Run) -> list[str]:
 def _configured(
     config: Path | None, overrides: tuple[str, ...], workers: int | None, resume: Path | None, out: Path | None
 ) -> tuple[Config, ...]:
-    """Return the configuration from the flags, as a tuple of one; empty for `resume` without `config`."""
+    """Load the configuration that the flags name, as a tuple of one; empty for `resume` without `config`."""
     if resume is not None and out is not None:
         raise ConfigError("--resume already sets the folder; leave out --out")
     if config is None:
@@ -214,7 +215,7 @@ def _configured(
             raise ConfigError("--set needs CONFIG; a resumed run keeps the configuration in its folder")
         return ()
 
-    # Number of workers: torchrun's, else the flag's, else the configuration's.
+    # Set the number of workers: torchrun's, else the flag's, else the configuration's.
     loaded = load(config, overrides)
     if workers is not None:
         loaded = _with_workers(loaded, workers)
@@ -229,7 +230,7 @@ def _configured(
 
 
 def _simulation(**simulations: bool) -> "How":
-    """Return the chosen simulation, else "processes". Raises ConfigError if several are chosen."""
+    """Return the name of the simulation flag that is set, else "processes". Raises ConfigError if several are set."""
     chosen = [how for how, given in simulations.items() if given]
     if len(chosen) > 1:
         raise ConfigError(f"--{chosen[0]} and --{chosen[1]} are two ways to simulate workers; choose one")
@@ -250,7 +251,7 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
 def _resume_command(
     folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]
 ) -> str:
-    """Return the command that resumes a stopped run, with the flags in `again` that are not None."""
+    """Return the command line that resumes a stopped run; `again`: further flags, left out if None."""
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
     words = ["packsaddle", "run", "--resume", str(folder)]
@@ -303,7 +304,7 @@ def init(
         packsaddle init digits.toml --task digits
 
     Args:
-        file: The TOML file to create; it is an error if it exists.
+        file: The TOML file to create; an existing file is an error.
         task: The model and data. char-transformer, and char-transformer-local (the same with local updates), need no
             extra; digits needs packsaddle[digits]; mnist-autoencoder (the paper's) and resnet18 (on CIFAR-10) need
             packsaddle[vision] and a data folder.

@@ -1,7 +1,7 @@
-"""Integrations with frameworks that construct the DistributedDataParallel model: common functions and callbacks.
+"""Integrations with frameworks that construct the DistributedDataParallel model themselves: functions and callbacks.
 
 `packsaddle.attach` works on the wrapped model of any framework. The callbacks in `integrations.lightning` and
-`integrations.huggingface` also log and save; only these modules import their framework.
+`integrations.huggingface` also log metrics and save state; only these modules import their framework.
 """
 
 from packsaddle.integrations.callbacks import WorkerState, load_state, measures, save_state

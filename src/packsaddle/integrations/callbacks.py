@@ -1,4 +1,4 @@
-"""Common parts of the frameworks' callbacks: attaching a hook or local updates, metrics, saving and loading state."""
+"""Functions common to the frameworks' callbacks: attach a DDP hook or local updates, log metrics, save and load."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base of the frameworks' callbacks. `exchange`: attached to the model; None before training."""
+    """Base class of the frameworks' callbacks. `exchange`: the hook or local updates in use; None before training."""
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
         self._compressor, self._options = compressor, options
@@ -39,12 +39,12 @@ class Attached:
 
     @property
     def hook(self) -> DDPHook | None:
-        """The hook; None before training, with one worker, or for local updates."""
+        """The DDP hook; None before training, with one worker, or with local updates."""
         return self.exchange if isinstance(self.exchange, DDPHook) else None
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The `LocalUpdates` object; None before training, or for a hook."""
+        """The `LocalUpdates` object; None before training, or with a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
 
@@ -54,9 +54,10 @@ def attach_among_workers(
     optimizers: list[Optimizer],
     **options: Any,
 ) -> DDPHook | None:
-    """Call `packsaddle.attach`; with one worker, warn and return None instead, whether or not the model is wrapped.
+    """Call `packsaddle.attach`, which registers a compressing hook on the model's DistributedDataParallel.
 
-    Raises the errors of `register_ddp_hook`, and RuntimeError for a process of several without a process group.
+    With one worker, warns and returns None instead, whether or not the model is wrapped. Raises the errors of
+    `register_ddp_hook`, and RuntimeError if a launcher started several processes but there is no process group.
     """
     if training_group(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
@@ -65,10 +66,11 @@ def attach_among_workers(
 
 
 class WorkerState:
-    """The state of one worker with local updates, to save separately: a framework's checkpoint has only worker 0's.
+    """The state of one worker that trains with `LocalUpdates`; a framework's checkpoint has only worker 0's state.
 
     It consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
-    parameters and persistent buffers of `model`. Load it after the framework has loaded its checkpoint.
+    parameters and persistent buffers of `model`. Save it on every worker; load it after the framework has loaded its
+    checkpoint.
 
     >>> import torch
     >>> import packsaddle
@@ -86,7 +88,7 @@ class WorkerState:
 
     @property
     def steps(self) -> int:
-        """Number of inner steps."""
+        """The number of inner steps, those of the optimizers on this worker."""
         return self.local.steps
 
     def finish(self) -> None:
@@ -101,12 +103,12 @@ class WorkerState:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The parts whose states differ between workers, by name, as `save_checkpoint` accepts them."""
+        """Model, local updates and optimizers, whose states differ between workers, by name for `save_checkpoint`."""
         optimizers = {f"optimizer-{i}": optimizer for i, optimizer in enumerate(self.local.optimizers)}
         return {"model": self._model, "local": self.local, **optimizers}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, tensors and plain types; collective if an exchange is in progress."""
+        """Return this worker's state, of tensors and plain types; collective if an exchange is in progress."""
         parts = {name: part.state_dict() for name, part in self.parts.items() if name != "model"}
         return {
             "steps": self.steps,
@@ -115,7 +117,7 @@ class WorkerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, from this worker's `state_dict`. Raises ValueError, changing nothing, if it does not fit."""
+        """Restore `state`, saved by `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
         if "local" not in state.get("parts", ()):
             raise ValueError("the state has no local updates; was it saved by a hook?")
         saved, here = state["parts"], self._tensors()
@@ -130,7 +132,7 @@ class WorkerState:
             self._scaler.load_state_dict(state["scaler"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return trained parameters and persistent buffers, by name; views."""
+        """Return the model's trained parameters and persistent buffers, by name; views."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
         return trained | persistent_buffers(self._model)
 
@@ -142,11 +144,11 @@ def attach_local_updates(
     compressor: Compressor | Schedule | Compression,
     **options: Any,
 ) -> WorkerState:
-    """Make `LocalUpdates` around a framework's optimizers; with one worker it exchanges nothing, with a warning.
+    """Make a `LocalUpdates` of a framework's optimizers, and stop the exchange of gradients by its wrapper.
 
-    `wrapped`: the framework's wrapper of `model`; its DistributedDataParallel stops exchanging gradients. The
-    contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers without
-    a DistributedDataParallel, and the errors of `LocalUpdates`.
+    `wrapped`: the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns,
+    and nothing is sent. The contraction is measured in every round, or as set by a `Compression`. Raises TypeError for
+    several workers without a DistributedDataParallel, and the errors of `LocalUpdates`.
     """
     if resolve(None).size == 1:
         warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
@@ -161,16 +163,16 @@ def attach_local_updates(
 
 
 def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Compression:
-    """Return a `Compression` that measures the contraction every `every` steps; a given `Compression` is unchanged."""
+    """Return a `Compression` that measures its contraction every `every` steps; a given `Compression` is unchanged."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
 def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
-    """Return the metrics of an `exchange`, a hook or local updates, for a logger (docs/metrics.md).
+    """Return the metrics of `exchange`, a DDP hook or local updates, as a dict for a logger (docs/metrics.md).
 
-    They are totals of this worker's steps and bytes, and the contraction `mu` once `monitor_every` has measured it. A
-    hook also has `sent_in_step`, in bytes; local updates have `rounds`, and with `Workers.clip` the
-    number of `clipped` updates. Empty for None (`attach` with one worker).
+    They are totals of this worker's steps and bytes, and the contraction `mu`, the fraction of the squared norm that
+    compression keeps, once `monitor_every` has measured it. A hook also has `sent_in_step`, in bytes; local updates
+    have `rounds`, and with `Workers.clip` the number of `clipped` updates. Empty for None (`attach` with one worker).
 
     >>> import torch
     >>> import packsaddle
@@ -187,13 +189,13 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     found = {
         "steps": float(steps),
         "skipped": float(exchange.skipped),
-        "resets": float(len(getattr(exchange, "resets", ()))),  # FSDP hooks have none
+        "resets": float(len(getattr(exchange, "resets", ()))),  # FSDP hooks have no escape check
         "sent": float(sent),
         "received": float(exchange.ledger.received),
         "reduction": alone / sent if sent else 1.0,
     }
 
-    # A hook exchanges in every step, local updates once per round.
+    # Add the metrics of local updates, which exchange once per round, or of a hook, which exchanges in every step.
     if isinstance(exchange, LocalUpdates):
         found["rounds"] = float(exchange.rounds)
         if exchange.options.workers.clip is not None:
@@ -204,11 +206,11 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
 
 
 def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> None:
-    """Save this worker's `state_dict()` of a hook or of local updates to the file NAME-RANK.pt in `folder`, atomically.
+    """Save the state of `exchange`, a hook or local updates, to the file NAME-RANK.pt in `folder`, atomically.
 
-    Call on every worker: states differ between workers and are as large as the model, so they are not gathered; only
-    an exchange in progress is collective. Give each `exchange` in one folder, such as those of two models, another
-    `name`. No-op for None (`attach` with one worker).
+    Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
+    Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
+    models, give each another `name`. No-op for None (`attach` with one worker).
 
     >>> import pathlib, tempfile, torch
     >>> import packsaddle
@@ -226,13 +228,13 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
-    """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return True if restored.
+    """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    `name`: as in `save_state`. If another number of workers saved the files, each worker gets the mean of what differed
-    between them, such as error memories, with a warning (see `load_checkpoint`). Returns False with a warning, and
-    nothing changed, if no worker has a file, or for None (`attach` with one worker) if there are files.
-    Raises ValueError, with nothing changed, if only some workers have one, if steps differ between files, or if they
-    do not fit (another seed, ...).
+    Returns True if it was restored; False, with a warning and nothing changed, if no worker has a file; False also for
+    None (`attach` with one worker), with a warning if there are files. `name`: as in `save_state`. If another number of
+    workers saved the files, each worker gets the mean of the tensors that differed between workers, such as error
+    memories, with a warning (see `load_checkpoint`). Raises ValueError, with nothing changed, if only some workers have
+    a file, if steps differ between files, or if they do not fit (another seed, ...).
 
     >>> import tempfile
     >>> import torch
@@ -252,7 +254,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return False
 
-    # Files of another number of workers.
+    # If another number of workers saved the files, convert their states.
     collectives = ObjectCollectives(exchange.channel.group, exchange.device)
     surveys = collectives.gather(_survey(folder, name))
     workers, *_ = saved_by(surveys)
@@ -266,7 +268,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return True
 
-    # This worker's own file.
+    # Otherwise read this worker's own file.
     path = _path(folder, name)
     state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
@@ -274,7 +276,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     if isinstance(exchange, WorkerState):
         whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
 
-    # States of different steps, or of some workers only, must not be mixed.
+    # Raise an error if files are of different steps, or only some workers have one.
     try:
         check_agreement(exchange.channel, found, exchange.device)
     except ValueError as error:
@@ -290,7 +292,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return a worker's file, named by its global rank, since an exchange may be between some workers only."""
+    """Return the path of a worker's file. It is named by the global rank: a group may have only some workers."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -300,7 +302,7 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Return the number of workers that saved each file in a folder, by the file's rank."""
+    """Return, for each file NAME-RANK.pt in a folder, the number of workers in the run that saved it; by rank."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
@@ -308,9 +310,10 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
 def _resharded(
     exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return this worker's state from the files of another number of workers, of which rank holders[i] reads file i.
+    """Return this worker's state, converted from files of another number of workers; collective.
 
-    Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted.
+    `holders[i]` is the rank that reads file i. Raises ValueError, on every worker, if the files are of different steps
+    or cannot be converted.
     """
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
@@ -318,7 +321,7 @@ def _resharded(
     if len(steps) > 1:
         raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
-    # The parts of a state are converted; the scaler's state is worker 0's.
+    # Convert the parts of the state; the scaler's state is that of worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
 
     def content(state: dict[str, Any]) -> dict[str, Any]:
@@ -332,7 +335,7 @@ def _resharded(
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers in a mapping as floats, those in nested mappings as NAME/NAME; other values are dropped."""
+    """Return the numbers in a mapping as floats; names in nested mappings are OUTER/INNER; other values are dropped."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -343,17 +346,17 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return a certificate's numbers for a logger, such as certificate/grad_norm.
+    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm.
 
-    The verdict is 1 and the others are 0: certificate/saddle, certificate/second_order_stationary,
-    certificate/gradient_too_large, certificate/undecided.
+    Each possible verdict is a number, 1 for the certificate's and 0 for the others: certificate/saddle,
+    certificate/second_order_stationary, certificate/gradient_too_large, certificate/undecided.
     """
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 
 
 def certificate_line(certificate: Certificate, step: int) -> str:
-    """Return the verdict, the gradient's norm and the bounds of lambda_min in one line, to print on rank 0."""
+    """Format a certificate as one line: verdict, gradient norm, and bounds on the smallest Hessian eigenvalue."""
     bounds = f"[{certificate.lambda_min_lower:.3e}, {certificate.lambda_min_upper:.3e}]"
     norm, epsilon = f"{certificate.grad_norm:.3e}", f"{certificate.epsilon:.3e}"
     return f"step {step}: {certificate.verdict}, gradient norm {norm} (epsilon {epsilon}), lambda_min in {bounds}"

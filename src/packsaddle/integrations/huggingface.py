@@ -1,7 +1,8 @@
-"""Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and certification of the model.
+"""Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and saddle certificates of the model.
 
 The Trainer constructs DistributedDataParallel and has no argument for a communication hook. The first two callbacks log
-`measures` and save every worker's state in the checkpoints. Needs transformers 5: pip install 'packsaddle[hf]'.
+metrics (`measures`) and save every worker's state in the checkpoints. Needs transformers 5: pip install
+'packsaddle[hf]'.
 """
 
 import os
@@ -36,7 +37,7 @@ from packsaddle.integrations.callbacks import (
 
 
 class _Attached(Attached, TrainerCallback):
-    """Base callback: attaches an exchange when training begins, logs its `measures`, saves and restores its state."""
+    """Base callback: attaches a hook or local updates when training begins, logs metrics, saves and restores state."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class _Attached(Attached, TrainerCallback):
         super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
         self._resumed: Path | None = None  # the checkpoint passed to `train`
-        self._attached: Any = None  # the model with the exchange
+        self._attached: Any = None  # the wrapped model to which `exchange` is attached
         trainer.train = self._hearing(trainer.train)
         trainer._save_checkpoint = self._saving(trainer._save_checkpoint)
 
@@ -74,14 +75,14 @@ class _Attached(Attached, TrainerCallback):
             save(model, trial)
             trainer = self._trainer
             if self.exchange is not None and not trainer.args.save_only_model:
-                folder = Path(trainer._get_output_dir(trial=trial))  # differs per trial in a hyperparameter search
+                folder = Path(trainer._get_output_dir(trial=trial))  # one per trial of a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         return saving
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach the exchange, and restore its state in a resumed run. Raises the errors of attaching."""
-        if self._trainer.model_wrapped is not self._attached:  # unchanged in further calls of train()
+        """Attach the hook or local updates, and restore their state in a resumed run. Raises errors of attaching."""
+        if self._trainer.model_wrapped is not self._attached:  # in further calls of train() it is the same object
             self._attached = self._trainer.model_wrapped
             self.exchange = self._attach(state)
         if state.global_step:
@@ -91,17 +92,18 @@ class _Attached(Attached, TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Log `measures` together with the training loss."""
+        """Log the metrics of `measures` whenever the training loss is logged."""
         if self.exchange is not None and logs is not None and "loss" in logs:
             self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self.exchange).items()})
 
 
 class PacksaddleCallback(_Attached):
-    """Compresses the exchanged gradients from the start of training, and logs `measures` as packsaddle/sent and so on.
+    """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
     Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`. Accepts the
-    arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is
-    measured every `logging_steps`, or as set by a `Compression`.
+    arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction
+    (fraction of the squared norm that compression keeps) is measured every `logging_steps`, or as set by a
+    `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
@@ -126,16 +128,16 @@ class PacksaddleCallback(_Attached):
 
 
 class LocalUpdatesCallback(_Attached):
-    """Trains with `packsaddle.LocalUpdates`: workers step separately and exchange their changes every `every` steps.
+    """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
 
     Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. Accepts the
     arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel
     exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
     contraction is measured in every round, or as set by a `Compression`.
 
-    During training the trainer evaluates, predicts and saves the anchor, which is identical on all workers. At the end
-    all pending updates are exchanged, and every worker has the anchor. With `load_best_model_at_end` every worker has
-    the best model instead, and another call of `train` raises RuntimeError.
+    During training the trainer evaluates, predicts with and saves the anchor: the parameters last agreed on, identical
+    on all workers. At the end all pending updates are exchanged, and every worker has the anchor. With
+    `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
     packsaddle-RANK.pt; a resumed run restores it as with `PacksaddleCallback`, also on another number of workers: see
@@ -154,7 +156,7 @@ class LocalUpdatesCallback(_Attached):
         super().__init__(trainer, compressor, resume_from, options)
         self._at_anchor = False  # True during training: evaluation and saving switch to the anchor
         self._ended_at_best = False
-        for name in ("evaluate", "predict", "save_model"):  # callbacks are called only after these
+        for name in ("evaluate", "predict", "save_model"):  # callbacks run only after these methods
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
     def _attach(self, state: TrainerState) -> WorkerState:
@@ -173,7 +175,7 @@ class LocalUpdatesCallback(_Attached):
         return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach and restore as the base does. Raises RuntimeError if the last training ended with the best model."""
+        """Attach and restore local updates. Raises RuntimeError if the last training loaded the best model."""
         if self._ended_at_best and self._trainer.model_wrapped is self._attached:
             raise RuntimeError("the best model was loaded after the last training: make a new Trainer to train on")
         super().on_train_begin(args, state, control)
@@ -188,12 +190,13 @@ class LocalUpdatesCallback(_Attached):
 
 
 class CertificateCallback(TrainerCallback):
-    """Certifies the model every `every_n_steps`, logs certificate/grad_norm and so on, and prints the verdict.
+    """Certifies every `every_n_steps` steps if the model is at a saddle; logs the certificate, and prints the verdict.
 
-    Add it to the trainer passed to it. `loss_fn(model, batch)` returns the mean loss of a batch, by default the `loss`
-    of `model(**batch)`; `batches` are this worker's, identical in every pass; `options` are those of
-    `packsaddle.certify`. `certificate` is the last certificate. With a `LocalUpdatesCallback` in the trainer the anchor
-    is certified. Raises ValueError for an interval below 1.
+    Add it to the trainer passed to it. The numbers are logged as certificate/grad_norm and so on. `loss_fn(model,
+    batch)` returns the mean loss of a batch, by default the `loss` of `model(**batch)`; `batches` are this worker's,
+    identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
+    `LocalUpdatesCallback` in the trainer the anchor, the average of the workers, is certified. Raises ValueError for an
+    interval below 1.
     """
 
     def __init__(
@@ -212,7 +215,7 @@ class CertificateCallback(TrainerCallback):
         self._every, self._options = every_n_steps, options
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Certify if the step is due."""
+        """Certify the model if this step is a multiple of `every_n_steps`."""
         if state.global_step % self._every:
             return
         with ExitStack() as stack:
@@ -225,9 +228,9 @@ class CertificateCallback(TrainerCallback):
             print(certificate_line(self.certificate, state.global_step), flush=True)
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        batch = self._trainer._prepare_inputs(batch)  # on the device
+        batch = self._trainer._prepare_inputs(batch)  # moves it to the device
         if self._loss_fn is not None:
             return self._loss_fn(model, batch)
-        outputs = model(**batch)  # a dict or a tuple, of which the Trainer takes the same
+        outputs = model(**batch)  # a dict or a tuple; the Trainer reads the loss at the same place
         loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

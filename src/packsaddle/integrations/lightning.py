@@ -1,4 +1,4 @@
-"""Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and certification of the model.
+"""Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and saddle certificates of the model.
 
 The first two log metrics and save every worker's state. Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks
 on GPUs only; these callbacks work wherever DDPStrategy does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
@@ -38,11 +38,11 @@ from packsaddle.integrations.callbacks import (
 
 
 class _Attached(Attached, Callback):
-    """Base callback: attaches an exchange when training starts, logs `measures`, saves its state with checkpoints."""
+    """Base callback: attaches a hook or local updates when training starts, logs metrics, saves and restores state."""
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
         super().__init__(compressor, options)
-        self._saved = False  # True: the loaded checkpoint has workers' states next to it
+        self._saved = False  # True: workers' states were saved next to the loaded checkpoint
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | WorkerState | None:
         raise NotImplementedError
@@ -50,45 +50,46 @@ class _Attached(Attached, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
-            self.exchange, self._saved = None, False  # _saved may stem from a checkpoint loaded for testing
+            self.exchange, self._saved = None, False  # _saved may be from a checkpoint loaded for testing
             _Files(self).accompany(trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the exchange, and restore its state. Raises the errors of attaching."""
+        """Attach the hook or local updates, and restore their state. Raises the errors of attaching."""
         self.exchange = self._attach(trainer, pl_module)
         if self._saved:
             load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log `measures` in float64, since float32 is too short for bytes; loggers receive rank 0's values."""
+        """Log the metrics of `measures`, in float64 to count bytes exactly; loggers receive rank 0's values."""
         if self.exchange is not None:
             now = measures(self.exchange).items()
             found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in now}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a mark for checkpoints that have workers' states next to them; else empty."""
+        """Return the number of steps: it marks checkpoints next to which workers' states are saved. Else empty."""
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read the mark; `on_train_start` restores the state after attaching."""
+        """Read the mark that `state_dict` wrote; `on_train_start` restores the state after attaching."""
         self._saved = "steps" in state
 
     def apart(self) -> AbstractContextManager[None]:
-        """Return a context in which the model has this worker's own parameters."""
+        """Return a context within which the model has this worker's own parameters."""
         return nullcontext()
 
     def together(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are identical on all workers."""
+        """Return a context within which the model has parameters that are identical on all workers."""
         return nullcontext()
 
 
 class PacksaddleCallback(_Attached):
-    """Compresses the exchanged gradients from the start of training, and logs `measures` as packsaddle/sent and so on.
+    """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
     Accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
-    contraction is measured every `log_every_n_steps`, or as set by a `Compression`.
+    contraction (fraction of the squared norm that compression keeps) is measured every `log_every_n_steps`, or as set
+    by a `Compression`.
 
     Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
     removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker it only warns. `hook` is the
@@ -109,14 +110,14 @@ class PacksaddleCallback(_Attached):
 
 
 class LocalUpdatesCallback(_Attached):
-    """Trains with `packsaddle.LocalUpdates`: workers step separately and exchange their changes every `every` steps.
+    """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
 
     Accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DDPStrategy
     exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
     contraction is measured in every round, or as set by a `Compression`.
 
-    Validation during `fit` and checkpoints use the anchor, which is identical on all workers. At the end all pending
-    updates are exchanged, and every worker has the anchor.
+    Validation during `fit` and checkpoints use the anchor: the parameters last agreed on, identical on all workers. At
+    the end all pending updates are exchanged, and every worker has the anchor.
 
     Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
     `PacksaddleCallback`. One worker sends nothing, with a warning. A run may resume on another number of workers:
@@ -131,7 +132,7 @@ class LocalUpdatesCallback(_Attached):
     ) -> None:
         super().__init__(compressor, options)
         self._training = self._evaluating = False
-        self._evaluation = ExitStack()  # contains `together()` during validation
+        self._evaluation = ExitStack()  # the entered context `together()` during validation
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
@@ -142,7 +143,7 @@ class LocalUpdatesCallback(_Attached):
         return found
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the parameters to the anchor. No-op in `trainer.validate`, which may have loaded another model."""
+        """Set the parameters to the anchor, identical on all workers. No-op in `trainer.validate` outside of `fit`."""
         self._evaluating = True
         self._evaluation.enter_context(self.together())
 
@@ -163,16 +164,16 @@ class LocalUpdatesCallback(_Attached):
             self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop switching to the anchor: the parameters may change afterwards."""
+        """Stop setting the parameters to the anchor: they may change after training."""
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are the anchor. No-op outside training."""
+        """Return a context that sets the parameters to the anchor, identical on all workers. No-op outside training."""
         return self.local.at_anchor() if self.local is not None and self._training else nullcontext()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Restore this worker's own parameters within, if in validation: checkpoints may be saved then."""
+        """Within the context, restore this worker's own parameters during validation, when checkpoints may be saved."""
         self._evaluation.close()
         yield
         if self._evaluating:
@@ -180,7 +181,7 @@ class LocalUpdatesCallback(_Attached):
 
 
 def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None:
-    """Raise ValueError for a later callback that would replace the anchor by a worker's own average after training."""
+    """Raise ValueError for a later callback that replaces the agreed parameters by this worker's own average."""
     names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
     kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
     for callback in callbacks[callbacks.index(local) :]:
@@ -192,13 +193,13 @@ def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """Return the folder of workers' states next to a checkpoint."""
+    """Return the folder for workers' states next to a checkpoint: CHECKPOINT.packsaddle."""
     path = Path(checkpoint)
     return path.with_name(path.name + ".packsaddle")
 
 
 class _Files:
-    """Wraps a strategy's methods that collect, save and remove a checkpoint.
+    """Wraps a strategy's methods that collect, save and remove a checkpoint, to save workers' states next to it.
 
     Callbacks do not receive the path of a checkpoint; only the strategy's methods do, and on every worker.
     """
@@ -207,8 +208,8 @@ class _Files:
         self._callback = callback
 
     def accompany(self, strategy: Strategy) -> None:
-        """Replace the strategy's three methods by wrappers. No-op if they are wrapped already."""
-        if isinstance(getattr(strategy.save_checkpoint, "__self__", None), _Files):  # by an earlier fit
+        """Replace the strategy's three checkpoint methods by wrappers. No-op if they are wrapped already."""
+        if isinstance(getattr(strategy.save_checkpoint, "__self__", None), _Files):  # wrapped by an earlier fit
             return
         self._strategy, self._names = strategy, dict[str, str]()
         self._save, self._remove = strategy.save_checkpoint, strategy.remove_checkpoint
@@ -219,7 +220,7 @@ class _Files:
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
         """Save a checkpoint, and next to it this worker's state unless the checkpoint contains only weights.
 
-        The name may contain a metric with another value on every worker: rank 0's name is used.
+        The file name may contain a metric, whose value differs between workers: rank 0's name is used.
         """
         exchange = self._callback.exchange
         if exchange is not None:
@@ -235,13 +236,13 @@ class _Files:
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:
-        """Return the strategy's model `state_dict` at the anchor; it may contain copies."""
+        """Return the strategy's model `state_dict` with the parameters at the anchor; values may be copies."""
         with self._callback.together():
             found: dict[str, Any] = self._tensors()
         return found
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a checkpoint, and on rank 0 the workers' states: the others may have chosen another checkpoint."""
+        """Remove a checkpoint, and on rank 0 the workers' states: other ranks may have chosen another checkpoint."""
         filepath = self._names.pop(str(filepath), filepath)
         if self._callback.exchange is not None and self._strategy.is_global_zero:
             shutil.rmtree(folder_of(filepath), ignore_errors=True)
@@ -249,12 +250,13 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Certifies the model every N epochs or steps, logs certificate/grad_norm and so on, and prints the verdict.
+    """Certifies every N epochs or steps if the model is at a saddle; logs the certificate, and prints the verdict.
 
-    `loss_fn(pl_module, batch)` returns the mean loss of a batch, without calling `log`; `batches` are this worker's,
-    identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
-    LocalUpdatesCallback in the trainer the anchor is certified.
-    Raises ValueError unless one of the two intervals is given.
+    The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
+    batch, without calling `log`; `batches` are this worker's, identical in every pass; `options` are those of
+    `packsaddle.certify`. `certificate` is the last certificate. With a LocalUpdatesCallback in the trainer the anchor,
+    the average of the workers, is certified. Raises ValueError unless exactly one of `every_n_epochs` and
+    `every_n_steps` is given.
     """
 
     def __init__(
@@ -276,17 +278,17 @@ class CertificateCallback(Callback):
         self._seen = 0  # trainer.global_step after the last batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting at the trainer's current step, that of a restored checkpoint."""
+        """Start counting steps at the trainer's current step, which a restored checkpoint sets."""
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Certify if a step of this batch is due."""
+        """Certify the model if a step of this batch reached a multiple of `every_n_steps`."""
         before, self._seen = self._seen, trainer.global_step
         if self._steps is not None and self._seen // self._steps > before // self._steps:  # each optimizer counts
             self._certify(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify if the epoch is due."""
+        """Certify the model if this epoch is a multiple of `every_n_epochs`."""
         if self._epochs is not None and (trainer.current_epoch + 1) % self._epochs == 0:
             self._certify(trainer, pl_module)
 

@@ -1,7 +1,8 @@
-"""The anchor of a fragment, and the movement of the parameters x relative to it.
+"""The anchor of a fragment (parameters exchanged together), and changes of the parameters x relative to it.
 
-The anchor a, float[n] in at least float32, has the parameters on which all workers last agreed. After an exchange x
-continues from its start point: a, or a - e with `keep_unsent`. `PseudoGradient` has the local update: start - x.
+The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
+exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory.
+`PseudoGradient` computes the local update: start - x.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,40 +20,41 @@ from packsaddle.feedback.slices import Shaped, Slice
 
 
 class Anchor:
-    """The anchor a of some parameters, float[n], and x, this process's part of them.
+    """The anchor a, float[n], the values of parameters on which all workers last agreed; and x, this worker's values.
 
-    With `keeps`, the start point is a - e, where e is the error memory; else a.
+    The start point, from which this worker continues after an exchange, is a - e with `keeps`, where e is the error
+    memory; else a.
     """
 
     def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
         self.flat, self.views = a.flat, a.views
-        self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor, for an outer optimizer
+        self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor as parameters, for an outer optimizer
         self.layout, self.keeps = layout, keeps
         self._parameters, self._memory = parameters, memory
-        # float[n], part of the update missing in start - x, because the start moved without x or x was rounded; None: 0
+        # float[n], part of the local update that start - x lacks, since only the start moved or x was rounded; None: 0
         self.owed: Tensor | None = None
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
-        """Return x: this process's part of each parameter; views."""
+        """Return the parameters x, as views; of a DTensor, this process's shard."""
         return [local_part(p) for p in self._parameters]
 
     def starts(self) -> list[Tensor]:
-        """Return the start point of x after an exchange, by parameter: a, or a - e; may be views of a."""
+        """Return the point where x continues after an exchange, by parameter: a, or a - e; may be views of a."""
         return self.layout.views(self.flat - self._memory.vector) if self.keeps else self.views
 
     def copy_starts(self) -> list[Tensor]:
-        """Return a copy of the start point by parameter, in x's dtype and on its device."""
+        """Return a copy of the start point, one tensor per parameter, with the parameters' dtype and device."""
         return [start.to(x, copy=True) for start, x in zip(self.starts(), self.tensors(), strict=True)]
 
     def set_from_parameters(self) -> None:
-        """Set the anchor to x."""
+        """Set the anchor to the current parameters."""
         for a, x in zip(self.views, self.tensors(), strict=True):
             a.copy_(x)
 
     def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None) -> None:
-        """Apply the mean update (line 11): a <- a - mean, or an outer step with the mean, float[n], as its gradient."""
+        """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11)."""
         if isinstance(mean, Averaged):
             self._memory.apply_mean(self.flat, mean)
         elif outer is None:
@@ -65,9 +67,10 @@ class Anchor:
                 leaf.grad = None
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
-        """Move x to its new start point, by parameter.
+        """Move the parameters x with the start point, after the anchor changed.
 
-        x <- start + (x - before), or with `blend` (1 - blend) start + blend x; x <- start without `before`.
+        x <- start + (x - before): the changes since `before`, values by parameter, are kept. With `blend` instead
+        x <- (1 - blend) start + blend x; with an empty `before` x <- start.
         """
         if not before:
             self.move_to_start()
@@ -80,7 +83,7 @@ class Anchor:
             self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
 
     def move_to_start(self) -> None:
-        """Reset x to its start point, with nothing owed."""
+        """Reset the parameters x to this worker's start point (a, or a - e with `keeps`), and clear `owed`."""
         self.owed = None
         if not self.keeps:
             self.set_parameters(self.views)
@@ -92,7 +95,7 @@ class Anchor:
                 x.copy_(a - e)
 
     def move_to_anchor(self) -> None:
-        """Set x, which is at its start point, to a. Where that is not a, e is still pending: it is owed."""
+        """Set x from its start point to the anchor a; `owed` records the change, so that no update is lost."""
         starts = self.copy_starts()
         self.set_parameters(self.views)
         if self.keeps:
@@ -102,24 +105,24 @@ class Anchor:
             self.owed = change.flat
 
     def set_parameters(self, values: Sequence[Tensor]) -> None:
-        """Set x, except frozen parameters, to `values`."""
+        """Set the parameters, except frozen ones, to `values`."""
         for p, x, value in zip(self._parameters, self.tensors(), values, strict=True):
             if p.requires_grad:
                 x.copy_(value)
 
     def owe(self, change: Tensor) -> None:
-        """Record that e grew by `change`, float[n]: the start point decreased by it, but x did not move."""
+        """Add `change`, float[n], to `owed`: e grew by it, so the start point a - e moved, but x did not."""
         self.owed = change if self.owed is None else self.owed.add_(change)
 
     def subtract_owed(self) -> None:
-        """Subtract owed from x; the rounding error of 16-bit x is owed again."""
+        """Subtract `owed`, by which the start point moved without x, from x; a rounding error of x remains in it."""
         if self.owed is None:
             return
         pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None
         self._set(x.to(_wide(x)) - part.to(x.device, _wide(x)) for x, part in pairs)
 
     def _set(self, values: Iterable[Tensor]) -> None:
-        """Set x, except frozen parameters, to `values`, at least float32. The rounding error of x is owed."""
+        """Set parameters, except frozen ones, to `values`, at least float32; add their rounding error to `owed`."""
         xs = self.tensors()
         rounds = any(x.dtype != _wide(x) for x in xs)
         if rounds and self.owed is None:
@@ -132,7 +135,7 @@ class Anchor:
                     lost.add_((x.to(value.dtype) - value).to(lost))
 
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
-        """Add start - x + owed to out, float[n], and return it; `starts` replace the start points, by parameter."""
+        """Add the local update start - x + owed to out, float[n], and return out; `starts` replace the start points."""
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.tensors(), starts, self.layout.views(out), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
@@ -141,7 +144,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class PseudoGradient(Update):
-    """The update of a fragment's memory, float[n]: the local update start - x, `Anchor.owed` and shared noise.
+    """The input of an error memory, float[n]: the local update start - x of some parameters, plus owed and noise.
 
     A 16-bit x started at the start point rounded to 16 bits, so the local update is relative to the rounded point.
     """
@@ -151,13 +154,13 @@ class PseudoGradient(Update):
     noise: GaussianNoise | None
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + xi, both float[n]; out is not base."""
+        """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is not out."""
         share, xs = self.decay, self.of.tensors()
         # v = decay e + start - x, where start = a - e is folded in: (a - x) + (decay - 1) e
         starts: Sequence[Tensor] = self.of.views
         if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
             share -= 1.0
-        elif self.of.keeps:  # start is rounded to x's precision, so it cannot be folded in
+        elif self.of.keeps:  # start is rounded to x's dtype, so it cannot be folded in
             starts = self.of.starts()
         for x, start, v in zip(xs, starts, out.views, strict=True):
             x = x.to(start.device)
@@ -172,7 +175,7 @@ class PseudoGradient(Update):
         self.perturb(out.flat)
 
     def perturb(self, out: Tensor) -> None:
-        """Add xi to out, float[n]; its coordinates are those of the vector of all parameters."""
+        """Add the noise that all workers share to out, float[n]; it is drawn by a coordinate's index in the model."""
         if self.noise is not None:
             for first, last, start in self.of.layout.stretches():
                 self.noise.add_to(out[first:last], 1.0, start)

@@ -1,7 +1,7 @@
-"""Clipping: a worker's update is scaled to at most c times the median norm of the updates of a round.
+"""Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
 
-The residual v - C(s v), s the factor, stays in the error memory, so no update is lost. Each worker computes its own
-factor from the norms of all of them. See `Workers`.
+The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is lost. Each worker
+computes its own factor from the norms of all workers. See `Workers`.
 """
 
 import logging
@@ -17,7 +17,7 @@ _log = logging.getLogger("packsaddle")
 
 @dataclass(frozen=True)
 class Clip:
-    """A worker's update that was clipped in an applied round (see `Workers`).
+    """Record of one worker's update that was scaled down in an applied round, since it was too long (see `Workers`).
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers, simulate
@@ -31,15 +31,15 @@ class Clip:
     [Clip(step=0, worker='2', factor=0.0625)]
     """
 
-    step: int  # t of its fragment's round
-    worker: str  # its rank; with a manager its name in the log
-    factor: float  # by which its update was scaled, in [0, 1)
+    step: int  # index t of the round, counted per fragment
+    worker: str  # rank of the worker; with a manager its name in the log
+    factor: float  # scale factor of the update, in [0, 1)
 
 
 class Clips:
-    """Records the clipped updates of a fragment: `found` since construction or loading, `count` in total.
+    """Records of the clipped updates of a fragment: the list `found` since construction or loading, `count` in total.
 
-    With `logs`, a worker's consecutive ones with counts 1, 2, 4, ... are logged.
+    With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged.
     """
 
     def __init__(self, *, logs: bool) -> None:
@@ -48,7 +48,7 @@ class Clips:
         self._in_a_row: dict[str, int] = {}
 
     def record(self, step: int, factors: Tensor, workers: Sequence[str]) -> None:
-        """Record an applied round: the factors, float64[W], and names of its workers, which are ranks by default."""
+        """Record an applied round from all workers' scale factors, float64[W], and names (empty: their ranks)."""
         names = workers or [str(rank) for rank in range(len(factors))]
         found = [Clip(step, name, s) for name, s in zip(names, factors.tolist(), strict=True) if s < 1]
         self.found += found
@@ -72,10 +72,10 @@ def norm_of(v: Tensor, share: float) -> Tensor:
 
 
 def factors_of(norms: Tensor, most: float) -> Tensor:
-    """Return the factors of all workers, min(1, c m / norm), float64[W]; `norms`, float32[W], `most`: c.
+    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W].
 
-    m is the median of the norms that are not NaN; of an even number the lower of the middle two, so that half of the
-    workers cannot raise it.
+    m is the median of the norms that are not NaN. Of an even number of norms it is the lower of the two in the middle,
+    so that half of the workers cannot raise it.
     """
     wide = norms.double()
     limit = most * wide.nanmedian()

@@ -1,4 +1,4 @@
-"""The saddle escape check of local updates: lines 4-8 of the paper's Algorithm 1, at the anchor after each round."""
+"""The saddle escape check of local updates: Algorithm 1, lines 4-8, at the averaged parameters after each round."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,17 +13,17 @@ from packsaddle.local.fragment import Fragment
 
 @dataclass
 class _Vector:
-    """The anchor for `EscapeCheck`: a flat vector, float[d], its first coordinates compressed."""
+    """The anchor as `EscapeCheck` needs it: a flat vector x, float[d], whose first coordinates are compressed."""
 
     x: Tensor
     compressed_d: int
 
 
 class AnchorEscape:
-    """Runs an `Escape` rule on the anchor; its interval and `every` count rounds.
+    """Runs a user's `Escape` check on the anchor, the parameters last agreed on by all workers, after each round.
 
-    The user's objective is evaluated with the parameters at the anchor. Raises ValueError for more than one fragment,
-    or a `delay`.
+    The check's interval and `every` count rounds. The user's objective is evaluated with the parameters at the anchor.
+    Raises ValueError for more than one fragment, or a `delay`.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class AnchorEscape:
         self._anchor, self._objective = self._whole.anchor, rule.objective
         x = _Vector(self._anchor.flat, self._whole.compressed_d)
         self._check = EscapeCheck(replace(rule, objective=self._at_anchor), x, channel, seed)
-        self.begin = self._check.begin  # sets x_0' to the current anchor
+        self.begin = self._check.begin  # starts the first check interval at the current anchor
 
     def _at_anchor(self) -> float | Tensor:
         self._anchor.set_parameters(self._anchor.views)
         return self._objective()
 
     def run(self) -> Reset | None:
-        """Run lines 4-8 after a round, and reset x to its start point; return the firing, if any."""
+        """Run the check after a round, then set the parameters to their start point; return its firing, or None."""
         try:
             reset, lost = self._check.run(self._whole.rounds, self._whole.feedback.pending())
             if reset is not None:
@@ -52,7 +52,7 @@ class AnchorEscape:
             self._anchor.move_to_start()
 
     def fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state: x_t', by parameter, and t'."""
+        """Return the saved-state fields: the start point x_t' of the check interval, by parameter, and its step t'."""
         anchor = {place.name: view for place, view in self._whole.named(self._check.anchor)}
         shapes = {name: view.shape for name, view in anchor.items()}
         step = attribute(("escape", "step"), self._check, "anchor_step", int)

@@ -1,8 +1,9 @@
 """A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
 
-An exchange has four calls. `begin` computes v in the main thread; `exchange`, collective, runs immediately, or in the
-background of the next steps; `close` reads the outcome, and commits or rolls back the error memory; `apply_exchange`
-applies the mean. The last two are separate since elastic workers vote first, and record the round in between.
+An exchange has four calls. `begin` computes v, the vector to send, in the main thread. `exchange`, collective, runs
+immediately, or in the background of the next steps. `close` reads whether the exchange is applied, and commits or rolls
+back the error memory. `apply_exchange` applies the mean to the anchor. The last two are separate because workers that
+join and leave agree on the outcome first (Manager.should_commit), and record the round between the two calls.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ from packsaddle.local.options import Elastic, LocalOptions
 
 
 def _nothing() -> None:
-    """No-op, the `wait` of a completed exchange."""
+    """No-op; the value of `PendingExchange.wait` after the exchange has completed."""
 
 
 @dataclass
@@ -38,43 +39,43 @@ class PendingExchange:
     """One exchange of a fragment, from `begin` until it is applied or rejected."""
 
     due: int  # the inner step after which it is applied
-    round: Round | None  # of the error memory; None: it has ended, or the exchange was loaded with its outcome
-    invalid: Tensor  # bool[], this worker's v is invalid
-    share: float = 1.0  # weight of this worker's v; 0: it receives the mean but keeps its own update
-    before: list[Tensor] = field(default_factory=list)  # point since which x's changes are kept; empty: none are
+    round: Round | None  # round of the error memory; None: ended, or loaded from a saved state
+    invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
+    share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
+    before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
     wait: Callable[[], None] = _nothing  # waits for an exchange in the background, and raises its errors
-    mean: Averaged | Tensor | None = None  # float[n] with a delay or an outer optimizer
-    names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
-    norm: Tensor | None = None  # of v, float32[1] (see `norm_of`); None: updates are not clipped
-    factors: Tensor | None = None  # of all workers' v, float64[W], if they are clipped
-    clip: Tensor | None = None  # of this worker's v, float64[]
-    workers: Sequence[str] = ()  # names of the workers in the log, by rank; empty: their ranks
-    applied: bool | None = None  # False: rejected; None: unknown
-    uncompressed: bool = False
+    mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
+    names: list[str] = field(default_factory=list)  # name of the invalid parameter on each worker, by rank
+    norm: Tensor | None = None  # norm of v, float32[1] (see `norm_of`); None: updates are not clipped
+    factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
+    clip: Tensor | None = None  # clipping factor of this worker's v, float64[]; None: not clipped
+    workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
+    applied: bool | None = None  # True: applied; False: rejected; None: not known yet
+    uncompressed: bool = False  # v is sent without compression and noise
 
 
 @dataclass(frozen=True)
 class SavedExchange:
-    """A pending exchange in a saved state, with its outcome."""
+    """An exchange that is completed but not yet applied, as stored in a `state_dict`, with its outcome."""
 
-    due: int
-    applied: bool
-    invalid: bool  # this worker's v
-    names: list[str]
-    start: dict[str, Tensor]  # x at `begin`, by parameter
-    mean: dict[str, Tensor]  # empty if it is rejected
+    due: int  # the inner step after which it is applied
+    applied: bool  # False: rejected
+    invalid: bool  # this worker's update was non-finite, or too large to compress
+    names: list[str]  # name of the invalid parameter on each worker, by rank
+    start: dict[str, Tensor]  # the parameters at `begin`, by name
+    mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
 
 
 class Fragment(Slice):
-    """Some parameters with their anchor, their error memory and at most one pending exchange.
+    """A set of parameters exchanged together, with its anchor, error memory and at most one pending exchange.
 
     Args:
-        places: the fragment's parameters, this process's part of each, with their positions.
+        places: name, shape and position in the flat vector of each parameter of the fragment (its local shard).
         parameters: all parameters of the optimizers, by name.
         options: options of the local updates.
         channel: the communicator of exchanges.
         device: device of the anchor and the error memory.
-        agree: reduces a bool[] with OR over the shards of this worker; collective over them.
+        agree: reduces a bool[] with OR over the processes that have shards of this worker; collective over them.
         offset: number of inner steps by which its exchanges are earlier than those of the first fragment.
         d: the number of compressed coordinates of all fragments.
     """
@@ -106,20 +107,22 @@ class Fragment(Slice):
         self.current: PendingExchange | None = None
 
     def is_due(self, step: int) -> bool:
-        """Return True if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
+        """Return True if an exchange begins after inner step n, counted from 1: (n + offset) % every = 0."""
         return (step + self._offset) % self._options.every == 0
 
     def until_due(self, step: int) -> int:
-        """Return the number of inner steps from n to the next exchange, at least 1."""
+        """Return the number of inner steps from step n to the next exchange of this fragment, at least 1."""
         return self._options.every - (step + self._offset) % self._options.every
 
     def begin(self, due: int, share: float, *, later: bool = False, uncompressed: bool = False) -> PendingExchange:
-        """Compute v = decay e + a - x + xi, zeros if it is invalid on any shard of this worker.
+        """Begin an exchange: compute the vector to send, v = decay e + (start - x) + noise, from the error memory e.
+
+        v is replaced by zeros if it is invalid on any shard of this worker.
 
         Args:
             due: the inner step after which the exchange is applied.
-            share: the weight of v; 0: send nothing, and keep the local update.
-            later: `due` is a later step, so x keeps its changes until then.
+            share: the weight of v in the mean; 0: send nothing, and keep the local update.
+            later: `due` is a later step, so the changes of the parameters until then are kept.
             uncompressed: send all of v uncompressed, without noise.
         """
         t, spec = self.rounds, self._options.compression
@@ -135,7 +138,7 @@ class Fragment(Slice):
         return self.current
 
     def _switch(self, compressor: Compressor) -> None:
-        """Switch to a compressor. Owner errors of the previous one are added to e, and x moves with a - e."""
+        """Switch to a compressor. The old one's residuals are added to the error memory e; x moves with a - e."""
         memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
         before = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
         self.use(compressor)
@@ -144,14 +147,14 @@ class Fragment(Slice):
         self.anchor.subtract_owed()
 
     def use(self, compressor: Compressor) -> None:
-        """Switch to a compressor, without moving x."""
+        """Switch to another compressor, without changing the parameters."""
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
 
     def exchange(self, p: PendingExchange, step: int, norms: Tensor | None = None, *, as_vector: bool) -> None:
-        """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
+        """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
 
-        `norms`, float32[W], are the workers' norms of v, to clip it. With `as_vector`, and always with exchange
-        "senders", `PendingExchange.mean` is a vector.
+        It may run in another thread. `norms`, float32[W], are the workers' norms of v, from which v is clipped. With
+        `as_vector`, and always with exchange "senders", `PendingExchange.mean` is a vector.
         """
         assert p.round is not None
         self.feedback.channel.step = step
@@ -163,12 +166,12 @@ class Fragment(Slice):
         if p.share:
             p.round.absorb()
         p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
-        # Not in `close`: a collective of the main thread could overtake another fragment's exchange.
+        # Here, not in `close`: a collective of the main thread could run before another fragment's exchange.
         if p.invalid.device.type == "cpu":
             self.name_workers(p)
 
     def _mean(self, g: Averaged) -> Tensor:
-        """Return the mean over workers, float[n]; with "senders", of each coordinate over the workers that sent it."""
+        """Return the mean update over workers, float[n]; with "senders" each coordinate over its senders only."""
         n, total = self.compressed_d, g.write_to(self.zeros().flat)
         if self._options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
@@ -179,17 +182,18 @@ class Fragment(Slice):
         return total
 
     def name_workers(self, p: PendingExchange) -> None:
-        """Gather the names of invalid parameters or messages, if there are any and they are unknown; collective."""
+        """Gather from all workers the names of invalid parameters or messages, if there are any; collective."""
         assert p.round is not None
         fraction = p.round.verdict.fraction
         assert fraction is not None
-        if fraction != 0 and not p.names:  # NaN: a message is invalid
+        if fraction != 0 and not p.names:  # above 0: a worker's v is invalid; NaN: a message is
             p.names = self.feedback.channel.gather_text(p.round.name, p.invalid.device, "guard")
 
     def close(self) -> bool:
-        """Wait for the current exchange, and commit or roll back the memory; idempotent. Return True if it is applied.
+        """Wait for the current exchange, and commit or roll back the error memory; idempotent.
 
-        Raises the errors of an exchange in the background.
+        Returns True if the exchange is applied, False if it is rejected. Raises errors from an exchange in the
+        background.
         """
         p = self.current
         assert p is not None
@@ -203,11 +207,11 @@ class Fragment(Slice):
         return p.applied
 
     def _end(self, p: PendingExchange, *, commit: bool) -> None:
-        """End the round of the error memory."""
+        """End the current round of the error memory: commit it, or roll it back."""
         assert p.round is not None
         if commit:
             p.round.commit()
-            self.anchor.owed = None  # v included it
+            self.anchor.owed = None  # it was part of the vector v that was sent
         else:
             p.round.roll_back()
         if p.applied and p.factors is not None:
@@ -222,9 +226,10 @@ class Fragment(Slice):
             self._end(p, commit=False)
 
     def apply_exchange(self, outer: Optimizer | None) -> PendingExchange:
-        """Close the current exchange, apply it to the anchor, and move x with it; return the exchange.
+        """Close the current exchange, apply its mean to the anchor, and move the parameters x with the anchor.
 
-        If it is rejected, nothing moves, except that a worker whose v is invalid resets x to its start point.
+        After a rejected exchange nothing moves, except that a worker whose update is invalid resets x to its start
+        point, where it was after the last exchange. Returns the exchange.
         """
         p, applied = self.current, self.close()
         assert p is not None
@@ -236,7 +241,7 @@ class Fragment(Slice):
             if not (p.uncompressed and isinstance(p.mean, Tensor) and not p.mean.any()):
                 self.anchor.apply_mean(p.mean, outer)
             is_clipped = p.clip is not None and bool(p.clip < 1)
-            if p.uncompressed and p.share and not is_clipped:  # of a weighted v the residual is its rounding error
+            if p.uncompressed and p.share and not is_clipped:  # a weighted v leaves a residual: its rounding error
                 self.feedback.memory.vector.zero_()
             self.anchor.move(p.before, self._options.overlap.blend)
             if p.uncompressed and p.share and is_clipped:
@@ -246,14 +251,14 @@ class Fragment(Slice):
         return p
 
     def discard_progress(self) -> None:
-        """Set x to its value at `begin` of the current exchange, if that is valid, else to its start point."""
+        """Reset the parameters to their values at `begin` of the current exchange if valid, else to the start point."""
         if self.current is not None and self.current.before and not bool(self.current.invalid):
             self.anchor.set_parameters(self.current.before)
         else:
             self.anchor.move_to_start()
 
     def unapplied(self) -> Tensor:
-        """Return this worker's updates that the anchor does not include yet, float[n]. Call after `close`."""
+        """Return the updates of this worker that the anchor does not include yet, float[n]. Call after `close`."""
         p, found = self.current, self.feedback.pending().clone()
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
@@ -261,15 +266,15 @@ class Fragment(Slice):
         return self.anchor.add_local_update(found.add_(p.mean), p.before)
 
     def shared_fields(self, path: Path) -> list[Vector | Value]:
-        """Return the fields of the saved state, below a path, that are identical on all workers after a round."""
+        """Return the saved-state fields (below `path`) that are identical on all workers: number of rounds, anchor."""
         shapes = {place.name: place.parameter.shape for place in self.places}
         anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
-        """Return the fields of the saved state, below a path. Call after `close`; call `resume` after loading.
+        """Return this fragment's saved-state fields, below `path`. Call after `close`; call `resume` after loading.
 
-        A delayed exchange is saved with its outcome, and applied after its `due` step.
+        A delayed exchange is saved with its outcome, and is applied after its `due` step.
         """
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
@@ -293,14 +298,15 @@ class Fragment(Slice):
             view.copy_(saved[name])
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator with its owner errors, and `Anchor.owed`. Call after the fields are loaded."""
+        """Restore the aggregator (exchange protocol) with its residuals, and `Anchor.owed`. Call after loading."""
         memory = self.feedback.memory.vector
         before = memory.clone()
         aggregator = typed(SavedAggregator | None, saved["aggregator"])
         if aggregator is not None:
             self.use(self._options.compression.at(max(0, self.rounds - 1)))
             self.feedback.restore(aggregator, saved["owner_error"] or {})
-        # The residual of another aggregator moves the start point without x, unless a delayed exchange moves x to it.
+        # If another aggregator saved a residual, e grew by it, so the start point a - e moved, but x did not. A delayed
+        # exchange will move x to the start point, so nothing is owed then.
         owed = memory.sub(before).mul_(float(self.anchor.keeps))
         for place, view in self.named(owed) if saved["owed"] else ():
             view.add_(saved["owed"][place.name].to(view))
@@ -341,7 +347,7 @@ class Fragment(Slice):
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return a vector of each fragment, float[n], as views by parameter: a dict over all fragments."""
+    """Split the flat vectors of all fragments, float[n] each, into one dict of views by parameter name."""
     pairs = zip(fragments, vectors, strict=True)
     return {place.name: view for part, vector in pairs for place, view in part.named(vector)}
 
@@ -353,11 +359,11 @@ def partition(
     device: torch.device,
     agree: Shards,
 ) -> list[Fragment]:
-    """Split the parameters in order into fragments, each due `every` / `fragments` steps before the preceding one.
+    """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps.
 
-    Replicated DTensors are in separate fragments from sharded ones: they must stay identical on all shards, so the
-    choice of coordinates must not depend on the values of one shard. Raises ValueError for more fragments than
-    parameters.
+    Each is due `every` / `fragments` steps before the preceding one. Replicated DTensors are in separate fragments from
+    sharded ones: they must stay identical on all shards, so the choice of the coordinates to send must not depend on
+    the values of one shard. Raises ValueError for more fragments than parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names = list(parameters)
@@ -373,7 +379,7 @@ def partition(
 
 
 def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
-    """Split a list into consecutive non-empty parts of approximately equal total size."""
+    """Split a list of names into consecutive non-empty parts of approximately equal total size."""
     if parts > len(names):
         raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
     total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]

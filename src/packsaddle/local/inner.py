@@ -1,6 +1,6 @@
-"""The inner optimizers of local updates: their parameters and shards, and a check that all trained ones are exchanged.
+"""The inner optimizers, which step on each worker alone: their parameters, and checks that all of them are exchanged.
 
-Parameters trained by another optimizer are not exchanged and would differ between workers, so they raise an error.
+Parameters trained by another optimizer would not be exchanged and would differ between workers: RuntimeError is raised.
 """
 
 import gc
@@ -23,19 +23,19 @@ T = TypeVar("T")
 
 
 def live_objects(kind: type[T]) -> list[T]:
-    """Return all objects of a class in this process; searches the whole memory (0.1 s)."""
+    """Return all objects of a class in this process, found by a search of the whole memory (0.1 s)."""
     return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
-    """Return the class names of the optimizers, for a message."""
+    """Return the class names of the optimizers, joined by " + ", for a message."""
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
 def follow(optimizer: Any, local: object) -> None:
-    """Set `optimizer.exchanged_by` to `local`, which exchanges its steps; not part of the optimizer's state.
+    """Mark `optimizer` as exchanged by `local`, a `LocalUpdates`: set `optimizer.exchanged_by`, not saved in its state.
 
-    Raises RuntimeError if it is set already: workers would exchange every change twice.
+    Raises RuntimeError if it is marked already: workers would exchange every change twice.
     """
     if getattr(optimizer, "exchanged_by", None) is not None:
         raise RuntimeError(
@@ -46,7 +46,7 @@ def follow(optimizer: Any, local: object) -> None:
 
 
 def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' parameters by name; numbered unless all have different names."""
+    """Return the optimizers' parameters by name, or as "parameter 0", ... unless all have different names."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = parameters_of(optimizers)
@@ -56,7 +56,10 @@ def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 
 
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if numbers or group sizes differ."""
+    """Load one state dict per optimizer.
+
+    Raises ValueError, with nothing changed, if the number of optimizers or a parameter group's size differs.
+    """
 
     def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
         return [len(group["params"]) for group in groups]
@@ -72,7 +75,7 @@ def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, A
 
 
 def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise RuntimeError if an optimizer trains a parameter that is not among these, so is not exchanged."""
+    """Raise RuntimeError if `optimizer` trains a parameter that is not in `parameters`, so is not exchanged."""
     known = {id(p) for p in parameters}
     for i, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -85,7 +88,7 @@ def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def check_parameters(parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless they are floating point, on one device, and share no memory."""
+    """Raise ValueError unless the parameters are floating point, on one device, and share no memory."""
     if not parameters:
         raise ValueError("optimizer must have parameters that require gradients, and has none")
     parts = {name: local_part(p) for name, p in parameters.items()}
@@ -99,14 +102,14 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 class Shards:
-    """A reduction over the processes that have shards of one worker's parameters, by the meshes of the DTensors."""
+    """OR-reduction of a flag over the processes that have shards of one worker's DTensors."""
 
     def __init__(self, parameters: Iterable[Any]) -> None:
         meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
         self._groups = [resolve(mesh.get_group(i)) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return `bad`, bool[], reduced with OR over the shards; collective over them."""
+        """Return `bad`, bool[], reduced with OR over these processes; collective over them."""
         if not self._groups:
             return bad
         found = bad.to(torch.int32).reshape(1)
@@ -116,7 +119,7 @@ class Shards:
 
 
 def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
-    """Raise ValueError if a model has parameters that require gradients and are not among these."""
+    """Raise ValueError if `model` has parameters that require gradients and are not in `parameters`."""
     known = {id(p) for p in parameters}
     if missed := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
         raise ValueError(
@@ -127,9 +130,9 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 
 class OtherOptimizers:
-    """Detects parameters that other optimizers in this process train without an exchange.
+    """Detects other optimizers in this process that train parameters of the same model without exchanging them.
 
-    `check` raises for those in one module with `parameters`.
+    `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
@@ -140,17 +143,17 @@ class OtherOptimizers:
         _watch_steps()
 
     def note(self, optimizer: Optimizer) -> None:
-        """Record an optimizer that has stepped, and the parameters of its first step."""
+        """Record an optimizer that has stepped, and the parameters that had gradients in its first step."""
         if optimizer not in self._stepped:
             trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._stepped[optimizer] = {id(p) for p in trained}
             self._has_new = True
 
     def check(self) -> None:
-        """Raise RuntimeError if another optimizer that has stepped trains parameters that nothing exchanges."""
+        """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges."""
         if not self._has_new:
             return
-        # Parameters in one module with ours that no optimizer exchanges: a DistributedDataParallel may average them.
+        # Parameters in one module with ours that no optimizer exchanges: an error unless DDP averages their gradients.
         alone = {o: ids for o, ids in self._stepped.items() if not _is_exchanged(o)}
         ours, theirs = {id(p) for p in self._ours}, set[int]().union(*alone.values())
         found = _beside(ours, theirs - ours) if theirs - ours else {}
@@ -182,14 +185,14 @@ def _watch_steps() -> None:
 
 
 def _is_exchanged(optimizer: Optimizer) -> bool:
-    """Return True if local updates, or the optimizer itself, exchange the optimizer's steps."""
+    """Return True if a `LocalUpdates`, or the optimizer itself, exchanges the optimizer's steps between workers."""
     return getattr(optimizer, "exchanged_by", None) is not None or hasattr(optimizer, "channel")
 
 
 def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
-    """Return the parameters of `theirs`, by name, in a root module that has one of `ours`; both are sets of ids.
+    """Return, by name, the trainable parameters with ids in `theirs` in a root module that has a parameter in `ours`.
 
-    Only the script may have a reference to the module, so all objects in memory are searched (0.1 s).
+    The module is known only to the user's script, so all objects in memory are searched (0.1 s).
     """
     modules = live_objects(nn.Module)
     inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
@@ -203,5 +206,5 @@ def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Return the first three names, and the number of the others."""
+    """Format the first three names, followed by the number of the remaining ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""Several optimizers as one, for frameworks that accept one: transformers' Trainer, Lightning's automatic optimization.
+"""Several optimizers as one, for frameworks that accept only one: transformers' Trainer, Lightning's automatic mode.
 
 `LocalUpdates` itself accepts a list.
 """
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 class JoinedOptimizer(Optimizer):
     """Several optimizers of different parameters as one optimizer, with all their groups and states.
 
-    For example Muon for the matrices of the hidden layers and AdamW for the rest, with one scheduler for both.
+    For example Muon for the hidden layers' matrices and AdamW for the other parameters, with one scheduler for both.
     `members` are the optimizers; `step` steps them in that order.
 
     >>> import torch
@@ -33,7 +33,7 @@ class JoinedOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Set the groups and the state of the members to those of this optimizer."""
+        """Set the parameter groups and the state of the members to those of this optimizer."""
         start = 0
         for member, size in zip(self.members, self._sizes, strict=True):
             member.param_groups = self.param_groups[start : start + size]
@@ -52,6 +52,6 @@ class JoinedOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load `state_dict`, that of this optimizer, into all members."""
+        """Load `state_dict`, which this class saved, into all members."""
         super().load_state_dict(state_dict)
         self._share()

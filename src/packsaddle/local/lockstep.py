@@ -1,6 +1,6 @@
-"""Collectives of local updates in one order, each after a check that all workers make the same call at the same step.
+"""Collectives of local updates run in one order, after a check that all workers make the same call at the same step.
 
-Different calls would pair collectives of different sizes, for which gloo aborts the process and NCCL hangs.
+If workers made different calls, collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
 """
 
 import logging
@@ -29,9 +29,10 @@ HEADER = 16  # bytes of the header that the check gathers: call and number of st
 
 
 class Lockstep:
-    """Runs collectives in the order of their calls. The ledger counts the bytes of the checks as "guard".
+    """Runs collectives in the order of their calls, after a check that all workers make the same call.
 
-    `background` runs collectives that overlap with inner steps. None: nothing overlaps.
+    The ledger counts the bytes of the checks as "guard". `background` runs collectives that overlap with inner steps.
+    None: nothing overlaps.
     """
 
     def __init__(self, channel: Communicator, device: torch.device, background: Background | None) -> None:
@@ -39,9 +40,10 @@ class Lockstep:
         self._has_warned = False
 
     def run(self, call: Call, steps: int, work: Callable[..., object], norm: Tensor | None = None) -> None:
-        """Run `work`, which is collective, after all background work; raises its errors.
+        """Run `work`, which is collective, after all background work; errors of `work` are raised.
 
-        `norm`, float32[1], is gathered with the header, and `work` is called with those of all workers, float32[W].
+        `norm`, float32[1], is gathered together with the check, and `work` is called with all workers' norms,
+        float32[W].
 
         Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
         """
@@ -61,9 +63,10 @@ class Lockstep:
     def start(
         self, call: Call, steps: int, work: Callable[..., object], result: Tensor, norm: Tensor | None = None
     ) -> Callable[[], None]:
-        """Start `work`, which computes `result`, in the background; return a function that waits, and raises as `run`.
+        """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
-        On a GPU the headers are checked only in that function, so that the host does not wait for them here.
+        That function raises the errors that `run` would raise. On a GPU the workers' calls are compared only there, so
+        that the host does not wait here.
         """
         unchecked: list[Tensor] = []
 
@@ -90,7 +93,7 @@ class Lockstep:
         return wait
 
     def _gather(self, call: Call, steps: int, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather the call and the steps of every worker, int64[W, 2], and its norm, [float32[W]], or [] without one.
+        """Gather every worker's call and number of steps, int64[W, 2], and the norms: [float32[W]], [] without `norm`.
 
         Collective, except with one worker. On a GPU the host does not wait.
         """
@@ -109,11 +112,12 @@ class Lockstep:
         return torch.stack([parts["header"] for parts in gathered]), norms
 
     def _check(self, headers: Tensor) -> None:
-        """Raise RuntimeError if the calls in `headers`, int64[W, 2], differ, or the steps of a round.
+        """Raise RuntimeError if workers make different calls, or exchange a round after different numbers of steps.
 
-        If only the steps of another call, such as a flush, differ, rank 0 logs a warning, once.
+        `headers`, int64[W, 2], has each worker's call and number of steps. If only the steps of another call, such as
+        `flush`, differ, rank 0 logs a warning, once.
         """
-        # The first worker with another call than worker 0, else with another number of steps.
+        # Find the first worker whose call differs from worker 0's, else one whose number of steps differs.
         rows = headers.tolist()
         call, steps = rows[0]
         unlike = [worker for worker, row in enumerate(rows) if row[0] != call]
@@ -130,7 +134,7 @@ class Lockstep:
                 f"{found}: all workers must make the same calls after the same number of optimizer steps. If their "
                 f"data have different lengths, {_ADVICE}; pass scaler= if a GradScaler skips steps"
             )
-        # Other equal calls pair collectives of equal sizes, so no worker hangs.
+        # Only the steps differ: the paired collectives have equal sizes, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)

@@ -1,4 +1,4 @@
-"""Options of local updates: overlap of exchanges with training, workers, outer optimizer, and all of them together."""
+"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the outer optimizer."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -37,13 +37,13 @@ class Overlap(Option):
     Arguments of this type also accept an integer, as short for `Overlap(delay)`.
 
     Args:
-        delay: inner steps during which an exchange runs, at least 0 and below `every`. Above 0 it needs a copy of the
-            fragment.
-        fragments: P, the number of parts of the model that are exchanged at different steps, every / P apart:
-            consecutive parameters, of about equal numbers of elements. At least 1, at most `every` and the number of
-            parameters.
-        blend: mixing factor in [0, 1] on completion of an exchange with a delay, x = (1 - blend) a + blend x. None adds
-            the progress made during the exchange to the new anchor instead.
+        delay: inner steps during which an exchange runs, at least 0 and below `every`. Above 0 it needs memory for
+            a copy of the parameters exchanged together.
+        fragments: P, the number of parts into which the model is split. They are exchanged at different steps,
+            every / P apart; each has consecutive parameters, and all have about equal numbers of elements. At least 1,
+            at most `every` and the number of parameters.
+        blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) a + blend x, where x are
+            the worker's parameters and a is the new anchor, the average. None: a plus the progress during the exchange.
 
     Raises ValueError for a setting that is out of range.
 
@@ -68,25 +68,26 @@ class Overlap(Option):
 
 @dataclass(frozen=True)
 class Workers(Option):
-    """A fixed set of workers of local updates, and their weights in the mean (McMahan et al. 2017, Algorithm 1).
+    """A fixed set of workers, and their weights in the mean of the local updates (McMahan et al. 2017, Algorithm 1).
 
     Arguments of this type also accept a process group, as short for `Workers(group)`.
 
     Args:
         group: the process group of the workers; None is the default group, or this process alone without one.
-        weight: w_i > 0 of this worker in the mean sum_i w_i C(v_i) / sum_i w_i, such as its number of examples;
-            given on all workers or on none. None: equal weights.
-        sample: fraction of the workers in (0, 1] that are in a round, drawn again for each round, as in federated
-            averaging. A worker that is not drawn keeps its local update, or skips the steps of the round (see
-            `LocalUpdates.sampled`).
-        clip: c, at least 1: the norm of a worker's update, weight excluded, is limited to c times the median norm of a
-            round. The rest stays in its error memory, so a worker with large updates in few rounds sends them over
-            many; the memory of one that always has them grows (see `Compression.decay`). Each worker scales its own
-            update, so this guards against wrong data and faulty hardware, not against a worker that reports a wrong
-            norm. `LocalUpdates.clips` lists clipped updates. None: no limit.
+        weight: w_i > 0, the weight of this worker in the mean sum_i w_i C(v_i) / sum_i w_i of the compressed updates,
+            such as its number of examples; set on all workers or on none. None: equal weights.
+        sample: fraction of the workers, in (0, 1], that exchange in a round. They are drawn again for each round, as in
+            federated averaging. A worker that is not drawn keeps its local update, or skips the steps of the round
+            (see `LocalUpdates.sampled`).
+        clip: c, at least 1: the norm of a worker's update, weight excluded, is limited to c times the median norm of
+            the workers in a round. The excess stays in the worker's error memory and is sent in later rounds; the
+            memory of a worker whose updates are always too long grows (see `Compression.decay`). Each worker scales its
+            own update, so this guards against wrong data and faulty hardware, not against a worker that reports a
+            wrong norm. `LocalUpdates.clips` lists clipped updates. None: no limit.
 
-    With a weight or a sample, an escape check and indirect averaging are not supported; with a sample, nor is a delay;
-    with clip, nor are DTensors. Raises ValueError for a setting that is out of range.
+    With a weight or a sample, escape checks are not supported, nor is any exchange except "direct" (see `Compression`).
+    Delays are not supported with a sample, nor DTensors with clip. Raises ValueError for a setting that is out of
+    range.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -101,7 +102,7 @@ class Workers(Option):
 
     @property
     def are_uneven(self) -> bool:
-        """True if workers have weights, or not all take part in each round."""
+        """True if the workers have weights, or only a sample of them exchanges in each round."""
         return self.weight is not None or self.sample < 1
 
     def __post_init__(self) -> None:
@@ -114,27 +115,28 @@ class Workers(Option):
 
 @dataclass(frozen=True)
 class Elastic(Option):
-    """Settings of a worker in a run whose workers join and leave during training (see `membership`).
+    """Settings of a worker in a run whose workers join and leave during training (see `LocalUpdates`).
 
-    Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays, escape checks, DTensors and
-    indirect averaging are not supported.
+    Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays, escape checks and
+    DTensors are not supported, nor is any exchange except "direct" (see `Compression`).
 
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
-        memory_file: a file, different for each worker, that stores its error memory while it is away, and is loaded
-            when it joins. Written on joining, after every round and on leaving; locked by MEMORY_FILE.lock. None: no
-            file.
+        memory_file: a file, different for each worker, that stores the worker's unsent updates (its error memory) while
+            it is absent, and is loaded when it joins. Written on joining, after every round and on leaving; locked by
+            MEMORY_FILE.lock. None: no file.
         weight: the worker's weight in the mean. None: 1 if it has stepped; "steps": its inner steps since its last
-            round; or a function that returns a running total, such as its tokens, whose increase is the weight. Unless
-            None, a slower worker makes fewer inner steps per round, to finish with the fastest.
-        share_optimizer_state: a new worker starts with the inner optimizer's state of the worker that sends the anchor.
+            round; or a function that returns a running total, such as its number of tokens, whose increase is the
+            weight. Unless None, a slower worker makes fewer inner steps per round, to finish with the fastest.
+        share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
+            with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text
             such as "90s" or "2min"; so is `grace`.
         leave_on_sigterm: on SIGTERM save the error memory and end the process, by SystemExit from the inner step or
-            from the wait for other workers. If it cannot be saved to a file, it is sent in one more round,
+            from the wait for other workers. If the memory cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
-        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that round must be committed.
-        clip: limit of a worker's update in a round, as a multiple of the median norm, as in `Workers`.
+        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
+        clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
         group: the manager's existing `ManagedGroup`. None: a new one.
 
     Raises TypeError if manager is not a Manager, and ValueError for a setting that is out of range.
@@ -172,12 +174,12 @@ class Elastic(Option):
 
 @dataclass(frozen=True)
 class OuterSGD(Option):
-    """DiLoCo's outer optimizer: SGD with Nesterov's momentum on the anchor; the defaults are DiLoCo's.
+    """DiLoCo's outer optimizer: Nesterov SGD on the averaged parameters (the anchor), with DiLoCo's defaults.
 
     Args:
-        lr: the learning rate, above 0. It scales the mean update, and is applied once per round.
+        lr: the learning rate, above 0. It scales the workers' mean update, and is applied once per round.
         momentum: the momentum, in [0, 1).
-        nesterov: use Nesterov's form. None: if momentum is above 0.
+        nesterov: use Nesterov's form. None: True if momentum is above 0.
 
     Raises ValueError for a setting that is out of range.
 
@@ -209,7 +211,7 @@ class LocalOptions(Option):
 
     compression: Compression
     every: int
-    outer: Outer | None = own(None)  # workers compare the optimizer that it returns instead
+    outer: Outer | None = own(None)  # not compared between workers; the optimizer that it returns is
     overlap: Overlap = Overlap()
     workers: Workers | Elastic = Workers()
     noise: Noise = Noise()  # noqa: RUF009 -- immutable
@@ -219,7 +221,7 @@ class LocalOptions(Option):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Rounds and their memory.
+        # Checks of the rounds and the error memory.
         check_integers(1, every=self.every)
         overlap, spec = self.overlap, self.compression
         if overlap.fragments > self.every:
@@ -236,7 +238,7 @@ class LocalOptions(Option):
             raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
-        # Workers.
+        # Checks of the workers.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
         elif self.is_uneven:
@@ -244,9 +246,9 @@ class LocalOptions(Option):
 
     @classmethod
     def of(cls, compressor: Any, overlap: Any, workers: Any, noise: Any, **others: Any) -> "LocalOptions":
-        """Return the options of these arguments of `LocalUpdates`, which may be scalars, a group or a Manager."""
+        """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
-        # "auto" may choose owners, whose errors are valid for a fixed set of equally weighted workers only.
+        # "auto" may choose an exchange whose saved residuals are valid only for a fixed set of equal workers.
         workers = _workers(workers)
         alike = isinstance(workers, Workers) and not workers.are_uneven
         compression = Compression.of(compressor, "auto" if alike else "direct")
@@ -254,16 +256,16 @@ class LocalOptions(Option):
 
     @property
     def is_uneven(self) -> bool:
-        """True if a fixed set of workers has weights, or not all are in each round."""
+        """True if a fixed set of workers has weights, or only a sample of it exchanges in each round."""
         return isinstance(self.workers, Workers) and self.workers.are_uneven
 
     @property
     def averages_senders(self) -> bool:
-        """True if each coordinate is averaged over the workers that sent it."""
+        """True if each coordinate is averaged over only the workers that sent it (exchange "senders")."""
         return self.compression.exchange == "senders"
 
     def _check_plain(self, where: str, *, overlaps: bool) -> None:
-        """Raise ValueError for an escape check, exchange "senders" or, with `overlaps`, a delay."""
+        """Raise ValueError if an escape check, exchange "senders" or, with `overlaps`, a delay is set."""
         if self.escape is not None:
             raise ValueError(f"escape must be None {where}: its checks are of the mean of all workers")
         if self.averages_senders:
@@ -272,7 +274,7 @@ class LocalOptions(Option):
             raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
     def check_aggregators(self, aggregators: Iterable[Aggregator], *, sharded: bool) -> None:
-        """Raise ValueError for aggregators, or `sharded` parameters, that these workers do not support."""
+        """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
         if isinstance(self.workers, Elastic) and sharded:
             raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
         if self.workers.clip is not None and sharded:
@@ -286,12 +288,12 @@ class LocalOptions(Option):
                     f"(TopK, RandomK, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep state "
                     f"that fits one set of workers"
                 )
-            # An owner's residual is of the weighted mean; a round that sends it would apply the weight again.
+            # The residual that the owner of a chunk keeps is weighted already; sending it would weight it again.
             if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
 
     def agreement(self) -> dict[str, object]:
-        """Return the options that must be equal on all workers, by dotted name."""
+        """Return the options that must be equal on all workers, as a dict by dotted name."""
         weight = {} if isinstance(self.workers, Elastic) else {"weight": self.workers.weight is not None}
         found = {name.removeprefix("compression."): value for name, value in agreement(self).items()}
         return weight | found

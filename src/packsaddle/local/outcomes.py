@@ -1,9 +1,9 @@
-"""Outcomes of rounds: rejected ones are counted, and inner optimizers that made x non-finite are reset.
+"""Outcomes of rounds: rejected ones are counted, and optimizers that made parameters non-finite are reset.
 
-Non-finite entries are cleared from the state of every torch optimizer that has parameters of x, also inside a wrapper.
-If a step with finite gradients then makes a parameter non-finite again, an optimizer has state elsewhere: non-finite
-entries of each inner optimizer's `state_dict` are cleared, and it is loaded back. If x becomes non-finite once more,
-the reset has failed, and all workers raise NonFiniteError.
+Non-finite entries are cleared from the state of every torch optimizer of these parameters, also inside a wrapper. If a
+step with finite gradients then makes a parameter non-finite again, an optimizer stores state elsewhere: non-finite
+entries of each inner optimizer's `state_dict` are cleared, and it is loaded back. If a parameter becomes non-finite
+once more, the reset has failed, and all workers raise NonFiniteError.
 """
 
 import logging
@@ -27,10 +27,11 @@ _FAILED = " (its optimizer was reset)"  # suffix of a parameter's name: the rese
 
 
 class Outcomes:
-    """Counts rejected rounds, at most `most` consecutive ones, and resets this worker's inner optimizers.
+    """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
-    Steps of reset optimizers are checked until the rejected local updates are finite again. `agree` reduces a bool[]
-    with OR over the shards of this worker; collective over them.
+    More than `most` consecutive rejected rounds raise an error. The steps of reset optimizers are checked until all
+    local updates are finite again. `agree` reduces a bool[] with OR over the processes that have shards of this worker;
+    collective over them.
     """
 
     def __init__(
@@ -45,12 +46,15 @@ class Outcomes:
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._skipped = set[Fragment]()  # fragments whose last round was rejected; identical on all workers
-        self._rejected = set[Fragment]()  # fragments whose last local update of this worker was invalid
-        self._reloaded = False  # state dicts were cleared and loaded back since `_rejected` was empty
-        self._failed = False  # after that, a step with finite gradients made x non-finite again
+        self._rejected = set[Fragment]()  # fragments in which this worker's last local update was invalid
+        self._reloaded = False  # state dicts were cleared and loaded back after an invalid update
+        self._failed = False  # after the reload, a step with finite gradients made parameters non-finite
 
     def register(self, part: Fragment, exchange: PendingExchange) -> None:
-        """Record that a fragment's update is valid again; after a failed reset, mark its name for all workers."""
+        """Check the update of a new exchange: record that a fragment's update is valid again.
+
+        After a failed reset, mark the invalid parameter's name, which all workers receive.
+        """
         if self._rejected and not bool(exchange.invalid):
             self._rejected.discard(part)
             if not self._rejected:
@@ -67,28 +71,30 @@ class Outcomes:
 
         Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
         """
-        # A rejected round may reset x in all fragments, so another fragment's next round may be valid by a zero update.
+        # Reset the count only if no fragment's last round was rejected: a reset of the parameters may zero the updates
+        # of other fragments, which are then valid.
         if exchange.applied:
             self._skipped.discard(part)
             if not self._skipped:
                 self.skips.reset_streak()
             return True
         self._skipped.add(part)
-        # On a worker with an invalid update, clear non-finite state and make x finite.
+        # On a worker with an invalid update, clear non-finite optimizer state, and make the parameters finite.
         if bool(exchange.invalid):
             self._clear()
             self._rejected.add(part)
             self._restore()
-        # Count it, and raise on all workers.
+        # Count the rejected round, and raise errors on all workers.
         self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, "the local update of "))
         self._raise_if_failed(exchange.names)
         self.skips.check(self.skips.in_a_row)
         return False
 
     def check_step(self) -> None:
-        """Also clear and reload state dicts if x is non-finite after an inner step with finite gradients.
+        """Clear and reload state dicts if parameters are non-finite after an inner step with finite gradients.
 
-        The second time the reset has failed. No-op unless a local update was rejected. Collective over the shards.
+        If it happens again, the reset has failed. No-op unless this worker's last local update was rejected. Collective
+        over the processes that have shards of this worker.
         """
         if not self._rejected or self._failed:
             return
@@ -106,7 +112,7 @@ class Outcomes:
         self._restore()
 
     def _raise_if_failed(self, names: Sequence[str]) -> None:
-        """Raise NonFiniteError if one of the workers' names is marked: its inner optimizer could not be reset."""
+        """Raise NonFiniteError if a worker's parameter name is marked: its inner optimizer could not be reset."""
         for worker, name in enumerate(names):
             if name.endswith(_FAILED):
                 raise NonFiniteError(
@@ -123,13 +129,13 @@ class Outcomes:
             clear_nonfinite(optimizer)
 
     def _restore(self) -> None:
-        """Make x finite in all fragments, since gradients would spread an Inf or NaN; collective over the shards."""
+        """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
         for part in self._fragments:
             if not self._are_finite(p for p in part.parameters if p.requires_grad):
                 part.discard_progress()
 
     def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
-        """Return True if tensors are finite on all shards of this worker; collective over them."""
+        """Return True if `tensors` are finite in all shards of this worker; collective over the shards."""
         here = all(bool(is_finite(local_part(t))) for t in tensors)
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
 
@@ -145,9 +151,9 @@ def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
 
 
 def clear_nonfinite(optimizer: Optimizer) -> None:
-    """Delete the optimizer's state of each parameter for which it is non-finite, as before the first step.
+    """Delete the optimizer's state of each parameter whose state is non-finite, as before its first step.
 
-    Non-finite values of parameter groups become the defaults; tensors without a default become 0.
+    Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0.
     """
     for p in [p for p, entry in optimizer.state.items() if not _all_finite(entry)]:
         del optimizer.state[p]
@@ -168,12 +174,12 @@ def _reload_finite(optimizer: Optimizer) -> None:
         state = optimizer.state_dict()
         if not _all_finite(state):
             optimizer.load_state_dict(_finite_part(state))
-    except Exception:  # the other workers wait for this one; its next round reports that x is still non-finite
+    except Exception:  # other workers wait for this one; its next round reports non-finite parameters
         _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:
-    """Return a copy of a state dict without non-finite entries of "state"; other non-finite tensors become 0."""
+    """Return a copy of a state dict in which non-finite entries of "state" are removed, and other tensors set to 0."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
         return {k: _finite_part(v, k) for k, v in kept.items()}

@@ -1,4 +1,4 @@
-"""Participation in rounds of local updates: weights of workers, and a sample of them for each round.
+"""Participation in rounds of local updates: the weights of the workers, and a random sample of workers per round.
 
 Federated averaging (McMahan et al. 2017, Algorithm 1): each round has m = ceil(C W) of W clients, drawn at random, and
 their mean is weighted by n_k, the number of examples of client k.
@@ -14,10 +14,10 @@ from packsaddle.numerics.seeds import mix, sample_without_replacement
 
 
 class Participation:
-    """The share of this worker i, the factor W w_i / sum_j w_j of its update in a mean over the workers j of a round.
+    """Computes this worker's share: the factor W w_i / sum_j w_j of its update in the mean over the W workers.
 
-    `weight` is this worker's w_i, or None on all workers for equal weights; `sample` is the fraction of workers in a
-    round, identical on all workers.
+    The sum is over the workers in a round. `weight` is this worker's w_i, or None on all workers for equal weights;
+    `sample` is the fraction of the workers that is in a round, identical on all workers.
     """
 
     def __init__(self, weight: float | None, sample: float, workers: int, rank: int, seed: int) -> None:
@@ -39,21 +39,21 @@ class Participation:
         return sorted(chosen.tolist())
 
     def share(self, members: Sequence[int] | None = None) -> float:
-        """Return this worker's share in a mean over `members` (None: all workers); 0 if it is not a member."""
+        """Return the factor of this worker's update in a mean over `members` (None: all); 0 for a non-member."""
         if members is None:
             return share(self.weights, self.rank)
         return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
 
     def share_after(self, step: int) -> float:
-        """Return this worker's share in the exchange after inner step `step`; 0 if it is not sampled."""
+        """Return the factor of this worker's update in the exchange after inner step `step`; 0 if it is not sampled."""
         return self.share(self.members(step)) if self.samples else self.share()
 
 
 def share(weights: Sequence[float], rank: int) -> float:
-    """Return the share W w_i / sum_j w_j of a worker: with v scaled by it, the plain mean is the weighted one."""
+    """Return W w_i / sum_j w_j for worker `rank`: the plain mean of updates scaled by it is the weighted mean."""
     if len(set(weights)) == 1:
         return 1.0
     return len(weights) * weights[rank] / sum(weights)
 
 
-_OF_ROUNDS = 0x5A3F  # mixed into the seed, so that samples of workers are independent of supports of compressors
+_OF_ROUNDS = 0x5A3F  # mixed into the seed: samples of workers are independent of random coordinates of compressors

@@ -1,4 +1,4 @@
-"""Rounds of a fixed set of workers: the exchanges of fragments that are due after a step, and the checks of each."""
+"""Rounds, the exchanges of local updates, of a fixed set of workers, and the checks after each of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -21,10 +21,10 @@ from packsaddle.local.participation import Participation
 
 
 class Rounds:
-    """Begins and finishes the rounds of the fragments; after each it compares anchors and runs the escape check.
+    """Runs the exchanges (rounds) of all fragments; after each it compares anchors and runs the escape check.
 
-    `lockstep` runs collectives, `participation` has the share of this worker in a round, `outcomes` records rounds, and
-    `outer` is the optimizer of the anchor.
+    `lockstep` runs collectives, `participation` has this worker's weight in a round, `outcomes` records applied and
+    rejected rounds, and `outer` is the optimizer of the anchor.
     """
 
     def __init__(
@@ -44,18 +44,18 @@ class Rounds:
         self.drift = DriftGuard(compare_every, spec.on_drift, channel)
         where = (fragments, channel, options.seed)
         self.escape = AnchorEscape(options.escape, *where, delay=self._delay) if options.escape else None
-        self.resets: list[Reset] = []  # the firings of the escape check
+        self.resets: list[Reset] = []  # records of the escape check's firings
 
     @torch.no_grad()
     def set_anchors(self) -> None:
-        """Set the anchors to x, before the first step; the escape check starts there."""
+        """Set the anchors to the parameters, and start the escape check there. Call before the first step."""
         for part in self._fragments:
             part.anchor.set_from_parameters()
         if self.escape is not None:
             self.escape.begin()
 
     def is_due(self, step: int) -> bool:
-        """Return True if an exchange begins after inner step n, from 1; identical on all workers."""
+        """Return True if an exchange begins after inner step n, counted from 1; identical on all workers."""
         return any(part.is_due(step) for part in self._fragments)
 
     def has_work(self, step: int) -> bool:
@@ -83,7 +83,7 @@ class Rounds:
     def _begin(
         self, call: Call, part: Fragment, step: int, share: float, *, delay: int, uncompressed: bool = False
     ) -> bool:
-        """Begin a round of a fragment; without a delay finish it too. Return False if it is rejected already."""
+        """Begin a round of one fragment; without a delay finish it too. Return False if it is known to be rejected."""
         p = part.begin(step + delay, share, later=delay > 0, uncompressed=uncompressed)
         self._outcomes.register(part, p)
         as_vector = delay > 0 or self._outer is not None
@@ -96,7 +96,7 @@ class Rounds:
         return self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:
-        """Apply the current exchange of a fragment; return False if it is rejected."""
+        """Finish the current exchange of one fragment: apply and record it. Return False if it is rejected."""
         t, p = part.rounds, part.apply_exchange(self._outer)
         if not self._outcomes.record(part, t, p):
             return False
@@ -107,7 +107,7 @@ class Rounds:
         return True
 
     def _compare(self, t: int) -> None:
-        """Compare the anchors of all fragments, which must be equal on all workers."""
+        """Compare the anchors of all fragments between workers: they must be equal."""
 
         def named() -> list[tuple[str, Tensor]]:
             return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
@@ -115,7 +115,7 @@ class Rounds:
         self.drift.compare(t, [part.anchor.flat for part in self._fragments], named)
 
     def fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state. Call without running exchanges; call `resume` after loading."""
+        """Return the saved-state fields of the rounds. Call without running exchanges; call `resume` after loading."""
         return [
             *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
             *(() if self.escape is None else self.escape.fields()),
@@ -125,16 +125,16 @@ class Rounds:
         ]
 
     def resume(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the aggregators from the saved states of the fragments. Call after the fields are loaded."""
+        """Restore the fragments' aggregators and residuals from saved states. Call after the fields are loaded."""
         for part, state in zip(self._fragments, saved, strict=True):
             part.resume(state)
         self.drift.resume(self._fragments[-1].rounds)
 
 
 def outer_optimizer(make: Outer, fragments: Iterable[Fragment], names: Iterable[str]) -> Optimizer:
-    """Return the outer optimizer of the anchor's tensors, in the order of the parameters' names.
+    """Call `make` with the anchor's tensors, in the order of `names`; return the outer optimizer that it makes.
 
-    Raises TypeError if `make` returns something else.
+    Raises TypeError if `make` returns no torch optimizer.
     """
     leaves = {p.name: leaf for part in fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)}
     outer = make([leaves[name] for name in names])

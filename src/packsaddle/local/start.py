@@ -1,7 +1,7 @@
-"""The start of local updates: rank 0's tensors on every worker, and a check after the first inner step.
+"""The start of local training: rank 0's tensors are copied to every worker, and the first inner step is checked.
 
-The check detects two faults that raise no other error: workers that start at different parameters train models whose
-mean is meaningless, and exchanging gradients as well costs all the bytes that local updates save.
+The check detects two faults that raise no other error. Workers that start at different parameters train models whose
+mean is meaningless. Exchanging gradients as well costs all the bytes that local updates save.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.inner import named_parameters
 
-_PROOF = 16  # number of different values; gradients with fewer may be equal on all workers by chance
+_PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Return, with names, the frozen parameters of optimizers and model, and the model's persistent buffers."""
+    """Return pairs (name, tensor) of frozen parameters of the optimizers and the model, and of persistent buffers."""
     named = list(named_parameters(optimizers).items())
     if model is not None:
         known = {id(p) for _, p in named}
@@ -42,10 +42,10 @@ def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) 
 
 @torch.no_grad()
 def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.device) -> None:
-    """Set tensors to rank 0's, in place; collective.
+    """Set tensors to rank 0's values, in place; collective.
 
     Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast: none
-    if all workers initialized the model with one seed or loaded one file.
+    if all workers initialized the model with the same seed or loaded the same file.
     """
     if channel.group.size == 1:
         return
@@ -64,15 +64,16 @@ def check_first_step(
     parameters: Iterable[Tensor],
     do: Callable[[Callable[[], object]], None],
 ) -> None:
-    """Check that workers started at one x, and that nothing else exchanges gradients; collective with several workers.
+    """Check that workers started at the same parameters, and that nothing else exchanges gradients.
 
-    `anchors` are this worker's start, `parameters` have the gradients of its first step, and `do` runs a collective.
-    Raises RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Gradients with fewer
-    than 16 different values, not counting 0, Inf and NaN, may be equal by chance: rank 0 then warns instead.
+    Collective with several workers. `anchors` are the values at which this worker started, `parameters` have the
+    gradients of its first step, and `do` runs a collective. Raises RuntimeError if anchors differ, or if gradients are
+    bitwise identical on all workers. Gradients with fewer than 16 different values, not counting 0, Inf and NaN, may be
+    equal by chance: rank 0 then warns instead.
     """
     if channel.group.size == 1:
         return
-    # Each worker's start and gradients, as one fingerprint each.
+    # Gather one fingerprint of each worker's start, and one of its gradients.
     gradients: list[Any] = [local_part(p.grad) for p in parameters if p.grad is not None]
     gradients = [g if g.layout == torch.strided else g.to_dense() for g in gradients]
     start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()

@@ -1,4 +1,4 @@
-"""Values of local updates that must be equal: on all workers, and where a state is saved and loaded."""
+"""Values of `LocalUpdates` that must be equal on all workers, or at saving and loading of a state."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def agreement(
     parameters: Mapping[str, Tensor],
     untrained: Iterable[tuple[str, Tensor]],
 ) -> dict[str, object]:
-    """Return the values that must be equal on all workers, by name."""
+    """Return the arguments and tensor shapes that must be equal on all workers, as a dict by name."""
     same = options.agreement()
     same["kernels"] = compiler(fragments[0].anchor.flat.device)
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
@@ -31,7 +31,7 @@ def agreement(
 
 
 def identity(options: LocalOptions, fragments: Sequence[Fragment], group: Group) -> dict[str, Any]:
-    """Return the values that must be equal at saving and loading, by name."""
+    """Return the settings that must be equal when a state is saved and when it is loaded, as a dict by name."""
     same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
     same |= {"fragments": len(fragments), "keep_unsent": options.keep_unsent}
     same |= {"outer": options.outer is not None, "escape": options.escape is not None}
@@ -43,9 +43,10 @@ def identity(options: LocalOptions, fragments: Sequence[Fragment], group: Group)
 
 
 def rules(*, keep_unsent: bool) -> list[Rule]:
-    """Return the kinds of the saved state's entries.
+    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
 
-    With `keep_unsent`, an owner error added to e moves the start point without x, so it is owed as well.
+    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e changes this point but not
+    the parameters, so it is also added to "owed" (see `Anchor.owed`).
     """
     part = ("fragments", ANY)
     error, owed = (*part, "error", ANY), (*part, "owed", ANY)
@@ -54,7 +55,7 @@ def rules(*, keep_unsent: bool) -> list[Rule]:
         Rule(owed, "error", like=error),
         Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
         Rule((*part, "exchange", "start", ANY), "error"),
-        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is validated in the next round
+        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),

@@ -1,4 +1,4 @@
-"""A warning about local updates that end without `flush`: each worker then has a model of its own."""
+"""A warning if local training ends without `LocalUpdates.flush`: the workers' models then differ."""
 
 import logging
 import sys
@@ -8,9 +8,9 @@ _log = logging.getLogger("packsaddle")
 
 
 class UnsentSteps:
-    """Records steps that followed the last `flush`, checkpoint or use of the anchor; logs them once `owner` ends.
+    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor.
 
-    It ends at garbage collection or interpreter exit. No-op without an owner, and while an exception ends the script.
+    `owner` ends at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script.
     """
 
     def __init__(self, owner: object | None) -> None:
@@ -20,12 +20,12 @@ class UnsentSteps:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
-        """Record an inner step, and that a round followed it."""
+        """Record the number of inner steps after one of them; `exchanged`: a round followed it."""
         self._steps, self._is_pending = steps, True
         self._exchanged = steps if exchanged else self._exchanged
 
     def clear(self) -> None:
-        """Record that the workers agree on one model, or that it was read or saved."""
+        """Clear the warning: the workers have the same model, or the anchor was read or saved."""
         self._is_pending = False
 
     def _warn(self) -> None:

@@ -1,14 +1,14 @@
 """LocalUpdates: workers train separately with any optimizer, and exchange compressed local updates at intervals.
 
-Read `LocalUpdates._attempted` first, which runs after each inner step. The exchange is in `fragment`; every `every`
-inner steps
+Read `LocalUpdates._attempted` first, which runs after each inner step. The exchange is in `fragment`. After every
+`every` inner steps it computes
 
-    v = decay e + (a - x) + xi              a: the anchor, the parameters last agreed on; x: this worker's parameters
-    e <- v - C(v)                           the residual
-    a <- outer step along mean_i C(v_i)     identical on all workers
-    x <- a - e                              or a without `keep_unsent`; with a `delay` later, plus the steps until then
+    v = decay e + (s - x) + xi              x: this worker's parameters, which started at s; xi: shared noise
+    e <- v - C(v)                           e: the error memory, the part of v that the compressor C did not send
+    a <- outer step along mean_i C(v_i)     a: the anchor, the parameters last agreed on, identical on all workers
+    x <- s = a - e                          s = a without `keep_unsent`; with a `delay` x keeps the steps made meanwhile
 
-With every=1, x <- a, inner SGD and no outer optimizer, this is Algorithm 1. The design is that of DiLoCo
+With every=1, x <- a, inner SGD and no outer optimizer, this is the paper's Algorithm 1. The design is that of DiLoCo
 (Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
 Algorithm 1).
 """
@@ -63,50 +63,55 @@ from packsaddle.numerics.seeds import as_seed
 
 
 class LocalUpdates(JoinableSteps):
-    """Local updates of any torch optimizers, averaged over workers with compression and error feedback.
+    """Local training with any torch optimizers: workers' parameter changes are compressed and averaged every few steps.
 
-    The training loop does not change: hooks on `optimizer.step()` count steps, and exchange after every `every`-th one.
-    Gradients must not be exchanged as well: no DistributedDataParallel between workers (if a framework wraps the model
-    in it, see `keep_gradients_local`).
+    The training loop does not change: hooks on `optimizer.step()` count steps, and after every `every`-th step they
+    exchange the parameters' changes. Do not exchange gradients as well: no DistributedDataParallel between workers (if
+    a framework wraps the model in it, see `keep_gradients_local`). The anchor is the parameters last agreed on by all
+    workers.
 
     Args:
         optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
-            torch optimizers of floating-point parameters on one device, including DTensors of FSDP2 and tensor
-            parallelism, of which each process exchanges its shard. A step counts when all of them have stepped.
-        compressor: C, or a function of the round that returns it, or a `Compression` with all settings of the exchange.
+            torch optimizers of floating-point parameters on one device. Parameters may be DTensors of FSDP2 and tensor
+            parallelism: each process exchanges its shard. A step counts when all optimizers have stepped.
+        compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
+            settings of the exchange.
         every: H, inner steps between two exchanges of a fragment.
         outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that returns a torch optimizer of the
-            anchor's tensors, float32 or wider. Its gradient is the mean update. None subtracts it from the anchor.
+            anchor's tensors, float32 or wider. Its gradient is the workers' mean update. None: the mean update is
+            subtracted from the anchor.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         workers: the process group of the workers, or `Workers` with weights, a sample of them or a limit on their
             updates; or a torchft Manager or `Elastic`, for workers that join and leave. None: the default group, or
             this process alone without one.
-        noise: standard deviation of each coordinate of xi in units of the parameters, identical on all workers, added
-            in each round; or a function of the round that returns it.
-        escape: the escape check of lines 4-8 of Algorithm 1, run on the anchor after each round; its interval and
+        noise: standard deviation, per coordinate and in units of the parameters, of the Gaussian noise added in each
+            round, identical on all workers; or a function of the round's index that returns it.
+        escape: the saddle escape check (Algorithm 1, lines 4-8), run on the anchor after each round; its interval and
             `every` count rounds. It needs one fragment and no delay.
-        keep_unsent: x restarts not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that the unsent part of this
-            worker's update stays in its own x, as in CSER (Xie et al. 2020). It trains better.
-        offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
+        keep_unsent: after an exchange this worker continues at a - e, where a is the anchor and e its error memory, so
+            the unsent part of its update stays in its own parameters, as in CSER (Xie et al. 2020). It trains better
+            than False: continue at a, as in Algorithm 1 and DiLoCo.
+        offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
         seed: seed of all shared randomness; identical on all workers.
-        scaler: the GradScaler that steps the optimizer, so that steps which it skips on one worker are counted too.
+        scaler: the GradScaler that steps the optimizer, so that the steps it skips on one worker are counted too.
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers.
             Without it, RuntimeError is raised once another optimizer has stepped with parameters of the same module.
 
-    A round in which a worker's x is not finite is rejected on all workers, and recorded in `skips`. That worker resets
-    x to its start point, and clears non-finite state of the torch optimizers of its parameters and, if necessary, of
-    their `state_dict`. The others keep their local updates for the next round. All workers raise NonFiniteError after
-    more than `max_skipped` consecutive such rounds, and if an optimizer cannot be reset.
+    A round in which a worker's parameters are not finite is rejected on all workers, and recorded in `skips`. That
+    worker resets its parameters to their values after the last exchange, and clears non-finite entries of its
+    optimizers' state and, if necessary, of their `state_dict`. The others keep their local updates for the next round.
+    All workers raise NonFiniteError after more than `max_skipped` consecutive rejected rounds, and if an optimizer
+    cannot be reset.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
     worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
-    differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and
-    RuntimeError at the first step if gradients are identical on all workers, so exchanged already, and if workers make
-    different calls, for example a round and `flush`, after unequal numbers of steps: within torch's `Join([local])` a
-    worker that has ended takes part in the others' rounds. If training ends with steps after the last `flush`,
-    `state_dict` or use of the anchor, rank 0 logs a warning.
+    differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group;
+    RuntimeError at the first step if gradients are identical on all workers, so exchanged already; and RuntimeError if
+    workers make different calls, for example a round and `flush`, after unequal numbers of steps. Within torch's
+    `Join([local])` a worker that has ended joins the others' rounds instead. If training ends with steps after the
+    last `flush`, `state_dict` or use of the anchor, rank 0 logs a warning.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -157,18 +162,18 @@ class LocalUpdates(JoinableSteps):
         spec = options.compression
         spec.at(0)
 
-        # x, and the tensors of the model that are not in it.
+        # Collect the trained parameters, and the other tensors of the model.
         self._parameters = {name: p for name, p in named_parameters(self.optimizers).items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
         untrained = untrained_tensors(self.optimizers, model)
-        self.steps = 0  # n: attempted inner steps
-        self._with_others = Bytes()  # `uncompressed` less that of all steps with this number of workers
+        self.steps = 0  # inner steps, including those that a scaler skipped
+        self._with_others = Bytes()  # correction of `uncompressed` for steps with another number of workers
         self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
 
-        # Workers, and exchanges in the background if they have a delay and the group supports it.
+        # Set up the process group. Exchanges with a delay run in the background if the group supports it.
         elastic = options.workers if isinstance(options.workers, Elastic) else None
         fixed = options.workers if isinstance(options.workers, Workers) else Workers()
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
@@ -180,7 +185,7 @@ class LocalUpdates(JoinableSteps):
         self._lockstep = Lockstep(self._channel, device, Background(device) if apart is not None else None)
         self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
 
-        # The fragments of x, and the compressor of each.
+        # Make the fragments (parameters exchanged together), and set the compressor of each.
         agree = Shards(self._parameters.values())
         with torch.no_grad():
             self._fragments = partition(self._parameters, options, self._channel, device, agree)
@@ -192,7 +197,7 @@ class LocalUpdates(JoinableSteps):
         sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
-        # After an exchange: the outer step, a reset of the inner optimizer, a comparison, the escape check.
+        # Set up the work after an exchange: outer step, resets of inner optimizers, comparisons, escape checks.
         self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer is not None else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
         exchanges = (self._channel, self._lockstep, self._participation)
@@ -201,7 +206,7 @@ class LocalUpdates(JoinableSteps):
         same_saved = partial(identity, options, self._fragments, self._channel.group)
         self.saved_state = State("LocalUpdates", rules(keep_unsent=keep_unsent), same_saved, self._saved_fields)
 
-        # Arguments must be equal on all workers, and all start from the same x.
+        # Check that arguments are equal on all workers, and set their parameters to rank 0's.
         same = agreement(options, self._fragments, self.outer, self._parameters, untrained)
         self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
         if elastic is None:
@@ -213,7 +218,7 @@ class LocalUpdates(JoinableSteps):
             settings = (options, self._fragments, self._channel)
             self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
 
-        # Hooks that count the optimizers' steps.
+        # Register hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
         for each in (*self.optimizers, *([self.outer] if self.outer else [])):
@@ -235,7 +240,7 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Run checks before each optimizer's step. A worker that joins here discards its gradient, of an old x."""
+        """Run checks before each optimizer's step. A worker that joins here discards its gradient, of old weights."""
         self._check_here("optimizer.step()")
         check_no_others(optimizer, self._parameters.values())
         self._set_anchor_before_first_step()
@@ -249,20 +254,20 @@ class LocalUpdates(JoinableSteps):
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
 
-        Returns True if a fixed set of workers had collectives. With `has_ended` this worker no longer trains.
+        Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains.
         """
-        # The step itself.
+        # Count the step, and check it.
         if self._others is not None:
             self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self.steps += 1
         self._outcomes.check_step()
-        # With a manager, when a round is due depends on the present workers.
+        # With a manager, it depends on the present workers when a round is due.
         if self.membership is not None:
             self.membership.stepped(self.steps)
             return False
-        # The collectives of a fixed set of workers; after an error of one, `flush` is impossible too.
+        # Run the collectives of a fixed set of workers. If one fails, `flush` fails too: clear its warning first.
         has_work = self.steps == 1 or self._rounds.has_work(self.steps)
         if has_work:
             self._unsent.clear()
@@ -277,13 +282,13 @@ class LocalUpdates(JoinableSteps):
         return has_work
 
     def _set_anchor_before_first_step(self) -> None:
-        """Set the anchor to x if no step has moved x yet, since weights may have been loaded."""
+        """Set the anchor to the parameters if no step was made yet, since weights may have been loaded."""
         joined = self.membership is not None and self.membership.joined
         if self.steps == 0 and not self._has_begun and not joined:
             self._rounds.set_anchors()
 
     def _check_here(self, call: str) -> None:
-        """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's x."""
+        """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's own."""
         if self._at_anchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
@@ -301,7 +306,7 @@ class LocalUpdates(JoinableSteps):
         return self._participation.share_after(next_round) > 0
 
     def sit_out(self) -> None:
-        """Count the inner steps up to the next exchange without training, and run that exchange; collective.
+        """Count the inner steps up to the next exchange without training, then run that exchange; collective.
 
         Raises RuntimeError with a manager.
         """
@@ -315,10 +320,11 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def join(self) -> None:
-        """Wait for the other workers' next round, and continue at their anchor. Call with a manager, before training.
+        """Wait for the other workers' next round, and load their averaged parameters. Call with a manager, before
+        training.
 
-        Otherwise the first step joins, and discards its gradient, which was computed at another x. A worker that
-        returns loads the error memory from its file. Raises RuntimeError without a manager.
+        If it was not called, the first step joins, and discards its gradient, which was computed at other parameters. A
+        worker that returns loads its error memory from its file. Raises RuntimeError without a manager.
         """
         membership = self._elastic("join")
         if not membership.joined:
@@ -330,8 +336,8 @@ class LocalUpdates(JoinableSteps):
     def leave(self) -> bool:
         """Save or send this worker's pending updates, and leave. Call with a manager, before the process ends early.
 
-        They are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in one more
-        round. Returns False, with an error in the log, if both are impossible and updates are lost. Raises RuntimeError
+        The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
+        one more round. Returns False, with an error in the log, if both fail, so updates are lost. Raises RuntimeError
         without a manager.
         """
         return self._elastic("leave").leave()
@@ -346,12 +352,12 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def rounds(self) -> int:
-        """The number of applied exchanges of fragments."""
+        """The number of applied exchanges, summed over fragments (parts of the model exchanged together)."""
         return sum(part.rounds for part in self._fragments)
 
     @property
     def skips(self) -> list[Skip]:
-        """The rounds that were rejected since construction or `load_state_dict`."""
+        """The rounds rejected for a worker's invalid update, since construction or `load_state_dict`."""
         return self._outcomes.skips.list
 
     @property
@@ -361,7 +367,7 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def clips(self) -> list[Clip]:
-        """The updates that `Workers.clip` clipped since construction or `load_state_dict`, of all workers."""
+        """The updates of all workers that `Workers.clip` scaled down since construction or `load_state_dict`."""
         return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
 
     @property
@@ -371,12 +377,12 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def drifts(self) -> list[Drift]:
-        """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
+        """The comparisons that found different anchors on workers (`Compression.compare_every`), with rounds."""
         return self._rounds.drift.found
 
     @property
     def resets(self) -> list[Reset]:
-        """The firings of the escape check."""
+        """Records of all firings of the saddle escape check: round, reason and decision (Algorithm 1, lines 4-8)."""
         return self._rounds.resets
 
     @property
@@ -386,23 +392,26 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def position(self) -> int:
-        """The number of inner steps in the anchor, summed over all workers, including workers that have left."""
+        """The number of inner steps that the anchor includes, of all workers, also those that have left."""
         return self.steps * self._channel.group.size if self.membership is None else self.membership.roster.position
 
     @property
     def contraction(self) -> float | None:
-        """This worker's last measured 1 - ||v - C(v)||^2 / ||v||^2, None before (see `Compression.monitor_every`)."""
+        """The fraction of the squared norm of this worker's update v that compression C last kept; None: not measured.
+
+        1 - ||v - C(v)||^2 / ||v||^2, see `Compression.monitor_every`.
+        """
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes that all-reduces of the gradients at every step so far would have sent (ring algorithm)."""
+        """The bytes that a ring all-reduce of the gradients in each of the steps so far would have sent."""
         size = sum(local_part(p).nbytes for p in self._parameters.values())
         return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
 
     def _load_uncompressed(self, saved: Bytes) -> None:
-        """Keep the bytes of earlier steps, of another number of workers. Call after loading `steps`."""
+        """Restore `uncompressed`, also if another number of workers saved it. Call after loading `steps`."""
         self._with_others = Bytes()
         self._with_others = saved - self.uncompressed
 
@@ -417,11 +426,11 @@ class LocalUpdates(JoinableSteps):
         """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
         self._outcomes.skips.reset_streak()
 
-    # The anchor, and updates that it does not include.
+    # The anchor (parameters last agreed on by all workers), and updates that it does not include.
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for running exchanges, so that the ledger has their bytes; each is still applied at its due step."""
+        """Wait for running exchanges, so that the ledger has their bytes. Each is still applied at its due step."""
         for part in self._fragments:
             if part.current is not None:
                 part.close()
@@ -430,8 +439,8 @@ class LocalUpdates(JoinableSteps):
     def error(self) -> Tensor:
         """Return the mean of `pending` over workers, by `weight` if set, float[d]; collective.
 
-        Without an outer optimizer y = a - error() moves as in training without compression. d counts this process's
-        shards only. Raises RuntimeError with a manager: use `pending`.
+        Without an outer optimizer, the anchor minus error() moves as in training without compression. d is the number
+        of elements in this process's shards. Raises RuntimeError with a manager: use `pending`.
         """
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
@@ -446,26 +455,27 @@ class LocalUpdates(JoinableSteps):
     def pending(self) -> Tensor:
         """Return this worker's updates still to be subtracted from the anchor, float[d], in the optimizer's order.
 
-        They are e, the local update since the last exchange, and a running exchange, for which it waits.
+        They are the error memory, the local update since the last exchange, and the update in a running exchange, for
+        which it waits.
         """
         return self._joined(self._unapplied("pending()"))
 
     def _unapplied(self, call: str) -> list[Tensor]:
-        """Return this worker's unapplied updates, float[n] per fragment; waits for running exchanges."""
+        """Return this worker's updates that the anchor does not include, float[n] per fragment; waits for exchanges."""
         self._check_here(call)
         self._set_anchor_before_first_step()
         self.wait()
         return [part.unapplied() for part in self._fragments]
 
     def _joined(self, vectors: Iterable[Tensor]) -> Tensor:
-        """Concatenate one vector per fragment to one, float[d], in the optimizer's order."""
+        """Concatenate one vector per fragment into float[d], with parameters in the optimizer's order."""
         found = by_parameter(self._fragments, vectors)
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
-        """Return copies of the anchor a by parameter, at least float32, shaped as this process's shard.
+        """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
 
-        The anchor is identical on all workers.
+        The tensors are at least float32 and have the shapes of this process's shards.
         """
         self._set_anchor_before_first_step()
         self._unsent.clear()
@@ -497,8 +507,8 @@ class LocalUpdates(JoinableSteps):
     def state_dict_of(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Return a copy of the model's `state_dict` at the anchor: one model for all workers, to save on rank 0.
 
-        `model.state_dict()` returns this worker's x instead. Tensors that `LocalUpdates` does not exchange, such as
-        buffers, are this worker's. Not collective.
+        `model.state_dict()` has this worker's own parameters instead. Tensors that `LocalUpdates` does not exchange,
+        such as buffers, are this worker's. Not collective.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -515,11 +525,12 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def flush(self) -> bool:
-        """Exchange all pending updates uncompressed, so that x = a and e = 0 on all workers; collective.
+        """Exchange all pending updates uncompressed, so that all workers have the same parameters; collective.
 
-        Call at the end of training. Running exchanges are applied first; then each fragment has a round with C(v) = v,
-        without noise. A clipped update (see `Workers`) stays in e, also with x = a. Returns True if all of them were
-        applied. With a manager, all present workers are in that round, even if they continue training.
+        Call at the end of training. Running exchanges are applied first; then all of the model is exchanged without
+        compression and noise, and error memories become 0. The excess of a clipped update (see `Workers`) stays in the
+        error memory. Returns True if all exchanges were applied. With a manager, all present workers are in that round,
+        even if they continue training.
         """
         self._check_here("flush()")
         self._check_between_steps("flush()")
@@ -536,10 +547,10 @@ class LocalUpdates(JoinableSteps):
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
         """Replace tensors by their means over workers, by `Workers.weight`, in place; collective, uncompressed.
 
-        For tensors computed from each worker's x, which differ between workers even after `flush`: a module such as
-        torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a schedule-free
-        optimizer. A mean of moving averages is the moving average of the workers' mean. Tensors that are not floating
-        point are set to worker 0's. Raises RuntimeError with a manager.
+        For tensors computed from each worker's own parameters, which differ between workers even after `flush`: a
+        module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
+        schedule-free optimizer. The mean of moving averages equals the moving average of the mean. Tensors that are not
+        floating point are set to worker 0's. Raises RuntimeError with a manager.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -570,11 +581,11 @@ class LocalUpdates(JoinableSteps):
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, tensors and plain types; collective during an exchange.
+        """Return this worker's state, of tensors and plain types; collective if an exchange is in progress.
 
-        It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. Parameters and
-        inner optimizers' states differ between workers, and must be saved separately, on every worker. Raises
-        RuntimeError if one optimizer has made the current step and another has not.
+        It contains the anchor, the error memory, running exchanges, the outer optimizer's state and the counts.
+        Parameters and inner optimizers' states differ between workers, and must be saved separately, on every worker.
+        Raises RuntimeError if one optimizer has made the current step and another has not.
         """
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
@@ -597,7 +608,7 @@ class LocalUpdates(JoinableSteps):
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state; the outer optimizer first, since loading it may raise ValueError."""
+        """Return the saved-state fields; the outer optimizer is the first, since loading it may raise ValueError."""
         outer = self.outer
         return [
             *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),

@@ -1,18 +1,18 @@
-"""Rounds of elastic local updates: a torchft Manager commits or rolls them back.
+"""Rounds of local updates with workers that join and leave: a torchft Manager commits or rolls back each round.
 
-The workers of torchft's quorum exchange a round, which the fragments can roll back, and vote on it:
+The workers of torchft's quorum exchange their updates v of one fragment (parameters exchanged together) in five steps:
 
-    quorum     the set of workers; a worker that is behind receives the state of one that is not (`_recover`)
-    hello      one all-gather of each worker's name, weight, and hashes of arguments, anchor and message, which agree
-    exchange   the mean of C(share v) for one fragment, in rotation; share = W w_i / sum_j w_j, 1 without weights
+    quorum     the set of workers is fixed; a worker that is behind loads the state of another one (`_recover`)
+    hello      one all-gather of each worker's name, weight, and hashes of arguments, anchor and message
+    exchange   the mean of the compressed, weighted v; fragments alternate; weights are W w_i / sum_j w_j, 1 by default
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
     vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
 
-A worker whose confirmation fails cannot determine whether another one has committed the round. It keeps the exchange
-until the next quorum: if others are ahead, their state has this worker's last attempt that is in the anchor, and the
-exchange is committed or rolled back accordingly. So no update is applied twice, and none is lost.
+A worker whose confirmation fails cannot determine whether another worker has committed the round. It keeps the exchange
+until the next quorum. If others are ahead, the state received from them has this worker's last attempt that the anchor
+includes, and the exchange is committed or rolled back accordingly. So no update is applied twice, and none is lost.
 
-In its first round a worker only receives (w_i = 0), as in one before which it has not stepped, unless all pending
+A worker only receives (w_i = 0) in its first round, and in rounds before which it has not stepped, unless all pending
 updates are sent.
 """
 
@@ -56,23 +56,23 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """An exchanged round before the vote."""
+    """The data of one attempt at a round: exchanged by all workers, but not committed yet."""
 
-    hellos: Sequence[Hello]  # by rank
-    weights: Sequence[float]  # by rank
-    norms: Sequence[float]  # by rank, norms of the memories if the round is committed
+    hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
+    weights: Sequence[float]  # w_i of the workers, by rank
+    norms: Sequence[float]  # norms of the error memories after a commit, by rank
     parts: Sequence[Fragment]  # the exchanged fragments
 
 
 class RoundFailedError(RuntimeError):
-    """Raised if an attempt at a round fails; the round is repeated."""
+    """Raised if an attempt at a round fails; `Membership.round` then repeats it."""
 
 
 class Membership:
-    """Runs the rounds of a Manager on this worker.
+    """Runs this worker's rounds in a run whose workers join and leave, and which a torchft Manager coordinates.
 
-    `inner` are the optimizers of x, `outer` is that of the anchor, `outcomes` records rounds, `arguments` is the text
-    of all values that must be equal on all workers.
+    `inner` are the optimizers of the parameters, `outer` is the optimizer of the anchor, `outcomes` records applied and
+    rejected rounds, `arguments` is a text of all values that must be equal on all workers.
 
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     >>> local.join()  # doctest: +SKIP
@@ -98,18 +98,18 @@ class Membership:
         self._arguments, self._arguments_hash = arguments, _hash(arguments)
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
-        self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker between two rounds
+        self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker per round
 
         # State of this worker.
         self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # its random name
         self.joined = False
-        self.exchanged = False  # a round followed the last inner step
-        self.steps = 0  # inner steps; a new worker's count starts at that of the worker that sent its state
+        self.exchanged = False  # True: a round followed the last inner step
+        self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
         self.account = Account()
         self._target = self.period  # inner steps from one round to the next
         self._resumed = time.monotonic()  # time at the end of the last round
-        self._energy = 0.0  # ||v||^2 of the uncommitted round
-        self._in_doubt: Sequence[Fragment] = ()  # fragments whose exchanges others may have committed
+        self._energy = 0.0  # ||v||^2 of the uncommitted round; v: local update plus error memory
+        self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
         self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
         self._sends_all = False  # leaving without a saved memory: the next round sends all pending updates
 
@@ -128,25 +128,25 @@ class Membership:
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of lost memories."""
+        """The sum of the norms of error memories that workers lost."""
         return self.roster.gone + self.roster.absent(keeps=False)
 
     @property
     def waiting(self) -> float:
-        """The sum of the norms of memories in files of absent workers."""
+        """The sum of the norms of error memories that absent workers saved in files."""
         return self.roster.absent(keeps=True)
 
     # Rounds.
 
     def join(self) -> None:
-        """Run a round without an update, which loads the others' state; then load the memory file."""
+        """Run a round without an update, in which the other workers' state is loaded; then load the memory file."""
         self.round(uncompressed=False)
-        self.account.ahead = self.account.since  # not 0 for a worker restored from a checkpoint
+        self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
         self._take_up()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def stepped(self, steps: int) -> None:
-        """Count inner step number `steps`; then leave after SIGTERM, or run a round if one is due."""
+        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due."""
         self.steps, self.exchanged = steps, False
         self.account.step()
         if self._sigterm.asked:
@@ -155,14 +155,14 @@ class Membership:
             self.round(uncompressed=False)
 
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
-        """Repeat a round until it is committed; return True if all of it was applied.
+        """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
 
         `uncompressed`: send all pending updates.
 
         Raises PeerLostError if no round is committed in `patience` seconds, and ConfigError if this worker's arguments
         differ from the others'.
         """
-        # The time of an inner step, from which `_set_pace` balances the workers.
+        # Measure the time of an inner step: `_set_pace` balances the workers by it.
         arrived = time.monotonic()
         until = duration(self.settings.patience, "patience") if patience is None else patience
         ahead = self.account.ahead
@@ -178,7 +178,7 @@ class Membership:
             except BaseException:
                 self._roll_back()
                 raise
-            # Committed, and the last round of a worker that leaves without a saved memory.
+            # Committed. A worker that had to send its memory before leaving leaves now.
             if taken is not None:
                 self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
                 if self._sigterm.asked and self._sends_all:
@@ -196,21 +196,21 @@ class Membership:
     def _once(self, dense: bool, seconds: float) -> bool | None:
         """Attempt a round; return True if it was applied, False if rejected, None if it was not committed."""
         self._quorum()
-        self._roll_back()  # unless `_recover` has committed it because others were ahead
+        self._roll_back()  # no-op if `_recover` has committed the last round because others were ahead
         manager = self.settings.manager
         attempt, reason = None, ""
-        # After an error, abort so that no worker waits for this one in a collective, and fail the vote.
+        # After an error, abort the group so that no worker waits for this one in a collective; the commit then fails.
         if manager.errored() is None:
             try:
                 attempt = self._try(dense, seconds)
             except (ConfigError, LeavingError):
                 self._break()
                 raise
-            except (RuntimeError, AssertionError) as error:  # from torch's backends, and from missing groups
+            except (RuntimeError, AssertionError) as error:  # raised by torch's backends, or without a group
                 reason = str(error)
                 manager.report_error(error)
                 self._break()
-        # A round in `_in_doubt` may be committed on other workers: the next quorum decides.
+        # Other workers may have committed a round in `_in_doubt`: `_recover` decides at the next quorum.
         if not manager.should_commit():
             if not self._in_doubt:
                 self._roll_back()
@@ -221,34 +221,34 @@ class Membership:
         return self._commit(attempt)
 
     def _quorum(self) -> None:
-        """Wait for the quorum of workers; one that is behind loads the others' state."""
+        """Wait until torchft has determined the set of workers; a worker that is behind loads another's state."""
         manager = self.settings.manager
         with self._sigterm.waiting():
             try:
                 manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
             except (ConfigError, LeavingError):
                 raise
-            except Exception as error:  # torchft's own are of several types
-                # Without this, torchft 0.2.0 raises it again at every later quorum.
+            except Exception as error:  # torchft raises errors of several types
+                # Without this, torchft 0.2.0 raises the same error again at every later quorum.
                 manager._quorum_future = None
                 raise RoundFailedError(str(error)) from error
 
     def _break(self) -> None:
-        """Abort the group, so that the others do not wait for this worker in a collective."""
+        """Abort the process group, so that other workers do not wait for this one in a collective."""
         with suppress(RuntimeError):
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange a round with the workers of the quorum."""
+        """Exchange one round with the workers of the quorum, up to the vote; return its data."""
         self._group.renew()
         self._channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
-        # Hello: check arguments before the first collective whose size depends on them.
+        # Hello: compare arguments before the first collective whose size depends on them.
         mine = self._hello(dense, seconds)
         gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
         hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
-        # Exchange: one fragment, in rotation, or all of them. If all weights are 0, none.
+        # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
         dense = any(hello.dense for hello in hellos)
         weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
         parts = list(self._fragments) if dense else [self._due]
@@ -256,19 +256,19 @@ class Membership:
             parts = []
         mean, names = share(weights, self._group.rank), [f"{hello.worker:x}" for hello in hellos]
         self._energy = sum(self._exchange(part, mean, dense, names) for part in parts)
-        # Confirm: it completes on a worker only if all have exchanged. From here on others may commit.
+        # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
     def _exchange(self, part: Fragment, weight: float, dense: bool, names: Sequence[str]) -> float:
-        """Exchange a fragment's local update, without committing it; return norm(v)^2."""
+        """Exchange v, one fragment's local update plus error memory, without committing it; return norm(v)^2."""
         p = part.begin(self.steps, weight, uncompressed=dense)
         self._outcomes.register(part, p)
         assert p.round is not None
         energy, norms = _energy(p.round.v), None
-        if p.norm is not None:  # v depends on the hellos, so its norm cannot be in them
+        if p.norm is not None:  # v depends on the Hello messages, so they cannot have its norm
             gathered = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
             norms, p.workers = torch.cat([parts["norm"] for parts in gathered]), names
         part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
@@ -278,8 +278,8 @@ class Membership:
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
         compared = every > 0 and self._rounds % every == 0
-        # A worker that has not joined only receives (w = 0). One without steps since its last round has an idle weight
-        # if it has an error memory, or unsent updates of other fragments than that round's.
+        # A worker that has not joined only receives (weight 0). One without steps since its last round has an
+        # `idle_weight` if it has an error memory, or unsent updates of fragments that were not in that round.
         has_more = len(self._fragments) > 1 and not self.account.since and self._has_pending()
         return Hello(
             worker=self.worker,
@@ -299,23 +299,24 @@ class Membership:
         )
 
     def _message(self) -> str:
-        """Return version, compressor, d and round of the message of a compressed round, a line each."""
+        """Return a text that identifies the messages of the next compressed round: version, compressor, d and round."""
         part = self._due
         compressor = self._compression.at(part.rounds)
         return as_text({"compressor": compressor, "d": part.d, "round": self._rounds})
 
     @property
     def _due(self) -> Fragment:
-        """The fragment of the next round, in rotation."""
+        """The fragment (parameters exchanged together) of the next round; fragments alternate."""
         return self._fragments[self._rounds % len(self._fragments)]
 
     def _weight(self) -> float:
         return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments, anchors and messages agree on all workers; the most frequent, or the first, are right.
+        """Check that arguments, anchors and messages of all workers match; the most frequent, or the first, are right.
 
-        Raises RoundFailedError on workers that are right, and ConfigError on the others.
+        Raises RoundFailedError on workers that have the right ones, and ConfigError on workers with other arguments or
+        messages, or if the first round has different anchors. Later, a worker with another anchor loads the others'.
         """
         self._compare("be given the same arguments", [h.arguments for h in hellos], self._arguments, hellos)
         where = [(h.history, h.anchor) for h in hellos]
@@ -330,9 +331,10 @@ class Membership:
         raise RoundFailedError("workers have different anchors")
 
     def _compare(self, must: str, hashes: Sequence[int], text: str, hellos: Sequence[Hello]) -> None:
-        """Raise an error that names a worker whose text has another hash, and its first line that differs.
+        """Raise an error if the workers' `hashes` of a text differ; it names a worker, and the first line that differs.
 
-        `text` is this worker's; the texts are gathered only if hashes differ.
+        `text` is the text of this worker's hash; texts are gathered only if hashes differ. Raises ConfigError on a
+        worker with another text than most, RoundFailedError on the others.
         """
         usual, mine = most(hashes), self._group.rank
         if len(set(hashes)) == 1:
@@ -345,7 +347,7 @@ class Membership:
         raise ConfigError(error) if other == mine else RoundFailedError(error)
 
     def _norm_after(self) -> float:
-        """Return the norm that this worker's memory has if the round is committed."""
+        """Return the norm that this worker's error memory will have if the current round is committed."""
         exchanges = [(part, part.current) for part in self._fragments]
         errors = [p.round.v if p and p.round and p.share else part.feedback.memory.vector for part, p in exchanges]
         return math.sqrt(sum(map(_energy, errors)))
@@ -355,7 +357,7 @@ class Membership:
         taken = self._close_exchanges()
         self._tell(attempt)
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
-        # Update this worker's account: ||sent||^2 = ||v||^2 - ||e||^2
+        # Update this worker's counts; the norm of its message follows from ||sent||^2 = ||v||^2 - ||e||^2
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
         own = self.account
         own.found_lost -= mine.lost
@@ -367,14 +369,14 @@ class Membership:
             if taken:
                 own.start_count(mine.weight)
         self._set_pace(attempt.hellos, mine)
-        # The memory in the file has been sent, so replace it before training continues.
+        # The error memory in the file has now been sent, so replace the file before training continues.
         applied, reports = True, 0
         for part in attempt.parts:
             t, p = part.rounds, part.apply_exchange(self._outer)
             applied &= self._outcomes.record(part, t, p)
             reports = max(reports, sum(sender_of(name) == self._group.rank for name in p.names))
         self._save()
-        # The others continue without a worker whose message most of them could not decode.
+        # Stop if most other workers could not decode this worker's message; they continue without it.
         if 2 * reports > self._group.size - 1:
             raise GuardError(
                 f"{reports} of the {self._group.size - 1} other workers received an invalid message from this one "
@@ -383,7 +385,7 @@ class Membership:
         return applied
 
     def _tell(self, attempt: Attempt) -> None:
-        """Log on rank 0 which workers have left, and whether their memories are saved or lost."""
+        """Log on rank 0 which workers have left, and whether their error memories are saved or lost."""
         for worker, member in self.roster.missed(attempt.hellos).items():
             if self._group.rank == 0 and member.norm:
                 fate = "waits in its file" if member.keeps else "is lost"
@@ -400,13 +402,13 @@ class Membership:
         self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
 
     def _close_exchanges(self) -> bool:
-        """Close the exchanges of a committed round; return True if all are applied."""
+        """Wait for the exchanges of a committed round and commit their memories; return True if all are applied."""
         parts, self._in_doubt = self._in_doubt, ()
-        applied = [part.close() for part in parts if part.current is not None]  # a list, so that all are closed
+        applied = [part.close() for part in parts if part.current is not None]  # a list: `all` must not skip any
         return all(applied)
 
     def _roll_back(self) -> None:
-        """Roll back the uncommitted round."""
+        """Cancel the uncommitted round, and roll back the error memories; no-op without one."""
         self._in_doubt = ()
         for part in self._fragments:
             part.roll_back()
@@ -421,7 +423,7 @@ class Membership:
     # Workers that join.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state to send to a worker that is behind: the shared state, and this worker's optimizers'."""
+        """Return the state for a worker that is behind: anchor, roster, outer and inner optimizers' states."""
         inner = [o.state_dict() for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
@@ -438,17 +440,17 @@ class Membership:
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead.
+        """Load the state of a worker that is ahead of this one; torchft calls it at a quorum.
 
-        Unsent local updates are kept: x moves with the anchor. A worker that has never been in a round starts at the
-        anchor, and so does one that was restored to a state before its last round.
+        Unsent local updates are kept: the parameters move with the anchor. A worker that has never been in a round, or
+        was restored to a state from before its last round, starts at the anchor.
         """
-        self._sigterm.hold()  # SIGTERM waits until this is done
+        self._sigterm.hold()  # SIGTERM must not interrupt the loading
         try:
             self._shared_state.validate(state)
-        except ValueError as error:  # a worker that is behind gets this state before any hello compares arguments
+        except ValueError as error:  # a worker loads this state before arguments are compared
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
-        # Commit the exchange in doubt if the others' anchor includes this worker's last attempt.
+        # Commit the exchange in doubt if the others' anchor includes this worker's last attempt; else roll it back.
         own, is_new = self.account, not self.roster.past
         included = state["roster"]["included"].get(self.worker, 0)
         had = bool(self._in_doubt) and included == own.attempts
@@ -458,7 +460,7 @@ class Membership:
             sent, taken, own.included = set(self._in_doubt), self._close_exchanges(), own.attempts
         else:
             self._roll_back()
-        # Sent updates must not be sent again. Those sent in a round that the others do not have are lost.
+        # Updates in the anchor must not be sent again. Those sent in a round that the others do not have are lost.
         stale = included > own.included
         if stale:
             own.found_lost += own.norm
@@ -472,7 +474,7 @@ class Membership:
                 "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
                 *(self.worker, own.sent),
             )
-        # x <- start + (x - before); x <- start if the anchor includes x - before, and for a new worker
+        # Move x with the anchor: x <- start + (x - before), or x <- start if the anchor includes x - before.
         self._shared_state.load(state)
         for part, before in was:
             part.current = None
@@ -482,16 +484,16 @@ class Membership:
                 part.anchor.move(before)
         if had and taken:
             own.start_count(self._weight())
-        # A new worker, which has no history, continues at the sender's step.
+        # A new worker continues at the sender's number of steps, with the state of its inner optimizers.
         if is_new:
             self.steps = state["steps"]
             if state["inner"] is not None and self.settings.share_optimizer_state:
                 self._load_inner(state["inner"])
 
     def _load_inner(self, states: Sequence[dict[str, Any]]) -> None:
-        """Load another worker's inner optimizer states, since steps from empty moments would be too large.
+        """Load another worker's inner optimizer states: with empty moments the first steps would be too large.
 
-        Raises ConfigError if they are of other optimizers.
+        Raises ConfigError if the states do not fit this worker's optimizers.
         """
         try:
             load_states(self._inner, states)
@@ -499,7 +501,7 @@ class Membership:
             raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
 
     def fields(self) -> list[Value]:
-        """Return the fields in the saved state of `LocalUpdates`: name, account and roster."""
+        """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
         path = ("membership",)
         own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
         return [*own, *self.roster.fields((*path, "roster"))]
@@ -507,11 +509,11 @@ class Membership:
     # Memory files, and workers that leave.
 
     def _take_up(self) -> None:
-        """Load the memory in this worker's file, unless updates were sent since it was written."""
+        """Load the error memory from this worker's file, unless its updates were sent after it was written."""
         if self._file is None:
             return
         shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-        # Continue as the worker of the file, with its name, attempts and e; x <- start
+        # Continue as the worker of the file, with its name, attempts and error memory, at its start point.
         found, lost = self._file.claim(shapes, self.roster)
         self.account.found_lost += lost
         if found is not None:
@@ -527,29 +529,29 @@ class Membership:
                 *(self.worker, self._file.path, self.account.norm),
             )
         if not self._keeps:
-            self._save()  # before the next hello reports `_keeps`
+            self._save()  # before the next Hello reports that the file is up to date
 
     @property
     def _keeps(self) -> bool:
-        """True if this worker's file has its memory from after its last round."""
+        """True if this worker's file has the error memory as it was after its last round."""
         return self._file is not None and self._file.holds(self.account.included)
 
     def _save(self) -> bool:
-        """Write the pending updates to this worker's file; return False without a file, or if writing fails."""
+        """Write the pending updates to this worker's memory file; return False without a file, or if writing fails."""
         if self._file is None:
             return False
         pending = by_parameter(self._fragments, [part.unapplied() for part in self._fragments])
         return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, pending))
 
     def _may_leave(self) -> bool:
-        """Save the memory to the file after SIGTERM; return False if it must be sent in the next round instead."""
+        """Save the error memory to its file after SIGTERM; return False if it must be sent in the next round."""
         if not self._sends_all:
             self._handed = self._save() or not self._has_pending()
             self._sends_all = not self._handed
         return self._handed
 
     def leave(self) -> bool:
-        """Save the memory to the file, or send it in one more round, and leave.
+        """Save the error memory to its file, or send it in one more round; then leave the run.
 
         That round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
         """
@@ -582,7 +584,7 @@ class Membership:
         return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
 
     def _count_lost(self, reason: str) -> None:
-        """Log the lost inner steps, and count the memory as lost unless the file has it from after the last round."""
+        """Log the number of lost inner steps, and count the error memory as lost unless it is in the file."""
         own, kept = self.account, self._keeps
         self.roster.gone += 0.0 if kept else own.norm
         memory = "waits in its file" if kept else "is lost"

@@ -2,7 +2,7 @@
 
 The file is written atomically, and read with weights_only=True. A memory may be used only once: updates that were sent
 after it was written must not be sent again. So the file names its worker, its run and the worker's last attempt at a
-round, and `OwnFile.claim` compares them with the others' roster. An `OwnFile` is locked by its worker.
+round, and `OwnFile.claim` compares them with the records that all workers share (`Roster`). Its worker locks the file.
 """
 
 import logging
@@ -33,22 +33,22 @@ class MemoryFile:
 
     run: int  # name of the run
     worker: int  # name of the worker
-    attempt: int  # its last attempt that is included in the anchor
+    attempt: int  # the worker's last attempt at a round that the anchor includes
     pending: Mapping[str, Tensor]  # unsent updates by parameter, floating point, shaped as the parameters
     format: int = FORMAT
 
     @property
     def norm(self) -> float:
-        """The norm of the whole memory."""
+        """The Euclidean norm of all unsent updates together."""
         return math.sqrt(sum(float(error.double().square().sum()) for error in self.pending.values()))
 
     def write(self, path: Path) -> None:
-        """Write the memory, atomically replacing an earlier file. Raises OSError."""
+        """Write the error memory to `path`, atomically replacing an earlier file. Raises OSError if that fails."""
         write_whole(path, lambda file: torch.save(vars(self), file))
 
     @classmethod
     def read(cls, path: Path, shapes: Mapping[str, torch.Size]) -> "MemoryFile":
-        """Read a file. Raises ConfigError, in one line, if it cannot be read or is of other parameters."""
+        """Read an error memory. Raises ConfigError, in one line, if it is unreadable or has other parameter shapes."""
         try:
             found: Any = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # unpickling may raise any type
@@ -68,33 +68,33 @@ class MemoryFile:
 
 
 class OwnFile:
-    """The memory file of this process's worker, locked against other processes until `close` or the end of the process.
+    """The file for this worker's error memory, locked against other processes until `close` or the process ends.
 
-    Raises ConfigError if another process, which it names, has the lock, or if the folder cannot be written.
+    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempt: int | None = None  # the attempt in the file; None: unknown
+        self._attempt: int | None = None  # attempt at a round after which the file was written; None: unknown
         self._claimed = False
         self.close = weakref.finalize(self, _unlock, _locked(path), _lock_of(path), os.getpid())
 
     def holds(self, attempt: int) -> bool:
-        """Return True if the file has its worker's memory from after this attempt at a round."""
+        """Return True if the file has the worker's error memory as it was after this attempt at a round."""
         return self._attempt == attempt and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-        """Return the memory to continue with, None without one, and the norm of a lost one; enables `save`.
+        """Return the error memory with which this worker continues, or None, and the norm of a lost one; enable `save`.
 
-        The memory is that of the file, or zero if its worker has sent updates since it was written: then the later
-        memory is lost. An outdated or unreadable file, or one of another run, is renamed, with a warning. Raises
-        ConfigError if its worker was in the last round, so the file is a copy, or the lock did not work.
+        The memory is the file's, or zero if its worker has sent updates since it was written: then the later memory is
+        lost. An outdated or unreadable file, or one of another run, is renamed, with a warning. Raises ConfigError if
+        the file's worker was in the last round: the file is then a copy, or locks do not work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True
         if found is None:
             return None, 0.0
-        # The file of a worker of the last round is a copy.
+        # The file of a worker that was in the last round must be a copy.
         taken, member = roster.taken.get(found.worker, 0), roster.members.get(found.worker)
         if member is not None and member.here:
             self._claimed = False
@@ -102,20 +102,20 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
-        # A memory may be used once: one from before its worker's last included attempt has been sent.
+        # A memory may be used only once: if its worker's last attempt in the anchor is a later one, it has been sent.
         if taken == found.attempt:
             self._attempt = taken
             return found, 0.0
         self._set_aside(
             f"the memory in {self.path}, of norm {found.norm:.3g}, is older than what its worker has sent since"
         )
-        if member is None:  # dropped from the roster, which has counted its memory as lost
+        if member is None:  # removed from the roster: its memory was counted as lost
             return None, 0.0
         nothing = {name: torch.zeros_like(error) for name, error in found.pending.items()}
         return replace(found, attempt=taken, pending=nothing), member.norm
 
     def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
-        """Return the file's memory if it is of this run; else rename the file and return None."""
+        """Return the file's error memory if it was written in this run; else rename the file and return None."""
         if not self.path.exists():
             return None
         try:
@@ -132,7 +132,7 @@ class OwnFile:
         _log.warning("%s; it is set aside as %s", reason, set_aside(self.path))
 
     def save(self, memory: MemoryFile) -> bool:
-        """Write a memory; no-op before `claim`. Return False if it was not written, with a warning for an error."""
+        """Write an error memory to the file; no-op before `claim`. Return False if nothing was written; log errors."""
         if not self._claimed:
             return False
         try:
@@ -144,9 +144,9 @@ class OwnFile:
         return True
 
     def remove(self) -> None:
-        """Remove the file, whose memory has been sent."""
+        """Delete the file, after its error memory has been sent to the other workers."""
         if self._claimed:
-            with suppress(OSError):  # if it remains, a later `claim` finds it outdated
+            with suppress(OSError):  # a file that remains is outdated for a later `claim`
                 self.path.unlink(missing_ok=True)
 
 
@@ -171,5 +171,5 @@ def _locked(path: Path) -> int | None:
 
 
 def _unlock(number: int | None, path: Path, owner: int) -> None:
-    if number is not None and os.getpid() == owner:  # not in a forked process
+    if number is not None and os.getpid() == owner:  # a forked process must not release the lock
         release_everywhere(number, path)

@@ -1,8 +1,8 @@
-"""Records of an elastic run: the roster, identical on all workers, and the account of each worker.
+"""Records of a run whose workers join and leave: the roster, identical on all workers, and each worker's account.
 
-A `Roster` records the rounds, their workers and the norms of their memories. It is updated when a round is committed,
-from the `Hello` that each worker sends at the start of the round, so it is identical on all workers of the round; a new
-worker receives it with the anchor. An `Account` has one worker's attempts, inner steps, weights and norms.
+A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
+committed, from the `Hello` that each worker sends at the start of the round, so it is identical on all workers of the
+round. A new worker receives it with the anchor. An `Account` counts one worker's attempts, inner steps and weights.
 """
 
 import logging
@@ -21,37 +21,37 @@ from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
 _REMEMBERED = 256  # maximum number of workers in the roster, if no round has more
-_PAST = 64  # number of earlier histories kept
+_PAST = 64  # number of history hashes kept, one per round
 
 
 @dataclass(frozen=True)
 class Hello:
-    """The message of a worker at the start of a round: integers below 2^63, and floats."""
+    """The message that each worker sends at the start of a round: integers below 2^63, and floats."""
 
     worker: int  # its random name
     arguments: int  # hash of the arguments that must be equal on all workers
-    message: int  # hash of its message's version, compressor, d and round
-    history: int  # hash of the rounds in its anchor
+    message: int  # hash of version, compressor, d and round of its compressed message
+    history: int  # hash of all rounds that its anchor includes
     anchor: int  # fingerprint of its anchor; 0: not compared in this round
-    run: int  # name of the run; 0: none yet
+    run: int  # random name of the run; 0: none yet
     attempt: int  # number of its attempts at rounds
     steps: int  # inner steps since the last round that includes its update
     dense: int  # 1: requests a round that sends all pending updates
-    keeps: int  # 1: its file has its memory after its last round
-    weight: float  # its w_i; 0: it only receives
-    idle_weight: float  # its w_i in a dense round if `weight` is 0
-    seconds: float  # time of an inner step; 0: unknown
-    lost: float  # norm of memories that it found to be lost
+    keeps: int  # 1: its file has its error memory as of its last round
+    weight: float  # its weight in the mean; 0: it only receives
+    idle_weight: float  # its weight in a round with dense = 1, if `weight` is 0
+    seconds: float  # seconds per inner step; 0: unknown
+    lost: float  # norm of error memories that it found to be lost
 
     def packed(self, device: torch.device) -> Tensor:
-        """Return the hello as int64[14]."""
+        """Return this message as int64[14]; floats are stored by their bits."""
         *whole, a, b, c, d = astuple(self)
         reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
         return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> "Hello":
-        """Return the hello of `packed`, int64[14]."""
+        """Return the message that `packed`, int64[14], contains."""
         here = packed.cpu()
         whole = len(fields(cls)) - 4
         return cls(*here[:whole].tolist(), *here[whole:].clone().view(torch.float64).tolist())
@@ -64,32 +64,32 @@ def most(values: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """The record of a worker from its last round."""
+    """The record of one worker in the roster, as of its last round."""
 
-    norm: float  # norm of its memory after that round
-    keeps: bool  # its file has that memory, according to its last hello
-    here: bool  # it was in the last round of the run
+    norm: float  # norm of its error memory after that round
+    keeps: bool  # its file has that memory, as it reported
+    here: bool  # True: it was in the last round of the run
 
 
 class Roster:
-    """The name of the run, a hash of its rounds, the number of inner steps in the anchor, and the workers."""
+    """Records of the run, identical on all workers: its name, a hash of its rounds, its inner steps and its workers."""
 
     def __init__(self) -> None:
         self.run = 0  # 0: no round has been committed
-        self.position = 0  # inner steps in the anchor, of all workers
-        self.gone = 0.0  # sum of the norms of lost memories
+        self.position = 0  # inner steps that the anchor includes, of all workers
+        self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
-        self.past: deque[int] = deque(maxlen=_PAST)  # histories after the last rounds
-        self.taken: dict[int, int] = {}  # by worker: its last attempt that is included in the anchor
+        self.past: deque[int] = deque(maxlen=_PAST)  # `history` after each of the last rounds
+        self.taken: dict[int, int] = {}  # last attempt that the anchor includes, by worker
         self.members: dict[int, Member] = {}  # in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' memories, of workers with a file (`keeps`) or without one."""
+        """Return the sum of the norms of absent workers' error memories, with a file (`keeps`) or without one."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round from lists by rank; `taken`: its exchanges were applied."""
-        # The first round names the run. Only updates with a weight are in the anchor.
+        """Record a committed round; the lists are by rank. `taken`: the round was applied, not rejected."""
+        # The first round names the run. The anchor includes only updates with a weight above 0.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
         for hello, weight in zip(hellos, weights, strict=True):
@@ -100,7 +100,7 @@ class Roster:
         # Anchors of different rounds have different hashes.
         self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
         self.past.append(self.history)
-        # Workers move to the end in each of their rounds, so the first one has been absent longest.
+        # Move the workers of this round to the end of `members`, so that the first one has been absent longest.
         for worker, member in self.members.items():
             if worker not in names:
                 self.members[worker] = Member(member.norm, member.keeps, False)
@@ -113,12 +113,12 @@ class Roster:
             self.taken.pop(oldest, None)
 
     def missed(self, hellos: Sequence[Hello]) -> dict[int, Member]:
-        """Return the workers of the last round that did not send one of `hellos`, by name."""
+        """Return the workers of the last round that sent none of these messages, a dict by name."""
         names = {hello.worker for hello in hellos}
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
     def fields(self, path: Path) -> list[Value]:
-        """Return the fields of the saved state, below a path."""
+        """Return the roster's saved-state fields, below `path`."""
         return [
             *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),
             attribute((*path, "gone"), self, "gone", float),
@@ -133,17 +133,17 @@ class Roster:
 
 @dataclass
 class Account:
-    """The counts of one worker; norms are of its error memory."""
+    """Counts of one worker: attempts at rounds, inner steps, weights; and norms of its error memory."""
 
     attempts: int = 0  # number of attempts at rounds
-    included: int = 0  # its last attempt that is included in the anchor
-    since: int = 0  # inner steps since that attempt
+    included: int = 0  # its last attempt that the anchor includes
+    since: int = 0  # inner steps since the attempt `included`
     ahead: int = 0  # inner steps since the last round
-    counted: float = 0.0  # part of the weight function's total that earlier rounds include
-    last_weight: float = 1.0  # its weight in the last round that includes its update
-    norm: float = 0.0  # norm after the last round
+    counted: float = 0.0  # total of the weight function that earlier rounds include
+    last_weight: float = 1.0  # weight in the last round that included its update
+    norm: float = 0.0  # norm of the error memory after the last round
     sent: float = 0.0  # norm of its message in its last round
-    found_lost: float = 0.0  # norm found to be lost, and not reported to the others yet
+    found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
 
     def step(self) -> None:
         """Count an inner step."""
@@ -151,7 +151,7 @@ class Account:
         self.ahead += 1
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return w_i for a round at this time, by `Elastic.weight`; 0 for a worker that has not stepped.
+        """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.
 
         Raises ConfigError if the weight function's total is not finite or decreases.
         """
@@ -165,5 +165,5 @@ class Account:
         return found
 
     def start_count(self, weight: float) -> None:
-        """Restart the count of inner steps after a round that includes them with this weight."""
+        """Restart the count of inner steps after a round that included them with weight `weight`."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight

@@ -1,4 +1,4 @@
-"""SIGTERM handling of an elastic worker: it leaves at its next inner step, or while it waits for other workers."""
+"""SIGTERM handling: a worker leaves the run at its next inner step, or while it waits for other workers."""
 
 import os
 import signal
@@ -10,18 +10,18 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_MOMENT = 3.0  # seconds until an exit that has not finished is forced
+_MOMENT = 3.0  # seconds until an unfinished exit is forced
 _LONGEST = 1e9  # maximum seconds of a timer
 
 
 class LeavingError(Exception):
-    """Raised in a wait for other workers, after SIGTERM, if this worker may leave or its grace is over."""
+    """Raised after SIGTERM, within a wait for other workers, if this worker may leave or its grace period is over."""
 
 
 class Sigterm:
-    """A handler of SIGTERM, after which `asked` is True.
+    """A handler of SIGTERM; `asked` is True after the signal.
 
-    The signal ends a wait for others immediately if `may_leave()` returns True, otherwise after `grace` seconds.
+    The signal ends a wait for other workers immediately if `may_leave()` returns True, else after `grace` seconds.
     """
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
@@ -36,12 +36,12 @@ class Sigterm:
 
     @property
     def left(self) -> float:
-        """The remaining seconds of grace; all of them before the signal."""
+        """The remaining seconds of the grace period; before the signal, its whole length."""
         return max(0.0, self._until - time.monotonic()) if self.asked else self._grace
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Mark a block as a wait for others; a signal, also an earlier one, raises LeavingError to end it."""
+        """Mark a block as a wait for other workers: SIGTERM, also an earlier one, ends it by LeavingError."""
         self._waiting = True
         try:
             if self.asked:
@@ -55,7 +55,7 @@ class Sigterm:
         self._waiting = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM: interrupt a wait, now or when the grace is over. A second signal kills the process."""
+        """Handle SIGTERM: interrupt a wait, now or after the grace period. A second signal kills the process."""
         if self.asked:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -66,7 +66,7 @@ class Sigterm:
         signal.setitimer(signal.ITIMER_REAL, min(max(self.left, 1e-3), _LONGEST))
 
     def _late(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGALRM at the end of the grace: interrupt a wait."""
+        """Handle SIGALRM, sent at the end of the grace period: interrupt a wait."""
         self._until = 0.0
         if self._waiting:
             self._interrupt()
