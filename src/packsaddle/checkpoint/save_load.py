@@ -254,8 +254,8 @@ class _Restoring:
         notes = _notes(problems)
         if workers != self._size:
             notes += (
-                f"the checkpoint of step {step} was saved by {workers} workers and is loaded by {self._size}: x is "
-                f"kept, and each has the mean of the error memories",
+                f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
+                f"{self._size}: x is kept, and each has the mean of the error memories",
             )
         return Checkpoint(step, content["extra"], workers, notes)
 

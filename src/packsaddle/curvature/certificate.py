@@ -141,7 +141,7 @@ class Certificate:
         return f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
 
     @property
-    def _rho_origin(self) -> str:
+    def _epsilon_origin(self) -> str:
         """The explanation of a default epsilon in the printed certificate; "" if epsilon was given."""
         if not self.epsilon_proposed:
             return ""
@@ -170,7 +170,7 @@ class Certificate:
             error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
         lines = [
             f"{self.verdict}{', not a minimum' if is_plateau else ''}",
-            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._rho_origin}",
+            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._epsilon_origin}",
             *self._curvature(),
             *self._remarks(),
             f"loss {self.loss:.6f}; the Hessian is that of {self.loss_name}",
@@ -182,7 +182,7 @@ class Certificate:
     def _curvature(self) -> list[str]:
         """Return the printed lines with the bounds on the extreme eigenvalues and the threshold of the smallest."""
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # one product, for the record
-            return ["curvature was not looked at: the gradient decides"]
+            return ["no search for negative curvature: the gradient decides"]
         if self.pilot_examples is None:
             bounds = [
                 f"lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with "
@@ -205,7 +205,11 @@ class Certificate:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
             bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
-            return [f"a step of {self.escape_distance:.3g} along v: the loss {found}{bend}"]
+            lines = [f"a step of {self.escape_distance:.3g} along v: the loss {found}{bend}"]
+            if self.hessian_lipschitz_estimated:
+                most = self.lambda_min_upper**2 / self.epsilon
+                lines.append(f"a saddle for every rho below {most:.1e}; the estimate is a lower bound, so give a rho")
+            return lines
         if self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
             return [f"more products may settle it: the bounds are {gap:.1e} apart"]

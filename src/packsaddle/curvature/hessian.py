@@ -48,6 +48,8 @@ def fresh_generator() -> torch.Generator:
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Return a model's trainable parameters. Raises ValueError if there are none, or if one is complex."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model has no trainable parameters")
@@ -96,7 +98,7 @@ class Curvature:
             raise ValueError(
                 "loss_fn gave two values for the same parameters and batches: pass a list or a DataLoader, which can "
                 "be read twice, and switch off shuffling, augmentation and anything else that is random (dropout and "
-                "batch normalisation are put in eval mode here)"
+                "batch normalization are put in eval mode here)"
             )
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")

@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.state import check_tensor
-from packsaddle.hooks.ddp import attach, keep_gradients_local
+from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.local.inner import load_states
 from packsaddle.local.start import persistent_buffers
@@ -31,9 +32,17 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base class of the frameworks' callbacks. `exchange`: the hook or local updates in use; None before training."""
+    """Base class of the frameworks' callbacks. `exchange`: the hook or local updates in use; None before training.
+
+    `options` are arguments of `_makes`, which training calls. Raises TypeError for another name.
+    """
+
+    _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
+        known = signature(self._makes).parameters
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}")
         self._compressor, self._options = compressor, options
         self.exchange: DDPHook | WorkerState | None = None
 
@@ -82,6 +91,7 @@ class WorkerState:
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
+        model = model.module if isinstance(model, DistributedDataParallel) else model  # one worker's may be unwrapped
         self.local, self._model, self._scaler = local, model, scaler
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.channel = Communicator(resolve(None), local.ledger)
@@ -262,8 +272,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         exchange.load_state_dict(_resharded(exchange, folder, name, holders_of(workers, surveys), collectives))
         if collectives.group.rank == 0:
             warnings.warn(
-                f"the state in {folder} was saved by {workers} workers and is loaded by {resolve(None).size}: each has "
-                f"the means of what differed between them, such as error memories",
+                f"the state in {folder} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
+                f"{resolve(None).size}: each has the means of what differed between them, such as error memories",
                 stacklevel=2,
             )
         return True

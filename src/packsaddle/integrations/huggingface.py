@@ -34,6 +34,7 @@ from packsaddle.integrations.callbacks import (
     monitored,
     save_state,
 )
+from packsaddle.local.updates import LocalUpdates
 
 
 class _Attached(Attached, TrainerCallback):
@@ -144,6 +145,8 @@ class LocalUpdatesCallback(_Attached):
     `load_checkpoint`. One worker sends nothing, with a warning. `local` is the LocalUpdates; further calls of `train`
     keep it.
     """
+
+    _makes = LocalUpdates
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ from packsaddle.integrations.callbacks import (
     monitored,
     save_state,
 )
+from packsaddle.local.updates import LocalUpdates
 
 
 class _Attached(Attached, Callback):
@@ -123,6 +124,8 @@ class LocalUpdatesCallback(_Attached):
     `PacksaddleCallback`. One worker sends nothing, with a warning. A run may resume on another number of workers:
     see `load_checkpoint`. `local` is the LocalUpdates.
     """
+
+    _makes = LocalUpdates
 
     def __init__(
         self,
