@@ -1,0 +1,39 @@
+"""The common part of the frameworks' callbacks, without the frameworks."""
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import packsaddle
+from packsaddle.integrations import WorkerState
+from packsaddle.integrations.callbacks import Attached
+
+
+class OfLocalUpdates(Attached):
+    _makes: ClassVar[object] = packsaddle.LocalUpdates
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "accepted"), [(Attached, "every", "scope"), (OfLocalUpdates, "evry", "every")]
+)
+def test_an_unknown_argument_is_refused_at_construction(kind: type[Attached], name: str, accepted: str) -> None:
+    kind(packsaddle.TopK(0.1), {accepted: 3})
+    with pytest.raises(TypeError, match=f"{kind.__name__} has no argument '{name}'"):
+        kind(packsaddle.TopK(0.1), {name: 3})
+
+
+def names_in_state(wrapped: bool) -> list[str]:
+    model: torch.nn.Module = torch.nn.Linear(8, 8)
+    local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=4)
+    own = WorkerState(local, DistributedDataParallel(model) if wrapped else model)
+    return list(own.state_dict()["parts"]["model"])
+
+
+@pytest.mark.process
+def test_a_wrapped_model_has_the_names_of_the_model(tmp_path: object) -> None:
+    """Accelerate wraps the model on several processes and not on one; both load each other's states."""
+    from gloo import run_in_processes
+
+    assert run_in_processes(names_in_state, 1, tmp_path, True) == [names_in_state(False)]  # type: ignore[arg-type]
