@@ -81,7 +81,7 @@ def test_a_model_of_ones_own_is_advised(capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert "steps with adamw, which took" in out
     assert "    import packsaddle\n" in out
-    assert "For the slowest measured step. Use: " in out
+    assert "as long as the slowest measured one, use: " in out
     assert out.splitlines()[-1].startswith("Use: ")
 
 

@@ -27,10 +27,16 @@ def call(function: str, *arguments: Any) -> Any:
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
+    # A script that parses its arguments when it is imported must not see those of packsaddle.
+    arguments_here, sys.argv = sys.argv, [module]
     try:
         found = getattr(import_module(module), name, None)
-    except Exception as error:  # a script can raise anything
-        raise ConfigError(f"{module} cannot be imported: {first_line(error)}") from None
+    except (Exception, SystemExit) as error:  # a script can raise anything
+        raise ConfigError(
+            f"{module} cannot be imported: {first_line(error)}; run its training under if __name__ == '__main__'"
+        ) from None
+    finally:
+        sys.argv = arguments_here
     if not callable(found):
         raise ConfigError(f"{module} has no function {name!r}")
     try:

@@ -382,7 +382,8 @@ def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
         for line in _lines_to_paste(verdict, inputs.local[0], inputs.optimizer):
             print(line)
         if inputs.slowest:
-            print(f"For the slowest measured step. {_recommendation(inputs.slowest[0], inputs.slowest[1][0])}")
+            advice = _recommendation(inputs.slowest[0], inputs.slowest[1][0])
+            print(f"If every step took as long as the slowest measured one, {advice.replace('Use:', 'use:', 1)}")
         print(_recommendation(verdict, inputs.local[0]))
 
 
