@@ -45,7 +45,7 @@ def one_line(text: str) -> str:
     return shortened(printable(" ".join(text.split())), _LINE)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 

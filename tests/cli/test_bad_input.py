@@ -74,7 +74,7 @@ def test_a_folder_as_configuration(tmp_path: Path, capsys: pytest.CaptureFixture
 OVERRIDES = {
     f"lr={10**400}": "lr must fit in 64 bits, got 1000",
     "lr=" + "9" * 5_000: "too many digits",
-    "lr=" + "[" * 5_000: "brackets in brackets",
+    "lr=" + "[" * 5_000: "too deeply nested brackets",
     "seed=9223372036854775808": "seed must fit in 64 bits, got 9223372036854775808",
     "label=\udcff": "label must be UTF-8, got '\\udcff'",
     "epochs=1e300": "epochs must be from 1e-09 to 1e+09 epochs, got 1e+300",
@@ -83,7 +83,7 @@ OVERRIDES = {
     "certify={epsilon=1, at=[1e308]}": "at must be epochs above 0, at most 1e+09, got [1e+308]",
     "certify={epsilon=1, iterates=10000000000}": "iterates must be at most 1,000,000, got 10000000000",
     "batch_size=1000000000000": "batch_size must be at most 16,777,216, got 1000000000000",
-    "model.widths=[1000000, 1000000]": "model autoencoder takes 8,0",  # 8,009 GB
+    "model.widths=[1000000, 1000000]": "model autoencoder needs 8,0",  # 8,009 GB
     "data.name=\x1b[31mred": "got '\\x1b[31mred'",
 }
 
@@ -300,7 +300,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, before[1]))
     try:
-        refused(capsys, f"{out} cannot be written: File too large; what it holds", "run", path, "--out", out)
+        refused(capsys, f"{out} cannot be written: File too large; the files written so far", "run", path, "--out", out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (run,) = read_runs([out])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_REST = {"format": None, "ledger": None, "identity/*": "{}", "resets/**": "resets {}"}
+_REST = {"format": None, "ledger": None, "uncompressed/**": None, "identity/*": "{}", "resets/**": "resets {}"}
 _SKIPS = {"skips/total": "skipped", "skips/consecutive": "skipped in a row"}
 _ALLOCATION = {"allocation/*/*": "allocation {} {}"}
 
@@ -63,7 +63,7 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/aggregator/state/**": "exchange of fragment {}: {}",
         "fragments/*/owed/*": "owed of {1}",
         "fragments/*/contraction/**": "contraction of fragment {}: {}",
-        "fragments/*/clipped": "clipped updates of fragment {}",
+        "fragments/*/clipped": None,
         "fragments/*/exchange/due": "step at which fragment {} is due",
         "fragments/*/exchange/applied": "pending exchange of fragment {} is applied",
         "fragments/*/exchange/invalid": "pending exchange of fragment {} is not finite here",

@@ -155,7 +155,7 @@ class _Inputs:
 
 @grouped(
     {
-        "": "model data input d workers json",
+        "": "model d workers data input json",
         "compressor": "compressor ratio optimizer",
         "local update": "local most_steps",
         "step time": "compute batch spread noise latency",

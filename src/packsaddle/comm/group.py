@@ -182,7 +182,8 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
     alone. An explicit `Solo()` is accepted.
     """
     group = resolve(process_group)
-    if process_group is None and isinstance(group, Solo) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    is_alone = process_group is None and _ambient.get() is None and isinstance(group, Solo)
+    if is_alone and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise RuntimeError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so each process "
             f"would train alone: call torch.distributed.init_process_group() before, or unset WORLD_SIZE"

@@ -294,7 +294,7 @@ def bound_store(address: str, port: int = 0, **options: Any) -> Any:
     here, port = "localhost" if address in ("::", "0.0.0.0") else address, listener.getsockname()[1]
     make: Any = dist.TCPStore  # type: ignore[attr-defined]
     options = {"wait_for_workers": False, "is_master": True, "master_listen_fd": listener.detach()} | options
-    return make(here, port, **options)
+    return make(here, port, use_libuv=False, **options)  # libuv with such a listener breaks forks of this process
 
 
 def local_device() -> torch.device:

@@ -69,10 +69,10 @@ class Ledger:
     >>> print(simulate(work, 2)[0])
     bytes    payload    sent  received
     start     16,800  16,800       416
-    dense          4       4         4
     sizes         16      16        16
     indices       43      43        43
     values       164     164       164
+    dense          4       4         4
     total     17,027  17,027       643
     """
 

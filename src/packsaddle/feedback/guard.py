@@ -60,7 +60,7 @@ class Skip:
     >>> weight.grad = torch.full((64, 64), float("nan"))
     >>> opt.step()
     >>> opt.skips
-    [Skip(step=0, workers=(0,), parameter='parameter 0')]
+    [Skip(step=0, workers=(0,), parameter='parameter 0', message='')]
     """
 
     step: int  # t; the next step reuses this index

@@ -148,7 +148,7 @@ def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
 
 def test_folders_are_never_overwritten(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "a", LINES)
-    with pytest.raises(ConfigError, match="already exists; choose another with --out"):
+    with pytest.raises(ConfigError, match="already exists; add --overwrite, or choose another with --out"):
         make_new(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be created"):

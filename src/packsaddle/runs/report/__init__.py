@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from packsaddle.errors import ConfigError
 from packsaddle.messages import cell
 from packsaddle.runs.report import figures
 from packsaddle.runs.report.curves import Curve, curve, read_curves, write_curves
@@ -41,7 +42,9 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
     found = settings(runs)
     curves = [curve(setting) for setting in found]
     page, figure = render(found, curves), figures.draw(found, curves)
-    if not (overwrite and folder.is_dir()):
+    if folder.is_dir() and not overwrite:
+        raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
+    if not folder.is_dir():
         make_new(folder)
     with written(folder):
         save(figure, folder)

@@ -126,8 +126,21 @@ def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting],
         axes.yaxis.set_major_formatter("{x:.0%}")
     if panel == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
         axes.set_yscale("log")
+        _few_ticks(axes.yaxis)
     if log_x:
         axes.set_xscale("log")
+        _few_ticks(axes.xaxis)
+
+
+def _few_ticks(axis: Any) -> None:
+    """Label a logarithmic axis at powers of ten, within two decades also at 2 and 5 times them, as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if 0 < low < high <= 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str, log_x: bool) -> None:

@@ -3,7 +3,9 @@
 import base64
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import require
@@ -82,15 +84,32 @@ def _range(values: Iterable[Any]) -> str:
 
 
 def _pictures(run: Run) -> list[dict[str, str]]:
-    """Return name and base64 data of the PNG files that `packsaddle certify` wrote to a run's folder."""
+    """Return name, verdict with its numbers, and base64 data of each PNG that `packsaddle certify` wrote for a run."""
     found = sorted(png for png in run.path.glob("certificate*/*.png") if (png.parent / "certificates.json").is_file())
     return [
         {
             "name": f"{run.label}: {printable(png.parent.name)}/{printable(png.name)}",
+            "text": _verdict(png),
             "data": base64.b64encode(png.read_bytes()).decode(),
         }
         for png in found
     ]
+
+
+def _verdict(png: Path) -> str:
+    """Return the verdict of the certificate that a PNG shows, with its numbers; "" if its file is damaged."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        points = json.loads((png.parent / "certificates.json").read_text(encoding="utf-8"))["points"]
+        point = next(p for p in points if len(points) == 1 or Path(p["file"]).stem == png.stem)
+        numbers = ("grad_norm", "epsilon", "lambda_min_lower", "lambda_min_upper", "threshold", "hessian_lipschitz")
+        norm, epsilon, low, high, threshold, rho = (f"{float(point[name]):.3g}" for name in numbers)
+        given = "proposed" if point["epsilon_proposed"] else "given"
+        measured = "estimated" if point["hessian_lipschitz_estimated"] else "given"
+        return printable(
+            f"{point['verdict']}: gradient norm {norm}, epsilon {epsilon} ({given}); smallest eigenvalue in [{low}, "
+            f"{high}], threshold {threshold}, rho {rho} ({measured})"
+        )
+    return ""
 
 
 def _described(i: int, setting: Setting) -> dict[str, Any]:
