@@ -300,7 +300,7 @@ def digest(value: Any) -> str:
 
 def counted(ledger: packsaddle.Ledger) -> Any:
     """Return the bytes by purpose, without those of the start, which depend on the text that workers compare there."""
-    return [part for part in ledger.state_dict() if part[:1] != ["start"]]
+    return sorted(part for part in ledger.state_dict() if part[:1] != ["start"])
 
 
 @dataclass
