@@ -133,14 +133,20 @@ class Counting(TopK):
     """Counts its calls by worker, with what they act on."""
 
     calls: ClassVar[Counter[tuple[int, str, int]]] = Counter()
+    received: ClassVar[list[Any]] = []
 
     def encode(self, v: torch.Tensor, *, seed: int, step: int) -> Any:
         if v.any():  # not the zeros that tell the parts' names
             self.calls[resolve(None).rank, "encode", len(v)] += 1
         return super().encode(v, seed=seed, step=step)
 
+    def receive(self, *arguments: Any, **options: Any) -> Any:
+        self.received.append(message := super().receive(*arguments, **options))
+        return message
+
     def add_decoded(self, message: Any, out: torch.Tensor, alpha: float = 1.0) -> None:
-        self.calls[resolve(None).rank, "decode" if message.context is None else "add", len(out)] += 1
+        is_received = any(message is other for other in self.received)
+        self.calls[resolve(None).rank, "decode" if is_received else "add", len(out)] += 1
         super().add_decoded(message, out, alpha)
 
 

@@ -144,13 +144,13 @@ def test_certificates_and_iterates_are_of_the_anchor(path: Path, tmp_path: Path)
 
     def train(rank: int) -> list[list[Tensor]]:
         trainer, seen = Trainer(config, None, False), []
-        look = trainer.inspector.look
+        look = trainer.inspector.inspect
 
         def looked(step: int, into: RunFolder) -> None:
             seen.append([p.detach().clone() for p in trainer.task.parameters()])
             look(step, into)
 
-        trainer.inspector.look = looked  # type: ignore[method-assign]
+        trainer.inspector.inspect = looked  # type: ignore[method-assign]
         assert trainer.run(folder, quiet=True)
         return seen
 

@@ -235,7 +235,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "timeout": (("run", "CONFIG", "--timeout", "0"), "--timeout must be from 1 to 1e+07 seconds, got 0"),
     "workers": (
         ("run", "--resume", "certified", "--workers", "3", "--serial"),
-        "cannot continue with 3 workers: it began",
+        "cannot continue with 3 workers: it started",
     ),
     "damaged": (
         ("run", "--resume", "damaged"),

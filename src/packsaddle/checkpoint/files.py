@@ -32,7 +32,7 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, t
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be written or read, or does not fit these parts; the message is one line.
+    """A checkpoint cannot be written or read, or does not fit the model, optimizer etc.; the message is one line.
 
     >>> import tempfile
     >>> import torch

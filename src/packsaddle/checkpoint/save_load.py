@@ -223,8 +223,9 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], has_first: list[bool]) -> tuple[Contents, str]:
-        """Return the contents of the files that `holders` assigns to this worker, and a message if any worker's files
-        are damaged (else ""). Tensors shared with worker 0 are filled in; workers without its file receive them."""
+        """Read the step's files that `holders` assigns to this worker; return their contents, and a message, "" if no
+        worker's files are damaged. Tensors stored only in worker 0's file are filled in; workers without that file
+        receive its tensors from a worker that has it."""
         contents: Contents = {}
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]

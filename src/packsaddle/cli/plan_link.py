@@ -236,7 +236,7 @@ def _plan(
     fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
     with process_group() if under_launcher() else nullcontext() as group:
-        # Measure the link and the compute time unless they are given, and the time of an update.
+        # Measure the time of an update and, unless they are given, the link and the compute time.
         device = torch.device("cpu") if group is None else local_device()
         if group is None and step is not None:
             device = next(step.model.parameters()).device

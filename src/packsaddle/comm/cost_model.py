@@ -33,7 +33,10 @@ class Collective(ABC):
 
     @abstractmethod
     def cost(self, workers: int) -> Cost:
-        """Return the critical path; zero for one worker or an empty message."""
+        """Return the critical path of the collective: the number of sequential messages, and their bytes.
+
+        Zero for one worker or an empty message.
+        """
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def connect(
     logging.getLogger("torchft.manager").addFilter(_is_useful)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
-    # By default, other workers connect to this machine's address in its connection to the lighthouse.
+    # Unless `hostname` is given, other workers use the address from which this machine connects to the lighthouse.
     route = reach(host, port, connect_timeout)
     here = hostname or route
     listen = bind or (here if ipaddress.ip_address(route).is_loopback else route)

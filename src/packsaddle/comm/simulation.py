@@ -60,7 +60,10 @@ class _Turns:
         self._pass_on(rank)
 
     def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Submit copies of tensors to a collective, wait for all workers, and return its result by rank, read-only."""
+        """Submit copies of tensors to a collective, wait, and return what all workers submitted, by rank, read-only.
+
+        After an all-reduce, rank 0's tensor is the sum.
+        """
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))

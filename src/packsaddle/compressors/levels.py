@@ -50,7 +50,7 @@ class Layer:
 
     @property
     def gaps(self) -> Expected:
-        """The expected dtype and length of the coded gaps."""
+        """The allowed dtype and lengths of the Rice code of the gaps between the members that the code lists."""
         return wire.gap_bytes(self.coded, 1 if self.coded else 0, self.members, self.rice)
 
     @property

@@ -68,7 +68,7 @@ class Cells:
         return values.view(-1)
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
-        """Add alpha * values, float[m size], to out, float[d], at these cells, in place."""
+        """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
         if self.size == 1:
             out.index_add_(0, self.index, values, alpha=alpha)
             return
@@ -447,10 +447,11 @@ class TopK(_CodedSupport, _OfEachTensor):
 
 @dataclass(frozen=True)
 class AdaptiveTopK(_CodedSupport):
-    """A compressor that keeps the fewest coordinates with the fraction `share` of ||v||^2: mu = share for every v.
+    """A compressor that keeps the fewest coordinates that have at least the fraction `share` of ||v||^2.
 
-    It satisfies the paper's Assumption D by construction. The number of coordinates sent varies between steps. Raises
-    ValueError unless share is a float in (0, 1] and values is a format or None.
+    So ||v - C(v)||^2 <= (1 - share) ||v||^2 for every v, the paper's Assumption D, if values are not rounded; rounding
+    reduces `mu`. The number of coordinates sent varies between steps. Raises ValueError unless share is a float in
+    (0, 1] and values is a format or None.
 
     >>> import torch
     >>> from packsaddle import AdaptiveTopK

@@ -15,7 +15,7 @@ import torch
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.products import Products, choose_products, with_products
 
-LIMIT = 2.684  # the number a with E ln|1 - a U| = 0 for U exponential
+LIMIT = 2.684  # largest stable `gain` for rare sends: the a with E ln|1 - a U| = 0, U exponential of mean 1
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Contraction:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the last mu_t
         self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
-        self._energies: list[Tensor] = []  # squared norms of v, of its residual, ...; float64[tensors or 1]
+        self._energies: list[Tensor] = []  # squared norms of the vector and of its residual, in turn; float64[...]
 
     def measure(self, step: int, vector: Tensor) -> None:
         """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due."""

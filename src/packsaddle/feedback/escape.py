@@ -84,7 +84,7 @@ class Reset:
     """
 
     step: int  # t, at which the next segment starts
-    reason: Literal["interval", "radius"]  # more than I steps have passed, or the distance exceeds R
+    reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
     distance: float | None  # from the start point, ||x_t' - y_t||; estimated for several workers; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"
     anchor: float  # loss f(x_t') at the start point

@@ -159,7 +159,7 @@ class ErrorMemory:
         """Update dependent state after the memory changed between two steps; `unit`: the memory's new unit."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
-        """Set the vector to zero on frozen parameters: they get neither noise nor a compressor's output for zeros."""
+        """Set the coordinates of frozen parameters to zero: noise, or a decoded message, may have changed them."""
         for view in self._slice.frozen(vector):
             view.zero_()
 

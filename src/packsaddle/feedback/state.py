@@ -150,7 +150,7 @@ class State:
         self._names, self._only_with = names or {}, only_with or {}
 
     def save(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the state, tensors and plain types, written into `state` if that is given."""
+        """Return the state as tensors and plain types: a new dictionary, or `state`, if given, with entries added."""
         state = {} if state is None else state
         _put(state, (*self._head, "format"), FORMAT)
         for name, value in self._identity().items():

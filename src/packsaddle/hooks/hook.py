@@ -244,7 +244,10 @@ class GradientHook(ABC):
                 p.grad = None
 
     def _open(self) -> None:
-        """Commit or roll back the last pass, and begin another. Raises NonFiniteError after too many skips."""
+        """Begin the exchanges of a backward pass, after committing or rolling back those of the last pass.
+
+        Raises NonFiniteError after too many consecutive skipped steps.
+        """
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps

@@ -238,7 +238,7 @@ class LocalOptions(Option):
             raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
-        # Checks of the workers.
+        # Elastic workers, and fixed ones with weights or sampling, exclude some options.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
         elif self.is_uneven:

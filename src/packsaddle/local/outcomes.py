@@ -112,7 +112,11 @@ class Outcomes:
         self._restore()
 
     def _raise_if_failed(self, names: Sequence[str]) -> None:
-        """Raise NonFiniteError if a worker's parameter name is marked: its inner optimizer could not be reset."""
+        """Raise NonFiniteError if any worker could not reset its inner optimizer.
+
+        `names` has the name of the invalid parameter on each worker, by rank; after a failed reset it ends with
+        `_FAILED`.
+        """
         for worker, name in enumerate(names):
             if name.endswith(_FAILED):
                 raise NonFiniteError(

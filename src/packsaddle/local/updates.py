@@ -240,7 +240,10 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Run checks before each optimizer's step. A worker that joins here discards its gradient, of old weights."""
+        """Run checks before each optimizer's step; a worker that has not yet joined the others joins here.
+
+        It then discards its gradients, since they were computed before it loaded the others' parameters.
+        """
         self._check_here("optimizer.step()")
         check_no_others(optimizer, self._parameters.values())
         self._set_anchor_before_first_step()
@@ -399,7 +402,7 @@ class LocalUpdates(JoinableSteps):
     def contraction(self) -> float | None:
         """The fraction of the squared norm of this worker's update v that compression C last kept; None: not measured.
 
-        1 - ||v - C(v)||^2 / ||v||^2, see `Compression.monitor_every`.
+        1 - ||v - C(v)||^2 / ||v||^2, averaged over the fragments measured; see `Compression.monitor_every`.
         """
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
@@ -411,7 +414,10 @@ class LocalUpdates(JoinableSteps):
         return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
 
     def _load_uncompressed(self, saved: Bytes) -> None:
-        """Restore `uncompressed`, also if another number of workers saved it. Call after loading `steps`."""
+        """Set the byte count `uncompressed` to its saved value, also if another number of workers saved it.
+
+        Call after loading `steps`, from which it is computed.
+        """
         self._with_others = Bytes()
         self._with_others = saved - self.uncompressed
 
@@ -529,8 +535,8 @@ class LocalUpdates(JoinableSteps):
 
         Call at the end of training. Running exchanges are applied first; then all of the model is exchanged without
         compression and noise, and error memories become 0. The excess of a clipped update (see `Workers`) stays in the
-        error memory. Returns True if all exchanges were applied. With a manager, all present workers are in that round,
-        even if they continue training.
+        error memory. Returns True if all exchanges were applied. With a torchft Manager, this is a round of all present
+        workers, also of those that continue training.
         """
         self._check_here("flush()")
         self._check_between_steps("flush()")

@@ -71,7 +71,7 @@ def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -
 
 
 def _about(where: Place, message: str) -> ConfigError:
-    """Return a ConfigError with a message about the key at the path `where`, or about an item of its list."""
+    """Return a ConfigError with this message; its key is the path `where`, up to the first index of a list."""
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 

@@ -267,7 +267,11 @@ def forecast(
 
 
 def _choices(compressor: Compressor, workload: ModelSize, workers: int) -> list[Choice]:
-    """Return the direct exchange and, if that is an all-gather, also the two-way exchange."""
+    """Return the exchanges to compare: "direct", the exact mean of the workers' messages, and perhaps "two-way".
+
+    In a two-way exchange every worker averages one chunk of the vector and sends its compressed mean to all. It is
+    included only if "direct" is an all-gather and there is a compressed coordinate per worker.
+    """
     d, dense = workload.d, workload.dense
     direct = choose(compressor, "direct", d=d, dense=dense, workers=workers)
     if direct.name != "all-gather" or d < workers:

@@ -63,7 +63,10 @@ class Audit:
         return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
-        """Certify all files in this process, or in `workers` new ones. Raises ConfigError for too many workers."""
+        """Certify the weights in every file, and return one finding per file; in `workers` new processes if above 1.
+
+        Raises ConfigError for more workers than examples, or more than 8 per core.
+        """
         if workers == 1:
             return self.certify()
         _, data, _ = self.load()  # raises for invalid input before any worker starts

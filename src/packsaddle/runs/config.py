@@ -214,14 +214,14 @@ class Config(Compression):
     # weight of the new gradient in STORM's variance reduction, which needs two gradients per step; by default off
     storm: float | None = None
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: autocast of the forward pass only
-    # maximum number of consecutive steps (with [local] rounds) that are skipped because of non-finite gradients
+    # maximum number of consecutive steps (with [local]: of rounds) skipped because of non-finite gradients
     max_skipped: int = 20
     monitor_every: int = field(default=0, init=False)  # replaced by log_every
     seed: int = 0  # seed of all random numbers
     workers: int = 1  # W; overridden by --workers
     log_every: int = 100  # steps averaged in one line of metrics
     test_every: float | None = None  # epochs between tests along the run; by default only at its end
-    plateau: float | None = None  # loss of a plateau; the epochs spent on it are measured
+    plateau: float | None = None  # loss level of a plateau; with it, tables show the epochs spent there
 
     def __post_init__(self) -> None:
         _epochs(self, "epochs", "test_every")

@@ -87,7 +87,7 @@ class ElasticTrainer(Trainer):
 
         # Do the last exchange, then write this worker's results.
         training.finish()
-        if tally.step > tally.since or not tally.line:  # else no steps since the last line
+        if tally.step > tally.since or not tally.line:  # steps not yet in a line of metrics, or no line yet
             tally.line = self._log(folder, time.perf_counter() - begin)
         self._finish(folder, tally)
         self._elastic.manager.shutdown(wait=False)

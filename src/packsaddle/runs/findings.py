@@ -27,7 +27,7 @@ from packsaddle.runs.report import figures
 from packsaddle.runs.report.certificate_figure import draw_certificate
 from packsaddle.runs.run_folder import RunFolder, make_new, written
 
-_POINTS = 20  # points of a profile to each side
+_POINTS = 20  # number of points of a loss profile on each side of x
 _PROFILED = 4096  # approximate number of examples of a profile: on all, its 41 losses would dominate the cost
 _PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products of each
 

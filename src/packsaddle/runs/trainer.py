@@ -86,7 +86,7 @@ class RunCounters:
         return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
 
     def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
-        """Restore the fields of `state_dict`, and the tensors `sums` and `final`."""
+        """Restore all fields: `state` is from `state_dict`; `sums` and `final` are the tensors that it lacks."""
         vars(self).update(state)
         self.sums, self.final = sums.clone(), final.clone()
 

@@ -120,7 +120,7 @@ class Gradient:
         in_one_pass = out is not base and out.flat.device.type == "cpu"  # a pass is faster on a GPU than many kernels
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
-        # norm(base + alpha g) <= the sum of the norms of its tensors, measured in the same pass.
+        # In one pass, also bound the norm of the result, by the sum of the norms of its parts.
         total = out.flat.new_zeros(())
         self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):

@@ -381,7 +381,7 @@ class CompressedSGD(Optimizer):
 
         Raises NonFiniteError after too many, or with memory="gradient" after one.
         """
-        # Gather the first invalid parameter or message of each worker, and its count of consecutive skips.
+        # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
         name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else round.name
         text = torch.tensor(list(name.encode()), dtype=torch.uint8)
         row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device

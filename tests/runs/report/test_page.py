@@ -65,7 +65,16 @@ def test_pictures_of_certified_points_are_in_the_page(tmp_path: Path) -> None:
         (tmp_path / "run" / name / "certificate.png").write_bytes(data)
         if name != "certificate-of-birth":
             (tmp_path / "run" / name / "certificates.json").write_text("{}")
-    page = Page(write_report(read_runs([tmp_path / "run"]), tmp_path / "report").read_text())
+    numbers = {"grad_norm": 0.01, "epsilon": 0.1, "lambda_min_lower": -2.0, "lambda_min_upper": -1.0, "threshold": -0.5}
+    point = {"verdict": "saddle", **numbers, "hessian_lipschitz": 2.5, "epsilon_proposed": False}
+    document = {"points": [{**point, "hessian_lipschitz_estimated": True, "file": "run/checkpoint/model.pt"}]}
+    (tmp_path / "run" / "certificate" / "certificates.json").write_text(json.dumps(document))
+    text = write_report(read_runs([tmp_path / "run"]), tmp_path / "report").read_text()
+    assert (
+        "saddle: gradient norm 0.01, epsilon 0.1 (given); smallest eigenvalue in [-2, -1], threshold -0.5, "
+        "rho 2.5 (estimated)"
+    ) in text
+    page = Page(text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert [image["alt"] for image in images] == ["a: certificate/certificate.png", "a: certificate-2/certificate.png"]
     prefix = "data:image/png;base64,"

@@ -148,7 +148,7 @@ def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
 
 def test_folders_are_never_overwritten(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "a", LINES)
-    with pytest.raises(ConfigError, match="already exists; add --overwrite, or choose another with --out"):
+    with pytest.raises(ConfigError, match="already exists; choose another with --out"):
         make_new(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be created"):
@@ -292,3 +292,12 @@ def test_the_json_file_is_never_overwritten_unasked(tmp_path: Path, capsys: pyte
         report((folder,), out / "inner.json", json=True)
     report((folder,), out, overwrite=True, json=True)
     assert json.loads(out.read_text())["format"] == 1
+
+
+@pytest.mark.slow
+def test_a_second_report_says_how_to_overwrite_the_first(tmp_path: Path) -> None:
+    runs = read_runs([make_run(tmp_path / "a", "a", LINES)])
+    write_report(runs, tmp_path / "report")
+    with pytest.raises(ConfigError, match="already exists; add --overwrite, or choose another with --out"):
+        write_report(runs, tmp_path / "report")
+    assert write_report(runs, tmp_path / "report", overwrite=True).is_file()

@@ -31,8 +31,8 @@ _log = logging.getLogger("packsaddle")
 class MemoryFile:
     """A worker's error memory on disk: its unsent updates, by parameter."""
 
-    run: int  # name of the run
-    worker: int  # name of the worker
+    run: int  # id of the run, a hash of the names of the workers in its first round
+    worker: int  # id of the worker
     attempt: int  # the worker's last attempt at a round that the anchor includes
     pending: Mapping[str, Tensor]  # unsent updates by parameter, floating point, shaped as the parameters
     format: int = FORMAT

@@ -137,7 +137,7 @@ class Account:
 
     attempts: int = 0  # number of attempts at rounds
     included: int = 0  # its last attempt that the anchor includes
-    since: int = 0  # inner steps since the attempt `included`
+    since: int = 0  # inner steps since its last attempt that the anchor includes
     ahead: int = 0  # inner steps since the last round
     counted: float = 0.0  # total of the weight function that earlier rounds include
     last_weight: float = 1.0  # weight in the last round that included its update

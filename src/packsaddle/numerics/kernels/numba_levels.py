@@ -88,7 +88,7 @@ class _Writer(NamedTuple):
 def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, writer: Any, signs: Array) -> None:
     _, _, rest, place, waiting, held_bits = writer
     layers = len(table)
-    gaps = np.zeros(layers, np.int64)  # per layer: members since its last coded member
+    gaps = np.zeros(layers, np.int64)  # per layer: coordinates of the layer since the last one that its code lists
     codes, coded, others = np.empty(_GROUP, np.uint8), np.empty(_GROUP + 1, np.int32), np.empty(_GROUP + 1, np.int32)
     last: Any = np.int64(-1)
     sign = 0

@@ -42,7 +42,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
     found = settings(runs)
     curves = [curve(setting) for setting in found]
     page, figure = render(found, curves), figures.draw(found, curves)
-    if folder.is_dir() and not overwrite:
+    if folder.exists() and not overwrite:
         raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     if not folder.is_dir():
         make_new(folder)
