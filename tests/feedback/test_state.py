@@ -41,8 +41,8 @@ shared: aggregator, aggregator.compressor, aggregator.state, escape.anchor, esca
 LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*
 owner: fragments.*.owner_error.*
-own: fragments.*.aggregator.compressor, fragments.*.clipped, uncompressed, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.contraction.whole, ledger, skips.consecutive, skips.total
+own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
+    fragments.*.clipped, uncompressed, fragments.*.contraction.whole, ledger, skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, identity.rank, identity.workers
 shared: drifts, escape.anchor, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.names,
