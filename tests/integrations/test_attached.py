@@ -25,7 +25,7 @@ def test_an_unknown_argument_is_refused_at_construction(kind: type[Attached], na
 
 
 def names_in_state(wrapped: bool) -> list[str]:
-    model: torch.nn.Module = torch.nn.Linear(8, 8)
+    model: torch.nn.Module = torch.nn.Linear(64, 64)
     local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=4)
     own = WorkerState(local, DistributedDataParallel(model) if wrapped else model)
     return list(own.state_dict()["parts"]["model"])

@@ -68,7 +68,8 @@ def test_frameworks_resume_local_updates_on_another_number_of_workers(framework:
         counts += [(one["sent"], one["alone"]) for one in (start, end)]
         assert (start["steps"], end["steps"]) == (before, steps)
         if before:
-            assert f"saved by {before_workers} workers and is loaded by {workers}: each has the means" in printed
+            many = "s" * (before_workers > 1)
+            assert f"saved by {before_workers} worker{many} and is loaded by {workers}: each has the means" in printed
             anchor, y = dense_y(states(tmp_path, before), start["names"])
             torch.testing.assert_close(start["anchor"], anchor, rtol=0.0, atol=0.0)
             torch.testing.assert_close(start["y"], y, **ROUNDED)
