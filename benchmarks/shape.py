@@ -124,7 +124,7 @@ def imports() -> Counter[str]:
     importers: dict[str, set[str]] = {name: set() for name in modules}
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("packsaddle"):
+            if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith("packsaddle."):
                 for alias in node.names:
                     whole = f"{node.module}.{alias.name}"
                     importers[whole if whole in modules else node.module].add(str(path))
