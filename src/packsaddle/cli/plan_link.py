@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -414,9 +414,14 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
-    inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
-    print(f"LocalUpdates({inner}, {_setting(best)}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")
+    named = f"LocalUpdates({_inner(optimizer)}, {_setting(best)})"
+    print(f"{named}: {took}: {verdict}; {best.computing:.0%} of the time is computing.")
     print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
+
+
+def _inner(optimizer: Optimizer | None) -> str:
+    """Format the first argument of LocalUpdates."""
+    return "[muon, adamw]" if optimizer == "muon" else "optimizer"
 
 
 def _setting(f: LocalForecast, package: str = "") -> str:
@@ -430,16 +435,15 @@ def _setting(f: LocalForecast, package: str = "") -> str:
 
 def _lines_to_paste(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> list[str]:
     """Return Python lines for the user's script that apply the recommended method; empty for plain DDP."""
-    use = _recommendation(verdict, local)
-    if "LocalUpdates" in use:
-        inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
+    method = _fastest(verdict, local)
+    if method == "local":
         lines = [
             "import packsaddle",
-            f"local = packsaddle.LocalUpdates({inner}, {_setting(local, 'packsaddle.')})  # and no "
+            f"local = packsaddle.LocalUpdates({_inner(optimizer)}, {_setting(local, 'packsaddle.')})  # and no "
             "DistributedDataParallel",
             "local.flush()  # after the last step",
         ]
-    elif "register_ddp_hook" in use:
+    elif method == "hook":
         compressor = re.sub(r"\b([A-Z]\w+\()", r"packsaddle.\1", _hook_argument(verdict.best))
         lines = [
             "import packsaddle",
@@ -453,13 +457,21 @@ def _lines_to_paste(verdict: Verdict, local: LocalForecast, optimizer: Optimizer
 
 def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
     """Return the line that recommends the fastest: dense training, the compressing hook or local updates."""
-    dense, hook = verdict.dense.seconds, verdict.best
-    best = min(hook.seconds, local.seconds)
-    if dense < best * (1 + _ERROR):
+    method, dense, hook = _fastest(verdict, local), verdict.dense.seconds, verdict.best
+    if method == "dense":
         return "Use: DistributedDataParallel as it is."
-    if local.seconds <= hook.seconds:
-        return f"Use: LocalUpdates, {dense / best:.3g} times as fast as dense training."
-    return f"Use: register_ddp_hook with {_hook_argument(hook)}, {dense / best:.3g} times as fast as dense training."
+    if method == "local":
+        return f"Use: LocalUpdates, {dense / local.seconds:.3g} times as fast as dense training."
+    argument = _hook_argument(hook)
+    return f"Use: register_ddp_hook with {argument}, {dense / hook.seconds:.3g} times as fast as dense training."
+
+
+def _fastest(verdict: Verdict, local: LocalForecast) -> Literal["dense", "hook", "local"]:
+    """Return the fastest method; dense training unless another is faster by more than the error of a forecast."""
+    hook = verdict.best.seconds
+    if verdict.dense.seconds < min(hook, local.seconds) * (1 + _ERROR):
+        return "dense"
+    return "local" if local.seconds <= hook else "hook"
 
 
 def _hook_argument(hook: Forecast) -> str:

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -308,16 +308,22 @@ def _local_store() -> Iterator[str]:
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
     # torch has no option for the address; in a version without this method the store listens at all addresses.
-    handler: Any = DynamicRendezvousHandler
-    create = getattr(handler, "_create_tcp_store_server", None)
-    if create is not None:
-        handler._create_tcp_store_server = lambda self, address, port: bound_store(address, port)
+    method = "_create_tcp_store_server"
+    exists = hasattr(DynamicRendezvousHandler, method)
+    bound = replaced(DynamicRendezvousHandler, method, lambda self, address, port: bound_store(address, port))
+    with bound if exists else nullcontext(), tempfile.TemporaryDirectory() as folder:
+        yield f"{folder}/rendezvous"
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute of a module or class within the context."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            yield f"{folder}/rendezvous"
+        yield
     finally:
-        if create is not None:
-            handler._create_tcp_store_server = create
+        setattr(owner, name, before)
 
 
 def preload_workers(module: str) -> None:

@@ -13,8 +13,8 @@ import socket
 import urllib.parse
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from packsaddle.comm.group import Group
-from packsaddle.comm.launching import bound_store
+from packsaddle.comm.launching import bound_store, replaced
 from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
 
@@ -130,7 +130,7 @@ def connect(
     server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
     bound = {"bind": f"{place}:{os.environ.get('TORCHFT_MANAGER_PORT', 0)}"}
     try:
-        with _replaced(managers, "ManagerServer", lambda **settings: server(**settings | bound)):
+        with replaced(managers, "ManagerServer", lambda **settings: server(**settings | bound)):
             manager = torchft.Manager(
                 pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=timeout)),
                 load_state_dict=None,
@@ -154,17 +154,6 @@ def connect(
         raise ConfigError(_absent(address, str(error))) from None
     weakref.finalize(manager, lambda _: None, store)  # keep the store alive as long as the Manager
     return manager
-
-
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a module within the context."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def _is_useful(record: logging.LogRecord) -> bool:
@@ -240,7 +229,7 @@ def _transport(host: str, listen: str, seconds: float) -> Any:
         def __init__(self, _: object, handler: Any) -> None:
             super().__init__((listen, 0), handler)
 
-    with _replaced(http, "_IPv6HTTPServer", Server):
+    with replaced(http, "_IPv6HTTPServer", Server):
         transport = PlainTransport(timeout=timedelta(seconds=seconds), num_chunks=0)
     transport._server.RequestHandlerClass.log_message = lambda *_: None  # no line on stderr for each joining worker
     return transport
