@@ -1,0 +1,106 @@
+"""The largest learning rate at which every seed settles, for each method, kind of saddle and dimension.
+
+Rates are those of a grid with the factor sqrt(2). So all methods are compared at the same accuracy at the minimum, the
+only normalisation of rates that does not prefer one of them. Finished runs are rows of a file and are not repeated.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import astuple, fields
+from pathlib import Path
+
+from benchmarks.saddles.escape import LIMIT, Row, run
+from benchmarks.saddles.methods import METHODS
+from benchmarks.saddles.saddle import KINDS, Saddle
+
+SEEDS = range(5)
+SIDES = (4, 16, 64, 128)  # n, where the norm of the noise is 1
+SMALL_SIDES = (4, 8, 16, 32)  # where each coordinate has the same noise
+LOCAL_KINDS, LOCAL_LIMIT = ("noise of norm 1", "noise of 1/8 per coordinate"), 64  # of local updates, n at most
+SMALLEST = 24  # the smallest rate is 2^-(SMALLEST / 2)
+
+Cell = tuple[str, str, int]  # method, kind, n
+
+
+class Rows:
+    """The finished runs, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            with path.open() as file:
+                self.rows = [_parsed(line) for line in csv.DictReader(file)]
+
+    def get(self, method: str, saddle: Saddle, lr: float) -> Row:
+        """Return a run's row; run it if the file has none."""
+        for row in self.rows:
+            if astuple(row)[:5] == (method, saddle.kind, saddle.n, lr, saddle.seed):
+                return row
+        row = run(method, saddle, lr)
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if not self.rows:
+                writer.writerow([field.name for field in fields(Row)])
+            writer.writerow(astuple(row))
+        self.rows.append(row)
+        print(row, flush=True)
+        return row
+
+    def best(self, cell: Cell) -> list[Row]:
+        """Return the rows of the largest rate at which every seed settled; [] if there is none."""
+        method, kind, n = cell
+        found = [r for r in self.rows if (r.method, r.kind, r.n) == (method, kind, n) and r.settled]
+        rates = {r.lr for r in found if len({x.seed for x in found if x.lr == r.lr}) == len(SEEDS)}
+        return [r for r in found if r.lr == max(rates)] if rates else []
+
+    def tried(self, cell: Cell) -> bool:
+        """Return True if the file has a run of the cell."""
+        return any((r.method, r.kind, r.n) == cell for r in self.rows)
+
+
+def _parsed(line: dict[str, str]) -> Row:
+    numbers = int(line["n"]), float(line["lr"]), int(line["seed"]), int(line["steps"])
+    return Row(line["method"], line["kind"], *numbers, settled=line["settled"] == "True")
+
+
+def measure(rows: Rows, cell: Cell) -> None:
+    """Search the largest rate at which every seed settles, from the rate of the next smaller dimension."""
+    method, kind, n = cell
+    smaller = [rows.best((method, kind, side)) for side in sides(kind) if side < n]
+    start = next((_index(found[0].lr) - 1 for found in reversed(smaller) if found), 0)
+
+    def settles(index: int) -> bool | None:
+        """Return True if every seed settles, None if one stays at the saddle: a smaller rate stays longer."""
+        for seed in SEEDS:
+            row = rows.get(method, Saddle(n, kind, seed), 2.0 ** (-index / 2))
+            if not row.settled:
+                return None if row.steps == LIMIT else False
+        return True
+
+    index = max(0, start)
+    if settles(index):
+        while index > 0 and settles(index - 1):
+            index -= 1
+        return
+    while index < SMALLEST and settles(index) is False:
+        index += 1
+
+
+def _index(lr: float) -> int:
+    return next(index for index in range(SMALLEST + 1) if lr == 2.0 ** (-index / 2))
+
+
+def sides(kind: str) -> tuple[int, ...]:
+    """Return the sides n of a kind of saddle."""
+    return SIDES if KINDS[kind].per_coordinate is None else SMALL_SIDES
+
+
+def cells() -> Iterator[Cell]:
+    """Yield every measurement, small dimensions first."""
+    for position in range(len(SIDES)):
+        for kind in KINDS:
+            n = sides(kind)[position]
+            for name, method in METHODS.items():
+                if method.local is None or (n <= LOCAL_LIMIT and kind in LOCAL_KINDS):
+                    yield name, kind, n
