@@ -12,7 +12,7 @@ from benchmarks.saddles.methods import EVERY, METHODS, Method, local_settings
 from benchmarks.saddles.saddle import DEPTH, Objective, Saddle
 from packsaddle import LocalUpdates
 
-LIMIT, SETTLE = 6000, 400  # steps at the saddle, and after it
+LIMIT, SETTLE = 4000, 300  # steps at the saddle, and after it
 CERTIFIED_HVPS = 20  # at most, per certificate
 
 

@@ -48,21 +48,21 @@ def _compressed(compressor: Compressor, noise: float) -> Make:
 
 METHODS = {
     "SGD": Method(_sgd(0.0)),
-    "SGD, noise": Method(_compressed(Identity(), NOISE)),
-    "SGD, momentum 0.9": Method(_sgd(0.9)),
     "AdamW": Method(_adamw),
     "Muon": Method(_muon),
+    "AdamW, 4 workers": Method(_adamw, WORKERS),
+    "AdamW, 4 workers, local updates": Method(_adamw, WORKERS, Identity()),
+    "AdamW, 4 workers, local updates, Sign": Method(_adamw, WORKERS, Sign()),
+    "Muon, 4 workers": Method(_muon, WORKERS),
+    "Muon, 4 workers, local updates, Sign": Method(_muon, WORKERS, Sign()),
+    "SGD, noise": Method(_compressed(Identity(), NOISE)),
+    "SGD, momentum 0.9": Method(_sgd(0.9)),
     "RandomK 1/16": Method(_compressed(RandomK(1 / 16), 0.0)),
     "RandomK 1/16, noise": Method(_compressed(RandomK(1 / 16), NOISE)),
     "TopK 1/16": Method(_compressed(TopK(1 / 16), 0.0)),
     "TopK 1/16, noise": Method(_compressed(TopK(1 / 16), NOISE)),
     "Sign": Method(_compressed(Sign(), 0.0)),
     "Sign, noise": Method(_compressed(Sign(), NOISE)),
-    "AdamW, 4 workers": Method(_adamw, WORKERS),
-    "AdamW, 4 workers, local updates": Method(_adamw, WORKERS, Identity()),
-    "AdamW, 4 workers, local updates, Sign": Method(_adamw, WORKERS, Sign()),
-    "Muon, 4 workers": Method(_muon, WORKERS),
-    "Muon, 4 workers, local updates, Sign": Method(_muon, WORKERS, Sign()),
 }
 
 

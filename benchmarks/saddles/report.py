@@ -9,7 +9,7 @@ import torch
 from benchmarks.saddles.escape import certify, follow
 from benchmarks.saddles.methods import METHODS
 from benchmarks.saddles.saddle import KINDS, Saddle
-from benchmarks.saddles.search import LOCAL_KINDS, Rows, sides
+from benchmarks.saddles.search import Rows, sides
 from experiments.paper.power_law import exponent
 
 CERTIFIED_SIDE = 16
@@ -52,7 +52,7 @@ def _exponent(rows: Rows, method: str, kind: str) -> str:
 
 def certificates(rows: Rows, path: Path) -> None:
     """Certify seed 0 of each method at its rate: at the saddle, at the first |s| >= 1/2, and the mean at the end."""
-    kind = LOCAL_KINDS[0]
+    kind = next(iter(KINDS))
     saddle = Saddle(CERTIFIED_SIDE, kind, 0)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -1,10 +1,11 @@
 """The largest learning rate at which every seed settles, for each method, kind of saddle and dimension.
 
-Rates are those of a grid with the factor sqrt(2). So all methods are compared at the same accuracy at the minimum, the
+Rates are powers of two. So all methods are compared at the same accuracy at the minimum, the
 only normalisation of rates that does not prefer one of them. Finished runs are rows of a file and are not repeated.
 """
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -14,10 +15,10 @@ from benchmarks.saddles.methods import METHODS
 from benchmarks.saddles.saddle import KINDS, Saddle
 
 SEEDS = range(5)
-SIDES = (4, 16, 64, 128)  # n, where the norm of the noise is 1
-SMALL_SIDES = (4, 8, 16, 32)  # where each coordinate has the same noise
-LOCAL_KINDS, LOCAL_LIMIT = ("noise of norm 1", "noise of 1/8 per coordinate"), 64  # of local updates, n at most
-SMALLEST = 24  # the smallest rate is 2^-(SMALLEST / 2)
+SIDES = (4, 16, 64)  # n, where the norm of the noise is 1
+SMALL_SIDES = (4, 8, 16)  # where each coordinate has the same noise
+PLAIN, COMPRESSED = ("SGD", "AdamW", "Muon"), ("RandomK 1/16", "TopK 1/16")  # others: with noise of norm 1 only
+LARGEST, START, SMALLEST = 0, 3, 14  # indices of the rates 2^-index, and where the smallest dimension's search begins
 
 Cell = tuple[str, str, int]  # method, kind, n
 
@@ -68,19 +69,19 @@ def measure(rows: Rows, cell: Cell) -> None:
     """Search the largest rate at which every seed settles, from the rate of the next smaller dimension."""
     method, kind, n = cell
     smaller = [rows.best((method, kind, side)) for side in sides(kind) if side < n]
-    start = next((_index(found[0].lr) - 1 for found in reversed(smaller) if found), 0)
+    start = next((_index(found[0].lr) for found in reversed(smaller) if found), START)
 
     def settles(index: int) -> bool | None:
         """Return True if every seed settles, None if one stays at the saddle: a smaller rate stays longer."""
         for seed in SEEDS:
-            row = rows.get(method, Saddle(n, kind, seed), 2.0 ** (-index / 2))
+            row = rows.get(method, Saddle(n, kind, seed), 2.0**-index)
             if not row.settled:
                 return None if row.steps == LIMIT else False
         return True
 
-    index = max(0, start)
+    index = start
     if settles(index):
-        while index > 0 and settles(index - 1):
+        while index > LARGEST and settles(index - 1):
             index -= 1
         return
     while index < SMALLEST and settles(index) is False:
@@ -88,7 +89,7 @@ def measure(rows: Rows, cell: Cell) -> None:
 
 
 def _index(lr: float) -> int:
-    return next(index for index in range(SMALLEST + 1) if lr == 2.0 ** (-index / 2))
+    return round(-math.log2(lr))
 
 
 def sides(kind: str) -> tuple[int, ...]:
@@ -97,10 +98,8 @@ def sides(kind: str) -> tuple[int, ...]:
 
 
 def cells() -> Iterator[Cell]:
-    """Yield every measurement, small dimensions first."""
-    for position in range(len(SIDES)):
-        for kind in KINDS:
-            n = sides(kind)[position]
-            for name, method in METHODS.items():
-                if method.local is None or (n <= LOCAL_LIMIT and kind in LOCAL_KINDS):
-                    yield name, kind, n
+    """Yield every measurement: plain optimizers first, and small dimensions first."""
+    first, *others = KINDS
+    yield from ((name, kind, n) for kind in KINDS for n in sides(kind) for name in PLAIN)
+    yield from ((name, first, n) for name in METHODS if name not in PLAIN for n in sides(first))
+    yield from ((name, kind, n) for kind in others for n in sides(kind) for name in COMPRESSED)

@@ -47,21 +47,20 @@ class Sweep:
         return "epsilon" if len({epsilon for epsilon, _ in self.points}) > 1 else "d"
 
 
-EPSILONS = (0.4, 0.28, 0.2, 0.14, 0.1, 0.07, 0.05, 0.04, 0.028, 0.02)
+EPSILONS = (0.4, 0.28, 0.2, 0.14, 0.1, 0.07, 0.05, 0.04, 0.028)
 DIMENSIONS = (16, 50, 160, 500, 1600)
 # Without Assumption C these epsilon make k = 8 epsilon^(3/4) an integer, 4 to 1.
 WHOLE_K = (0.3969, 0.2704, 0.1575, 0.0625)
 LINEAR = METHODS[:3]
 SWEEPS = (
-    Sweep("alpha 1, epsilon", "1", tuple((e, 64) for e in EPSILONS[:8]), 1, LINEAR, 20),
+    Sweep("alpha 1, epsilon", "1", tuple((e, 64) for e in EPSILONS[:7]), 1, LINEAR, 20),
+    Sweep("TopK, epsilon", "1", tuple((e, 16) for e in (0.4, 0.2, 0.1, 0.05)), 1, ("TopK",), 10),
+    Sweep("TopK, d", "1", tuple((0.4, d) for d in (16, 64, 256)), 1, ("TopK",), 10),
     Sweep("alpha 1, epsilon, 16 eta", "1", tuple((e, 64) for e in EPSILONS), 16, LINEAR, 20),
-    Sweep("alpha 1, d", "1", tuple((0.2, d) for d in DIMENSIONS), 1, LINEAR, 20),
     Sweep("alpha 1, d, 16 eta", "1", tuple((0.2, d) for d in DIMENSIONS), 16, LINEAR, 20),
-    Sweep("alpha d, epsilon", "d", tuple((e, 64) for e in WHOLE_K[:3]), 1, LINEAR, 20),
-    Sweep("alpha d, epsilon, 16 eta", "d", tuple((e, 64) for e in WHOLE_K), 16, LINEAR, 20),
-    Sweep("alpha d, d, 16 eta", "d", tuple((0.4, d) for d in DIMENSIONS[:4]), 16, LINEAR, 20),
-    Sweep("TopK, epsilon", "1", tuple((e, 16) for e in (0.4, 0.2, 0.1, 0.05)), 1, ("TopK",), 20),
-    Sweep("TopK, d", "1", tuple((0.4, d) for d in (16, 64, 256)), 1, ("TopK",), 20),
+    Sweep("alpha d, d, 16 eta", "d", tuple((0.4, d) for d in DIMENSIONS[:4]), 16, LINEAR, 10),
+    Sweep("alpha 1, d", "1", tuple((0.2, d) for d in DIMENSIONS[:4]), 1, LINEAR, 10),
+    Sweep("alpha d, epsilon, 16 eta", "d", tuple((e, 64) for e in WHOLE_K), 16, METHODS[:2], 5),
 )
 
 
