@@ -41,7 +41,7 @@ def _cell(rows: Rows, method: str, kind: str, n: int) -> str:
     found = [row.steps for row in rows.best((method, kind, n))]
     if found:
         return f"{statistics.median(found):,.0f} ({min(found):,} to {max(found):,})"
-    return "never" if rows.tried((method, kind, n)) else ""
+    return "never" if rows.stays((method, kind, n)) else ""
 
 
 def _exponent(rows: Rows, method: str, kind: str) -> str:
@@ -91,6 +91,9 @@ def draw(rows: Rows, path: Path) -> None:
                 ds, [min(s) for _, s in points], [max(s) for _, s in points], color=color, alpha=0.12, lw=0
             )
         axes.set(xscale="log", yscale="log", xlabel="dimension d")
+        ticks = [n * n for n in sides(kind)]
+        axes.set_xticks(ticks, [f"{d:,}" for d in ticks])
+        axes.minorticks_off()
         axes.set_title(kind, fontsize=10)
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("steps until it has left the saddle")

@@ -55,9 +55,10 @@ class Rows:
         rates = {r.lr for r in found if len({x.seed for x in found if x.lr == r.lr}) == len(SEEDS)}
         return [r for r in found if r.lr == max(rates)] if rates else []
 
-    def tried(self, cell: Cell) -> bool:
-        """Return True if the file has a run of the cell."""
-        return any((r.method, r.kind, r.n) == cell for r in self.rows)
+    def stays(self, cell: Cell) -> bool:
+        """Return True if a run of the cell is still at the saddle at the limit, and no rate is found."""
+        here = [r for r in self.rows if (r.method, r.kind, r.n) == cell]
+        return any(r.steps == LIMIT for r in here) and not self.best(cell)
 
 
 def _parsed(line: dict[str, str]) -> Row:

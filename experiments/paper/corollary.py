@@ -291,6 +291,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         step = "planned step size" if sweep.factor == 1 else f"{sweep.factor:g} times the planned step size"
         axes.set(xscale="log", yscale="log", xlabel=sweep.variable, title=f"alpha = {sweep.alpha}, {step}")
         axes.title.set_fontsize(9)
+        ticks = sorted({epsilon if sweep.variable == "epsilon" else d for epsilon, d in sweep.points})[::2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("bytes per worker for a decrease of f by 1")
     panels[0].legend(frameon=False, fontsize=9)

@@ -129,11 +129,11 @@ def parts(done: Sequence[Row]) -> Iterator[Callable[[], list[Row]]]:
         for method in SELECTIONS:
             if ("compiled", method, factor) not in found:
                 yield partial(compiled, method, factor, range(SEEDS))
+    if ("share", "RandomK", 1) not in found:
+        yield partial(shares, "RandomK", range(SHARE_SEEDS))
     there = sum(row.source == "library" for row in done)
     for seed in range(there, LIBRARY_SEEDS):
         yield partial(_library_rows, seed)
-    if ("share", "RandomK", 1) not in found:
-        yield partial(shares, "RandomK", range(SHARE_SEEDS))
 
 
 def _library_rows(seed: int) -> list[Row]:
@@ -189,8 +189,9 @@ def table(rows: Sequence[Row]) -> str:
                 if times:
                     known = [q for q in QUANTILES if len(times) * (1 - q) >= 1]
                     values = " | ".join(f"{np.quantile(times, q):,.0f}" if q in known else "" for q in QUANTILES)
-                    tail = f"{tail_rate(times) / rate:.2f}" if len(times) == SEEDS else ""
-                    lines.append(f"| {source}, {method}, {len(times)} seeds | x {factor} | {values} | {tail} |")
+                    tail, error = tail_rate(times) / rate, 1 / math.sqrt(len(times) / 10)
+                    shown = f"{tail:.2f} ± {2 * error * tail:.2f}" if len(times) == SEEDS else ""
+                    lines.append(f"| {source}, {method}, {len(times)} seeds | x {factor} | {values} | {shown} |")
     for method in SELECTIONS:
         pair = firsts(rows, "library", method, FACTOR), firsts(rows, "compiled", method, FACTOR)
         if all(pair):

@@ -50,14 +50,15 @@ def _fit(terms: Sequence[Groups], signs: Sequence[float], draws: int, level: flo
     if any(len(groups) < 3 for groups in terms):
         raise ValueError(f"an exponent needs at least three values of x, got {[len(groups) for groups in terms]}")
     rng = np.random.default_rng(seed)
+    value, found = 0.0, np.zeros(draws)
+    for sign, groups in zip(signs, terms, strict=True):
+        value += sign * slope(groups)
 
-    def resampled(groups: Groups) -> dict[float, list[float]]:
-        return {x: list(rng.choice(list(ys), len(ys))) for x, ys in groups.items()}
-
-    value = sum(sign * slope(groups) for sign, groups in zip(signs, terms, strict=True))
-    found = [
-        sum(sign * slope(resampled(groups)) for sign, groups in zip(signs, terms, strict=True)) for _ in range(draws)
-    ]
+        # Medians of resampled groups, float64[draws, len(groups)], and the slopes of all draws.
+        medians = [np.median(rng.choice(np.asarray(ys, float), (draws, len(ys))), axis=1) for ys in groups.values()]
+        xs = np.log(list(groups))
+        weights = (xs - xs.mean()) / ((xs - xs.mean()) ** 2).sum()
+        found += sign * (np.log(np.stack(medians, axis=1)) @ weights)
     tail = (1 - level) / 2
     return Exponent(value, float(np.quantile(found, tail)), float(np.quantile(found, 1 - tail)))
 
