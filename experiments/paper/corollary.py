@@ -15,7 +15,7 @@ linear`), where only the selection differs.
 import argparse
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -82,7 +82,7 @@ class Row:
 
 def corollary_k(epsilon: float, d: int, alpha: str) -> int:
     """Return k = d epsilon^(3/4) / sqrt(alpha), rounded, from 1 to d."""
-    exact = d * epsilon**0.75 / math.sqrt(d if alpha == "d" else 1)
+    exact: float = d * epsilon**0.75 / math.sqrt(d if alpha == "d" else 1)
     return min(d, max(1, round(exact)))
 
 
@@ -184,7 +184,7 @@ def sent(groups: Groups, sweep: Sweep, make: str) -> Groups:
     return found
 
 
-MESSAGES = {
+MESSAGES: dict[str, Callable[[int], Compressor]] = {
     "uncompressed": lambda _: Identity(),
     "RandomK": lambda k: RandomK(k=k, block_size=1),
     "TopK": lambda k: TopK(k=k),
