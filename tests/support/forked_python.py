@@ -1,10 +1,12 @@
 """A python that has imported torch and packsaddle already: `python()` starts programs as forks of one that waits.
 
-To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. What
-a test gives to subprocess is a small program in place of `sys.executable`: it hands its arguments, its folder, its
-environment and its standard streams to the server, passes signals on, and ends as the fork ends; where it is killed,
-so is the fork. A fork has a process id and a session of its own (`fork_of`), the network of that program, and as its
-`sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how the interpreter ends, start real ones.
+To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. Nor
+does a fork compile the loops that the server has called: in a fresh checkout each process would. So pytest's own
+processes are such forks (conftest.py). What a test gives to subprocess is a small program in place of `sys.executable`:
+it hands its arguments, its folder, its environment and its standard streams to the server, passes signals on, and ends
+as the fork ends; where it is killed, so is the fork. A fork has a process id and a session of its own (`fork_of`), the
+network of that program, and as its `sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how
+the interpreter ends, start real ones.
 
 This file is the server (`python forked_python.py serve SOCKET`), that small program (`... SOCKET ARGUMENTS`), and the
 functions for tests.
@@ -25,6 +27,14 @@ MODULES = (
     "packsaddle.cli",
     "packsaddle.runs.job",
     "packsaddle.numerics.kernels.preloaded",
+    # What several tests import: in pytest's processes, or in the programs and workers that they start.
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch._inductor.compile_fx",
+    "scipy.stats",
+    "matplotlib.figure",
+    "jinja2",
+    "pytest",
 )
 
 SHARED = "FORKED_PYTHON"  # the variable that names the program
@@ -77,6 +87,7 @@ def python() -> str:
 
 
 _started: list[str] = []
+_filters: list[object] = []  # of warnings, with which the program began, as the processes do that it spawns
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -139,6 +150,7 @@ def _serve(listener: socket.socket) -> None:
         with suppress(ImportError):
             importlib.import_module(name)
     del sys.modules["torch.distributed.run"]  # runpy warns of one that is there
+    _compile_loops()
     # Its events bear the name of the function that caused them, for which inspect.stack looks through all modules.
     rendezvous = sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"]
     rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name  # type: ignore[attr-defined]
@@ -187,6 +199,20 @@ def _serve(listener: socket.socket) -> None:
             clients[fork] = client
 
 
+def _compile_loops() -> None:
+    """Call numba's loops in both precisions, as each compressor does for vectors of a model's size."""
+    import torch
+    from families import COMPRESSORS
+
+    for dtype in (torch.float32, torch.float64):
+        v = torch.randn(1300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        for compressor in COMPRESSORS:
+            parts = compressor.encode(v, seed=0, step=0).parts
+            message = compressor.receive(parts, len(v), seed=0, step=0)
+            compressor.support_of(message, len(v))
+            compressor.add_decoded(message, torch.zeros_like(v))
+
+
 def _received(client: socket.socket, size: int) -> bytes:
     found = b""
     while len(found) < size:
@@ -201,6 +227,7 @@ def _spawned(path: str, words: list[str], passed: list[int]) -> int:
     import multiprocessing.forkserver
     import threading
     import traceback
+    import warnings
     from contextlib import suppress
 
     fork = os.fork()
@@ -215,6 +242,8 @@ def _spawned(path: str, words: list[str], passed: list[int]) -> int:
                 with suppress(OSError):
                     os.close(int(name))
         multiprocessing.forkserver._forkserver._lock = threading.Lock()  # which the caller holds
+        warnings.resetwarnings()
+        warnings.filters.extend(_filters)  # type: ignore[arg-type, attr-defined]
         at = words.index("-c")
         sys.argv = ["-c", *words[at + 2 :]]
         with suppress(SystemExit):
@@ -290,6 +319,7 @@ def _run(words: list[str]) -> int:
                 warnings.simplefilter(words.pop(0))  # type: ignore[arg-type]
             else:
                 sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        _filters.extend(warnings.filters)
         sys.path[0] = os.getcwd()
         if words[0] == "-m":
             sys.argv = words[1:]
