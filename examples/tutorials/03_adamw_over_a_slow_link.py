@@ -170,7 +170,7 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 #   many.
 #
 # So compression buys bytes with steps. The table of [what was measured](docs/local-updates.md#what-was-measured) has
-# the same for a transformer, with learning rates searched for each method.
+# the same for a transformer, most methods at the better of two learning rates.
 #
 # ## The same with Muon
 #
