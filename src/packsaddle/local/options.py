@@ -168,8 +168,10 @@ class Elastic(Option):
         if self.memory_file is not None:
             object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
-            if not duration(getattr(self, name), name) > 0:
+            seconds = duration(getattr(self, name), name)
+            if not seconds > 0:
                 raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, seconds)
 
 
 @dataclass(frozen=True)
