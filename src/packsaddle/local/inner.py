@@ -153,10 +153,23 @@ class OtherOptimizers:
         """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges."""
         if not self._has_new:
             return
-        # Parameters in one module with ours that no optimizer exchanges: an error unless DDP averages their gradients.
-        alone = {o: ids for o, ids in self._stepped.items() if not _is_exchanged(o)}
-        ours, theirs = {id(p) for p in self._ours}, set[int]().union(*alone.values())
-        found = _beside(ours, theirs - ours) if theirs - ours else {}
+
+        # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
+        def is_exchanged(o: Optimizer) -> bool:
+            return getattr(o, "exchanged_by", None) is not None or hasattr(o, "channel")
+
+        alone = {o: ids for o, ids in self._stepped.items() if not is_exchanged(o)}
+        ours = {id(p) for p in self._ours}
+        theirs = set[int]().union(*alone.values()) - ours
+        # Those in one root module with ours. It is known only to the script: search all objects in memory (0.1 s).
+        modules = live_objects(nn.Module) if theirs else []
+        inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
+        found: dict[str, Tensor] = {}
+        for root in modules:
+            named = {} if found or id(root) in inner else dict(root.named_parameters())
+            if not ours.isdisjoint(map(id, named.values())):
+                found = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
+        # They differ between workers, unless DDP averages their gradients.
         if found and not is_averaged_by_ddp(found.values(), self._group):
             names = ", ".join(sorted({type(o).__name__ for o in alone}))
             raise RuntimeError(
@@ -182,27 +195,6 @@ def _watch_steps() -> None:
 
     outside: Any = torch.compiler.disable
     register_optimizer_step_post_hook(outside(note))
-
-
-def _is_exchanged(optimizer: Optimizer) -> bool:
-    """Return True if a `LocalUpdates`, or the optimizer itself, exchanges the optimizer's steps between workers."""
-    return getattr(optimizer, "exchanged_by", None) is not None or hasattr(optimizer, "channel")
-
-
-def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
-    """Return, by name, the trainable parameters with ids in `theirs` in a root module that has a parameter in `ours`.
-
-    The module is known only to the user's script, so all objects in memory are searched (0.1 s).
-    """
-    modules = live_objects(nn.Module)
-    inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
-    for root in modules:
-        named = {} if id(root) in inner else dict(root.named_parameters())
-        if not ours.isdisjoint(map(id, named.values())):
-            found: dict[str, Tensor] = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
-            if found:
-                return found
-    return {}
 
 
 def _some(names: Sequence[str]) -> str:
