@@ -34,6 +34,7 @@ from packsaddle.hooks.hook import HookOptions, Scope
 from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.options.agreement import agreement
 
 
 def register_ddp_hook(
@@ -114,9 +115,9 @@ def register_ddp_hook(
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
         one = optimizers[0] if optimizers else None
         checker = EscapeAfterStep(escape, hook, one, found, rates, dense_below=spec.dense_below, seed=rules.seed)
-        hook.parts["escape"] = checker
+        hook.parts["escape"] = checker.fields
     # Options and parameters must match on all workers.
-    same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
+    same = {**agreement(rules), "noise": noise, "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)

@@ -4,7 +4,7 @@ DistributedDataParallel may rebuild its buckets after the first step or two, so 
 set of parameters that share a bucket. `ddp` registers it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, Value, Vector, attribute, skip, typed
-from packsaddle.hooks.escape import EscapeAfterStep
 from packsaddle.hooks.hook import GradientHook, HookOptions
 from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.finite import fill_where
@@ -42,6 +41,8 @@ class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
     `places` are the parameters of `module`, the model; `scale()` returns the GradScaler's factor, 1 without one.
+    With scope="bucket", `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since
+    buckets may differ at loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -69,7 +70,8 @@ class DDPHook(GradientHook):
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense), "register_ddp_hook")
         self.resets: list[Reset] = []  # firings of the escape check
-        self.parts: dict[str, EscapeAfterStep] = {}  # objects whose state is saved with the hook's, by name
+        # Functions that return further fields of the saved state, by name of the object that has them.
+        self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self._perturbation = noise
@@ -93,25 +95,22 @@ class DDPHook(GradientHook):
         """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
         self.calls += 1
         if bucket.index == 0:
-            self._check_parameters()
             self._waiting = []
+            for name, p in self._module.named_parameters():
+                if p.requires_grad and id(p) not in self._named:
+                    raise RuntimeError(
+                        f"{name} was added, replaced or unfrozen after DistributedDataParallel was made, which "
+                        f"therefore does not exchange its gradient; make DistributedDataParallel and the hook after it"
+                    )
         if bucket.buffer.layout is not torch.strided:
             raise RuntimeError(f"{self._names([bucket])[0]} has a sparse gradient, which is not supported")
         promise = self._background.promise()
         self._waiting.append((bucket, promise))
         if bucket.is_last or self._rules.scope == "bucket":
             waiting, self._waiting = self._waiting, []
-            work = partial(self._exchange_buckets, [b for b, _ in waiting])
+            work = partial(self._average, [b for b, _ in waiting])
             self._background.submit(work, [(p, b.buffer) for b, p in waiting])
         return promise.future
-
-    def _check_parameters(self) -> None:
-        for name, p in self._module.named_parameters():
-            if p.requires_grad and id(p) not in self._named:
-                raise RuntimeError(
-                    f"{name} was added, replaced or unfrozen after DistributedDataParallel was made, which therefore "
-                    f"does not exchange its gradient; make DistributedDataParallel and the hook after it"
-                )
 
     def _names(self, buckets: Sequence[Bucket]) -> list[str]:
         parameters = [p for bucket in buckets for p in bucket.parameters]
@@ -121,7 +120,7 @@ class DDPHook(GradientHook):
             )
         return [self._named[id(p)].name for p in parameters]
 
-    def _exchange_buckets(self, buckets: Sequence[Bucket]) -> None:
+    def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average buckets over workers as one vector, in place.
 
         After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error.
@@ -131,18 +130,15 @@ class DDPHook(GradientHook):
         if self._failure is not None:
             raise self._failure
         try:
-            self._average(buckets)
+            gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
+            with self._lock:
+                if buckets[0].index == 0:
+                    self._begin()
+                part = self._slice(frozenset(gradients))
+            code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
         except Exception as error:
             self._failure = error
             raise
-
-    def _average(self, buckets: Sequence[Bucket]) -> None:
-        gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
-        with self._lock:
-            if buckets[0].index == 0:
-                self._begin()
-            part = self._slice(frozenset(gradients))
-        code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
         for bucket in buckets:  # a rejected exchange becomes NaN on all workers, so all scalers skip the step
             fill_where(bucket.buffer, code > 0, float("nan"))
         self._complete = buckets[-1].is_last
@@ -204,47 +200,38 @@ class DDPHook(GradientHook):
                 if name in self._loose:
                     view.copy_(self._loose.pop(name))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: error memory by parameter, step count, owner errors, byte counts.
-
-        It has tensors and plain types only, and differs between workers. With scope="bucket" the owner errors of a
-        two-way exchange are added to this worker's error memory, since buckets may differ at loading. No update is
-        lost, but a resumed run is bitwise identical only with scope="model".
-        """
-        return super().state_dict()
-
     def _saved_fields(self) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self._places}
         compressed = {place.name: place.parameter.shape for place in self._places if not place.dense}
+        whole = self._whole
+
+        def check_units(saved: Mapping[str, float]) -> None:
+            if saved and saved.keys() != shapes.keys():
+                raise ValueError("the state's units must be of all parameters or of none")
+
+        def errors() -> dict[str, Tensor]:
+            return self.memory() | ({} if whole is None else whole.slice.by_name(whole.memory.vector))
+
+        def owner_errors() -> dict[str, Tensor]:
+            return {} if whole is None else whole.owner_errors_by_name()
+
+        def aggregator() -> SavedAggregator | None:
+            return None if whole is None else whole.aggregator_state()
+
         return [
             *super()._saved_fields(),
-            replace(attribute(("units",), self._rates, "units", dict[str, float]), check=self._check_units),
-            Vector(("error", ANY), shapes, self._errors, self._load_errors),
-            Vector(("owner_error", ANY), compressed, self._owner_errors, skip, optional=True),
-            Value(("aggregator",), SavedAggregator | None, self._aggregator_state, skip),
+            replace(attribute(("units",), self._rates, "units", dict[str, float]), check=check_units),
+            Vector(("error", ANY), shapes, errors, self._load_errors),
+            Vector(("owner_error", ANY), compressed, owner_errors, skip, optional=True),
+            Value(("aggregator",), SavedAggregator | None, aggregator, skip),
             attribute(("resets",), self, "resets", list[Reset]),
-            *(field for part in self.parts.values() for field in part.fields()),
+            *(field for fields in self.parts.values() for field in fields()),
         ]
-
-    def _check_units(self, saved: Mapping[str, float]) -> None:
-        if saved and saved.keys() != {place.name for place in self._places}:
-            raise ValueError("the state's units must be of all parameters or of none")
 
     @property
     def _whole(self) -> ErrorFeedback | None:
         """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
         return next(iter(self._slices.values()), None) if self._rules.scope == "model" else None
-
-    def _errors(self) -> dict[str, Tensor]:
-        whole = self._whole
-        own = {} if whole is None else whole.slice.by_name(whole.memory.vector)
-        return self.memory() | own
-
-    def _owner_errors(self) -> dict[str, Tensor]:
-        return {} if self._whole is None else self._whole.owner_errors_by_name()
-
-    def _aggregator_state(self) -> SavedAggregator | None:
-        return None if self._whole is None else self._whole.aggregator_state()
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
         """Store loaded error memories by parameter, until slices are created for the next buckets."""

@@ -1,34 +1,16 @@
 """The escape check for a gradient hook: lines 4-8 of Algorithm 1 after each step of plain SGD."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Communicator
-from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.slices import FlatParameters, Place
 from packsaddle.feedback.state import ANY, Value, Vector
+from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.hooks.rates import Rates, are_plain_sgd
-
-
-class Hook(Protocol):
-    """The interface of a gradient hook that `EscapeAfterStep` uses."""
-
-    resets: list[Reset]
-    channel: Communicator
-
-    @property
-    def steps(self) -> int:
-        """The number of applied backward passes."""
-
-    def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory by parameter, in units of a gradient."""
-
-    def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Reset the error memory to zero (line 7), or to `lost`, tensors by parameter."""
 
 
 class EscapeAfterStep:
@@ -41,7 +23,7 @@ class EscapeAfterStep:
     def __init__(
         self,
         rule: Escape,
-        hook: Hook,
+        hook: DDPHook,
         optimizer: Optimizer | None,
         places: Sequence[Place],
         rates: Rates,
@@ -95,7 +77,7 @@ class EscapeAfterStep:
 
     def fields(self) -> list[Vector | Value]:
         """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
-        anchor = {p.name: view for p, view in zip(self._places, self._flat.views(self._check.anchor), strict=True)}
+        anchor = self._flat.by_name(self._check.anchor)
         shapes = {name: view.shape for name, view in anchor.items()}
         return [
             Vector(("escape", "anchor", ANY), shapes, lambda: anchor),

@@ -28,6 +28,7 @@ from packsaddle.hooks.hook import UNLIKE, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
+from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
@@ -64,22 +65,6 @@ def padded_size(model: nn.Module) -> int:
             rows = p.shape[0] if p.ndim else 1
             found += -(-rows // shards) * (p.numel() // max(rows, 1))
     return found
-
-
-def shard_of(model: nn.Module) -> tuple[int, int]:
-    """Return this worker's shard index and the number of shards. Raises ValueError unless the mesh is 1-dimensional."""
-    mesh = _mesh(model)
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
-            f"replicas before its hook is called"
-        )
-    return int(mesh.get_local_rank()), int(mesh.size())
-
-
-def mesh_device(model: nn.Module) -> torch.device:
-    """Return the device of a model's mesh; weights may be offloaded, or still on the meta device."""
-    return torch.device(_mesh(model).device_type)
 
 
 def _mesh(model: nn.Module) -> Any:
@@ -135,7 +120,24 @@ class FSDPHook(GradientHook):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Broadcast rank 0's parameters to all replicas; collective."""
+        """Broadcast rank 0's parameters to all replicas; collective.
+
+        For a model on the meta device it runs in the first forward pass with gradients, before FSDP's own hook, while
+        parameters are sharded.
+        """
+        if any(local.is_meta for _, local in local_shards(self._model)):
+
+            def on_forward(*_: Any) -> None:
+                # One replica may evaluate alone; FSDP itself raises for weights on the meta device.
+                if torch.is_grad_enabled() and not any(local.is_meta for _, local in local_shards(self._model)):
+                    for handle in handles:
+                        handle.remove()
+                    self.start()
+
+            modules = (self._model, *(module for _, module in sharded_modules(self._model)))
+            called = {id(module): module for module in modules}.values()
+            handles = [module.register_forward_pre_hook(on_forward, prepend=True) for module in called]
+            return
         for _, local in local_shards(self._model):
             if local.numel():
                 there = local.to(self.device)  # elsewhere only if FSDP offloads to the CPU
@@ -191,7 +193,7 @@ class FSDPHook(GradientHook):
     @property
     def device(self) -> torch.device:
         """The device where gradients are averaged."""
-        return mesh_device(self._model)
+        return torch.device(_mesh(self._model).device_type)  # weights may be offloaded, or still on the meta device
 
     def _slice(self, name: str, index: int, gradient: Tensor) -> ErrorFeedback:
         if name not in self._slices:
@@ -297,7 +299,14 @@ def register_fsdp_hook(
     modules = sharded_modules(model)
     if not modules:
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
-    spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
+    mesh = _mesh(model)
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
+            f"replicas before its hook is called"
+        )
+    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
+    shard = int(mesh.get_local_rank()), int(mesh.size())
     rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
     # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
@@ -312,34 +321,14 @@ def register_fsdp_hook(
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
     # Options must match on all replicas of the shard, which start from the same parameters.
-    same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same = {**agreement(rules), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
     choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
-    _start(model, hook)
+    hook.start()
     for index, (name, module) in enumerate(modules):
         if hasattr(module, "set_reduce_scatter_unused_params"):  # so that the layout of a shard does not change
             module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))
     return hook
-
-
-def _start(model: nn.Module, hook: FSDPHook) -> None:
-    """Broadcast rank 0's parameters: now or, for a model on the meta device, in the first forward pass with gradients.
-
-    The broadcast runs before FSDP's own forward hook, while parameters are sharded.
-    """
-    if not any(local.is_meta for _, local in local_shards(model)):
-        hook.start()
-        return
-
-    def on_forward(*_: Any) -> None:
-        if not torch.is_grad_enabled() or any(local.is_meta for _, local in local_shards(model)):
-            return  # one replica may evaluate alone; FSDP itself raises for weights on the meta device
-        for handle in handles:
-            handle.remove()
-        hook.start()
-
-    called = {id(module): module for module in (model, *(module for _, module in sharded_modules(model)))}
-    handles = [module.register_forward_pre_hook(on_forward, prepend=True) for module in called.values()]

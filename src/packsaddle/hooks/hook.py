@@ -32,7 +32,7 @@ from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.budget import Allocation
 from packsaddle.numerics.finite import is_finite
-from packsaddle.options.agreement import Option, agreement
+from packsaddle.options.agreement import Option
 
 Scope = Literal["bucket", "model"]
 
@@ -51,20 +51,14 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        for name, only in {
-            "memory": "buffer",
-            "on_drift": "stop",
-        }.items():  # the others need CompressedSGD's own step
+        # Other memories, and repairs, need CompressedSGD's own step.
+        for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step: `Identity`, which is lossless, before `start_step`."""
         return Identity() if step < self.start_step else self.compression.at(step)
-
-    def agreement(self) -> dict[str, object]:
-        """Return the options that must match on all workers, by name."""
-        return {name.removeprefix("compression."): value for name, value in agreement(self).items()}
 
 
 @dataclass(frozen=True)
@@ -369,7 +363,7 @@ class GradientHook(ABC):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types; it differs between workers."""
+        """Return this worker's state, of tensors and plain types: error memory, counts. It differs between workers."""
         self._settle()
         return self.saved_state.save()
 

@@ -15,7 +15,7 @@ from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
-from packsaddle.options.agreement import Option, agreement, own
+from packsaddle.options.agreement import Option, own
 from packsaddle.options.numerals import duration
 
 Outer = Callable[[list[Any]], Optimizer]
@@ -293,12 +293,6 @@ class LocalOptions(Option):
             # The residual that the owner of a chunk keeps is weighted already; sending it would weight it again.
             if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
-
-    def agreement(self) -> dict[str, object]:
-        """Return the options that must be equal on all workers, as a dict by dotted name."""
-        weight = {} if isinstance(self.workers, Elastic) else {"weight": self.workers.weight is not None}
-        found = {name.removeprefix("compression."): value for name, value in agreement(self).items()}
-        return weight | found
 
 
 def _workers(given: Any) -> Workers | Elastic:

@@ -59,6 +59,7 @@ from packsaddle.local.rounds import Rounds, outer_optimizer
 from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.options.agreement import agreement
 
 
 def _rules(*, keep_unsent: bool) -> list[Rule]:
@@ -228,7 +229,8 @@ class LocalUpdates(JoinableSteps):
         self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
         # Check that arguments are equal on all workers, and set their parameters to rank 0's.
-        same = options.agreement() | {"kernels": compiler(device)}
+        same: dict[str, object] = {} if elastic else {"weight": fixed.weight is not None}
+        same |= agreement(options) | {"kernels": compiler(device)}
         same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
             for i, (name, p) in enumerate(tensors):
