@@ -24,19 +24,23 @@ _log = logging.getLogger("packsaddle")
 _PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
 
 
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's persistent buffers by name; others, such as caches, may differ in shape between workers."""
+    passing = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: b.detach() for name, b in model.named_buffers() if name not in passing}
+
+
 def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[tuple[str, Tensor]]:
     """Return pairs (name, tensor) of frozen parameters of the optimizers and the model, and of persistent buffers."""
     named = list(named_parameters(optimizers).items())
     if model is not None:
         known = {id(p) for _, p in named}
         named += [(name, p) for name, p in model.named_parameters() if id(p) not in known]
-        # Buffers that are not persistent, such as caches, may differ in shape between workers.
-        passing = {
-            f"{prefix}.{name}".lstrip(".")
-            for prefix, module in model.named_modules()
-            for name in module._non_persistent_buffers_set
-        }
-        named += [(name, b.detach()) for name, b in model.named_buffers() if name not in passing]
+        named += persistent_buffers(model).items()
     return [(name, t) for name, t in named if not t.requires_grad]
 
 
