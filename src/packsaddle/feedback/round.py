@@ -198,7 +198,7 @@ class ErrorFeedback:
 
 
 class Round:
-    """One exchange of a slice, as a transaction (see the module). `commit` or `roll_back` ends it."""
+    """One exchange of a slice, as a transaction (see the module). `close` ends it."""
 
     v: Tensor  # the vector to send, float[n]; after `absorb` its residual
     invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero, except with memory="gradient"
@@ -276,15 +276,8 @@ class Round:
         self.absorbed = True
         del self.g  # free the messages of all workers: a hook commits its round later
 
-    def commit(self) -> None:
-        """Commit the error memory. No-op if the round has ended."""
-        self._close(apply=True)
-
-    def roll_back(self) -> None:
-        """Roll back the error memory and the aggregator. No-op if the round has ended."""
-        self._close(apply=False)
-
-    def _close(self, *, apply: bool) -> None:
+    def close(self, *, apply: bool) -> None:
+        """Commit the error memory, or roll back the error memory and the aggregator. No-op if the round has ended."""
         if self._is_open:
             self._is_open = False
             if not apply:
@@ -297,5 +290,5 @@ class Round:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         apply = self.absorbed and kind is None
-        self._close(apply=apply)
+        self.close(apply=apply)
         self.feedback.contraction.close(self.step, apply=apply)

@@ -56,7 +56,11 @@ class Slice:
         for i in order:
             self._offsets[i] = self.d
             self.d += self.places[i].size
-        self._strides = [dense_strides(place.parameter) for place in self.places]
+        # The strides of each view: those of its parameter, unless that has gaps in memory.
+        self._strides = [
+            p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
+            for p in (place.parameter for place in self.places)
+        ]
         self._device, self._dtype = device, torch.float32
         for place in self.places:
             self._dtype = torch.promote_types(self._dtype, place.parameter.dtype)
@@ -77,13 +81,10 @@ class Slice:
         """Return the views of a vector, float[d], by the parameters' names."""
         return dict(zip(self.names, self.views(flat), strict=True))
 
-    def shaped(self, flat: Tensor) -> Shaped:
-        """Return `flat`, float[d], with its views."""
-        return Shaped(flat, self.views(flat))
-
     def zeros(self) -> Shaped:
         """Return a new vector of zeros, float[d], with its views."""
-        return self.shaped(torch.zeros(self.d, dtype=self._dtype, device=self._device))
+        flat = torch.zeros(self.d, dtype=self._dtype, device=self._device)
+        return Shaped(flat, self.views(flat))
 
     @property
     def has_frozen(self) -> bool:
@@ -225,13 +226,6 @@ def places(
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
     """Return True if p has fewer than two dimensions or `dense_below` elements; False if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
-
-
-def dense_strides(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of p if its elements have no gaps in memory, else those of a contiguous tensor."""
-    if p.numel() and extent(p) == p.numel():
-        return p.stride()
-    return torch.empty(p.shape, device="meta").stride()
 
 
 def extent(p: Tensor) -> int:

@@ -38,7 +38,7 @@ class EscapeAfterStep:
             )
         names, parameters = [p.name for p in places], [p.parameter for p in places]
         self._flat = FlatParameters([{"params": parameters, "param_names": names}], dense_below)
-        self._check = EscapeCheck(rule, self._flat, hook.channel, seed)
+        self._check = EscapeCheck(rule, self._flat.x, self._flat.compressed_d, hook.channel, seed)
         self._hook, self._places, self._rates = hook, places, rates
         self._checked = hook.steps
         self._has_begun = False

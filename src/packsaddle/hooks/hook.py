@@ -320,7 +320,7 @@ class GradientHook(ABC):
             self._end_pass(apply=applied)
             self._allocation.close(apply=applied)
             for r in self._pass:
-                r.commit() if applied else r.roll_back()
+                r.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
             # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.
             if applied:

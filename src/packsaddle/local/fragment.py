@@ -203,11 +203,9 @@ class Fragment(Slice):
     def _end(self, p: PendingExchange, *, commit: bool) -> None:
         """End the current round of the error memory: commit it, or roll it back."""
         assert p.round is not None
+        p.round.close(apply=commit)
         if commit:
-            p.round.commit()
             self.anchor.owed = None  # it was part of the vector v that was sent
-        else:
-            p.round.roll_back()
         if p.applied and p.factors is not None:
             self.clips.record(p.round.step, p.factors, p.workers)
         self.contraction.close(p.round.step, apply=commit)

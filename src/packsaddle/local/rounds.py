@@ -1,7 +1,7 @@
 """Rounds, the exchanges of local updates, of a fixed set of workers, and the checks after each of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,14 +20,6 @@ from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
 
 
-@dataclass
-class _Vector:
-    """The anchor as `EscapeCheck` needs it: a flat vector x, float[d], whose first coordinates are compressed."""
-
-    x: Tensor
-    compressed_d: int
-
-
 class AnchorEscape:
     """Runs a user's `Escape` check (Algorithm 1, lines 4-8) on the anchor, `whole`, after each round.
 
@@ -36,8 +28,8 @@ class AnchorEscape:
 
     def __init__(self, rule: Escape, whole: Fragment, channel: Communicator, seed: int) -> None:
         self._whole, self._anchor, self._objective = whole, whole.anchor, rule.objective
-        x = _Vector(self._anchor.flat, whole.compressed_d)
-        self._check = EscapeCheck(replace(rule, objective=self._at_anchor), x, channel, seed)
+        rule = replace(rule, objective=self._at_anchor)
+        self._check = EscapeCheck(rule, self._anchor.flat, whole.compressed_d, channel, seed)
         self.begin = self._check.begin  # starts the first check interval at the current anchor
 
     def _at_anchor(self) -> float | Tensor:

@@ -96,7 +96,8 @@ def check_first_step(
         return
     # Zeros, and gradients with few different values, may be equal on all workers without an exchange.
     different: list[Any] = [g[g.isfinite() & (g != 0)].double().unique() for g in gradients]
-    values = len(torch.cat(different).unique()) if different else 0
+    together: Any = torch.cat(different) if different else torch.empty(0)
+    values = len(together.unique())
     if not values:
         return
     found = (
