@@ -251,7 +251,14 @@ class LocalOptions(Option):
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         # "auto" may choose an exchange whose saved residuals are valid only for a fixed set of equal workers.
-        workers = _workers(workers)
+        if hasattr(workers, "start_quorum"):
+            workers = Elastic(workers)
+        elif isinstance(workers, Real):
+            raise TypeError(
+                f"workers must be a process group, Workers or Elastic, got {workers!r}: the launcher sets their number"
+            )
+        elif not isinstance(workers, Workers | Elastic):
+            workers = Workers(workers)
         alike = isinstance(workers, Workers) and not workers.are_uneven
         compression = Compression.of(compressor, "auto" if alike else "direct")
         return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
@@ -293,15 +300,3 @@ class LocalOptions(Option):
             # The residual that the owner of a chunk keeps is weighted already; sending it would weight it again.
             if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
-
-
-def _workers(given: Any) -> Workers | Elastic:
-    if isinstance(given, Workers | Elastic):
-        return given
-    if hasattr(given, "start_quorum"):
-        return Elastic(given)
-    if isinstance(given, Real):
-        raise TypeError(
-            f"workers must be a process group, Workers or Elastic, got {given!r}: the launcher sets their number"
-        )
-    return Workers(given)
