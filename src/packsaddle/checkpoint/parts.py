@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packsaddle.checkpoint.files import CheckpointError, DamagedError
 from packsaddle.comm.communicator import ObjectCollectives
@@ -104,7 +104,9 @@ def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
 
 def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollectives) -> None:
     """Restore all parts on all workers; if one fails, roll back all and raise CheckpointError. Collective."""
-    before = {name: _copied(part.state_dict()) for name, part in parts.items()}
+    before = tree_map_only(
+        Tensor, lambda t: t.detach().to("cpu", copy=True), {name: part.state_dict() for name, part in parts.items()}
+    )
 
     def load() -> None:
         for name, part in parts.items():
@@ -119,15 +121,6 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
         for name, part in parts.items():
             part.load_state_dict(before[name])
         raise
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = {key: _copied(inner) for key, inner in value.items()}
-        return copied if type(value) is dict else type(value)(copied)
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:

@@ -112,7 +112,6 @@ class FSDPHook(GradientHook):
         self._model, self._shard = model, shard
         self._perturbation = noise
         self._slices: dict[str, ErrorFeedback] = {}
-        self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
         self._loose: dict[str, Tensor] = {}  # loaded error memories of modules without a slice
@@ -167,9 +166,10 @@ class FSDPHook(GradientHook):
             # Runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
-        is_first = name not in self._bits
-        part = self._slice(name, index, gradient)
-        xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
+        is_first = name not in self._slices
+        seed = mix(self._rules.seed, index, self._shard[0])  # identical on all replicas
+        part = self._slice(name, index, gradient, seed)
+        xi = self._perturbation.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
         # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
@@ -195,7 +195,7 @@ class FSDPHook(GradientHook):
         """The device where gradients are averaged."""
         return torch.device(_mesh(self._model).device_type)  # weights may be offloaded, or still on the meta device
 
-    def _slice(self, name: str, index: int, gradient: Tensor) -> ErrorFeedback:
+    def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
         if name not in self._slices:
             # The first gradient of a module has the size of its slice, padding included.
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # shape only
@@ -204,11 +204,10 @@ class FSDPHook(GradientHook):
                     f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
                     f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
                 )
-            self._seeds[name] = mix(self._rules.seed, index, self._shard[0])  # identical on all replicas
             self._sizes[name] = gradient.numel() * gradient.element_size()
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
-            self._slices[name] = self._feedback(Slice([place], gradient.device), self._loose, self._seeds[name])
+            self._slices[name] = self._feedback(Slice([place], gradient.device), self._loose, seed)
         if self._slices[name].slice.d != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
@@ -241,7 +240,7 @@ class FSDPHook(GradientHook):
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
         """Store loaded error memories by module, until slices are created for the next gradients."""
-        self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
+        self._slices, self._seen = {}, {}
         self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def _identity(self) -> dict[str, int]:
