@@ -27,11 +27,10 @@ from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
 from packsaddle.feedback.slices import Place, places
-from packsaddle.hooks.ddp_hook import Bucket, DDPHook
+from packsaddle.hooks.ddp_hook import Bucket, DDPHook, Rates
 from packsaddle.hooks.escape import EscapeAfterStep
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
-from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement

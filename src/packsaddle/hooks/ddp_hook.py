@@ -1,7 +1,8 @@
 """The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
 DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps one error memory for each
-set of parameters that share a bucket. `ddp` registers it.
+set of parameters that share a bucket. They are rescaled when plain SGD's learning rate changes, so that y = x - eta e
+does not jump. `ddp` registers the hook.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
+from torch.optim import SGD, Optimizer
 
 from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
@@ -22,7 +24,6 @@ from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, Value, Vector, attribute, skip, typed
 from packsaddle.hooks.hook import GradientHook, HookOptions
-from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.finite import fill_where
 
 
@@ -35,6 +36,56 @@ class Bucket:
     buffer: Tensor  # float[n], all gradients of the bucket
     gradients: list[Tensor]  # views of the buffer, shaped as their parameters
     parameters: list[Tensor]
+
+
+def are_plain_sgd(optimizers: Sequence[Optimizer]) -> bool:
+    """Return True if all are SGD without momentum or maximize: only then does an error memory e change x by -lr e."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {type(o) for o in optimizers} == {SGD} and not any(g["momentum"] or g["maximize"] for g in groups)
+
+
+class Rates:
+    """The factor of the error memory e when plain SGD's learning rate changes: old / new keeps x - lr e unchanged.
+
+    Other optimizers have no factor: their momentum and second moments would accumulate the rescaled error like a
+    gradient. Raises ValueError if the optimizers miss a parameter.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
+        self._optimizers = optimizers
+        # By parameter name: the index of its optimizer, and of its parameter group there.
+        self._group: dict[str, tuple[int, int]] = {}
+        groups = [(i, j, group) for i, o in enumerate(optimizers) for j, group in enumerate(o.param_groups)]
+        owner = {id(p): (i, j) for i, j, group in groups for p in group["params"]}
+        for place in places if optimizers else ():
+            if id(place.parameter) not in owner:
+                raise ValueError(f"optimizer must have all parameters of the model, and lacks {place.name}")
+            self._group[place.name] = owner[id(place.parameter)]
+        self.units: dict[str, float] = {}  # by parameter name: the last nonzero rate, the unit of e
+        self._next: dict[str, float] = {}
+
+    def now(self) -> dict[str, float]:
+        """Return each parameter's learning rate."""
+        return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
+
+    def factors(self) -> Mapping[str, float]:
+        """Return the factors of the error memory, by name of each parameter whose learning rate has changed.
+
+        Records the rates for `close`. A factor is 0 if the rate is 0: the parameter will not move, so its error memory
+        must be kept and excluded from the exchange.
+        """
+        if not are_plain_sgd(self._optimizers):
+            return {}
+        rates = self.now()
+        units = {name: self.units.get(name) or rate for name, rate in rates.items()}
+        self._next = {name: rate or units[name] for name, rate in rates.items()}
+        factors = {name: units[name] / rate if rate else 0.0 for name, rate in rates.items()}
+        return {name: factor for name, factor in factors.items() if factor != 1.0}
+
+    def close(self, *, apply: bool) -> None:
+        """Commit the learning rates of the last `factors` as the units of the error memory, or roll back."""
+        if apply:
+            self.units = self._next
 
 
 class DDPHook(GradientHook):

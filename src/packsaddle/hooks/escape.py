@@ -9,8 +9,7 @@ from torch.optim import Optimizer
 from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.slices import FlatParameters, Place
 from packsaddle.feedback.state import ANY, Value, Vector
-from packsaddle.hooks.ddp_hook import DDPHook
-from packsaddle.hooks.rates import Rates, are_plain_sgd
+from packsaddle.hooks.ddp_hook import DDPHook, Rates, are_plain_sgd
 
 
 class EscapeAfterStep:

@@ -3,7 +3,7 @@
 Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
 pass are all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so
 error memories are saved by parameter, not by bucket. They are in units of a gradient, so they are rescaled when the
-learning rate of plain SGD changes (see `rates`).
+learning rate of plain SGD changes (see `ddp_hook`).
 """
 
 import math
