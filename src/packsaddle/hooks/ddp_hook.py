@@ -123,7 +123,7 @@ class DDPHook(GradientHook):
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self._places, self._rates, self._scale = module, places, rates, scale
+        self._module, self.places, self.rates, self._scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self._perturbation = noise
         self._background = Background(self.device)
@@ -140,7 +140,7 @@ class DDPHook(GradientHook):
 
     @property
     def device(self) -> torch.device:
-        return self._places[0].parameter.device
+        return self.places[0].parameter.device
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
@@ -157,7 +157,7 @@ class DDPHook(GradientHook):
             raise RuntimeError(f"{self._names([bucket])[0]} has a sparse gradient, which is not supported")
         promise = self._background.promise()
         self._waiting.append((bucket, promise))
-        if bucket.is_last or self._rules.scope == "bucket":
+        if bucket.is_last or self.rules.scope == "bucket":
             waiting, self._waiting = self._waiting, []
             work = partial(self._average, [b for b, _ in waiting])
             self._background.submit(work, [(p, b.buffer) for b, p in waiting])
@@ -198,14 +198,14 @@ class DDPHook(GradientHook):
         """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
-            named = [(place.name, place.parameter) for place in self._places]
+            named = [(place.name, place.parameter) for place in self.places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
-        self._noise = self._perturbation.drawn(seed=self._rules.seed, step=self._steps)
-        self._factors, self._scaled = self._rates.factors(), self._scale()
+        self._noise = self._perturbation.drawn(seed=self.rules.seed, step=self._steps)
+        self._factors, self._scaled = self.rates.factors(), self._scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _end_pass(self, *, apply: bool) -> None:
-        self._rates.close(apply=apply)
+        self.rates.close(apply=apply)
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
         """Return the error feedback of these parameters, with the old error memories if DDP has rebuilt its buckets."""
@@ -214,15 +214,15 @@ class DDPHook(GradientHook):
                 part = self._slices.pop(old)
                 part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
-            of = Slice([place for place in self._places if place.name in names], self.device)
-            self._slices[names] = self._feedback(of, self._loose, self._rules.seed)
+            of = Slice([place for place in self.places if place.name in names], self.device)
+            self._slices[names] = self._feedback(of, self._loose, self.rules.seed)
         return self._slices[names]
 
     @property
     def uncompressed(self) -> Bytes:
         """The bytes of the same number of exchanges without the hook: ring all-reduces of gradients."""
         exchanges = self.steps + self.skipped
-        d = sum(place.size * place.parameter.element_size() for place in self._places)
+        d = sum(place.size * place.parameter.element_size() for place in self.places)
         return ring_all_reduce(exchanges * d, self.channel.group.size)
 
     @torch.no_grad()
@@ -233,7 +233,7 @@ class DDPHook(GradientHook):
         that have not been applied yet. During a backward pass, returns the memory after the previous step.
         """
         self._settle()
-        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
+        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self.places}
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
             for part in self._slices.values():
@@ -252,8 +252,8 @@ class DDPHook(GradientHook):
                     view.copy_(self._loose.pop(name))
 
     def _saved_fields(self) -> list[Vector | Value]:
-        shapes = {place.name: place.parameter.shape for place in self._places}
-        compressed = {place.name: place.parameter.shape for place in self._places if not place.dense}
+        shapes = {place.name: place.parameter.shape for place in self.places}
+        compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
         whole = self._whole
 
         def check_units(saved: Mapping[str, float]) -> None:
@@ -271,7 +271,7 @@ class DDPHook(GradientHook):
 
         return [
             *super()._saved_fields(),
-            replace(attribute(("units",), self._rates, "units", dict[str, float]), check=check_units),
+            replace(attribute(("units",), self.rates, "units", dict[str, float]), check=check_units),
             Vector(("error", ANY), shapes, errors, self._load_errors),
             Vector(("owner_error", ANY), compressed, owner_errors, skip, optional=True),
             Value(("aggregator",), SavedAggregator | None, aggregator, skip),
@@ -282,7 +282,7 @@ class DDPHook(GradientHook):
     @property
     def _whole(self) -> ErrorFeedback | None:
         """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
-        return next(iter(self._slices.values()), None) if self._rules.scope == "model" else None
+        return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
         """Store loaded error memories by parameter, until slices are created for the next buckets."""
@@ -290,8 +290,8 @@ class DDPHook(GradientHook):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        if self._rules.scope == "model":
-            whole = self._slice(frozenset(place.name for place in self._places))
+        if self.rules.scope == "model":
+            whole = self._slice(frozenset(place.name for place in self.places))
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
                 self._use(whole, self._steps)
@@ -301,10 +301,10 @@ class DDPHook(GradientHook):
         """Return the settings that must be equal at saving and at loading."""
         group = self.channel.group
         return {
-            "seed": self._rules.seed,
+            "seed": self.rules.seed,
             "rank": group.rank,
             "workers": group.size,
-            "scope": self._rules.scope,
-            "exchange": self._rules.compression.exchange,
+            "scope": self.rules.scope,
+            "exchange": self.rules.compression.exchange,
             "parts": ", ".join(self.parts) or "none",
         }

@@ -167,7 +167,7 @@ class FSDPHook(GradientHook):
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
-        seed = mix(self._rules.seed, index, self._shard[0])  # identical on all replicas
+        seed = mix(self.rules.seed, index, self._shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
         xi = self._perturbation.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
@@ -246,7 +246,7 @@ class FSDPHook(GradientHook):
     def _identity(self) -> dict[str, int]:
         """Return the settings that must be equal at saving and at loading."""
         group, (shard, shards) = self.channel.group, self._shard
-        found = {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size}
+        found = {"seed": self.rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}
 
 

@@ -150,7 +150,7 @@ class GradientHook(ABC):
         self.channel = channel
         fields = (self._identity, self._saved_fields)
         self.saved_state = State(owner, _RULES, *fields, names=names, only_with=only_with)
-        self._rules, self._allocation = rules, Allocation(d)
+        self.rules, self._allocation = rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -168,8 +168,8 @@ class GradientHook(ABC):
         self._fresh = True  # False: gradients include those of earlier passes
 
     def __repr__(self) -> str:  # without waiting for a running pass
-        compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
-        return f"{type(self).__name__}({compressor}, scope={self._rules.scope}, {workers=}, steps={self._steps})"
+        compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
+        return f"{type(self).__name__}({compressor}, scope={self.rules.scope}, {workers=}, steps={self._steps})"
 
     @property
     def ledger(self) -> Ledger:
@@ -245,7 +245,7 @@ class GradientHook(ABC):
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
-        self._allocation.begin(self._rules.at(self._steps))
+        self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
         """Return new error feedback for a slice. Error memories in `unassigned`, by parameter, are moved into it."""
@@ -254,14 +254,14 @@ class GradientHook(ABC):
             if (error := unassigned.pop(place.name, None)) is not None:
                 view.copy_(error)
         parts = (of, memory, self.channel, self._guard, self._contraction)
-        return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
+        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:
         """Set a slice's compressor for a step; return that of the model. `kept`: one that causes no owner errors."""
-        exchange = self._rules.compression.exchange
-        compressor = Identity() if kept and exchange != "direct" else self._rules.at(step)
+        exchange = self.rules.compression.exchange
+        compressor = Identity() if kept and exchange != "direct" else self.rules.at(step)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
-        part.use(compressor, self._rules.compression.exchange_of(compressor), allotted=allotted)
+        part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
 
     def _exchange(
@@ -279,7 +279,7 @@ class GradientHook(ABC):
         parameter; with a factor of 0 it does not change. `identity` has bits of 0 or 1, float[b], that identify the
         slice: if they differ between workers, the code is UNLIKE or more.
         """
-        decay = self._rules.compression.decay
+        decay = self.rules.compression.decay
         kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
         compressor = self._use(part, self._steps, kept=bool(kept))
         r = part.round(self._steps)
