@@ -28,7 +28,6 @@ from packsaddle.compressors import Compressor, identify
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard, Verdict, blame
 from packsaddle.feedback.memory import ErrorMemory, Update
-from packsaddle.feedback.slices import Slice
 from packsaddle.numerics.seeds import mix
 
 
@@ -61,8 +60,7 @@ class ErrorFeedback:
     """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
 
     Args:
-        of: the slice, some parameters as one vector; its first `compressed_d` coordinates are compressed.
-        memory: the error memory of the slice.
+        memory: the error memory of the slice, some parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
         contraction: measures that vector and its residual.
@@ -74,7 +72,6 @@ class ErrorFeedback:
 
     def __init__(
         self,
-        of: Slice,
         memory: ErrorMemory,
         channel: Communicator,
         guard: Guard,
@@ -84,7 +81,8 @@ class ErrorFeedback:
         back: Compressor | None = None,
         whole: int | None = None,
     ) -> None:
-        self.slice, self.memory, self.channel, self.guard, self.contraction = of, memory, channel, guard, contraction
+        self.slice = of = memory.slice
+        self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
         self._compressor: Compressor | None = None  # for the whole vector

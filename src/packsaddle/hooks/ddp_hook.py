@@ -22,8 +22,8 @@ from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
-from packsaddle.feedback.state import ANY, Value, Vector, attribute, skip, typed
-from packsaddle.hooks.hook import GradientHook, HookOptions
+from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
+from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 
 
@@ -119,7 +119,8 @@ class DDPHook(GradientHook):
         rates: Rates,
         scale: Callable[[], float],
     ) -> None:
-        super().__init__(channel, rules, sum(place.size for place in places if not place.dense), "register_ddp_hook")
+        super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
+        self.saved_state = State("register_ddp_hook", RULES, self._identity, self._saved_fields)
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}

@@ -23,8 +23,8 @@ from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
-from packsaddle.feedback.state import ANY, Value, Vector
-from packsaddle.hooks.hook import UNLIKE, GradientHook, HookOptions
+from packsaddle.feedback.state import ANY, State, Value, Vector
+from packsaddle.hooks.hook import RULES, UNLIKE, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
@@ -108,7 +108,10 @@ class FSDPHook(GradientHook):
         noise: Noise,
         shard: tuple[int, int],
     ) -> None:
-        super().__init__(channel, rules, padded_size(model), "register_fsdp_hook", {"": ROOT}, _SHARDS)
+        super().__init__(channel, rules, padded_size(model))
+        self.saved_state = State(
+            *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
+        )
         self._model, self._shard = model, shard
         self._perturbation = noise
         self._slices: dict[str, ErrorFeedback] = {}

@@ -121,7 +121,7 @@ _NO_FACTORS: Mapping[str, float] = {}
 UNLIKE = 4.0  # added to the code of an exchange if workers exchanged different slices
 
 
-_RULES = [
+RULES = [
     Rule(("error", ANY), "error"),
     Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
@@ -135,21 +135,13 @@ class GradientHook(ABC):
     """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
 
     The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the
-    number of compressed coordinates of all slices, `owner` the name of the function that registers the hook.
+    number of compressed coordinates of all slices.
     """
 
-    def __init__(
-        self,
-        channel: Communicator,
-        rules: HookOptions,
-        d: int,
-        owner: str,
-        names: Mapping[Any, str] | None = None,
-        only_with: Mapping[str, str] | None = None,
-    ) -> None:
+    saved_state: State  # set by subclasses
+
+    def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
-        fields = (self._identity, self._saved_fields)
-        self.saved_state = State(owner, _RULES, *fields, names=names, only_with=only_with)
         self.rules, self._allocation = rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
@@ -253,7 +245,7 @@ class GradientHook(ABC):
         for place, view in of.named(memory.vector):
             if (error := unassigned.pop(place.name, None)) is not None:
                 view.copy_(error)
-        parts = (of, memory, self.channel, self._guard, self._contraction)
+        parts = (memory, self.channel, self._guard, self._contraction)
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:

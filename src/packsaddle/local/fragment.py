@@ -95,7 +95,7 @@ class Fragment(Slice):
         self.contraction = Contraction(spec.monitor_every)
         guard = Guard("extra", unnamed="another shard", agree=agree)
         self.feedback = ErrorFeedback(
-            self, memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
+            memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
         )
         self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
         self.rounds = 0  # t: applied exchanges

@@ -186,7 +186,6 @@ class CompressedSGD(Optimizer):
         self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
         self.monitor = Contraction(spec.monitor_every, self._flat)
         self._feedback = ErrorFeedback(
-            self._flat,
             self._memory,
             self.channel,
             Guard("dense" if spare else "none"),
