@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
-from packsaddle.cli.plan_link import _recommendation, ms
+from packsaddle.cli.plan_link_text import advice, ms
 from packsaddle.comm.group import Solo
 from packsaddle.plan import link as link_planner
 from packsaddle.plan import model_size as workload
@@ -356,7 +356,7 @@ def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     assert verdict.best.exchange == "two-way"
     (local,) = forecast_local(size, link, fleet, lambda c, d: free, measured={Setting(1, Identity()): 100.0})
-    line = _recommendation(verdict, local)
+    line, _ = advice(verdict, local, "adamw")
     assert line.startswith('Use: register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
 
 

@@ -25,13 +25,7 @@ _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a model: the coordinates that one step exchanges.
-
-    >>> from packsaddle.plan import ModelSize
-    >>> size = ModelSize.of_model("mnist-autoencoder")
-    >>> size.d, size.dense
-    (209920, 449)
-    """
+    """The size of a model: the coordinates that one step exchanges."""
 
     name: str  # name of the model
     d: int  # compressed coordinates

@@ -11,6 +11,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.plan.model_size import MODELS, build_model
 from packsaddle.plan.timing import Timing, repeated
 from packsaddle.runs.tasks.models import CharTransformer
+from packsaddle.runs.training import muon_and_adamw
 
 StepOptimizer = Literal["sgd", "adamw", "muon"]
 
@@ -108,14 +109,4 @@ def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optim
         return [torch.optim.SGD(trained, rate, momentum=0.9)]
     if name == "adamw":
         return [torch.optim.AdamW(trained, rate)]
-    # Hidden matrices: no embeddings, and not the last linear layer.
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-    ends = {id(m.weight) for m in (*last, *model.modules()) if m in last or isinstance(m, nn.Embedding)}
-    hidden = [p for p in trained if p.ndim == 2 and id(p) not in ends]
-    rest = [p for p in trained if p.ndim != 2 or id(p) in ends]
-    made: list[torch.optim.Optimizer] = []
-    if hidden:
-        made.append(torch.optim.Muon(hidden, rate))
-    if rest:
-        made.append(torch.optim.AdamW(rest, rate))
-    return made
+    return muon_and_adamw(model, muon={"lr": rate}, adamw={"lr": rate})

@@ -146,7 +146,8 @@ def _digits(train: bool) -> Images:
 
 
 def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
-    root, classes = data_dir / part, _classes(data_dir / "train")
+    root, train = data_dir / part, data_dir / "train"
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
     if not root.is_dir():
         raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
     try:
@@ -186,7 +187,3 @@ def _open_image(path: str) -> Any:
         if image.mode[0] in "IF":
             raise ConfigError(f"{path} has pixels of more than 8 bits ({image.mode}); images must have 8 a channel")
         return image.convert("RGB")
-
-
-def _classes(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
