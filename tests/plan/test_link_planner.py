@@ -16,12 +16,12 @@ from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, Top
 from packsaddle.cli.plan_link_text import advice, ms
 from packsaddle.comm.group import Solo
 from packsaddle.plan import link as link_planner
-from packsaddle.plan import model_size as workload
+from packsaddle.plan import model as workload
 from packsaddle.plan import timing
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.link import MEASURED, StepsNeeded, forecast, steps_needed
 from packsaddle.plan.local import Setting, forecast_local
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 from packsaddle.plan.timing import Timing
 from packsaddle.runs.tasks.images import load_data

@@ -17,8 +17,8 @@ from packsaddle.cli.plan_link_text import advice, spread
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
+from packsaddle.plan.model import _optimizers, random_batch
 from packsaddle.plan.timing import Timing, repeated
-from packsaddle.plan.training_step import _optimizers, random_batch
 from packsaddle.runs.training import muon_and_adamw
 
 SCRIPT = """

@@ -27,10 +27,9 @@ from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.plan.model_size import ModelSize, update_seconds
+from packsaddle.plan.model import ModelSize, TrainingStep, random_batch, update_seconds
 from packsaddle.plan.step_time import LATENCY, Fleet, Link
 from packsaddle.plan.timing import Timing
-from packsaddle.plan.training_step import TrainingStep, random_batch
 from packsaddle.runs.progress import countdown
 
 _BATCH = 32

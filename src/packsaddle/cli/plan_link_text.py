@@ -9,7 +9,7 @@ from packsaddle.cli.console import brief, digits, kilobytes, number_table, print
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.link import Forecast, Optimizer, Verdict, format_rate
 from packsaddle.plan.local import LocalForecast
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import FRAMING, Fleet, Link
 from packsaddle.plan.timing import Timing
 

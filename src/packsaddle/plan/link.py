@@ -19,7 +19,7 @@ from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import QSGD, Compressor, LowRank, RandomK, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.coding import Pace
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
 from packsaddle.plan.timing import clocked
 
