@@ -1,7 +1,6 @@
 """Fixtures: real gloo worker processes, and toy runs shared by several test modules."""
 
 import faulthandler
-import multiprocessing.forkserver
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -36,6 +35,7 @@ _stderr: list[int] = []  # that of the process, which pytest takes away during t
 
 def pytest_configure() -> None:
     _stderr[:] = [os.dup(2)]
+    forked_python.spawn_as_python_does()
 
 
 def _watch() -> None:
@@ -74,12 +74,6 @@ def pytest_xdist_setupnodes(specs: list[Any]) -> None:
     """Make pytest's processes forks of one Python that has torch, as the programs are that tests start."""
     for spec in specs:
         spec.python = forked_python.python()
-
-
-def pytest_sessionstart() -> None:
-    """In such a fork, start the server of gloo's workers while it has nothing of any test, nor threads but xdist's."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        multiprocessing.forkserver.ensure_running()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

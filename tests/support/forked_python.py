@@ -27,10 +27,8 @@ MODULES = (
     "packsaddle.cli",
     "packsaddle.runs.job",
     "packsaddle.numerics.kernels.preloaded",
-    # What several tests import: in pytest's processes, or in the programs and workers that they start.
+    # What several tests import, in pytest's processes or in the programs that they start.
     "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "torch._inductor.compile_fx",
     "scipy.stats",
     "matplotlib.figure",
     "jinja2",
@@ -87,7 +85,6 @@ def python() -> str:
 
 
 _started: list[str] = []
-_filters: list[object] = []  # of warnings, with which the program began, as the processes do that it spawns
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -222,12 +219,22 @@ def _received(client: socket.socket, size: int) -> bytes:
     return found
 
 
+def spawn_as_python_does() -> None:
+    """In a fork: let multiprocessing start its servers as new interpreters, and not as further forks.
+
+    torch.compile behind DistributedDataParallel can hang in forks of forks.
+    """
+    import multiprocessing.util
+
+    now = multiprocessing.util.spawnv_passfds
+    multiprocessing.util.spawnv_passfds = getattr(now, "instead_of", now)
+
+
 def _spawned(path: str, words: list[str], passed: list[int]) -> int:
     """multiprocessing.util.spawnv_passfds, by a fork with these descriptors alone, which runs the code."""
     import multiprocessing.forkserver
     import threading
     import traceback
-    import warnings
     from contextlib import suppress
 
     fork = os.fork()
@@ -242,8 +249,6 @@ def _spawned(path: str, words: list[str], passed: list[int]) -> int:
                 with suppress(OSError):
                     os.close(int(name))
         multiprocessing.forkserver._forkserver._lock = threading.Lock()  # which the caller holds
-        warnings.resetwarnings()
-        warnings.filters.extend(_filters)  # type: ignore[arg-type, attr-defined]
         at = words.index("-c")
         sys.argv = ["-c", *words[at + 2 :]]
         with suppress(SystemExit):
@@ -274,6 +279,7 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: l
     import threading
     import traceback
 
+    _spawned.instead_of = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = _spawned
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -319,7 +325,6 @@ def _run(words: list[str]) -> int:
                 warnings.simplefilter(words.pop(0))  # type: ignore[arg-type]
             else:
                 sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-        _filters.extend(warnings.filters)
         sys.path[0] = os.getcwd()
         if words[0] == "-m":
             sys.argv = words[1:]
