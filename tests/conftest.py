@@ -15,7 +15,7 @@ from gloo import run_in_processes
 from hypothesis import settings
 
 # The same examples everywhere, and no verdict by the clock.
-settings.register_profile("packsaddle", deadline=None, derandomize=True)
+settings.register_profile("packsaddle", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("packsaddle")
 
 # Every pytest process, worker process and command would compile all source files anew.
