@@ -77,7 +77,7 @@ shell("packsaddle run topk.toml --out runs/topk")
 # %% [markdown]
 # - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits not used for
 #   training.
-# - `MB per worker` is the size of all messages of one worker, without the model at the start.
+# - `MB per worker` are the megabytes that one worker sent in the whole run, without the model at the start.
 # - `compression` is the number of bytes of uncompressed gradients over this number.
 # - The line about noise is for runs whose loss stands still, the topic of the next tutorial.
 #

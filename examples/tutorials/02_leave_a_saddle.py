@@ -142,7 +142,7 @@ figure.savefig("runs/02_leave_a_saddle.png", dpi=120)
 # ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.png)
 #
 # Without noise the loss is constant. With noise the weights move a little at random, and the negative curvature
-# amplifies this at every step. Both runs end at the best loss of this network.
+# amplifies this at every step. Both runs with noise end at the best loss of this network.
 #
 # The compressed run leaves the saddle as well, with a 14th of the bytes. It takes longer: the two plateaus in its curve
 # are further saddles, at which the network has found some of the four directions.
