@@ -166,7 +166,7 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 #   slow for the red curve's bytes.
 #
 # So compression trades steps for bytes. [Local updates](docs/local-updates.md#what-was-measured) shows this for a
-# transformer, with learning rates tuned for each method.
+# transformer, most methods at the better of two learning rates.
 #
 # ## The same with Muon
 #
