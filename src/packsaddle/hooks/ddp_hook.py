@@ -124,7 +124,7 @@ class DDPHook(GradientHook):
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self.places, self.rates, self._scale = module, places, rates, scale
+        self._module, self.places, self.rates, self._current_scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self._perturbation = noise
         self._background = Background(self.device)
@@ -135,8 +135,6 @@ class DDPHook(GradientHook):
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._noise: GaussianNoise | None = None
-        self._factors: Mapping[str, float] = {}
-        self._scaled = 1.0  # the GradScaler's factor of the gradients
         self._failure: Exception | None = None  # the first exception in this pass; None: none
 
     @property
@@ -187,7 +185,7 @@ class DDPHook(GradientHook):
                 if buckets[0].index == 0:
                     self._begin()
                 part = self._slice(frozenset(gradients))
-            code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
+            code = self._exchange(part, gradients, self._noise)
         except Exception as error:
             self._failure = error
             raise
@@ -202,7 +200,7 @@ class DDPHook(GradientHook):
             named = [(place.name, place.parameter) for place in self.places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
         self._noise = self._perturbation.drawn(seed=self.rules.seed, step=self._steps)
-        self._factors, self._scaled = self.rates.factors(), self._scale()
+        self._factors, self._scale = self.rates.factors(), self._current_scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _end_pass(self, *, apply: bool) -> None:
@@ -295,7 +293,7 @@ class DDPHook(GradientHook):
             whole = self._slice(frozenset(place.name for place in self.places))
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
-                self._use(whole, self._steps)
+                self._use(whole)
                 whole.restore(aggregator, state["owner_error"] or {})
 
     def _identity(self) -> dict[str, Any]:

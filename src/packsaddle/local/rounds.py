@@ -107,20 +107,20 @@ class Rounds:
                 self._finish(part)
         for part in self._fragments:
             if part.is_due(step):
-                self._begin("exchanges a round", part, step, self._participation.share_after(step), delay=self._delay)
+                self._begin(part, step)
 
     def flush(self, step: int) -> bool:
         """Finish all exchanges, then exchange all pending updates uncompressed; collective. Return True if applied."""
         applied = [self._finish(part) for part in self._fragments if part.current is not None]
-        share = self._participation.share()
-        for part in self._fragments:
-            applied.append(self._begin("calls flush()", part, step, share, delay=0, uncompressed=True))
+        applied += [self._begin(part, step, uncompressed=True) for part in self._fragments]
         return all(applied)
 
-    def _begin(
-        self, call: Call, part: Fragment, step: int, share: float, *, delay: int, uncompressed: bool = False
-    ) -> bool:
+    def _begin(self, part: Fragment, step: int, *, uncompressed: bool = False) -> bool:
         """Begin a round of one fragment; without a delay finish it too. Return False if it is rejected already."""
+        # A flush has no delay, and all workers take part in it.
+        call: Call = "calls flush()" if uncompressed else "exchanges a round"
+        delay = 0 if uncompressed else self._delay
+        share = self._participation.share() if uncompressed else self._participation.share_after(step)
         p = part.begin(step + delay, share, later=delay > 0, uncompressed=uncompressed)
         self._outcomes.register(part, p)
         as_vector = delay > 0 or self._outer is not None

@@ -35,7 +35,7 @@ from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
-from packsaddle.sgd.lazy_noise import Perturber, SavedNoise
+from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
@@ -564,7 +564,7 @@ class CompressedSGD(Optimizer):
         def views(name: str) -> dict[int, Tensor]:
             return dict(enumerate(self._flat.views(self._flat_state()[name])))
 
-        def load_noise(saved: SavedNoise | None) -> None:
+        def load_noise(saved: OutstandingNoise | None) -> None:
             self._noise.load(saved, memory, self._step)
 
         return [
@@ -576,7 +576,7 @@ class CompressedSGD(Optimizer):
             if escape
             else Value((*group, "anchor_step"), int, lambda: 0, skip),
             Value(("aggregator",), SavedAggregator, self._feedback.aggregator_state, self._feedback.load_aggregator),
-            Value(("noise",), SavedNoise | None, self._noise.state, load_noise),
+            Value(("noise",), OutstandingNoise | None, lambda: self._noise.outstanding, load_noise),
             *self._skips.fields(),
             *self.monitor.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
