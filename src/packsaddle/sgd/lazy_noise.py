@@ -13,7 +13,6 @@ from packsaddle.comm.aggregators import Aggregator, AllReduce, Averaged
 from packsaddle.compressors.sparse import Cells
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
-from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
@@ -94,67 +93,60 @@ class Perturber:
     def __init__(
         self,
         noise: Noise,
+        memory: ErrorMemory,
+        aggregator: Aggregator,
         *,
         seed: int,
-        flat: FlatParameters,
-        aggregator: Aggregator,
         escape: bool,
         plain: bool,
     ) -> None:
-        self._noise, lazy = noise, noise.lazy
-        self._seed, self._flat, self._d = seed, flat, flat.compressed_d
+        self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is eager
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
         # Number and size of cells, if all workers send the same ones in each step; else None.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
+        problem = ""
         if not plain:
-            if lazy:
-                raise ValueError("lazy noise goes with plain error feedback alone: no ef21, momentum or storm")
+            problem = "lazy noise goes with plain error feedback alone: no ef21, momentum or storm"
         elif grid is None:
-            if lazy:
-                raise ValueError(
-                    f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
-                    f"{type(aggregator).__name__}"
-                )
-        elif lazy and escape:
-            raise ValueError(
+            by = type(aggregator).__name__
+            problem = f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by {by}"
+        elif escape:
+            problem = (
                 "lazy noise goes with no escape check, which looks at e: what is outstanding is drawn anew for "
                 "each look, so that resets would have another law; lazy=None draws noise eagerly there"
             )
-        elif noise.std != 0 and self._d and lazy is not False and not escape:
+        elif noise.std != 0 and self._d and noise.lazy is not False:
             cells, size = grid
-            kept = torch.zeros(cells, dtype=torch.float64, device=flat.x.device)
+            kept = torch.zeros(cells, dtype=torch.float64, device=memory.vector.device)
             self.outstanding = OutstandingNoise(0.0, kept, size)
+        if problem and noise.lazy:
+            raise ValueError(problem)
 
-    @property
-    def lazy(self) -> bool:
-        """True if noise may be left outstanding."""
-        return self.outstanding is not None
-
-    def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
+    def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
         """Return the noise xi_t of this step (None: 0), and how many leading coordinates keep it outstanding."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:
             return xi, 0
-        if len(set(lrs)) == 1 and not self._flat.has_frozen:
+        if len(set(lrs)) == 1 and not self._memory.slice.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
         # A cell may span several rates, or frozen parameters: move the outstanding noise to the memory.
-        self._settle(self.outstanding, memory, step)
+        self._settle(self.outstanding, step)
         return xi, 0
 
-    def _settle(self, outstanding: OutstandingNoise, memory: ErrorMemory, step: int) -> None:
+    def _settle(self, outstanding: OutstandingNoise, step: int) -> None:
         """Draw all outstanding noise and move it to the error memory, as with eager noise."""
         if outstanding.anything:
-            memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
+            self._memory.add(outstanding.draw(self._memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()
 
-    def add_outstanding(self, g: Averaged, unit: float) -> None:
+    def add_outstanding(self, g: Averaged) -> None:
         """Add the outstanding noise of the cells that this step exchanged to their values in the mean g, in place.
 
-        Values are in multiples of `unit`. The noise of this step is included. No-op if noise is eager.
+        The noise of this step is included. No-op if noise is eager.
         """
         if self.outstanding is None:
             return
@@ -162,7 +154,7 @@ class Perturber:
         if self.outstanding.anything:
             message = g.mean[0].message
             values = message.parts["values"]
-            self.outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=self._step)
+            self.outstanding.take(message.context, values, 1 / self._memory.unit, seed=self._seed, step=self._step)
 
     @property
     def bound(self) -> float:
@@ -184,15 +176,15 @@ class Perturber:
         noise = self.outstanding.draw(pending[: self._d], seed=self._seed, step=step)
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
-    def load(self, saved: OutstandingNoise | None, memory: ErrorMemory, step: int) -> None:
+    def load(self, saved: OutstandingNoise | None, step: int) -> None:
         """Restore a saved state. If noise is eager here, or cells differ, it is drawn and added to the memory."""
         here = self.outstanding
         if here is not None:
             here.clear()
         if saved is None:
             return
-        found = replace(saved, kept=saved.kept.to(self._flat.x.device, torch.float64, copy=True))
+        found = replace(saved, kept=saved.kept.to(self._memory.vector.device, torch.float64, copy=True))
         if here is not None and here.grid == found.grid:
             self.outstanding = found
         else:
-            self._settle(found, memory, step)
+            self._settle(found, step)

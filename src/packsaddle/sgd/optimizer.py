@@ -92,7 +92,7 @@ class FlatTarget:
 
     def _move(self, g: Averaged) -> Tensor | None:
         """Subtract the mean update g and outstanding noise from x; return the rounding error of x, float[d] or None."""
-        self._noise.add_outstanding(g, self._memory.unit)
+        self._noise.add_outstanding(g)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
@@ -197,10 +197,8 @@ class CompressedSGD(Optimizer):
         self.choice = self._feedback.choice
         self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
-            Noise.of(noise),
+            *(Noise.of(noise), self._memory, self.choice.aggregator),
             seed=self.seed,
-            flat=self._flat,
-            aggregator=self.choice.aggregator,
             escape=escape is not None,
             plain=spec.memory != "ef21" and not momentum,
         )
@@ -321,7 +319,7 @@ class CompressedSGD(Optimizer):
     def _update(self, t: int) -> GradientUpdate:
         """Return the update eta (gradient + weight_decay x + noise xi_t), with momentum or STORM applied (line 9)."""
         lrs, decays = self._each("lr"), self._each("weight_decay")
-        noise, noisy_from = self._noise.draw(self._memory, lrs, t)
+        noise, noisy_from = self._noise.draw(lrs, t)
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
@@ -342,7 +340,8 @@ class CompressedSGD(Optimizer):
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"
-        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
+        is_lazy = self._noise.outstanding is not None
+        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=is_lazy, can_wait=can_wait))
 
     def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
         if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
@@ -565,7 +564,7 @@ class CompressedSGD(Optimizer):
             return dict(enumerate(self._flat.views(self._flat_state()[name])))
 
         def load_noise(saved: OutstandingNoise | None) -> None:
-            self._noise.load(saved, memory, self._step)
+            self._noise.load(saved, self._step)
 
         return [
             *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
