@@ -128,9 +128,6 @@ class DDPHook(GradientHook):
         self._named = {id(place.parameter): place for place in places}
         self._perturbation = noise
         self._background = Background(self.device)
-        # Slices are created when buckets arrive, since DistributedDataParallel may rebuild its buckets.
-        self._slices: dict[frozenset[str], ErrorFeedback] = {}
-        self._loose: dict[str, Tensor] = {}  # error memory of parameters without a slice, by name
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
@@ -214,7 +211,7 @@ class DDPHook(GradientHook):
                 part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
             of = Slice([place for place in self.places if place.name in names], self.device)
-            self._slices[names] = self._feedback(of, self._loose, self.rules.seed)
+            self._slices[names] = self._feedback(of, self.rules.seed)
         return self._slices[names]
 
     @property
@@ -282,10 +279,6 @@ class DDPHook(GradientHook):
     def _whole(self) -> ErrorFeedback | None:
         """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
-
-    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by parameter, until slices are created for the next buckets."""
-        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

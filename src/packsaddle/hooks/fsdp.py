@@ -6,7 +6,7 @@ imported.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -114,10 +114,8 @@ class FSDPHook(GradientHook):
         )
         self._model, self._shard = model, shard
         self._perturbation = noise
-        self._slices: dict[str, ErrorFeedback] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._loose: dict[str, Tensor] = {}  # loaded error memories of modules without a slice
         self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
 
     @torch.no_grad()
@@ -210,7 +208,7 @@ class FSDPHook(GradientHook):
             self._sizes[name] = gradient.numel() * gradient.element_size()
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
-            self._slices[name] = self._feedback(Slice([place], gradient.device), self._loose, seed)
+            self._slices[name] = self._feedback(Slice([place], gradient.device), seed)
         if self._slices[name].slice.d != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
@@ -240,11 +238,6 @@ class FSDPHook(GradientHook):
         shapes: dict[Any, torch.Size | None] = {name: None for name, _ in sharded_modules(self._model)}
         shapes |= {name: torch.Size([part.slice.d]) for name, part in self._slices.items()}
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
-
-    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by module, until slices are created for the next gradients."""
-        self._slices, self._seen = {}, {}
-        self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def _identity(self) -> dict[str, int]:
         """Return the settings that must be equal at saving and at loading."""

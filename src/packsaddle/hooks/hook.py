@@ -149,6 +149,9 @@ class GradientHook(ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
+        # Slices are made when their gradients arrive.
+        self._slices: dict[Any, ErrorFeedback] = {}
+        self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # The running backward pass, or the last one.
         self._scale = 1.0  # the GradScaler's factor of the gradients
         self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
@@ -240,11 +243,11 @@ class GradientHook(ABC):
         self.channel.step = self._steps
         self._allocation.begin(self.rules.at(self._steps))
 
-    def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice. Error memories in `unassigned`, by parameter, are moved into it."""
+    def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
+        """Return new error feedback for a slice. Its error memories in `_loose` are moved into it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
-            if (error := unassigned.pop(place.name, None)) is not None:
+            if (error := self._loose.pop(place.name, None)) is not None:
                 view.copy_(error)
         parts = (memory, self.channel, self._guard, self._contraction)
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
@@ -351,6 +354,10 @@ class GradientHook(ABC):
             self._allocation.field(lambda: self.device),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
         ]
+
+    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
+        """Store loaded error memories by name, until slices are made for the next gradients."""
+        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, of tensors and plain types: error memory, counts. It differs between workers."""
