@@ -125,7 +125,6 @@ class Skips:
             _log.warning("%s; %s%s", skip, "the step is skipped" if self.protected else _UNPROTECTED, row)
 
     def reset_streak(self) -> None:
-        """Reset the count of consecutive skips."""
         self.in_a_row = 0
 
     def check(self, in_a_row: int) -> None:

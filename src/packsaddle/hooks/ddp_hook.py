@@ -65,7 +65,6 @@ class Rates:
         self._next: dict[str, float] = {}
 
     def now(self) -> dict[str, float]:
-        """Return each parameter's learning rate."""
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
@@ -290,7 +289,6 @@ class DDPHook(GradientHook):
                 whole.restore(aggregator, state["owner_error"] or {})
 
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal at saving and at loading."""
         group = self.channel.group
         return {
             "seed": self.rules.seed,

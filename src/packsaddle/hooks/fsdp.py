@@ -193,7 +193,6 @@ class FSDPHook(GradientHook):
 
     @property
     def device(self) -> torch.device:
-        """The device where gradients are averaged."""
         return torch.device(_mesh(self._model).device_type)  # weights may be offloaded, or still on the meta device
 
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
@@ -240,7 +239,6 @@ class FSDPHook(GradientHook):
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
     def _identity(self) -> dict[str, int]:
-        """Return the settings that must be equal at saving and at loading."""
         group, (shard, shards) = self.channel.group, self._shard
         found = {"seed": self.rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}

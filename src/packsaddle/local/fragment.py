@@ -201,7 +201,6 @@ class Fragment(Slice):
         return p.applied
 
     def _end(self, p: PendingExchange, *, commit: bool) -> None:
-        """End the current round of the error memory: commit it, or roll it back."""
         assert p.round is not None
         p.round.close(apply=commit)
         if commit:

@@ -125,12 +125,9 @@ class Rounds:
         self._outcomes.register(part, p)
         as_vector = delay > 0 or self._outer is not None
         exchange = partial(part.exchange, p, step - 1, as_vector=as_vector)
-        if delay:
-            assert p.round is not None
-            p.wait = self._lockstep.start(call, step, exchange, p.round.v, p.norm)
-            return True
-        self._lockstep.run(call, step, exchange, p.norm)
-        return self._finish(part)
+        assert p.round is not None
+        p.wait = self._lockstep.start(call, step, exchange, p.round.v if delay else None, p.norm)
+        return delay > 0 or self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:
         """Finish the current exchange of one fragment: apply and record it. Return False if it is rejected."""

@@ -641,7 +641,6 @@ class LocalUpdates(JoinableSteps):
         ]
 
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal when a state is saved and when it is loaded, as a dict by name."""
         options, group = self.options, self._channel.group
         same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
         same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
@@ -655,5 +654,4 @@ class LocalUpdates(JoinableSteps):
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")

@@ -77,7 +77,6 @@ class OutstandingNoise:
         return len(self.kept), self.size
 
     def clear(self) -> None:
-        """Clear the outstanding noise."""
         self.total = 0.0
         self.kept.zero_()
 
@@ -166,7 +165,6 @@ class Perturber:
         return copy.deepcopy(self.outstanding)
 
     def restore(self, snapshot: Any) -> None:
-        """Roll the outstanding noise back to a `snapshot`."""
         self.outstanding = snapshot
 
     def pending(self, pending: Tensor, step: int) -> Tensor:

@@ -596,5 +596,4 @@ class CompressedSGD(Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raise TypeError: a copied or unpickled optimizer would lose its parameters and group. Use `state_dict`."""
         raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")

@@ -118,7 +118,6 @@ class Roster:
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
     def fields(self, path: Path) -> list[Value]:
-        """Return the roster's saved-state fields, below `path`."""
         return [
             *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),
             attribute((*path, "gone"), self, "gone", float),
@@ -143,7 +142,6 @@ class Account:
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
 
     def step(self) -> None:
-        """Count an inner step."""
         self.since += 1
         self.ahead += 1
 
