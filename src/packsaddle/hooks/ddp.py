@@ -6,6 +6,7 @@ state_dict. `keep_gradients_local` disables the exchange of DistributedDataParal
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,7 @@ from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
 from packsaddle.feedback.slices import FlatParameters, Place, places
-from packsaddle.feedback.state import ANY, Value, Vector
+from packsaddle.feedback.state import Value, Vector
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook, Rates, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
@@ -270,7 +271,7 @@ class EscapeAfterStep:
             )
         names, parameters = [p.name for p in hook.places], [p.parameter for p in hook.places]
         self._flat = FlatParameters([{"params": parameters, "param_names": names}], hook.rules.compression.dense_below)
-        self._check = EscapeCheck(rule, self._flat.x, self._flat.compressed_d, hook.channel, hook.rules.seed)
+        self._check = EscapeCheck(rule, self._flat, self._flat.x, hook.channel, hook.rules.seed)
         self._hook, self._checked = hook, hook.steps
         self._has_begun = False
         optimizer.register_step_pre_hook(self._before)
@@ -304,12 +305,8 @@ class EscapeAfterStep:
 
     def fields(self) -> list[Vector | Value]:
         """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
-        anchor = self._flat.by_name(self._check.anchor)
-        shapes = {name: view.shape for name, view in anchor.items()}
-        return [
-            Vector(("escape", "anchor", ANY), shapes, lambda: anchor),
-            Value(("escape", "step"), int, lambda: self._check.anchor_step, self._resume),
-        ]
+        anchor, step = self._check.fields()
+        return [anchor, replace(step, load=self._resume)]
 
     def _resume(self, anchor_step: int) -> None:
         self._check.anchor_step, self._checked, self._has_begun = anchor_step, self._hook.steps, True
