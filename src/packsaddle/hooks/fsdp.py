@@ -100,20 +100,13 @@ class FSDPHook(GradientHook):
     >>> dist.destroy_process_group()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        channel: Communicator,
-        rules: HookOptions,
-        noise: Noise,
-        shard: tuple[int, int],
-    ) -> None:
+    def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions, noise: Noise) -> None:
         super().__init__(channel, rules, padded_size(model))
         self.saved_state = State(
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
-        self._model, self._shard = model, shard
-        self._perturbation = noise
+        self._model, self._perturbation = model, noise
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
         self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
@@ -168,7 +161,7 @@ class FSDPHook(GradientHook):
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
-        seed = mix(self.rules.seed, index, self._shard[0])  # identical on all replicas
+        seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
         xi = self._perturbation.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
@@ -239,7 +232,7 @@ class FSDPHook(GradientHook):
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
     def _identity(self) -> dict[str, int]:
-        group, (shard, shards) = self.channel.group, self._shard
+        group, (shard, shards) = self.channel.group, self.shard
         found = {"seed": self.rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}
 
@@ -299,7 +292,6 @@ def register_fsdp_hook(
             f"replicas before its hook is called"
         )
     spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    shard = int(mesh.get_local_rank()), int(mesh.size())
     rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
     # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
@@ -312,9 +304,9 @@ def register_fsdp_hook(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )
     channel = Communicator(resolve(replicas), Ledger())
-    hook = FSDPHook(model, channel, rules, noise, shard)
+    hook = FSDPHook(model, channel, rules, noise)
     # Options must match on all replicas of the shard, which start from the same parameters.
-    same = {**agreement(rules), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same = {**agreement(rules), "noise": noise, "modules": [name for name, _ in modules], "shard": hook.shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
