@@ -99,8 +99,8 @@ def register_ddp_hook(
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
     # Validate the options, each alone and for this model.
-    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    rules = HookOptions(spec, scope, start_step, as_seed(seed))
+    spec = Compression.of(compressor)
+    rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
     optimizers = () if optimizer is None else as_optimizers(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
@@ -108,20 +108,17 @@ def register_ddp_hook(
     _check_sizes(found, rules, model.process_group.size())
     # The backward pass does lines 9-12 of Algorithm 1; the optimizer's step is followed by lines 4-8.
     channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizers, found)
-    scale = (lambda: 1.0) if scaler is None else scaler.get_scale
-    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
+    hook = DDPHook(model.module, channel, rules, found, rates, scaler)
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
         hook.parts["escape"] = EscapeAfterStep(escape, hook, optimizers[0] if optimizers else None).fields
     # Options and parameters must match on all workers.
-    same = {**agreement(rules), "noise": noise, "escape": escape, "lr": rates.now()}
+    same = {**agreement(rules), "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.
-    if scaler is not None:
-        hook.register_scaler(scaler)
     for each in optimizers:
         hook.protect(each)
     on_buckets(model, hook)

@@ -19,7 +19,7 @@ from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
-from packsaddle.feedback.noise import GaussianNoise, Noise
+from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
@@ -90,7 +90,7 @@ class Rates:
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model; `scale()` returns the GradScaler's factor, 1 without one.
+    `places` are the parameters of `module`, the model.
     With scope="bucket", `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since
     buckets may differ at loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
 
@@ -114,18 +114,18 @@ class DDPHook(GradientHook):
         channel: Communicator,
         rules: HookOptions,
         places: Sequence[Place],
-        noise: Noise,
         rates: Rates,
-        scale: Callable[[], float],
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
         self.saved_state = State("register_ddp_hook", RULES, self._identity, self._saved_fields)
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self.places, self.rates, self._current_scale = module, places, rates, scale
+        self._module, self.places, self.rates, self._scaler = module, places, rates, scaler
         self._named = {id(place.parameter): place for place in places}
-        self._perturbation = noise
+        if scaler is not None:  # while enabled, it skips steps with non-finite gradients
+            self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device)
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
@@ -195,8 +195,9 @@ class DDPHook(GradientHook):
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self.places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
-        self._noise = self._perturbation.drawn(seed=self.rules.seed, step=self._steps)
-        self._factors, self._scale = self.rates.factors(), self._current_scale()
+        self._noise = self.rules.noise.drawn(seed=self.rules.seed, step=self._steps)
+        self._factors = self.rates.factors()
+        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _end_pass(self, *, apply: bool) -> None:

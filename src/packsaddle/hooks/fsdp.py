@@ -100,12 +100,12 @@ class FSDPHook(GradientHook):
     >>> dist.destroy_process_group()
     """
 
-    def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions, noise: Noise) -> None:
+    def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
         super().__init__(channel, rules, padded_size(model))
         self.saved_state = State(
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
-        self._model, self._perturbation = model, noise
+        self._model = model
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
@@ -156,14 +156,14 @@ class FSDPHook(GradientHook):
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
             self._fresh = all(p.grad is None for p in self._model.parameters())
-            self._step_rates.add([self._perturbation.at_step(self._steps)])
+            self._step_rates.add([self.rules.noise.at_step(self._steps)])
             # Runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
         seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
-        xi = self._perturbation.drawn(seed=seed, step=self._steps)  # line 9
+        xi = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
         # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
@@ -291,8 +291,8 @@ def register_fsdp_hook(
             f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
             f"replicas before its hook is called"
         )
-    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
+    spec = Compression.of(compressor)
+    rules = HookOptions(spec, Noise.of(noise), "bucket", start_step, as_seed(seed))
     # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
@@ -304,9 +304,9 @@ def register_fsdp_hook(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )
     channel = Communicator(resolve(replicas), Ledger())
-    hook = FSDPHook(model, channel, rules, noise)
+    hook = FSDPHook(model, channel, rules)
     # Options must match on all replicas of the shard, which start from the same parameters.
-    same = {**agreement(rules), "noise": noise, "modules": [name for name, _ in modules], "shard": hook.shard}
+    same = {**agreement(rules), "modules": [name for name, _ in modules], "shard": hook.shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)

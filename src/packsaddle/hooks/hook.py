@@ -26,7 +26,7 @@ from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory, Update
-from packsaddle.feedback.noise import GaussianNoise
+from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
@@ -42,12 +42,14 @@ class HookOptions(Option):
     """The settings of a hook; see `register_ddp_hook`. Raises ValueError for bad arguments."""
 
     compression: Compression
+    noise: Noise
     scope: Scope
     start_step: int
     seed: int
 
     def __post_init__(self) -> None:
         self.compression.check_gradients()
+        self.noise.check_eager()
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
@@ -206,10 +208,6 @@ class GradientHook(ABC):
             optimizer.register_step_pre_hook(self._clear_rejected_gradients)
             self._protected.append(optimizer)
             self._skips.protected = True
-
-    def register_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """Register a GradScaler, `scaler`. While enabled, it skips steps with non-finite gradients."""
-        self._skips.protected |= scaler.is_enabled()
 
     def _clear_rejected_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
