@@ -141,10 +141,6 @@ class Account:
     sent: float = 0.0  # norm of its message in its last round
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
 
-    def step(self) -> None:
-        self.since += 1
-        self.ahead += 1
-
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.
 
