@@ -25,8 +25,8 @@ _STEPS_NOTE = (
     "at its best learning rate (docs/choosing.md). Your model may differ."
 )
 _LOCAL_NOTE = (
-    "x steps: measured on a small language model with {}, with 2 or 4 workers, each setting at its best learning rate "
-    "({}). Your model may differ."
+    "x steps: measured on a small language model with {}, with 2 or 4 workers (learning rates and seeds: {}). Your "
+    "model may differ."
 )
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
