@@ -4,6 +4,8 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -217,10 +219,11 @@ def test_a_sharp_valley_is_measured_from_far_beyond_it(w: float) -> None:
 
 
 class Attention(nn.Module):
-    """A block of fused attention."""
+    """A block of attention, by torch's choice of a kernel or always by flash attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, flash: bool = False) -> None:
         super().__init__()
+        self.kernel = partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION) if flash else nullcontext
         rng = torch.Generator().manual_seed(0)
         self.inward, self.outward = nn.Linear(6, 18), nn.Linear(6, 6)
         with torch.no_grad():
@@ -229,25 +232,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.view(*t.shape[:2], 2, 3).transpose(1, 2) for t in self.inward(x).chunk(3, -1))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        with self.kernel():
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
         return self.outward(mixed.transpose(1, 2).flatten(2))
 
 
-def test_fused_attention_is_certified_by_differences() -> None:
-    """Flash attention has no double backward; the same network with plain attention has, and agrees."""
+def test_fused_attention_is_certified_by_differences_if_a_network_insists() -> None:
+    """Flash attention has no double backward; torch's choice of a kernel is replaced by one that has, and agrees."""
     rng = torch.Generator().manual_seed(1)
     x, y = torch.randn(4, 5, 6, generator=rng), torch.randn(4, 5, 6, generator=rng)
     found = {}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
-        with sdpa_kernel(backend):
-            found[backend] = certify(
-                Attention(),
-                loss_fn,
-                [(x, y)],
-                epsilon=1e3,
-                hessian_lipschitz=1e-6,
-                search=Search(generator=torch.Generator().manual_seed(2)),
-            )
+    for flash in (True, False):
+        found[flash] = certify(
+            Attention(flash=flash),
+            loss_fn,
+            [(x, y)],
+            epsilon=1e3,
+            hessian_lipschitz=1e-6,
+            search=Search(generator=torch.Generator().manual_seed(2)),
+        )
     fused, plain = found.values()
     assert (fused.hvp, plain.hvp) == ("differences of gradients", "double backward")
     assert fused.verdict == plain.verdict == Verdict.SADDLE
@@ -257,8 +260,8 @@ def test_fused_attention_is_certified_by_differences() -> None:
     assert "no double backward: derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is" in text
     assert plain.hvp_step is None
     assert "by double backward, " in str(plain)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="is not implemented"):
-        certify(Attention(), loss_fn, [(x, y)], epsilon=1e3, search=Search(hvp="double-backward"))
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        certify(Attention(flash=True), loss_fn, [(x, y)], epsilon=1e3, search=Search(hvp="double-backward"))
 
 
 @pytest.mark.slow
