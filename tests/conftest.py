@@ -71,9 +71,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: list[Any]) -> None:
-    """Make pytest's processes forks of one Python that has torch, as the programs are that tests start."""
-    for spec in specs:
-        spec.python = forked_python.python()
+    """On Linux, make pytest's processes forks of one Python that has torch, as the programs are that tests start."""
+    if sys.platform == "linux":
+        for spec in specs:
+            spec.python = forked_python.python()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
