@@ -223,7 +223,7 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     """RandomK's steps are the shortest; behind AdamW it is not what is recommended."""
-    asked = ("plan", "link", "10mbit", "--d", 5_000_000, "--compute", 0.01, "--workers", 2)
+    asked = ("plan", "link", "10mbit", "--d", 1_000_000, "--compute", 0.01, "--workers", 2)
     assert command(*asked, "--optimizer", "adamw", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optimizer"] == "adamw"
