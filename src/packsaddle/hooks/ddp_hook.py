@@ -1,8 +1,8 @@
 """The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
 DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps one error memory for each
-set of parameters that share a bucket. They are rescaled when plain SGD's learning rate changes, so that y = x - eta e
-does not jump. `ddp` registers the hook.
+set of parameters that share a bucket. Error memories are rescaled when plain SGD's learning rate changes, so that
+y = x - eta e does not jump. `ddp` registers the hook.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,9 +90,9 @@ class Rates:
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model.
-    With scope="bucket", `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since
-    buckets may differ at loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model, and `optimizers` train them, if known. With scope="bucket",
+    `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since buckets may differ at
+    loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -114,7 +114,7 @@ class DDPHook(GradientHook):
         channel: Communicator,
         rules: HookOptions,
         places: Sequence[Place],
-        rates: Rates,
+        optimizers: Sequence[Optimizer],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
@@ -122,7 +122,7 @@ class DDPHook(GradientHook):
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self.places, self.rates, self._scaler = module, places, rates, scaler
+        self._module, self.places, self.rates, self._scaler = module, places, Rates(optimizers, places), scaler
         self._named = {id(place.parameter): place for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
