@@ -19,7 +19,6 @@ from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
-from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
@@ -130,7 +129,6 @@ class DDPHook(GradientHook):
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._noise: GaussianNoise | None = None
         self._failure: Exception | None = None  # the first exception in this pass; None: none
 
     @property
@@ -181,7 +179,7 @@ class DDPHook(GradientHook):
                 if buckets[0].index == 0:
                     self._begin()
                 part = self._slice(frozenset(gradients))
-            code = self._exchange(part, gradients, self._noise)
+            code = self._exchange(part, gradients)
         except Exception as error:
             self._failure = error
             raise

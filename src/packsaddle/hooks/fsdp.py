@@ -163,8 +163,8 @@ class FSDPHook(GradientHook):
         is_first = name not in self._slices
         seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
-        xi = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
-        code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
+        self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
+        code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
         # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:

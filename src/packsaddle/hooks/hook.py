@@ -155,6 +155,7 @@ class GradientHook(ABC):
         self._slices: dict[Any, ErrorFeedback] = {}
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # The running backward pass, or the last one.
+        self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
         self._scale = 1.0  # the GradScaler's factor of the gradients
         self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
         self._pass: list[Round] = []
@@ -259,11 +260,7 @@ class GradientHook(ABC):
         return compressor
 
     def _exchange(
-        self,
-        part: ErrorFeedback,
-        gradients: Mapping[str, Tensor],
-        noise: GaussianNoise | None,
-        identity: Sequence[Tensor] = (),
+        self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
         """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
@@ -277,7 +274,7 @@ class GradientHook(ABC):
         with self._lock:
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
-        v = r.correct(BucketUpdate(part.slice, gradients, noise, self._scale, factors, decay))
+        v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():
