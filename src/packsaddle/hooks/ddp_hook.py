@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.optim import SGD, Optimizer
 
-from packsaddle.comm.communicator import Communicator, ring_all_reduce
-from packsaddle.comm.ledger import Bytes
+from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
@@ -123,6 +122,7 @@ class DDPHook(GradientHook):
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
         self._module, self.places, self.rates, self._scaler = module, places, Rates(optimizers, places), scaler
         self._named = {id(place.parameter): place for place in places}
+        self._sizes = {place.name: place.parameter.nbytes for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device)
@@ -211,13 +211,6 @@ class DDPHook(GradientHook):
             of = Slice([place for place in self.places if place.name in names], self.device)
             self._slices[names] = self._feedback(of, self.rules.seed)
         return self._slices[names]
-
-    @property
-    def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without the hook: ring all-reduces of gradients."""
-        exchanges = self.steps + self.skipped
-        d = sum(place.size * place.parameter.element_size() for place in self.places)
-        return ring_all_reduce(exchanges * d, self.channel.group.size)
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:

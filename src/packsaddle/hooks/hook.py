@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.ledger import Ledger, Totals
+from packsaddle.comm.communicator import Communicator, ring_all_reduce
+from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
@@ -153,6 +153,7 @@ class GradientHook(ABC):
         self._steps = 0
         # Slices are made when their gradients arrive.
         self._slices: dict[Any, ErrorFeedback] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # The running backward pass, or the last one.
         self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
@@ -192,6 +193,15 @@ class GradientHook(ABC):
         """The skipped steps since construction or loading; each worker names its own invalid parameter."""
         self._settle()
         return self._skips.list
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
+
+        A module of FSDP is counted once it was in a backward pass with this hook.
+        """
+        exchanges = self.steps + self.skipped
+        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
     @property
     def contraction(self) -> float | None:
