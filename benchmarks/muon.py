@@ -35,7 +35,8 @@ import torch
 from rate_search import append, rate_at
 
 import packsaddle
-from benchmarks.race.workload import evenly_spaced, load_library
+from benchmarks.origin import Origin, check_text
+from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.runs import DataConfig, ModelConfig
@@ -213,13 +214,16 @@ class Runs:
 
     def __init__(self, name: str, out: Path) -> None:
         self.setting, self.out = SETTINGS[name], out
+        self.text = LIBRARY if self.setting.model.width == 128 else ""
 
     def rows(self, method: str) -> list[dict[str, str]]:
         """Return the rows of a method, oldest first."""
         if not self.out.exists():
             return []
         with self.out.open() as file:
-            return [row for row in csv.DictReader(file) if row["method"] == method]
+            rows = [row for row in csv.DictReader(file) if row["method"] == method]
+        check_text(map(Origin.of_row, rows), self.text, self.out)
+        return rows
 
     def make(self, method: str, rate: float, seed: int) -> None:
         """Train, unless the file has this run already."""
@@ -229,7 +233,7 @@ class Runs:
         how = METHODS[method]
         workers = 1 if how.compressor is None else self.setting.workers
         row = packsaddle.simulate(lambda _: train(self.setting, how, rate, seed), workers)[0]
-        append(self.out, {"method": method, **row})
+        append(self.out, {"method": method, **row}, self.text)
 
     def best(self, method: str) -> list[dict[str, str]]:
         """Return the rows of the rate with the lowest loss of seed 0."""
