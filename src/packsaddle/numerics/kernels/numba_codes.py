@@ -111,8 +111,11 @@ def _pack_levels(
             x_bits, place = bits_of_v[group + start : group + start + len(x)], offset + group + start
             norm = _levels_of(x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), key, np.uint32(place), c)
             norms[(group + start) // bucket] = norm
-        codes[len(held) :] = 0
-        pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
+        if bits == 8:
+            out[group : group + len(held)] = codes[: len(held)]
+        else:
+            codes[len(held) :] = 0
+            pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
 
 
 @compiled_loop
@@ -268,23 +271,25 @@ def pack_layer(
 
     It is the Rice code of the gaps between these codes or, if `inverted`, between the others, `coded` in number.
     """
-    kept, dtype = torch.empty(going_on + 1, dtype=torch.uint8), np.int32 if len(codes) < 1 << 31 else np.int64
-    gaps = np.empty(coded + 1, dtype)
-    _split_codes(codes.numpy(), low, high, inverted, gaps, kept.numpy())
-    return torch.from_numpy(_pack_rice(gaps[:coded], b)), kept[:going_on]
+    dtype = np.int32 if len(codes) < 1 << 31 else np.int64
+    places = np.empty(going_on + 1, dtype)
+    _list_places(codes.numpy(), low, high, False, places)
+    kept = codes.index_select(0, torch.from_numpy(places[:going_on]))
+    if inverted:
+        places = np.empty(coded + 1, dtype)
+        _list_places(codes.numpy(), low, high, True, places)
+    gaps = np.diff(places[:coded], prepend=dtype(-1))
+    gaps -= 1
+    return torch.from_numpy(_pack_rice(gaps, b)), kept
 
 
 @compiled_loop
-def _split_codes(codes: Array, low: int, high: int, inverted: bool, gaps: Array, kept: Array) -> None:
-    n, m = np.int64(0), np.int64(0)
+def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
+    """Write the indices of the codes below `low` or above `high`, or of the others, to `places`, one longer."""
+    n: Any = 0
     for i in range(len(codes)):  # branch-free: the others are overwritten
-        goes_on = (codes[i] < low) | (codes[i] > high)
-        gaps[n] = i
-        n += np.int64(goes_on != inverted)
-        kept[m] = codes[i]
-        m += np.int64(goes_on)
-    for i in range(n - 1, 0, -1):
-        gaps[i] -= gaps[i - 1] + 1
+        places[n] = i
+        n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
 
 
 def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
