@@ -333,7 +333,7 @@ def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> An
         for i in range(pending + 1):
             ends[i] = ends[n + i]
     # A long quotient could overflow `number`, so both are checked.
-    return pending == 0 and byte_at == len(unary) and longest <= most >> b and largest <= most
+    return bool(pending == 0 and byte_at == len(unary) and longest <= most >> b and largest <= most)
 
 
 def unpack_numbers(packed: Tensor, width: int, n: int, dtype: torch.dtype) -> Tensor:
