@@ -307,7 +307,7 @@ _PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)  # pos
 
 
 @compiled_loop
-def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> Any:
+def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bool:
     ends, remainders = np.empty(_GROUP + 17, np.int64), np.zeros(_GROUP, np.int64)
     ends[0] = -1  # position of the last one of the previous group, followed by the positions of the next ones
     pending, byte_at, longest, largest = 0, 0, np.int64(0), np.int64(0)
