@@ -15,7 +15,7 @@ from gloo import run_in_processes
 from hypothesis import settings
 
 # The same examples everywhere, and no verdict by the clock.
-settings.register_profile("packsaddle", deadline=None, derandomize=True)
+settings.register_profile("packsaddle", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("packsaddle")
 
 # Every pytest process, worker process and command would compile all source files anew.
@@ -71,9 +71,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_setupnodes(specs: list[Any]) -> None:
-    """Make pytest's processes forks of one Python that has torch, as the programs are that tests start."""
-    for spec in specs:
-        spec.python = forked_python.python()
+    """On Linux, make pytest's processes forks of one Python that has torch, as the programs are that tests start."""
+    if sys.platform == "linux":
+        for spec in specs:
+            spec.python = forked_python.python()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch_loops import torch_only
@@ -55,7 +55,6 @@ def expected_length(p: float, b: int) -> float:
     return b + 1 / (1 - q)
 
 
-@settings(max_examples=50)
 @given(
     st.integers(0, 400),
     st.sampled_from([0.001, 0.02, 0.1, 0.3, 0.6, 1.0]),

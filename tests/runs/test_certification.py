@@ -63,8 +63,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the figures of certificates, which take longer to draw than a small search."""
-    monkeypatch.setattr("packsaddle.runs.findings.draw_certificate", lambda *arguments: None)
-    monkeypatch.setattr("packsaddle.runs.findings.figures.save", lambda *arguments: None)
+    monkeypatch.setattr("packsaddle.runs.certification.draw_certificate", lambda *arguments: None)
+    monkeypatch.setattr("packsaddle.runs.certification.figures.save", lambda *arguments: None)
 
 
 def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> None:

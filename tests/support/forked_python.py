@@ -197,12 +197,17 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _compile_loops() -> None:
-    """Call numba's loops in both precisions, as each compressor does for vectors of a model's size."""
+    """Call numba's loops in both precisions, as compressors and optimizers do for vectors of a model's size."""
     import torch
     from families import COMPRESSORS
 
+    from packsaddle.numerics.finite import add_if_finite
+    from packsaddle.numerics.seeds import sample_without_replacement
+
+    sample_without_replacement(5000, 5, seed=0, step=0)
     for dtype in (torch.float32, torch.float64):
         v = torch.randn(1300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        add_if_finite([(v.clone(), v, 0.5)])
         for compressor in COMPRESSORS:
             parts = compressor.encode(v, seed=0, step=0).parts
             message = compressor.receive(parts, len(v), seed=0, step=0)

@@ -383,7 +383,8 @@ def test_figure_2_from_the_command_line(finished: tuple[Path, str]) -> None:
 @pytest.mark.process
 def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
-    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=80", "epochs=1")
+    few = ("--set", "data.limit=80", "epochs=1", "model.name=resnet18")
+    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, *few)
     assert command("experiments.paper", "fig1", *arguments) == 0
     assert "RandomK 0.1%: final loss" in capsys.readouterr().out
     entries = by_setting(json.loads((folder / "summary.json").read_text()))

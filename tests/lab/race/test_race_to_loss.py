@@ -373,7 +373,7 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
         "--seeds",
         1,
         "--rates",
-        "20/1000",
+        "100/1000",
         "--rounds",
         1,
         "--block",
@@ -405,8 +405,8 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert losses["rows"][0]["kB"] == pytest.approx(4e-3 * d, rel=1e-3)
     assert len(load(tmp_path / "curves.csv")) == 2
     alone, dense, ours = load_steps(tmp_path / "steps.csv")
-    assert (dense.up, dense.down) == (20, 1000)
-    assert dense.ms > 4e-3 * d * 8 / 20  # at the rate of the slower way
+    assert (dense.up, dense.down) == (100, 1000)
+    assert dense.ms > 4e-3 * d * 8 / 100  # at the rate of the slower way
     assert alone.kb == 0 < ours.kb < dense.kb / 20
 
 
