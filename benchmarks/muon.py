@@ -36,7 +36,7 @@ from rate_search import append, rate_at
 
 import packsaddle
 from benchmarks.origin import Origin, check_text
-from benchmarks.race.inner import held_out_loss, make_inner
+from benchmarks.race.inner import Half, held_out_loss, make_inner
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
@@ -109,6 +109,13 @@ def _methods() -> Iterator[tuple[str, Method]]:
             for momentum in (0.9, 0.5, 0.0):
                 yield f"{name}, DiLoCo {every}, {momentum:g}", replace(exact, outer=(0.7, momentum))
             yield f"{name}, SparseLoCo {every}", replace(exact, compressor=sparse, outer=(1.0, 0.0), decay=0.95)
+        exact = replace(base, compressor=Identity(), keep=False)
+        for every in (64, 128, 256, 512):
+            yield f"{name}, local SGD {every}", replace(exact, every=every)
+        for every in (8, 32, 64, 128, 256):
+            yield f"{name}, local SGD {every}, 16 bits", replace(exact, compressor=Half(), every=every)
+        for momentum in (0.9, 0.5, 0.0):
+            yield f"{name}, DiLoCo 128, {momentum:g}", replace(exact, every=128, outer=(0.7, momentum))
 
 
 METHODS = dict(_methods())

@@ -48,8 +48,10 @@ class Entrant:
         self.network.zero_grad()
         self.forward(*batch).backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        for each in (*self.optimizers, *self.schedules):
-            each.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
         self.average()
         self.steps += 1
 
@@ -102,6 +104,8 @@ def _local(method: Method, entrant: Entrant) -> None:
 def _local_sgd(method: Method, entrant: Entrant) -> None:
     """Average the parameters in float32 after every `every` steps, by torch's averager without a first average."""
     averager = PeriodicModelAverager(method.every, warmup_steps=0)
+    world = dist.group.WORLD
+    assert world is not None
     averager.step = 1  # else it averages after the first step of every period, the very first one included
     averages = 0
 
@@ -114,7 +118,7 @@ def _local_sgd(method: Method, entrant: Entrant) -> None:
         nonlocal averages
         if entrant.steps % method.every:
             averages += 1
-            average_parameters(entrant.network.parameters(), dist.group.WORLD)
+            average_parameters(entrant.network.parameters(), world)
 
     entrant.average, entrant.flush, entrant.diverges = average, flush, True
     entrant.sent = lambda: averages * _ring(entrant.network, 4)

@@ -36,7 +36,7 @@ def make_inner(
 def held_out_loss(network: nn.Module, held_out: Dataset, windows: Tensor) -> float:
     """Return the mean loss on some windows, of which each worker evaluates a part; collective."""
     group, cpu = resolve(None), torch.device("cpu")
-    mine = windows[group.rank :: group.size].split(_AT_ONCE)
+    mine = torch.split(windows[group.rank :: group.size], _AT_ONCE)
     total = torch.tensor([sum(float(network(*held_out.batch(i, cpu))) * len(i) for i in mine)])
     group.all_reduce(total)
     return float(total) / len(windows)

@@ -46,7 +46,8 @@ class TargetRace:
     def run(self, part: Part) -> list[Result]:
         """Make the missing rows of a part, and return the tables. Raises ValueError, WorkerFailedError."""
         text = TrainingWorkload("gpt", self.settings.batch, self.settings.text or None).text_hash()
-        check_text([row.origin for row in (*self.trainings(), *self.timed())], text, self.folder)
+        origins = [*(run.origin for run in self.trainings()), *(step.origin for step in self.timed())]
+        check_text(origins, text, self.folder)
         if part in ("all", "steps", "runs"):
             if any(rate != LOCAL for rate in self.rates) and (reason := available()):
                 raise ValueError(f"target {reason}; --rates {LOCAL} needs no link")

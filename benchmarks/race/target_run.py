@@ -200,8 +200,8 @@ def time_steps(jobs: Jobs, texts: tuple[Dataset, Dataset], group: Group) -> list
     rows = []
     for method, length, seconds in zip(methods, lengths, taken, strict=True):
         timing = Timing.of(seconds)
-        ms = (round(1000 * each, 3) for each in (timing.median, timing.low, timing.high))
-        rows.append(TargetStep(group.size, jobs.rate, method.name, *ms, length, _origin(settings)))
+        ms, low, high = (round(1000 * each, 3) for each in (timing.median, timing.low, timing.high))
+        rows.append(TargetStep(group.size, jobs.rate, method.name, ms, low, high, length, _origin(settings)))
     return rows
 
 

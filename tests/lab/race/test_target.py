@@ -1,5 +1,6 @@
 """The race to a target by the clock: its settings, its trainings on local processes, and its tables."""
 
+import importlib
 import json
 import tomllib
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from benchmarks.race.inner import Half
 from benchmarks.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
 from benchmarks.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
 from packsaddle.comm.group import resolve
+from packsaddle.compressors import Identity
 from packsaddle.runs import ModelConfig
 from packsaddle.runs.tasks import Task, make_task
 
-COMMITTED = Path(__file__).parents[3] / "experiments" / "race" / "target" / "settings.toml"
+ROOT = Path(__file__).parents[3]
+COMMITTED = ROOT / "experiments" / "race" / "target" / "settings.toml"
 TINY = """
 target = 2.0
 steps = 12
@@ -71,6 +74,23 @@ def test_the_committed_settings_have_peers_and_rates() -> None:
     assert steps[1] <= steps[0] <= steps[2]
     assert 400 < steps[0] < 600
     assert predicted_steps(settings.method("AdamW, DDP"), 2, 1.0) is None  # never reached
+
+
+def test_rows_named_in_the_settings_are_of_the_same_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    simulated = importlib.import_module("muon").METHODS
+    methods = [method for method in TargetSettings.read(COMMITTED).methods if method.row]
+    assert len(methods) > 15
+    for method in methods:
+        twin = simulated[method.row]
+        assert (twin.inner, twin.betas, twin.outer) == (method.inner, method.betas, method.outer), method.name
+        assert (twin.compressor is None) == (method.kind == "dense")
+        if twin.compressor is not None:
+            compressor = Identity() if method.kind == "local-sgd" else method.make_compressor()
+            assert (twin.every, twin.compressor) == (method.every, compressor), method.name
+            assert twin.keep == (method.keep_unsent and method.kind == "local")
+    searched = TargetSettings.read(COMMITTED.with_name("powersgd.toml"))
+    assert {method.kind for method in searched.methods} == {"powersgd"}
 
 
 def test_steps_to_a_target_are_on_straight_lines() -> None:
