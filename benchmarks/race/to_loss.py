@@ -142,7 +142,7 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
         "steps": race.training.steps,
         "optimizer": race.training.optimizer,
         "lrs": ", ".join(f"{rate:g}" for rate in race.grid),
-        **described([*(curve.origin for curve in curves), *(step.origin for step in steps)]),
+        **described([curve.origin for curve in curves] + [step.origin for step in steps]),
     }
     found = []
     if (dense := dense_of(entries(curves))) is not None:

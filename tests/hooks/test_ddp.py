@@ -38,7 +38,7 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.feedback.slices import places
-from packsaddle.hooks.rates import Rates
+from packsaddle.hooks.ddp_hook import Rates
 
 Gloo = Callable[..., list[Any]]
 

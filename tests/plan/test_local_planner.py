@@ -14,7 +14,7 @@ from packsaddle import Identity, Sign, TopK
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.local import Setting, forecast_local, measured_with
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

@@ -21,9 +21,8 @@ from packsaddle import Search, Verdict, certify
 from packsaddle.curvature.certificate import Share, draw_iterates, proposed_epsilon
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
-from packsaddle.runs.certification import Audit, read_config
+from packsaddle.runs.certification import Audit, Questions, read_config
 from packsaddle.runs.config import CertifyConfig, DataConfig
-from packsaddle.runs.findings import Questions
 from packsaddle.runs.report import write_report
 from packsaddle.runs.run_checks import Inspector
 from packsaddle.runs.run_folder import read_runs

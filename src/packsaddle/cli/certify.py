@@ -87,8 +87,7 @@ def certify(
         out: New folder for the results; by default certificate/, certificate-2/, ... in the run folder.
         json: Print one JSON document.
     """
-    from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
-    from packsaddle.runs.findings import Questions, new_folder, write
+    from packsaddle.runs.certification import Audit, Questions, certify_in_process_group, new_folder, read_config, write
 
     with config_errors("--"):
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)

@@ -23,17 +23,17 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
-from packsaddle.feedback.slices import Place, places
-from packsaddle.hooks.ddp_hook import Bucket, DDPHook
-from packsaddle.hooks.escape import EscapeAfterStep
+from packsaddle.feedback.slices import FlatParameters, Place, places
+from packsaddle.feedback.state import ANY, Value, Vector
+from packsaddle.hooks.ddp_hook import Bucket, DDPHook, Rates, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
-from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.options.agreement import agreement
 
 
 def register_ddp_hook(
@@ -112,11 +112,9 @@ def register_ddp_hook(
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
-        one = optimizers[0] if optimizers else None
-        checker = EscapeAfterStep(escape, hook, one, found, rates, dense_below=spec.dense_below, seed=rules.seed)
-        hook.parts["escape"] = checker
+        hook.parts["escape"] = EscapeAfterStep(escape, hook, optimizers[0] if optimizers else None).fields
     # Options and parameters must match on all workers.
-    same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
+    same = {**agreement(rules), "noise": noise, "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
@@ -255,3 +253,63 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
 
 _guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # hooks of each wrapped model
+
+
+class EscapeAfterStep:
+    """Runs the escape check after each step of plain SGD with a gradient hook.
+
+    The check needs y = x - eta e, which is correct for plain SGD only, so any other optimizer raises ValueError. The
+    parameters are moved into one flat tensor.
+    """
+
+    def __init__(self, rule: Escape, hook: DDPHook, optimizer: Optimizer | None) -> None:
+        if optimizer is None or not are_plain_sgd([optimizer]):
+            raise ValueError(
+                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
+                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
+            )
+        names, parameters = [p.name for p in hook.places], [p.parameter for p in hook.places]
+        self._flat = FlatParameters([{"params": parameters, "param_names": names}], hook.rules.compression.dense_below)
+        self._check = EscapeCheck(rule, self._flat.x, self._flat.compressed_d, hook.channel, hook.rules.seed)
+        self._hook, self._checked = hook, hook.steps
+        self._has_begun = False
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._has_begun:
+            self._check.begin()
+            self._has_begun = True
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps = self._hook.steps
+        if steps == self._checked:  # the exchange was rejected
+            return
+        self._checked = steps
+        self._flat.check_attached()
+        # This worker's unsent update eta e, since the hook's memory is in units of a gradient.
+        memory, rates = self._hook.memory(), self._hook.rates.now()
+        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
+        for name, view in self._flat.by_name(pending).items():
+            view.copy_(memory[name]).mul_(rates[name])
+        reset, lost = self._check.run(steps, pending)
+        if reset is None:
+            return
+        # Line 7: set the error memory to 0, or to x's rounding error, in units of a gradient.
+        left = {} if lost is None else self._flat.by_name(lost)
+        self._hook.forget({name: view / (rates[name] or 1.0) for name, view in left.items()})
+        self._hook.resets.append(reset)
+
+    def fields(self) -> list[Vector | Value]:
+        """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
+        anchor = self._flat.by_name(self._check.anchor)
+        shapes = {name: view.shape for name, view in anchor.items()}
+        return [
+            Vector(("escape", "anchor", ANY), shapes, lambda: anchor),
+            Value(("escape", "step"), int, lambda: self._check.anchor_step, self._resume),
+        ]
+
+    def _resume(self, anchor_step: int) -> None:
+        self._check.anchor_step, self._checked, self._has_begun = anchor_step, self._hook.steps, True

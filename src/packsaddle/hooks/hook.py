@@ -3,7 +3,7 @@
 Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
 pass are all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so
 error memories are saved by parameter, not by bucket. They are in units of a gradient, so they are rescaled when the
-learning rate of plain SGD changes (see `rates`).
+learning rate of plain SGD changes (see `ddp_hook`).
 """
 
 import math
@@ -32,7 +32,7 @@ from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.budget import Allocation
 from packsaddle.numerics.finite import is_finite
-from packsaddle.options.agreement import Option, agreement
+from packsaddle.options.agreement import Option
 
 Scope = Literal["bucket", "model"]
 
@@ -51,20 +51,14 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        for name, only in {
-            "memory": "buffer",
-            "on_drift": "stop",
-        }.items():  # the others need CompressedSGD's own step
+        # Other memories, and repairs, need CompressedSGD's own step.
+        for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step: `Identity`, which is lossless, before `start_step`."""
         return Identity() if step < self.start_step else self.compression.at(step)
-
-    def agreement(self) -> dict[str, object]:
-        """Return the options that must match on all workers, by name."""
-        return {name.removeprefix("compression."): value for name, value in agreement(self).items()}
 
 
 @dataclass(frozen=True)
@@ -127,7 +121,7 @@ _NO_FACTORS: Mapping[str, float] = {}
 UNLIKE = 4.0  # added to the code of an exchange if workers exchanged different slices
 
 
-_RULES = [
+RULES = [
     Rule(("error", ANY), "error"),
     Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
@@ -141,22 +135,14 @@ class GradientHook(ABC):
     """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
 
     The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the
-    number of compressed coordinates of all slices, `owner` the name of the function that registers the hook.
+    number of compressed coordinates of all slices.
     """
 
-    def __init__(
-        self,
-        channel: Communicator,
-        rules: HookOptions,
-        d: int,
-        owner: str,
-        names: Mapping[Any, str] | None = None,
-        only_with: Mapping[str, str] | None = None,
-    ) -> None:
+    saved_state: State  # set by subclasses
+
+    def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
-        fields = (self._identity, self._saved_fields)
-        self.saved_state = State(owner, _RULES, *fields, names=names, only_with=only_with)
-        self._rules, self._allocation = rules, Allocation(d)
+        self.rules, self._allocation = rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -174,8 +160,8 @@ class GradientHook(ABC):
         self._fresh = True  # False: gradients include those of earlier passes
 
     def __repr__(self) -> str:  # without waiting for a running pass
-        compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
-        return f"{type(self).__name__}({compressor}, scope={self._rules.scope}, {workers=}, steps={self._steps})"
+        compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
+        return f"{type(self).__name__}({compressor}, scope={self.rules.scope}, {workers=}, steps={self._steps})"
 
     @property
     def ledger(self) -> Ledger:
@@ -251,7 +237,7 @@ class GradientHook(ABC):
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
-        self._allocation.begin(self._rules.at(self._steps))
+        self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
         """Return new error feedback for a slice. Error memories in `unassigned`, by parameter, are moved into it."""
@@ -259,15 +245,15 @@ class GradientHook(ABC):
         for place, view in of.named(memory.vector):
             if (error := unassigned.pop(place.name, None)) is not None:
                 view.copy_(error)
-        parts = (of, memory, self.channel, self._guard, self._contraction)
-        return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
+        parts = (memory, self.channel, self._guard, self._contraction)
+        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:
         """Set a slice's compressor for a step; return that of the model. `kept`: one that causes no owner errors."""
-        exchange = self._rules.compression.exchange
-        compressor = Identity() if kept and exchange != "direct" else self._rules.at(step)
+        exchange = self.rules.compression.exchange
+        compressor = Identity() if kept and exchange != "direct" else self.rules.at(step)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
-        part.use(compressor, self._rules.compression.exchange_of(compressor), allotted=allotted)
+        part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
 
     def _exchange(
@@ -285,7 +271,7 @@ class GradientHook(ABC):
         parameter; with a factor of 0 it does not change. `identity` has bits of 0 or 1, float[b], that identify the
         slice: if they differ between workers, the code is UNLIKE or more.
         """
-        decay = self._rules.compression.decay
+        decay = self.rules.compression.decay
         kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
         compressor = self._use(part, self._steps, kept=bool(kept))
         r = part.round(self._steps)
@@ -326,7 +312,7 @@ class GradientHook(ABC):
             self._end_pass(apply=applied)
             self._allocation.close(apply=applied)
             for r in self._pass:
-                r.commit() if applied else r.roll_back()
+                r.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
             # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.
             if applied:
@@ -369,7 +355,7 @@ class GradientHook(ABC):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types; it differs between workers."""
+        """Return this worker's state, of tensors and plain types: error memory, counts. It differs between workers."""
         self._settle()
         return self.saved_state.save()
 

@@ -1,6 +1,7 @@
 """Rounds, the exchanges of local updates, of a fixed set of workers, and the checks after each of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,8 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.checks import Drift, DriftGuard
-from packsaddle.feedback.escape import Reset
-from packsaddle.feedback.state import Value, Vector, attribute
-from packsaddle.local.escape import AnchorEscape
+from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.feedback.state import ANY, Value, Vector, attribute
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer
@@ -20,11 +20,46 @@ from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
 
 
+class AnchorEscape:
+    """Runs a user's `Escape` check (Algorithm 1, lines 4-8) on the anchor, `whole`, after each round.
+
+    The check's interval and `every` count rounds. The user's objective is evaluated with the parameters at the anchor.
+    """
+
+    def __init__(self, rule: Escape, whole: Fragment, channel: Communicator, seed: int) -> None:
+        self._whole, self._anchor, self._objective = whole, whole.anchor, rule.objective
+        rule = replace(rule, objective=self._at_anchor)
+        self._check = EscapeCheck(rule, self._anchor.flat, whole.compressed_d, channel, seed)
+        self.begin = self._check.begin  # starts the first check interval at the current anchor
+
+    def _at_anchor(self) -> float | Tensor:
+        self._anchor.set_parameters(self._anchor.views)
+        return self._objective()
+
+    def run(self) -> Reset | None:
+        """Run the check after a round, then set the parameters to their start point; return its firing, or None."""
+        try:
+            reset, lost = self._check.run(self._whole.rounds, self._whole.feedback.pending())
+            if reset is not None:
+                self._whole.feedback.reset(lost)
+            return reset
+        finally:
+            self._anchor.move_to_start()
+
+    def fields(self) -> list[Vector | Value]:
+        """Return the saved-state fields: the start point x_t' of the check interval, by parameter, and its step t'."""
+        anchor = self._whole.by_name(self._check.anchor)
+        shapes = {name: view.shape for name, view in anchor.items()}
+        step = attribute(("escape", "step"), self._check, "anchor_step", int)
+        return [Vector(("escape", "anchor", ANY), shapes, lambda: anchor), step]
+
+
 class Rounds:
     """Runs the exchanges (rounds) of all fragments; after each it compares anchors and runs the escape check.
 
     `lockstep` runs collectives, `participation` has this worker's weight in a round, `outcomes` records applied and
-    rejected rounds, and `outer` is the optimizer of the anchor.
+    rejected rounds, and `outer` is the optimizer of the anchor. Raises ValueError for an escape check with more than
+    one fragment, or a delay.
     """
 
     def __init__(
@@ -42,8 +77,10 @@ class Rounds:
         spec = options.compression
         compare_every = 0 if isinstance(options.workers, Elastic) else spec.compare_every
         self.drift = DriftGuard(compare_every, spec.on_drift, channel)
-        where = (fragments, channel, options.seed)
-        self.escape = AnchorEscape(options.escape, *where, delay=self._delay) if options.escape else None
+        if options.escape and (len(fragments) > 1 or self._delay):
+            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        where = (fragments[0], channel, options.seed)
+        self.escape = AnchorEscape(options.escape, *where) if options.escape else None
         self.resets: list[Reset] = []  # records of the escape check's firings
 
     @torch.no_grad()
@@ -83,7 +120,7 @@ class Rounds:
     def _begin(
         self, call: Call, part: Fragment, step: int, share: float, *, delay: int, uncompressed: bool = False
     ) -> bool:
-        """Begin a round of one fragment; without a delay finish it too. Return False if it is known to be rejected."""
+        """Begin a round of one fragment; without a delay finish it too. Return False if it is rejected already."""
         p = part.begin(step + delay, share, later=delay > 0, uncompressed=uncompressed)
         self._outcomes.register(part, p)
         as_vector = delay > 0 or self._outer is not None
@@ -100,19 +137,16 @@ class Rounds:
         t, p = part.rounds, part.apply_exchange(self._outer)
         if not self._outcomes.record(part, t, p):
             return False
-        if self.drift.due(t) and part is self._fragments[-1]:
-            self._lockstep.run("compares anchors", p.due - self._delay, partial(self._compare, t))
+        if self.drift.due(t) and part is self._fragments[-1]:  # the anchors must be equal on all workers
+
+            def named() -> list[tuple[str, Tensor]]:
+                return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+            anchors = [f.anchor.flat for f in self._fragments]
+            self._lockstep.run("compares anchors", p.due - self._delay, partial(self.drift.compare, t, anchors, named))
         if self.escape is not None and (reset := self.escape.run()) is not None:
             self.resets.append(reset)
         return True
-
-    def _compare(self, t: int) -> None:
-        """Compare the anchors of all fragments between workers: they must be equal."""
-
-        def named() -> list[tuple[str, Tensor]]:
-            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
-
-        self.drift.compare(t, [part.anchor.flat for part in self._fragments], named)
 
     def fields(self) -> list[Vector | Value]:
         """Return the saved-state fields of the rounds. Call without running exchanges; call `resume` after loading."""

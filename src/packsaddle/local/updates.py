@@ -37,7 +37,7 @@ from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
-from packsaddle.feedback.state import State, Value, Vector, attribute
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.fragment import by_parameter, partition
@@ -56,10 +56,33 @@ from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Work
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
 from packsaddle.local.rounds import Rounds, outer_optimizer
-from packsaddle.local.start import check_first_step, share_start, untrained_tensors
-from packsaddle.local.state import agreement, identity, rules
-from packsaddle.local.unsent import UnsentSteps
+from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
+from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.options.agreement import agreement
+
+
+def _rules(*, keep_unsent: bool) -> list[Rule]:
+    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
+
+    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e changes this point but not
+    the parameters, so it is also added to "owed" (see `Anchor.owed`).
+    """
+    part = ("fragments", ANY)
+    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
+    return [
+        Rule(error, "error"),
+        Rule(owed, "error", like=error),
+        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
+        Rule((*part, "exchange", "start", ANY), "error"),
+        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
+        *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
+        *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
+        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
+        *(Rule((name,), "shared") for name in ("resets", "drifts")),
+    ]
 
 
 class LocalUpdates(JoinableSteps):
@@ -202,12 +225,16 @@ class LocalUpdates(JoinableSteps):
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
         exchanges = (self._channel, self._lockstep, self._participation)
         self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
-
-        same_saved = partial(identity, options, self._fragments, self._channel.group)
-        self.saved_state = State("LocalUpdates", rules(keep_unsent=keep_unsent), same_saved, self._saved_fields)
+        rules = _rules(keep_unsent=keep_unsent)
+        self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
         # Check that arguments are equal on all workers, and set their parameters to rank 0's.
-        same = agreement(options, self._fragments, self.outer, self._parameters, untrained)
+        same: dict[str, object] = {} if elastic else {"weight": fixed.weight is not None}
+        same |= agreement(options) | {"kernels": compiler(device)}
+        same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
+        for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
+            for i, (name, p) in enumerate(tensors):
+                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
         self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
         if elastic is None:
             check_agreement(self._channel, same, device)
@@ -240,17 +267,13 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Run checks before each optimizer's step; a worker that has not yet joined the others joins here.
-
-        It then discards its gradients, since they were computed before it loaded the others' parameters.
-        """
         self._check_here("optimizer.step()")
         check_no_others(optimizer, self._parameters.values())
         self._set_anchor_before_first_step()
         self._has_begun = True
         if self.membership is not None and not self.membership.joined:
             self.join()
-            for p in self._parameters.values():
+            for p in self._parameters.values():  # computed before the others' parameters were loaded
                 p.grad = None
 
     @torch.no_grad()
@@ -291,12 +314,10 @@ class LocalUpdates(JoinableSteps):
             self._rounds.set_anchors()
 
     def _check_here(self, call: str) -> None:
-        """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's own."""
         if self._at_anchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     def _check_between_steps(self, call: str) -> None:
-        """Raise RuntimeError if some optimizers have made the current step and others have not."""
         if missing := self._attempts.missing():
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
 
@@ -414,12 +435,8 @@ class LocalUpdates(JoinableSteps):
         return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
 
     def _load_uncompressed(self, saved: Bytes) -> None:
-        """Set the byte count `uncompressed` to its saved value, also if another number of workers saved it.
-
-        Call after loading `steps`, from which it is computed.
-        """
         self._with_others = Bytes()
-        self._with_others = saved - self.uncompressed
+        self._with_others = saved - self.uncompressed  # another number of workers may have saved it
 
     @property
     def exchanging(self) -> bool:
@@ -467,7 +484,6 @@ class LocalUpdates(JoinableSteps):
         return self._joined(self._unapplied("pending()"))
 
     def _unapplied(self, call: str) -> list[Tensor]:
-        """Return this worker's updates that the anchor does not include, float[n] per fragment; waits for exchanges."""
         self._check_here(call)
         self._set_anchor_before_first_step()
         self.wait()
@@ -614,8 +630,7 @@ class LocalUpdates(JoinableSteps):
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the saved-state fields; the outer optimizer is the first, since loading it may raise ValueError."""
-        outer = self.outer
+        outer = self.outer  # loaded first, since that may raise ValueError
         return [
             *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),
             attribute(("steps",), self, "steps", int),
@@ -624,6 +639,18 @@ class LocalUpdates(JoinableSteps):
             Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
+
+    def _identity(self) -> dict[str, Any]:
+        """Return the settings that must be equal when a state is saved and when it is loaded, as a dict by name."""
+        options, group = self.options, self._channel.group
+        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
+        same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
+        same |= {"outer": options.outer is not None, "escape": options.escape is not None}
+        if isinstance(options.workers, Elastic):
+            return same | {"elastic": True}
+        if options.workers.sample < 1:
+            same["sample"] = options.workers.sample
+        return same | {"rank": group.rank, "workers": group.size}
 
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 

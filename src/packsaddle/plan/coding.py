@@ -59,12 +59,6 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
 
     The pace has the seconds to encode, decode and add as linear functions of the number of coordinates, each through
     two minima over `repeats`, with torch's threads. Raises ValueError if the compressor does not support d coordinates.
-
-    >>> from packsaddle import TopK
-    >>> from packsaddle.plan.coding import measure
-    >>> pace = measure(TopK(0.01), 10_000, repeats=3)
-    >>> pace.encode.at(10_000) > 0
-    True
     """
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, _LONG))

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
         configure,
         override,
     )
-    from packsaddle.runs.findings import Questions
     from packsaddle.runs.folder_lock import check_free, locked
     from packsaddle.runs.job import How, Job, fastest_simulation
     from packsaddle.runs.run_checkpoints import CheckpointPolicy, LoadingError
     from packsaddle.runs.run_folder import Run, RunFolder, commit, environment, make_new, read_runs, written
     from packsaddle.runs.trackers import Tracker
-    from packsaddle.runs.trainer import Trainer
 
 __all__ = [
     "AnyCompressor",
@@ -43,11 +41,9 @@ __all__ = [
     "LocalConfig",
     "ModelConfig",
     "NoiseConfig",
-    "Questions",
     "Run",
     "RunFolder",
     "Tracker",
-    "Trainer",
     "check_free",
     "commit",
     "configure",
@@ -64,13 +60,11 @@ _FILES = {
     "certification": "Audit read_config",
     "config": "AnyCompressor CertifyConfig Config DataConfig EscapeConfig LocalConfig ModelConfig NoiseConfig "
     "configure override",
-    "findings": "Questions",
     "folder_lock": "check_free locked",
     "job": "How Job fastest_simulation",
     "run_checkpoints": "CheckpointPolicy LoadingError",
     "run_folder": "Run RunFolder commit environment make_new read_runs written",
     "trackers": "Tracker",
-    "trainer": "Trainer",
 }
 
 

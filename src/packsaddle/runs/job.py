@@ -206,17 +206,18 @@ class Job:
         or another process uses a folder, TerminatedError if the launcher was stopped and the workers have not saved."""
         with self.held() as locks:
             self._check_unchanged()
-            return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
+            if how == "processes" and workers > 1:
+                return self._launch(workers, locks)
 
-    def _run_here(self, workers: int, how: How) -> bool:
-        with self._saving_on_sigterm():
-            if workers == 1:
-                return self.train()
-            self._check_simulation(how)
-            if how != "fused":
-                return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
-            with ambient_group(FusedGroup(workers)):
-                return self.train()
+            # One worker, or a simulation, runs in this process.
+            with self._saving_on_sigterm():
+                if workers == 1:
+                    return self.train()
+                self._check_simulation(how)
+                if how != "fused":
+                    return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
+                with ambient_group(FusedGroup(workers)):
+                    return self.train()
 
     def _saving_on_sigterm(self) -> AbstractContextManager[None]:
         return recording_sigterm() if self.saving.on and self.saving.stops else nullcontext()

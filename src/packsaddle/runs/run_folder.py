@@ -161,10 +161,6 @@ class RunFolder:
                 if text != path.read_bytes():
                     self._write(name, text)
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it exists."""
-        (self.path / name).unlink(missing_ok=True)
-
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
         write_whole(self.path / name, lambda file: torch.save(content, file))

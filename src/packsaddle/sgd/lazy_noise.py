@@ -1,5 +1,6 @@
 """Lazy noise: the noise of a coordinate is drawn when a step sends it, instead of passing through the error memory."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,14 +76,15 @@ class OutstandingNoise:
         """An upper bound on the standard deviation outstanding at any coordinate."""
         return math.sqrt(self._total)
 
-    def clone(self) -> "OutstandingNoise":
-        """Return a copy of this outstanding noise."""
-        return self.of(self.state(), self._kept.device)
-
     @property
     def anything(self) -> bool:
         """True if noise was added since the last `clear`."""
         return self._total != 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The number of cells, and of coordinates per cell."""
+        return len(self._kept), self._size
 
     def clear(self) -> None:
         """Clear the outstanding noise."""
@@ -100,10 +102,6 @@ class OutstandingNoise:
         made._total = saved.total
         made._kept.copy_(saved.kept)
         return made
-
-    def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
-        """Return True if this and the other noise have the same number and size of cells."""
-        return (len(self._kept), self._size) == (len(other._kept), other._size)
 
 
 class Perturber:
@@ -192,7 +190,7 @@ class Perturber:
 
     def snapshot(self) -> Any:
         """Return a copy of the outstanding noise, for `restore`."""
-        return None if self._outstanding is None else self._outstanding.clone()
+        return copy.deepcopy(self._outstanding)
 
     def restore(self, snapshot: Any) -> None:
         """Roll the outstanding noise back to a `snapshot`."""
@@ -205,22 +203,19 @@ class Perturber:
         noise = self._outstanding.draw(pending[: self._d], seed=self._seed, step=step)
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
-    def clear(self) -> None:
-        """Clear the outstanding noise."""
-        if self._outstanding is not None:
-            self._outstanding.clear()
-
     def state(self) -> SavedNoise | None:
         """Return the outstanding noise; None if noise is eager."""
         return None if self._outstanding is None else self._outstanding.state()
 
     def load(self, saved: SavedNoise | None, memory: ErrorMemory, step: int) -> None:
         """Restore a saved state. If noise is eager here, or cells differ, it is drawn and added to the memory."""
-        self.clear()
+        here = self._outstanding
+        if here is not None:
+            here.clear()
         if saved is None:
             return
         found = OutstandingNoise.of(saved, self._flat.x.device)
-        if self._outstanding is not None and found.is_on_grid_of(self._outstanding):
+        if here is not None and here.grid == found.grid:
             self._outstanding = found
         else:
             self._settle(found, memory, step)

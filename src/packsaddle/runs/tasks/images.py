@@ -1,11 +1,11 @@
-"""Images in memory, and the `Dataset` protocol of images and text, used by training and certification."""
+"""Images in memory, and the loading of images and text, for training and certification."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,27 +14,7 @@ from torch import Tensor
 from packsaddle.errors import ConfigError, require
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.config import DataConfig
-from packsaddle.runs.tasks.text import load_text
-
-
-class Dataset(Protocol):
-    """n examples in memory, each an input with its target."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape of one input."""
-
-    @property
-    def classes(self) -> int:
-        """Number of values of a target."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of the examples `index`, int64[b], on `device`; floating-point ones as `dtype`."""
-
-    def owners(self, workers: int) -> Tensor:
-        """Return the rank of the worker that owns each example, int64[n], with data.shard = "class"."""
+from packsaddle.runs.tasks.text import Text, load_text
 
 
 @dataclass(frozen=True)
@@ -55,7 +35,7 @@ class Images:
         return self.levels.shape[1:]
 
     def owners(self, workers: int) -> Tensor:
-        """Return the owner of each image, int64[n]: worker c mod W for class c."""
+        """Return the owner of each image with data.shard = "class", int64[n]: worker c mod W for class c."""
         return self.labels % workers
 
     def pixels(self, index: Tensor) -> Tensor:
@@ -65,6 +45,9 @@ class Images:
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return pixels and labels of the images `index`, int64[b], on a device."""
         return self.pixels(index).to(device, dtype), self.labels[index].to(device)
+
+
+Dataset = Images | Text  # n examples in memory, each an input with its target
 
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
@@ -146,7 +129,8 @@ def _digits(train: bool) -> Images:
 
 
 def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
-    root, classes = data_dir / part, _classes(data_dir / "train")
+    root, train = data_dir / part, data_dir / "train"
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
     if not root.is_dir():
         raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
     try:
@@ -186,7 +170,3 @@ def _open_image(path: str) -> Any:
         if image.mode[0] in "IF":
             raise ConfigError(f"{path} has pixels of more than 8 bits ({image.mode}); images must have 8 a channel")
         return image.convert("RGB")
-
-
-def _classes(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
