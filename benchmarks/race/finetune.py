@@ -137,7 +137,7 @@ class FineTuning:
         return Classifier(self.examples().classes, self.seed)
 
     def batches(self, examples: Descriptions, worker: int, workers: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-        mine = shard(examples, "iid", worker=worker, workers=workers, seed=self.seed)  # type: ignore[arg-type]  # as Text
+        mine = shard(examples, "iid", worker=worker, workers=workers, seed=self.seed)
         order = Batches(mine, self.batch, worker=worker, seed=self.seed)
         return lambda step: examples.batch(order[step], torch.device("cpu"))
 

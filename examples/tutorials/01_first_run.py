@@ -7,11 +7,9 @@
 # 2. read the ledger, which counts the bytes that each worker sent;
 # 3. train once more without compression, and compare the two runs on a page.
 #
-# There is no training loop here; to use packsaddle in your own loop, see [start](docs/start.md). You need a clone
-# of the repository and `pip install '.[plot,digits]'` in it. The data are the 8 x 8 digits of scikit-learn. Run this
-# page with `python examples/tutorials/01_first_run.py`; it takes less than a minute.
-#
-# The function `shell` below runs a command as your terminal would. The files are written to `runs/tutorial-1`.
+# To use packsaddle in your own training loop, see [start](docs/start.md). You need a clone of the repository and
+# `pip install '.[plot,digits]'` in it. Run this page with `python examples/tutorials/01_first_run.py`; it takes less
+# than a minute and writes to `runs/tutorial-1`. The function `shell` runs a command as your terminal would.
 
 # %%
 import json
@@ -39,9 +37,9 @@ def shell(command: str) -> None:
 # %% [markdown]
 # ## A configuration
 #
-# A TOML file describes a run. This one trains an autoencoder, which encodes an image of 64 pixels in 10 numbers and
-# reconstructs it. By the table `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in
-# each step. It keeps the rest in its error memory, and adds it to the next gradient.
+# This TOML file describes a run: an autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs
+# them. By the table `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It
+# keeps the rest in its error memory, and adds it to the next gradient.
 #
 # The second file is for comparison: its compressor `Identity` sends everything. `packsaddle init config.toml --task
 # digits` writes a longer file, with a comment on every key.
@@ -79,9 +77,9 @@ shell("packsaddle run topk.toml --out runs/topk")
 # %% [markdown]
 # - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits not used for
 #   training.
-# - `MB per worker` is what one worker sent in the whole run, without the model at the start.
+# - `MB per worker` are the megabytes that one worker sent in the whole run, without the model at the start.
 # - `compression` is the number of bytes of uncompressed gradients over this number.
-# - The line about noise is a suggestion for runs whose loss stands still, the topic of the next tutorial.
+# - The line about noise is for runs whose loss stands still, the topic of the next tutorial.
 #
 # ## The ledger
 #
@@ -106,12 +104,10 @@ show_ledger("runs/topk")
 # - `dense` are the biases: vectors are sent uncompressed.
 # - `start` is the model, sent once, so that both workers start with the same one.
 # - `sizes` announce the length of each message, which differs from step to step with TopK.
-# - Purposes below a thousandth are left out: the losses for the log, and a check that both workers still have the same
-#   model.
+#
+# Purposes below a thousandth are left out.
 #
 # ## The same without compression
-#
-# `--set lr=0.5` would override one key, without a second file.
 
 # %% tags=["varies"]
 shell("packsaddle run dense.toml --out runs/dense")
@@ -122,12 +118,12 @@ show_ledger("runs/dense")
 # %% [markdown]
 # The compressed run sent 33 times fewer bytes, half of them for the biases. Its loss is a little higher after the same
 # number of steps. How much higher depends on the network, the compressor and the learning rate
-# ([choosing](docs/choosing.md) has measurements).
+# ([choosing](docs/choosing.md)).
 #
 # ## A page of both
 #
-# `packsaddle report` compares runs. It prints their table and writes one HTML page with charts, legends
-# and configurations, and the numbers as CSV.
+# `packsaddle report` prints a table of the runs and writes one HTML page with charts and configurations, and the
+# numbers as CSV.
 
 # %% tags=["varies"]
 shell("packsaddle report runs/topk runs/dense --out report")
@@ -137,7 +133,7 @@ shutil.copy("report/figure.png", "01_first_run.png")
 print(*sorted(p.name for p in Path("report").iterdir()))
 
 # %% [markdown]
-# Open `runs/tutorial-1/report/index.html` in a browser. This is the figure in it:
+# This is the figure in `runs/tutorial-1/report/index.html`:
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
 #

@@ -26,8 +26,8 @@ import packsaddle
 # The network is an autoencoder: 64 numbers in, 4 in the middle, 64 out. The data have 4 hidden factors and a little
 # noise. Both layers are linear, so the best possible loss is known: it is that of the first four principal components.
 #
-# We set all weights to zero and the last bias to the mean of the data. The network then always returns the mean. The
-# gradient of each layer is a multiple of the other layer's weights or output, which are zero. So SGD cannot move.
+# With all weights zero and the last bias at the mean of the data, the network always returns the mean. The gradient of
+# each layer is a multiple of the other layer's weights or output, which are zero. So SGD cannot move.
 
 # %%
 rng = torch.Generator().manual_seed(0)
@@ -82,8 +82,8 @@ print(before)
 #   the curvature along a direction v that was found, so it is a proof.
 # - A step along v lowers the loss. `before.escape_direction` is v.
 #
-# The network has 580 parameters, and the certificate took a few Hessian-vector products. The Hessian is never computed,
-# so this also works for millions of parameters.
+# The certificate took a few Hessian-vector products. The Hessian is never computed, so this also works for millions of
+# parameters.
 #
 # ## Train without noise and with noise
 #
@@ -92,8 +92,8 @@ print(before)
 #
 # - without noise;
 # - with noise, uncompressed (`Identity` sends everything);
-# - with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below 1,024 elements,
-#   which by default are sent uncompressed. This network has only such.
+# - with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below 1,024 elements;
+#   this network has only such.
 #
 # `Ramp` lowers the noise to zero between steps 500 and 600, so that the gradient can become small.
 
@@ -141,17 +141,13 @@ figure.savefig("runs/02_leave_a_saddle.png", dpi=120)
 # %% [markdown]
 # ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.png)
 #
-# Without noise the loss is constant: the gradient of the weights is zero for every minibatch. With noise the weights
-# move a little at random, and the negative curvature amplifies this at every step. Both runs end at the best loss of
-# this network.
+# Without noise the loss is constant. With noise the weights move a little at random, and the negative curvature
+# amplifies this at every step. Both runs with noise end at the best loss of this network.
 #
-# The compressed run leaves the saddle as well, with a 14th of the bytes. TopK's error memory keeps the unsent part of a
-# step, noise included, for later steps. It takes longer: the two plateaus in its curve are further saddles, at which
-# the network has found some of the four directions.
+# The compressed run leaves the saddle as well, with a 14th of the bytes. It takes longer: the two plateaus in its curve
+# are further saddles, at which the network has found some of the four directions.
 #
 # ## Certify the end
-#
-# First the run without noise, then the compressed one.
 
 # %%
 for name in ("no noise", "noise, TopK 5%"):

@@ -162,11 +162,11 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 # - Compressed local updates need about a fifteenth of those: some 100 times fewer bytes than gradients at every step.
 # - They need more steps. Each dot is 24 steps: the red curve reaches 0.02 after about three times as many as the black
 #   one. After 720 steps its loss is still an eighth higher.
-# - With an exchange every 24 steps 0.02 is not reached in this short training. Per byte this is no better than the red
-#   curve. It pays only where the link is too slow for the red curve's bytes.
+# - With an exchange every 24 steps 0.02 is not reached in this short training. This pays only where the link is too
+#   slow for the red curve's bytes.
 #
-# So compression trades steps for bytes. The table of [what was measured](docs/local-updates.md#what-was-measured) shows
-# this for a transformer, most methods at the better of two learning rates.
+# So compression trades steps for bytes. [Local updates](docs/local-updates.md#what-was-measured) shows this for a
+# transformer, most methods at the better of two learning rates.
 #
 # ## The same with Muon
 #
@@ -188,15 +188,14 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
     print(f"local, every 8, Sign, {name:15} {1000 * sent / STEPS:.2f} kB a step, test loss {loss:.4f}")
 
 # %% [markdown]
-# In this small autoencoder both reach the same loss. On transformers Muon needs far fewer steps, with local updates
-# as with gradients at every step: [measured](../../experiments/muon/README.md).
+# In this small autoencoder both reach the same loss. On transformers Muon needs far fewer steps:
+# [measured](../../experiments/muon/README.md).
 #
 # ## The time on a link of 50 Mbit/s
 #
-# `packsaddle plan link` predicts the time of a step. It needs the link, the size of your model (`--d`), the seconds of
-# a forward and backward pass on your worker (`--compute`) and the number of workers. Here: 10 million parameters and
-# a tenth of a second. It measures on this machine how long each compressor computes. `--local` adds a second table,
-# of local updates, which we print.
+# `packsaddle plan link` predicts the time of a step, and measures on this machine how long each compressor computes. It
+# needs the link, the size of your model (`--d`), the seconds of a forward and backward pass on your worker
+# (`--compute`) and the number of workers. `--local` adds a second table, of local updates, which we print.
 
 # %% tags=["varies"]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed

@@ -99,7 +99,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (*own, "--data", "make_batch"): "the function must be given as module:function, got 'make_batch'",
         ("--model", "script_to_plan:number", *tokens): "script_to_plan:number must return a torch.nn.Module, got int",
         ("--model", "script_to_plan:none", *tokens): "script_to_plan has no function 'none'",
-        ("--model", "no_such_module:f", *tokens): "no_such_module cannot be imported: ",
+        ("--model", "no_such_module:f", *tokens): "No module named 'no_such_module'; is it in the current folder?",
         ("--model", "resnet18", *tokens): "--input is for --model MODULE:FUNCTION",
         ("--d", 5, "--compute", 1, "--data", "script_to_plan:make_batch"): "--data is for --model MODULE:FUNCTION",
     }

@@ -256,7 +256,7 @@ class _Restoring:
             content = resharded(self._parts, template, list(contents.values()), workers, self._collectives)
             notes += (
                 f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
-                f"{self._size}: x is kept, and each has the mean of the error memories",
+                f"{self._size}: each loads the mean of parameters, optimizer states and error memories",
             )
         run_on_all(self._collectives, lambda: check_fit(self._parts, content["parts"]))
         run_on_all(self._collectives, lambda: set_aside_after(self._folder, step))

@@ -20,7 +20,7 @@ from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import printable
 from packsaddle.runs.config import Config, load
 from packsaddle.runs.run_folder import Run, make_new, read_runs
-from packsaddle.runs.templates import TASKS, TaskName, template
+from packsaddle.runs.templates import TASKS, TaskName, demo_configs, template
 from packsaddle.runs.trackers import TrackerName
 from packsaddle.theory.noise_walk import FAR, GOOD
 
@@ -49,13 +49,12 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         epochs: Passes over the digits, counted over all workers together.
         seed: Seed of all random numbers.
     """
-    from packsaddle.runs import templates
     from packsaddle.runs.job import Job
     from packsaddle.runs.report import write_report
 
     require_plots("the demo's report")
     with config_errors():
-        configs = templates.demo_configs(workers, epochs, seed)
+        configs = demo_configs(workers, epochs, seed)
     folder = out or dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
 

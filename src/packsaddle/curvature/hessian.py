@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -96,9 +97,9 @@ class Curvature:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
         if differ:  # on any worker, so that all of them stop
             raise ValueError(
-                "loss_fn gave two values for the same parameters and batches: pass a list or a DataLoader, which can "
-                "be read twice, and switch off shuffling, augmentation and anything else that is random (dropout and "
-                "batch normalization are put in eval mode here)"
+                "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
+                "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "
+                "is random (dropout and batch normalization are put in eval mode here)"
             )
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
@@ -209,6 +210,7 @@ class Curvature:
         within = max(0.0, squares - self.examples * square_of_mean) / (batches - 1)
         return math.sqrt(within / self.examples)
 
+    @sdpa_kernel(SDPBackend.MATH)  # torch's fused attention has no double backward
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Return the Hessian-vector product H v, float64[d], for v float64[d], by double backward; collective.
 
@@ -232,6 +234,7 @@ class Curvature:
         inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
         return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
 
+    @sdpa_kernel(SDPBackend.MATH)
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
         """Return one batch's Hessian-vector product, float64[d], by double backward; not collective."""
         with differentiating(self._model):
@@ -260,6 +263,7 @@ class Curvature:
             return None
         return reason or "another worker's batch has no double backward"
 
+    @sdpa_kernel(SDPBackend.MATH)
     def _try_double_backward(self) -> str | None:
         ones = [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import check_integers, check_positive
+from packsaddle.feedback.slices import Slice
+from packsaddle.feedback.state import ANY, Value, Vector, attribute
 from packsaddle.numerics.sketches import NormSketch
 
 
@@ -92,15 +94,12 @@ class Reset:
 
 
 class EscapeCheck:
-    """Runs the escape check on the flat parameters x, float[d]; keeps the start point of the current segment.
+    """Runs the escape check on x, float[d], the vector of parameters `of`; keeps the segment's start point."""
 
-    The first `compressed_d` coordinates of x are compressed.
-    """
-
-    def __init__(self, rule: Escape, x: Tensor, compressed_d: int, channel: Communicator, seed: int) -> None:
+    def __init__(self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int) -> None:
         self.anchor = x.clone()  # the start point x_t', float[d]
         self.anchor_step = 0  # t', the step at the start point
-        self._x, self._compressed_d = x, compressed_d
+        self._of, self._x = of, x
         self._rule, self._channel, self._seed = rule, channel, seed
 
     def begin(self) -> None:
@@ -159,7 +158,7 @@ class EscapeCheck:
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d]; an uncompressed all-reduce, since e_t is a mean over workers."""
-        y, compressed_d = x.to(pending.dtype, copy=True), self._compressed_d
+        y, compressed_d = x.to(pending.dtype, copy=True), self._of.compressed_d
         y[:compressed_d].sub_(self._channel.mean(pending[:compressed_d].clone(), "reset"))
         return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
 
@@ -171,3 +170,10 @@ class EscapeCheck:
             raise ValueError(f"objective of Escape must return one number, got shape {tuple(value.shape)}")
         mean = float(self._channel.mean(value.reshape(1).clone(), "objective"))
         return math.inf if math.isnan(mean) else mean
+
+    def fields(self) -> tuple[Vector, Value]:
+        """Return the saved-state fields: the start point x_t' of the segment, by parameter, and its step t'."""
+        anchor = self._of.by_name(self.anchor)
+        shapes = {name: view.shape for name, view in anchor.items()}
+        step = attribute(("escape", "step"), self, "anchor_step", int)
+        return Vector(("escape", "anchor", ANY), shapes, lambda: anchor), step

@@ -235,9 +235,9 @@ class Round:
             self._unsent = self.v[n:] * (1 - clip)
         # Send the uncompressed part, the flag and the extras as one vector.
         dense = v[n:]
-        extras = [f.guard.flag(dense, self.invalid), *extras]
+        flag, at = f.guard.flag(dense, self.invalid)
+        extras = [flag, *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
-        at = f.guard.flag_index(len(dense))
         g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=at)
         if g.error is not None:
             self.name = self.name or blame(g.error)

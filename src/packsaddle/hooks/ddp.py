@@ -6,6 +6,7 @@ state_dict. `keep_gradients_local` disables the exchange of DistributedDataParal
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,7 @@ from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
 from packsaddle.feedback.slices import FlatParameters, Place, places
-from packsaddle.feedback.state import ANY, Value, Vector
+from packsaddle.feedback.state import Value, Vector
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook, Rates, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
@@ -98,8 +99,8 @@ def register_ddp_hook(
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
     # Validate the options, each alone and for this model.
-    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    rules = HookOptions(spec, scope, start_step, as_seed(seed))
+    spec = Compression.of(compressor)
+    rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
     optimizers = () if optimizer is None else as_optimizers(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
@@ -107,20 +108,17 @@ def register_ddp_hook(
     _check_sizes(found, rules, model.process_group.size())
     # The backward pass does lines 9-12 of Algorithm 1; the optimizer's step is followed by lines 4-8.
     channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizers, found)
-    scale = (lambda: 1.0) if scaler is None else scaler.get_scale
-    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
+    hook = DDPHook(model.module, channel, rules, found, rates, scaler)
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
         hook.parts["escape"] = EscapeAfterStep(escape, hook, optimizers[0] if optimizers else None).fields
     # Options and parameters must match on all workers.
-    same = {**agreement(rules), "noise": noise, "escape": escape, "lr": rates.now()}
+    same = {**agreement(rules), "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.
-    if scaler is not None:
-        hook.register_scaler(scaler)
     for each in optimizers:
         hook.protect(each)
     on_buckets(model, hook)
@@ -270,7 +268,7 @@ class EscapeAfterStep:
             )
         names, parameters = [p.name for p in hook.places], [p.parameter for p in hook.places]
         self._flat = FlatParameters([{"params": parameters, "param_names": names}], hook.rules.compression.dense_below)
-        self._check = EscapeCheck(rule, self._flat.x, self._flat.compressed_d, hook.channel, hook.rules.seed)
+        self._check = EscapeCheck(rule, self._flat, self._flat.x, hook.channel, hook.rules.seed)
         self._hook, self._checked = hook, hook.steps
         self._has_begun = False
         optimizer.register_step_pre_hook(self._before)
@@ -304,12 +302,8 @@ class EscapeAfterStep:
 
     def fields(self) -> list[Vector | Value]:
         """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
-        anchor = self._flat.by_name(self._check.anchor)
-        shapes = {name: view.shape for name, view in anchor.items()}
-        return [
-            Vector(("escape", "anchor", ANY), shapes, lambda: anchor),
-            Value(("escape", "step"), int, lambda: self._check.anchor_step, self._resume),
-        ]
+        anchor, step = self._check.fields()
+        return [anchor, replace(step, load=self._resume)]
 
     def _resume(self, anchor_step: int) -> None:
         self._check.anchor_step, self._checked, self._has_begun = anchor_step, self._hook.steps, True

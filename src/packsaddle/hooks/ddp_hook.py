@@ -19,7 +19,7 @@ from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
-from packsaddle.feedback.noise import GaussianNoise, Noise
+from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
@@ -65,7 +65,6 @@ class Rates:
         self._next: dict[str, float] = {}
 
     def now(self) -> dict[str, float]:
-        """Return each parameter's learning rate."""
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
@@ -91,7 +90,7 @@ class Rates:
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model; `scale()` returns the GradScaler's factor, 1 without one.
+    `places` are the parameters of `module`, the model.
     With scope="bucket", `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since
     buckets may differ at loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
 
@@ -115,28 +114,23 @@ class DDPHook(GradientHook):
         channel: Communicator,
         rules: HookOptions,
         places: Sequence[Place],
-        noise: Noise,
         rates: Rates,
-        scale: Callable[[], float],
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
         self.saved_state = State("register_ddp_hook", RULES, self._identity, self._saved_fields)
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self.places, self.rates, self._scale = module, places, rates, scale
+        self._module, self.places, self.rates, self._scaler = module, places, rates, scaler
         self._named = {id(place.parameter): place for place in places}
-        self._perturbation = noise
+        if scaler is not None:  # while enabled, it skips steps with non-finite gradients
+            self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device)
-        # Slices are created when buckets arrive, since DistributedDataParallel may rebuild its buckets.
-        self._slices: dict[frozenset[str], ErrorFeedback] = {}
-        self._loose: dict[str, Tensor] = {}  # error memory of parameters without a slice, by name
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._noise: GaussianNoise | None = None
-        self._factors: Mapping[str, float] = {}
-        self._scaled = 1.0  # the GradScaler's factor of the gradients
         self._failure: Exception | None = None  # the first exception in this pass; None: none
 
     @property
@@ -187,7 +181,7 @@ class DDPHook(GradientHook):
                 if buckets[0].index == 0:
                     self._begin()
                 part = self._slice(frozenset(gradients))
-            code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
+            code = self._exchange(part, gradients, self._noise)
         except Exception as error:
             self._failure = error
             raise
@@ -201,8 +195,9 @@ class DDPHook(GradientHook):
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self.places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
-        self._noise = self._perturbation.drawn(seed=self.rules.seed, step=self._steps)
-        self._factors, self._scaled = self.rates.factors(), self._scale()
+        self._noise = self.rules.noise.drawn(seed=self.rules.seed, step=self._steps)
+        self._factors = self.rates.factors()
+        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _end_pass(self, *, apply: bool) -> None:
@@ -216,7 +211,7 @@ class DDPHook(GradientHook):
                 part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
             of = Slice([place for place in self.places if place.name in names], self.device)
-            self._slices[names] = self._feedback(of, self._loose, self.rules.seed)
+            self._slices[names] = self._feedback(of, self.rules.seed)
         return self._slices[names]
 
     @property
@@ -285,21 +280,16 @@ class DDPHook(GradientHook):
         """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
-    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by parameter, until slices are created for the next buckets."""
-        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if self.rules.scope == "model":
             whole = self._slice(frozenset(place.name for place in self.places))
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
-                self._use(whole, self._steps)
+                self._use(whole)
                 whole.restore(aggregator, state["owner_error"] or {})
 
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal at saving and at loading."""
         group = self.channel.group
         return {
             "seed": self.rules.seed,

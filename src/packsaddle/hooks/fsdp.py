@@ -6,7 +6,7 @@ imported.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -100,24 +100,15 @@ class FSDPHook(GradientHook):
     >>> dist.destroy_process_group()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        channel: Communicator,
-        rules: HookOptions,
-        noise: Noise,
-        shard: tuple[int, int],
-    ) -> None:
+    def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
         super().__init__(channel, rules, padded_size(model))
         self.saved_state = State(
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
-        self._model, self._shard = model, shard
-        self._perturbation = noise
-        self._slices: dict[str, ErrorFeedback] = {}
+        self._model = model
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._loose: dict[str, Tensor] = {}  # loaded error memories of modules without a slice
         self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
 
     @torch.no_grad()
@@ -165,14 +156,14 @@ class FSDPHook(GradientHook):
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
             self._fresh = all(p.grad is None for p in self._model.parameters())
-            self._step_rates.add([self._perturbation.at_step(self._steps)])
+            self._step_rates.add([self.rules.noise.at_step(self._steps)])
             # Runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
-        seed = mix(self.rules.seed, index, self._shard[0])  # identical on all replicas
+        seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
-        xi = self._perturbation.drawn(seed=seed, step=self._steps)  # line 9
+        xi = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
         # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
@@ -195,7 +186,6 @@ class FSDPHook(GradientHook):
 
     @property
     def device(self) -> torch.device:
-        """The device where gradients are averaged."""
         return torch.device(_mesh(self._model).device_type)  # weights may be offloaded, or still on the meta device
 
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
@@ -210,7 +200,7 @@ class FSDPHook(GradientHook):
             self._sizes[name] = gradient.numel() * gradient.element_size()
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
-            self._slices[name] = self._feedback(Slice([place], gradient.device), self._loose, seed)
+            self._slices[name] = self._feedback(Slice([place], gradient.device), seed)
         if self._slices[name].slice.d != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
@@ -241,14 +231,8 @@ class FSDPHook(GradientHook):
         shapes |= {name: torch.Size([part.slice.d]) for name, part in self._slices.items()}
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
-    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by module, until slices are created for the next gradients."""
-        self._slices, self._seen = {}, {}
-        self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
-
     def _identity(self) -> dict[str, int]:
-        """Return the settings that must be equal at saving and at loading."""
-        group, (shard, shards) = self.channel.group, self._shard
+        group, (shard, shards) = self.channel.group, self.shard
         found = {"seed": self.rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}
 
@@ -307,9 +291,8 @@ def register_fsdp_hook(
             f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
             f"replicas before its hook is called"
         )
-    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    shard = int(mesh.get_local_rank()), int(mesh.size())
-    rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
+    spec = Compression.of(compressor)
+    rules = HookOptions(spec, Noise.of(noise), "bucket", start_step, as_seed(seed))
     # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
@@ -321,9 +304,9 @@ def register_fsdp_hook(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )
     channel = Communicator(resolve(replicas), Ledger())
-    hook = FSDPHook(model, channel, rules, noise, shard)
+    hook = FSDPHook(model, channel, rules)
     # Options must match on all replicas of the shard, which start from the same parameters.
-    same = {**agreement(rules), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same = {**agreement(rules), "modules": [name for name, _ in modules], "shard": hook.shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)

@@ -26,7 +26,7 @@ from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory, Update
-from packsaddle.feedback.noise import GaussianNoise
+from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
@@ -42,12 +42,14 @@ class HookOptions(Option):
     """The settings of a hook; see `register_ddp_hook`. Raises ValueError for bad arguments."""
 
     compression: Compression
+    noise: Noise
     scope: Scope
     start_step: int
     seed: int
 
     def __post_init__(self) -> None:
         self.compression.check_gradients()
+        self.noise.check_eager()
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
@@ -117,7 +119,6 @@ class BucketTarget:
         return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
 
 
-_NO_FACTORS: Mapping[str, float] = {}
 UNLIKE = 4.0  # added to the code of an exchange if workers exchanged different slices
 
 
@@ -150,7 +151,12 @@ class GradientHook(ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
+        # Slices are made when their gradients arrive.
+        self._slices: dict[Any, ErrorFeedback] = {}
+        self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # The running backward pass, or the last one.
+        self._scale = 1.0  # the GradScaler's factor of the gradients
+        self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each round, plus UNLIKE if workers had different slices
         self._bad_name = ""  # the first parameter with an invalid part of this worker's vector
@@ -203,10 +209,6 @@ class GradientHook(ABC):
             self._protected.append(optimizer)
             self._skips.protected = True
 
-    def register_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """Register a GradScaler, `scaler`. While enabled, it skips steps with non-finite gradients."""
-        self._skips.protected |= scaler.is_enabled()
-
     def _clear_rejected_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
         named = kwargs.get("closure")
@@ -239,19 +241,19 @@ class GradientHook(ABC):
         self.channel.step = self._steps
         self._allocation.begin(self.rules.at(self._steps))
 
-    def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice. Error memories in `unassigned`, by parameter, are moved into it."""
+    def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
+        """Return new error feedback for a slice. Its error memories in `_loose` are moved into it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
-            if (error := unassigned.pop(place.name, None)) is not None:
+            if (error := self._loose.pop(place.name, None)) is not None:
                 view.copy_(error)
         parts = (memory, self.channel, self._guard, self._contraction)
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
-    def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:
-        """Set a slice's compressor for a step; return that of the model. `kept`: one that causes no owner errors."""
+    def _use(self, part: ErrorFeedback, *, kept: bool = False) -> Compressor:
+        """Set a slice's compressor in this step; return that of the model. `kept`: one that causes no owner errors."""
         exchange = self.rules.compression.exchange
-        compressor = Identity() if kept and exchange != "direct" else self.rules.at(step)
+        compressor = Identity() if kept and exchange != "direct" else self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
@@ -261,24 +263,21 @@ class GradientHook(ABC):
         part: ErrorFeedback,
         gradients: Mapping[str, Tensor],
         noise: GaussianNoise | None,
-        scale: float = 1.0,
-        factors: Mapping[str, float] = _NO_FACTORS,
         identity: Sequence[Tensor] = (),
     ) -> Tensor:
         """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
-        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `factors` multiply the error memory first, by
-        parameter; with a factor of 0 it does not change. `identity` has bits of 0 or 1, float[b], that identify the
-        slice: if they differ between workers, the code is UNLIKE or more.
+        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
+        identify the slice: if they differ between workers, the code is UNLIKE or more.
         """
-        decay = self.rules.compression.decay
+        decay, factors = self.rules.compression.decay, self._factors
         kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
-        compressor = self._use(part, self._steps, kept=bool(kept))
+        compressor = self._use(part, kept=bool(kept))
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
-        v = r.correct(BucketUpdate(part.slice, gradients, noise, scale, factors, decay))
+        v = r.correct(BucketUpdate(part.slice, gradients, noise, self._scale, factors, decay))
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():
@@ -286,7 +285,7 @@ class GradientHook(ABC):
         r.exchange([bits.to(v) for bits in identity])
         self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
-        r.apply(BucketTarget(part.slice, gradients, scale), keep=kept)
+        r.apply(BucketTarget(part.slice, gradients, self._scale), keep=kept)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()
@@ -353,6 +352,10 @@ class GradientHook(ABC):
             self._allocation.field(lambda: self.device),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
         ]
+
+    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
+        """Store loaded error memories by name, until slices are made for the next gradients."""
+        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, of tensors and plain types: error memory, counts. It differs between workers."""

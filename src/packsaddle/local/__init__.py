@@ -2,7 +2,6 @@
 
 - `fragment`: parameters exchanged together; `anchor`: the parameters last agreed on; `clipping`: limits updates
 - `options`: overlap, workers, the outer optimizer; `participation`: the workers' weights, and samples of the workers
-- `rounds`: exchanges of a fixed set of workers, and the escape check; `outcomes`: rejected exchanges
-- `inner`, `start`, `lockstep`: the inner optimizers, and checks
+- `outcomes`: rejected exchanges; `inner`, `start`, `lockstep`: the inner optimizers, and checks
 - `elastic`: workers that join and leave during training
 """

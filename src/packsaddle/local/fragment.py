@@ -201,7 +201,6 @@ class Fragment(Slice):
         return p.applied
 
     def _end(self, p: PendingExchange, *, commit: bool) -> None:
-        """End the current round of the error memory: commit it, or roll it back."""
         assert p.round is not None
         p.round.close(apply=commit)
         if commit:
@@ -241,13 +240,6 @@ class Fragment(Slice):
         elif bool(p.invalid):
             self.anchor.move_to_start()
         return p
-
-    def discard_progress(self) -> None:
-        """Reset the parameters to their values at `begin` of the current exchange if valid, else to the start point."""
-        if self.current is not None and self.current.before and not bool(self.current.invalid):
-            self.anchor.set_parameters(self.current.before)
-        else:
-            self.anchor.move_to_start()
 
     def unapplied(self) -> Tensor:
         """Return the updates of this worker that the anchor does not include yet, float[n]. Call after `close`."""

@@ -39,14 +39,12 @@ class Lockstep:
         self._channel, self._device, self._background = channel, device, background
         self._has_warned = False
 
-    def run(self, call: Call, steps: int, work: Callable[..., object], norm: Tensor | None = None) -> None:
+    def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
 
-        `norm`, float32[1], is gathered together with the check, and `work` is called with all workers' norms,
-        float32[W]. Raises RuntimeError if workers make different calls, or exchange a round after different numbers of
-        `steps`.
+        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
         """
-        self.start(call, steps, work, norm=norm)()
+        self.start(call, steps, work)()
 
     def start(
         self,
@@ -59,7 +57,8 @@ class Lockstep:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
         That function raises the errors that `run` would raise. On a GPU, with a `result`, the workers' calls are
-        compared only there, so that the host does not wait here.
+        compared only there, so that the host does not wait here. `norm`, float32[1], is gathered together with the
+        check, and `work` is called with all workers' norms, float32[W].
         """
         is_late = result is not None and self._device.type != "cpu"
         unchecked: list[Tensor] = []

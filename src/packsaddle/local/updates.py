@@ -15,6 +15,7 @@ Algorithm 1).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,16 +32,16 @@ from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.checks import Drift
+from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.fragment import by_parameter, partition
+from packsaddle.local.fragment import Fragment, by_parameter, partition
 from packsaddle.local.inner import (
     OtherOptimizers,
     Shards,
@@ -51,11 +52,10 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
 )
-from packsaddle.local.lockstep import Lockstep
+from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
-from packsaddle.local.rounds import Rounds, outer_optimizer
 from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
@@ -221,10 +221,17 @@ class LocalUpdates(JoinableSteps):
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
         # Set up the work after an exchange: outer step, resets of inner optimizers, comparisons, escape checks.
-        self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer is not None else None
+        self.outer: Optimizer | None = None
+        if outer is not None:
+            leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
+            self.outer = outer([leaves[name] for name in self._parameters])
+            if not isinstance(self.outer, Optimizer):
+                made = type(self.outer).__name__
+                raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
-        exchanges = (self._channel, self._lockstep, self._participation)
-        self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
+        self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
+        self._escape = self._escape_check(escape) if escape is not None else None
+        self._resets: list[Reset] = []  # records of the escape check's firings
         rules = _rules(keep_unsent=keep_unsent)
         self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
@@ -240,7 +247,7 @@ class LocalUpdates(JoinableSteps):
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
             share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
-            self._rounds.set_anchors()
+            self._set_anchor_before_first_step()
         else:
             settings = (options, self._fragments, self._channel)
             self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
@@ -294,7 +301,9 @@ class LocalUpdates(JoinableSteps):
             self.membership.stepped(self.steps)
             return False
         # Run the collectives of a fixed set of workers. If one fails, `flush` fails too: clear its warning first.
-        has_work = self.steps == 1 or self._rounds.has_work(self.steps)
+        ended = [part for part in self._fragments if part.current is not None and part.current.due == self.steps]
+        due = [part for part in self._fragments if part.is_due(self.steps)]
+        has_work = self.steps == 1 or bool(ended or due)
         if has_work:
             self._unsent.clear()
             if not has_ended:
@@ -303,15 +312,75 @@ class LocalUpdates(JoinableSteps):
                 anchors = [part.anchor.flat for part in self._fragments]
                 run = partial(self._lockstep.run, "checks its first step", self.steps)
                 check_first_step(self._channel, anchors, self._parameters.values(), run)
-            self._rounds.run(self.steps)
-        self._unsent.record(self.steps, exchanged=self.exchanging)
+            for part in ended:
+                self._finish(part)
+            for part in due:
+                self._begin(part)
+        self._unsent.record(self.steps, exchanged=bool(due))
         return has_work
 
+    def _begin(self, part: Fragment, *, uncompressed: bool = False) -> bool:
+        """Begin a round of one fragment; without a delay finish it too. Return False if it is rejected already."""
+        # A flush (`uncompressed`) has no delay, and all workers take part in it.
+        call: Call = "calls flush()" if uncompressed else "exchanges a round"
+        delay = 0 if uncompressed else self.options.overlap.delay
+        share = self._participation.share() if uncompressed else self._participation.share_after(self.steps)
+        p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
+        self._outcomes.register(part, p)
+        # Without an outer optimizer and a delay, the mean is subtracted from the anchor term by term.
+        as_vector = delay > 0 or self.outer is not None
+        exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
+        assert p.round is not None
+        p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v if delay else None, p.norm)
+        return delay > 0 or self._finish(part)
+
+    def _finish(self, part: Fragment) -> bool:
+        """Finish the current exchange of one fragment: apply and record it. Return False if it is rejected."""
+        t, p = part.rounds, part.apply_exchange(self.outer)
+        if not self._outcomes.record(part, t, p):
+            return False
+        # The anchors must be equal on all workers.
+        if self._drift.due(t) and part is self._fragments[-1]:
+
+            def named() -> list[tuple[str, Tensor]]:
+                return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+            anchors = [f.anchor.flat for f in self._fragments]
+            step = p.due - self.options.overlap.delay
+            self._lockstep.run("compares anchors", step, partial(self._drift.compare, t, anchors, named))
+        # Lines 4-8 of Algorithm 1, at the anchor.
+        if self._escape is not None:
+            try:
+                reset, lost = self._escape.run(part.rounds, part.feedback.pending())
+                if reset is not None:
+                    part.feedback.reset(lost)
+                    self._resets.append(reset)
+            finally:
+                part.anchor.move_to_start()
+        return True
+
+    def _escape_check(self, rule: Escape) -> EscapeCheck:
+        """Return the check of the anchor; its interval and `every` count rounds."""
+        if len(self._fragments) > 1 or self.options.overlap.delay:
+            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        (whole,) = self._fragments
+
+        def at_anchor() -> float | Tensor:
+            whole.anchor.set_parameters(whole.anchor.views)
+            return rule.objective()
+
+        where = whole, whole.anchor.flat, self._channel, self.options.seed
+        return EscapeCheck(replace(rule, objective=at_anchor), *where)
+
+    @torch.no_grad()
     def _set_anchor_before_first_step(self) -> None:
         """Set the anchor to the parameters if no step was made yet, since weights may have been loaded."""
         joined = self.membership is not None and self.membership.joined
         if self.steps == 0 and not self._has_begun and not joined:
-            self._rounds.set_anchors()
+            for part in self._fragments:
+                part.anchor.set_from_parameters()
+            if self._escape is not None:
+                self._escape.begin()
 
     def _check_here(self, call: str) -> None:
         if self._at_anchor:
@@ -402,12 +471,12 @@ class LocalUpdates(JoinableSteps):
     @property
     def drifts(self) -> list[Drift]:
         """The comparisons that found different anchors on workers (`Compression.compare_every`), with rounds."""
-        return self._rounds.drift.found
+        return self._drift.found
 
     @property
     def resets(self) -> list[Reset]:
         """Records of all firings of the saddle escape check: round, reason and decision (Algorithm 1, lines 4-8)."""
-        return self._rounds.resets
+        return self._resets
 
     @property
     def lost(self) -> float:
@@ -443,7 +512,7 @@ class LocalUpdates(JoinableSteps):
         """True if an exchange began after the last inner step; identical on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
-        return self._rounds.is_due(self.steps)
+        return any(part.is_due(self.steps) for part in self._fragments)
 
     def reset_skip_streak(self) -> None:
         """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
@@ -563,7 +632,9 @@ class LocalUpdates(JoinableSteps):
             return self.membership.round(uncompressed=True)
         self._unsent.clear()
         self._announce()
-        return self._rounds.flush(self.steps)
+        applied = [self._finish(part) for part in self._fragments if part.current is not None]
+        applied += [self._begin(part, uncompressed=True) for part in self._fragments]
+        return all(applied)
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
@@ -624,7 +695,9 @@ class LocalUpdates(JoinableSteps):
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
         self.saved_state.load(state)
         self._attempts.restart()
-        self._rounds.resume(state["fragments"])
+        for part, saved in zip(self._fragments, state["fragments"], strict=True):
+            part.resume(saved)
+        self._drift.resume(self._fragments[-1].rounds)
         self._unsent.clear()
         if self.membership is not None:
             self.membership.steps = self.steps
@@ -634,14 +707,17 @@ class LocalUpdates(JoinableSteps):
         return [
             *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),
             attribute(("steps",), self, "steps", int),
-            *self._rounds.fields(),
+            *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
+            *(() if self._escape is None else self._escape.fields()),
+            *self._outcomes.skips.fields(),
+            attribute(("resets",), self, "_resets", list[Reset]),
+            attribute(("drifts",), self._drift, "found", list[Drift]),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
 
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal when a state is saved and when it is loaded, as a dict by name."""
         options, group = self.options, self._channel.group
         same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
         same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
@@ -655,5 +731,4 @@ class LocalUpdates(JoinableSteps):
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")

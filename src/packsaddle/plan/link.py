@@ -95,7 +95,7 @@ def parse_rate(text: str) -> float:
     except ValueError:  # such as two decimal points
         number = 0.0
     if match is None or match[3] in ("BPS", "B/S") or not 0 < number < float("inf"):
-        raise ValueError(f"rate must be positive, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
+        raise ValueError(f"rate must be positive and have a unit, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
     byte = match[3] in ("B/s", "Bps")
     return number * _PREFIXES[match[2].lower()] * (8 if byte else 1)
 

@@ -207,7 +207,16 @@ class Job:
         with self.held() as locks:
             self._check_unchanged()
             if how == "processes" and workers > 1:
-                return self._launch(workers, locks)
+                try:
+                    outcome = launch(train_in_process_group, (self, locks), workers)
+                except TerminatedError:
+                    if (self.folders[-1] / STOPPED).is_file():
+                        return False
+                    raise
+                if isinstance(outcome, tuple):
+                    kind, message = outcome
+                    raise AGREED[kind](message)
+                return bool(outcome)
 
             # One worker, or a simulation, runs in this process.
             with self._saving_on_sigterm():
@@ -221,18 +230,6 @@ class Job:
 
     def _saving_on_sigterm(self) -> AbstractContextManager[None]:
         return recording_sigterm() if self.saving.on and self.saving.stops else nullcontext()
-
-    def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
-        try:
-            outcome = launch(train_in_process_group, (self, locks), workers)
-        except TerminatedError:
-            if (self.folders[-1] / STOPPED).is_file():
-                return False
-            raise
-        if isinstance(outcome, tuple):
-            kind, message = outcome
-            raise AGREED[kind](message)
-        return bool(outcome)
 
     def _check_simulation(self, how: How) -> None:
         for config in self.configs:

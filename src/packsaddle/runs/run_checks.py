@@ -161,10 +161,7 @@ _LONG = 5.0  # mean steps between two sends of a coordinate; below this it moves
 
 
 class StepSizeCheck:
-    """A check of the step size's stability for coordinates that are rarely sent, on this process's examples.
-
-    A check on the examples of all workers would cost several uncompressed exchanges.
-    """
+    """A check of the step size's stability for coordinates that are rarely sent, on this process's examples."""
 
     def __init__(
         self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]

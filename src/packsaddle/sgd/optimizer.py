@@ -35,7 +35,7 @@ from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
-from packsaddle.sgd.lazy_noise import Perturber, SavedNoise
+from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
@@ -92,7 +92,7 @@ class FlatTarget:
 
     def _move(self, g: Averaged) -> Tensor | None:
         """Subtract the mean update g and outstanding noise from x; return the rounding error of x, float[d] or None."""
-        self._noise.add_outstanding(g, self._memory.unit)
+        self._noise.add_outstanding(g)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
@@ -197,10 +197,8 @@ class CompressedSGD(Optimizer):
         self.choice = self._feedback.choice
         self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
-            Noise.of(noise),
+            *(Noise.of(noise), self._memory, self.choice.aggregator),
             seed=self.seed,
-            flat=self._flat,
-            aggregator=self.choice.aggregator,
             escape=escape is not None,
             plain=spec.memory != "ef21" and not momentum,
         )
@@ -219,8 +217,8 @@ class CompressedSGD(Optimizer):
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
-        vector = self._flat.x, self._flat.compressed_d
-        self._escape = EscapeCheck(escape, *vector, self.channel, self.seed) if escape else None
+        where = self._flat, self._flat.x, self.channel, self.seed
+        self._escape = EscapeCheck(escape, *where) if escape else None
         self.saved_state = State(
             *("CompressedSGD", _RULES, self._identity, self._saved_fields),
             head=("param_groups", ANY),
@@ -321,7 +319,7 @@ class CompressedSGD(Optimizer):
     def _update(self, t: int) -> GradientUpdate:
         """Return the update eta (gradient + weight_decay x + noise xi_t), with momentum or STORM applied (line 9)."""
         lrs, decays = self._each("lr"), self._each("weight_decay")
-        noise, noisy_from = self._noise.draw(self._memory, lrs, t)
+        noise, noisy_from = self._noise.draw(lrs, t)
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
@@ -342,7 +340,8 @@ class CompressedSGD(Optimizer):
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"
-        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
+        is_lazy = self._noise.outstanding is not None
+        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=is_lazy, can_wait=can_wait))
 
     def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
         if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
@@ -564,8 +563,8 @@ class CompressedSGD(Optimizer):
         def views(name: str) -> dict[int, Tensor]:
             return dict(enumerate(self._flat.views(self._flat_state()[name])))
 
-        def load_noise(saved: SavedNoise | None) -> None:
-            self._noise.load(saved, memory, self._step)
+        def load_noise(saved: OutstandingNoise | None) -> None:
+            self._noise.load(saved, self._step)
 
         return [
             *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
@@ -576,7 +575,7 @@ class CompressedSGD(Optimizer):
             if escape
             else Value((*group, "anchor_step"), int, lambda: 0, skip),
             Value(("aggregator",), SavedAggregator, self._feedback.aggregator_state, self._feedback.load_aggregator),
-            Value(("noise",), SavedNoise | None, self._noise.state, load_noise),
+            Value(("noise",), OutstandingNoise | None, lambda: self._noise.outstanding, load_noise),
             *self._skips.fields(),
             *self.monitor.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
@@ -597,5 +596,4 @@ class CompressedSGD(Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raise TypeError: a copied or unpickled optimizer would lose its parameters and group. Use `state_dict`."""
         raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")

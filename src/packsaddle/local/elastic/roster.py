@@ -118,7 +118,6 @@ class Roster:
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
     def fields(self, path: Path) -> list[Value]:
-        """Return the roster's saved-state fields, below `path`."""
         return [
             *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),
             attribute((*path, "gone"), self, "gone", float),
@@ -141,11 +140,6 @@ class Account:
     norm: float = 0.0  # norm of the error memory after the last round
     sent: float = 0.0  # norm of its message in its last round
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
-
-    def step(self) -> None:
-        """Count an inner step."""
-        self.since += 1
-        self.ahead += 1
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.

@@ -183,10 +183,13 @@ def setting_table(settings: Sequence[Setting]) -> Table:
     """Return the table of settings: means over seeds, with 95% intervals for several seeds."""
     rows = [setting_row(setting) for setting in settings]
     shown = _shown(r.estimates for r in rows)
-    cells = [
-        (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown))
-        for r in rows
-    ]
+    cells = []
+    for r in rows:
+        # A suffix of the name, such as " (1 of 3 unfinished)".
+        counts = {"unfinished": r.unfinished, "standing still": r.still}
+        said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
+        name = r.setting + (f" ({', '.join(said)})" if said else "")
+        cells.append((name, str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown)))
     return _table(("setting", "seeds"), shown, cells)
 
 
@@ -198,13 +201,6 @@ def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the names of the quantities to show as columns."""
     found = [*rows]
     return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
-
-
-def _progress(r: SettingRow) -> str:
-    """Return the suffix of a setting's name, such as " (1 of 3 unfinished)"; "" if there is none."""
-    counts = {"unfinished": r.unfinished, "standing still": r.still}
-    said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
-    return f" ({', '.join(said)})" if said else ""
 
 
 def _interval(name: str, found: Estimate | None, r: SettingRow) -> str:

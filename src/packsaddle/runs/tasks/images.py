@@ -1,11 +1,11 @@
-"""Images in memory, and the loading of images and text, for training and certification."""
+"""Images in memory, and the `Dataset` protocol of images and text, used by training and certification."""
 
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,27 @@ from torch import Tensor
 from packsaddle.errors import ConfigError, require
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.config import DataConfig
-from packsaddle.runs.tasks.text import Text, load_text
+from packsaddle.runs.tasks.text import load_text
+
+
+class Dataset(Protocol):
+    """n examples in memory, each an input with its target."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of one input."""
+
+    @property
+    def classes(self) -> int:
+        """Number of values of a target."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the examples `index`, int64[b], on `device`; floating-point ones as `dtype`."""
+
+    def owners(self, workers: int) -> Tensor:
+        """Return the rank of the worker that owns each example, int64[n], with data.shard = "class"."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ class Images:
         return self.levels.shape[1:]
 
     def owners(self, workers: int) -> Tensor:
-        """Return the owner of each image with data.shard = "class", int64[n]: worker c mod W for class c."""
+        """Return the owner of each image, int64[n]: worker c mod W for class c."""
         return self.labels % workers
 
     def pixels(self, index: Tensor) -> Tensor:
@@ -45,9 +65,6 @@ class Images:
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return pixels and labels of the images `index`, int64[b], on a device."""
         return self.pixels(index).to(device, dtype), self.labels[index].to(device)
-
-
-Dataset = Images | Text  # n examples in memory, each an input with its target
 
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
@@ -112,10 +129,8 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
 
 
 def _digits(train: bool) -> Images:
-    """Load scikit-learn's 1,797 digits, 8 x 8 pixels with 17 levels; every sixth is a test digit.
-
-    Read from scikit-learn's data file if found, since the import takes every worker a second.
-    """
+    """Load scikit-learn's 1,797 digits, 8 x 8 pixels with 17 levels; every sixth is a test digit."""
+    # Read scikit-learn's data file if found, since the import takes every worker a second.
     library = find_spec("sklearn")
     file = Path(library.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if library else None
     if file is not None and file.is_file():
