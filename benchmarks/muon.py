@@ -75,7 +75,7 @@ class Method:
     keep: bool = True
     betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.95  # Muon's
-    exchange: Literal["auto", "direct"] = "auto"
+    exchange: Literal["auto", "direct", "two-way"] = "auto"
     share: float = 1.0  # fraction of the setting's steps
 
     @property
@@ -90,6 +90,7 @@ def _methods() -> Iterator[tuple[str, Method]]:
         sign = replace(base, compressor=Sign(per_tensor=True))
         yield f"{name}, local 4, Sign", replace(sign, every=4)
         yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
+        yield f"{name}, local 8, Sign, by owners", replace(sign, exchange="two-way")
         for every in (8, 16, 32):
             two_bits = replace(base, compressor=TopK(1 / 2, values="int2"), every=every)
             yield f"{name}, local {every}, TopK 1/2 int2", two_bits

@@ -1,6 +1,5 @@
 """Parts of trainings with Muon and AdamW: the inner optimizers, the loss on held-out windows, and a compressor."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm import resolve
-from packsaddle.compressors import Compressor
-from packsaddle.compressors.base import Message
-from packsaddle.compressors.parts import Expected, floats
+from packsaddle.compressors import Compressor, Message
 from packsaddle.runs.tasks import Dataset
 
 _NOT_HIDDEN = ("characters.weight", "places.weight", "head.weight")  # matrices that AdamW trains
@@ -64,7 +61,3 @@ class Half(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         """Add alpha times the values to `out`."""
         out.add_(message.parts["values"].to(out.dtype), alpha=alpha)
-
-    def expected_parts(self, d: int) -> Mapping[str, Expected]:
-        """Return d float16 values."""
-        return {"values": floats(d, torch.float16)}
