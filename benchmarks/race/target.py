@@ -56,6 +56,8 @@ class TargetRace:
             self._launch_all(self.missing_steps())
         if part in ("all", "runs"):
             self._launch_all(self.missing_runs())
+        if part == "steps":
+            return [self._step_table()]
         return [self._plan()] if part == "plan" else self._tables()
 
     def trainings(self) -> list[TargetRun]:
@@ -107,6 +109,15 @@ class TargetRace:
         timed = [row for row in self.timed() if (row.workers, row.rate, row.method) == (workers, rate, name)]
         steps = predicted_steps(dense, workers, self.settings.target) if dense else None
         return steps[0] * timed[-1].ms / 1000 if steps and timed else None
+
+    def _step_table(self) -> Result:
+        """Return the table of timed steps on these links."""
+        mine = [row for row in self.timed() if row.workers in self.workers and row.rate in self.rates]
+        names = ("workers", "rate", "method", "ms", "low", "high", "steps")
+        rows = [{name: getattr(row, name) for name in names} for row in mine]
+        notes = ["ms: median over blocks of this many steps, methods in turns, of the slowest worker; then the range"]
+        setting = {**self._setting(), **described([row.origin for row in mine])}
+        return Result("How many milliseconds does a step take?", setting, rows, notes, digits=4)
 
     def _plan(self) -> Result:
         """Return the table of missing trainings, with the predicted seconds of each."""

@@ -223,9 +223,11 @@ def test_a_race_on_local_processes(capsys: pytest.CaptureFixture[str], tmp_path:
     settings.write_text(TINY.replace("FOLDER", str(tmp_path)))
     assert tomllib.loads(settings.read_text())["rates"] == ["local"]
     asked = ("target", "--settings", settings, "--out", tmp_path / "out")
-    for _ in range(2):
-        assert command("benchmarks.race", *asked, "--json") == 0
-        capsys.readouterr()
+    for part in ("steps", "all", "all"):
+        assert command("benchmarks.race", *asked, "--only", part, "--json") == 0
+        output = capsys.readouterr().out
+        (table,) = json.loads(output[output.index("[\n") :])
+        assert len(table["rows"]) == (4 if part == "steps" else 2)
     runs, steps = load_runs(tmp_path / "out" / "runs.csv"), load_steps(tmp_path / "out" / "steps.csv")
     assert [run.method for run in runs] == ["ours", "torch"]
     assert [step.method for step in steps] == ["adamw, alone", "muon, alone", "ours", "torch"]
