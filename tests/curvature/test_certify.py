@@ -352,7 +352,7 @@ def test_what_is_not_a_function_is_refused() -> None:
         certify(model, lambda m, b: loss_fn(m, (b[0] + torch.rand(1), b[1])), batches, epsilon=1.0)
     with pytest.raises(ValueError, match="batches is empty on every worker"):
         certify(model, loss_fn, [], epsilon=1.0)
-    with pytest.raises(ValueError, match="pass a list or a DataLoader, which can be read twice"):
+    with pytest.raises(ValueError, match="pass batches that can be read twice"):
         certify(model, loss_fn, iter(batches), epsilon=1.0)
     with pytest.raises(ValueError, match="no trainable parameters"):
         certify(nn.Tanh(), loss_fn, batches, epsilon=1.0)

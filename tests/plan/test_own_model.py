@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from commandline import command, refused
 from torch import Tensor, nn
 
 from packsaddle import QSGD, Identity, LocalUpdates, Sign
-from packsaddle.cli.plan_link_text import advice, spread
+from packsaddle.cli.plan_link_text import advice, coding_spread, spread
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
@@ -187,6 +187,19 @@ def test_a_busy_machine_is_named() -> None:
         "50% longer. Repeat this on an idle one."
     )
     assert "busy" not in spread(Timing.of([1.0, 1.05, 2.0]), "adamw")
+    assert coding_spread(0.15) == "Coding times are minima of repeated calls, whose medians are up to 15% longer."
+    assert coding_spread(0.6).endswith("up to 60% longer. The machine is busy: repeat this on an idle one.")
+
+
+def test_functions_are_repeated_until_their_minima_are_reproduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in turns, as long as one of them is not; or until the limit."""
+    times = iter([9.0, 9.0, 1.0, 5.0, 1.0, 4.0, 1.0, 4.0, 1.0, 4.1])
+    monkeypatch.setattr(timing, "clocked", lambda work: next(times))
+    works: dict[str, Callable[[], object]] = {"a": int, "b": int}
+    found = timing.side_by_side(works, repeats=2, within=0.1)  # after a warm-up
+    assert found == {"a": Timing.of([1.0] * 4), "b": Timing.of([5.0, 4.0, 4.0, 4.1])}
+    times = iter([9.0, 9.0, 1.0, 5.0, 1.0, 4.0, 1.0, 3.0, 1.0, 2.0])
+    assert timing.side_by_side(works, repeats=2, within=0.1, limit=15.0)["b"] == Timing.of([5.0, 4.0, 3.0])
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan import link as link_planner
-from packsaddle.plan.coding import Pace, measure
+from packsaddle.plan.coding import Pace, measure_with_spread
 from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.plan.model import ModelSize, TrainingStep, random_batch, update_seconds
@@ -221,10 +221,14 @@ def _plan(
                 fleet = replace(fleet, compute=timing.low)
             update, done = update_seconds(workload.d, noise=options.noise, device=device), count(1)
 
+            spreads: list[float] = []
+
             @cache
             def pace(compressor: Compressor, d: int) -> Pace:
                 report(next(done), f"timing {brief(describe(compressor))}")
-                return measure(compressor, d, repeats=3, device=device)
+                found, spread = measure_with_spread(compressor, d, repeats=3, device=device)
+                spreads.append(spread)
+                return found
 
             def forecasts(fleet: Fleet) -> tuple[Verdict, tuple[LocalForecast, ...]]:
                 verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
@@ -236,7 +240,9 @@ def _plan(
 
             verdict, local = forecasts(fleet)
             slowest = forecasts(replace(fleet, compute=timing.high)) if timing else None
-    return LinkPlan(verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest)
+    return LinkPlan(
+        verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest, max(spreads, default=0.0)
+    )
 
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:

@@ -16,6 +16,7 @@ from packsaddle.plan.timing import Timing
 _UNCUT = "--json prints it whole"
 _ORDER = "shortest time to the same loss (step ms times x steps) first, unknown times last"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
+_BUSY = 0.3  # median over minimum of coding times, minus 1: more is a sign of other work on the machine
 _NOTE = (
     "These are times of one step. The number of steps that a compressor needs depends on the optimizer: with "
     "--optimizer sgd or adamw measured numbers are included."
@@ -45,6 +46,7 @@ class LinkPlan:
     optimizer: Optimizer | None
     timing: Timing | None = None  # measured times of a step; `fleet` has the minimum. None: --compute was given
     slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for the maximum of `timing`
+    coding_spread: float = 0.0  # median over minimum of the encoding times, minus 1: the largest of all compressors
 
 
 def print_json(plan: LinkPlan) -> None:
@@ -59,6 +61,7 @@ def print_json(plan: LinkPlan) -> None:
         "update": plan.update,
         "optimizer": plan.optimizer,
         "measured_step": asdict(plan.timing) if plan.timing else None,
+        "coding_spread": plan.coding_spread,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
@@ -91,6 +94,7 @@ def print_tables(plan: LinkPlan) -> None:
         print(spread(plan.timing, plan.optimizer or "adamw"))
     print("DDP's exchange overlaps with the backward pass.")
     print(f"Coding includes {ms(plan.update)} ms for the error memory, and for the noise with --noise.")
+    print(coding_spread(plan.coding_spread))
     payload = f"{format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {plan.source}: {payload}.")
 
@@ -138,6 +142,12 @@ def spread(timing: Timing, optimizer: str) -> str:
         f"That is the minimum of {timing.repeats} steps with {optimizer}, which took {ms(timing.low)} to "
         f"{ms(timing.high)} ms.{said if busy > _ERROR else ''}"
     )
+
+
+def coding_spread(busy: float) -> str:
+    """Return a sentence on the measured coding times, with advice if `busy`, median over minimum - 1, is large."""
+    said = " The machine is busy: repeat this on an idle one." if busy > _BUSY else ""
+    return f"Coding times are minima of repeated calls, whose medians are up to {busy:.0%} longer.{said}"
 
 
 def _line(payload: float) -> str:

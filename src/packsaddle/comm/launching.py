@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext
 
-from packsaddle.comm.failures import Store, TerminatedError, failure_of
+from packsaddle.comm.failures import TerminatedError, failure_of
 from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
@@ -91,7 +91,7 @@ _PAUSE = 0.02
 _ROUND = 1.0  # seconds to wait for the confirmation of a key prefix before the answers are read again
 
 
-def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
+def agree_on_prefix(store: Any, rank: int, size: int, seconds: float) -> str:
     """Agree on a key prefix in the store for this launch; collective. Raises RuntimeError after `seconds`.
 
     Rank 0 proposes a prefix, and publishes the ids of the workers that answered. Each worker confirms once the list
@@ -111,7 +111,7 @@ def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
     raise RuntimeError(f"rank {rank} has waited {seconds:g} s for rank 0")
 
 
-def _lead(store: Store, word: str, size: int, deadline: float) -> str:
+def _lead(store: Any, word: str, size: int, deadline: float) -> str:
     store.set("packsaddle/word", word)
     others = range(1, size)
     while time.monotonic() < deadline:
@@ -125,7 +125,7 @@ def _lead(store: Store, word: str, size: int, deadline: float) -> str:
     raise RuntimeError(f"no answer from rank {', '.join(silent) or 'any'} at the start")
 
 
-def _read(store: Store, key: str) -> str:
+def _read(store: Any, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 

@@ -69,7 +69,7 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
     # the gaps, and a sign bit per nonzero level.
     loop, fixed = kernel("count_codes", device=codes.device), math.ceil(d * bits / 8)
     counts = (loop(codes) if loop else torch.bincount(codes, minlength=256).cpu())[: 2 * top + 1]
-    layers, folded = _layers(counts.tolist(), top), _folded(torch.arange(-top, top + 1))
+    layers, folded = _layers(counts.tolist(), top), _folded(torch.arange(2 * top + 1, dtype=torch.uint8), top).long()
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     in_rice = [int((counts * ((folded >> b) + 1 + b)).sum()) for b in range(MOST_BITS)]
     b = min(range(MOST_BITS), key=in_rice.__getitem__)
@@ -77,8 +77,7 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
     are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
     coded = None
     if in_rice[b] < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * fixed):
-        body = wire.pack_rice(_folded(codes.to(torch.int16) - top).to(torch.uint8), b)
-        coded = torch.cat([codes.new_tensor([_RICE, b]), body])
+        coded = torch.cat([codes.new_tensor([_RICE, b]), wire.pack_rice(_folded(codes, top), b)])
     elif in_layers < 8 * fixed:
         coded = _in_layers(codes, top, layers)
     if coded is None or len(coded) > fixed:
@@ -122,9 +121,9 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
     return codes
 
 
-def _folded(levels: Tensor) -> Tensor:
-    """Map levels 0, 1, -1, 2, -2, ... to the nonnegative integers 0, 1, 2, 3, 4, ..., of the same dtype."""
-    return 2 * levels.abs() - (levels > 0).to(levels.dtype)
+def _folded(codes: Tensor, top: int) -> Tensor:
+    """Map levels 0, 1, -1, 2, -2, ..., given as codes level + top, to 0, 1, 2, 3, 4, ..., uint8[d]."""
+    return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
 
 
 def _layers(counts: Sequence[int], top: int) -> list[Layer]:
@@ -140,18 +139,18 @@ def _layers(counts: Sequence[int], top: int) -> list[Layer]:
 
 
 def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
-    levels, signs, bodies = (codes - top).view(torch.int8), codes[:0], []
+    d, signs, bodies = len(codes), codes[:0], []
     for j, layer in enumerate(layers):
         if loop := kernel("pack_layer", device=codes.device):
-            body, levels = loop(levels, j, layer.inverted, layer.rice, layer.coded, layer.going_on)
+            body, codes = loop(codes, top - j, top + j, layer.inverted, layer.rice, layer.coded, layer.going_on)
         else:
-            goes_on = levels.abs() > j
+            goes_on = (codes < top - j) | (codes > top + j)
             listed = wire.indices_where(goes_on != layer.inverted)
-            body, levels = wire.pack_gaps(listed, max(1, layer.coded), layer.members, layer.rice), levels[goes_on]
+            body, codes = wire.pack_gaps(listed, max(1, layer.coded), layer.members, layer.rice), codes[goes_on]
         bodies.append(body)
-        signs = wire.pack_bits(levels < 0) if j == 0 else signs
+        signs = wire.pack_bits(codes < top) if j == 0 else signs
     sizes = [number for layer, body in zip(layers, bodies, strict=True) for number in (layer.going_on, len(body))]
-    head = wire.pack(torch.tensor(sizes, dtype=torch.int64, device=codes.device), _width(len(codes)))
+    head = wire.pack(torch.tensor(sizes, dtype=torch.int64, device=codes.device), _width(d))
     return torch.cat([codes.new_tensor([_LAYERS, len(layers)]), head, *bodies, signs])
 
 

@@ -210,7 +210,6 @@ def index_bits(d: int, k: int) -> float:
 
 
 def _width(d: int) -> int:
-    """Return the number of bits of an index in [0, d)."""
     return max(1, (d - 1).bit_length())
 
 

@@ -150,7 +150,8 @@ class Curvature:
 
         Raises ValueError if it is not a tensor of one number, or has no graph.
         """
-        loss = whole(self._loss_fn(self._model, batch))
+        loss: Any = self._loss_fn(self._model, batch)
+        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # a DTensor, with tensor parallelism
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
@@ -295,7 +296,10 @@ class Curvature:
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
-            return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+            return self._mean_gradient()
+
+    def _mean_gradient(self) -> Tensor:
+        return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return a Gaussian vector, float64[d], equal on all workers, from rank 0's generator (None: seeded by the
@@ -373,12 +377,6 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results = result if isinstance(result, list | tuple) else [result]
             self.dtypes |= {t.dtype for t in results if isinstance(t, Tensor) and t.dtype in _SHORT}
         return result
-
-
-def whole(loss: Any) -> Tensor:
-    """Return a loss as a plain tensor; with tensor parallelism it may be a DTensor."""
-    plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-    return plain
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

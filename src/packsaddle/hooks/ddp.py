@@ -29,7 +29,7 @@ from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
 from packsaddle.feedback.slices import FlatParameters, Place, places
 from packsaddle.feedback.state import Value, Vector
-from packsaddle.hooks.ddp_hook import Bucket, DDPHook, Rates, are_plain_sgd
+from packsaddle.hooks.ddp_hook import Bucket, DDPHook, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
 from packsaddle.numerics.kernels import compiler
@@ -107,14 +107,14 @@ def register_ddp_hook(
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
     # The backward pass does lines 9-12 of Algorithm 1; the optimizer's step is followed by lines 4-8.
-    channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizers, found)
-    hook = DDPHook(model.module, channel, rules, found, rates, scaler)
+    channel = Communicator(group_like(model), Ledger())
+    hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
         hook.parts["escape"] = EscapeAfterStep(escape, hook, optimizers[0] if optimizers else None).fields
     # Options and parameters must match on all workers.
-    same = {**agreement(rules), "escape": escape, "lr": rates.now()}
+    same = {**agreement(rules), "escape": escape, "lr": hook.rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)

@@ -1,8 +1,8 @@
 """The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
 DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps one error memory for each
-set of parameters that share a bucket. They are rescaled when plain SGD's learning rate changes, so that y = x - eta e
-does not jump. `ddp` registers the hook.
+set of parameters that share a bucket. Error memories are rescaled when plain SGD's learning rate changes, so that
+y = x - eta e does not jump. `ddp` registers the hook.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.optim import SGD, Optimizer
 
-from packsaddle.comm.communicator import Communicator, ring_all_reduce
-from packsaddle.comm.ledger import Bytes
+from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
-from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
@@ -90,9 +88,9 @@ class Rates:
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model.
-    With scope="bucket", `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since
-    buckets may differ at loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model, and `optimizers` train them, if known. With scope="bucket",
+    `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since buckets may differ at
+    loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -114,7 +112,7 @@ class DDPHook(GradientHook):
         channel: Communicator,
         rules: HookOptions,
         places: Sequence[Place],
-        rates: Rates,
+        optimizers: Sequence[Optimizer],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
@@ -122,15 +120,15 @@ class DDPHook(GradientHook):
         self.resets: list[Reset] = []  # firings of the escape check
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self.places, self.rates, self._scaler = module, places, rates, scaler
+        self._module, self.places, self.rates, self._scaler = module, places, Rates(optimizers, places), scaler
         self._named = {id(place.parameter): place for place in places}
+        self._sizes = {place.name: place.parameter.nbytes for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device)
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._noise: GaussianNoise | None = None
         self._failure: Exception | None = None  # the first exception in this pass; None: none
 
     @property
@@ -181,7 +179,7 @@ class DDPHook(GradientHook):
                 if buckets[0].index == 0:
                     self._begin()
                 part = self._slice(frozenset(gradients))
-            code = self._exchange(part, gradients, self._noise)
+            code = self._exchange(part, gradients)
         except Exception as error:
             self._failure = error
             raise
@@ -213,13 +211,6 @@ class DDPHook(GradientHook):
             of = Slice([place for place in self.places if place.name in names], self.device)
             self._slices[names] = self._feedback(of, self.rules.seed)
         return self._slices[names]
-
-    @property
-    def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without the hook: ring all-reduces of gradients."""
-        exchanges = self.steps + self.skipped
-        d = sum(place.size * place.parameter.element_size() for place in self.places)
-        return ring_all_reduce(exchanges * d, self.channel.group.size)
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:

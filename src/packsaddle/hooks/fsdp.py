@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
+from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import ProcessGroup, resolve
-from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
@@ -107,7 +107,6 @@ class FSDPHook(GradientHook):
         )
         self._model = model
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
-        self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
         self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
 
@@ -163,8 +162,8 @@ class FSDPHook(GradientHook):
         is_first = name not in self._slices
         seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
         part = self._slice(name, index, gradient, seed)
-        xi = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
-        code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
+        self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
+        code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
         # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
@@ -197,7 +196,7 @@ class FSDPHook(GradientHook):
                     f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
                     f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
                 )
-            self._sizes[name] = gradient.numel() * gradient.element_size()
+            self._sizes[name] = gradient.nbytes
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
             self._slices[name] = self._feedback(Slice([place], gradient.device), seed)
@@ -207,15 +206,6 @@ class FSDPHook(GradientHook):
                 f"{self._slices[name].slice.d} before: parameters were frozen or unfrozen, or had no gradient"
             )
         return self._slices[name]
-
-    @property
-    def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
-
-        A module is counted once it was in a backward pass with this hook.
-        """
-        exchanges = self.steps + self.skipped
-        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:

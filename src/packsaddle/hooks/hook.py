@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.ledger import Ledger, Totals
+from packsaddle.comm.communicator import Communicator, ring_all_reduce
+from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
@@ -153,8 +153,10 @@ class GradientHook(ABC):
         self._steps = 0
         # Slices are made when their gradients arrive.
         self._slices: dict[Any, ErrorFeedback] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # The running backward pass, or the last one.
+        self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
         self._scale = 1.0  # the GradScaler's factor of the gradients
         self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
         self._pass: list[Round] = []
@@ -191,6 +193,15 @@ class GradientHook(ABC):
         """The skipped steps since construction or loading; each worker names its own invalid parameter."""
         self._settle()
         return self._skips.list
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
+
+        A module of FSDP is counted once it was in a backward pass with this hook.
+        """
+        exchanges = self.steps + self.skipped
+        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
     @property
     def contraction(self) -> float | None:
@@ -259,11 +270,7 @@ class GradientHook(ABC):
         return compressor
 
     def _exchange(
-        self,
-        part: ErrorFeedback,
-        gradients: Mapping[str, Tensor],
-        noise: GaussianNoise | None,
-        identity: Sequence[Tensor] = (),
+        self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
         """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
@@ -277,7 +284,7 @@ class GradientHook(ABC):
         with self._lock:
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
-        v = r.correct(BucketUpdate(part.slice, gradients, noise, self._scale, factors, decay))
+        v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():

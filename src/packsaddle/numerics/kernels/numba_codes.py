@@ -111,8 +111,11 @@ def _pack_levels(
             x_bits, place = bits_of_v[group + start : group + start + len(x)], offset + group + start
             norm = _levels_of(x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), key, np.uint32(place), c)
             norms[(group + start) // bucket] = norm
-        codes[len(held) :] = 0
-        pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
+        if bits == 8:
+            out[group : group + len(held)] = codes[: len(held)]
+        else:
+            codes[len(held) :] = 0
+            pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
 
 
 @compiled_loop
@@ -220,7 +223,7 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
 
 
 def pack_rice(numbers: Tensor, b: int) -> Tensor:
-    """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with b-bit remainders. See `wire.pack_rice`."""
+    """Encode nonnegative integers in Rice codes with remainders of b bits, uint8[...]. See `wire.pack_rice`."""
     return torch.from_numpy(_pack_rice(numbers.numpy(), b))
 
 
@@ -261,55 +264,40 @@ def _count_codes(codes: Array, tables: Array) -> None:
         tables[0, codes[i]] += 1
 
 
-def pack_layer(levels: Tensor, j: int, inverted: bool, b: int, coded: int, going_on: int) -> tuple[Tensor, Tensor]:
-    """Encode layer j, the `going_on` levels, int8[n], of magnitude above j: return its code and these levels.
+def pack_layer(
+    codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
+) -> tuple[Tensor, Tensor]:
+    """Encode the set of the `going_on` codes, uint8[n], below `low` or above `high`: return its code, and these codes.
 
-    The code has the gaps between these levels or, if `inverted`, between the others, `coded` in number, as Rice codes.
+    It is the Rice code of the gaps between these codes or, if `inverted`, between the others, `coded` in number.
     """
-    unary, rest = np.zeros((coded + (len(levels) >> b)) // 8 + 1, np.uint8), np.empty(-(-coded * b // 8), np.uint8)
-    kept = torch.empty(going_on + 1, dtype=torch.int8)
-    bits = _pack_layer(levels.numpy(), j, inverted, b, unary, rest, kept.numpy())
-    return torch.from_numpy(np.concatenate([unary[: -(-bits // 8)], rest])), kept[:going_on]
+    dtype = np.int32 if len(codes) < 1 << 31 else np.int64
+    places = np.empty(going_on + 1, dtype)
+    _list_places(codes.numpy(), low, high, False, places)
+    kept = codes.index_select(0, torch.from_numpy(places[:going_on]))
+    if inverted:
+        places = np.empty(coded + 1, dtype)
+        _list_places(codes.numpy(), low, high, True, places)
+    gaps = np.diff(places[:coded], prepend=dtype(-1))
+    gaps -= 1
+    return torch.from_numpy(_pack_rice(gaps, b)), kept
 
 
 @compiled_loop
-def _pack_layer(levels: Array, j: int, inverted: bool, b: int, unary: Array, rest: Array, kept: Array) -> Any:
-    listed, mask = np.empty(_GROUP + 1, np.int32), (np.int64(1) << b) - 1
-    bit, waiting, held, at, last, m = np.int64(0), np.uint64(0), 0, 0, np.int64(-1), np.int64(0)
-    for group in range(0, len(levels), _GROUP):
-        of_group = levels[group : group + _GROUP]
-        n = np.int64(0)
-        for i in range(len(of_group)):  # branch-free: the others are overwritten
-            goes_on = abs(of_group[i]) > j
-            listed[n] = i
-            n += np.int64(goes_on != inverted)
-            kept[m] = of_group[i]
-            m += np.int64(goes_on)
-        for i in range(n):
-            gap = group + np.int64(listed[i]) - last - 1
-            last = group + np.int64(listed[i])
-            # Write the gap's quotient by 2^b in unary, as zeros and a one, and its remainder in b bits.
-            bit += gap >> b
-            unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
-            bit += 1
-            waiting = (waiting << np.uint64(b)) | np.uint64(gap & mask)
-            held += b
-            while held >= 8:
-                held -= 8
-                rest[at] = np.uint8((waiting >> np.uint64(held)) & np.uint64(255))
-                at += 1
-    if held:
-        rest[at] = np.uint8((waiting << np.uint64(8 - held)) & np.uint64(255))
-    return bit
+def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
+    """Write the indices of the codes below `low` or above `high`, or of the others, to `places`, one longer."""
+    n: Any = 0
+    for i in range(len(codes)):  # branch-free: the others are overwritten
+        places[n] = i
+        n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
 
 
 def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
     """Invert `pack_rice`: return the n numbers; None unless `packed` encodes exactly n, all at most `most`."""
-    out = torch.empty(n, dtype=dtype)
     split = len(packed) - -(-n * b // 8)
     if split < 0:
         return None
-    coded = packed.numpy()
+    coded, out = packed.numpy(), torch.empty(n, dtype=dtype)
     return out if _unpack_rice(coded[:split], coded[split:], b, most, out.numpy()) else None
 
 
