@@ -36,8 +36,8 @@ class Origin:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Origin":
         """Return the origin that a CSV row has. Raises ValueError for invalid threads."""
-        words = {field.name: row.get(field.name) or "" for field in fields(cls)}
-        return cls(**words | {"threads": int(words["threads"] or 0)})
+        words: dict[str, Any] = {field.name: row.get(field.name) or "" for field in fields(cls)}
+        return cls(**{**words, "threads": int(words["threads"] or 0)})
 
 
 UNKNOWN = Origin()  # of rows made before origins were recorded
