@@ -1,7 +1,8 @@
-"""packsaddle beside what it replaces: 1-bit Adam, torchft's DiLoCo, and local SGD (torchft's and Accelerate's).
+"""packsaddle beside what it replaces: 1-bit and 0/1 Adam, torchft's DiLoCo, and local SGD (torchft's and Accelerate's).
 
 A character transformer of 69,509 parameters on the reference of the Python language, two gloo workers with 4 windows
-each, 200 steps; warm-up and cosine decay. 1-bit Adam is benchmarks/onebit_adam.py, frozen after a quarter of the steps.
+each, 200 steps; warm-up and cosine decay. 1-bit Adam and 0/1 Adam are benchmarks/onebit_adam.py and zero_one_adam.py,
+frozen after a quarter of the steps; then the interval of 0/1 Adam's exchanges doubles every quarter (1, 2, 4).
 DiLoCo is torchft's own (without torchft its rows are left out). Local SGD averages float32 parameters, as both do.
 The command line is that of benchmarks/rate_search.py:
 
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from onebit_adam import OneBitAdam
 from rate_search import Job, RateSearch, append, rate_at
 from torch import nn
 
 import packsaddle
+from benchmarks.onebit_adam import OneBitAdam
 from benchmarks.race import torchft_diloco
+from benchmarks.zero_one_adam import ZeroOneAdam
 from packsaddle.comm import launch, process_group
 from packsaddle.runs import DataConfig, ModelConfig
 from packsaddle.runs.tasks import Batches, load_data, make_task, shard
@@ -69,10 +71,17 @@ class Hook(Dense):
         self.sent = self.hook.ledger.total.sent
 
 
-class OneBit(Method):
-    def __init__(self, task: nn.Module, rate: float, freeze: int) -> None:
+class DeepSpeed(Method):
+    """1-bit Adam, or 0/1 Adam if `local_scaler` is given."""
+
+    def __init__(self, task: nn.Module, rate: float, freeze: int, local_scaler: int | None = None) -> None:
         super().__init__(task, rate)
-        self.inner = OneBitAdam(task.parameters(), rate, freeze, (0.9, 0.99), weight_decay=0.1)
+        options = {"betas": (0.9, 0.99), "weight_decay": 0.1}
+        self.inner = (
+            OneBitAdam(task.parameters(), rate, freeze, **options)
+            if local_scaler is None
+            else ZeroOneAdam(task.parameters(), rate, freeze, local_scaler, **options)
+        )
 
     def step(self) -> None:
         self.inner.step()
@@ -124,7 +133,8 @@ class Local(Method):
 
 METHODS: dict[str, Callable[..., Method]] = {
     "DDP": Dense,
-    "1-bit Adam": OneBit,
+    "1-bit Adam": DeepSpeed,
+    "0/1 Adam": DeepSpeed,
     "hook, QSGD(127)": partial(Hook, compressor=packsaddle.QSGD(127)),
     "hook, Sign()": partial(Hook, compressor=packsaddle.Sign()),
     "local updates, every 1": partial(Local, every=1),
@@ -141,8 +151,9 @@ def train(method: str, rate: float, seed: int, steps: int) -> dict[str, object]:
     data, held_out = (load_data(DataConfig("text"), None, train=part) for part in (True, False))
     batches = Batches(shard(data, "iid", worker=rank, workers=WORKERS, seed=seed), BATCH, worker=rank, seed=seed)
     task = make_task(MODEL, data.shape, data.classes, seed=seed)
-    options = {"freeze": steps // 4} if method == "1-bit Adam" else {}
-    how = METHODS[method](task, rate, **options)
+    quarter = steps // 4
+    options = {"1-bit Adam": {"freeze": quarter}, "0/1 Adam": {"freeze": quarter, "local_scaler": quarter}}
+    how = METHODS[method](task, rate, **options.get(method, {}))
     schedule = torch.optim.lr_scheduler.LambdaLR(how.inner, lambda step: rate_at(step, steps))
 
     start = time.perf_counter()

@@ -35,14 +35,15 @@ import torch
 from rate_search import append, rate_at
 
 import packsaddle
-from benchmarks.race.workload import evenly_spaced, load_library
+from benchmarks.origin import Origin, check_text
+from benchmarks.race.inner import Half, held_out_loss, make_inner
+from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.runs import DataConfig, ModelConfig
 from packsaddle.runs.tasks import Batches, Dataset, load_data, make_task, shard
 
 GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
-APART = ("characters.weight", "places.weight", "head.weight")  # matrices that are not hidden
 CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows
 
 
@@ -74,7 +75,7 @@ class Method:
     keep: bool = True
     betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.95  # Muon's
-    exchange: Literal["auto", "direct"] = "auto"
+    exchange: Literal["auto", "direct", "two-way"] = "auto"
     share: float = 1.0  # fraction of the setting's steps
 
     @property
@@ -89,6 +90,7 @@ def _methods() -> Iterator[tuple[str, Method]]:
         sign = replace(base, compressor=Sign(per_tensor=True))
         yield f"{name}, local 4, Sign", replace(sign, every=4)
         yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
+        yield f"{name}, local 8, Sign, by owners", replace(sign, exchange="two-way")
         for every in (8, 16, 32):
             two_bits = replace(base, compressor=TopK(1 / 2, values="int2"), every=every)
             yield f"{name}, local {every}, TopK 1/2 int2", two_bits
@@ -108,6 +110,13 @@ def _methods() -> Iterator[tuple[str, Method]]:
             for momentum in (0.9, 0.5, 0.0):
                 yield f"{name}, DiLoCo {every}, {momentum:g}", replace(exact, outer=(0.7, momentum))
             yield f"{name}, SparseLoCo {every}", replace(exact, compressor=sparse, outer=(1.0, 0.0), decay=0.95)
+        exact = replace(base, compressor=Identity(), keep=False)
+        for every in (64, 128, 256, 512):
+            yield f"{name}, local SGD {every}", replace(exact, every=every)
+        for every in (8, 32, 64, 128, 256):
+            yield f"{name}, local SGD {every}, 16 bits", replace(exact, compressor=Half(), every=every)
+        for momentum in (0.9, 0.5, 0.0):
+            yield f"{name}, DiLoCo 128, {momentum:g}", replace(exact, every=128, outer=(0.7, momentum))
 
 
 METHODS = dict(_methods())
@@ -124,7 +133,7 @@ def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, ob
     batches = [Batches(part, setting.batch, worker=i, seed=seed) for i, part in zip(mine, shards, strict=True)]
 
     network = make_task(setting.model, data.shape, data.classes, seed=seed)
-    optimizers = make_inner(network, how, rate)
+    optimizers = make_inner(network, how.inner, rate, how.betas, how.momentum)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_at(step, setting.steps)) for o in optimizers]
     local = make_local(optimizers, how)
     losses, curve, taken = [], [], 0.0
@@ -166,26 +175,6 @@ def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, ob
     }
 
 
-def held_out_loss(network: torch.nn.Module, held_out: Dataset, windows: torch.Tensor) -> float:
-    """Return the mean loss on some windows, of which each worker evaluates a part; collective."""
-    group = resolve(None)
-    mine = windows[group.rank :: group.size].split(64)
-    total = torch.tensor([sum(float(network(*held_out.batch(i, torch.device("cpu")))) * len(i) for i in mine)])
-    group.all_reduce(total)
-    return float(total) / len(windows)
-
-
-def make_inner(network: torch.nn.Module, how: Method, rate: float) -> list[torch.optim.Optimizer]:
-    """Return AdamW, or Muon for hidden matrices and AdamW for the rest."""
-    named = [(p.ndim == 2 and not name.endswith(APART), p) for name, p in network.named_parameters()]
-    matrices = [p for is_hidden, p in named if is_hidden and how.inner == "muon"]
-    others = [p for is_hidden, p in named if not (is_hidden and how.inner == "muon")]
-    adamw = torch.optim.AdamW(others, rate, betas=how.betas, weight_decay=0.1)
-    if not matrices:
-        return [adamw]
-    return [torch.optim.Muon(matrices, rate, 0.1, how.momentum, adjust_lr_fn="match_rms_adamw"), adamw]
-
-
 def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsaddle.LocalUpdates | None:
     """Return the local updates of a method, None for dense training."""
     if how.compressor is None:
@@ -213,13 +202,16 @@ class Runs:
 
     def __init__(self, name: str, out: Path) -> None:
         self.setting, self.out = SETTINGS[name], out
+        self.text = LIBRARY if self.setting.model.width == 128 else ""
 
     def rows(self, method: str) -> list[dict[str, str]]:
         """Return the rows of a method, oldest first."""
         if not self.out.exists():
             return []
         with self.out.open() as file:
-            return [row for row in csv.DictReader(file) if row["method"] == method]
+            rows = [row for row in csv.DictReader(file) if row["method"] == method]
+        check_text(map(Origin.of_row, rows), self.text, self.out)
+        return rows
 
     def make(self, method: str, rate: float, seed: int) -> None:
         """Train, unless the file has this run already."""
@@ -229,7 +221,7 @@ class Runs:
         how = METHODS[method]
         workers = 1 if how.compressor is None else self.setting.workers
         row = packsaddle.simulate(lambda _: train(self.setting, how, rate, seed), workers)[0]
-        append(self.out, {"method": method, **row})
+        append(self.out, {"method": method, **row}, self.text)
 
     def best(self, method: str) -> list[dict[str, str]]:
         """Return the rows of the rate with the lowest loss of seed 0."""

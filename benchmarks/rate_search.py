@@ -10,10 +10,12 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.origin import Origin
 from benchmarks.race.recipe import share_of_peak
+from benchmarks.race.rows_file import add_rows
 
 WARM_UP = 50
 Job = tuple[str, float, int]  # method, rate, seed
@@ -24,14 +26,9 @@ def rate_at(step: int, steps: int) -> float:
     return share_of_peak(step, WARM_UP, steps)
 
 
-def append(out: Path, row: dict[str, object]) -> None:
-    """Add a run to the file, and print it."""
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def append(out: Path, row: dict[str, object], text: str = "") -> None:
+    """Add a run to the file with its origin, and print it; `text`: the hash of its training text, if recorded."""
+    add_rows(out, [row | asdict(Origin.here(text=text))])
     print(row, flush=True)
 
 

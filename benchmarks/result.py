@@ -38,13 +38,14 @@ def _finite(cell: Any) -> Any:
 def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -> dict[str, Any]:
     """Return the hardware and versions that affect results; `threads`: those of workers, if they measure."""
     threads = torch.get_num_threads() if threads is None else threads
-    where: dict[str, Any] = {"cpu": _cpu_model(), "threads": threads, "torch": torch.__version__}
+    where: dict[str, Any] = {"cpu": cpu_model(), "threads": threads, "torch": torch.__version__}
     if torch.device(device).type == "cuda":
         where["gpu"] = torch.cuda.get_device_name(device)
     return where
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the processor's name and the number of logical cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

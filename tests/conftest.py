@@ -15,7 +15,7 @@ from gloo import run_in_processes
 from hypothesis import settings
 
 # The same examples everywhere, and no verdict by the clock.
-settings.register_profile("packsaddle", deadline=None, derandomize=True)
+settings.register_profile("packsaddle", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("packsaddle")
 
 # Every pytest process, worker process and command would compile all source files anew.
@@ -35,6 +35,7 @@ _stderr: list[int] = []  # that of the process, which pytest takes away during t
 
 def pytest_configure() -> None:
     _stderr[:] = [os.dup(2)]
+    forked_python.spawn_as_python_does()
 
 
 def _watch() -> None:
@@ -64,15 +65,16 @@ def pytest_sessionfinish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more pytest process than cores: many tests wait for links, timeouts and processes that start and end."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Two more pytest processes than cores: many tests wait for links, timeouts and processes that start and end."""
+    return len(os.sched_getaffinity(0)) + 2 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config) -> None:
-    """Have one python with torch for all of pytest's processes to fork."""
-    if "not process" not in config.option.markexpr:
-        forked_python.python()
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """On Linux, make pytest's processes forks of one Python that has torch, as the programs are that tests start."""
+    if sys.platform == "linux":
+        for spec in specs:
+            spec.python = forked_python.python()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

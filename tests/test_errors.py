@@ -13,6 +13,13 @@ def test_what_is_not_positive_and_finite_is_named(value: float) -> None:
         check_positive(epsilon=1e-300, lr=None, rho=value)
 
 
+def test_a_number_given_as_text_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^epsilon must be positive and finite, got '0\.1'$"):
+        check_positive(epsilon="0.1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^lr must be finite and not negative, got '1'$"):
+        check_not_negative(lr="1")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("value", [-1e-300, -math.inf, math.inf, math.nan])
 def test_what_is_negative_or_not_finite_is_named(value: float) -> None:
     with pytest.raises(ValueError, match=rf"^std must be finite and not negative, got {value}$"):

@@ -1,4 +1,4 @@
-"""python -m benchmarks.race train | link | loss."""
+"""python -m benchmarks.race train | link | loss | target."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,8 @@ from benchmarks.race import train
 from benchmarks.race.contenders import FIELD
 from benchmarks.race.curves import Training
 from benchmarks.race.race import Race
+from benchmarks.race.target import Part, TargetRace
+from benchmarks.race.target_settings import TargetSettings
 from benchmarks.race.time_to_loss import Rates
 from benchmarks.race.to_loss import FullRace
 from benchmarks.race.workload import TrainingWorkload
@@ -163,10 +165,56 @@ class Loss(Question):
         return results
 
 
+_SETTINGS = Path(__file__).parents[2] / "experiments" / "race" / "target" / "settings.toml"
+
+
+@dataclass(frozen=True)
+class Target(Question):
+    """Train on links until a validation loss is reached, by the clock: start, steps and flush of each method.
+
+    The methods and the target are in a settings file. Results in the folder are not made again. (Needs root and
+    iproute2, unless --rates local.)
+
+    Examples:
+        python -m benchmarks.race target --rates 10 --workers 2 --only steps
+        python -m benchmarks.race target --rates 10 --workers 2 --only plan
+        python -m benchmarks.race target --rates 10 --workers 2 --methods 'Muon, local 8, Sign' 'Muon, local SGD 128'
+        python -m benchmarks.race target --only tables
+    """
+
+    settings: Annotated[Path, HIDE_DEFAULT] = _SETTINGS
+    """TOML file with the target, the training, the links and the methods; by default
+    experiments/race/target/settings.toml."""
+    out: Annotated[Path | None, HIDE_DEFAULT] = None
+    """Folder of runs.csv and steps.csv, which are added to; by default that of the settings."""
+    only: Part = "all"
+    """One part: the timed steps, the trainings, the list of missing trainings, or the tables of what is there."""
+    methods: tuple[str, ...] = ()
+    """Names of methods in the settings; by default all."""
+    workers: tuple[int, ...] = ()
+    """Numbers of workers; by default those of the settings."""
+    rates: tuple[str, ...] = ()
+    """Mbit/s of the links, or local for processes of this machine without a link; by default those of the settings."""
+    seeds: Annotated[int | None, HIDE_DEFAULT] = None
+    """Number of trainings of each method, with different seeds; by default that of the settings."""
+
+    def run(self) -> list[Result]:
+        settings = TargetSettings.read(self.settings)
+        race = TargetRace(
+            settings,
+            self.out or self.settings.parent,
+            self.methods or tuple(method.name for method in settings.methods),
+            self.workers or settings.workers,
+            self.rates or settings.rates,
+            self.seeds or settings.seeds,
+        )
+        return race.run(self.only)
+
+
 PROGRAM = "python -m benchmarks.race"
 COMMANDS = Group(
     "Race packsaddle and its peers: whole training steps, and time to a validation loss.",
-    {"train": Train, "link": Link, "loss": Loss},
+    {"train": Train, "link": Link, "loss": Loss, "target": Target},
 )
 
 

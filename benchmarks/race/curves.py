@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.origin import UNKNOWN, Origin
 from benchmarks.race.contenders import Contender, parse
 from benchmarks.race.peers import CannotRunError, Racer, enter
 from benchmarks.race.race import settle
@@ -53,6 +54,7 @@ class Curve:
     sent: float  # bytes per step that this worker sends
     seconds: float  # of training on this machine, without evaluation
     peak_mb: float  # peak memory of worker 0's process
+    origin: Origin = UNKNOWN
 
     @property
     def job(self) -> Job:
@@ -146,6 +148,7 @@ def train(training: Training, job: Job, group: Group) -> Curve:
         sent=round(sent, 1),
         seconds=round(seconds, 2),
         peak_mb=round(_peak(), 1),
+        origin=Origin.here(text=workload.text_hash()),
     )
 
 
@@ -178,7 +181,8 @@ def load(path: Path) -> list[Curve]:
 def append(path: Path, curve: Curve) -> None:
     """Add a curve to the file."""
     losses = " ".join("-" if loss is None else f"{loss:.4f}" for loss in curve.losses)
-    add_rows(path, Curve, [asdict(curve) | {"losses": losses}])
+    row = asdict(curve) | {"losses": losses}
+    add_rows(path, [row | row.pop("origin")])
 
 
 def best_rate(curves: Iterable[Curve]) -> float:
@@ -190,7 +194,7 @@ def _curve(row: Mapping[str, Any]) -> Curve:
     losses = tuple(None if word == "-" else float(word) for word in row["losses"].split())
     whole: dict[str, Any] = {name: int(row[name]) for name in ("workers", "seed", "steps", "every")}
     real: dict[str, Any] = {name: float(row[name]) for name in ("lr", "sent", "seconds", "peak_mb")}
-    return Curve(contender=row["contender"], losses=losses, **whole, **real)
+    return Curve(contender=row["contender"], losses=losses, origin=Origin.of_row(row), **whole, **real)
 
 
 def _forget_peak() -> None:

@@ -2,19 +2,35 @@
 
 import csv
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 Row = TypeVar("Row")
 
 
-def add_rows(path: Path, kind: type, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows to a file whose columns are the fields of a dataclass."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
-        if new:
+def add_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows with equal columns to a file. Columns that the file does not have are empty in its older rows."""
+    new = list(rows)
+    if not new:
+        return
+    columns, old = list(new[0]), list[dict[str, Any]]()
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header, old = list(reader.fieldnames or ()), list(reader)
+        columns = list(dict.fromkeys([*header, *columns]))
+        if columns == header:
+            _write(path, "a", columns, new, header=False)
+            return
+    partial = path.with_suffix(".partial")
+    _write(partial, "w", columns, [*old, *new], header=True)
+    partial.replace(path)
+
+
+def _write(path: Path, mode: str, columns: list[str], rows: Iterable[Mapping[str, Any]], *, header: bool) -> None:
+    with path.open(mode, newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if header:
             writer.writeheader()
         writer.writerows(rows)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.origin import UNKNOWN, Origin
 from benchmarks.race.contenders import ALONE, DENSE, parse
 from benchmarks.race.curves import Curve
 from benchmarks.race.race import Lap
@@ -57,15 +58,17 @@ class StepOnLink:
     high: float
     kb: float  # the ledger's kB per step, in the direction with more
     counted_kb: float  # kB per step that the interface sent
+    origin: Origin = UNKNOWN
 
     @classmethod
-    def of(cls, workers: int, link: Rates, lap: Lap) -> "StepOnLink":
+    def of(cls, workers: int, link: Rates, lap: Lap, origin: Origin) -> "StepOnLink":
         """Return the step of a race's lap."""
         time = Timing.of(list(lap.seconds))
         ms, low, high = (round(1000 * seconds, 3) for seconds in (time.median, time.low, time.high))
         counted = (lap.interface_sent or 0.0) / 1000
         kb = max(lap.sent, lap.received) / 1000
-        return cls(workers, link.up, link.down, lap.contender, ms, low, high, round(kb, 3), round(counted, 3))
+        sent = round(kb, 3), round(counted, 3)
+        return cls(workers, link.up, link.down, lap.contender, ms, low, high, *sent, origin)
 
     @property
     def link(self) -> Rates:
@@ -75,7 +78,8 @@ class StepOnLink:
 
 def save_steps(path: Path, steps: Iterable[StepOnLink]) -> None:
     """Add rows to the file."""
-    add_rows(path, StepOnLink, map(asdict, steps))
+    rows = map(asdict, steps)
+    add_rows(path, [row | row.pop("origin") for row in rows])
 
 
 def load_steps(path: Path) -> list[StepOnLink]:
@@ -85,7 +89,7 @@ def load_steps(path: Path) -> list[StepOnLink]:
 
 def _step(row: Mapping[str, Any]) -> StepOnLink:
     numbers = {name: float(row[name]) for name in ("up", "down", "ms", "low", "high", "kb", "counted_kb")}
-    return StepOnLink(int(row["workers"]), contender=row["contender"], **numbers)
+    return StepOnLink(int(row["workers"]), contender=row["contender"], origin=Origin.of_row(row), **numbers)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from benchmarks.hosts import Hosts, available
+from benchmarks.origin import Origin, check_text, described
 from benchmarks.race.contenders import ALONE, DENSE, parse
 from benchmarks.race.curves import Curve, Training, load
 from benchmarks.race.race import Race
@@ -31,7 +32,7 @@ from benchmarks.race.time_to_loss import (
     verdicts,
 )
 from benchmarks.race.train import hold
-from benchmarks.result import Result, machine
+from benchmarks.result import Result
 
 Part = Literal["all", "curves", "steps", "tables"]
 
@@ -59,6 +60,9 @@ class FullRace:
             raise ValueError(f"loss {reason}; --only curves makes what needs no link")
         self.training.workload.examples()  # raises an error about unreadable data here rather than in a worker
         self._claim(makes=part != "tables")
+        for rows_of, name in ((load, "curves.csv"), (load_steps, "steps.csv")):
+            origins = [row.origin for row in rows_of(self.folder / name)]
+            check_text(origins, self.training.workload.text_hash(), self.folder / name)
         if part in ("all", "curves"):
             for search in searches:
                 search.run(self.folder / "curves.csv")
@@ -108,7 +112,8 @@ class FullRace:
             with Hosts(workers, link.down, link.up) as network:
                 outcome = hold(race, network)
             laps = [lap for lap in outcome.laps if lap.contender not in done]
-            save_steps(path, [StepOnLink.of(workers, link, lap) for lap in laps])
+            origin = Origin.here(threads=1, text=self.training.workload.text_hash())
+            save_steps(path, [StepOnLink.of(workers, link, lap, origin) for lap in laps])
 
     def _tables(self) -> list[Result]:
         """Return the tables of the files, two or three per number of workers; with matplotlib also draw figures."""
@@ -137,7 +142,7 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
         "steps": race.training.steps,
         "optimizer": race.training.optimizer,
         "lrs": ", ".join(f"{rate:g}" for rate in race.grid),
-        **machine(threads=1),
+        **described([curve.origin for curve in curves] + [step.origin for step in steps]),
     }
     found = []
     if (dense := dense_of(entries(curves))) is not None:

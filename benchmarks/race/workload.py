@@ -2,12 +2,11 @@
 
 "gpt" is nanoGPT's network for a CPU (4 layers, 4 heads, width 128, 64 characters: 0.83 million parameters), and
 "gpt-10m" the network of its character example (6 layers, 6 heads, width 384: 10.7 million). Their text is from a
-folder, or the source of Python's standard library, 11 million characters that come with CPython. "resnet18-16" is
-ResNet-18 with a quarter of the channels.
+folder, or the source of Python's standard library, see `benchmarks.race.library`. "resnet18-16" is ResNet-18 with a
+quarter of the channels.
 """
 
 import hashlib
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from packsaddle.errors import ConfigError
+from benchmarks.race.library import SHA256, library_text
 from packsaddle.runs import DataConfig, ModelConfig
 from packsaddle.runs.tasks import (
     Batches,
@@ -90,6 +89,16 @@ class TrainingWorkload:
             return "synthetic images"
         return {"mnist": "MNIST", "cifar10": "CIFAR-10", "folder": "image folder"}[self._dataset()]
 
+    def text_hash(self) -> str:
+        """Return the first 12 digits of the text's SHA-256, "" for images."""
+        if not self.reads_text:
+            return ""
+        if self.data_dir is None:
+            return LIBRARY
+        parts = [self.examples(train=train) for train in (True, False)]
+        texts = [part for part in parts if isinstance(part, Text)]
+        return hashlib.sha256(b"".join(text.codes.numpy().tobytes() for text in texts)).hexdigest()[:12]
+
     def _dataset(self) -> Literal["mnist", "cifar10", "folder"]:
         if self.network == "mnist-autoencoder":
             return "mnist"
@@ -132,27 +141,15 @@ def _synthetic(shape: tuple[int, int, int]) -> Images:
     return Images(patterns[labels] + noise, labels, 255, 10)
 
 
-_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders that are not the library's source
+LIBRARY = SHA256[:12]  # hash of the standard library's text, as rows record it
 
 
 def load_library(config: DataConfig, *, train: bool) -> Text:
-    """Load the source of Python's standard library (its modules in ASCII, without tests), cut as by `load_text`.
-
-    Modules are in a shuffled order, identical on all machines, so that the last tenth is similar to the rest. Raises
-    ConfigError if the library is not available as files.
-    """
+    """Load the source of Python's standard library, cut as by `load_text`. Raises ConfigError if it is another text."""
     return cut_text(config, *_library(), "the standard library", train=train)
 
 
 @lru_cache(maxsize=1)
 def _library() -> tuple[Tensor, str]:
     """Return the character codes of the standard library's modules, int16[n], and their vocabulary."""
-    root = Path(sysconfig.get_path("stdlib"))
-    parts = []
-    for file in root.rglob("*.py"):
-        name = file.relative_to(root)
-        if not _FOREIGN.intersection(name.parts) and (source := file.read_bytes()).isascii():
-            parts.append((hashlib.sha256(name.as_posix().encode()).digest(), source))
-    if not parts:
-        raise ConfigError(f"the standard library has no modules as files in {root}; name a folder of text")
-    return encode_text(b"\n".join(source for _, source in sorted(parts)).decode())
+    return encode_text(library_text())

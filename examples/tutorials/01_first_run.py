@@ -4,14 +4,12 @@
 # packsaddle trains PyTorch models on several workers that exchange compressed gradients. In this tutorial you
 #
 # 1. write a configuration and train a small network on two worker processes;
-# 2. read the ledger, which says what each worker sent;
+# 2. read the ledger, which counts the bytes that each worker sent;
 # 3. train once more without compression, and compare the two runs on a page.
 #
-# You write no training loop here; to put packsaddle into your own loop, see [start](docs/start.md). You need a clone
-# of the repository and `pip install '.[plot,digits]'` in it. The data are the 8 x 8 digits of scikit-learn. Run this
-# page with `python examples/tutorials/01_first_run.py`; it takes less than a minute.
-#
-# The function `shell` below runs a command as your terminal would. The files go to `runs/tutorial-1`.
+# To use packsaddle in your own training loop, see [start](docs/start.md). You need a clone of the repository and
+# `pip install '.[plot,digits]'` in it. Run this page with `python examples/tutorials/01_first_run.py`; it takes less
+# than a minute and writes to `runs/tutorial-1`. The function `shell` runs a command as your terminal would.
 
 # %%
 import json
@@ -39,12 +37,12 @@ def shell(command: str) -> None:
 # %% [markdown]
 # ## A configuration
 #
-# A TOML file describes a run. This one trains an autoencoder, which encodes an image of 64 pixels in 10 numbers and
-# restores it. By the table `[compressor]` each worker sends 1% of the coordinates of its gradient in a
-# step, the largest ones. It keeps the rest in memory, and adds it to the next gradient.
+# This TOML file describes a run: an autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs
+# them. By the table `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It
+# keeps the rest in its error memory, and adds it to the next gradient.
 #
-# We write two files. The second is for a comparison later: it has the compressor `Identity`, which sends everything.
-# `packsaddle init config.toml --task digits` writes a longer file, with a comment on every key.
+# The second file is for comparison: its compressor `Identity` sends everything. `packsaddle init config.toml --task
+# digits` writes a longer file, with a comment on every key.
 
 # %%
 CONFIG = """
@@ -72,22 +70,21 @@ Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio 
 # ## Train
 #
 # `packsaddle run` starts the two worker processes on this machine, trains, and writes everything into a new folder.
-# It prints its progress, and at the end a summary.
 
 # %% tags=["varies"]
 shell("packsaddle run topk.toml --out runs/topk")
 
 # %% [markdown]
-# - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits never trained
-#   on.
-# - `MB per worker` is what one worker sent in the whole run, without the model at the start.
-# - `compression` says how many times fewer bytes these are than uncompressed gradients.
-# - The line about noise is a suggestion for runs that stand still. The next tutorial is about that.
+# - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits not used for
+#   training.
+# - `MB per worker` are the megabytes that one worker sent in the whole run, without the model at the start.
+# - `compression` is the number of bytes of uncompressed gradients over this number.
+# - The line about noise is for runs whose loss stands still, the topic of the next tutorial.
 #
 # ## The ledger
 #
 # packsaddle counts the bytes of every exchange by purpose. For a run the counts are in `summary.json`; in your own
-# script `print(optimizer.ledger)` shows the same.
+# script `print(optimizer.ledger)` prints them.
 
 
 # %%
@@ -103,16 +100,14 @@ def show_ledger(folder: str) -> None:
 show_ledger("runs/topk")
 
 # %% [markdown]
-# - `values` are the numbers that TopK kept, and `indices` say where in the gradient they belong.
-# - `dense` are the biases. They are vectors, and vectors are sent whole.
-# - `start` is the model, sent once, so that both workers begin alike.
-# - `sizes` announce how long each message is: TopK's messages differ in length from step to step.
-# - We left out what is below a thousandth: the losses for the log, and a check that both workers still have the same
-#   model.
+# - `values` are the numbers that TopK kept, and `indices` their positions in the gradient.
+# - `dense` are the biases: vectors are sent uncompressed.
+# - `start` is the model, sent once, so that both workers start with the same one.
+# - `sizes` announce the length of each message, which differs from step to step with TopK.
+#
+# Purposes below a thousandth are left out.
 #
 # ## The same without compression
-#
-# To change one key for one run you need no second file: `--set lr=0.5` overrides it.
 
 # %% tags=["varies"]
 shell("packsaddle run dense.toml --out runs/dense")
@@ -121,14 +116,14 @@ shell("packsaddle run dense.toml --out runs/dense")
 show_ledger("runs/dense")
 
 # %% [markdown]
-# The compressed run sent 33 times fewer bytes. Half of what it did send are the biases. Its loss is a little higher
-# after the same number of steps. How much higher depends on the network, the compressor and the learning rate;
-# [choosing](docs/choosing.md) has what was measured.
+# The compressed run sent 33 times fewer bytes, half of them for the biases. Its loss is a little higher after the same
+# number of steps. How much higher depends on the network, the compressor and the learning rate
+# ([choosing](docs/choosing.md)).
 #
 # ## A page of both
 #
-# `packsaddle report` compares runs. It prints their table and writes one HTML page with charts, legends
-# and configurations, and the numbers as CSV.
+# `packsaddle report` prints a table of the runs and writes one HTML page with charts and configurations, and the
+# numbers as CSV.
 
 # %% tags=["varies"]
 shell("packsaddle report runs/topk runs/dense --out report")
@@ -138,13 +133,12 @@ shutil.copy("report/figure.png", "01_first_run.png")
 print(*sorted(p.name for p in Path("report").iterdir()))
 
 # %% [markdown]
-# Open `runs/tutorial-1/report/index.html` in a browser. This is the figure in it:
+# This is the figure in `runs/tutorial-1/report/index.html`:
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
 #
-# Compare the two columns. On the left, against epochs, the compressed run is about an epoch behind. On the right,
-# against megabytes, the curves are far apart: at each loss the uncompressed run has sent about 30 times as much. The
-# axis is logarithmic.
+# On the left, against epochs, the compressed run is about an epoch behind. On the right, against megabytes, on a
+# logarithmic axis, the uncompressed run has sent about 30 times as much at each loss.
 #
 # ## Next
 #

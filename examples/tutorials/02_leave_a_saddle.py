@@ -1,9 +1,8 @@
 # %% [markdown]
 # # Leave a saddle, and prove it
 #
-# A training loss that stands still has two explanations. The run has reached a minimum, or it sits on a saddle. At
-# both the gradient is small, so the loss and the gradient cannot tell them apart. The curvature can. In this tutorial
-# you
+# A training loss that stands still has two explanations: the run has reached a minimum, or it is at a saddle. The
+# gradient is small at both, but the curvature differs. In this tutorial you
 #
 # 1. put a small network on a saddle, and let `packsaddle.certify` prove that it is one;
 # 2. train from there without noise, and with it;
@@ -24,13 +23,11 @@ import packsaddle
 # %% [markdown]
 # ## A network on a saddle
 #
-# The network is an autoencoder: 64 numbers in, 4 in the middle, 64 out. The data have 4 hidden factors, so 4 numbers
-# in the middle are enough to reconstruct them, up to a little noise. Both layers are linear. So we know the best loss
-# that any training can reach: it is that of the first four principal components.
+# The network is an autoencoder: 64 numbers in, 4 in the middle, 64 out. The data have 4 hidden factors and a little
+# noise. Both layers are linear, so the best possible loss is known: it is that of the first four principal components.
 #
-# We set all weights to zero and the last bias to the mean of the data. Now the network gives the mean, whatever goes
-# in. With zero weights each layer hides the other: the gradient of the first layer is a multiple of the second layer's
-# weights, and the gradient of the second is a multiple of what the first layer gives. Both are zero. SGD cannot move.
+# With all weights zero and the last bias at the mean of the data, the network always returns the mean. The gradient of
+# each layer is a multiple of the other layer's weights or output, which are zero. So SGD cannot move.
 
 # %%
 rng = torch.Generator().manual_seed(0)
@@ -56,12 +53,12 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 # %% [markdown]
 # ## Certify it
 #
-# `certify` takes the model, a function that gives the mean loss of a batch, and batches that it can read more than
-# once. Two numbers say what to test:
+# `certify` needs the model, a function that returns the mean loss of a batch, and batches that it can read more than
+# once. Two numbers define the test:
 #
-# - `epsilon`: the gradient's norm may be at most this.
+# - `epsilon`: the largest norm of the gradient.
 # - `hessian_lipschitz`, the paper's rho: how fast the curvature changes. The smallest eigenvalue of the Hessian must
-#   be at least -sqrt(rho epsilon). Without it `certify` measures rho. To compare two points you state one.
+#   be at least -sqrt(rho epsilon). Without it `certify` estimates rho. To compare two points, pass one.
 #
 # With the values below the threshold is -0.1.
 
@@ -79,28 +76,26 @@ before = certify(network_on_a_saddle())
 print(before)
 
 # %% [markdown]
-# Read it from the top:
-#
 # - The verdict is `saddle`.
-# - The gradient's norm is zero, up to rounding. A test of the gradient alone would call this point converged.
+# - The gradient's norm is zero, up to rounding. A test of the gradient alone would report convergence.
 # - The smallest eigenvalue of the Hessian, `lambda_min`, lies in an interval far below the threshold. Its upper end is
 #   the curvature along a direction v that was found, so it is a proof.
 # - A step along v lowers the loss. `before.escape_direction` is v.
 #
-# The network has 580 parameters, and the certificate took a few Hessian-vector products. It never makes the
-# Hessian, so it works for millions of parameters as well.
+# The certificate took a few Hessian-vector products. The Hessian is never computed, so this also works for millions of
+# parameters.
 #
 # ## Train without noise and with noise
 #
-# `CompressedSGD` is Algorithm 1 of the paper: SGD that sends compressed gradients, and adds noise where you ask for
-# it. `noise` is the standard deviation in each coordinate. Three runs start at the same point:
+# `CompressedSGD` is Algorithm 1 of the paper: SGD that sends compressed gradients and optionally adds noise. `noise` is
+# the standard deviation in each coordinate. Three runs start at the same point:
 #
 # - without noise;
 # - with noise, uncompressed (`Identity` sends everything);
-# - with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` compresses small tensors too; by default
-#   tensors below 1,024 elements are sent whole, and this network has only such.
+# - with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below 1,024 elements;
+#   this network has only such.
 #
-# `Ramp` lowers the noise to zero at the end, between steps 500 and 600, so that the gradient can become small.
+# `Ramp` lowers the noise to zero between steps 500 and 600, so that the gradient can become small.
 
 # %%
 STEPS, LR = 800, 0.5
@@ -146,17 +141,13 @@ figure.savefig("runs/02_leave_a_saddle.png", dpi=120)
 # %% [markdown]
 # ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.png)
 #
-# Without noise the loss is a straight line: every minibatch has a zero gradient for the weights. With noise the
-# weights move a little at random, and the negative curvature multiplies that little movement at every step. Both runs
-# end at the best loss that this network can have.
+# Without noise the loss is constant. With noise the weights move a little at random, and the negative curvature
+# amplifies this at every step. Both runs with noise end at the best loss of this network.
 #
-# The compressed run leaves the saddle as well, with a 14th of the bytes. TopK's error memory keeps the rest of a
-# step, noise included, for later steps. It needs longer: the two steps in its curve are further saddles, at which the
-# network has found some of the four directions and not yet the others.
+# The compressed run leaves the saddle as well, with a 14th of the bytes. It takes longer: the two plateaus in its curve
+# are further saddles, at which the network has found some of the four directions.
 #
 # ## Certify the end
-#
-# First the run without noise, then the compressed one.
 
 # %%
 for name in ("no noise", "noise, TopK 5%"):
@@ -166,14 +157,12 @@ for name in ("no noise", "noise, TopK 5%"):
     print(f"  lambda_min in [{certificate.lambda_min_lower:.3f}, {certificate.lambda_min_upper:.3f}]")
 
 # %% [markdown]
-# Both gradients pass. The verdicts differ: the first point is a saddle, the second is second-order stationary. That is
-# the paper's promise for SGD with noise, and now it is checked at this point and not only expected.
-#
-# "Second-order stationary" says that no curvature lies below the threshold. The lower bound is wrong with a
-# probability of at most 0.1% (`failure_probability`).
+# Both gradients pass. The first point is a saddle, the second is second-order stationary: no curvature lies below the
+# threshold. The paper promises this for SGD with noise; here it is checked at one point. The lower bound is wrong with
+# a probability of at most 0.1% (`failure_probability`).
 #
 # ## Next
 #
-# - The lines of a certificate, and which rho to take: [certificates](docs/certificates.md).
+# - The lines of a certificate, and how to choose rho: [certificates](docs/certificates.md).
 # - How much noise: [choosing](docs/choosing.md).
 # - The paper's own figure with this effect, on MNIST: [Figure 2](experiments/figure2/README.md).

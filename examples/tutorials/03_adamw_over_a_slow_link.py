@@ -2,13 +2,12 @@
 # # AdamW over a slow link
 #
 # Data-parallel training exchanges gradients at every step. A model of a million parameters has 4 MB of them, and a
-# link of 50 Mbit/s carries 6 MB in a second: the workers wait for the network, and not for the processor.
-# `LocalUpdates` lets each worker step alone. After some steps the workers exchange their changes, compressed.
-# In this tutorial you
+# link of 50 Mbit/s carries 6 MB in a second, so the workers wait for the network. With `LocalUpdates` each worker steps
+# alone. After some steps the workers exchange their changes, compressed. In this tutorial you
 #
 # 1. train the same model by both methods, with four simulated workers in one process;
 # 2. compare the loss with the bytes that a worker sends;
-# 3. ask `packsaddle plan link` what a link of 50 Mbit/s makes of it.
+# 3. ask `packsaddle plan link` for the time on a link of 50 Mbit/s.
 #
 # You need packsaddle with `pip install '.[plot,digits]'`. Run it with
 # `python examples/tutorials/03_adamw_over_a_slow_link.py`; it takes less than a minute.
@@ -30,8 +29,8 @@ import packsaddle
 # %% [markdown]
 # ## The task
 #
-# An autoencoder restores the 8 x 8 digits of scikit-learn from 16 numbers. The last 297 images are for the test. Each
-# of the four workers has a quarter of the others.
+# An autoencoder compresses the 8 x 8 digits of scikit-learn to 16 numbers and reconstructs them. The last 297 images
+# are the test set. Each of the four workers has a quarter of the others.
 
 # %%
 WORKERS, STEPS, BATCH, LR = 4, 720, 16, 2e-3
@@ -61,11 +60,11 @@ print(f"{sum(p.numel() for p in new_model().parameters()):,} parameters")
 # %% [markdown]
 # ## Gradients at every step
 #
-# `packsaddle.simulate(worker, workers=4)` calls `worker(rank)` for each rank, in one process. The workers
-# exchange the same messages and bytes as four processes. So you can try methods without a cluster.
+# `packsaddle.simulate(worker, workers=4)` calls `worker(rank)` for each rank, in one process. The workers exchange the
+# same messages and bytes as four processes.
 #
-# The first worker function does what DistributedDataParallel does: it averages the gradients at every step. In the
-# simulation we write that out. A `Communicator` averages a tensor over the workers and counts the bytes.
+# The first worker function averages the gradients at every step, as DistributedDataParallel does. `Communicator.mean`
+# averages a tensor over the workers and counts the bytes.
 
 
 # %%
@@ -91,9 +90,9 @@ def every_step(rank: int) -> list[tuple[float, float]]:
 # %% [markdown]
 # ## Local updates
 #
-# With `LocalUpdates` the loop has no exchange in it: `optimizer.step()` is counted, and every `every` steps it
-# exchanges. Between exchanges the workers have different parameters. The model that they have in common is called the
-# anchor, and `at_anchor()` evaluates that one.
+# With `LocalUpdates` the loop contains no exchange: `optimizer.step()` is counted, and every `every`-th call also
+# exchanges. Between exchanges the workers have different parameters. Their common model is the anchor, which
+# `at_anchor()` evaluates.
 
 
 # %%
@@ -123,14 +122,14 @@ def local_updates(every: int, compressor: packsaddle.Compressor, make=adamw) -> 
 # %% [markdown]
 # ## Loss against bytes
 #
-# Four methods see the same examples in the same number of steps:
+# Four methods train on the same examples for the same number of steps:
 #
 # - gradients at every step;
 # - local updates every 8 steps, uncompressed;
 # - local updates every 8 steps, of which `TopK` sends the largest 1/32 in 2 bits each;
 # - the same every 24 steps.
 #
-# All have the same learning rate, 0.002; we searched for no better one. We count what rank 1 sends.
+# All have the learning rate 0.002, which was not tuned. The bytes are those that rank 1 sends.
 
 # %%
 small = packsaddle.TopK(1 / 32, values="int2")
@@ -157,24 +156,21 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 # %% [markdown]
 # ![Test loss against the megabytes that a worker has sent, for four methods](03_adamw_over_a_slow_link.png)
 #
-# Both axes are logarithmic, and further left means fewer bytes. Read the picture at one height, say a loss of 0.02:
+# Both axes are logarithmic. Compare the curves at a loss of 0.02:
 #
-# - Uncompressed local updates reach it with about a seventh of the bytes of gradients at every step. One exchange of
-#   parameters stands for eight exchanges of gradients.
-# - Compressed local updates need about a fifteenth of those, so some 100 times fewer bytes than gradients at every
-#   step.
-# - They need more steps. Count the dots, one for each 24 steps: the red curve is at 0.02 after about three times as
-#   many as the black one. After 720 steps its loss is still an eighth above the black curve's.
-# - With an exchange every 24 steps the loss falls slower still, and 0.02 is not reached in this short training. Per
-#   byte it is no better than the red curve. It pays only where the link is so slow that the red curve's bytes are too
-#   many.
+# - Uncompressed local updates reach it with about a seventh of the bytes of gradients at every step.
+# - Compressed local updates need about a fifteenth of those: some 100 times fewer bytes than gradients at every step.
+# - They need more steps. Each dot is 24 steps: the red curve reaches 0.02 after about three times as many as the black
+#   one. After 720 steps its loss is still an eighth higher.
+# - With an exchange every 24 steps 0.02 is not reached in this short training. This pays only where the link is too
+#   slow for the red curve's bytes.
 #
-# So compression buys bytes with steps. The table of [what was measured](docs/local-updates.md#what-was-measured) has
-# the same for a transformer, with learning rates searched for each method.
+# So compression trades steps for bytes. [Local updates](docs/local-updates.md#what-was-measured) shows this for a
+# transformer, most methods at the better of two learning rates.
 #
 # ## The same with Muon
 #
-# Many train the matrices of hidden layers with Muon, and the rest with AdamW. Pass `LocalUpdates` both optimizers. A
+# To train the matrices of hidden layers with Muon and the rest with AdamW, pass both optimizers to `LocalUpdates`. A
 # step is counted when each has stepped. Here `Sign`, the default compressor, sends one bit for each coordinate.
 
 
@@ -192,15 +188,14 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
     print(f"local, every 8, Sign, {name:15} {1000 * sent / STEPS:.2f} kB a step, test loss {loss:.4f}")
 
 # %% [markdown]
-# In this small autoencoder both come to the same loss. On transformers Muon needs far fewer steps, with local updates
-# as with gradients at every step: [measured](../../experiments/muon/README.md).
+# In this small autoencoder both reach the same loss. On transformers Muon needs far fewer steps:
+# [measured](../../experiments/muon/README.md).
 #
-# ## What a link of 50 Mbit/s makes of it
+# ## The time on a link of 50 Mbit/s
 #
-# Bytes are not time. `packsaddle plan link` predicts the time. It needs the link, the size of your model (`--d`), the
-# seconds that a forward and backward pass takes on your worker (`--compute`) and the number of workers. Here:
-# 10 million parameters and a tenth of a second. It measures on this machine how long each compressor computes.
-# `--local` adds a second table, of local updates; we print that one and what follows.
+# `packsaddle plan link` predicts the time of a step, and measures on this machine how long each compressor computes. It
+# needs the link, the size of your model (`--d`), the seconds of a forward and backward pass on your worker
+# (`--compute`) and the number of workers. `--local` adds a second table, of local updates, which we print.
 
 # %% tags=["varies"]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
@@ -209,18 +204,15 @@ done = subprocess.run(shlex.split(command), capture_output=True, text=True, chec
 print(done.stdout[done.stdout.index("local updates") :])
 
 # %% [markdown]
-# How to read it:
-#
-# - `step ms` is the time of one step, `compute %` the part of it in which the worker does not wait, and `sent kB` the
+# - `step ms` is the time of one step, `compute %` the fraction of it in which the worker computes, and `sent kB` the
 #   bytes that a worker sends per step.
-# - `x steps` is the price: the steps that a setting needs over those of dense training. It was measured on one small
+# - `x steps` is the number of steps that a setting needs, relative to dense training. It was measured on one small
 #   language model, so it is a rough guide for yours.
-# - The first sentence below the table weighs both. A dense step takes about 10 seconds on this link, nearly all of it
+# - The first sentence below the table combines both. A dense step takes about 10 seconds on this link, nearly all of it
 #   waiting. The best setting makes the same progress in a fraction of a second.
 #
-# The answer depends on your numbers. With half a second of computing for each step, the plan prefers an exchange every
-# 2 steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
-# Run it with your own numbers before you change your training.
+# The answer depends on your numbers. With half a second of computing for each step, the plan recommends an exchange
+# every 2 steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
 #
 # ## Next
 #

@@ -5,13 +5,13 @@
 # that starts it changes. In this tutorial you
 #
 # 1. write such a script, with local updates and a checkpoint, and start four workers on this machine;
-# 2. look at the network with `packsaddle doctor`;
+# 2. check the network with `packsaddle doctor`;
 # 3. start four hosts, all on this machine, kill one and start again;
 # 4. see the commands for four machines.
 #
 # You need a clone of the repository and `pip install .` in it. Run this page with
 # `python examples/tutorials/04_one_machine_to_four_hosts.py`. It takes one to two minutes, most of it to start Python
-# processes. The files go to `runs/tutorial-4`.
+# processes. The files are written to `runs/tutorial-4`.
 
 # %%
 import os
@@ -42,13 +42,13 @@ def start(command: str, **variables: str) -> subprocess.Popen[str]:
 #
 # `train.py` is an ordinary loop with AdamW. Four things make it ready for several workers:
 #
-# - `init_process_group("gloo")` joins the workers. torchrun tells each one its number in environment variables.
-# - Each worker takes its own part of the data, by `rank`.
+# - `init_process_group("gloo")` joins the workers. torchrun gives each one its rank in environment variables.
+# - Each worker uses its own part of the data, by `rank`.
 # - `LocalUpdates` exchanges the changes of the workers every 10 steps.
-# - `load_checkpoint` and `save_checkpoint` are called by all workers. Each writes its own file, since each has its own
-#   optimizer state and its own memory of what it has not sent. Without a checkpoint `load_checkpoint` returns None.
+# - All workers call `load_checkpoint` and `save_checkpoint`. Each writes its own file, with its optimizer state and its
+#   error memory (the unsent part of its changes). Without a checkpoint `load_checkpoint` returns None.
 #
-# The variable `DIE_AT` lets the last worker kill itself at a step. It stands for a machine that fails.
+# The variable `DIE_AT` makes the last worker kill itself at a step, like a machine that fails.
 
 # %%
 Path("train.py").write_text("""\
@@ -96,7 +96,7 @@ torch.distributed.destroy_process_group()
 # %% [markdown]
 # ## Four workers on this machine
 #
-# torchrun starts the workers, and `--standalone` says that no other machine takes part.
+# `--standalone` means that no other machine takes part.
 
 # %% tags=["varies"]
 whole, errors = start("torchrun --standalone --nproc-per-node 4 train.py checkpoints/one").communicate()
@@ -105,12 +105,11 @@ print(whole or errors)
 # %% [markdown]
 # The line has a digest of the weights, which we need later.
 #
-# ## Look at the network
+# ## Check the network
 #
-# On several machines most first runs fail for one reason: the workers cannot find each other. A worker of gloo tells
-# the others an address at which it listens. Without help it takes the address that the machine's own name leads to,
-# and on many systems that is 127.0.0.1, where no other machine can reach it. `packsaddle doctor` shows what it would
-# be:
+# On several machines most first runs fail because the workers cannot find each other. Each gloo worker announces the
+# address at which it listens. By default this is the address of the machine's own name, on many systems 127.0.0.1,
+# which no other machine can reach. `packsaddle doctor` shows it:
 
 # %% tags=["varies"]
 report, _ = start("packsaddle doctor").communicate()
@@ -119,15 +118,13 @@ first, last = (next(i for i, line in enumerate(lines) if line[4:].startswith(w))
 print("\n".join(lines[first:last]))
 
 # %% [markdown]
-# A `!` before `gloo` says that workers on other machines could not reach this one. The cure is the variable
-# `GLOO_SOCKET_IFNAME`. Set it on each machine to the name of the card of the network that you want to use. The names
-# are in the list.
+# A `!` before `gloo` means that workers on other machines could not reach this one. Then set `GLOO_SOCKET_IFNAME` on
+# each machine to the name of the network card to use. The list has the names.
 #
 # ## Four hosts, on one machine
 #
-# With several machines you start torchrun once on each. The commands differ in `--node-rank` alone. `--master-addr` is
-# the address of the first machine. You can try the commands on one machine, in four terminals, with its loopback card
-# `lo` and the address 127.0.0.1. The function below does that.
+# With several machines you start torchrun once on each, with its own `--node-rank`. `--master-addr` is the address of
+# the first machine. The function below does this on one machine, with its loopback card `lo` and the address 127.0.0.1.
 
 
 # %%
@@ -145,7 +142,7 @@ def four_hosts(**variables: str) -> list[tuple[str, str]]:
 # %% [markdown]
 # ## A host dies
 #
-# The last host gets SIGKILL at step 60. This is what the other three say, and what is in the checkpoint's folder:
+# The last host receives SIGKILL at step 60. The other three print this, and the checkpoint's folder contains:
 
 # %% tags=["varies"]
 for node, (_, errors) in enumerate(four_hosts(DIE_AT="60")):
@@ -155,10 +152,8 @@ for folder in sorted(Path("checkpoints/four").iterdir()):
     print(folder, *sorted(path.name for path in folder.glob("*.pt")))
 
 # %% [markdown]
-# At their next exchange the others get no answer. Their `PeerLostError` names the rank that is gone, and all end
-# within seconds. No worker trains on alone without noticing.
-#
-# The checkpoint of step 50 is whole, with one file for each worker.
+# At their next exchange the others get no answer. Their `PeerLostError` names the missing rank, and all end within
+# seconds. The checkpoint of step 50 is complete, with one file for each worker.
 #
 # ## Start again
 #
@@ -177,14 +172,13 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 # Four workers on one machine without a failure, and four hosts with a failure and a second start: the weights are
 # the same, bit for bit.
 #
-# torchrun can start the workers again by itself, with `--max-restarts 3`
+# With `--max-restarts 3` torchrun restarts the workers automatically
 # ([how](docs/multi-node.md#when-a-machine-is-late-or-gone)).
 #
 # ## Four machines
 #
-# Now the same on four machines, where 10.0.0.1 is the first machine's address and `eth0` the card. Each has the
-# script, and the same versions of Python, torch and packsaddle. Check the network first, with this on all four, and
-# `--node-rank` 0 to 3:
+# On four machines, 10.0.0.1 is the first machine's address and `eth0` the card. Each has the script, and the same
+# versions of Python, torch and packsaddle. Check the network first, on all four with `--node-rank` 0 to 3:
 #
 #     export GLOO_SOCKET_IFNAME=eth0
 #     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 -m packsaddle.cli doctor
@@ -197,15 +191,15 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 # machine. The machines must trust each other: whoever can reach these ports can join
 # ([ports, and who may connect](docs/multi-node.md#ports-and-who-may-connect)).
 #
-# A checkpoint folder need not be shared while the number of machines stays: each worker reads its own file. To continue
-# with fewer machines, put it on a disk that all can read.
+# With the same number of machines each worker reads its own file, so the checkpoint folder need not be shared. To
+# continue with fewer machines, put it on a disk that all can read.
 #
-# To try slow links between hosts without a second machine you need Linux and root:
+# To try slow links without a second machine (on Linux, as root):
 # `python -m benchmarks.race link --hosts 4 --rate 50` makes four hosts out of network namespaces, with links of
 # 50 Mbit/s, and measures training steps between them.
 #
 # ## Next
 #
 # - Cards, ports, timeouts and rendezvous in full: [several machines](docs/multi-node.md).
-# - Machines that come and go while the others train on: [elastic workers](docs/elastic.md).
+# - Machines that join and leave while the others train: [elastic workers](docs/elastic.md).
 # - Does it pay on your link? [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).

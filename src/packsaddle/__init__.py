@@ -1,5 +1,6 @@
 """packsaddle: train on slow networks with the optimizer you have, and know where you have arrived."""
 
+from packsaddle import integrations as integrations
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint
 from packsaddle.comm.ledger import Bytes, Ledger, Span

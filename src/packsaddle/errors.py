@@ -59,15 +59,15 @@ def check_integers(least: int, **values: object) -> None:
 def check_positive(**values: float | None) -> None:
     """Raise ValueError, with the argument's name, for a value that is not positive and finite. None is accepted."""
     for name, value in values.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if isinstance(value, str) or (value is not None and not 0 < value < math.inf):
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
 
 
 def check_not_negative(**values: float | None) -> None:
     """Raise ValueError, with the argument's name, for a value that is negative or not finite. None is accepted."""
     for name, value in values.items():
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        if isinstance(value, str) or (value is not None and not 0 <= value < math.inf):
+            raise ValueError(f"{name} must be finite and not negative, got {value!r}")
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def check(before: dict[str, Any], outcomes: list[Any], old: int, new: int) -> No
             assert torch.equal(buffers[name], buffer)
         assert torch.allclose(mean, torch.full((2,), (old - 1) / 2))
         assert notes == (
-            f"the checkpoint of step 6 was saved by {old} workers and is loaded by {new}: x is kept, and each has the "
-            f"mean of the error memories",
+            f"the checkpoint of step 6 was saved by {old} workers and is loaded by {new}: each loads the mean of "
+            "parameters, optimizer states and error memories",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import command, refused
-from forked_python import environment, torchrun
+from forked_python import environment, python, torchrun
 
 from packsaddle.curvature.sharded import load_whole
 from packsaddle.runs.run_folder import RunFolder
@@ -220,7 +220,7 @@ def test_weights_that_do_not_fit_a_sharded_model_are_refused(gloo: Callable[...,
 def test_a_file_of_another_format_is_told_in_one_line(folder: Path) -> None:
     """torch warns of pickles of its format's future; in a process, since pytest catches warnings."""
     (folder / "junk.pt").write_bytes(pickle.dumps({"weight": 1}, protocol=4))
-    call = [sys.executable, "-m", "packsaddle.cli", "certify-script", "script_of_mine:problem", "junk.pt"]
+    call = [python(), "-m", "packsaddle.cli", "certify-script", "script_of_mine:problem", "junk.pt"]
     done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("packsaddle: error: checkpoint junk.pt cannot be read: UnpicklingError")

@@ -4,11 +4,11 @@ import importlib.util
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_python import environment, python
 from listeners import are_local, listeners
 
 from packsaddle.comm import connect
@@ -20,7 +20,6 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads the sockets of Linux"),
 ]
 needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft is not installed")
-SOURCES = str(Path(__file__).parents[2] / "src")
 
 
 def answers(address: str, port: int) -> bool:
@@ -53,12 +52,13 @@ def test_the_workers_of_one_machine_cannot_be_reached_from_another() -> None:
     assert are_local(launcher - before), "the launcher's store"
 
 
-RANK_0 = """
-import os
+RANK_0 = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
 from listeners import listeners
 from packsaddle.comm.launching import process_group
 with process_group() as group:
-    print(*sorted({address for address, port in listeners(os.getpid()) if port == int(os.environ["MASTER_PORT"])}))
+    print(*sorted({{address for address, port in listeners(os.getpid()) if port == int(os.environ["MASTER_PORT"])}}))
 """
 
 
@@ -74,10 +74,9 @@ def free_port() -> int:
 def test_rank_0_of_another_launcher_listens_at_its_address(bind: str | None, expected: str) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
     chosen = {} if bind is None else {"PACKSADDLE_BIND": bind}
-    path = os.pathsep.join([SOURCES, str(Path(__file__).parents[1] / "support")])
     found = subprocess.run(
-        [sys.executable, "-c", RANK_0],
-        env={**os.environ, "PYTHONPATH": path, **place, **chosen},
+        [python(), "-c", RANK_0],
+        env=environment(**place, **chosen),
         capture_output=True,
         text=True,
         timeout=100,

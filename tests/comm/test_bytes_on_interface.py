@@ -26,11 +26,11 @@ def counters():
 v, results = torch.randn(1_250_000, generator=torch.Generator().manual_seed(rank)), {}
 for name, compressor, exchange, steps in (
     ("dense all-reduce", Identity(), "direct", 2),
-    ("RandomK all-reduce", RandomK(0.1), "direct", 20),
-    ("TopK all-gather", TopK(0.1), "direct", 18),
-    ("QSGD two-way", QSGD(coded=False), "two-way", 16),
-    ("SketchTopK", SketchTopK(0.01), "direct", 8),
-    ("SharedTopK", SharedTopK(0.05), "direct", 30),
+    ("RandomK all-reduce", RandomK(0.1), "direct", 10),
+    ("TopK all-gather", TopK(0.1), "direct", 9),
+    ("QSGD two-way", QSGD(coded=False), "two-way", 8),
+    ("SketchTopK", SketchTopK(0.01), "direct", 4),
+    ("SharedTopK", SharedTopK(0.05), "direct", 15),
     ("coordinator", TopK(0.1), "coordinator", 2),
 ):
     attempts = []
@@ -55,7 +55,7 @@ dist.destroy_process_group()
 
 @pytest.mark.usefixtures("forks_on_hosts")
 def test_counted_bytes_are_what_the_interface_saw(tmp_path: Path) -> None:
-    """Within 5% for every protocol at 10 MB or so: TCP/IP headers, acknowledgements and barriers are the rest.
+    """Within 5% for every protocol at 5 MB or so: TCP/IP headers, acknowledgements and barriers are the rest.
 
     The least of three attempts, each way.
     """
@@ -70,8 +70,8 @@ def test_counted_bytes_are_what_the_interface_saw(tmp_path: Path) -> None:
         for name, result in json.loads(output).items():
             for way, counted, seen in zip(("sent", "received"), result["counted"], result["interface"], strict=True):
                 print(f"rank {rank} {name}: {way} {counted:,} counted, {seen:,} on the interface")
-                if counted > 5_000_000:
+                if counted > 2_500_000:
                     assert counted <= seen <= 1.05 * counted, (rank, name, way)
                 else:  # the quiet direction of the star
                     assert seen <= counted + 1_000_000, (rank, name, way)
-            assert max(result["counted"]) > 8_000_000, name
+            assert max(result["counted"]) > 4_000_000, name

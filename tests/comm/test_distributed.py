@@ -34,7 +34,7 @@ def toy_runs(steps: int) -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_processes_equal_the_simulation(gloo: Callable[..., list[Any]], workers: int) -> None:
-    steps = 20
+    steps = 14
     simulated = simulate(lambda rank: toy_runs(steps), workers)
     for real, serial in zip(gloo(toy_runs, workers, steps), simulated, strict=True):
         assert real.keys() == serial.keys()

@@ -40,21 +40,23 @@ by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vec
 # Those between which the energy that is lost differs; the others are of another scale, dtype or length.
 TELLING = ("gaussian", "one spike", "all equal", "ties of both signs", "heavy tail", "wide range")
 TELLING += ("negative zero", "two coordinates")
+SLOW = (SketchTopK, QSGD, Stages)
 
 
 @pytest.mark.parametrize(
     "compressor",
-    [pytest.param(c, marks=[pytest.mark.slow] * isinstance(c, SketchTopK | QSGD | Stages)) for c in COMPRESSORS],
+    [pytest.param(c, marks=[pytest.mark.slow] * isinstance(c, SLOW)) for c in COMPRESSORS],
     ids=repr,
 )
 def test_conformance(compressor: Compressor) -> None:
-    """Expectations are means over 200 seeds, or over 20 on vectors that tell less of them, or over two where every seed
-    gives the same, which is checked."""
+    """Expectations are means over 200 seeds, or 60 where a call takes long, or 10 on vectors that tell less of them, or
+    over two where every seed gives the same, which is checked."""
     same = isinstance(compressor, Identity | TopK | AdaptiveTopK | Sign)
+    seeds = 60 if isinstance(compressor, SLOW) else 200
     telling = {name: v for name, v in nasty_vectors().items() if name in TELLING}
     others = {name: v for name, v in nasty_vectors().items() if name not in TELLING}
-    check_compressor(compressor, telling, seeds=2 if same else 200)
-    check_compressor(compressor, others, seeds=2 if same else 20)
+    check_compressor(compressor, telling, seeds=2 if same else seeds)
+    check_compressor(compressor, others, seeds=2 if same else 10)
     if same:
         v = torch.randn(50, generator=torch.Generator().manual_seed(0))
         assert all(torch.equal(compressor(v, seed=s), compressor(v, seed=0)) for s in range(1, 20))
@@ -130,6 +132,9 @@ class Broken(Compressor):
 def test_the_suite_finds_what_is_broken(wrong: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_compressor(Broken(wrong))
+
+
+def test_the_suite_finds_nothing_in_what_is_whole() -> None:
     check_compressor(Broken("nothing"))
 
 
@@ -375,10 +380,10 @@ def test_qsgd_is_unbiased_with_the_variance_of_its_levels(levels: int, dtype: to
 
 
 def test_qsgd_is_unbiased_before_scaling_with_its_variance() -> None:
-    """Over 3,000 seeds: E Q(v) = v within 5 standard errors, E||Q(v) - v||^2 <= omega ||v||^2."""
+    """Over 1,000 seeds: E Q(v) = v within 5 standard errors, E||Q(v) - v||^2 <= omega ||v||^2."""
     c, v = QSGD(levels=3, bucket=20), torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    draws = torch.stack([c(v, seed=s) for s in range(3000)]) * (1 + c.omega(50))
-    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 3000**0.5 + 1e-12).all())
+    draws = torch.stack([c(v, seed=s) for s in range(1000)]) * (1 + c.omega(50))
+    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 1000**0.5 + 1e-12).all())
     assert float((draws - v).square().sum(1).mean()) <= c.omega(50) * float(v.square().sum())
 
 
@@ -388,29 +393,29 @@ def test_linear_sketch_is_unbiased_with_its_variance(kind: str, columns: int) ->
     """S^T S v, before scaling: mean v, and E||S^T S v - v||^2 close to, and not above, omega ||v||^2."""
     c = LinearSketch(columns=columns, sketch=kind)  # type: ignore[arg-type]
     v = torch.randn(80, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    draws = torch.stack([c(v, seed=s) for s in range(3000)]) * (1 + c.omega(80))
-    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 3000**0.5).all())
+    draws = torch.stack([c(v, seed=s) for s in range(1000)]) * (1 + c.omega(80))
+    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 1000**0.5).all())
     relative = (draws - v).square().sum(1) / v.square().sum()
-    mean, error = float(relative.mean()), float(relative.std()) / 3000**0.5
+    mean, error = float(relative.mean()), float(relative.std()) / 1000**0.5
     assert mean <= c.omega(80) + 5 * error
     assert mean >= 0.7 * c.omega(80)
 
 
 def test_sketch_estimates_have_the_stated_variance() -> None:
-    """One row's estimate of any coordinate is unbiased with variance at most ||v||^2 / c, over 4,000 hashes."""
+    """One row's estimate of any coordinate is unbiased with variance at most ||v||^2 / c, over 1,500 hashes."""
     from packsaddle.numerics.sketches import RowHash
 
     d, c = 70, 12  # c does not divide d
     v = torch.linspace(-1, 2, d, dtype=torch.float64) ** 3
     estimates = []
-    for seed in range(4000):
+    for seed in range(1500):
         row, out = RowHash.draw(d, c, seed=seed, step=0), torch.zeros(d, dtype=torch.float64)
         row.add_transposed(row.sketch(v), out)
         estimates.append(out)
     draws = torch.stack(estimates)
-    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 4000**0.5 + 1e-12).all())
+    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 1500**0.5 + 1e-12).all())
     bound = float(v.square().sum()) / c
-    assert float(draws.var(0).max()) <= bound * (1 + 5 * (2 / 4000) ** 0.5 * 2)  # fourth moments up to twice Gaussian
+    assert float(draws.var(0).max()) <= bound * (1 + 5 * (2 / 1500) ** 0.5 * 2)  # fourth moments up to twice Gaussian
 
 
 def test_sketch_is_the_matrix_it_says() -> None:
@@ -461,11 +466,11 @@ def test_planted_heavy_hitters_are_recovered() -> None:
 
     By Chebyshev one row errs by half a spike with probability at most 1 / 9 for each coordinate of 2000; the
     median of 7 rows then fails for some of them with probability at most 2000 * 35 / 9^4, a poor bound. The
-    Gaussian tail of a sum of many terms says 2000 * 35 * (0.0027)^4 = 4e-6; so 200 of 200 seeds are asked for.
+    Gaussian tail of a sum of many terms says 2000 * 35 * (0.0027)^4 = 4e-6; so 80 of 80 seeds are asked for.
     """
     d, k, c = 2000, 5, 200
     found = 0
-    for seed in range(200):
+    for seed in range(80):
         rng = torch.Generator().manual_seed(seed)
         v = torch.randn(d, generator=rng)
         heavy = torch.randperm(d, generator=rng)[:k]
@@ -475,13 +480,13 @@ def test_planted_heavy_hitters_are_recovered() -> None:
         compressor = SketchTopK(k=k, rows=7, columns=c, oversample=1)
         support = compressor.support_of(compressor.encode(v, seed=seed, step=0), d)
         found += set(support.tolist()) == set(heavy.tolist())
-    assert found == 200
+    assert found == 80
 
 
 @pytest.mark.slow
 def test_a_lone_spike_is_sent_wherever_it_is() -> None:
     """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
-    d = 40
+    d = 20
     for columns in (None, 1):
         c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns or 4, oversample=1)
         for position in (0, d // 3, d - 1):
@@ -546,7 +551,7 @@ def test_randomk_default_block_size_keeps_at_least_1024_cells() -> None:
 )
 def test_randomk_marginals_are_uniform(d: int, k: int, block: int) -> None:
     """Over seeds, every coordinate is kept equally often (chi-square over coordinates, binned if d is large)."""
-    c, seeds = RandomK(k=k, block_size=block), 4000
+    c, seeds = RandomK(k=k, block_size=block), 2000
     counts = torch.zeros(d)
     for seed in range(seeds):
         counts[c.support(d, seed=seed, step=5)] += 1

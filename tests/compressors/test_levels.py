@@ -70,10 +70,10 @@ def test_against_strings_of_bits(d: int, top: int, zeros: float, decay: float, s
     magnitudes = (torch.rand(d, generator=rng).log() / math.log(decay + 1e-9)).floor().long().clamp(0, top - 1) + 1
     levels = magnitudes * (torch.rand(d, generator=rng) >= zeros) * (torch.randint(2, (d,), generator=rng) * 2 - 1)
     bits = bits_of(top)
-    packed = wire.pack(levels + top, bits)
-    coded = encode_levels(packed, d, top, bits)
+    packed, code = wire.pack(levels + top, bits), (levels + top).to(torch.uint8)
+    coded = encode_levels(code, top, bits)
     with torch_only():
-        assert torch.equal(encode_levels(packed, d, top, bits), coded)
+        assert torch.equal(encode_levels(code, top, bits), coded)
     if d:
         assert len(coded) <= 1 + len(packed)
         codes = {0: [0, *packed.tolist()], 1: layered(levels.tolist()), 2: riced(levels.tolist())}
@@ -150,15 +150,14 @@ def test_long_vectors_change_no_number(c: QSGD, name: str) -> None:
     message = c.encode(v, seed=3, step=4)
     c.add_decoded(message, found)
     assert torch.equal(found, expected)
-    packed = fixed.encode(v, seed=3, step=4).parts["levels"]
-    coded = encode_levels(packed, D, c.levels, c.bits)
+    codes = wire.unpack(fixed.encode(v, seed=3, step=4).parts["levels"], c.bits, D).to(torch.uint8)
+    coded = encode_levels(codes, c.levels, c.bits)
     if message.parts["scales"].all():  # else buckets of zeros are left out
         assert torch.equal(message.parts["levels"], coded)
-    codes = wire.unpack(packed, c.bits, D)
-    assert torch.equal(decode_levels(coded, D, c.levels, c.bits).long(), codes)
+    assert torch.equal(decode_levels(coded, D, c.levels, c.bits), codes)
     with torch_only():
-        assert torch.equal(encode_levels(packed, D, c.levels, c.bits), coded)
-        assert torch.equal(decode_levels(coded, D, c.levels, c.bits).long(), codes)
+        assert torch.equal(encode_levels(codes, c.levels, c.bits), coded)
+        assert torch.equal(decode_levels(coded, D, c.levels, c.bits), codes)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -173,9 +172,9 @@ def test_what_is_not_finite_reaches_its_bucket(bad: float) -> None:
 
 
 def test_a_vector_of_zeros_has_no_layers() -> None:
-    """The loop over layers has nothing to begin with, and must not be called; and a message has no levels at all."""
+    """Of levels that are all 0 nothing is coded, and a message of zeros has no levels at all."""
     out = torch.ones(2000)
-    coded = encode_levels(wire.pack(torch.full((2000,), 7), 4), 2000, 7, 4)
+    coded = encode_levels(torch.full((2000,), 7, dtype=torch.uint8), 7, 4)
     assert coded.tolist() == [1, 0]
     assert decode_levels(coded, 2000, 7, 4).tolist() == [7] * 2000
     message = QSGD().encode(torch.zeros(2000), seed=0, step=0)
@@ -256,14 +255,14 @@ def test_a_long_quotient_at_any_place(where: int) -> None:
     """A largest level among small ones: its unary code is 60 bits long, and runs over the edges of groups."""
     levels = (5 * torch.randn(9001, generator=torch.Generator().manual_seed(where))).round().long()
     levels[where : where + 3] = torch.tensor([127, -127, 127])
-    packed = wire.pack(levels + 127, 8)
-    coded = encode_levels(packed, len(levels), 127, 8)
+    codes = (levels + 127).to(torch.uint8)
+    coded = encode_levels(codes, 127, 8)
     assert int(coded[0]) == 2
     assert coded.tolist() == riced(levels.tolist())
-    assert torch.equal(decode_levels(coded, len(levels), 127, 8), packed)
+    assert torch.equal(decode_levels(coded, len(levels), 127, 8), codes)
 
 
 def test_loops_are_compiled() -> None:
     pytest.importorskip("numba")
-    names = ("count_levels", "code_levels", "decode_layers", "rice_levels", "decode_rice_levels", "unpack_levels")
+    names = ("pack_levels", "add_levels", "count_codes", "pack_layer", "pack_rice", "unpack_rice", "unpack_numbers")
     assert all(kernel(name) is not None for name in names)

@@ -314,10 +314,10 @@ def test_a_real_plateau_is_a_saddle() -> None:
     images = load_images(DataConfig("digits"), None, train=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        widths = (64, 256, 128, 64, 32, 10, 32, 64, 128, 256, 64)
+        widths = (64, 128, 64, 64, 32, 10, 32, 64, 64, 128, 64)
         layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
     model = nn.Sequential(nn.Flatten(), *layers[:-1], nn.Sigmoid())
-    whole = images.pixels(torch.arange(600))
+    whole = images.pixels(torch.arange(300))
     opt = CompressedSGD(model.parameters(), 1.0, compressor=Identity())
     batches = Batches(torch.arange(len(whole)), 32, worker=0, seed=0)
 
@@ -330,7 +330,7 @@ def test_a_real_plateau_is_a_saddle() -> None:
         opt.step()
     model.double()
     everything = [whole.double()]
-    settings = {"epsilon": 1e-3, "hessian_lipschitz": 1e-3}
+    settings = {"epsilon": 1e-3, "hessian_lipschitz": 1e-4}
     search = Search(generator=torch.Generator().manual_seed(1))
     certificate = certify(model, loss_of, everything, search=search, **settings)
     assert certificate.loss == pytest.approx(float(whole.var(0, correction=0).mean()), rel=0.01)  # of the mean image
@@ -352,7 +352,7 @@ def test_what_is_not_a_function_is_refused() -> None:
         certify(model, lambda m, b: loss_fn(m, (b[0] + torch.rand(1), b[1])), batches, epsilon=1.0)
     with pytest.raises(ValueError, match="batches is empty on every worker"):
         certify(model, loss_fn, [], epsilon=1.0)
-    with pytest.raises(ValueError, match="pass a list or a DataLoader, which can be read twice"):
+    with pytest.raises(ValueError, match="pass batches that can be read twice"):
         certify(model, loss_fn, iter(batches), epsilon=1.0)
     with pytest.raises(ValueError, match="no trainable parameters"):
         certify(nn.Tanh(), loss_fn, batches, epsilon=1.0)
@@ -435,7 +435,7 @@ def test_a_samples_gradient_norm_has_its_error() -> None:
     rng = torch.Generator().manual_seed(0)
     population = torch.randn(4096, 5, generator=rng, dtype=torch.float64)
     errors, squares = [], []
-    for seed in range(200):
+    for seed in range(100):
         order = torch.randperm(4096, generator=torch.Generator().manual_seed(seed))[:512]
         batches = list(population[order].split(17))  # the last one is shorter
         model = Point(torch.zeros(5, dtype=torch.float64))
@@ -443,7 +443,7 @@ def test_a_samples_gradient_norm_has_its_error() -> None:
         certificate = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, **settings)
         errors.append(certificate.grad_norm_error)
         squares.append(float((population[order].mean(0) - population.mean(0)).square().sum()))
-    assert sum(e**2 for e in errors) / 200 == pytest.approx(sum(squares) / 200, rel=0.2)
+    assert sum(e**2 for e in errors) == pytest.approx(sum(squares), rel=0.2)
     assert "512 examples, a sample of 4,096" in str(certificate)
     assert "(standard error" in str(certificate)
     alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, search=Search(max_hvps=1))
@@ -475,7 +475,7 @@ def test_rounding_is_not_taken_for_curvature() -> None:
     x = torch.randn(40, 200, generator=rng)
     batch = (x, model(x).detach())  # a minimum
     signs = set()
-    for seed in range(20):
+    for seed in range(6):
         search = Search(max_hvps=60, generator=torch.Generator().manual_seed(seed))
         certificate = certify(model, loss_fn, [batch], epsilon=1.0, hessian_lipschitz=1e-24, search=search)
         assert certificate.verdict in (Verdict.UNDECIDED, Verdict.SECOND_ORDER_STATIONARY), str(certificate)

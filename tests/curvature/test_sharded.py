@@ -36,7 +36,7 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def certificate(model: nn.Module, batches: list[Tensor], **options: Any) -> Any:
-    search = {"hvp": "differences", "tolerance": 1e-3, "generator": torch.Generator().manual_seed(3)}
+    search = {"hvp": "differences", "tolerance": 1e-3, "max_hvps": 8, "generator": torch.Generator().manual_seed(3)}
     given = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, **search, **options}
     return certify(model, loss_fn, batches, **arguments(**given))
 

@@ -37,32 +37,6 @@ def test_what_sketch_topk_finds() -> None:
     assert not any("SketchTopK" in cell for cell in taken)
 
 
-def test_what_local_updates_lose() -> None:
-    """evidence.md says by how much, with two and four workers, every 2, 8 and 32 steps."""
-    text = (DOCS / "evidence.md").read_text()
-    said = re.search(
-        r"local updates lose\s+([\d.]+) \(every 2\), ([\d.]+) \(every 8\) and ([\d.]+) \(every 32\), and with "
-        r"four workers ([\d.]+), ([\d.]+) and\s+\(`TopK\(1/48\)`\) ([\d.]+)",
-        text,
-    )
-    assert said, "evidence.md says how much is lost"
-    with (DOCS.parent / "experiments" / "race" / "curves.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["steps"] == "600" and row["lr"] == "0.002"]
-
-    def loss(workers: int, name: str) -> float:
-        mine = [r for r in rows if int(r["workers"]) == workers and r["contender"].removesuffix(" lr=0.002") == name]
-        return mean(float(row["losses"].split()[-1]) for row in mine)
-
-    sign, sparse = "Sign(per_tensor=True) every={}", 'TopK(1/48, values="int2") every={}'
-    for workers, kinds, numbers in (
-        (2, (sign, sign, sign), said.groups()[:3]),
-        (4, (sign, sign, sparse), said.groups()[3:]),
-    ):
-        for kind, every, number in zip(kinds, (2, 8, 32), numbers, strict=True):
-            lost = loss(workers, kind.format(every)) - loss(workers, "ddp")
-            assert float(number) == round(lost, 2), (workers, every, lost)
-
-
 def muon(setting: str) -> dict[str, tuple[float, float]]:
     """Return the mean loss over seeds at the best rate of seed 0, and the kB a step, of each method."""
     with (DOCS.parent / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:

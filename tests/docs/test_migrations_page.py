@@ -19,6 +19,7 @@ METHODS = {
     "`LocalUpdates(every=8)`": "local updates, every 8",
     "DistributedDataParallel": "DDP",
     "1-bit Adam, frozen after 50 of the 200 steps": "1-bit Adam",
+    "0/1 Adam, frozen after 50 of the 200 steps": "0/1 Adam",
     "`LocalUpdates(every=1)`": "local updates, every 1",
     "`register_ddp_hook`, `QSGD(127)`": "hook, QSGD(127)",
     "`register_ddp_hook`, `Sign()`": "hook, Sign()",

@@ -2,10 +2,10 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_python import environment, python
 
 import experiments.paper.problems
 import experiments.paper.proof
@@ -19,9 +19,14 @@ pytestmark = pytest.mark.xdist_group("site")  # built once
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-d", str(out / "trees")]
+    build = [python(), "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-d", str(out / "trees")]
     done = subprocess.run(
-        [*build, "-c", "docs", ".", str(out / "html")], cwd=ROOT, capture_output=True, text=True, check=False
+        [*build, "-c", "docs", ".", str(out / "html")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return out / "html"

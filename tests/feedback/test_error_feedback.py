@@ -45,7 +45,7 @@ class Vector(Update):
 def engine(compressor: Compressor, exchange: str) -> ErrorFeedback:
     named = [(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()]
     of, channel = Slice(places(named, 6), torch.device("cpu")), Communicator(resolve(None), Ledger())
-    found = ErrorFeedback(of, ErrorMemory(of, spare=True), channel, Guard("none"), Contraction(0), seed=3)
+    found = ErrorFeedback(ErrorMemory(of, spare=True), channel, Guard("none"), Contraction(0), seed=3)
     found.use(compressor, exchange)
     return found
 
@@ -112,7 +112,7 @@ def test_a_rejected_round_leaves_no_trace(compressor: Compressor, exchange: str,
             r.correct(update(rank, step + 50))
             r.exchange()
             r.absorb()
-            r.roll_back()
+            r.close(apply=False)
             return
         with pytest.raises(RuntimeError, match="lost"):
             loses(feedback, rank, step)

@@ -166,7 +166,7 @@ def uneven(scope: str, exchange: str) -> dict[str, Any]:
     hook = register_ddp_hook(model, Compression(TopK(0.05), exchange=exchange), scope=scope)  # type: ignore[arg-type]
     rng = torch.Generator().manual_seed(resolve(None).rank)
     sent = [0]
-    for _ in range(40):
+    for _ in range(20):
         model.zero_grad()
         model(torch.randn(3, 60, 60, generator=rng)).backward()
         hook.memory()

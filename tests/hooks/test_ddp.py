@@ -38,14 +38,14 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.feedback.slices import places
-from packsaddle.hooks.rates import Rates
+from packsaddle.hooks.ddp_hook import Rates
 
 Gloo = Callable[..., list[Any]]
 
 
 # ---- the same run as CompressedSGD, and as its definition
 
-STEPS = 8
+STEPS = 6
 
 
 def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> dict[str, Any]:
@@ -74,12 +74,13 @@ def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> di
 
 
 def all_beside_compressed_sgd() -> dict[tuple[str, str], dict[str, Any]]:
-    """Every way in one bucket or in many, by turns; several workers have both of each exchange."""
+    """In one bucket or in many, by turns, and both of each exchange; one worker alone has the exchanges only."""
     cases = [("many buckets, model", "model", SEVERAL), ("one bucket", "bucket", 1000.0)]
+    alone = resolve(None).size == 1
     return {
-        (way, name): beside_compressed_sgd(options, scope, cap)
-        for i, (way, options) in enumerate(WAYS.items())
-        for name, scope, cap in (cases if resolve(None).size > 1 and way in EXCHANGES else cases[i % 2 : i % 2 + 1])
+        (way, name): beside_compressed_sgd(WAYS[way], scope, cap)
+        for i, way in enumerate(EXCHANGES if alone else BESIDE)
+        for name, scope, cap in (cases if way in EXCHANGES and not alone else cases[i % 2 : i % 2 + 1])
     }
 
 
@@ -198,17 +199,22 @@ def value_of(model: nn.Module, batch: Tensor) -> float:
 
 # An all-reduce, an all-gather, an all-to-all.
 EXCHANGES = ("RandomK", "TopK", "two-way")
+# With those, one of each other aggregator, private draws, counts by tensor, and sizes that depend on the vector.
+OTHERS = ("SharedTopK", "SketchTopK", "LowRank", "coordinator", "QSGD", "RandomK per tensor", "AdaptiveTopK")
+BESIDE = (*EXCHANGES, *OTHERS)
 
 
 def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
     """Losses before and after, weights, bytes counted and seen.
 
-    A plain loop for each kind of message; the other loops, which do not depend on it, for one of each exchange.
+    A plain loop for each kind of message; the other loops, which do not depend on it, for one of each exchange, and a
+    compiled model for one of them.
     """
     found = {}
     data = batches(1, torch.float32) * 14
     for i, (way, options) in enumerate(WAYS.items()):
-        for j, kind in enumerate(("plain", "accumulation", "scaler", "compiled") if way in EXCHANGES else ("plain",)):
+        kinds = ("plain", "accumulation", "scaler", "compiled")[: 4 if way == "TopK" else 3 if way in EXCHANGES else 1]
+        for j, kind in enumerate(kinds):
             cap = 25 if kind == "compiled" else SEVERAL  # torch.compile cannot have buckets below the first, of 1 MiB
             model = wrapped(network(torch.float32), cap)
             optimizer = list(OPTIMIZERS.values())[(i + j) % len(OPTIMIZERS)](model.parameters())

@@ -616,6 +616,11 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
         Elastic(FakeManager(Solo()), **settings)
 
 
+def test_times_are_kept_in_seconds() -> None:
+    elastic = Elastic(FakeManager(Solo()), patience="2min", grace="500ms")
+    assert (elastic.patience, elastic.grace) == (120.0, 0.5)
+
+
 def test_a_manager_must_be_one_and_synchronous() -> None:
     with pytest.raises(TypeError, match="manager must be a torchft Manager, got int"):
         Elastic(3)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from forked_python import environment
+from forked_python import environment, python
 
 from packsaddle import LocalUpdates, simulate
 
@@ -125,12 +125,12 @@ def test_interpreter_exit(how: str, tmp_path: Path) -> None:
     """One line, after the process group was destroyed; an exception of the script stays the last line."""
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(tmp_path / "store"), how],
+            [interpreter, "-c", SCRIPT, str(rank), str(tmp_path / "store"), how],
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),
         )
-        for rank in range(2)
+        for rank, interpreter in enumerate((sys.executable, python()))
     ]
     said = [worker.communicate(timeout=100)[1] for worker in workers]
     assert said[0].count("without flush()") == (how == "exit")

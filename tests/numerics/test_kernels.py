@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -46,7 +46,15 @@ def long_vectors() -> dict[str, Tensor]:
 
 
 LONG = long_vectors()
-by_long_vector = pytest.mark.parametrize("v", LONG.values(), ids=LONG.keys())
+
+
+def by_long_vector_and(name: str, values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Every other pair of a long vector and a value, as the black fields of a chessboard."""
+    pairs = [(kind, value) for i, kind in enumerate(LONG) for j, value in enumerate(values) if (i + j) % 2 == 0]
+    ids = [f"{value}-{kind}" for kind, value in pairs]
+    return pytest.mark.parametrize(("v", name), [(LONG[kind], value) for kind, value in pairs], ids=ids)
+
+
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
@@ -114,8 +122,7 @@ SELECTING = [
 ]
 
 
-@by_long_vector
-@pytest.mark.parametrize("compressor", SELECTING, ids=repr)
+@by_long_vector_and("compressor", SELECTING)
 def test_long_vectors_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
     check_bit_for_bit(compressor, v)
 
@@ -127,8 +134,7 @@ def check_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
     assert close(out, plain_out) if isinstance(compressor, Sign) else same(out, plain_out)
 
 
-@by_long_vector
-@pytest.mark.parametrize("compressor", [QSGD(coded=False), QSGD(levels=127, bucket=100, coded=False)], ids=repr)
+@by_long_vector_and("compressor", [QSGD(coded=False), QSGD(levels=127, bucket=100, coded=False)])
 def test_rounding_of_long_vectors(compressor: QSGD, v: Tensor) -> None:
     check_rounding(compressor, v)
 
@@ -156,8 +162,7 @@ def test_threads_and_double_precision_of_levels() -> None:
     check_rounding(QSGD(coded=False), LONG["normal"].double())
 
 
-@by_long_vector
-@pytest.mark.parametrize("k", [1, 700, 53_000, D // 3, D])
+@by_long_vector_and("k", [1, 700, 53_000, D // 3, D])
 def test_largest_against_a_sort(v: Tensor, k: int) -> None:
     """A stable sort of the magnitudes, NaN first: the first of equals are taken, in increasing order."""
     expected = as_integers(v).sort(descending=True, stable=True).indices[:k].sort().values
@@ -165,8 +170,7 @@ def test_largest_against_a_sort(v: Tensor, k: int) -> None:
         assert torch.equal(found, expected)
 
 
-@by_long_vector
-@pytest.mark.parametrize("first", [0, 300_000, D - 1])
+@by_long_vector_and("first", [0, 300_000, D - 1])
 def test_largest_of_blocks_against_a_sort(v: Tensor, first: int) -> None:
     turned = as_integers(v).roll(-first).sort(descending=True, stable=True).indices[:5000]
     expected = ((turned + first) % D).sort().values
@@ -174,8 +178,7 @@ def test_largest_of_blocks_against_a_sort(v: Tensor, first: int) -> None:
     assert torch.equal(found, expected)
 
 
-@by_long_vector
-@pytest.mark.parametrize("share", [1e-4, 0.3, 0.5, 0.99, 1.0])
+@by_long_vector_and("share", [1e-4, 0.3, 0.5, 0.99, 1.0])
 def test_the_fewest_that_hold_a_share(v: Tensor, share: float) -> None:
     """Against a sort and sums in double precision; by one more or fewer where a sum is a rounding from the share."""
     if not torch.isfinite(v).all():
@@ -279,8 +282,7 @@ print([w.category.__name__ for w in caught], str(caught[0].message))
     assert issubclass(SlowKernelsWarning, UserWarning)
 
 
-@by_long_vector
-@by_dtype
+@by_long_vector_and("dtype", [torch.float32, torch.float64])
 def test_sums_that_are_finite(v: Tensor, dtype: torch.dtype) -> None:
     """Bit for bit torch's sum, with a bound on its squared norm; where something is not finite all is as it was."""
     base, more = torch.linspace(-1, 1, D, dtype=dtype), v.to(dtype)

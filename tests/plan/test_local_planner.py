@@ -14,7 +14,7 @@ from packsaddle import Identity, Sign, TopK
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.local import Setting, forecast_local, measured_with
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -170,7 +170,7 @@ def test_a_slower_link_plans_no_shorter_a_step() -> None:
         (8, 10**8, 2.5e6, 0.2),
     ):
         before: dict[Setting, float] = {}
-        for latency in (1.1**i * 1e-5 for i in range(100)):
+        for latency in (1.3**i * 1e-5 for i in range(37)):
             fleet, size = Fleet(workers, compute), ModelSize.of_size(d)
             for f in forecast_local(size, Link(latency, rate), fleet, lambda compressor, d: FREE):
                 assert f.seconds >= before.get(f.setting, 0.0) * (1 - 1e-9)

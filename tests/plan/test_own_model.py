@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from commandline import command, refused
 from torch import Tensor, nn
 
 from packsaddle import QSGD, Identity, LocalUpdates, Sign
-from packsaddle.cli.plan_link import _lines_to_paste, _spread
+from packsaddle.cli.plan_link_text import advice, coding_spread, spread
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
+from packsaddle.plan.model import _optimizers, random_batch
 from packsaddle.plan.timing import Timing, repeated
-from packsaddle.plan.training_step import _optimizers, random_batch
+from packsaddle.runs.training import muon_and_adamw
 
 SCRIPT = """
 import torch
@@ -98,7 +99,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (*own, "--data", "make_batch"): "the function must be given as module:function, got 'make_batch'",
         ("--model", "script_to_plan:number", *tokens): "script_to_plan:number must return a torch.nn.Module, got int",
         ("--model", "script_to_plan:none", *tokens): "script_to_plan has no function 'none'",
-        ("--model", "no_such_module:f", *tokens): "no_such_module cannot be imported: ",
+        ("--model", "no_such_module:f", *tokens): "No module named 'no_such_module'; is it in the current folder?",
         ("--model", "resnet18", *tokens): "--input is for --model MODULE:FUNCTION",
         ("--d", 5, "--compute", 1, "--data", "script_to_plan:make_batch"): "--data is for --model MODULE:FUNCTION",
     }
@@ -151,6 +152,16 @@ def test_muon_is_for_hidden_matrices() -> None:
     assert others == {id(p) for p in model.parameters()} - {id(hidden)}
 
 
+def test_matrices_outside_linear_layers_are_hidden_too() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16)
+    model = nn.Sequential(nn.EmbeddingBag(9, 8), layer, nn.Linear(8, 9))
+    muon, _ = muon_and_adamw(model, {"lr": 0.1}, {"lr": 0.2})
+    projections = [layer.self_attn.in_proj_weight, layer.self_attn.out_proj.weight]
+    expected = [*projections, layer.linear1.weight, layer.linear2.weight]
+    assert list(map(id, muon.param_groups[0]["params"])) == list(map(id, expected))
+    assert [type(o) for o in muon_and_adamw(nn.Linear(2, 2), {}, {})] == [torch.optim.AdamW]  # no hidden layer
+
+
 @pytest.mark.parametrize(
     ("seconds", "repeats"),
     [
@@ -170,12 +181,25 @@ def test_a_step_is_repeated_until_its_minimum_is_reproduced(
 
 
 def test_a_busy_machine_is_named() -> None:
-    busy = _spread(Timing.of([1.0, 1.5, 2.0]), "muon")
+    busy = spread(Timing.of([1.0, 1.5, 2.0]), "muon")
     assert busy == (
         "That is the minimum of 3 steps with muon, which took 1,000 to 2,000 ms. The machine is busy: the median is "
         "50% longer. Repeat this on an idle one."
     )
-    assert "busy" not in _spread(Timing.of([1.0, 1.05, 2.0]), "adamw")
+    assert "busy" not in spread(Timing.of([1.0, 1.05, 2.0]), "adamw")
+    assert coding_spread(0.15) == "Coding times are minima of repeated calls, whose medians are up to 15% longer."
+    assert coding_spread(0.6).endswith("up to 60% longer. The machine is busy: repeat this on an idle one.")
+
+
+def test_functions_are_repeated_until_their_minima_are_reproduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in turns, as long as one of them is not; or until the limit."""
+    times = iter([9.0, 9.0, 1.0, 5.0, 1.0, 4.0, 1.0, 4.0, 1.0, 4.1])
+    monkeypatch.setattr(timing, "clocked", lambda work: next(times))
+    works: dict[str, Callable[[], object]] = {"a": int, "b": int}
+    found = timing.side_by_side(works, repeats=2, within=0.1)  # after a warm-up
+    assert found == {"a": Timing.of([1.0] * 4), "b": Timing.of([5.0, 4.0, 4.0, 4.1])}
+    times = iter([9.0, 9.0, 1.0, 5.0, 1.0, 4.0, 1.0, 3.0, 1.0, 2.0])
+    assert timing.side_by_side(works, repeats=2, within=0.1, limit=15.0)["b"] == Timing.of([5.0, 4.0, 3.0])
 
 
 @pytest.fixture
@@ -196,13 +220,13 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     settings = {Setting(8, Sign(per_tensor=True), keep_unsent=True, delay=4): steps, Setting(1, Identity()): 2 * steps}
     local = forecast_local(size, link, fleet, lambda c, d: free, measured=settings)[0]
-    lines = _lines_to_paste(verdict, local, "adamw")
+    _, lines = advice(verdict, local, "adamw")
     model = nn.Linear(64, 64)
     names: dict[str, Any] = {"torch": torch, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
-    exec("\n".join(line.strip() for line in lines[1:]), names)
+    exec("\n".join(line.strip() for line in lines), names)
     if expected == "local":
         assert isinstance(names["local"], LocalUpdates)
-        assert "every=8, compressor=packsaddle.Sign(per_tensor=True), overlap=" in lines[2]
+        assert "every=8, compressor=packsaddle.Sign(per_tensor=True), overlap=" in lines[1]
     elif expected == "hook":
         assert isinstance(names["hook"], DDPHook)
     else:

@@ -21,9 +21,8 @@ from packsaddle import Search, Verdict, certify
 from packsaddle.curvature.certificate import Share, draw_iterates, proposed_epsilon
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
-from packsaddle.runs.certification import Audit, read_config
+from packsaddle.runs.certification import Audit, Questions, read_config
 from packsaddle.runs.config import CertifyConfig, DataConfig
-from packsaddle.runs.findings import Questions
 from packsaddle.runs.report import write_report
 from packsaddle.runs.run_checks import Inspector
 from packsaddle.runs.run_folder import read_runs
@@ -59,6 +58,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "c.toml").write_text(CONFIG)
     assert command("run", folder / "c.toml", "--workers", 2, "--serial", "--out", folder / "run") == 0
     return folder / "run"
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures of certificates, which take longer to draw than a small search."""
+    monkeypatch.setattr("packsaddle.runs.certification.draw_certificate", lambda *arguments: None)
+    monkeypatch.setattr("packsaddle.runs.certification.figures.save", lambda *arguments: None)
 
 
 def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> None:
@@ -185,6 +191,7 @@ def test_the_steps_in_which_sgd_leaves_are_printed(run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The configuration's epsilon and rho by default; every draw counts, equal ones as often as they were drawn."""
     assert command("certify", run, "--iterates", "--examples", 100) == 0
@@ -306,6 +313,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_where_nothing_states_epsilon_the_gradient_does(
     plain: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
@@ -341,6 +349,7 @@ def test_where_nothing_states_epsilon_the_gradient_does(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_the_command_takes_a_sample_unless_told_otherwise(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,6 +373,7 @@ def test_a_proposed_epsilon_by_hand(norm: float, error: float | None, epsilon: f
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_progress_and_the_time_left_go_to_stderr(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,12 +15,12 @@ from packsaddle import LocalUpdates, Overlap, simulate
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.runs.config import Config, load
-from packsaddle.runs.local_training import LocalTraining, make_inner
 from packsaddle.runs.run_folder import RunFolder, make_new
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal
 from packsaddle.runs.trainer import Trainer
+from packsaddle.runs.training import LocalTraining, make_inner
 
 LOCAL = """
 [local]

@@ -189,7 +189,7 @@ def test_trackers_record_the_outcome_of_a_run(
     error: type[BaseException] | None, outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder: Tracker = Recorder()
-    monkeypatch.setattr("packsaddle.runs.trackers._open", lambda *_: recorder)
+    monkeypatch.setattr("packsaddle.runs.trackers.TensorBoard", lambda folder: recorder)
 
     def fail() -> None:
         with tracked(tmp_path, ["tensorboard"], "a", {}) as folder:
@@ -206,7 +206,7 @@ def test_trackers_record_the_outcome_of_a_run(
 
 def test_a_run_that_is_stopped_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
-    monkeypatch.setattr("packsaddle.runs.trackers._open", lambda *_: recorder)
+    monkeypatch.setattr("packsaddle.runs.trackers.MLflow", lambda *_, **__: recorder)
     monkeypatch.setattr("packsaddle.runs.job.require_tracker", lambda name: None)
     monkeypatch.setattr("packsaddle.runs.job.Trainer.run", lambda *_, **__: False)
     (tmp_path / "config.toml").write_text(CONFIG)

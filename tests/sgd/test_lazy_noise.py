@@ -80,7 +80,10 @@ def test_the_same_draws_give_the_same_run(noise: Any, block: int, monkeypatch: p
 
 
 def test_variances_grow_until_a_cell_is_kept() -> None:
-    outstanding, every = OutstandingNoise(10_000, 2, torch.device("cpu")), Cells(torch.arange(10_000), 2)
+    outstanding, every = (
+        OutstandingNoise(0.0, torch.zeros(10_000, dtype=torch.float64), 2),
+        Cells(torch.arange(10_000), 2),
+    )
 
     def take(cells: Cells, step: int) -> Tensor:
         out = torch.zeros(len(cells.index) * 2, dtype=torch.float64)
@@ -188,7 +191,8 @@ def test_noise_is_settled_where_a_state_goes_on_otherwise(other: dict[str, Any])
 
 
 def test_small_noise_after_much_is_not_lost() -> None:
-    outstanding, every = OutstandingNoise(5000, 2, torch.device("cpu")), Cells(torch.arange(5000), 2)
+    outstanding = OutstandingNoise(0.0, torch.zeros(5000, dtype=torch.float64), 2)
+    every = Cells(torch.arange(5000), 2)
     for _ in range(100):
         outstanding.grow(1e4)
     outstanding.take(every, torch.zeros(10_000, dtype=torch.float64), seed=0, step=0)

@@ -1,10 +1,12 @@
 """A python that has imported torch and packsaddle already: `python()` starts programs as forks of one that waits.
 
-To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. What
-a test gives to subprocess is a small program in place of `sys.executable`: it hands its arguments, its folder, its
-environment and its standard streams to the server, passes signals on, and ends as the fork ends; where it is killed,
-so is the fork. A fork has a process id and a session of its own (`fork_of`), the network of that program, and as its
-`sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how the interpreter ends, start real ones.
+To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. Nor
+does a fork compile the loops that the server has called: in a fresh checkout each process would. So pytest's own
+processes are such forks (conftest.py). What a test gives to subprocess is a small program in place of `sys.executable`:
+it hands its arguments, its folder, its environment and its standard streams to the server, passes signals on, and ends
+as the fork ends; where it is killed, so is the fork. A fork has a process id and a session of its own (`fork_of`), the
+network of that program, and as its `sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how
+the interpreter ends, start real ones.
 
 This file is the server (`python forked_python.py serve SOCKET`), that small program (`... SOCKET ARGUMENTS`), and the
 functions for tests.
@@ -25,6 +27,12 @@ MODULES = (
     "packsaddle.cli",
     "packsaddle.runs.job",
     "packsaddle.numerics.kernels.preloaded",
+    # What several tests import, in pytest's processes or in the programs that they start.
+    "torch.distributed.fsdp",
+    "scipy.stats",
+    "matplotlib.figure",
+    "jinja2",
+    "pytest",
 )
 
 SHARED = "FORKED_PYTHON"  # the variable that names the program
@@ -139,6 +147,7 @@ def _serve(listener: socket.socket) -> None:
         with suppress(ImportError):
             importlib.import_module(name)
     del sys.modules["torch.distributed.run"]  # runpy warns of one that is there
+    _compile_loops()
     # Its events bear the name of the function that caused them, for which inspect.stack looks through all modules.
     rendezvous = sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"]
     rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name  # type: ignore[attr-defined]
@@ -187,6 +196,25 @@ def _serve(listener: socket.socket) -> None:
             clients[fork] = client
 
 
+def _compile_loops() -> None:
+    """Call numba's loops in both precisions, as compressors and optimizers do for vectors of a model's size."""
+    import torch
+    from families import COMPRESSORS
+
+    from packsaddle.numerics.finite import add_if_finite
+    from packsaddle.numerics.seeds import sample_without_replacement
+
+    sample_without_replacement(5000, 5, seed=0, step=0)
+    for dtype in (torch.float32, torch.float64):
+        v = torch.randn(1300, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        add_if_finite([(v.clone(), v, 0.5)])
+        for compressor in COMPRESSORS:
+            parts = compressor.encode(v, seed=0, step=0).parts
+            message = compressor.receive(parts, len(v), seed=0, step=0)
+            compressor.support_of(message, len(v))
+            compressor.add_decoded(message, torch.zeros_like(v))
+
+
 def _received(client: socket.socket, size: int) -> bytes:
     found = b""
     while len(found) < size:
@@ -194,6 +222,17 @@ def _received(client: socket.socket, size: int) -> bytes:
             raise ConnectionError("the program that asked has ended")
         found += part
     return found
+
+
+def spawn_as_python_does() -> None:
+    """In a fork: let multiprocessing start its servers as new interpreters, and not as further forks.
+
+    torch.compile behind DistributedDataParallel can hang in forks of forks.
+    """
+    import multiprocessing.util
+
+    now = multiprocessing.util.spawnv_passfds
+    multiprocessing.util.spawnv_passfds = getattr(now, "instead_of", now)
 
 
 def _spawned(path: str, words: list[str], passed: list[int]) -> int:
@@ -245,6 +284,7 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: l
     import threading
     import traceback
 
+    _spawned.instead_of = multiprocessing.util.spawnv_passfds  # type: ignore[attr-defined]
     multiprocessing.util.spawnv_passfds = _spawned
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -17,9 +17,9 @@ from packsaddle.runs.config import Config, configure, load
 from packsaddle.runs.job import Job
 from packsaddle.runs.report import tables
 from packsaddle.runs.report.curves import curve
-from packsaddle.runs.report.document import document
 from packsaddle.runs.report.page import title
 from packsaddle.runs.report.settings import settings as grouped
+from packsaddle.runs.report.tables import document
 from packsaddle.runs.run_folder import read_runs
 
 GOOD = """lr = 0.5

@@ -27,7 +27,12 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(target.parent)
+    # Also sync the folder, so that the rename is durable.
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
     return size
 
 
@@ -41,15 +46,6 @@ def set_aside(path: Path) -> Path:
         number += 1
         aside = path.with_name(f"{path.name}.unusable-{number}")
     return path.rename(aside)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Call fsync on a folder, so that renames in it are durable. Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Sink:

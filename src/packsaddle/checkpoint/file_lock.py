@@ -42,7 +42,9 @@ def acquire(path: Path) -> int:
             os.close(fd)
             raise NoLocksError(error.errno, error.strerror) from None
         if locked and _is_same_file(fd, path):
-            _write_owner(fd)
+            with suppress(OSError):  # the lock is valid without the holder's process id and host
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
             return fd
         os.close(fd)
         if not locked:
@@ -95,13 +97,6 @@ def _is_same_file(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _write_owner(fd: int) -> None:
-    """Write the holder's process id and host to the file, if possible; the lock is valid without it."""
-    with suppress(OSError):
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
 
 def _held_error(path: Path) -> HeldError:

@@ -1,15 +1,17 @@
 """The parts of a checkpoint, objects with a state_dict: validation of parts and states, and loading of all or none."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from packsaddle.checkpoint.files import CheckpointError
+from packsaddle.checkpoint.files import CheckpointError, DamagedError
 from packsaddle.comm.communicator import ObjectCollectives
+
+T = TypeVar("T")
 
 
 class Part(Protocol):
@@ -87,23 +89,24 @@ def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
             elif isinstance(part, nn.Module):
                 check_shapes(name, shapes(state[name]), shapes(part.state_dict()))
             elif isinstance(part, Optimizer):
-                _check_groups(part, state[name])
+                here, there = (
+                    [len(g["params"]) for g in gs] for gs in (part.param_groups, state[name]["param_groups"])
+                )
+                if here != there:
+                    raise CheckpointError(
+                        f"{name}: parameter groups have {here} parameters here, but {there} in the checkpoint"
+                    )
         except CheckpointError:
             raise
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
 
 
-def _check_groups(part: Optimizer, state: Mapping[str, Any]) -> None:
-    here = [len(group["params"]) for group in part.param_groups]
-    there = [len(group["params"]) for group in state["param_groups"]]
-    if here != there:
-        raise ValueError(f"parameter groups have {here} parameters here, but {there} in the checkpoint")
-
-
 def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollectives) -> None:
     """Restore all parts on all workers; if one fails, roll back all and raise CheckpointError. Collective."""
-    before = {name: _copied(part.state_dict()) for name, part in parts.items()}
+    before = tree_map_only(
+        Tensor, lambda t: t.detach().to("cpu", copy=True), {name: part.state_dict() for name, part in parts.items()}
+    )
 
     def load() -> None:
         for name, part in parts.items():
@@ -120,35 +123,20 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
         raise
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = {key: _copied(inner) for key, inner in value.items()}
-        return copied if type(value) is dict else type(value)(copied)
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
+    """Call `work` on every worker, and return its value; collective.
 
-
-def attempt(work: Callable[[], None]) -> tuple[str, str]:
-    """Call `work`; return type name and message of the CheckpointError that it raises, or "" and "" if it succeeds."""
+    If some raise CheckpointErrors, all raise the first of them by rank: a DamagedError only if there is no other.
+    """
+    value, kind, problem = None, "", ""
     try:
-        work()
+        value = work()
     except CheckpointError as error:
-        return type(error).__name__, str(error)
-    return "", ""
-
-
-def first_problem(outcomes: list[Any]) -> tuple[str, str]:
-    """Return type and message of one error in all workers' `attempt` results: the first by rank, DamagedErrors last."""
-    found = sorted((kind == "DamagedError", rank, kind, text) for rank, (kind, text) in enumerate(outcomes) if text)
-    if not found:
-        return "", ""
-    _, rank, kind, text = found[0]
-    return kind, text if len(outcomes) == 1 else f"worker {rank}: {text}"
-
-
-def run_on_all(collectives: ObjectCollectives, work: Callable[[], None]) -> None:
-    """Call `work` on every worker; if one raises CheckpointError, all do. Collective."""
-    _, problem = first_problem(collectives.gather(attempt(work)))
-    if problem:
-        raise CheckpointError(problem)
+        kind, problem = type(error).__name__, str(error)
+    outcomes = enumerate(collectives.gather((kind, problem)))
+    found = sorted((kind == DamagedError.__name__, rank, problem) for rank, (kind, problem) in outcomes if problem)
+    if found:
+        is_damaged, rank, problem = found[0]
+        where = f"worker {rank}: " if collectives.group.size > 1 else ""
+        raise (DamagedError if is_damaged else CheckpointError)(where + problem)
+    return value  # type: ignore[return-value]  # `work` has returned on all workers

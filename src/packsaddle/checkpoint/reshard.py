@@ -13,7 +13,7 @@ an exchange.
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +44,13 @@ def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) 
     """
     if collectives.group.size == 1:
         return [], ""
-    mine = {path: fingerprint(tensor) for path, tensor in _tensors(content)}
+    # Of non-empty plain tensors; others (DTensors, sparse, quantized) are never shared.
+    mine = {
+        path: fingerprint(value)
+        for path, value in _leaves(content).items()
+        if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_quantized
+        if value.numel()
+    }
     theirs = collectives.send(mine if collectives.group.rank == 0 else None, 0)
     paths = [] if collectives.group.rank == 0 else [path for path, found in mine.items() if theirs.get(path) == found]
     return paths, _joint_fingerprint(mine[path] for path in paths) if paths else ""
@@ -68,23 +74,7 @@ def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
     return _replaced(content, {path: tensor.clone() for path, tensor in found.items()}), checksum
 
 
-def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """Yield path and tensor of all non-empty plain tensors. Others (DTensors, sparse, quantized) are never shared."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _tensors(inner, (*path, key))
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from _tensors(inner, (*path, i))
-    elif _is_plain(value) and value.numel():
-        yield path, value
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and not value.is_quantized
-
-
-def _joint_fingerprint(fingerprints: Iterator[bytes]) -> str:
+def _joint_fingerprint(fingerprints: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(fingerprints)).hexdigest()
 
 
@@ -130,7 +120,12 @@ def resharded(
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
     apart = any(getattr(part, "trains_apart", False) for part in parts.values())
-    splits = {name: _split_of(name, part, template, workers) for name, part in parts.items()}
+    splits = {}
+    for name, part in parts.items():
+        try:
+            splits[name] = _split(part, template["parts"][name], workers)
+        except ValueError as error:  # on all workers, as all have the template
+            raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
         state, split = template["parts"][name], splits[name]
         mine = [_split(part, content["parts"][name], workers) for content in contents]
@@ -157,17 +152,14 @@ def resharded(
         # Average over the workers that saved the checkpoint; each file was read by one of the current workers.
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
-        _write_into(part, state, _mean(means, sums, workers, collectives))
+        replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
+        for path, value in {**_mean(means, sums, workers, collectives), **replaced}.items():
+            *outer, key = path
+            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
+                _at(state, tuple(outer[:-1]))[outer[-1]] = {}
+            _at(state, tuple(outer))[key] = value
         result["parts"][name] = state
     return result
-
-
-def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "Split":
-    """Split a part's state in the template. As all workers have the template, all raise if it cannot be converted."""
-    try:
-        return _split(part, template["parts"][name], workers)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from None
 
 
 def _mean_of_extra(
@@ -247,13 +239,3 @@ def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
     if isinstance(value, list | tuple):
         return {p: leaf for i, inner in enumerate(value) for p, leaf in _leaves(inner, (*path, i)).items()}
     return {path: value}
-
-
-def _write_into(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
-    """Write averaged tensors, and values that are specific to this worker, into a state dict, in place."""
-    replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
-    for path, value in {**means, **replaced}.items():
-        *outer, key = path
-        if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
-            _at(state, tuple(outer[:-1]))[outer[-1]] = {}
-        _at(state, tuple(outer))[key] = value

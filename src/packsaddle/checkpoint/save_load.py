@@ -2,7 +2,7 @@
 newest step with every file intact."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,11 @@ from packsaddle.checkpoint.files import (
 )
 from packsaddle.checkpoint.parts import (
     Parts,
-    attempt,
     check_fit,
     check_names,
     check_parts,
     check_shapes,
     device_of,
-    first_problem,
     load_all,
     modules,
     run_on_all,
@@ -43,7 +41,7 @@ from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 from packsaddle.version import __version__
 
-Contents = dict[int, dict[str, Any]]  # contents of the tensor files, by the rank that saved them
+Content = dict[str, Any]  # content of one worker's tensor file
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,7 @@ def save_checkpoint(
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
     collectives = ObjectCollectives(group, device_of(parts))
-    content: dict[str, Any] = {"parts": {}, "extra": dict(extra or {})}
-    run_on_all(collectives, partial(_gather_states, folder, parts, content, step, keep))
+    content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
     had = min(collectives.gather(newest_of(folder, group.rank)))
 
     # Tensors equal to worker 0's are in worker 0's file alone.
@@ -119,14 +116,14 @@ def save_checkpoint(
     return step_folder(folder, step)
 
 
-def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: int, keep: int) -> None:
-    """Add the parts' states to `content`. Raises CheckpointError if they cannot be saved in `folder` as this step."""
+def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep: int) -> Content:
+    """Return the parts' states and `extra`. Raises CheckpointError if they cannot be saved in `folder` as this step."""
     if keep < 2:  # while a step is being written, only the one before is complete
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
-    content["parts"] = {name: part.state_dict() for name, part in parts.items()}
-    for name, value in {**content["parts"], "extra": content["extra"]}.items():
+    states = {name: part.state_dict() for name, part in parts.items()}
+    for name, value in {**states, "extra": extra}.items():
         check_plain(value, name)
 
     # Later steps in the folder belong to another run, and would be loaded in place of this step.
@@ -139,6 +136,7 @@ def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: in
             f"{folder} has a checkpoint of step {later[-1]}, after this one of step {step}: load it, or save to "
             f"another folder"
         )
+    return {"parts": states, "extra": extra}
 
 
 def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
@@ -195,9 +193,8 @@ class _Restoring:
 
     def run(self) -> Checkpoint | None:
         """Load the newest intact step, and return it as `restore` does."""
-        seen = [
-            {int(step): v for step, v in survey.items()} for survey in self._collectives.gather(_survey(self._folder))
-        ]
+        surveys_here = self._collectives.gather(_survey(self._folder))
+        seen = [{int(step): found for step, found in survey.items()} for survey in surveys_here]
         problems: dict[int, str] = {}  # message for each unusable step
         damaged = False
 
@@ -207,8 +204,11 @@ class _Restoring:
             workers, problem, unfinished = saved_by(surveys)
             if not problem:
                 holders = holders_of(workers, surveys)
-                contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in surveys])
-                if not problem:
+                try:
+                    contents = self._read(step, holders, [survey.get("0") == workers for survey in surveys])
+                except DamagedError as error:
+                    problem = str(error)
+                else:
                     return self._load(step, contents, holders, problems)
             problems[step] = problem
             damaged = damaged or not unfinished
@@ -222,58 +222,46 @@ class _Restoring:
         run_on_all(self._collectives, lambda: set_aside_after(self._folder, -1))
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
-    def _read(self, step: int, holders: list[int], has_first: list[bool]) -> tuple[Contents, str]:
-        """Read the step's files that `holders` assigns to this worker; return their contents, and a message, "" if no
-        worker's files are damaged. Tensors stored only in worker 0's file are filled in; workers without that file
-        receive its tensors from a worker that has it."""
-        contents: Contents = {}
+    def _read(self, step: int, holders: list[int], has_first: list[bool]) -> dict[int, Content]:
+        """Read the step's files that `holders` assigns to this worker; return their contents, by rank.
+
+        Tensors stored only in worker 0's file are filled in; workers without that file receive its tensors from a
+        worker that has it. Raises DamagedError on all workers if a file is damaged.
+        """
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
-        found: dict[int, tuple[Manifest, dict[str, Any]]] = {}
-        problem = self._problem(partial(_read_files, self._folder, step, wanted, self._parts, found))
-        if not problem:
-            first = found[0][1] if 0 in found else None
-            if not all(has_first):
-                sent = self._collectives.send(first, holders[0])
-                first = sent if first is None else first
-            problem = self._problem(partial(_complete, self._folder, {i: found[i] for i in mine}, first, contents))
-        return contents, problem
+        found = run_on_all(self._collectives, partial(_read_files, self._folder, step, wanted, self._parts))
+        first = found[0][1] if 0 in found else None
+        if not all(has_first):
+            sent = self._collectives.send(first, holders[0])
+            first = sent if first is None else first
+        files = {i: found[i] for i in mine}
+        return run_on_all(self._collectives, partial(_complete, self._folder, files, first))
 
-    def _problem(self, work: Callable[[], None]) -> str:
-        """Call `work`; return the first DamagedError's message ("": none) on all workers. Other errors are raised."""
-        kind, problem = first_problem(self._collectives.gather(attempt(work)))
-        if problem and kind != "DamagedError":
-            raise CheckpointError(problem)
-        return problem
-
-    def _load(self, step: int, contents: Contents, holders: list[int], problems: Mapping[int, str]) -> Checkpoint:
-        workers = len(holders)
-        content = self._own_content(contents, holders) if workers == self._size else self._resharded(contents, holders)
+    def _load(
+        self, step: int, contents: dict[int, Content], holders: list[int], problems: Mapping[int, str]
+    ) -> Checkpoint:
+        workers, notes = len(holders), _notes(problems)
+        if workers == self._size:
+            # The content of this worker's own file, sent by another worker if only that one has the file.
+            for i, holder in enumerate(holders):
+                if holder != i:
+                    sent = self._collectives.send(contents.get(i), holder)
+                    if self._rank == i:
+                        contents[i] = sent
+            content = contents[self._rank]
+        else:
+            template = self._collectives.send(contents.get(0), holders[0])
+            run_on_all(self._collectives, lambda: check_names(self._parts, template["parts"]))
+            content = resharded(self._parts, template, list(contents.values()), workers, self._collectives)
+            notes += (
+                f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
+                f"{self._size}: each loads the mean of parameters, optimizer states and error memories",
+            )
         run_on_all(self._collectives, lambda: check_fit(self._parts, content["parts"]))
         run_on_all(self._collectives, lambda: set_aside_after(self._folder, step))
         load_all(self._parts, content["parts"], self._collectives)
-        notes = _notes(problems)
-        if workers != self._size:
-            notes += (
-                f"the checkpoint of step {step} was saved by {workers} worker{'s' * (workers > 1)} and is loaded by "
-                f"{self._size}: x is kept, and each has the mean of the error memories",
-            )
         return Checkpoint(step, content["extra"], workers, notes)
-
-    def _own_content(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
-        """Return the content of this worker's own file, sent by another worker if only that one has the file."""
-        for i, holder in enumerate(holders):
-            if holder != i:
-                sent = self._collectives.send(contents.get(i), holder)
-                if self._rank == i:
-                    contents[i] = sent
-        return contents[self._rank]
-
-    def _resharded(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
-        """Return this worker's state from a checkpoint that another number of workers saved."""
-        template = self._collectives.send(contents.get(0), holders[0])
-        run_on_all(self._collectives, lambda: check_names(self._parts, template["parts"]))
-        return resharded(self._parts, template, list(contents.values()), len(holders), self._collectives)
 
 
 def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
@@ -330,9 +318,8 @@ def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
     return found
 
 
-def _read_files(
-    folder: Path, step: int, ranks: list[int], parts: Parts, out: dict[int, tuple[Manifest, dict[str, Any]]]
-) -> None:
+def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict[int, tuple[Manifest, Content]]:
+    found = {}
     for rank in ranks:
         manifest = read_manifest(folder, step, rank)
         for name in modules(parts):
@@ -341,15 +328,17 @@ def _read_files(
         content = read_content(folder, manifest)
         if content.keys() != {"parts", "extra", "common"}:
             raise DamagedError(f"{step_folder(folder, step)}/worker-{rank}.pt was not made by save_checkpoint")
-        out[rank] = manifest, content
+        found[rank] = manifest, content
+    return found
 
 
-def _complete(folder: Path, found: Mapping[int, tuple[Manifest, dict[str, Any]]], first: Any, out: Contents) -> None:
+def _complete(folder: Path, found: Mapping[int, tuple[Manifest, Content]], first: Any) -> dict[int, Content]:
     """Fill the tensors shared with worker 0 into the contents. Raises DamagedError if a fingerprint does not match."""
+    complete: dict[int, Content] = {}
     for rank, (manifest, content) in found.items():
         common = content.pop("common")
         try:
-            out[rank], fingerprint = filled(content, common, first)
+            complete[rank], fingerprint = filled(content, common, first)
         except (LookupError, TypeError):
             fingerprint = "none"
         if fingerprint != manifest.common_sha256:
@@ -357,3 +346,4 @@ def _complete(folder: Path, found: Mapping[int, tuple[Manifest, dict[str, Any]]]
                 f"{step_folder(folder, manifest.step)}/worker-{rank}.pt needs tensors of worker 0 that worker-0.pt "
                 f"does not have: the two are not of the same moment"
             )
+    return complete

@@ -59,34 +59,24 @@ def serve(commands: Command | Group, program: str) -> None:
     Exits silently with code 1 if the reader of the output has closed the pipe (`| head`), as Python's documentation
     of SIGPIPE recommends. `program` is the program's name in messages and help.
     """
-    _open_streams()
+    # Streams that were closed before the start (`>&-`) are None: redirect them to os.devnull.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as the process lives
     try:
         try:
             _run(commands, program)
         finally:
             sys.stdout.flush()  # at exit a BrokenPipeError could not be caught
     except BrokenPipeError:
-        if not _silence_unread():  # the error is not from stdout or stderr
+        # Redirect the streams whose pipe has no reader, so that they can be flushed at exit.
+        unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:  # the error is not from stdout or stderr
             raise
-        sys.exit(1)
-
-
-def _open_streams() -> None:
-    """Redirect stdout and stderr to os.devnull if they were closed before the start (`>&-`), so are None."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as the process lives
-
-
-def _silence_unread() -> bool:
-    """Redirect stdout and stderr to os.devnull if their pipe has no reader, so that they can be flushed. Return True
-    if either has none."""
-    unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
-    for number in unread:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
-    return bool(unread)
+        for number in unread:
+            os.dup2(nowhere, number)
+        sys.exit(1)
 
 
 def _is_unread(stream: TextIO) -> bool:

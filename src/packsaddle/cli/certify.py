@@ -87,8 +87,7 @@ def certify(
         out: New folder for the results; by default certificate/, certificate-2/, ... in the run folder.
         json: Print one JSON document.
     """
-    from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
-    from packsaddle.runs.findings import Questions, new_folder, write
+    from packsaddle.runs.certification import Audit, Questions, certify_in_process_group, new_folder, read_config, write
 
     with config_errors("--"):
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
@@ -113,8 +112,11 @@ def certify(
     with new_folder(folder) if is_first() else nullcontext():
         findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():
+        document: dict[str, Any] = {"points": [finding.to_dict() for finding in findings]}
         share = _share(findings, drawn) if drawn else None
-        document = _document(findings, share)
+        if share is not None:
+            derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
+            document["share"] = {**asdict(share), **derived}
         if json:
             print(dumps({**document, "folder": str(folder)}, indent=2, allow_nan=False))
         else:
@@ -152,14 +154,6 @@ def _drawn(run: Path, config: Config) -> list[str]:
         if not (run / name).is_file():
             raise ConfigError(f"{run}: iterate {name} is missing; without it the others are not a uniform sample")
     return names
-
-
-def _document(findings: list[Any], share: Any) -> dict[str, Any]:
-    points = [finding.to_dict() for finding in findings]
-    if share is None:
-        return {"points": points}
-    derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
-    return {"points": points, "share": {**asdict(share), **derived}}
 
 
 def _share(findings: list[Any], drawn: list[str]) -> Any:

@@ -66,7 +66,7 @@ def certify_script(
         seed: Seed of the random start vector.
         json: Print one JSON document.
     """
-    from packsaddle.runs.findings import Questions, new_folder, write
+    from packsaddle.runs.certification import Questions, new_folder, write
 
     # Validate the input before the work.
     with config_errors("--"):
@@ -92,7 +92,10 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     from packsaddle.curvature.population import check_population
 
     # Make the model, loss and batches, and load the checkpoint.
-    model, given, batches = _problem(function)
+    problem = call(function)
+    if not (isinstance(problem, tuple) and len(problem) == 3 and callable(problem[1])):
+        raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(problem).__name__}")
+    model, given, batches = problem
     _load(model, checkpoint)
 
     def loss_fn(model: Any, batch: Any) -> Any:
@@ -110,15 +113,6 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
         return questions.finding(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # invalid model, loss or batches
         raise ConfigError(f"{function}: {error}") from None
-
-
-def _problem(function: str) -> tuple[Any, Any, Any]:
-    """Call the user's MODULE:NAME; return its model, loss and batches. Raises ConfigError if it fails."""
-    returned = call(function)
-    if not (isinstance(returned, tuple) and len(returned) == 3 and callable(returned[1])):
-        raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(returned).__name__}")
-    model, loss_fn, batches = returned
-    return model, loss_fn, batches
 
 
 def _load(model: Any, checkpoint: Path) -> None:

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from packsaddle.errors import require
@@ -71,7 +71,7 @@ def print_table(table: Table, uncut: str = "") -> None:
     wide = console.options.update(width=_UNLIMITED)
     least, widths = [], []
     for column in table.columns:
-        sizes = [Measurement.get(console, wide, cell) for cell in _cells(column)]
+        sizes = [Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)]
         widths.append(max(size.maximum for size in sizes))
         least.append(widths[-1] if column.no_wrap else max(size.minimum for size in sizes))
     gaps = 2 * (len(widths) - 1)
@@ -89,11 +89,6 @@ def print_table(table: Table, uncut: str = "") -> None:
     console.print()
     if uncut and needed > (console.width if console.is_terminal else _WIDTH):
         print(f"The table is {needed} columns wide; {uncut}.")
-
-
-def _cells(column: Column) -> Iterator[RenderableType]:
-    yield column.header
-    yield from column.cells
 
 
 def brief(compressor: str) -> str:

@@ -232,20 +232,15 @@ def machine() -> Iterator[Fact]:
     """Yield findings on the CPU cores, torch's threads and the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Fact("machine", "cores", f"{cores}, torch uses {torch.get_num_threads()} of them")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    yield Fact("machine", "memory", f"{total:.1f} GiB{_available()}")
 
-
-def _available() -> str:
-    """Format the available memory (Linux) and the cgroup's memory limit as a text; "" if unknown."""
-    text = ""
-    if Path("/proc/meminfo").exists():
-        kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
-        text = f", {int(kilobytes[1]) / 2**20:.1f} GiB available" if kilobytes else ""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and limit.read_text().strip().isdecimal():
-        text += f", limited to {int(limit.read_text()) / 2**30:.1f} GiB"
-    return text
+    # The available memory and the cgroup's limit are known on Linux only.
+    text = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    if available := re.search(r"MemAvailable: +(\d+)", _read(Path("/proc/meminfo")) or ""):
+        text += f", {int(available[1]) / 2**20:.1f} GiB available"
+    limit = _read(Path("/sys/fs/cgroup/memory.max")) or ""
+    if limit.isdecimal():
+        text += f", limited to {int(limit) / 2**30:.1f} GiB"
+    yield Fact("machine", "memory", text)
 
 
 def devices() -> Iterator[Fact]:
@@ -343,10 +338,19 @@ def network() -> Iterator[Fact]:
     """Yield findings: the network interfaces, and the address on which gloo would listen."""
     found = interfaces()
     for i in found:
-        yield Fact("network", i.name, _described(i), "note" if i.state == "down" else "ok")
+        addresses = ", ".join(i.addresses) or "address unknown"
+        if i.state == "down":
+            yield Fact("network", i.name, "down", "note")
+        elif i.loopback:
+            yield Fact("network", i.name, f"loopback, {addresses}")
+        else:
+            rate = "rate unknown" if i.mbit is None else f"{i.mbit:,} Mbit/s"
+            yield Fact("network", i.name, f"{i.state or 'state unknown'}, {addresses}, {rate}")
+
+    # The address of gloo, with an interface to suggest.
     gloo = gloo_listens()
-    usable = [i.name for i in found if not i.loopback and i.state != "down" and i.addresses]
-    names = usable[0] if usable else "NAME"
+    usable = (i.name for i in found if not i.loopback and i.state != "down" and i.addresses)
+    names = next(usable, "NAME")
     if not gloo.possible:
         advice = f"set GLOO_SOCKET_IFNAME={names}, or unset it"
         yield Fact("network", "gloo", f"fails: {gloo.why}", "problem", advice)
@@ -356,15 +360,6 @@ def network() -> Iterator[Fact]:
         advice = f"for workers on several hosts set GLOO_SOCKET_IFNAME={names} on each (with its own interface's name)"
         value = f"listens on {gloo.address}, which no other host can reach: {gloo.why}"
         yield Fact("network", "gloo", value, "warning", advice)
-
-
-def _described(i: Interface) -> str:
-    if i.state == "down":
-        return "down"
-    addresses = ", ".join(i.addresses) or "address unknown"
-    if i.loopback:
-        return f"loopback, {addresses}"
-    return f"{i.state or 'state unknown'}, {addresses}, {'rate unknown' if i.mbit is None else f'{i.mbit:,} Mbit/s'}"
 
 
 def variables() -> Iterator[Fact]:
@@ -397,9 +392,9 @@ def all_reduce() -> Fact:
 def sum_over_workers() -> tuple[float, int]:
     """Run an all-reduce on CPUs; return (1 + 2 + ... + W, W) for W workers. Call in each process of a launcher."""
     with process_group(_PATIENCE) as group:
-        mine = torch.tensor([group.rank + 1.0])
-        group.all_reduce(mine)
-        return float(mine), group.size
+        total = torch.tensor([group.rank + 1.0])
+        group.all_reduce(total)
+        return float(total), group.size
 
 
 _MARKS = {"ok": "", "note": "-", "warning": "!", "problem": "X"}
@@ -429,18 +424,14 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
     if is_first() and json:
         print(json_format.dumps({"ok": not problems, "facts": [asdict(fact) for fact in facts]}, indent=2))
     elif is_first():
-        _show(facts)
+        table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
+        before = ""
+        for fact in facts:
+            found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)  # no markup: prints [plot]
+            table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
+            before = fact.topic
+        print_table(table)
         stopped = ", ".join(f"{fact.topic} {fact.name}" for fact in problems)
         print(f"Training fails: {stopped}." if stopped else "No problem found that stops training.")
     if problems:
         sys.exit(1)
-
-
-def _show(facts: list[Fact]) -> None:
-    table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
-    before = ""
-    for fact in facts:
-        found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)  # no markup: prints [plot]
-        table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
-        before = fact.topic
-    print_table(table)

@@ -32,9 +32,9 @@ def call(function: str, *arguments: Any) -> Any:
     try:
         found = getattr(import_module(module), name, None)
     except (Exception, SystemExit) as error:  # a script can raise anything
-        raise ConfigError(
-            f"{module} cannot be imported: {first_line(error)}; run its training under if __name__ == '__main__'"
-        ) from None
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == module
+        advice = "is it in the current folder?" if is_missing else "run its training under if __name__ == '__main__'"
+        raise ConfigError(f"{module} cannot be imported: {first_line(error)}; {advice}") from None
     finally:
         sys.argv = arguments_here
     if not callable(found):

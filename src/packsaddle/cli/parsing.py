@@ -127,17 +127,17 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     if not {"-h", "--help"} & {*words}:
         _check_flags(command, words, name)
 
+    # The help is the docstring before "Args:". tyro joins lines that begin with a letter, without wrapping the result.
+    first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
+    width = shutil.get_terminal_size().columns
+    wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
+    description = "\n\n".join([first, *wrapped])
+
     # tyro prints an error and exits: raise the printed text as one line.
     try:
         with redirect_stderr(errors), _unwrapped(words):
-            call: Callable[[], Any] = tyro.cli(
-                deferred(command),
-                prog=name,
-                description=_description(command),
-                args=words,
-                config=MARKERS,
-                registry=NUMBERS,
-            )
+            options: dict[str, Any] = {"args": words, "config": MARKERS, "registry": NUMBERS}
+            call: Callable[[], Any] = tyro.cli(deferred(command), prog=name, description=description, **options)
             return call
     except SystemExit as stop:
         if not stop.code:
@@ -165,15 +165,6 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
             place = others if re.match("--?[a-z]", word) else place
             place.append(word)
     return [*others, *(word for flag, given in values.items() for word in (flag, *given))] if repeated else list(words)
-
-
-def _description(command: Command) -> str:
-    """Return the docstring of a command before "Args:", with its examples, wrapped to the terminal's width."""
-    first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
-    width = shutil.get_terminal_size().columns
-    # tyro would join lines that begin with a letter, without wrapping the result
-    wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
-    return "\n\n".join([first, *wrapped])
 
 
 def deferred(command: Command) -> Command:
@@ -228,20 +219,15 @@ def _unwrapped(words: Sequence[str]) -> Iterator[None]:
 
 def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
     """Raise ConfigError for an unknown flag: tyro would report the argument that the unknown flag displaced."""
-    flags = _flags(command)
+    parameters = flags_of(command).values()
+    positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
+    names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
+    flags = [f"--{name.replace('_', '-')}" for name in names]
     for word in words:
         flag = word.partition("=")[0]
         if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
             other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
-
-
-def _flags(command: Command) -> list[str]:
-    """Return the flags of a command as users type them: --NAME, or --no-NAME if the default is True."""
-    parameters = flags_of(command).values()
-    positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
-    names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
-    return [f"--{name.replace('_', '-')}" for name in names]
 
 
 # Patterns of tyro's errors, with replacements. Errors that match none, as of other versions, stay unchanged.

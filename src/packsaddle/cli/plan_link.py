@@ -2,56 +2,37 @@
 
 import math
 import os
-import re
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
-from json import dumps
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import brief, digits, is_first, kilobytes, number_table, print_table, short_exchange
+from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call, importing_from
 from packsaddle.cli.parsing import Seconds
-from packsaddle.comm.group import Group
+from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables
 from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan import link as link_planner
-from packsaddle.plan.coding import Pace, measure
-from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecast, probe, probe_locally
+from packsaddle.plan.coding import Pace, measure_with_spread
+from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.plan.model_size import ModelSize, update_seconds
-from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
+from packsaddle.plan.model import ModelSize, TrainingStep, random_batch, update_seconds
+from packsaddle.plan.step_time import LATENCY, Fleet, Link
 from packsaddle.plan.timing import Timing
-from packsaddle.plan.training_step import TrainingStep, random_batch
-from packsaddle.runs.progress import Report, countdown
+from packsaddle.runs.progress import countdown
 
 _BATCH = 32
-_UNCUT = "--json prints it whole"
-_ORDER = "shortest time to the same loss (step ms times x steps) first, unknown times last"
-_ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
-_NOTE = (
-    "These are times of one step. The number of steps that a compressor needs depends on the optimizer: with "
-    "--optimizer sgd or adamw measured numbers are included."
-)
-_STEPS_NOTE = (
-    "x steps: steps for the progress of one dense step with {}, measured on a small language model, each compressor "
-    "at its best learning rate (docs/choosing.md). Your model may differ."
-)
-_LOCAL_NOTE = (
-    "x steps: measured on a small language model with {}, with 2 or 4 workers, each setting at its best learning rate "
-    "({}). Your model may differ."
-)
-_MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
 
 @dataclass(frozen=True)
@@ -125,32 +106,17 @@ class LinkOptions:
             model = call(self.model)
             if not isinstance(model, torch.nn.Module):
                 raise ConfigError(f"{self.model} must return a torch.nn.Module, got {type(model).__name__}")
-            return TrainingStep(model, call(self.data, batch) if self.data else _random_batch(self.input, model, batch))
+            if self.data:
+                return TrainingStep(model, call(self.data, batch))
+        if (text := self.input) is None:
+            return TrainingStep(model, None)
 
-
-def _random_batch(text: str | None, model: torch.nn.Module, batch: int) -> torch.Tensor | None:
-    """Return a batch of random examples of the shape in --input; None without it. Raises ConfigError if invalid."""
-    if text is None:
-        return None
-    kind, _, sizes = text.rpartition(":")
-    if kind not in ("", "float32", "int64") or not all(size.isdecimal() for size in sizes.split("x")):
-        raise ConfigError(f"--input must be a shape such as 3x224x224, or int64:1024 for tokens, got {text!r}")
-    return random_batch(model, tuple(map(int, sizes.split("x"))), batch, tokens=kind == "int64")
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The inputs of a plan (model, link, workers, times), and the forecasts of local updates."""
-
-    workload: ModelSize
-    link: Link
-    source: str  # text: how the link's rate was obtained
-    fleet: Fleet
-    update: float  # seconds per step for error memory and noise, beyond plain SGD's update
-    optimizer: Optimizer | None
-    local: tuple[LocalForecast, ...]  # sorted by time, shortest first; empty: not requested
-    timing: Timing | None = None  # measured times of a step; `fleet` has the minimum. None: --compute was given
-    slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for the maximum of `timing`
+        # Make random examples of the shape in --input.
+        kind, _, sizes = text.rpartition(":")
+        if kind not in ("", "float32", "int64") or not all(size.isdecimal() for size in sizes.split("x")):
+            raise ConfigError(f"--input must be a shape such as 3x224x224, or int64:1024 for tokens, got {text!r}")
+        shape = tuple(map(int, sizes.split("x")))
+        return TrainingStep(model, random_batch(model, shape, batch, tokens=kind == "int64"))
 
 
 @grouped(
@@ -202,10 +168,10 @@ def link(
         if optimizer == "muon" or (options.is_own and optimizer != "sgd"):
             options = replace(options, local=True)
         chosen = optimizer or ("adamw" if options.local else None)
-        verdict, inputs = _plan(rate, options, compressor, ratio, chosen, workers)
+        plan = _plan(rate, options, compressor, ratio, chosen, workers)
     if is_first():
-        show = _print_json if json else _print_tables
-        show(verdict, inputs)
+        show = print_json if json else print_tables
+        show(plan)
 
 
 def _plan(
@@ -215,7 +181,7 @@ def _plan(
     ratio: float | None,
     optimizer: Optimizer | None,
     workers: int | None,
-) -> tuple[Verdict, _Inputs]:
+) -> LinkPlan:
     # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     bits = None if rate == "auto" else link_planner.slower_rate(rate)
@@ -235,13 +201,17 @@ def _plan(
     check_most_steps(most, settings)
     fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
+    # Measure the link, unless its rate is given.
     with process_group() if under_launcher() else nullcontext() as group:
-        # Measure the time of an update and, unless they are given, the link and the compute time.
         device = torch.device("cpu") if group is None else local_device()
         if group is None and step is not None:
             device = next(step.model.parameters()).device
-        if bits is None:
-            link, source = _measured(group, workers, device)
+        if bits is None and group is not None:
+            link, source = probe(group, device), "measured between torchrun's workers"
+        elif bits is None:
+            link, source = probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
+
+        # Measure the time of an update, the compute time, unless it is given, and the speed of each compressor, once.
         total = len(candidates) + len({s.compressor for s in settings}) * options.local + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
@@ -249,10 +219,16 @@ def _plan(
             if options.compute is None and step is not None:
                 timing = _timed(step.to(device), optimizer or "adamw", str(options.model))
                 fleet = replace(fleet, compute=timing.low)
-            update = update_seconds(workload.d, noise=options.noise, device=device)
+            update, done = update_seconds(workload.d, noise=options.noise, device=device), count(1)
 
-            # Forecast; `pace` measures the speed of each compressor, once.
-            pace = cache(_reporting(partial(measure, repeats=3, device=device), report))
+            spreads: list[float] = []
+
+            @cache
+            def pace(compressor: Compressor, d: int) -> Pace:
+                report(next(done), f"timing {brief(describe(compressor))}")
+                found, spread = measure_with_spread(compressor, d, repeats=3, device=device)
+                spreads.append(spread)
+                return found
 
             def forecasts(fleet: Fleet) -> tuple[Verdict, tuple[LocalForecast, ...]]:
                 verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
@@ -264,7 +240,9 @@ def _plan(
 
             verdict, local = forecasts(fleet)
             slowest = forecasts(replace(fleet, compute=timing.high)) if timing else None
-    return verdict, _Inputs(workload, link, source, fleet, update, optimizer, local, timing, slowest)
+    return LinkPlan(
+        verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest, max(spreads, default=0.0)
+    )
 
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
@@ -291,23 +269,6 @@ def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> 
     return [WITH_RATIO[name](ratio)] if name in WITH_RATIO else [FIXED[name]]
 
 
-def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Callable[[Compressor, int], Pace]:
-    done = 0
-
-    def reported(compressor: Compressor, d: int) -> Pace:
-        nonlocal done
-        done += 1
-        report(done, f"timing {brief(describe(compressor))}")
-        return pace(compressor, d)
-
-    return reported
-
-
-def ms(seconds: float) -> str:
-    """Format a time, given in seconds, as milliseconds without the unit."""
-    return digits(1e3 * seconds)
-
-
 def _workers(requested: int | None) -> int:
     """Return the number of workers: torchrun's, else `requested`, else 4. Raises ConfigError if it is invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
@@ -317,210 +278,3 @@ def _workers(requested: int | None) -> int:
     if workers < 2 and world is None:
         raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
     return workers
-
-
-def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[Link, str]:
-    if group is not None:
-        return probe(group, device), "measured between torchrun's workers"
-    return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
-
-
-def _print_json(verdict: Verdict, inputs: _Inputs) -> None:
-    workload, link, fleet = inputs.workload, inputs.link, inputs.fleet
-    document = {
-        "model": workload.name,
-        "compressed": workload.d,
-        "dense": workload.dense,
-        "link": {**asdict(link), "nominal_bits": link.bits, "source": inputs.source},
-        "fleet": asdict(fleet),
-        "update": inputs.update,
-        "optimizer": inputs.optimizer,
-        "measured_step": asdict(inputs.timing) if inputs.timing else None,
-        "compress": verdict.compress,
-        "best": verdict.best.compressor,
-        "break_even": verdict.break_even,
-        "forecasts": verdict.plain(),
-        **({"local": [f.plain() for f in inputs.local]} if inputs.local else {}),
-    }
-    print(dumps(document, indent=2))
-
-
-def _print_tables(verdict: Verdict, inputs: _Inputs) -> None:
-    workload, link, fleet = inputs.workload, inputs.link, inputs.fleet
-    steps = ("x steps",) if inputs.optimizer else ()
-    units = ("sent kB", "step ms", "coding ms", "exchange ms")
-    table = number_table("compressor", "by", *units, *steps, "pays below Mbit/s", words=2)
-    for f in verdict.forecasts:
-        cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
-        cells += [_steps(f)] * len(steps)
-        name, style = ("dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
-        by = short_exchange(f.exchange)
-        table.add_row(name, by, kilobytes(f.sent), *cells, _pays_below(f, verdict), style=style)
-    print_table(table, _UNCUT)
-    print(f"Rows: {_ORDER if inputs.optimizer else 'shortest step first'}. Sent: per worker and step.")
-
-    # Print the quantities common to all forecasts.
-    print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
-    waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
-    print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
-    if inputs.timing:
-        print(_spread(inputs.timing, inputs.optimizer or "adamw"))
-    print("DDP's exchange overlaps with the backward pass.")
-    print(f"Coding includes {ms(inputs.update)} ms for the error memory, and for the noise with --noise.")
-    payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
-    print(f"Link: {_line(link.rate)}, {inputs.source}: {payload}.")
-
-    # Print the verdict.
-    of_what = "Gradients: " if inputs.local else ""
-    if inputs.optimizer == "muon":
-        print("Gradients: compressors behind the DDP hook were not measured with muon.")
-    else:
-        print(f"{of_what}{_sentence(verdict, link, counted=inputs.optimizer is not None)}")
-        print(_NOTE if inputs.optimizer is None else _STEPS_NOTE.format(inputs.optimizer))
-    if inputs.local:
-        _print_local(verdict.dense.seconds, inputs.local, inputs.optimizer or "adamw")
-        for line in _lines_to_paste(verdict, inputs.local[0], inputs.optimizer):
-            print(line)
-        if inputs.slowest:
-            advice = _recommendation(inputs.slowest[0], inputs.slowest[1][0])
-            print(f"If every step took as long as the slowest measured one, {advice.replace('Use:', 'use:', 1)}")
-        print(_recommendation(verdict, inputs.local[0]))
-
-
-def _spread(timing: Timing, optimizer: str) -> str:
-    """Return a sentence on the measured times of a step, with advice if the median shows a busy machine."""
-    busy = timing.median / timing.low - 1
-    said = (
-        f" The machine is busy: the median is {busy:.0%} longer. Repeat this on an idle one." if busy > _ERROR else ""
-    )
-    return (
-        f"That is the minimum of {timing.repeats} steps with {optimizer}, which took {ms(timing.low)} to "
-        f"{ms(timing.high)} ms.{said}"
-    )
-
-
-def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
-    """Print the table of local updates, and compare the fastest with dense training (`dense` seconds per step)."""
-    table = number_table("local updates", "every", "parts", "delay", "sent kB", "step ms", "compute %", "x steps")
-    for f in forecasts:
-        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), kilobytes(f.sent), ms(f.step)]
-        name = brief(describe(f.setting.compressor))
-        table.add_row(name, *cells, f"{100 * f.computing:.0f}", f"{f.steps:.3g}")
-    print_table(table, _UNCUT)
-    print(f"Rows: {_ORDER}. Sent: per worker and step, averaged over a round.")
-
-    # Compare the fastest by seconds per step times the number of steps relative to dense training.
-    best = forecasts[0]
-    took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
-    times = dense / best.seconds
-    verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
-    named = f"LocalUpdates({_inner(optimizer)}, {_setting(best)})"
-    print(f"{named}: {took}: {verdict}; {best.computing:.0%} of the time is computing.")
-    print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
-
-
-def _inner(optimizer: Optimizer | None) -> str:
-    """Format the first argument of LocalUpdates."""
-    return "[muon, adamw]" if optimizer == "muon" else "optimizer"
-
-
-def _setting(f: LocalForecast, package: str = "") -> str:
-    """Format the arguments of LocalUpdates after the optimizers; class names get the prefix `package`."""
-    setting = f"every={f.setting.every}, compressor={package}{describe(f.setting.compressor)}"
-    if delay := f.setting.delay:
-        fragments = f"{package}Overlap({delay}, fragments={f.fragments})"
-        setting += f", overlap={delay if f.fragments == 1 else fragments}"
-    return setting
-
-
-def _lines_to_paste(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> list[str]:
-    """Return Python lines for the user's script that apply the recommended method; empty for plain DDP."""
-    method = _fastest(verdict, local)
-    if method == "local":
-        lines = [
-            "import packsaddle",
-            f"local = packsaddle.LocalUpdates({_inner(optimizer)}, {_setting(local, 'packsaddle.')})  # and no "
-            "DistributedDataParallel",
-            "local.flush()  # after the last step",
-        ]
-    elif method == "hook":
-        compressor = re.sub(r"\b([A-Z]\w+\()", r"packsaddle.\1", _hook_argument(verdict.best))
-        lines = [
-            "import packsaddle",
-            "model = torch.nn.parallel.DistributedDataParallel(model)",
-            f"hook = packsaddle.register_ddp_hook(model, {compressor}, optimizer=optimizer)",
-        ]
-    else:
-        return []
-    return ["Lines for your script:", *(f"    {line}" for line in lines)]
-
-
-def _recommendation(verdict: Verdict, local: LocalForecast) -> str:
-    """Return the line that recommends the fastest: dense training, the compressing hook or local updates."""
-    method, dense, hook = _fastest(verdict, local), verdict.dense.seconds, verdict.best
-    if method == "dense":
-        return "Use: DistributedDataParallel as it is."
-    if method == "local":
-        return f"Use: LocalUpdates, {dense / local.seconds:.3g} times as fast as dense training."
-    argument = _hook_argument(hook)
-    return f"Use: register_ddp_hook with {argument}, {dense / hook.seconds:.3g} times as fast as dense training."
-
-
-def _fastest(verdict: Verdict, local: LocalForecast) -> Literal["dense", "hook", "local"]:
-    """Return the fastest method; dense training unless another is faster by more than the error of a forecast."""
-    hook = verdict.best.seconds
-    if verdict.dense.seconds < min(hook, local.seconds) * (1 + _ERROR):
-        return "dense"
-    return "local" if local.seconds <= hook else "hook"
-
-
-def _hook_argument(hook: Forecast) -> str:
-    """Format the compressor of a forecast as the argument of register_ddp_hook."""
-    name = hook.compressor
-    return f'Compression({name}, exchange="two-way")' if hook.exchange == "two-way" else name  # not the default
-
-
-def _steps(f: Forecast) -> str:
-    if f.steps is None:
-        return "unknown"
-    return f"{'>= ' * f.steps.at_least}{f.steps.factor:.3g}"
-
-
-def _pays_below(f: Forecast, verdict: Verdict) -> str:
-    if f.is_dense:
-        return ""
-    if not f.is_known:
-        return "unknown"
-    if f.break_even is None:
-        return "any" if f.seconds < verdict.dense.seconds else "none"
-    return digits(8 * f.break_even / FRAMING / 1e6)
-
-
-def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
-    """Return the verdict on compressing gradients as text; `counted`: times include the number of steps needed."""
-    if not verdict.compress:
-        return f"DO NOT COMPRESS: no compressor is known to be faster than dense training. {_elsewhere(verdict)}"
-    best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
-    how = f"{verdict.best.compressor} by {verdict.best.exchange}"
-    factor = verdict.best.steps.factor if verdict.best.steps else 1.0
-    shown = f"{ms(best)} ms"
-    took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
-    gain = f"{took} instead of {ms(dense)}, {dense / best:.3g} times as fast"
-    doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
-    pays = "Compression pays" if counted else "Its step is shorter than DDP's"
-    until = f" {pays} below {_line(equal)}." if equal is not None and equal > link.rate else ""
-    return f"{'Best' if counted else 'Shortest step'}: {how}: {gain}{doubt}.{until}"
-
-
-def _elsewhere(verdict: Verdict) -> str:
-    """Return a sentence on the link rates at which compression pays, for a link on which it does not."""
-    if verdict.break_even is not None:
-        return f"Compression pays below {_line(verdict.break_even)}."
-    if unknown := [f.compressor for f in verdict.forecasts if not f.is_known]:
-        return f"The number of steps is unknown for {', '.join(unknown)}."
-    return "Compression does not pay on any link."
-
-
-def _line(payload: float) -> str:
-    """Format a payload rate, in bytes per second, as the nominal rate of the link that carries it."""
-    return link_planner.format_rate(8 * payload / FRAMING)

@@ -113,7 +113,7 @@ def _show(plans: list[Plan]) -> None:
     for columns in _TABLES:
         table = number_table("compressor", *columns)
         for p in plans:
-            name = type(p.compressor).__name__ + "*" * _outside(p)
+            name = type(p.compressor).__name__ + "*" * (not p.proved_for_workers)
             table.add_row(name, *(cell(p) for cell in columns.values()))
         print_table(table, _UNCUT)
 
@@ -127,7 +127,7 @@ def _show(plans: list[Plan]) -> None:
         f"least about sigma = {a.sigma:g}, and {'is' if first.noise_suffices else 'IS NOT'}."
     )
     print(f"~ escape radius R = {first.radius:.3g}; an escape decreases f by F = {first.decrease:.3g}.")
-    if any(map(_outside, plans)):
+    if not all(p.proved_for_workers for p in plans):
         print("* Not covered by the proofs, which compress the mean over workers: here each worker compresses.")
     print(_reliability(plans))
 
@@ -150,7 +150,9 @@ def _out_of_reach(reached: Reach, a: Assumptions) -> str:
     if reached.epsilon is None:
         lines += ["  No epsilon that is valid for this L and rho is within reach."]
     else:
-        lines += [f"  Within reach: about --epsilon {_rounded_up(reached.epsilon):g} and larger."]
+        unit = 10.0 ** (math.floor(math.log10(reached.epsilon)) - 1)
+        rounded_up = math.ceil(reached.epsilon / unit) * unit  # to two significant digits
+        lines += [f"  Within reach: about --epsilon {rounded_up:g} and larger."]
     if reached.with_lipschitz_gradient is not None:
         lines += [
             f"  With Lipschitz stochastic gradients (Assumption C, --lipschitz-gradient {a.smoothness:g}): "
@@ -160,16 +162,6 @@ def _out_of_reach(reached: Reach, a: Assumptions) -> str:
         "  The theory is cautious: on small problems 16 to 256 times larger step sizes worked as well (docs/plans.md)."
     ]
     return "\n".join(lines)
-
-
-def _rounded_up(value: float) -> float:
-    """Round up to two significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return math.ceil(value / unit) * unit
-
-
-def _outside(p: Plan) -> bool:
-    return not p.proved_for_workers
 
 
 def _first_order(p: Plan) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 """The commands `packsaddle report` and `packsaddle compressors`."""
 
-from collections.abc import Sequence
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from packsaddle.cli.console import (
 )
 from packsaddle.cli.parsing import HIDE_DEFAULT
 from packsaddle.errors import ConfigError, config_errors
-from packsaddle.runs.run_folder import Run, read_runs
+from packsaddle.runs.run_folder import read_runs
 
 
 def report(
@@ -43,25 +44,19 @@ def report(
         json: Print one JSON document with the numbers of the tables instead, or write it to the file --out.
     """
     from packsaddle.runs.report import write_report
+    from packsaddle.runs.report.tables import document
 
     if not runs:
         raise ConfigError("report needs at least one run folder")
     found = read_runs(runs)
-    if json:
-        _put_json(found, out, overwrite)
+    if not json:
+        print_runs(found)
+        require_plots("the report's page")  # the table is printed without them
+        print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
         return
-    print_runs(found)
-    require_plots("the report's page")  # the table is printed without them
-    print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
 
-
-def _put_json(runs: Sequence[Run], out: Path | None, overwrite: bool) -> None:
-    """Print the report on runs as JSON, or write it to a file. Raises ConfigError if it exists, unless `overwrite`."""
-    from json import dumps
-
-    from packsaddle.runs.report.document import document
-
-    text = dumps(document(runs), indent=2, allow_nan=False)
+    # Print the document, or write it to a new file.
+    text = dumps(document(found), indent=2, allow_nan=False)
     if out is None:
         print(text)
         return
@@ -88,9 +83,6 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         workers: Number of workers, on which the bytes depend.
         json: Print JSON lines instead of a table.
     """
-    from dataclasses import asdict
-    from json import dumps
-
     from packsaddle.compressors import registry
     from packsaddle.plan import coding as coding_speed
 

@@ -20,7 +20,7 @@ from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import printable
 from packsaddle.runs.config import Config, load
 from packsaddle.runs.run_folder import Run, make_new, read_runs
-from packsaddle.runs.templates import TASKS, TaskName, template
+from packsaddle.runs.templates import TASKS, TaskName, demo_configs, template
 from packsaddle.runs.trackers import TrackerName
 from packsaddle.theory.noise_walk import FAR, GOOD
 
@@ -49,13 +49,12 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         epochs: Passes over the digits, counted over all workers together.
         seed: Seed of all random numbers.
     """
-    from packsaddle.runs import templates
     from packsaddle.runs.job import Job
     from packsaddle.runs.report import write_report
 
     require_plots("the demo's report")
     with config_errors():
-        configs = templates.demo_configs(workers, epochs, seed)
+        configs = demo_configs(workers, epochs, seed)
     folder = out or dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
 
@@ -136,7 +135,9 @@ def run(
         raise ConfigError(f"--timeout applies to worker processes, but --{how} starts none")
     if under_launcher() and how != "processes":
         raise ConfigError(f"--{how} simulates workers in one process, but torchrun started several; leave it out")
-    patience = _checked_timeout(timeout)
+    if timeout is not None and not _LEAST_TIMEOUT <= timeout <= _MOST_TIMEOUT:
+        limits = f"from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds"
+        raise ConfigError(f"--timeout must be {limits}, got {timeout:g}")
     if elastic is None and memory is not None:
         raise ConfigError("--memory needs --elastic")
     if elastic is not None:
@@ -154,9 +155,18 @@ def run(
     with config_errors("--"):
         every = 0 if elastic else checkpoint_every
         saving = CheckpointPolicy(every, hint=_resume_command(folder, how, workers, data_dir, again))
-    job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
-    job = replace(job, lighthouse=elastic, memory=memory)
-    job = replace(job, resume=resume is not None)
+    job = Job(
+        loaded,
+        (folder,),
+        data_dir,
+        download,
+        track=track,
+        saving=saving,
+        resume=resume is not None,
+        timeout=None if timeout is None else timedelta(seconds=timeout),
+        lighthouse=elastic,
+        memory=memory,
+    )
 
     # Under torchrun this process is a worker; otherwise it starts the workers.
     if under_launcher():
@@ -273,12 +283,6 @@ def _train(job: "Job", workers: int | None, how: "How") -> bool:
     job.check(config.workers, how)
     job.make_folders()
     return job.run(config.workers, how)
-
-
-def _checked_timeout(seconds: float | None) -> timedelta | None:
-    if seconds is not None and not _LEAST_TIMEOUT <= seconds <= _MOST_TIMEOUT:
-        raise ConfigError(f"--timeout must be from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds, got {seconds:g}")
-    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _with_workers(config: Config, workers: int) -> Config:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from packsaddle.errors import ConfigError
 from packsaddle.messages import numbered
@@ -30,16 +30,6 @@ def names_call(call: str) -> Iterator[None]:
         raise PeerLostError(f"{error}. It waited in {call}, which every worker must call") from error
 
 
-class Store(Protocol):
-    """The methods of torch.distributed.Store that are used here."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def get(self, key: str) -> bytes: ...
-
-    def check(self, keys: list[str]) -> bool: ...
-
-
 @dataclass(frozen=True)
 class Roll:
     """The result of a roll call: the workers that still respond after a collective failed."""
@@ -54,8 +44,8 @@ def is_network(error: Exception) -> bool:
     return any(sign in str(error) for sign in _NETWORK)
 
 
-def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
-    """Announce this worker in the store, and return the ranks that announce themselves within `grace` seconds.
+def roll_call(store: Any, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
+    """Announce this worker in torch's `store`, and return the ranks that announce themselves within `grace` seconds.
 
     Every worker whose collective fails calls this, so an absent worker is dead, hung or cut off. If the store does
     not answer, `reached` is False and all other ranks are absent.
@@ -81,7 +71,7 @@ def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRAC
     return found[0] if found else Roll((rank,), tuple(r for r in ranks if r != rank), False)
 
 
-def _wait(store: Store, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
+def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
     """Wait at most `seconds` for the key packsaddle/WORD/RANK of each rank; return the ranks without one."""
     deadline = time.monotonic() + seconds
     while True:

@@ -131,19 +131,15 @@ class TorchGroup(Group):
         except RuntimeError as error:
             if not is_network(error):
                 raise
-            raise self._lost(error) from error
-
-    def _lost(self, error: RuntimeError) -> PeerLostError:
-        backend: Any = self.process_group._get_backend(torch.device("cpu"))
-        for peer in range(self.size):
             # A receive without a matching send: on its timeout gloo closes the group's connections, so that workers
             # waiting for this one fail too, and answer the roll call.
-            with suppress(RuntimeError):
-                if peer != self.rank:
+            backend: Any = self.process_group._get_backend(torch.device("cpu"))
+            for peer in set(range(self.size)) - {self.rank}:
+                with suppress(RuntimeError):
                     backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
-        mine = self.ranks[self.rank]
-        roll = roll_call(self.process_group.get_group_store(), mine, self.ranks)
-        return PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout))
+            mine = self.ranks[self.rank]
+            roll = roll_call(self.process_group.get_group_store(), mine, self.ranks)
+            raise PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout)) from error
 
 
 _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext
 
-from packsaddle.comm.failures import Store, TerminatedError, failure_of
+from packsaddle.comm.failures import TerminatedError, failure_of
 from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
@@ -91,7 +91,7 @@ _PAUSE = 0.02
 _ROUND = 1.0  # seconds to wait for the confirmation of a key prefix before the answers are read again
 
 
-def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
+def agree_on_prefix(store: Any, rank: int, size: int, seconds: float) -> str:
     """Agree on a key prefix in the store for this launch; collective. Raises RuntimeError after `seconds`.
 
     Rank 0 proposes a prefix, and publishes the ids of the workers that answered. Each worker confirms once the list
@@ -111,7 +111,7 @@ def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
     raise RuntimeError(f"rank {rank} has waited {seconds:g} s for rank 0")
 
 
-def _lead(store: Store, word: str, size: int, deadline: float) -> str:
+def _lead(store: Any, word: str, size: int, deadline: float) -> str:
     store.set("packsaddle/word", word)
     others = range(1, size)
     while time.monotonic() < deadline:
@@ -125,7 +125,7 @@ def _lead(store: Store, word: str, size: int, deadline: float) -> str:
     raise RuntimeError(f"no answer from rank {', '.join(silent) or 'any'} at the start")
 
 
-def _read(store: Store, key: str) -> str:
+def _read(store: Any, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -166,24 +166,17 @@ def recording_sigterm() -> Iterator[None]:
 SHUTDOWN_SECONDS = 3.0  # seconds from a worker's failure until SIGTERM for the others, and from there until SIGKILL
 
 
-@contextmanager
-def short_shutdown_grace() -> Iterator[None]:
-    """Make torch's launcher end the other workers soon after one failed: SIGTERM after SHUTDOWN_SECONDS, then SIGKILL.
+def _join_sooner(join: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch's ProcessContext.join with SHUTDOWN_SECONDS as the default time from SIGTERM to SIGKILL.
 
-    By default it waits 30 s after SIGTERM if a worker does not react, and has no setting for this time.
+    Torch waits 30 s if a worker does not react to SIGTERM after another one failed, and has no setting for this time.
     LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
     """
-    context: Any = ProcessContext
-    join = context.join
 
     def sooner(self: Any, timeout: float | None = None, grace_period: float | None = None) -> Any:
         return join(self, timeout, SHUTDOWN_SECONDS if grace_period is None else grace_period)
 
-    context.join = sooner
-    try:
-        yield
-    finally:
-        context.join = join
+    return sooner
 
 
 ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
@@ -222,6 +215,7 @@ def _stop_with_launcher() -> None:
         os._exit(1)
 
 
+# Loggers of a failed worker's traceback, which `launch` raises as an error.
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
@@ -362,7 +356,12 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # A signal to the launcher arrives here as SignalException, after the workers have ended.
     try:
-        with _quiet_launcher(), short_shutdown_grace(), _restoring_signal_handlers(), _local_store() as file:
+        with ExitStack() as stack:
+            for name in _LOGGERS:
+                stack.enter_context(replaced(logging.getLogger(name), "disabled", True))
+            stack.enter_context(replaced(ProcessContext, "join", _join_sooner(ProcessContext.join)))
+            stack.enter_context(_restoring_signal_handlers())
+            file = stack.enter_context(_local_store())
             # One machine; the system chooses the port. No restarts: a failed worker ends the launch.
             config = LaunchConfig(
                 min_nodes=1,
@@ -382,17 +381,3 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         raise failure_of(*error.get_first_failure()) from error
     except SignalException as stop:
         raise (TerminatedError if stop.sigval == signal.SIGTERM else KeyboardInterrupt) from None
-
-
-@contextmanager
-def _quiet_launcher() -> Iterator[None]:
-    """Suppress torch's log of a failed worker's traceback, since `launch` raises the error."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

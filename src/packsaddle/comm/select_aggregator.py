@@ -5,13 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from packsaddle.comm.aggregators import (
-    Aggregator,
-    AllGather,
-    AllReduce,
-    LowRankAllReduce,
-    SharedSupportAllReduce,
-)
+from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce, LowRankAllReduce, SharedSupportAllReduce
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
 
@@ -73,14 +67,6 @@ def choose(
     if its busiest worker is predicted to send over 5% fewer bytes. "two-way" and "coordinator" may compress the mean
     again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does not support it or d.
     """
-    choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
-    choice.aggregator.validate(d, workers)
-    return choice
-
-
-def _choose(
-    compressor: Compressor, exchange: str, d: int, dense: int, workers: int, itemsize: int, back: Compressor | None
-) -> Choice:
     check_exchange(exchange, back)
     name = compressor.aggregation
     if name not in _DIRECT:
@@ -88,21 +74,27 @@ def _choose(
     direct = _DIRECT[name](compressor)
     # The exact mean, with the aggregator that the compressor names; "senders" reweights that mean afterwards.
     if exchange in ("direct", "senders", name):
-        return Choice(direct, name, "asked for")
-    if name not in get_args(Exchange) and exchange != "auto":
+        choice = Choice(direct, name, "asked for")
+    elif name not in get_args(Exchange) and exchange != "auto":
         raise ValueError(f"exchange of {type(compressor).__name__} is its own {name}, it cannot be {exchange!r}")
-    if exchange == "all-reduce":
+    elif exchange == "all-reduce":
         raise ValueError(f'exchange "all-reduce" needs a linear compressor, and {compressor!r} is not')
-    if exchange == "all-gather":
-        return Choice(AllGather(compressor), exchange, "asked for")
-    if exchange in ("two-way", "coordinator"):
-        return Choice((TwoWay if exchange == "two-way" else Coordinator)(compressor, back), exchange, "asked for")
-    # "auto": the fewest bytes sent by the busiest worker. The exact mean needs fewer messages, and is preferred unless
-    # another exchange saves 5%. A two-way exchange needs at least one coordinate per worker.
-    candidates: dict[str, Aggregator] = {name: direct}
-    if name == "all-gather" and d >= workers:
-        candidates["two-way"] = TwoWay(compressor)
-    sent = {n: max(p.wire(d, dense, r, workers, itemsize).sent for r in range(workers)) for n, p in candidates.items()}
-    best = min(sent, key=lambda n: sent[n] * (_CLEARLY_LESS if n == name else 1.0))
-    others = ", ".join(f"{n} {sent[n]:,}" for n in sent if n != best) or "nothing else applies"
-    return Choice(candidates[best], best, f"{sent[best]:,} bytes sent per step by the busiest worker; {others}")
+    elif exchange == "all-gather":
+        choice = Choice(AllGather(compressor), exchange, "asked for")
+    elif exchange in ("two-way", "coordinator"):
+        owners = TwoWay if exchange == "two-way" else Coordinator
+        choice = Choice(owners(compressor, back), exchange, "asked for")
+    else:
+        # "auto": the fewest bytes sent by the busiest worker. The exact mean needs fewer messages, and is preferred
+        # unless another exchange saves 5%. A two-way exchange needs at least one coordinate per worker.
+        candidates: dict[str, Aggregator] = {name: direct}
+        if name == "all-gather" and d >= workers:
+            candidates["two-way"] = TwoWay(compressor)
+        ranks = range(workers)
+        costs = {n: max(p.wire(d, dense, r, workers, itemsize).sent for r in ranks) for n, p in candidates.items()}
+        best = min(costs, key=lambda n: costs[n] * (_CLEARLY_LESS if n == name else 1.0))
+        others = ", ".join(f"{n} {costs[n]:,}" for n in costs if n != best) or "nothing else applies"
+        reason = f"{costs[best]:,} bytes sent per step by the busiest worker; {others}"
+        choice = Choice(candidates[best], best, reason)
+    choice.aggregator.validate(d, workers)
+    return choice

@@ -70,21 +70,18 @@ class _Turns:
         self._pass_on(rank)
         self.wait(rank)
         if rank == 0:  # runs first after all workers have submitted
-            entries = self._clear_table()
+            submitted = [entry for entry in self._table if entry is not None]
+            calls = [(k, *((tuple(t.shape), t.dtype) for t in ts if k != "all_to_all")) for k, ts in submitted]
+            for other, call in enumerate(calls):
+                if call != calls[0]:
+                    raise RuntimeError(f"workers disagree: worker 0 calls {calls[0]}, worker {other} calls {call}")
+            self._table = [None] * self.size
+            entries = [copies for _, copies in submitted]
             if kind == "all_reduce":
-                for (other,) in entries[1:]:
-                    entries[0][0].add_(other)
+                for (copy,) in entries[1:]:
+                    entries[0][0].add_(copy)
             self._result = entries
         return self._result
-
-    def _clear_table(self) -> list[tuple[Tensor, ...]]:
-        entries = [entry for entry in self._table if entry is not None]
-        calls = [(kind, *((tuple(t.shape), t.dtype) for t in ts if kind != "all_to_all")) for kind, ts in entries]
-        for rank, call in enumerate(calls):
-            if call != calls[0]:
-                raise RuntimeError(f"workers disagree: worker 0 calls {calls[0]}, worker {rank} calls {call}")
-        self._table = [None] * self.size
-        return [tensors for _, tensors in entries]
 
 
 class SimulatedGroup(Group):

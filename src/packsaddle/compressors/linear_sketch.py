@@ -99,9 +99,8 @@ class LinearSketch(Compressor):
         if self.sketch == "count":
             RowHash.draw(d, self.width(d), seed=seed, step=step).add_transposed(counters, out, scale)
             return
-        for rows, part in zip(
-            self._gaussian_rows(d, out, seed, step), torch.split(counters, _GAUSSIAN_ROWS), strict=True
-        ):
+        blocks = self._gaussian_rows(d, out, seed, step)
+        for rows, part in zip(blocks, torch.split(counters, _GAUSSIAN_ROWS), strict=True):
             out.add_(rows.T @ part, alpha=scale)
 
     def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:

@@ -56,8 +56,8 @@ class LowRank(Compressor):
 
     def matrices(self, v: Tensor) -> list[Tensor]:
         """Return the tensors concatenated in v, float[d], as views of v, one matrix float[n, m] each."""
-        tensors = torch.split(v, self._sizes(len(v)))
-        return [t.view(shape) for t, shape in zip(tensors, self._shapes(len(v)), strict=True)]
+        shapes = self._shapes(len(v))
+        return [t.view(shape) for t, shape in zip(torch.split(v, [n * m for n, m in shapes]), shapes, strict=True)]
 
     def rank(self, shape: tuple[int, int]) -> int:
         """Return the rank used for a matrix of this shape; 0: sent uncompressed."""
@@ -119,9 +119,6 @@ class LowRank(Compressor):
         n = math.isqrt(d)
         square = [(n, d // n)] if n else []
         return square + ([(d - n * (d // n), 1)] if n and d % n else [])  # the remaining coordinates, as a column
-
-    def _sizes(self, d: int) -> list[int]:
-        return [n * m for n, m in self._shapes(d)]
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -147,25 +147,22 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits for unbiased rounding.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
+        width = self.bits if self.fixed_size else 8  # bits of a level; entropy coding begins with one byte for each
         on_cpu = v.device.type == "cpu"
-        if len(v) and self.bits <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
-            packed, norms = loop(precise, self.levels, self.bits, b, key)
-            return self._message(packed, norms, len(v))
-        packed, norms = [], []
-        size = _slab(b)
-        for start, slab in zip(range(0, max(1, len(v)), size), torch.split(precise, size), strict=True):
-            buckets = torch.nn.functional.pad(slab, (0, -len(slab) % b)).view(-1, b)
-            codes, scales = self._codes(buckets, start, key)
-            packed.append(wire.pack(codes.view(-1)[: len(slab)], self.bits))
-            norms.append(scales)
-        return self._message(torch.cat(packed), torch.cat(norms), len(v))
-
-    def _message(self, packed: Tensor, norms: Tensor, d: int) -> Message:
-        if self.fixed_size:
-            return Message({"levels": packed, "scales": norms})
-        if (some := self._not_zero(norms, d)) is not None:  # skip buckets whose norm is 0
-            packed, d = some.of(packed, self._width(d) * self.bits // 8), some.coordinates
-        return Message({"levels": encode_levels(packed, d, self.levels, self.bits), "scales": norms})
+        if len(v) and width <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
+            levels, norms = loop(precise, self.levels, width, b, key)
+        else:
+            size, packed, scales = _slab(b), [], []
+            for start, slab in zip(range(0, max(1, len(v)), size), torch.split(precise, size), strict=True):
+                buckets = torch.nn.functional.pad(slab, (0, -len(slab) % b)).view(-1, b)
+                codes, of_buckets = self._codes(buckets, start, key)
+                packed.append(wire.pack(codes.view(-1)[: len(slab)], width))
+                scales.append(of_buckets)
+            levels, norms = torch.cat(packed), torch.cat(scales)
+        if not self.fixed_size:
+            some = self._not_zero(norms, len(v))  # skip buckets whose norm is 0
+            levels = encode_levels(levels if some is None else some.of(levels), self.levels, self.bits)
+        return Message({"levels": levels, "scales": norms})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Quantize n buckets, float[n, b], from index `first` of v on.
@@ -267,11 +264,10 @@ class _Buckets:
         """The number of coordinates in the subset."""
         return len(self.index) * self.width - self._cut
 
-    def of(self, packed: Tensor, size: int) -> Tensor:
-        """Return the bytes of these buckets, uint8[...], from `packed`, with `size` bytes per bucket of the vector."""
-        missing = -len(packed) % size
-        padded = torch.nn.functional.pad(packed, (0, missing)).view(-1, size)[self.index].view(-1)
-        return padded[: len(padded) - missing] if self._cut else padded
+    def of(self, codes: Tensor) -> Tensor:
+        """Return the codes of the coordinates in these buckets, uint8[coordinates], from those of all, uint8[d]."""
+        buckets = torch.nn.functional.pad(codes, (0, -self.d % self.width)).view(-1, self.width)
+        return buckets[self.index].view(-1)[: self.coordinates]
 
     def add(self, found: Tensor, out: Tensor) -> None:
         """Add `found`, float[coordinates], to out, float[d], at these buckets, in place."""

@@ -15,7 +15,6 @@ from packsaddle.compressors.shared import SharedTopK, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
 
-_SHARE = 0.5
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 
 
@@ -52,7 +51,7 @@ def compressors(ratio: float) -> list[Compressor]:
         TopK(ratio),
         TopK(ratio, values="int8"),
         TopK(ratio, values="int2", chunk=4096),
-        AdaptiveTopK(_SHARE),
+        AdaptiveTopK(0.5),
         SharedTopK(ratio),
         SketchTopK(ratio),
         LinearSketch(ratio),

@@ -135,7 +135,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     if top == 0 or share == 1:
         return v.nonzero().squeeze(1)
     # The bin of the smallest selected magnitude; all magnitudes above this bin are selected.
-    shift = _bits(v) - HISTOGRAM_BITS
+    shift = 8 * v.element_size() - 1 - HISTOGRAM_BITS
     counts, energy = _histogram(v, top, shift)
     needed = share * float(energy.sum())
     last, needed = _last_bin(counts, energy, needed)
@@ -165,10 +165,6 @@ def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float
     occupied = counts.nonzero()  # bounds for the case that rounding makes the sum too small or `needed` zero
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
     return last, needed - float(energy[last + 1 :].sum())
-
-
-def _bits(v: Tensor) -> int:
-    return 8 * v.element_size() - 1
 
 
 def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:

@@ -62,9 +62,8 @@ class Cells:
         whole, rest = self._split(v)
         values = whole.index_select(0, self.index.clamp_max(len(whole) - 1))
         if len(rest):
-            values = torch.where(
-                self._is_rest(whole), torch.nn.functional.pad(rest, (0, self.size - len(rest))), values
-            )
+            padded = torch.nn.functional.pad(rest, (0, self.size - len(rest)))
+            values = torch.where(self._is_rest(whole), padded, values)
         return values.view(-1)
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:

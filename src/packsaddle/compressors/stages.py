@@ -129,8 +129,7 @@ class Stages(Compressor):
 
     def _messages(self, message: Message) -> list[Message]:
         """Split a message into one message per pass, in the compressor's own format."""
-        pairs = zip(self._split(message.parts), message.context, strict=True)
-        return [Message(parts, context) for parts, context in pairs]
+        return [Message(*pair) for pair in zip(self._split(message.parts), message.context, strict=True)]
 
     @property
     def _depth(self) -> int:

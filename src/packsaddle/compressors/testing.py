@@ -210,12 +210,10 @@ def check_empty(compressor: Compressor) -> None:
 
 
 def _largest(v: Tensor) -> float:
-    """Return the largest magnitude in v, float[d]; 0 if v is empty."""
     return float(v.double().abs().max()) if len(v) else 0.0
 
 
 def _energy(v: Tensor, scale: float) -> float:
-    """Return ||v / scale||^2 of v, float64[d]."""
     return float((v / scale).square().sum())
 
 

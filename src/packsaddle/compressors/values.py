@@ -42,7 +42,12 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     # Divide by the largest magnitude of the block, so that values of any scale fit the format.
     blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     if how in _HALVINGS:
-        return _to_levels(values, blocks, how)
+        # A sign and the number of a level of its block for each value; padding is excluded from the means.
+        there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
+        codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
+        codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
+        parts = _scales_to_16_bits(torch.cat(levels, 1).view(-1), values.dtype)
+        return {"values": _packed(codes.view(-1)[: len(values)].to(torch.int64), _PACKED[how]), **parts}
     scales = blocks.abs().amax(1)
     parts = {"scales": scales}
     # Divide by the scale as rounded to 16 bits, by which the receiver multiplies.
@@ -56,15 +61,6 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     if how == "int8":
         return {"values": rounded.to(torch.int8), **parts}
     return {"values": _packed((rounded + 8).to(torch.int64), 4), **parts}
-
-
-def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Tensor]:
-    """Encode each value as a sign and the number of a level of its block; padding is excluded from the means."""
-    there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
-    codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
-    codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
-    parts = _scales_to_16_bits(torch.cat(levels, 1).view(-1), values.dtype)
-    return {"values": _packed(codes.view(-1)[: len(values)].to(torch.int64), _PACKED[how]), **parts}
 
 
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
@@ -92,7 +88,6 @@ def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Decode the scales of a message, float[m]."""
     if "unit" not in parts:
         return parts["scales"].to(dtype)
     bits = (parts["scales"].to(torch.int32) & 0xFFFF) << _SCALE_SHIFT
@@ -116,18 +111,13 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
     k, scales = value_count(parts, how), _scales_of(parts, dtype)
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:
-        return _of_levels(whole, scales, _HALVINGS[how])
+        numbers = torch.nn.functional.pad(whole, (0, -k % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
+        levels = scales.view(-1, 1 << _HALVINGS[how])
+        return torch.cat([levels, -levels], 1).gather(1, numbers).view(-1)[:k]
     values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]
     return values * scales.repeat_interleave(VALUE_BLOCK)[:k]
-
-
-def _of_levels(codes: Tensor, levels: Tensor, halvings: int) -> Tensor:
-    """Decode `codes`, int64[k], each a sign and a level number, to values, float[k]."""
-    blocks = torch.nn.functional.pad(codes, (0, -len(codes) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
-    signed = torch.cat([levels.view(-1, 1 << halvings), -levels.view(-1, 1 << halvings)], 1)
-    return signed.gather(1, blocks).view(-1)[: len(codes)]
 
 
 def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:

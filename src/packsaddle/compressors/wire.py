@@ -38,22 +38,30 @@ def pack(numbers: Tensor, width: int) -> Tensor:
     return torch.cat(slabs)
 
 
-def unpack(packed: Tensor, width: int, n: int) -> Tensor:
-    """Invert `pack`: return n numbers, int64[n]."""
+def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Invert `pack`: return n numbers in `dtype`."""
     if width == 0:
-        return torch.zeros(n, dtype=torch.int64, device=packed.device)
+        return torch.zeros(n, dtype=dtype, device=packed.device)
+    if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
+        numbers: Tensor = loop(packed, width, n, dtype)
+        return numbers
     if 8 % width == 0:
         shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=packed.device)
-        return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(torch.int64)
-    if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
-        numbers: Tensor = loop(packed, width, n)
-        return numbers
+        return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(dtype)
     shifts = torch.arange(width - 1, -1, -1, device=packed.device)
-    slabs = []
+    slabs = [torch.zeros(0, dtype=dtype, device=packed.device)]
     for i, slab in enumerate(torch.split(packed, _SLAB * width // 8)):
         count = min(_SLAB, n - i * _SLAB)
-        slabs.append((unpack_bits(slab, count * width).view(count, width).to(torch.int64) << shifts).sum(1))
-    return torch.cat(slabs) if slabs else torch.zeros(0, dtype=torch.int64, device=packed.device)
+        bits = unpack_bits(slab, count * width).view(count, width)
+        slabs.append((bits.to(torch.int64) << shifts).sum(1).to(dtype))
+    return torch.cat(slabs)
+
+
+def indices_where(mask: Tensor) -> Tensor:
+    """Return the indices at which `mask`, bool[n], is True, increasing int64[...]."""
+    if mask.device.type == "cpu":  # four times as fast as torch.nonzero
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(1)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -75,23 +83,47 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
 
 
+def pack_rice(numbers: Tensor, b: int) -> Tensor:
+    """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b, uint8[...]; n is not stored.
+
+    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits.
+    """
+    if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
+        coded: Tensor = loop(numbers, b)
+        return coded
+    ends = torch.cumsum((numbers >> b) + 1, 0)
+    unary = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.bool, device=numbers.device)
+    unary[ends - 1] = True
+    return torch.cat([pack_bits(unary), pack(numbers & ((1 << b) - 1), b)])
+
+
+def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
+    """Invert `pack_rice`: return the n numbers; None unless `packed` encodes exactly n, all at most `most`."""
+    if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
+        numbers: Tensor | None = loop(packed, n, b, most, dtype)
+        return numbers
+    split = len(packed) - math.ceil(n * b / 8)
+    ends = indices_where(unpack_bits(packed[: max(0, split)], max(0, split) * 8))
+    if len(ends) != n or split != (int(ends[-1]) // 8 + 1 if n else 0):
+        return None
+    quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
+    numbers = (quotients << b) | unpack(packed[split:], b, n)
+    # A long quotient could overflow a number, so both are checked.
+    if n and (int(quotients.max()) > most >> b or int(numbers.max()) > most):
+        return None
+    return numbers.to(dtype)
+
+
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
     """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; other arguments are not stored.
 
     There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
-    c = floor(i / kept), and the first gap of a chunk is relative to its start. The quotients of all gaps by 2^b are
-    stored first, each in unary as zeros and a one, then the remainders of b bits.
+    c = floor(i / kept), and the first gap of a chunk is relative to its start.
     """
-    if b <= _COMPILED_WIDTH and (loop := kernel("pack_gaps", device=index.device)):
-        packed: Tensor = loop(index, kept, size, b)
-        return packed
-    gaps = torch.diff(index, prepend=index.new_tensor([-1])) - 1
-    first = index[::kept]
+    gaps, first = torch.empty_like(index), index[::kept]
+    torch.sub(index[1:], index[:-1], out=gaps[1:]).sub_(1)
     gaps[::kept] = first - torch.arange(len(first), device=index.device) * size
-    ends = torch.cumsum((gaps >> b) + 1, 0)
-    unary = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.bool, device=index.device)
-    unary[ends - 1] = True
-    return torch.cat([pack_bits(unary), pack(gaps & ((1 << b) - 1), b)])
+    return pack_rice(gaps, b)
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
@@ -99,31 +131,17 @@ def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int,
 
     Raises MessageError, naming `part`, unless `packed` encodes exactly k indices, all in their chunks and below `stop`.
     """
-    if b <= _COMPILED_WIDTH and (loop := kernel("unpack_gaps", device=packed.device)):
-        index: Tensor | None = loop(packed, k, kept, size, b)
-    else:
-        index = _unpack_gaps(packed, k, kept, size, b)
-    if index is None or (k and int(index[-1]) >= stop):
-        raise MessageError(part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
-    return index
-
-
-def _unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor | None:
-    """Return the indices, int64[k]; None unless exactly k gaps are coded and all indices are in their chunks."""
-    split = len(packed) - math.ceil(k * b / 8)
-    if split < 0:
-        return None
-    ends = unpack_bits(packed[:split], split * 8).nonzero().squeeze(1)
-    if len(ends) != k or split != (int(ends[-1]) // 8 + 1 if k else 0):
-        return None
-    quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
-    steps = ((quotients << b) | unpack(packed[split:], b, k)) + 1
-    edge = k // kept * kept
-    starts = torch.arange(0, k, kept, device=packed.device) // kept * size - 1
-    whole = steps[:edge].view(-1, kept).cumsum(1) + starts[: edge // kept, None]
-    if len(starts) > 1 and bool((whole[: len(starts) - 1, -1] > starts[1:]).any()):
-        return None
-    return torch.cat([whole.view(-1), steps[edge:].cumsum(0) + starts[edge // kept :]])
+    index = unpack_rice(packed, k, b, stop, torch.int64)
+    if index is not None:
+        # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
+        edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
+        whole = index.add_(1)[:edge].view(-1, kept)
+        whole.cumsum_(1).add_(starts[: edge // kept, None])
+        index[edge:].cumsum_(0).add_(starts[edge // kept :])
+        are_inside = len(starts) < 2 or not bool((whole[: len(starts) - 1, -1] > starts[1:]).any())
+        if are_inside and (not k or int(index[-1]) < stop):
+            return index
+    raise MessageError(part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
 
 
 def encode_indices(index: Tensor, d: int) -> Tensor:
@@ -163,7 +181,7 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
     size = math.ceil((d if code == _BITMAP else k * _width(d)) / 8)
     if len(body) != size:
         raise MessageError("indices", f"{size} bytes after the first", len(body))
-    index = unpack_bits(body, d).nonzero().squeeze(1) if code == _BITMAP else unpack(body, _width(d), k)
+    index = indices_where(unpack_bits(body, d)) if code == _BITMAP else unpack(body, _width(d), k)
     if len(index) != k or int(index[-1]) >= d or (code == _FIXED and bool((index[1:] <= index[:-1]).any())):
         raise MessageError("indices", f"{k} increasing numbers below {d}", f"{len(index)} that are not")
     return index
@@ -192,7 +210,6 @@ def index_bits(d: int, k: int) -> float:
 
 
 def _width(d: int) -> int:
-    """Return the number of bits of an index in [0, d)."""
     return max(1, (d - 1).bit_length())
 
 

@@ -4,11 +4,12 @@ Read `certify` first. It uses `hessian` (derivatives on one worker or many; `sha
 (Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
 (Lanczos steps until the verdict is decided, first on a part of the examples). `options` has the limits of a search,
 `certificate` the verdict, its evidence, and the choice of iterates. `population` certifies the population loss,
-`watch` certifies at intervals during training. `spectral_density` estimates the density of all eigenvalues;
+`CertifyEvery` certifies at intervals during training. `spectral_density` estimates the density of all eigenvalues;
 `step_stability` finds step sizes too large for the curvature.
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates
+from packsaddle.curvature.certify import CertifyEvery
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos
@@ -17,7 +18,6 @@ from packsaddle.curvature.population import PopulationCertificate, certify_popul
 from packsaddle.curvature.search import Bounds
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.curvature.step_stability import CoordinateStep, Overshoot, largest_overshoot
-from packsaddle.curvature.watch import CertifyEvery
 
 __all__ = [
     "Bounds",

@@ -44,8 +44,7 @@ def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float
     """Return the default epsilon: the smallest threshold that the gradient norm satisfies, with a margin for its error.
 
     It is the gradient norm plus twice its standard error (if given and finite), rounded up to two digits; `eps` for a
-    gradient of 0. With a smaller epsilon the gradient would decide the verdict; with a larger one a saddle of weaker
-    negative curvature would be certified as stationary.
+    gradient of 0.
     """
     most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
     if most <= 0:
@@ -132,23 +131,6 @@ class Certificate:
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
-    @property
-    def _why_differences(self) -> str:
-        """A description of the differences' step and error and the reason for using them; "" for double backward."""
-        if self.hvp_step is None:
-            return ""
-        why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
-        return f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
-
-    @property
-    def _epsilon_origin(self) -> str:
-        """The explanation of a default epsilon in the printed certificate; "" if epsilon was given."""
-        if not self.epsilon_proposed:
-            return ""
-        error = self.grad_norm_error
-        more = "" if error is None or not 0 < error < math.inf else " and twice its standard error"
-        return f" (none was given: the gradient's norm{more}, so that the curvature decides)"
-
     def to_dict(self, lr: float | None = None) -> dict[str, Any]:
         """Return everything except the directions as plain types for JSON; non-finite floats become None.
 
@@ -164,23 +146,28 @@ class Certificate:
     def __str__(self) -> str:
         # Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
         is_plateau = self.verdict is Verdict.SECOND_ORDER_STATIONARY and self.saddle_below_rho is not None
-        error = ""
+        error = known = origin = differences = ""
         if self.grad_norm_error is not None:
-            known = math.isfinite(self.grad_norm_error)
-            error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
+            is_known = math.isfinite(self.grad_norm_error)
+            error = f" (standard error {f'{self.grad_norm_error:.1e}' if is_known else 'unknown: one batch'})"
+            known = " and twice its standard error" if is_known and self.grad_norm_error > 0 else ""
+        if self.epsilon_proposed:
+            origin = f" (none was given: the gradient's norm{known}, so that the curvature decides)"
+        if self.hvp_step is not None:
+            why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
+            differences = f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
         lines = [
             f"{self.verdict}{', not a minimum' if is_plateau else ''}",
-            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._epsilon_origin}",
+            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{origin}",
             *self._curvature(),
             *self._remarks(),
             f"loss {self.loss:.6f}; the Hessian is that of {self.loss_name}",
             f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}"
-            f"{self._why_differences}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
+            f"{differences}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
         return "\n  ".join(lines)
 
     def _curvature(self) -> list[str]:
-        """Return the printed lines with the bounds on the extreme eigenvalues and the threshold of the smallest."""
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # one product, for the record
             return ["no search for negative curvature: the gradient decides"]
         if self.pilot_examples is None:
@@ -200,7 +187,6 @@ class Certificate:
         return [*bounds, f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({given})"]
 
     def _remarks(self) -> list[str]:
-        """Return printed remarks on the verdict: a saddle's loss along v, the gap of undecided bounds, or caveats."""
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -96,9 +97,9 @@ class Curvature:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
         if differ:  # on any worker, so that all of them stop
             raise ValueError(
-                "loss_fn gave two values for the same parameters and batches: pass a list or a DataLoader, which can "
-                "be read twice, and switch off shuffling, augmentation and anything else that is random (dropout and "
-                "batch normalization are put in eval mode here)"
+                "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
+                "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "
+                "is random (dropout and batch normalization are put in eval mode here)"
             )
         if not math.isfinite(loss):
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
@@ -149,7 +150,8 @@ class Curvature:
 
         Raises ValueError if it is not a tensor of one number, or has no graph.
         """
-        loss = whole(self._loss_fn(self._model, batch))
+        loss: Any = self._loss_fn(self._model, batch)
+        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # a DTensor, with tensor parallelism
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
@@ -209,6 +211,7 @@ class Curvature:
         within = max(0.0, squares - self.examples * square_of_mean) / (batches - 1)
         return math.sqrt(within / self.examples)
 
+    @sdpa_kernel(SDPBackend.MATH)  # torch's fused attention has no double backward
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Return the Hessian-vector product H v, float64[d], for v float64[d], by double backward; collective.
 
@@ -232,6 +235,7 @@ class Curvature:
         inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
         return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
 
+    @sdpa_kernel(SDPBackend.MATH)
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
         """Return one batch's Hessian-vector product, float64[d], by double backward; not collective."""
         with differentiating(self._model):
@@ -260,6 +264,7 @@ class Curvature:
             return None
         return reason or "another worker's batch has no double backward"
 
+    @sdpa_kernel(SDPBackend.MATH)
     def _try_double_backward(self) -> str | None:
         ones = [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):
@@ -291,7 +296,10 @@ class Curvature:
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
-            return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+            return self._mean_gradient()
+
+    def _mean_gradient(self) -> Tensor:
+        return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return a Gaussian vector, float64[d], equal on all workers, from rank 0's generator (None: seeded by the
@@ -369,12 +377,6 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results = result if isinstance(result, list | tuple) else [result]
             self.dtypes |= {t.dtype for t in results if isinstance(t, Tensor) and t.dtype in _SHORT}
         return result
-
-
-def whole(loss: Any) -> Tensor:
-    """Return a loss as a plain tensor; with tensor parallelism it may be a DTensor."""
-    plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-    return plain
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

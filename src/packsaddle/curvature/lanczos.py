@@ -192,7 +192,8 @@ class Lanczos:
         beta = self._norm(w)
 
         # Ritz values: eigenvalues of the tridiagonal; the process ends if beta is at rounding level.
-        thetas, vectors = torch.linalg.eigh(self._tridiagonal())
+        off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
+        thetas, vectors = torch.linalg.eigh(torch.diag(torch.tensor(self._alphas, dtype=torch.float64)) + (off + off.T))
         self._ends = vectors[:, [0, -1]]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
         exhausted = len(self._alphas) == self._n or beta <= _rounding(self._n) * scale
@@ -202,6 +203,9 @@ class Lanczos:
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
 
+        # The norm of the errors of all k products, an n x k matrix of independent columns of the known norm (Marchenko
+        # and Pastur), is little more than that of one unless k is near n.
+        known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
         # ||A v - theta_min v|| = beta |last component of theta_min's vector|.
         return Ritz(
             self._n,
@@ -210,7 +214,7 @@ class Lanczos:
             tuple(thetas.tolist()),
             tuple(vectors[0].square().tolist()),
             beta * abs(float(vectors[-1, 0])),
-            max(_ROUNDING * self._precision * scale, 2 * self._error, self._spread_error()),
+            max(_ROUNDING * self._precision * scale, 2 * self._error, known),
             exhausted,
             orthogonal,
         )
@@ -244,11 +248,6 @@ class Lanczos:
                 v.add_(q, alpha=weights[j + 1])
         return v.div_(self._norm(v))
 
-    def _spread_error(self) -> float:
-        """Return the norm of the errors of all k products, as an n x k matrix of independent columns of the known norm
-        (Marchenko and Pastur). It is little more than the norm of one column unless k is near n."""
-        return self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
-
     def _norm(self, v: Tensor) -> float:
         return math.sqrt(self._dot(v, v))
 
@@ -261,10 +260,6 @@ class Lanczos:
         j = len(self._alphas) if j is None else j
         w = product.sub(q, alpha=alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
-
-    def _tridiagonal(self) -> Tensor:
-        off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
-        return torch.diag(torch.tensor(self._alphas, dtype=torch.float64)) + (off + off.T if self._betas else 0.0)
 
 
 def check_probability(failure_probability: float) -> None:

@@ -29,7 +29,7 @@ class Search:
             least eight times as many examples, and tolerance and sharpness are inf. 0: none.
         hvp: Method of the Hessian-vector products. "double-backward" is exact; "differences" of gradients have an
             error, which is measured and widens both bounds; "auto" is double backward, or differences if
-            torch has none (fused attention, compiled networks) or it is wrong (a custom autograd.Function, see
+            torch has none (compiled networks, flash-attn) or it is wrong (a custom autograd.Function, see
             docs/certificates.md).
         memory_limit: Bytes of Lanczos vectors stored, of 8 d each, at least 0. Beyond it the bounds need a few more
             products, and the escape direction one product for each vector that was not stored.

@@ -77,14 +77,12 @@ class PopulationCertificate:
         values = {k: v for k, v in asdict(self).items() if k != "escape_direction"} | {"verdict": str(self.verdict)}
         return for_json(values)
 
-    def _why_open(self) -> str:
-        if self.verdict is not Verdict.UNDECIDED:
-            return ""
-        if self.grad_norm_lower <= self.epsilon < self.grad_norm_upper:
-            return ": the gradient may be on either side of epsilon"
-        return ": lambda_min may be on either side of the threshold"
-
     def __str__(self) -> str:
+        why = ""
+        if self.verdict is Verdict.UNDECIDED:
+            is_gradient = self.grad_norm_lower <= self.epsilon < self.grad_norm_upper
+            value, limit = ("the gradient", "epsilon") if is_gradient else ("lambda_min", "the threshold")
+            why = f": {value} may be on either side of {limit}"
         # Bounds on ||g||, on lambda_min(H), and v^T H v, with rho and its threshold.
         lower = f"[{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}]"
         below = f"lambda_min in {lower}: of the examples at least {self.sample_lower:.3e}, less {self.deviation:.1e}"
@@ -94,7 +92,7 @@ class PopulationCertificate:
         proposed = " (none was given: the least that passes)" if self.epsilon_proposed else ""
         return "\n".join(
             [
-                f"of the population: {self.verdict}{self._why_open()}",
+                f"of the population: {self.verdict}{why}",
                 f"  gradient norm in [{self.grad_norm_lower:.3e}, {self.grad_norm_upper:.3e}], epsilon "
                 f"{self.epsilon:.3e}{proposed}",
                 f"  {below}",
@@ -166,7 +164,9 @@ def certify_population(
 
         def measure(products: Products) -> PopulationCertificate:
             seen, fresh = map(products.of, halves)
-            v = _lowest_direction(seen, search, progress)
+            lanczos = lanczos_over(seen, search)
+            lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
+            v = lanczos.ritz_vector()  # the bounds hold for any vector
             products.copy_estimates(seen)
             fresh.copy_estimates(seen)
             _, off_by = fresh.checked(v)
@@ -222,13 +222,6 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
     if count < _FEWEST_BATCHES:
         raise ValueError(f"batches must be {_FEWEST_BATCHES} or more, on all workers together, got {count}")
     return count
-
-
-def _lowest_direction(products: Products, search: Search, progress: Callable[[int], None]) -> Tensor:
-    """Return an approximate eigenvector of the smallest eigenvalue, float64[d]; bounds hold for any vector."""
-    lanczos = lanczos_over(products, search)
-    lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
-    return lanczos.ritz_vector()
 
 
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:

@@ -125,20 +125,18 @@ class DoubleBackward(Products):
         product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
         self._begun, self._largest = True, max(self._largest, self.curvature.norm(product))
         if not self._repeats:
-            self._check_repeats(v, product)
+            apart = self.curvature.norm(self.curvature.hessian_vector(v).sub_(product))
+            allowed = min(_RANDOM * math.sqrt(self.precision), _RANDOM_OF_16_BITS)
+            if apart > allowed * self.curvature.norm(product):
+                raise ValueError(
+                    "loss_fn gave two Hessian-vector products for the same parameters, batches and vector: switch off "
+                    "everything that is random"
+                )
+            self._repeats = True
         self.unproven = self.curvature.on_any_worker(bool(self._custom))
         if self.unproven:
             self._compare(v, product)
         return product, 0.0
-
-    def _check_repeats(self, v: Tensor, product: Tensor) -> None:
-        apart = self.curvature.norm(self.curvature.hessian_vector(v).sub_(product))
-        if apart > min(_RANDOM * math.sqrt(self.precision), _RANDOM_OF_16_BITS) * self.curvature.norm(product):
-            raise ValueError(
-                "loss_fn gave two Hessian-vector products for the same parameters, batches and vector: switch off "
-                "everything that is random"
-            )
-        self._repeats = True
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
         """Raise DoubleBackwardError if a product differs from differences of gradients.

@@ -76,14 +76,10 @@ class ShardedCurvature(Curvature):
         mean = self._finite(total.div_(self.examples))
         return mean, self._standard_error(spread, self.dot(mean, mean), rounds)
 
-    def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
-        """Return this worker's part of the gradient at x + distance * direction; `direction`: its part. Collective."""
-        self.passes += 1
-        self._displaced += 1
-        total = torch.zeros_like(direction)
-        with self.moved(direction, distance, dither=self._displaced):
-            for part, _ in self._backward():
-                total += part
+    def _mean_gradient(self) -> Tensor:
+        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
+        for part, _ in self._backward():
+            total += part
         return self._finite(total.div_(self.examples))
 
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:

@@ -130,9 +130,8 @@ def spectral_density(
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
             def quadrature() -> Ritz:
-                return lanczos_over(products, search).run(
-                    steps, lambda _: False, lambda _: progress(curvature.products)
-                )
+                process = lanczos_over(products, search)
+                return process.run(steps, lambda _: False, lambda _: progress(curvature.products))
 
             return products.name, [quadrature() for _ in range(probes)]
 
@@ -144,8 +143,11 @@ def spectral_density(
     narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)
     spread = max((high - low) / steps, narrowest) if width is None else width
     grid = torch.linspace(low - 4 * spread, high + 4 * spread, points, dtype=torch.float64)
-    smoothed = torch.stack([_smooth(grid, n, w, spread) for n, w in zip(nodes, weights, strict=True)])
-    found = [Estimate.of(column) for column in smoothed.T.tolist()]
+    smoothed = []
+    for thetas, taus in zip(nodes, weights, strict=True):
+        bells = torch.exp(-((grid[:, None] - torch.tensor(thetas, dtype=torch.float64)) ** 2) / (2 * spread**2))
+        smoothed.append(bells.div_(spread * math.sqrt(2 * math.pi)) @ torch.tensor(taus, dtype=torch.float64))
+    found = [Estimate.of(column) for column in torch.stack(smoothed).T.tolist()]
     return SpectralDensity(
         values=tuple(grid.tolist()),
         density=tuple(f.mean for f in found),
@@ -159,10 +161,3 @@ def spectral_density(
         hvp_error=max(r.rounding for r in ritzes),
         hvps=curvature.products,
     )
-
-
-def _smooth(grid: torch.Tensor, nodes: Sequence[float], weights: Sequence[float], width: float) -> torch.Tensor:
-    """Return a probe's density at the points `grid`, smoothed by a Gaussian of `width`, float64[points]."""
-    at = torch.tensor(nodes, dtype=torch.float64)
-    bells = torch.exp(-((grid[:, None] - at) ** 2) / (2 * width**2)) / (width * math.sqrt(2 * math.pi))
-    return bells @ torch.tensor(weights, dtype=torch.float64)

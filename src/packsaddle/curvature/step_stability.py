@@ -80,9 +80,8 @@ def largest_overshoot(
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
     scale = scale.to(curvature.device)
-    length = 2.0 ** round(
-        math.log2(curvature.d) / 2
-    )  # about the norm of the signs; division by a power of two is exact
+    # About the norm of the signs; division by a power of two is exact.
+    length = 2.0 ** round(math.log2(curvature.d) / 2)
 
     def worst(products: Products) -> Overshoot:
         # The diagonal is E[s * H s] for random signs s.

@@ -202,7 +202,15 @@ class DriftGuard:
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
         if rates is not None and (others := apart.pop()):
-            raise DriftError(self._unlike_rates(step, rates, others, prints[0].device))
+            mine = torch.tensor(rates.last, dtype=torch.float64, device=prints[0].device)
+            parts_of_all = self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")
+            theirs, here = (parts_of_all[worker]["rates"].tolist() for worker in (others[0], 0))
+            verb = "differs" if len(others) == 1 else "differ"
+            raise DriftError(
+                f"after step {step}: {numbered('worker', others)} {verb} from worker 0 in learning rates, weight decay "
+                f"or noise, which must be the same on all workers at every step: "
+                f"{first_difference(theirs, here) or 'not in this step, but in one since the last comparison'}"
+            )
         if not any(apart):
             return
         # After a difference, a second gather compares single tensors, to name the first that differs.
@@ -217,17 +225,6 @@ class DriftGuard:
             )
         for vector in vectors:
             self._channel.broadcast(vector, "guard")
-
-    def _unlike_rates(self, step: int, rates: StepRates, workers: list[int], device: torch.device) -> str:
-        """Return the error message for unequal rates, with the first one that differs on `workers[0]`; collective."""
-        mine = torch.tensor(rates.last, dtype=torch.float64, device=device)
-        last = [p["rates"].tolist() for p in self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")]
-        verb = "differs" if len(workers) == 1 else "differ"
-        return (
-            f"after step {step}: {numbered('worker', workers)} {verb} from worker 0 in learning rates, weight decay or "
-            f"noise, which must be the same on all workers at every step: "
-            f"{first_difference(last[workers[0]], last[0]) or 'not in this step, but in one since the last comparison'}"
-        )
 
     def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
         """Return the ranks whose fingerprint, int64[], differs from rank 0's, for each of `prints`."""

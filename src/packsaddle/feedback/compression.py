@@ -9,7 +9,6 @@ from packsaddle.compressors import Compressor
 from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
-from packsaddle.feedback.slices import check_dense_below
 from packsaddle.options.agreement import Option
 
 Schedule = Callable[[int], Compressor]
@@ -84,7 +83,7 @@ class Compression(Option):
         # In other exchanges a chunk's owner keeps a residual of the mean, in the units of the messages.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
-        check_dense_below(self.dense_below)
+        check_integers(0, dense_below=self.dense_below)
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
             raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")
         if self.max_skipped is not None:

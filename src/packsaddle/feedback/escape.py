@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import check_integers, check_positive
+from packsaddle.feedback.slices import Slice
+from packsaddle.feedback.state import ANY, Value, Vector, attribute
 from packsaddle.numerics.sketches import NormSketch
 
 
@@ -91,24 +93,18 @@ class Reset:
     committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'
 
 
-class Vector(Protocol):
-    """All parameters as one vector x, float[d]; its first `compressed_d` coordinates are compressed."""
-
-    x: Tensor
-    compressed_d: int
-
-
 class EscapeCheck:
-    """Runs the escape check on the flat parameters x, float[d]; keeps the start point of the current segment."""
+    """Runs the escape check on x, float[d], the vector of parameters `of`; keeps the segment's start point."""
 
-    def __init__(self, rule: Escape, flat: Vector, channel: Communicator, seed: int) -> None:
-        self.anchor = flat.x.clone()  # the start point x_t', float[d]
+    def __init__(self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int) -> None:
+        self.anchor = x.clone()  # the start point x_t', float[d]
         self.anchor_step = 0  # t', the step at the start point
-        self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
+        self._of, self._x = of, x
+        self._rule, self._channel, self._seed = rule, channel, seed
 
     def begin(self) -> None:
         """Set the first start point to the current x: weights may have been loaded since construction."""
-        self.anchor.copy_(self._flat.x)
+        self.anchor.copy_(self._x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
         """Run the check at iteration t = `step` (lines 5-7). `pending` is this worker's unsent update, float[d].
@@ -121,14 +117,14 @@ class EscapeCheck:
         if not late and (distance is None or distance <= self._rule.radius):
             return None, None
         candidate, anchor, y = self._compare(pending)
-        self.anchor.copy_(self._flat.x)
+        self.anchor.copy_(self._x)
         self.anchor_step = step
-        lost = None if y is None or y.dtype == self._flat.x.dtype else self._flat.x - y
+        lost = None if y is None or y.dtype == self._x.dtype else self._x - y
         return Reset(step, "interval" if late else "radius", distance, candidate, anchor, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
         """Return the distance from the start point to y_t = x_t - eta e_t; several workers estimate it by sketches."""
-        moved = pending.sub(self._flat.x).add_(self.anchor)
+        moved = pending.sub(self._x).add_(self.anchor)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
         # The sketch has a new hash after each reset, since x depends on the results of earlier sketches.
@@ -140,7 +136,7 @@ class EscapeCheck:
 
         Returns both losses, and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged.
         """
-        x, here = self._flat.x, self._flat.x.clone()
+        x, here = self._x, self._x.clone()
         try:
             y = self._corrected(here, pending) if self._rule.compare == "y" else None
             if y is not None:
@@ -162,15 +158,22 @@ class EscapeCheck:
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d]; an uncompressed all-reduce, since e_t is a mean over workers."""
-        y, compressed_d = x.to(pending.dtype, copy=True), self._flat.compressed_d
+        y, compressed_d = x.to(pending.dtype, copy=True), self._of.compressed_d
         y[:compressed_d].sub_(self._channel.mean(pending[:compressed_d].clone(), "reset"))
         return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
 
     def _objective(self) -> float:
         """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN."""
         with torch.no_grad():
-            value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._flat.x.device).detach()
+            value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._x.device).detach()
         if value.numel() != 1:
             raise ValueError(f"objective of Escape must return one number, got shape {tuple(value.shape)}")
         mean = float(self._channel.mean(value.reshape(1).clone(), "objective"))
         return math.inf if math.isnan(mean) else mean
+
+    def fields(self) -> tuple[Vector, Value]:
+        """Return the saved-state fields: the start point x_t' of the segment, by parameter, and its step t'."""
+        anchor = self._of.by_name(self.anchor)
+        shapes = {name: view.shape for name, view in anchor.items()}
+        step = attribute(("escape", "step"), self, "anchor_step", int)
+        return Vector(("escape", "anchor", ANY), shapes, lambda: anchor), step

@@ -125,7 +125,6 @@ class Skips:
             _log.warning("%s; %s%s", skip, "the step is skipped" if self.protected else _UNPROTECTED, row)
 
     def reset_streak(self) -> None:
-        """Reset the count of consecutive skips."""
         self.in_a_row = 0
 
     def check(self, in_a_row: int) -> None:
@@ -216,25 +215,19 @@ class Guard:
             fill_where(v, invalid, 0.0)
         return invalid, name
 
-    def flag_index(self, dense: int) -> int | None:
-        """Return the index of an uncompressed number whose NaN mean rejects the exchange; None without checks.
-
-        Indices count the `dense` uncompressed coordinates, then the flag.
-        """
-        return {"dense": 0, "extra": dense, "none": None}[self._flag]
-
-    def flag(self, dense: Tensor, invalid: Tensor) -> Tensor:
+    def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
         """Return the flag to average with `dense`, float[m], the uncompressed part of v: float[1], or float[0].
 
-        With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty.
+        With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty. Also returns the
+        index in [dense, flag] of a number whose NaN mean rejects the exchange; None without checks.
         """
         if self._flag == "none":
-            return dense[:0]
+            return dense[:0], None
         if self._flag == "extra":
-            return invalid.reshape(1).to(dense)
+            return invalid.reshape(1).to(dense), len(dense)
         flag = dense[:0] if len(dense) else dense.new_zeros(1)
         fill_where(dense if len(dense) else flag, invalid, float("nan"))
-        return flag
+        return flag, 0
 
     def verdict(self, g: Averaged, flag: Tensor) -> Verdict:
         """Return the verdict on an exchange, from its mean update `g` and the mean of the workers' flags, `flag`."""

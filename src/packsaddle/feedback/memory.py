@@ -58,7 +58,7 @@ class ErrorMemory:
     unit = 1.0  # the factor that converts the memory and its messages to updates of x
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
-        self._slice, self.compressed_d = of, of.compressed_d
+        self.slice, self.compressed_d = of, of.compressed_d
         self._now = of.zeros()
         self._next = of.zeros() if spare else self._now
 
@@ -160,7 +160,7 @@ class ErrorMemory:
 
     def _clear_frozen(self, vector: Tensor) -> None:
         """Set the coordinates of frozen parameters to zero: noise, or a decoded message, may have changed them."""
-        for view in self._slice.frozen(vector):
+        for view in self.slice.frozen(vector):
             view.zero_()
 
 
@@ -180,7 +180,7 @@ class InPlaceMemory(ErrorMemory):
             self._added = update
             self._clear_frozen(self._now.flat)
         else:
-            self._next = self._slice.zeros()
+            self._next = self.slice.zeros()
             super().correct(update)
         return self._next.flat
 

@@ -119,8 +119,7 @@ class Noise:
         noise.add_to(xi)
         return xi
 
-    def check_eager(self) -> "Noise":
-        """Return self. Raises ValueError if lazy=True, which only `CompressedSGD` supports."""
+    def check_eager(self) -> None:
+        """Raise ValueError if lazy=True, which only `CompressedSGD` supports."""
         if self.lazy:
             raise ValueError("noise must be eager except in CompressedSGD, got lazy=True")
-        return self

@@ -78,11 +78,9 @@ class Attempts:
             optimizer.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before(optimizer)))
             if scaler is None:
                 optimizer.register_step_post_hook(outside(lambda optimizer, args, kwargs: self._attempted(optimizer)))
-        if scaler is not None:
-            self._count_at(scaler)
-
-    def _count_at(self, scaler: torch.amp.GradScaler) -> None:
-        """Wrap `scaler.step` to count attempts, since a skipped step may call neither the optimizer nor its hooks."""
+        if scaler is None:
+            return
+        # Count the calls of the scaler's step, since a skipped one may call neither the optimizer nor its hooks.
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,6 @@ from packsaddle.compressors import Compressor, identify
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard, Verdict, blame
 from packsaddle.feedback.memory import ErrorMemory, Update
-from packsaddle.feedback.slices import Slice
 from packsaddle.numerics.seeds import mix
 
 
@@ -61,8 +60,7 @@ class ErrorFeedback:
     """Error feedback of a slice: this worker's error memory, float[n], and the aggregator of its messages.
 
     Args:
-        of: the slice, some parameters as one vector; its first `compressed_d` coordinates are compressed.
-        memory: the error memory of the slice.
+        memory: the error memory of the slice, some parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
         contraction: measures that vector and its residual.
@@ -74,7 +72,6 @@ class ErrorFeedback:
 
     def __init__(
         self,
-        of: Slice,
         memory: ErrorMemory,
         channel: Communicator,
         guard: Guard,
@@ -84,7 +81,8 @@ class ErrorFeedback:
         back: Compressor | None = None,
         whole: int | None = None,
     ) -> None:
-        self.slice, self.memory, self.channel, self.guard, self.contraction = of, memory, channel, guard, contraction
+        self.slice = of = memory.slice
+        self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
         self._compressor: Compressor | None = None  # for the whole vector
@@ -198,7 +196,7 @@ class ErrorFeedback:
 
 
 class Round:
-    """One exchange of a slice, as a transaction (see the module). `commit` or `roll_back` ends it."""
+    """One exchange of a slice, as a transaction (see the module). `close` ends it."""
 
     v: Tensor  # the vector to send, float[n]; after `absorb` its residual
     invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero, except with memory="gradient"
@@ -237,9 +235,9 @@ class Round:
             self._unsent = self.v[n:] * (1 - clip)
         # Send the uncompressed part, the flag and the extras as one vector.
         dense = v[n:]
-        extras = [f.guard.flag(dense, self.invalid), *extras]
+        flag, at = f.guard.flag(dense, self.invalid)
+        extras = [flag, *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
-        at = f.guard.flag_index(len(dense))
         g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=at)
         if g.error is not None:
             self.name = self.name or blame(g.error)
@@ -276,15 +274,8 @@ class Round:
         self.absorbed = True
         del self.g  # free the messages of all workers: a hook commits its round later
 
-    def commit(self) -> None:
-        """Commit the error memory. No-op if the round has ended."""
-        self._close(apply=True)
-
-    def roll_back(self) -> None:
-        """Roll back the error memory and the aggregator. No-op if the round has ended."""
-        self._close(apply=False)
-
-    def _close(self, *, apply: bool) -> None:
+    def close(self, *, apply: bool) -> None:
+        """Commit the error memory, or roll back the error memory and the aggregator. No-op if the round has ended."""
         if self._is_open:
             self._is_open = False
             if not apply:
@@ -297,5 +288,5 @@ class Round:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         apply = self.absorbed and kind is None
-        self._close(apply=apply)
+        self.close(apply=apply)
         self.feedback.contraction.close(self.step, apply=apply)

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.errors import check_integers
-
 
 @dataclass(frozen=True)
 class Shaped:
@@ -58,7 +56,11 @@ class Slice:
         for i in order:
             self._offsets[i] = self.d
             self.d += self.places[i].size
-        self._strides = [dense_strides(place.parameter) for place in self.places]
+        # The strides of each view: those of its parameter, unless that has gaps in memory.
+        self._strides = [
+            p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
+            for p in (place.parameter for place in self.places)
+        ]
         self._device, self._dtype = device, torch.float32
         for place in self.places:
             self._dtype = torch.promote_types(self._dtype, place.parameter.dtype)
@@ -79,13 +81,10 @@ class Slice:
         """Return the views of a vector, float[d], by the parameters' names."""
         return dict(zip(self.names, self.views(flat), strict=True))
 
-    def shaped(self, flat: Tensor) -> Shaped:
-        """Return `flat`, float[d], with its views."""
-        return Shaped(flat, self.views(flat))
-
     def zeros(self) -> Shaped:
         """Return a new vector of zeros, float[d], with its views."""
-        return self.shaped(torch.zeros(self.d, dtype=self._dtype, device=self._device))
+        flat = torch.zeros(self.d, dtype=self._dtype, device=self._device)
+        return Shaped(flat, self.views(flat))
 
     @property
     def has_frozen(self) -> bool:
@@ -138,9 +137,16 @@ class FlatParameters(Slice):
         self.parameters: list[Tensor] = [p for g in groups for p in g["params"]]
         names = [n for g in groups for n in g.get("param_names", [])]
         names = names or [f"parameter {i}" for i in range(len(self.parameters))]
-        _check(names, self.parameters)
-        check_dense_below(dense_below)
         first, owner = self.parameters[0], [i for i, g in enumerate(groups) for _ in g["params"]]
+        for name, p in zip(names, self.parameters, strict=True):
+            if not p.is_floating_point():
+                raise ValueError(f"params must be floating point, but {name} is {p.dtype}")
+            if (p.dtype, p.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"params must share one dtype and device, but {names[0]} is {first.dtype} on {first.device} and "
+                    f"{name} is {p.dtype} on {p.device}"
+                )
+        check_no_shared_memory(dict(zip(names, self.parameters, strict=True)), "params")
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
         # The order of x: compressed tensors, then uncompressed ones.
         dense, start, found = [is_sent_uncompressed(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
@@ -148,7 +154,14 @@ class FlatParameters(Slice):
             p = self.parameters[i]
             found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
             start += p.numel()
-        self.ranges = _ranges(list(found.values()))  # of parameter groups, in the order of x
+        # The ranges of parameter groups, in the order of x.
+        self.ranges: list[GroupRange] = []
+        for place in found.values():
+            stop = place.start + place.size
+            if self.ranges and self.ranges[-1].group == place.group:
+                self.ranges[-1] = replace(self.ranges[-1], stop=stop)
+            else:
+                self.ranges.append(GroupRange(place.group, place.start, stop))
         super().__init__([found[i] for i in range(len(found))], first.device)
         # Move the parameters into x, each in its memory format (channels_last, say).
         self.x = torch.empty(self.d, dtype=first.dtype, device=first.device)
@@ -195,39 +208,14 @@ class FlatParameters(Slice):
                 raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
 
 
-def _ranges(in_order: Sequence[Place]) -> list[GroupRange]:
-    found: list[GroupRange] = []
-    for place in in_order:
-        stop = place.start + place.size
-        if found and found[-1].group == place.group:
-            found[-1] = replace(found[-1], stop=stop)
-        else:
-            found.append(GroupRange(place.group, place.start, stop))
-    return found
-
-
-def _check(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
-    first = parameters[0]
-    for name, p in zip(names, parameters, strict=True):
-        if not p.is_floating_point():
-            raise ValueError(f"params must be floating point, but {name} is {p.dtype}")
-        if (p.dtype, p.device) != (first.dtype, first.device):
-            raise ValueError(
-                f"params must share one dtype and device, but {names[0]} is {first.dtype} on {first.device} and "
-                f"{name} is {p.dtype} on {p.device}"
-            )
-    check_no_shared_memory(dict(zip(names, parameters, strict=True)), "params")
-
-
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
     """Return the place of each parameter in one vector of all: compressed parameters first, then uncompressed.
 
     The vector contains `part(p)` of each parameter p, such as this process's shard; `dense_below` is compared with the
-    size of the whole p. Raises ValueError for a `dense_below` below 0.
+    size of the whole p.
     """
-    check_dense_below(dense_below)
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
@@ -235,21 +223,9 @@ def places(
     return found
 
 
-def check_dense_below(dense_below: int) -> None:
-    """Raise ValueError unless `dense_below` is an integer of at least 0."""
-    check_integers(0, dense_below=dense_below)
-
-
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
     """Return True if p has fewer than two dimensions or `dense_below` elements; False if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
-
-
-def dense_strides(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of p if its elements have no gaps in memory, else those of a contiguous tensor."""
-    if p.numel() and extent(p) == p.numel():
-        return p.stride()
-    return torch.empty(p.shape, device="meta").stride()
 
 
 def extent(p: Tensor) -> int:
@@ -268,16 +244,13 @@ def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
             continue
         before = [(n, o) for n, o in before if o.data_ptr() + extent(o) * o.element_size() > p.data_ptr()]
         for other, o in before:
-            if _share_elements(o, p):
+            # Exact for one dtype: mark the elements of o, and look for those of p.
+            start, rest = divmod(p.data_ptr() - o.data_ptr(), o.element_size())
+            overlaps = bool(rest) or o.dtype != p.dtype
+            if not overlaps:
+                occupied = torch.zeros(max(extent(o), start + extent(p)), dtype=torch.bool)
+                occupied.as_strided(o.shape, o.stride(), 0).fill_(True)
+                overlaps = bool(occupied.as_strided(p.shape, p.stride(), start).any())
+            if overlaps:
                 raise ValueError(f"{what} must not share memory, but {other} and {name} do")
         before.append((name, p))
-
-
-def _share_elements(first: Tensor, second: Tensor) -> bool:
-    """Return True if two tensors, the first at the lower address, have an element in common; exact for one dtype."""
-    start, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
-    if rest or first.dtype != second.dtype:
-        return True
-    occupied = torch.zeros(max(extent(first), start + extent(second)), dtype=torch.bool)
-    occupied.as_strided(first.shape, first.stride(), 0).fill_(True)
-    return bool(occupied.as_strided(second.shape, second.stride(), start).any())

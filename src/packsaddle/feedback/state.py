@@ -170,17 +170,14 @@ class State:
 
     def _read(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
         """Validate a state, and return (field, saved value) of each field."""
-        self._check_format(state)
+        for found in self._saved_in(state, (*self._head, "format")):
+            check_format(found, "the state")
         for name, here in self._identity().items():
             for saved in self._saved_in(state, (*self._where, name)):
                 if saved != here:
                     remedy = f": {self._only_with[name]}" if name in self._only_with else ""
                     raise ValueError(f"{name} is {here} here, but the state was saved with {name} {saved}{remedy}")
         return [(field, field.read(state, self._names)) for field in self._fields()]
-
-    def _check_format(self, state: Mapping[str, Any]) -> None:
-        for found in self._saved_in(state, (*self._head, "format")):
-            check_format(found, "the state")
 
     def _saved_in(self, state: Mapping[str, Any], path: Path) -> list[Any]:
         try:
@@ -257,11 +254,6 @@ def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: b
         raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")
     if found.is_floating_point() != floating:
         raise ValueError(f"{what} must be of {'floating-point' if floating else 'whole'} numbers, found {found.dtype}")
-
-
-def parameter_ids(state: Mapping[str, Any]) -> list[Any]:
-    """Return the keys by which a state dict refers to the parameters, in order (integers, or names in torch's DCP)."""
-    return [key for group in state["param_groups"] for key in group["params"]]
 
 
 def typed(hint: Any, value: Any, path: Path = ()) -> Any:

@@ -6,6 +6,7 @@ state_dict. `keep_gradients_local` disables the exchange of DistributedDataParal
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,17 +24,17 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
-from packsaddle.feedback.slices import Place, places
-from packsaddle.hooks.ddp_hook import Bucket, DDPHook
-from packsaddle.hooks.escape import EscapeAfterStep
+from packsaddle.feedback.slices import FlatParameters, Place, places
+from packsaddle.feedback.state import Value, Vector
+from packsaddle.hooks.ddp_hook import Bucket, DDPHook, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
-from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.options.agreement import agreement
 
 
 def register_ddp_hook(
@@ -98,31 +99,26 @@ def register_ddp_hook(
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
     # Validate the options, each alone and for this model.
-    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    rules = HookOptions(spec, scope, start_step, as_seed(seed))
+    spec = Compression.of(compressor)
+    rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
     optimizers = () if optimizer is None else as_optimizers(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
     # The backward pass does lines 9-12 of Algorithm 1; the optimizer's step is followed by lines 4-8.
-    channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizers, found)
-    scale = (lambda: 1.0) if scaler is None else scaler.get_scale
-    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
+    channel = Communicator(group_like(model), Ledger())
+    hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
-        one = optimizers[0] if optimizers else None
-        checker = EscapeAfterStep(escape, hook, one, found, rates, dense_below=spec.dense_below, seed=rules.seed)
-        hook.parts["escape"] = checker
+        hook.parts["escape"] = EscapeAfterStep(escape, hook, optimizers[0] if optimizers else None).fields
     # Options and parameters must match on all workers.
-    same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
+    same = {**agreement(rules), "escape": escape, "lr": hook.rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.
-    if scaler is not None:
-        hook.register_scaler(scaler)
     for each in optimizers:
         hook.protect(each)
     on_buckets(model, hook)
@@ -255,3 +251,59 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
 
 _guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # hooks of each wrapped model
+
+
+class EscapeAfterStep:
+    """Runs the escape check after each step of plain SGD with a gradient hook.
+
+    The check needs y = x - eta e, which is correct for plain SGD only, so any other optimizer raises ValueError. The
+    parameters are moved into one flat tensor.
+    """
+
+    def __init__(self, rule: Escape, hook: DDPHook, optimizer: Optimizer | None) -> None:
+        if optimizer is None or not are_plain_sgd([optimizer]):
+            raise ValueError(
+                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
+                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
+            )
+        names, parameters = [p.name for p in hook.places], [p.parameter for p in hook.places]
+        self._flat = FlatParameters([{"params": parameters, "param_names": names}], hook.rules.compression.dense_below)
+        self._check = EscapeCheck(rule, self._flat, self._flat.x, hook.channel, hook.rules.seed)
+        self._hook, self._checked = hook, hook.steps
+        self._has_begun = False
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._has_begun:
+            self._check.begin()
+            self._has_begun = True
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps = self._hook.steps
+        if steps == self._checked:  # the exchange was rejected
+            return
+        self._checked = steps
+        self._flat.check_attached()
+        # This worker's unsent update eta e, since the hook's memory is in units of a gradient.
+        memory, rates = self._hook.memory(), self._hook.rates.now()
+        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
+        for name, view in self._flat.by_name(pending).items():
+            view.copy_(memory[name]).mul_(rates[name])
+        reset, lost = self._check.run(steps, pending)
+        if reset is None:
+            return
+        # Line 7: set the error memory to 0, or to x's rounding error, in units of a gradient.
+        left = {} if lost is None else self._flat.by_name(lost)
+        self._hook.forget({name: view / (rates[name] or 1.0) for name, view in left.items()})
+        self._hook.resets.append(reset)
+
+    def fields(self) -> list[Vector | Value]:
+        """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
+        anchor, step = self._check.fields()
+        return [anchor, replace(step, load=self._resume)]
+
+    def _resume(self, anchor_step: int) -> None:
+        self._check.anchor_step, self._checked, self._has_begun = anchor_step, self._hook.steps, True

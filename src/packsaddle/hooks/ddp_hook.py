@@ -1,10 +1,11 @@
 """The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
 DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps one error memory for each
-set of parameters that share a bucket. `ddp` registers it.
+set of parameters that share a bucket. Error memories are rescaled when plain SGD's learning rate changes, so that
+y = x - eta e does not jump. `ddp` registers the hook.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
+from torch.optim import SGD, Optimizer
 
-from packsaddle.comm.communicator import Communicator, ring_all_reduce
-from packsaddle.comm.ledger import Bytes
+from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
-from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
-from packsaddle.feedback.state import ANY, Value, Vector, attribute, skip, typed
-from packsaddle.hooks.escape import EscapeAfterStep
-from packsaddle.hooks.hook import GradientHook, HookOptions
-from packsaddle.hooks.rates import Rates
+from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
+from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 
 
@@ -38,10 +36,61 @@ class Bucket:
     parameters: list[Tensor]
 
 
+def are_plain_sgd(optimizers: Sequence[Optimizer]) -> bool:
+    """Return True if all are SGD without momentum or maximize: only then does an error memory e change x by -lr e."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return {type(o) for o in optimizers} == {SGD} and not any(g["momentum"] or g["maximize"] for g in groups)
+
+
+class Rates:
+    """The factor of the error memory e when plain SGD's learning rate changes: old / new keeps x - lr e unchanged.
+
+    Other optimizers have no factor: their momentum and second moments would accumulate the rescaled error like a
+    gradient. Raises ValueError if the optimizers miss a parameter.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
+        self._optimizers = optimizers
+        # By parameter name: the index of its optimizer, and of its parameter group there.
+        self._group: dict[str, tuple[int, int]] = {}
+        groups = [(i, j, group) for i, o in enumerate(optimizers) for j, group in enumerate(o.param_groups)]
+        owner = {id(p): (i, j) for i, j, group in groups for p in group["params"]}
+        for place in places if optimizers else ():
+            if id(place.parameter) not in owner:
+                raise ValueError(f"optimizer must have all parameters of the model, and lacks {place.name}")
+            self._group[place.name] = owner[id(place.parameter)]
+        self.units: dict[str, float] = {}  # by parameter name: the last nonzero rate, the unit of e
+        self._next: dict[str, float] = {}
+
+    def now(self) -> dict[str, float]:
+        return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
+
+    def factors(self) -> Mapping[str, float]:
+        """Return the factors of the error memory, by name of each parameter whose learning rate has changed.
+
+        Records the rates for `close`. A factor is 0 if the rate is 0: the parameter will not move, so its error memory
+        must be kept and excluded from the exchange.
+        """
+        if not are_plain_sgd(self._optimizers):
+            return {}
+        rates = self.now()
+        units = {name: self.units.get(name) or rate for name, rate in rates.items()}
+        self._next = {name: rate or units[name] for name, rate in rates.items()}
+        factors = {name: units[name] / rate if rate else 0.0 for name, rate in rates.items()}
+        return {name: factor for name, factor in factors.items() if factor != 1.0}
+
+    def close(self, *, apply: bool) -> None:
+        """Commit the learning rates of the last `factors` as the units of the error memory, or roll back."""
+        if apply:
+            self.units = self._next
+
+
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model; `scale()` returns the GradScaler's factor, 1 without one.
+    `places` are the parameters of `module`, the model, and `optimizers` train them, if known. With scope="bucket",
+    `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since buckets may differ at
+    loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -63,55 +112,49 @@ class DDPHook(GradientHook):
         channel: Communicator,
         rules: HookOptions,
         places: Sequence[Place],
-        noise: Noise,
-        rates: Rates,
-        scale: Callable[[], float],
+        optimizers: Sequence[Optimizer],
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
-        super().__init__(channel, rules, sum(place.size for place in places if not place.dense), "register_ddp_hook")
+        super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
+        self.saved_state = State("register_ddp_hook", RULES, self._identity, self._saved_fields)
         self.resets: list[Reset] = []  # firings of the escape check
-        self.parts: dict[str, EscapeAfterStep] = {}  # objects whose state is saved with the hook's, by name
-        self._module, self._places, self._rates, self._scale = module, places, rates, scale
+        # Functions that return further fields of the saved state, by name of the object that has them.
+        self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
+        self._module, self.places, self.rates, self._scaler = module, places, Rates(optimizers, places), scaler
         self._named = {id(place.parameter): place for place in places}
-        self._perturbation = noise
+        self._sizes = {place.name: place.parameter.nbytes for place in places}
+        if scaler is not None:  # while enabled, it skips steps with non-finite gradients
+            self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device)
-        # Slices are created when buckets arrive, since DistributedDataParallel may rebuild its buckets.
-        self._slices: dict[frozenset[str], ErrorFeedback] = {}
-        self._loose: dict[str, Tensor] = {}  # error memory of parameters without a slice, by name
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._noise: GaussianNoise | None = None
-        self._factors: Mapping[str, float] = {}
-        self._scaled = 1.0  # the GradScaler's factor of the gradients
         self._failure: Exception | None = None  # the first exception in this pass; None: none
 
     @property
     def device(self) -> torch.device:
-        return self._places[0].parameter.device
+        return self.places[0].parameter.device
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
         self.calls += 1
         if bucket.index == 0:
-            self._check_parameters()
             self._waiting = []
+            for name, p in self._module.named_parameters():
+                if p.requires_grad and id(p) not in self._named:
+                    raise RuntimeError(
+                        f"{name} was added, replaced or unfrozen after DistributedDataParallel was made, which "
+                        f"therefore does not exchange its gradient; make DistributedDataParallel and the hook after it"
+                    )
         if bucket.buffer.layout is not torch.strided:
             raise RuntimeError(f"{self._names([bucket])[0]} has a sparse gradient, which is not supported")
         promise = self._background.promise()
         self._waiting.append((bucket, promise))
-        if bucket.is_last or self._rules.scope == "bucket":
+        if bucket.is_last or self.rules.scope == "bucket":
             waiting, self._waiting = self._waiting, []
-            work = partial(self._exchange_buckets, [b for b, _ in waiting])
+            work = partial(self._average, [b for b, _ in waiting])
             self._background.submit(work, [(p, b.buffer) for b, p in waiting])
         return promise.future
-
-    def _check_parameters(self) -> None:
-        for name, p in self._module.named_parameters():
-            if p.requires_grad and id(p) not in self._named:
-                raise RuntimeError(
-                    f"{name} was added, replaced or unfrozen after DistributedDataParallel was made, which therefore "
-                    f"does not exchange its gradient; make DistributedDataParallel and the hook after it"
-                )
 
     def _names(self, buckets: Sequence[Bucket]) -> list[str]:
         parameters = [p for bucket in buckets for p in bucket.parameters]
@@ -121,7 +164,7 @@ class DDPHook(GradientHook):
             )
         return [self._named[id(p)].name for p in parameters]
 
-    def _exchange_buckets(self, buckets: Sequence[Bucket]) -> None:
+    def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average buckets over workers as one vector, in place.
 
         After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error.
@@ -131,18 +174,15 @@ class DDPHook(GradientHook):
         if self._failure is not None:
             raise self._failure
         try:
-            self._average(buckets)
+            gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
+            with self._lock:
+                if buckets[0].index == 0:
+                    self._begin()
+                part = self._slice(frozenset(gradients))
+            code = self._exchange(part, gradients)
         except Exception as error:
             self._failure = error
             raise
-
-    def _average(self, buckets: Sequence[Bucket]) -> None:
-        gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
-        with self._lock:
-            if buckets[0].index == 0:
-                self._begin()
-            part = self._slice(frozenset(gradients))
-        code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
         for bucket in buckets:  # a rejected exchange becomes NaN on all workers, so all scalers skip the step
             fill_where(bucket.buffer, code > 0, float("nan"))
         self._complete = buckets[-1].is_last
@@ -151,14 +191,15 @@ class DDPHook(GradientHook):
         """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
-            named = [(place.name, place.parameter) for place in self._places]
+            named = [(place.name, place.parameter) for place in self.places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
-        self._noise = self._perturbation.drawn(seed=self._rules.seed, step=self._steps)
-        self._factors, self._scaled = self._rates.factors(), self._scale()
+        self._noise = self.rules.noise.drawn(seed=self.rules.seed, step=self._steps)
+        self._factors = self.rates.factors()
+        self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _end_pass(self, *, apply: bool) -> None:
-        self._rates.close(apply=apply)
+        self.rates.close(apply=apply)
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
         """Return the error feedback of these parameters, with the old error memories if DDP has rebuilt its buckets."""
@@ -167,16 +208,9 @@ class DDPHook(GradientHook):
                 part = self._slices.pop(old)
                 part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
-            of = Slice([place for place in self._places if place.name in names], self.device)
-            self._slices[names] = self._feedback(of, self._loose, self._rules.seed)
+            of = Slice([place for place in self.places if place.name in names], self.device)
+            self._slices[names] = self._feedback(of, self.rules.seed)
         return self._slices[names]
-
-    @property
-    def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without the hook: ring all-reduces of gradients."""
-        exchanges = self.steps + self.skipped
-        d = sum(place.size * place.parameter.element_size() for place in self._places)
-        return ring_all_reduce(exchanges * d, self.channel.group.size)
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
@@ -186,7 +220,7 @@ class DDPHook(GradientHook):
         that have not been applied yet. During a backward pass, returns the memory after the previous step.
         """
         self._settle()
-        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
+        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self.places}
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
             for part in self._slices.values():
@@ -204,69 +238,55 @@ class DDPHook(GradientHook):
                 if name in self._loose:
                     view.copy_(self._loose.pop(name))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: error memory by parameter, step count, owner errors, byte counts.
-
-        It has tensors and plain types only, and differs between workers. With scope="bucket" the owner errors of a
-        two-way exchange are added to this worker's error memory, since buckets may differ at loading. No update is
-        lost, but a resumed run is bitwise identical only with scope="model".
-        """
-        return super().state_dict()
-
     def _saved_fields(self) -> list[Vector | Value]:
-        shapes = {place.name: place.parameter.shape for place in self._places}
-        compressed = {place.name: place.parameter.shape for place in self._places if not place.dense}
+        shapes = {place.name: place.parameter.shape for place in self.places}
+        compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
+        whole = self._whole
+
+        def check_units(saved: Mapping[str, float]) -> None:
+            if saved and saved.keys() != shapes.keys():
+                raise ValueError("the state's units must be of all parameters or of none")
+
+        def errors() -> dict[str, Tensor]:
+            return self.memory() | ({} if whole is None else whole.slice.by_name(whole.memory.vector))
+
+        def owner_errors() -> dict[str, Tensor]:
+            return {} if whole is None else whole.owner_errors_by_name()
+
+        def aggregator() -> SavedAggregator | None:
+            return None if whole is None else whole.aggregator_state()
+
         return [
             *super()._saved_fields(),
-            replace(attribute(("units",), self._rates, "units", dict[str, float]), check=self._check_units),
-            Vector(("error", ANY), shapes, self._errors, self._load_errors),
-            Vector(("owner_error", ANY), compressed, self._owner_errors, skip, optional=True),
-            Value(("aggregator",), SavedAggregator | None, self._aggregator_state, skip),
+            replace(attribute(("units",), self.rates, "units", dict[str, float]), check=check_units),
+            Vector(("error", ANY), shapes, errors, self._load_errors),
+            Vector(("owner_error", ANY), compressed, owner_errors, skip, optional=True),
+            Value(("aggregator",), SavedAggregator | None, aggregator, skip),
             attribute(("resets",), self, "resets", list[Reset]),
-            *(field for part in self.parts.values() for field in part.fields()),
+            *(field for fields in self.parts.values() for field in fields()),
         ]
-
-    def _check_units(self, saved: Mapping[str, float]) -> None:
-        if saved and saved.keys() != {place.name for place in self._places}:
-            raise ValueError("the state's units must be of all parameters or of none")
 
     @property
     def _whole(self) -> ErrorFeedback | None:
         """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
-        return next(iter(self._slices.values()), None) if self._rules.scope == "model" else None
-
-    def _errors(self) -> dict[str, Tensor]:
-        whole = self._whole
-        own = {} if whole is None else whole.slice.by_name(whole.memory.vector)
-        return self.memory() | own
-
-    def _owner_errors(self) -> dict[str, Tensor]:
-        return {} if self._whole is None else self._whole.owner_errors_by_name()
-
-    def _aggregator_state(self) -> SavedAggregator | None:
-        return None if self._whole is None else self._whole.aggregator_state()
-
-    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by parameter, until slices are created for the next buckets."""
-        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
+        return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        if self._rules.scope == "model":
-            whole = self._slice(frozenset(place.name for place in self._places))
+        if self.rules.scope == "model":
+            whole = self._slice(frozenset(place.name for place in self.places))
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
-                self._use(whole, self._steps)
+                self._use(whole)
                 whole.restore(aggregator, state["owner_error"] or {})
 
     def _identity(self) -> dict[str, Any]:
-        """Return the settings that must be equal at saving and at loading."""
         group = self.channel.group
         return {
-            "seed": self._rules.seed,
+            "seed": self.rules.seed,
             "rank": group.rank,
             "workers": group.size,
-            "scope": self._rules.scope,
-            "exchange": self._rules.compression.exchange,
+            "scope": self.rules.scope,
+            "exchange": self.rules.compression.exchange,
             "parts": ", ".join(self.parts) or "none",
         }

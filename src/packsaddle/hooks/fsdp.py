@@ -6,16 +6,16 @@ imported.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
+from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import ProcessGroup, resolve
-from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
@@ -23,11 +23,12 @@ from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
-from packsaddle.feedback.state import ANY, Value, Vector
-from packsaddle.hooks.hook import UNLIKE, GradientHook, HookOptions
+from packsaddle.feedback.state import ANY, State, Value, Vector
+from packsaddle.hooks.hook import RULES, UNLIKE, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
+from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
@@ -66,22 +67,6 @@ def padded_size(model: nn.Module) -> int:
     return found
 
 
-def shard_of(model: nn.Module) -> tuple[int, int]:
-    """Return this worker's shard index and the number of shards. Raises ValueError unless the mesh is 1-dimensional."""
-    mesh = _mesh(model)
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
-            f"replicas before its hook is called"
-        )
-    return int(mesh.get_local_rank()), int(mesh.size())
-
-
-def mesh_device(model: nn.Module) -> torch.device:
-    """Return the device of a model's mesh; weights may be offloaded, or still on the meta device."""
-    return torch.device(_mesh(model).device_type)
-
-
 def _mesh(model: nn.Module) -> Any:
     return next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
 
@@ -115,27 +100,36 @@ class FSDPHook(GradientHook):
     >>> dist.destroy_process_group()
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        channel: Communicator,
-        rules: HookOptions,
-        noise: Noise,
-        shard: tuple[int, int],
-    ) -> None:
-        super().__init__(channel, rules, padded_size(model), "register_fsdp_hook", {"": ROOT}, _SHARDS)
-        self._model, self._shard = model, shard
-        self._perturbation = noise
-        self._slices: dict[str, ErrorFeedback] = {}
-        self._seeds: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}  # bytes of each module's gradient
+    def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
+        super().__init__(channel, rules, padded_size(model))
+        self.saved_state = State(
+            *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
+        )
+        self._model = model
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._loose: dict[str, Tensor] = {}  # loaded error memories of modules without a slice
         self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
 
     @torch.no_grad()
     def start(self) -> None:
-        """Broadcast rank 0's parameters to all replicas; collective."""
+        """Broadcast rank 0's parameters to all replicas; collective.
+
+        For a model on the meta device it runs in the first forward pass with gradients, before FSDP's own hook, while
+        parameters are sharded.
+        """
+        if any(local.is_meta for _, local in local_shards(self._model)):
+
+            def on_forward(*_: Any) -> None:
+                # One replica may evaluate alone; FSDP itself raises for weights on the meta device.
+                if torch.is_grad_enabled() and not any(local.is_meta for _, local in local_shards(self._model)):
+                    for handle in handles:
+                        handle.remove()
+                    self.start()
+
+            modules = (self._model, *(module for _, module in sharded_modules(self._model)))
+            called = {id(module): module for module in modules}.values()
+            handles = [module.register_forward_pre_hook(on_forward, prepend=True) for module in called]
+            return
         for _, local in local_shards(self._model):
             if local.numel():
                 there = local.to(self.device)  # elsewhere only if FSDP offloads to the CPU
@@ -161,14 +155,15 @@ class FSDPHook(GradientHook):
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
             self._fresh = all(p.grad is None for p in self._model.parameters())
-            self._step_rates.add([self._perturbation.at_step(self._steps)])
+            self._step_rates.add([self.rules.noise.at_step(self._steps)])
             # Runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
-        is_first = name not in self._bits
-        part = self._slice(name, index, gradient)
-        xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
-        code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
+        is_first = name not in self._slices
+        seed = mix(self.rules.seed, index, self.shard[0])  # identical on all replicas
+        part = self._slice(name, index, gradient, seed)
+        self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
+        code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
         # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
@@ -190,10 +185,9 @@ class FSDPHook(GradientHook):
 
     @property
     def device(self) -> torch.device:
-        """The device where gradients are averaged."""
-        return mesh_device(self._model)
+        return torch.device(_mesh(self._model).device_type)  # weights may be offloaded, or still on the meta device
 
-    def _slice(self, name: str, index: int, gradient: Tensor) -> ErrorFeedback:
+    def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
         if name not in self._slices:
             # The first gradient of a module has the size of its slice, padding included.
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # shape only
@@ -202,26 +196,16 @@ class FSDPHook(GradientHook):
                     f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
                     f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
                 )
-            self._seeds[name] = mix(self._rules.seed, index, self._shard[0])  # identical on all replicas
-            self._sizes[name] = gradient.numel() * gradient.element_size()
+            self._sizes[name] = gradient.nbytes
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
-            self._slices[name] = self._feedback(Slice([place], gradient.device), self._loose, self._seeds[name])
+            self._slices[name] = self._feedback(Slice([place], gradient.device), seed)
         if self._slices[name].slice.d != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
                 f"{self._slices[name].slice.d} before: parameters were frozen or unfrozen, or had no gradient"
             )
         return self._slices[name]
-
-    @property
-    def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
-
-        A module is counted once it was in a backward pass with this hook.
-        """
-        exchanges = self.steps + self.skipped
-        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
@@ -237,15 +221,9 @@ class FSDPHook(GradientHook):
         shapes |= {name: torch.Size([part.slice.d]) for name, part in self._slices.items()}
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
-    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Store loaded error memories by module, until slices are created for the next gradients."""
-        self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
-        self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
-
     def _identity(self) -> dict[str, int]:
-        """Return the settings that must be equal at saving and at loading."""
-        group, (shard, shards) = self.channel.group, self._shard
-        found = {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size}
+        group, (shard, shards) = self.channel.group, self.shard
+        found = {"seed": self.rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}
 
 
@@ -297,8 +275,14 @@ def register_fsdp_hook(
     modules = sharded_modules(model)
     if not modules:
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
-    spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
-    rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
+    mesh = _mesh(model)
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
+            f"replicas before its hook is called"
+        )
+    spec = Compression.of(compressor)
+    rules = HookOptions(spec, Noise.of(noise), "bucket", start_step, as_seed(seed))
     # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
@@ -310,36 +294,16 @@ def register_fsdp_hook(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )
     channel = Communicator(resolve(replicas), Ledger())
-    hook = FSDPHook(model, channel, rules, noise, shard)
+    hook = FSDPHook(model, channel, rules)
     # Options must match on all replicas of the shard, which start from the same parameters.
-    same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same = {**agreement(rules), "modules": [name for name, _ in modules], "shard": hook.shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
     choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
-    _start(model, hook)
+    hook.start()
     for index, (name, module) in enumerate(modules):
         if hasattr(module, "set_reduce_scatter_unused_params"):  # so that the layout of a shard does not change
             module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))
     return hook
-
-
-def _start(model: nn.Module, hook: FSDPHook) -> None:
-    """Broadcast rank 0's parameters: now or, for a model on the meta device, in the first forward pass with gradients.
-
-    The broadcast runs before FSDP's own forward hook, while parameters are sharded.
-    """
-    if not any(local.is_meta for _, local in local_shards(model)):
-        hook.start()
-        return
-
-    def on_forward(*_: Any) -> None:
-        if not torch.is_grad_enabled() or any(local.is_meta for _, local in local_shards(model)):
-            return  # one replica may evaluate alone; FSDP itself raises for weights on the meta device
-        for handle in handles:
-            handle.remove()
-        hook.start()
-
-    called = {id(module): module for module in (model, *(module for _, module in sharded_modules(model)))}
-    handles = [module.register_forward_pre_hook(on_forward, prepend=True) for module in called.values()]

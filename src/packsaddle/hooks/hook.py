@@ -3,7 +3,7 @@
 Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
 pass are all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so
 error memories are saved by parameter, not by bucket. They are in units of a gradient, so they are rescaled when the
-learning rate of plain SGD changes (see `rates`).
+learning rate of plain SGD changes (see `ddp_hook`).
 """
 
 import math
@@ -18,21 +18,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.ledger import Ledger, Totals
+from packsaddle.comm.communicator import Communicator, ring_all_reduce
+from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory, Update
-from packsaddle.feedback.noise import GaussianNoise
+from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.budget import Allocation
 from packsaddle.numerics.finite import is_finite
-from packsaddle.options.agreement import Option, agreement
+from packsaddle.options.agreement import Option
 
 Scope = Literal["bucket", "model"]
 
@@ -42,29 +42,25 @@ class HookOptions(Option):
     """The settings of a hook; see `register_ddp_hook`. Raises ValueError for bad arguments."""
 
     compression: Compression
+    noise: Noise
     scope: Scope
     start_step: int
     seed: int
 
     def __post_init__(self) -> None:
         self.compression.check_gradients()
+        self.noise.check_eager()
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        for name, only in {
-            "memory": "buffer",
-            "on_drift": "stop",
-        }.items():  # the others need CompressedSGD's own step
+        # Other memories, and repairs, need CompressedSGD's own step.
+        for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step: `Identity`, which is lossless, before `start_step`."""
         return Identity() if step < self.start_step else self.compression.at(step)
-
-    def agreement(self) -> dict[str, object]:
-        """Return the options that must match on all workers, by name."""
-        return {name.removeprefix("compression."): value for name, value in agreement(self).items()}
 
 
 @dataclass(frozen=True)
@@ -123,11 +119,10 @@ class BucketTarget:
         return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
 
 
-_NO_FACTORS: Mapping[str, float] = {}
 UNLIKE = 4.0  # added to the code of an exchange if workers exchanged different slices
 
 
-_RULES = [
+RULES = [
     Rule(("error", ANY), "error"),
     Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
@@ -141,22 +136,14 @@ class GradientHook(ABC):
     """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
 
     The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the
-    number of compressed coordinates of all slices, `owner` the name of the function that registers the hook.
+    number of compressed coordinates of all slices.
     """
 
-    def __init__(
-        self,
-        channel: Communicator,
-        rules: HookOptions,
-        d: int,
-        owner: str,
-        names: Mapping[Any, str] | None = None,
-        only_with: Mapping[str, str] | None = None,
-    ) -> None:
+    saved_state: State  # set by subclasses
+
+    def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
-        fields = (self._identity, self._saved_fields)
-        self.saved_state = State(owner, _RULES, *fields, names=names, only_with=only_with)
-        self._rules, self._allocation = rules, Allocation(d)
+        self.rules, self._allocation = rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -164,7 +151,14 @@ class GradientHook(ABC):
         self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
+        # Slices are made when their gradients arrive.
+        self._slices: dict[Any, ErrorFeedback] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
+        self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # The running backward pass, or the last one.
+        self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
+        self._scale = 1.0  # the GradScaler's factor of the gradients
+        self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each round, plus UNLIKE if workers had different slices
         self._bad_name = ""  # the first parameter with an invalid part of this worker's vector
@@ -174,8 +168,8 @@ class GradientHook(ABC):
         self._fresh = True  # False: gradients include those of earlier passes
 
     def __repr__(self) -> str:  # without waiting for a running pass
-        compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
-        return f"{type(self).__name__}({compressor}, scope={self._rules.scope}, {workers=}, steps={self._steps})"
+        compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
+        return f"{type(self).__name__}({compressor}, scope={self.rules.scope}, {workers=}, steps={self._steps})"
 
     @property
     def ledger(self) -> Ledger:
@@ -201,6 +195,15 @@ class GradientHook(ABC):
         return self._skips.list
 
     @property
+    def uncompressed(self) -> Bytes:
+        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
+
+        A module of FSDP is counted once it was in a backward pass with this hook.
+        """
+        exchanges = self.steps + self.skipped
+        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
+
+    @property
     def contraction(self) -> float | None:
         """The contraction mu of this worker's vector when last measured (see `monitor_every`)."""
         self._settle()
@@ -216,10 +219,6 @@ class GradientHook(ABC):
             optimizer.register_step_pre_hook(self._clear_rejected_gradients)
             self._protected.append(optimizer)
             self._skips.protected = True
-
-    def register_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """Register a GradScaler, `scaler`. While enabled, it skips steps with non-finite gradients."""
-        self._skips.protected |= scaler.is_enabled()
 
     def _clear_rejected_gradients(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
@@ -251,48 +250,41 @@ class GradientHook(ABC):
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
-        self._allocation.begin(self._rules.at(self._steps))
+        self._allocation.begin(self.rules.at(self._steps))
 
-    def _feedback(self, of: Slice, unassigned: dict[str, Tensor], seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice. Error memories in `unassigned`, by parameter, are moved into it."""
+    def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
+        """Return new error feedback for a slice. Its error memories in `_loose` are moved into it."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
-            if (error := unassigned.pop(place.name, None)) is not None:
+            if (error := self._loose.pop(place.name, None)) is not None:
                 view.copy_(error)
-        parts = (of, memory, self.channel, self._guard, self._contraction)
-        return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
+        parts = (memory, self.channel, self._guard, self._contraction)
+        return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
-    def _use(self, part: ErrorFeedback, step: int, *, kept: bool = False) -> Compressor:
-        """Set a slice's compressor for a step; return that of the model. `kept`: one that causes no owner errors."""
-        exchange = self._rules.compression.exchange
-        compressor = Identity() if kept and exchange != "direct" else self._rules.at(step)
+    def _use(self, part: ErrorFeedback, *, kept: bool = False) -> Compressor:
+        """Set a slice's compressor in this step; return that of the model. `kept`: one that causes no owner errors."""
+        exchange = self.rules.compression.exchange
+        compressor = Identity() if kept and exchange != "direct" else self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
-        part.use(compressor, self._rules.compression.exchange_of(compressor), allotted=allotted)
+        part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
 
     def _exchange(
-        self,
-        part: ErrorFeedback,
-        gradients: Mapping[str, Tensor],
-        noise: GaussianNoise | None,
-        scale: float = 1.0,
-        factors: Mapping[str, float] = _NO_FACTORS,
-        identity: Sequence[Tensor] = (),
+        self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
         """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
-        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `factors` multiply the error memory first, by
-        parameter; with a factor of 0 it does not change. `identity` has bits of 0 or 1, float[b], that identify the
-        slice: if they differ between workers, the code is UNLIKE or more.
+        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
+        identify the slice: if they differ between workers, the code is UNLIKE or more.
         """
-        decay = self._rules.compression.decay
+        decay, factors = self.rules.compression.decay, self._factors
         kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
-        compressor = self._use(part, self._steps, kept=bool(kept))
+        compressor = self._use(part, kept=bool(kept))
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
-        v = r.correct(BucketUpdate(part.slice, gradients, noise, scale, factors, decay))
+        v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():
@@ -300,7 +292,7 @@ class GradientHook(ABC):
         r.exchange([bits.to(v) for bits in identity])
         self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
-        r.apply(BucketTarget(part.slice, gradients, scale), keep=kept)
+        r.apply(BucketTarget(part.slice, gradients, self._scale), keep=kept)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()
@@ -326,7 +318,7 @@ class GradientHook(ABC):
             self._end_pass(apply=applied)
             self._allocation.close(apply=applied)
             for r in self._pass:
-                r.commit() if applied else r.roll_back()
+                r.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
             # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.
             if applied:
@@ -368,8 +360,12 @@ class GradientHook(ABC):
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
         ]
 
+    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
+        """Store loaded error memories by name, until slices are made for the next gradients."""
+        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types; it differs between workers."""
+        """Return this worker's state, of tensors and plain types: error memory, counts. It differs between workers."""
         self._settle()
         return self.saved_state.save()
 

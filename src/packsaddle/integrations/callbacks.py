@@ -80,14 +80,6 @@ class WorkerState:
     It consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
     parameters and persistent buffers of `model`. Save it on every worker; load it after the framework has loaded its
     checkpoint.
-
-    >>> import torch
-    >>> import packsaddle
-    >>> from packsaddle.integrations import WorkerState
-    >>> model = torch.nn.Linear(64, 64)
-    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
-    >>> WorkerState(local, model).steps
-    0
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -183,14 +175,6 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     They are totals of this worker's steps and bytes, and the contraction `mu`, the fraction of the squared norm that
     compression keeps, once `monitor_every` has measured it. A hook also has `sent_in_step`, in bytes; local updates
     have `rounds`, and with `Workers.clip` the number of `clipped` updates. Empty for None (`attach` with one worker).
-
-    >>> import torch
-    >>> import packsaddle
-    >>> from packsaddle.integrations import measures
-    >>> model = torch.nn.Linear(64, 64)
-    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
-    >>> measures(local)
-    {'steps': 0.0, 'skipped': 0.0, 'resets': 0.0, 'sent': 0.0, 'received': 0.0, 'reduction': 1.0, 'rounds': 0.0}
     """
     if exchange is None:
         return {}
@@ -221,16 +205,6 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
     Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
     models, give each another `name`. No-op for None (`attach` with one worker).
-
-    >>> import pathlib, tempfile, torch
-    >>> import packsaddle
-    >>> from packsaddle.integrations import WorkerState, save_state
-    >>> model = torch.nn.Linear(64, 64)
-    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> save_state(WorkerState(local, model), folder)
-    >>> [path.name for path in folder.iterdir()]
-    ['packsaddle-0.pt']
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
@@ -245,16 +219,6 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     workers saved the files, each worker gets the mean of the tensors that differed between workers, such as error
     memories, with a warning (see `load_checkpoint`). Raises ValueError, with nothing changed, if only some workers have
     a file, if steps differ between files, or if they do not fit (another seed, ...).
-
-    >>> import tempfile
-    >>> import torch
-    >>> import packsaddle
-    >>> from packsaddle.integrations import WorkerState, load_state, save_state
-    >>> model, folder = torch.nn.Linear(64, 64), tempfile.mkdtemp()
-    >>> state = WorkerState(packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30), model)
-    >>> save_state(state, folder)
-    >>> load_state(state, folder)
-    True
     """
     if exchange is None:
         if saved := _survey(folder, name):

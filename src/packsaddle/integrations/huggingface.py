@@ -1,8 +1,7 @@
 """Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and saddle certificates of the model.
 
-The Trainer constructs DistributedDataParallel and has no argument for a communication hook. The first two callbacks log
-metrics (`measures`) and save every worker's state in the checkpoints. Needs transformers 5: pip install
-'packsaddle[hf]'.
+The first two log metrics (`measures`) and save every worker's state in the checkpoints. Needs transformers 5:
+pip install 'packsaddle[hf]'.
 """
 
 import os

@@ -52,7 +52,8 @@ class _Attached(Attached, Callback):
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
             self.exchange, self._saved = None, False  # _saved may be from a checkpoint loaded for testing
-            _Files(self).accompany(trainer.strategy)
+            if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):  # an earlier fit's
+                _Files(self, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hook or local updates, and restore their state. Raises the errors of attaching."""
@@ -139,7 +140,16 @@ class LocalUpdatesCallback(_Attached):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
-        _check_order(trainer.callbacks, self)
+
+        # Later callbacks must not replace the agreed parameters by this worker's own average.
+        names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
+        kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
+        for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
+            if isinstance(callback, kinds):
+                raise ValueError(
+                    f"LocalUpdatesCallback must come after {type(callback).__name__} in callbacks: otherwise every "
+                    f"worker ends with an average of its own"
+                )
         strategy = trainer.strategy
         found = attach_local_updates(strategy.model, pl_module, trainer.optimizers, self._compressor, **options)
         self._training = True
@@ -157,8 +167,7 @@ class LocalUpdatesCallback(_Attached):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore this worker's parameters."""
-        self._evaluating = False
-        self._evaluation.close()
+        self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exchange all pending updates."""
@@ -183,18 +192,6 @@ class LocalUpdatesCallback(_Attached):
             self._evaluation.enter_context(self.together())
 
 
-def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None:
-    """Raise ValueError for a later callback that replaces the agreed parameters by this worker's own average."""
-    names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
-    kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
-    for callback in callbacks[callbacks.index(local) :]:
-        if isinstance(callback, kinds):
-            raise ValueError(
-                f"LocalUpdatesCallback must come after {type(callback).__name__} in callbacks: otherwise every worker "
-                f"ends with an average of its own"
-            )
-
-
 def folder_of(checkpoint: str | Path) -> Path:
     """Return the folder for workers' states next to a checkpoint: CHECKPOINT.packsaddle."""
     path = Path(checkpoint)
@@ -207,14 +204,9 @@ class _Files:
     Callbacks do not receive the path of a checkpoint; only the strategy's methods do, and on every worker.
     """
 
-    def __init__(self, callback: _Attached) -> None:
-        self._callback = callback
-
-    def accompany(self, strategy: Strategy) -> None:
-        """Replace the strategy's three checkpoint methods by wrappers. No-op if they are wrapped already."""
-        if isinstance(getattr(strategy.save_checkpoint, "__self__", None), _Files):  # wrapped by an earlier fit
-            return
-        self._strategy, self._names = strategy, dict[str, str]()
+    def __init__(self, callback: _Attached, strategy: Strategy) -> None:
+        """Replace the strategy's three checkpoint methods by wrappers."""
+        self._callback, self._strategy, self._names = callback, strategy, dict[str, str]()
         self._save, self._remove = strategy.save_checkpoint, strategy.remove_checkpoint
         self._tensors = strategy.lightning_module_state_dict
         strategy.save_checkpoint, strategy.remove_checkpoint = self.save, self.remove
@@ -227,8 +219,7 @@ class _Files:
         """
         exchange = self._callback.exchange
         if exchange is not None:
-            told = self._strategy.broadcast(str(filepath))
-            self._names[str(filepath)] = filepath = told
+            self._names[str(filepath)] = filepath = self._strategy.broadcast(str(filepath))
         if exchange is not None and "callbacks" in checkpoint:
             if "://" in str(filepath):
                 warnings.warn(f"{filepath} is not on a disk: packsaddle's state is not saved", stacklevel=2)

@@ -1,8 +1,7 @@
 """Local training with any optimizer; the workers' changes are averaged every H steps. Read `updates` first.
 
-- `fragment`: parameters exchanged together; `anchor`: the parameters last agreed on; `escape`: its saddle check
+- `fragment`: parameters exchanged together; `anchor`: the parameters last agreed on; `clipping`: limits updates
 - `options`: overlap, workers, the outer optimizer; `participation`: the workers' weights, and samples of the workers
-- `rounds`: exchanges of a fixed set of workers; `outcomes`: rejected exchanges; `clipping`: limits the norm of updates
-- `inner`, `start`, `lockstep`, `unsent`: the inner optimizers, and checks; `state`: values that must match
+- `outcomes`: rejected exchanges; `inner`, `start`, `lockstep`: the inner optimizers, and checks
 - `elastic`: workers that join and leave during training
 """

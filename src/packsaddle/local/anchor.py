@@ -49,7 +49,6 @@ class Anchor:
         return [start.to(x, copy=True) for start, x in zip(self.starts(), self.tensors(), strict=True)]
 
     def set_from_parameters(self) -> None:
-        """Set the anchor to the current parameters."""
         for a, x in zip(self.views, self.tensors(), strict=True):
             a.copy_(x)
 

@@ -30,10 +30,6 @@ from packsaddle.local.inner import Shards
 from packsaddle.local.options import Elastic, LocalOptions
 
 
-def _nothing() -> None:
-    """No-op; the value of `PendingExchange.wait` after the exchange has completed."""
-
-
 @dataclass
 class PendingExchange:
     """One exchange of a fragment, from `begin` until it is applied or rejected."""
@@ -43,12 +39,11 @@ class PendingExchange:
     invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
-    wait: Callable[[], None] = _nothing  # waits for an exchange in the background, and raises its errors
+    wait: Callable[[], None] = lambda: None  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
     names: list[str] = field(default_factory=list)  # name of the invalid parameter on each worker, by rank
     norm: Tensor | None = None  # norm of v, float32[1] (see `norm_of`); None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
-    clip: Tensor | None = None  # clipping factor of this worker's v, float64[]; None: not clipped
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
     applied: bool | None = None  # True: applied; False: rejected; None: not known yet
     uncompressed: bool = False  # v is sent without compression and noise
@@ -100,7 +95,7 @@ class Fragment(Slice):
         self.contraction = Contraction(spec.monitor_every)
         guard = Guard("extra", unnamed="another shard", agree=agree)
         self.feedback = ErrorFeedback(
-            self, memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
+            memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
         )
         self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
         self.rounds = 0  # t: applied exchanges
@@ -128,7 +123,14 @@ class Fragment(Slice):
         t, spec = self.rounds, self._options.compression
         compressor = Identity() if uncompressed else spec.at(t)
         noise = None if uncompressed else self._options.noise.drawn(seed=self._options.seed, step=t)
-        self._switch(compressor)
+        # Switch to the compressor. The old one's residuals are added to the error memory e; x moves with a - e.
+        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
+        old = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
+        self.use(compressor)
+        if old is not None:
+            self.anchor.owe(memory - old)
+        self.anchor.subtract_owed()
+        # Compute v, and keep the parameters for later.
         kept = [] if share else self.anchor.copy_starts()
         r = self.feedback.round(t)
         r.correct(PseudoGradient(self.anchor, spec.decay, noise))
@@ -136,15 +138,6 @@ class Fragment(Slice):
         norm = None if self._options.workers.clip is None else norm_of(r.v, share)
         self.current = PendingExchange(due, r, r.invalid, share, before, norm=norm, uncompressed=uncompressed)
         return self.current
-
-    def _switch(self, compressor: Compressor) -> None:
-        """Switch to a compressor. The old one's residuals are added to the error memory e; x moves with a - e."""
-        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
-        before = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
-        self.use(compressor)
-        if before is not None:
-            self.anchor.owe(memory - before)
-        self.anchor.subtract_owed()
 
     def use(self, compressor: Compressor) -> None:
         """Switch to another compressor, without changing the parameters."""
@@ -158,17 +151,19 @@ class Fragment(Slice):
         """
         assert p.round is not None
         self.feedback.channel.step = step
-        clip = self._options.workers.clip
-        if norms is not None and clip is not None:
-            p.factors = factors_of(norms, clip)
-            p.clip = p.factors[self.feedback.channel.group.rank]
-        g = p.round.exchange(weight=p.share, clip=p.clip)
+        if norms is not None and (limit := self._options.workers.clip) is not None:
+            p.factors = factors_of(norms, limit)
+        g = p.round.exchange(weight=p.share, clip=self._own_factor(p))
         if p.share:
             p.round.absorb()
         p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
         # Here, not in `close`: a collective of the main thread could run before another fragment's exchange.
         if p.invalid.device.type == "cpu":
             self.name_workers(p)
+
+    def _own_factor(self, p: PendingExchange) -> Tensor | None:
+        """Return the clipping factor of this worker's v, float64[]; None: not clipped."""
+        return None if p.factors is None else p.factors[self.feedback.channel.group.rank]
 
     def _mean(self, g: Averaged) -> Tensor:
         """Return the mean update over workers, float[n]; with "senders" each coordinate over its senders only."""
@@ -197,23 +192,19 @@ class Fragment(Slice):
         """
         p = self.current
         assert p is not None
-        p.wait()
-        p.wait = _nothing
         if p.applied is None:
             assert p.round is not None
+            p.wait()
             p.applied = p.round.verdict.read()
             self.name_workers(p)
             self._end(p, commit=p.applied and p.share > 0)
         return p.applied
 
     def _end(self, p: PendingExchange, *, commit: bool) -> None:
-        """End the current round of the error memory: commit it, or roll it back."""
         assert p.round is not None
+        p.round.close(apply=commit)
         if commit:
-            p.round.commit()
             self.anchor.owed = None  # it was part of the vector v that was sent
-        else:
-            p.round.roll_back()
         if p.applied and p.factors is not None:
             self.clips.record(p.round.step, p.factors, p.workers)
         self.contraction.close(p.round.step, apply=commit)
@@ -240,7 +231,7 @@ class Fragment(Slice):
             # A flush with nothing to exchange moves nothing, though an outer momentum would.
             if not (p.uncompressed and isinstance(p.mean, Tensor) and not p.mean.any()):
                 self.anchor.apply_mean(p.mean, outer)
-            is_clipped = p.clip is not None and bool(p.clip < 1)
+            is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
             if p.uncompressed and p.share and not is_clipped:  # a weighted v leaves a residual: its rounding error
                 self.feedback.memory.vector.zero_()
             self.anchor.move(p.before, self._options.overlap.blend)
@@ -249,13 +240,6 @@ class Fragment(Slice):
         elif bool(p.invalid):
             self.anchor.move_to_start()
         return p
-
-    def discard_progress(self) -> None:
-        """Reset the parameters to their values at `begin` of the current exchange if valid, else to the start point."""
-        if self.current is not None and self.current.before and not bool(self.current.invalid):
-            self.anchor.set_parameters(self.current.before)
-        else:
-            self.anchor.move_to_start()
 
     def unapplied(self) -> Tensor:
         """Return the updates of this worker that the anchor does not include yet, float[n]. Call after `close`."""
@@ -266,7 +250,7 @@ class Fragment(Slice):
         return self.anchor.add_local_update(found.add_(p.mean), p.before)
 
     def shared_fields(self, path: Path) -> list[Vector | Value]:
-        """Return the saved-state fields (below `path`) that are identical on all workers: number of rounds, anchor."""
+        """Return the saved-state fields, below `path`, that are identical on all workers."""
         shapes = {place.name: place.parameter.shape for place in self.places}
         anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]

@@ -1,10 +1,11 @@
 """The inner optimizers, which step on each worker alone: their parameters, and checks that all of them are exchanged.
 
 Parameters trained by another optimizer would not be exchanged and would differ between workers: RuntimeError is raised.
+`JoinedOptimizer` is for frameworks that accept only one optimizer.
 """
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -153,10 +154,23 @@ class OtherOptimizers:
         """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges."""
         if not self._has_new:
             return
-        # Parameters in one module with ours that no optimizer exchanges: an error unless DDP averages their gradients.
-        alone = {o: ids for o, ids in self._stepped.items() if not _is_exchanged(o)}
-        ours, theirs = {id(p) for p in self._ours}, set[int]().union(*alone.values())
-        found = _beside(ours, theirs - ours) if theirs - ours else {}
+
+        # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
+        def is_exchanged(o: Optimizer) -> bool:
+            return getattr(o, "exchanged_by", None) is not None or hasattr(o, "channel")
+
+        alone = {o: ids for o, ids in self._stepped.items() if not is_exchanged(o)}
+        ours = {id(p) for p in self._ours}
+        theirs = set[int]().union(*alone.values()) - ours
+        # Those in one root module with ours. It is known only to the script: search all objects in memory (0.1 s).
+        modules = live_objects(nn.Module) if theirs else []
+        inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
+        found: dict[str, Tensor] = {}
+        for root in modules:
+            named = {} if found or id(root) in inner else dict(root.named_parameters())
+            if not ours.isdisjoint(map(id, named.values())):
+                found = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
+        # They differ between workers, unless DDP averages their gradients.
         if found and not is_averaged_by_ddp(found.values(), self._group):
             names = ", ".join(sorted({type(o).__name__ for o in alone}))
             raise RuntimeError(
@@ -184,27 +198,54 @@ def _watch_steps() -> None:
     register_optimizer_step_post_hook(outside(note))
 
 
-def _is_exchanged(optimizer: Optimizer) -> bool:
-    """Return True if a `LocalUpdates`, or the optimizer itself, exchanges the optimizer's steps between workers."""
-    return getattr(optimizer, "exchanged_by", None) is not None or hasattr(optimizer, "channel")
-
-
-def _beside(ours: set[int], theirs: set[int]) -> dict[str, Tensor]:
-    """Return, by name, the trainable parameters with ids in `theirs` in a root module that has a parameter in `ours`.
-
-    The module is known only to the user's script, so all objects in memory are searched (0.1 s).
-    """
-    modules = live_objects(nn.Module)
-    inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
-    for root in modules:
-        named = {} if id(root) in inner else dict(root.named_parameters())
-        if not ours.isdisjoint(map(id, named.values())):
-            found: dict[str, Tensor] = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
-            if found:
-                return found
-    return {}
-
-
 def _some(names: Sequence[str]) -> str:
     """Format the first three names, followed by the number of the remaining ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+class JoinedOptimizer(Optimizer):
+    """Several optimizers of different parameters as one optimizer, with all their groups and states.
+
+    For frameworks that accept only one: transformers' Trainer, Lightning's automatic mode. For example Muon for the
+    hidden layers' matrices and AdamW for the other parameters, with one scheduler for both. `members` are the
+    optimizers; `step` steps them in that order.
+
+    >>> import torch
+    >>> from packsaddle.integrations import JoinedOptimizer
+    >>> model = torch.nn.Linear(64, 64)
+    >>> optimizer = JoinedOptimizer([torch.optim.Muon([model.weight]), torch.optim.AdamW([model.bias])])
+    >>> [type(member).__name__ for member in optimizer.members], len(optimizer.param_groups)
+    (['Muon', 'AdamW'], 2)
+    """
+
+    def __init__(self, members: Sequence[Optimizer]) -> None:
+        self.members = list(members)
+        self._sizes = [len(member.param_groups) for member in members]
+        super().__init__([group for member in members for group in member.param_groups], {})
+        for member in members:
+            self.state.update(member.state)
+        self._share()
+
+    def _share(self) -> None:
+        """Set the parameter groups and the state of the members to those of this optimizer."""
+        start = 0
+        for member, size in zip(self.members, self._sizes, strict=True):
+            member.param_groups = self.param_groups[start : start + size]
+            member.state = self.state
+            start += size
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Call the closure, if any, then step all members. Returns the value of the closure."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for member in self.members:
+            member.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load `state_dict`, which this class saved, into all members."""
+        super().load_state_dict(state_dict)
+        self._share()

@@ -4,13 +4,13 @@ If workers made different calls, collectives of different sizes would be paired:
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator, Parts
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.feedback.background import Background
 
@@ -39,50 +39,46 @@ class Lockstep:
         self._channel, self._device, self._background = channel, device, background
         self._has_warned = False
 
-    def run(self, call: Call, steps: int, work: Callable[..., object], norm: Tensor | None = None) -> None:
+    def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
-
-        `norm`, float32[1], is gathered together with the check, and `work` is called with all workers' norms,
-        float32[W].
 
         Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
         """
-
-        def checked() -> None:
-            headers, norms = self._gather(call, steps, norm)
-            self._check(headers)
-            work(*norms)
-
-        if self._background is None:
-            checked()
-            return
-        promise = self._background.promise()
-        self._background.submit(checked, [(promise, torch.zeros(0))])
-        promise.future.wait()
+        self.start(call, steps, work)()
 
     def start(
-        self, call: Call, steps: int, work: Callable[..., object], result: Tensor, norm: Tensor | None = None
+        self,
+        call: Call,
+        steps: int,
+        work: Callable[..., object],
+        result: Tensor | None = None,
+        norm: Tensor | None = None,
     ) -> Callable[[], None]:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
-        That function raises the errors that `run` would raise. On a GPU the workers' calls are compared only there, so
-        that the host does not wait here.
+        That function raises the errors that `run` would raise. On a GPU, with a `result`, the workers' calls are
+        compared only there, so that the host does not wait here. `norm`, float32[1], is gathered together with the
+        check, and `work` is called with all workers' norms, float32[W].
         """
+        is_late = result is not None and self._device.type != "cpu"
         unchecked: list[Tensor] = []
 
         def checked() -> None:
+            if self._channel.group.size == 1:
+                work(*([] if norm is None else [norm]))
+                return
             headers, norms = self._gather(call, steps, norm)
-            if headers.device.type == "cpu":
-                self._check(headers)
-            else:
+            if is_late:
                 unchecked.append(headers)
+            else:
+                self._check(headers)
             work(*norms)
 
         promise = None if self._background is None else self._background.promise()
         if self._background is None or promise is None:
             checked()
         else:
-            self._background.submit(checked, [(promise, result)])
+            self._background.submit(checked, [(promise, torch.zeros(0) if result is None else result)])
 
         def wait() -> None:
             if promise is not None:
@@ -93,29 +89,24 @@ class Lockstep:
         return wait
 
     def _gather(self, call: Call, steps: int, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather every worker's call and number of steps, int64[W, 2], and the norms: [float32[W]], [] without `norm`.
-
-        Collective, except with one worker. On a GPU the host does not wait.
-        """
+        """Gather all workers' calls and numbers of steps, int64[W, 2], and norms, [float32[W]] or []; collective."""
         mine = {"header": torch.tensor([_CALLS.index(call), steps], device=self._device)}
         if norm is not None:
             mine["norm"] = norm
-        gathered: Sequence[Parts] = [mine]
-        if self._channel.group.size > 1:
-            self._channel.step = max(self._channel.step, steps - 1)
-            try:
-                gathered = self._channel.gather(mine, fixed_size=True, purpose="guard")
-            except PeerLostError as error:
-                found = f"worker {self._channel.group.rank} {call} after step {steps}"
-                raise PeerLostError(f"{error}. {found}: if the other has ended after fewer steps, {_ADVICE}") from error
+        self._channel.step = max(self._channel.step, steps - 1)
+        try:
+            gathered = self._channel.gather(mine, fixed_size=True, purpose="guard")
+        except PeerLostError as error:
+            found = f"worker {self._channel.group.rank} {call} after step {steps}"
+            raise PeerLostError(f"{error}. {found}: if the other has ended after fewer steps, {_ADVICE}") from error
         norms = [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
         return torch.stack([parts["header"] for parts in gathered]), norms
 
     def _check(self, headers: Tensor) -> None:
-        """Raise RuntimeError if workers make different calls, or exchange a round after different numbers of steps.
+        """Compare the workers' calls and numbers of steps, `headers`, int64[W, 2].
 
-        `headers`, int64[W, 2], has each worker's call and number of steps. If only the steps of another call, such as
-        `flush`, differ, rank 0 logs a warning, once.
+        Raises RuntimeError as `run` does; if only the steps of another call, such as `flush`, differ, rank 0 logs a
+        warning, once.
         """
         # Find the first worker whose call differs from worker 0's, else one whose number of steps differs.
         rows = headers.tolist()

@@ -15,7 +15,7 @@ from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
-from packsaddle.options.agreement import Option, agreement, own
+from packsaddle.options.agreement import Option, own
 from packsaddle.options.numerals import duration
 
 Outer = Callable[[list[Any]], Optimizer]
@@ -168,8 +168,10 @@ class Elastic(Option):
         if self.memory_file is not None:
             object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
-            if not duration(getattr(self, name), name) > 0:
+            seconds = duration(getattr(self, name), name)
+            if not seconds > 0:
                 raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)!r}")
+            object.__setattr__(self, name, seconds)
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,14 @@ class LocalOptions(Option):
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         # "auto" may choose an exchange whose saved residuals are valid only for a fixed set of equal workers.
-        workers = _workers(workers)
+        if hasattr(workers, "start_quorum"):
+            workers = Elastic(workers)
+        elif isinstance(workers, Real):
+            raise TypeError(
+                f"workers must be a process group, Workers or Elastic, got {workers!r}: the launcher sets their number"
+            )
+        elif not isinstance(workers, Workers | Elastic):
+            workers = Workers(workers)
         alike = isinstance(workers, Workers) and not workers.are_uneven
         compression = Compression.of(compressor, "auto" if alike else "direct")
         return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
@@ -291,21 +300,3 @@ class LocalOptions(Option):
             # The residual that the owner of a chunk keeps is weighted already; sending it would weight it again.
             if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
-
-    def agreement(self) -> dict[str, object]:
-        """Return the options that must be equal on all workers, as a dict by dotted name."""
-        weight = {} if isinstance(self.workers, Elastic) else {"weight": self.workers.weight is not None}
-        found = {name.removeprefix("compression."): value for name, value in agreement(self).items()}
-        return weight | found
-
-
-def _workers(given: Any) -> Workers | Elastic:
-    if isinstance(given, Workers | Elastic):
-        return given
-    if hasattr(given, "start_quorum"):
-        return Elastic(given)
-    if isinstance(given, Real):
-        raise TypeError(
-            f"workers must be a process group, Workers or Elastic, got {given!r}: the launcher sets their number"
-        )
-    return Workers(given)

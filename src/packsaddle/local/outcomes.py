@@ -30,8 +30,7 @@ class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
     More than `most` consecutive rejected rounds raise an error. The steps of reset optimizers are checked until all
-    local updates are finite again. `agree` reduces a bool[] with OR over the processes that have shards of this worker;
-    collective over them.
+    local updates are finite again. `agree` reduces a bool[] with OR over the shards of this worker.
     """
 
     def __init__(
@@ -86,7 +85,15 @@ class Outcomes:
             self._restore()
         # Count the rejected round, and raise errors on all workers.
         self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, "the local update of "))
-        self._raise_if_failed(exchange.names)
+        for worker, name in enumerate(exchange.names):
+            if name.endswith(_FAILED):
+                raise NonFiniteError(
+                    f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
+                    f"gradients, and {names_of(self._optimizers)} could not be reset: there is non-finite state "
+                    f"outside of the state of torch optimizers and of state_dict(), or a learning rate that "
+                    f"overflows. Implement state_dict() and load_state_dict() for all of the state, or lower the "
+                    f"learning rate"
+                )
         self.skips.check(self.skips.in_a_row)
         return False
 
@@ -107,51 +114,38 @@ class Outcomes:
             return
         self._clear()
         for optimizer in self._optimizers:
-            _reload_finite(optimizer)
+            try:
+                state = optimizer.state_dict()
+                if not _all_finite(state):
+                    optimizer.load_state_dict(_finite_part(state))
+            except Exception:  # other workers wait for this one; its next round reports non-finite parameters
+                _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
         self._reloaded = True
         self._restore()
 
-    def _raise_if_failed(self, names: Sequence[str]) -> None:
-        """Raise NonFiniteError if any worker could not reset its inner optimizer.
-
-        `names` has the name of the invalid parameter on each worker, by rank; after a failed reset it ends with
-        `_FAILED`.
-        """
-        for worker, name in enumerate(names):
-            if name.endswith(_FAILED):
-                raise NonFiniteError(
-                    f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
-                    f"gradients, and {names_of(self._optimizers)} could not be reset: there is non-finite state "
-                    f"outside of the state of torch optimizers and of state_dict(), or a learning rate that "
-                    f"overflows. Implement state_dict() and load_state_dict() for all of the state, or lower the "
-                    f"learning rate"
-                )
-
     def _clear(self) -> None:
+        """Clear the state of all torch optimizers of these parameters, also inside wrappers; takes about 0.1 s."""
         self._failed = False
-        for optimizer in _optimizers_of(p for part in self._fragments for p in part.parameters):
-            clear_nonfinite(optimizer)
+        known = {id(p) for part in self._fragments for p in part.parameters}
+        for optimizer in live_objects(Optimizer):
+            if hasattr(optimizer, "param_groups") and not known.isdisjoint(map(id, parameters_of([optimizer]))):
+                clear_nonfinite(optimizer)
 
     def _restore(self) -> None:
         """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
         for part in self._fragments:
             if not self._are_finite(p for p in part.parameters if p.requires_grad):
-                part.discard_progress()
+                # To their values at the beginning of the current exchange if those are valid, else to the start point.
+                p = part.current
+                if p is not None and p.before and not bool(p.invalid):
+                    part.anchor.set_parameters(p.before)
+                else:
+                    part.anchor.move_to_start()
 
     def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
         """Return True if `tensors` are finite in all shards of this worker; collective over the shards."""
         here = all(bool(is_finite(local_part(t))) for t in tensors)
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
-
-
-def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
-    """Return all torch optimizers of these parameters, also inside wrappers, by a search of all objects in memory.
-
-    It takes about 0.1 s; call it only after a rejected round.
-    """
-    known = {id(p) for p in parameters}
-    made = [found for found in live_objects(Optimizer) if hasattr(found, "param_groups")]
-    return [found for found in made if not known.isdisjoint(map(id, parameters_of([found])))]
 
 
 def clear_nonfinite(optimizer: Optimizer) -> None:
@@ -170,16 +164,6 @@ def clear_nonfinite(optimizer: Optimizer) -> None:
                 value.fill_(default or 0.0)
             elif default is not None:
                 group[name] = default
-
-
-def _reload_finite(optimizer: Optimizer) -> None:
-    """Clear non-finite entries of an optimizer's state dict, and load it back. Errors are logged, not raised."""
-    try:
-        state = optimizer.state_dict()
-        if not _all_finite(state):
-            optimizer.load_state_dict(_finite_part(state))
-    except Exception:  # other workers wait for this one; its next round reports non-finite parameters
-        _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:

@@ -1,10 +1,13 @@
-"""The start of local training: rank 0's tensors are copied to every worker, and the first inner step is checked.
+"""The start and the end of local training: common start values, a check of the first step, a warning at the end.
 
 The check detects two faults that raise no other error. Workers that start at different parameters train models whose
 mean is meaningless. Exchanging gradients as well costs all the bytes that local updates save.
 """
 
+import logging
+import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.inner import named_parameters
 
+_log = logging.getLogger("packsaddle")
 _PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
 
 
@@ -88,8 +92,12 @@ def check_first_step(
             f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: load "
             f"weights on all workers, or before LocalUpdates is made"
         )
+    if any(grad != prints[0][1] for _, grad in prints):
+        return
     # Zeros, and gradients with few different values, may be equal on all workers without an exchange.
-    values = _distinct(gradients) if all(grad == prints[0][1] for _, grad in prints) else 0
+    different: list[Any] = [g[g.isfinite() & (g != 0)].double().unique() for g in gradients]
+    together: Any = torch.cat(different) if different else torch.empty(0)
+    values = len(together.unique())
     if not values:
         return
     found = (
@@ -103,8 +111,31 @@ def check_first_step(
         warnings.warn(f"{found}. It may be chance: they have few different values, {values}", stacklevel=2)
 
 
-def _distinct(gradients: Sequence[Any]) -> int:
-    """Return the number of different values in gradients, except 0, Inf and NaN."""
-    found: list[Any] = [g[g.isfinite() & (g != 0)].double().unique() for g in gradients]
-    together: Any = torch.cat(found) if found else torch.empty(0)
-    return len(together.unique())
+class UnsentSteps:
+    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor.
+
+    `owner` ends at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script.
+    """
+
+    def __init__(self, owner: object | None) -> None:
+        self._steps = self._exchanged = 0
+        self._is_pending = False
+        if owner is not None:
+            weakref.finalize(owner, self._warn)  # also at interpreter exit
+
+    def record(self, steps: int, *, exchanged: bool) -> None:
+        """Record the number of inner steps after one of them; `exchanged`: a round followed it."""
+        self._steps, self._is_pending = steps, True
+        self._exchanged = steps if exchanged else self._exchanged
+
+    def clear(self) -> None:
+        """Clear the warning: the workers have the same model, or the anchor was read or saved."""
+        self._is_pending = False
+
+    def _warn(self) -> None:
+        if self._is_pending and sys.exc_info()[0] is None and not hasattr(sys, "last_type"):
+            _log.warning(
+                "LocalUpdates ended without flush() after %d steps, %d of them since its last round, so the workers' "
+                "models differ: call local.flush() after the last step, or save local.state_dict_of(model)",
+                *(self._steps, self._steps - self._exchanged),
+            )

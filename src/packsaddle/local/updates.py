@@ -15,6 +15,7 @@ Algorithm 1).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,16 +32,16 @@ from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.checks import Drift
+from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
-from packsaddle.feedback.state import State, Value, Vector, attribute
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
-from packsaddle.local.fragment import by_parameter, partition
+from packsaddle.local.fragment import Fragment, by_parameter, partition
 from packsaddle.local.inner import (
     OtherOptimizers,
     Shards,
@@ -51,15 +52,37 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
 )
-from packsaddle.local.lockstep import Lockstep
+from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
-from packsaddle.local.rounds import Rounds, outer_optimizer
-from packsaddle.local.start import check_first_step, share_start, untrained_tensors
-from packsaddle.local.state import agreement, identity, rules
-from packsaddle.local.unsent import UnsentSteps
+from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
+from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.options.agreement import agreement
+
+
+def _rules(*, keep_unsent: bool) -> list[Rule]:
+    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
+
+    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e changes this point but not
+    the parameters, so it is also added to "owed" (see `Anchor.owed`).
+    """
+    part = ("fragments", ANY)
+    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
+    return [
+        Rule(error, "error"),
+        Rule(owed, "error", like=error),
+        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
+        Rule((*part, "exchange", "start", ANY), "error"),
+        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
+        *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
+        *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
+        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
+        *(Rule((name,), "shared") for name in ("resets", "drifts")),
+    ]
 
 
 class LocalUpdates(JoinableSteps):
@@ -198,22 +221,33 @@ class LocalUpdates(JoinableSteps):
         options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
         # Set up the work after an exchange: outer step, resets of inner optimizers, comparisons, escape checks.
-        self.outer = outer_optimizer(outer, self._fragments, self._parameters) if outer is not None else None
+        self.outer: Optimizer | None = None
+        if outer is not None:
+            leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
+            self.outer = outer([leaves[name] for name in self._parameters])
+            if not isinstance(self.outer, Optimizer):
+                made = type(self.outer).__name__
+                raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
-        exchanges = (self._channel, self._lockstep, self._participation)
-        self._rounds = Rounds(options, self._fragments, *exchanges, self._outcomes, self.outer)
-
-        same_saved = partial(identity, options, self._fragments, self._channel.group)
-        self.saved_state = State("LocalUpdates", rules(keep_unsent=keep_unsent), same_saved, self._saved_fields)
+        self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
+        self._escape = self._escape_check(escape) if escape is not None else None
+        self._resets: list[Reset] = []  # records of the escape check's firings
+        rules = _rules(keep_unsent=keep_unsent)
+        self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
         # Check that arguments are equal on all workers, and set their parameters to rank 0's.
-        same = agreement(options, self._fragments, self.outer, self._parameters, untrained)
+        same: dict[str, object] = {} if elastic else {"weight": fixed.weight is not None}
+        same |= agreement(options) | {"kernels": compiler(device)}
+        same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
+        for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
+            for i, (name, p) in enumerate(tensors):
+                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
         self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
         if elastic is None:
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
             share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
-            self._rounds.set_anchors()
+            self._set_anchor_before_first_step()
         else:
             settings = (options, self._fragments, self._channel)
             self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
@@ -240,17 +274,13 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Run checks before each optimizer's step; a worker that has not yet joined the others joins here.
-
-        It then discards its gradients, since they were computed before it loaded the others' parameters.
-        """
         self._check_here("optimizer.step()")
         check_no_others(optimizer, self._parameters.values())
         self._set_anchor_before_first_step()
         self._has_begun = True
         if self.membership is not None and not self.membership.joined:
             self.join()
-            for p in self._parameters.values():
+            for p in self._parameters.values():  # computed before the others' parameters were loaded
                 p.grad = None
 
     @torch.no_grad()
@@ -271,7 +301,9 @@ class LocalUpdates(JoinableSteps):
             self.membership.stepped(self.steps)
             return False
         # Run the collectives of a fixed set of workers. If one fails, `flush` fails too: clear its warning first.
-        has_work = self.steps == 1 or self._rounds.has_work(self.steps)
+        ended = [part for part in self._fragments if part.current is not None and part.current.due == self.steps]
+        due = [part for part in self._fragments if part.is_due(self.steps)]
+        has_work = self.steps == 1 or bool(ended or due)
         if has_work:
             self._unsent.clear()
             if not has_ended:
@@ -280,23 +312,81 @@ class LocalUpdates(JoinableSteps):
                 anchors = [part.anchor.flat for part in self._fragments]
                 run = partial(self._lockstep.run, "checks its first step", self.steps)
                 check_first_step(self._channel, anchors, self._parameters.values(), run)
-            self._rounds.run(self.steps)
-        self._unsent.record(self.steps, exchanged=self.exchanging)
+            for part in ended:
+                self._finish(part)
+            for part in due:
+                self._begin(part)
+        self._unsent.record(self.steps, exchanged=bool(due))
         return has_work
 
+    def _begin(self, part: Fragment, *, uncompressed: bool = False) -> bool:
+        """Begin a round of one fragment; without a delay finish it too. Return False if it is rejected already."""
+        # A flush (`uncompressed`) has no delay, and all workers take part in it.
+        call: Call = "calls flush()" if uncompressed else "exchanges a round"
+        delay = 0 if uncompressed else self.options.overlap.delay
+        share = self._participation.share() if uncompressed else self._participation.share_after(self.steps)
+        p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
+        self._outcomes.register(part, p)
+        # Without an outer optimizer and a delay, the mean is subtracted from the anchor term by term.
+        as_vector = delay > 0 or self.outer is not None
+        exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
+        assert p.round is not None
+        p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v if delay else None, p.norm)
+        return delay > 0 or self._finish(part)
+
+    def _finish(self, part: Fragment) -> bool:
+        """Finish the current exchange of one fragment: apply and record it. Return False if it is rejected."""
+        t, p = part.rounds, part.apply_exchange(self.outer)
+        if not self._outcomes.record(part, t, p):
+            return False
+        # The anchors must be equal on all workers.
+        if self._drift.due(t) and part is self._fragments[-1]:
+
+            def named() -> list[tuple[str, Tensor]]:
+                return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+            anchors = [f.anchor.flat for f in self._fragments]
+            step = p.due - self.options.overlap.delay
+            self._lockstep.run("compares anchors", step, partial(self._drift.compare, t, anchors, named))
+        # Lines 4-8 of Algorithm 1, at the anchor.
+        if self._escape is not None:
+            try:
+                reset, lost = self._escape.run(part.rounds, part.feedback.pending())
+                if reset is not None:
+                    part.feedback.reset(lost)
+                    self._resets.append(reset)
+            finally:
+                part.anchor.move_to_start()
+        return True
+
+    def _escape_check(self, rule: Escape) -> EscapeCheck:
+        """Return the check of the anchor; its interval and `every` count rounds."""
+        if len(self._fragments) > 1 or self.options.overlap.delay:
+            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        (whole,) = self._fragments
+
+        def at_anchor() -> float | Tensor:
+            whole.anchor.set_parameters(whole.anchor.views)
+            return rule.objective()
+
+        where = whole, whole.anchor.flat, self._channel, self.options.seed
+        return EscapeCheck(replace(rule, objective=at_anchor), *where)
+
+    @torch.no_grad()
     def _set_anchor_before_first_step(self) -> None:
         """Set the anchor to the parameters if no step was made yet, since weights may have been loaded."""
         joined = self.membership is not None and self.membership.joined
         if self.steps == 0 and not self._has_begun and not joined:
-            self._rounds.set_anchors()
+            for part in self._fragments:
+                part.anchor.set_from_parameters()
+            if self._escape is not None:
+                self._escape.begin()
 
     def _check_here(self, call: str) -> None:
-        """Raise RuntimeError within `at_anchor`, where the parameters are not this worker's own."""
         if self._at_anchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     def _check_between_steps(self, call: str) -> None:
-        """Raise RuntimeError if some optimizers have made the current step and others have not."""
         if missing := self._attempts.missing():
             raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
 
@@ -381,12 +471,12 @@ class LocalUpdates(JoinableSteps):
     @property
     def drifts(self) -> list[Drift]:
         """The comparisons that found different anchors on workers (`Compression.compare_every`), with rounds."""
-        return self._rounds.drift.found
+        return self._drift.found
 
     @property
     def resets(self) -> list[Reset]:
         """Records of all firings of the saddle escape check: round, reason and decision (Algorithm 1, lines 4-8)."""
-        return self._rounds.resets
+        return self._resets
 
     @property
     def lost(self) -> float:
@@ -414,19 +504,15 @@ class LocalUpdates(JoinableSteps):
         return self._with_others + ring_all_reduce(self.steps * size, self._channel.group.size)
 
     def _load_uncompressed(self, saved: Bytes) -> None:
-        """Set the byte count `uncompressed` to its saved value, also if another number of workers saved it.
-
-        Call after loading `steps`, from which it is computed.
-        """
         self._with_others = Bytes()
-        self._with_others = saved - self.uncompressed
+        self._with_others = saved - self.uncompressed  # another number of workers may have saved it
 
     @property
     def exchanging(self) -> bool:
         """True if an exchange began after the last inner step; identical on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
-        return self._rounds.is_due(self.steps)
+        return any(part.is_due(self.steps) for part in self._fragments)
 
     def reset_skip_streak(self) -> None:
         """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
@@ -467,7 +553,6 @@ class LocalUpdates(JoinableSteps):
         return self._joined(self._unapplied("pending()"))
 
     def _unapplied(self, call: str) -> list[Tensor]:
-        """Return this worker's updates that the anchor does not include, float[n] per fragment; waits for exchanges."""
         self._check_here(call)
         self._set_anchor_before_first_step()
         self.wait()
@@ -547,7 +632,9 @@ class LocalUpdates(JoinableSteps):
             return self.membership.round(uncompressed=True)
         self._unsent.clear()
         self._announce()
-        return self._rounds.flush(self.steps)
+        applied = [self._finish(part) for part in self._fragments if part.current is not None]
+        applied += [self._begin(part, uncompressed=True) for part in self._fragments]
+        return all(applied)
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
@@ -608,25 +695,40 @@ class LocalUpdates(JoinableSteps):
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
         self.saved_state.load(state)
         self._attempts.restart()
-        self._rounds.resume(state["fragments"])
+        for part, saved in zip(self._fragments, state["fragments"], strict=True):
+            part.resume(saved)
+        self._drift.resume(self._fragments[-1].rounds)
         self._unsent.clear()
         if self.membership is not None:
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the saved-state fields; the outer optimizer is the first, since loading it may raise ValueError."""
-        outer = self.outer
+        outer = self.outer  # loaded first, since that may raise ValueError
         return [
             *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),
             attribute(("steps",), self, "steps", int),
-            *self._rounds.fields(),
+            *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
+            *(() if self._escape is None else self._escape.fields()),
+            *self._outcomes.skips.fields(),
+            attribute(("resets",), self, "_resets", list[Reset]),
+            attribute(("drifts",), self._drift, "found", list[Drift]),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
             *(() if self.membership is None else self.membership.fields()),
         ]
 
+    def _identity(self) -> dict[str, Any]:
+        options, group = self.options, self._channel.group
+        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
+        same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
+        same |= {"outer": options.outer is not None, "escape": options.escape is not None}
+        if isinstance(options.workers, Elastic):
+            return same | {"elastic": True}
+        if options.workers.sample < 1:
+            same["sample"] = options.workers.sample
+        return same | {"rank": group.rank, "workers": group.size}
+
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")

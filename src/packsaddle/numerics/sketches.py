@@ -66,8 +66,10 @@ class RowHash:
     def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
         """Add alpha * S^T counters to out, float[d], in place; S^T S v is the estimate of v."""
         if len(self.rotations) > _MANY:
-            flat = torch.cat([counters[place] * signs[:, None] for place, signs in self._places(out)]).view(-1)
-            out.add_(flat[: len(out)], alpha=alpha)
+            positions, estimates = torch.arange(self.columns, device=out.device), []
+            for _, rows, signs in self._blocks(out):
+                estimates.append(counters[(positions + rows[:, None]).remainder_(self.columns)] * signs[:, None])
+            out.add_(torch.cat(estimates).view(-1)[: len(out)], alpha=alpha)
             return
         doubled = torch.cat([counters, counters])  # each rotation of `counters` is a slice of this
         for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
@@ -83,12 +85,6 @@ class RowHash:
             chunk = torch.nn.functional.pad(block, (0, -len(block) % c)).view(-1, c)
             place = slice(i * rows, i * rows + len(chunk))
             yield chunk, rotations[place], signs[place]
-
-    def _places(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield per block of chunks of `out` the counter index of each coordinate, int64[rows, c], and the signs."""
-        positions = torch.arange(self.columns, device=out.device)
-        for _, rows, signs in self._blocks(out):
-            yield (positions + rows[:, None]).remainder_(self.columns), signs
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
@@ -199,21 +195,16 @@ class NormSketch:
         """Return S v, float[rows, columns], for a random S from (seed, step); a copy of v if that is not longer."""
         if v.numel() <= self.rows * self.columns:
             return v.clone()
-        return torch.stack([self._row(v, generator(seed, step, Stream.SKETCH, worker=row)) for row in range(self.rows)])
-
-    def _row(self, v: Tensor, rng: torch.Generator) -> Tensor:
-        c = self.columns
-        counters = torch.zeros(c, dtype=v.dtype, device=v.device)
-        positions = torch.arange(c, device=v.device)
-        for slab in torch.split(v, max(1, _SLAB // c) * c):
-            chunks = -(-slab.numel() // c)
-            padded = torch.zeros(chunks, c, dtype=v.dtype, device=v.device)
-            padded.view(-1)[: slab.numel()] = slab
-            # Drawn on the CPU, so that S is identical on every device.
-            rotation = torch.randint(c, (chunks, 1), generator=rng).to(v.device)
-            signs = torch.randint(2, (chunks, c), generator=rng, dtype=torch.int8).to(v.device).mul_(2).sub_(1)
-            padded.mul_(signs)
-            counters += padded.gather(1, (positions - rotation).remainder_(c)).sum(0)
+        c, positions = self.columns, torch.arange(self.columns, device=v.device)
+        counters = torch.zeros(self.rows, c, dtype=v.dtype, device=v.device)
+        for row in range(self.rows):
+            rng = generator(seed, step, Stream.SKETCH, worker=row)
+            for slab in torch.split(v, max(1, _SLAB // c) * c):
+                padded = torch.nn.functional.pad(slab, (0, -len(slab) % c)).view(-1, c)
+                # Drawn on the CPU, so that S is identical on every device.
+                rotation = torch.randint(c, (len(padded), 1), generator=rng).to(v.device)
+                signs = torch.randint(2, padded.shape, generator=rng, dtype=torch.int8).to(v.device).mul_(2).sub_(1)
+                counters[row] += (padded * signs).gather(1, (positions - rotation).remainder_(c)).sum(0)
         return counters
 
     def norm(self, sketch: Tensor) -> float:

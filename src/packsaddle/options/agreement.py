@@ -14,10 +14,14 @@ def own(default: Any) -> Any:
 
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
-    """Return the options that must be equal on all workers, nested ones too, as a dict of values by dotted name."""
+    """Return the options that must be equal on all workers, nested ones too, as a dict of values by dotted name.
+
+    Options of a field `compression` have their own names.
+    """
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):
         value, name = getattr(options, f.name), f"{where}{f.name}"
         if not f.metadata.get("own"):
-            found |= agreement(value, f"{name}.") if isinstance(value, Option) else {name: value}
+            inside = "" if f.name == "compression" else f"{name}."
+            found |= agreement(value, inside) if isinstance(value, Option) else {name: value}
     return found

@@ -16,12 +16,10 @@ def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     A field's description is its entry in the class's "Args:", else its comment, else the string below it. A function's
     descriptions include those of the fields of its arguments that are option classes.
     """
-    return {**(comments(of) if isinstance(of, type) else _options_of(of)), **arguments(of)}
-
-
-def _options_of(function: Callable[..., Any]) -> dict[str, str]:
-    classes = (option_class(hint) for name, hint in get_type_hints(function).items() if name != "return")
-    return {name: text for cls in classes if cls for name, text in descriptions(cls).items()}
+    if isinstance(of, type):
+        return {**comments(of), **arguments(of)}
+    classes = (option_class(hint) for name, hint in get_type_hints(of).items() if name != "return")
+    return {name: text for cls in classes if cls for name, text in descriptions(cls).items()} | arguments(of)
 
 
 def option_class(hint: Any) -> type[Any] | None:

@@ -43,7 +43,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     for key in data:
         if key not in fields:
             moved = getattr(cls, "moved_keys", {}).get(key)
-            hint = f" (now {moved})" if moved else nearest(key, fields) or f" ({_takes(cls, list(fields))})"
+            known = f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(fields) or 'none'}"
+            hint = f" (now {moved})" if moved else nearest(key, fields) or f" ({known})"
             raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
     values = {key: _value(fields[key], hints[key], value, (*where, key)) for key, value in data.items()}
     for name, f in fields.items():
@@ -75,10 +76,6 @@ def _about(where: Place, message: str) -> ConfigError:
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 
-def _takes(cls: type[Any], names: list[str]) -> str:
-    return f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(names) or 'none'}"
-
-
 def settable(cls: Any) -> list[dataclasses.Field[Any]]:
     """Return the fields of a dataclass that a configuration may set, required ones first."""
     found = [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
@@ -93,17 +90,15 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
 def plain(value: Any) -> Any:
     """Return a dataclass as dictionaries and lists that `build` reads back; members of unions keep their `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = get_type_hints(type(value))
-        return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in settable(type(value))}
+        hints, found = get_type_hints(type(value)), {}
+        for f in settable(type(value)):
+            inner = getattr(value, f.name)
+            tag = {"kind": type(inner).__name__} if type(inner) in choices(hints[f.name]) else None
+            found[f.name] = plain(inner) if tag is None else tag | plain(inner)
+        return found
     if isinstance(value, float) and not math.isfinite(value):  # JSON has no infinity; `build` reads "inf"
         return str(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _plain_field(hint: Any, value: Any) -> Any:
-    tag = {"kind": type(value).__name__} if type(value) in choices(hint) else {}
-    converted = plain(value)
-    return {**tag, **converted} if tag else converted
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
@@ -178,12 +173,12 @@ def nearest(word: Any, candidates: Any) -> str:
 
 def _dotted(where: Place) -> str:
     """Return a path of keys in TOML's dotted notation, with keys quoted if necessary, on one line."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{_quoted(part)}" for part in where)
+
+    def quoted(key: str) -> str:
+        return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))
+
+    parts = (f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" for part in where)
     return shortened("".join(parts).removeprefix("."))
-
-
-def _quoted(key: str) -> str:
-    return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))
 
 
 _DEEPEST = 100  # nesting levels of lists, tables and dotted keys; tomllib's time is quadratic in them

@@ -1,16 +1,15 @@
 """Plans for a network link: a model of step time, the compressors that save time on the link, and their measurement.
 
 Read `step_time` first (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
-updates). `coding` measures the speed of compressors, `training_step` the time of a model's training step.
+updates). `coding` measures the speed of compressors, `model` the time of a training step.
 """
 
 from packsaddle.plan.coding import Line, Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
-from packsaddle.plan.model_size import MODELS, ModelSize, update_seconds
+from packsaddle.plan.model import MODELS, ModelSize, TrainingStep, update_seconds
 from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
 from packsaddle.plan.timing import Timing, clocked, copy_bandwidth, repeated, side_by_side
-from packsaddle.plan.training_step import TrainingStep
 
 __all__ = [
     "LATENCY",

@@ -19,7 +19,7 @@ from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import QSGD, Compressor, LowRank, RandomK, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.coding import Pace
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
 from packsaddle.plan.timing import clocked
 
@@ -95,7 +95,7 @@ def parse_rate(text: str) -> float:
     except ValueError:  # such as two decimal points
         number = 0.0
     if match is None or match[3] in ("BPS", "B/S") or not 0 < number < float("inf"):
-        raise ValueError(f"rate must be positive, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
+        raise ValueError(f"rate must be positive and have a unit, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
     byte = match[3] in ("B/s", "Bps")
     return number * _PREFIXES[match[2].lower()] * (8 if byte else 1)
 
@@ -230,14 +230,6 @@ def forecast(
     other time of CompressedSGD's step in seconds (see `plan.update_seconds`). Both count as compression. With an
     `optimizer`, times are multiplied by the steps measured for each compressor with it (`MEASURED`). Raises ValueError
     for fewer than two workers, or for a compressor that does not support the model.
-
-    >>> from functools import partial
-    >>> from packsaddle import TopK
-    >>> from packsaddle.plan import Fleet, Link, ModelSize, forecast, measure
-    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
-    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
-    >>> verdict.best.compressor, verdict.compress
-    ('TopK(ratio=0.01)', True)
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")

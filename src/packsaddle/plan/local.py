@@ -16,7 +16,7 @@ from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.local.lockstep import HEADER
 from packsaddle.plan.coding import Pace
-from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link, compressed
 
 

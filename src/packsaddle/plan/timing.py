@@ -1,8 +1,10 @@
 """Timing of several functions by alternating calls, so that other load on the machine affects all of them equally."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from statistics import median
 
 import torch
@@ -28,13 +30,20 @@ def side_by_side(
     repeats: int = 7,
     warm_up: int = 1,
     prepare: Callable[[], object] = int,
+    within: float = math.inf,
+    limit: float = 20.0,
 ) -> dict[str, Timing]:
     """Time each function in `works` `repeats` times, alternating: the first, the second, ..., the first again.
 
-    `prepare` runs before each call and is not timed.
+    `prepare` runs before each call and is not timed. With `within`, calls continue until the three fastest times of
+    each function are within this fraction of each other, or for `limit` seconds.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for attempt in range(warm_up + repeats):
+    for attempt in count():
+        times = list(taken.values())
+        is_settled = all(_is_reproduced(each, within) for each in times) or sum(map(sum, times)) >= limit
+        if attempt >= warm_up + repeats and is_settled:
+            break
         for name, work in works.items():
             prepare()
             seconds = clocked(work)
@@ -53,9 +62,15 @@ def repeated(
     for _ in range(warm_up):
         work()
     taken: list[float] = []
-    while len(taken) < least or (sorted(taken)[2] > (1 + within) * min(taken) and sum(taken) < limit):
+    while len(taken) < least or (not _is_reproduced(taken, within) and sum(taken) < limit):
         taken.append(clocked(work))
     return Timing.of(taken)
+
+
+def _is_reproduced(seconds: list[float], within: float) -> bool:
+    """Return True if the three fastest times, or all of fewer, are within a fraction of each other."""
+    fastest = sorted(seconds)[:3]
+    return not fastest or math.isinf(within) or fastest[-1] <= (1 + within) * fastest[0]
 
 
 def clocked(work: Callable[[], object]) -> float:

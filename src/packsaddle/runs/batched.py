@@ -52,7 +52,10 @@ class BatchedGradients:
         """Set `.grad` to the gradients of this worker's mean loss on examples `index`, int64[b]; return the loss."""
         loss, gradients = self._group.computed_at_once(index, self._of_all)
         for name, p in self._parameters.items():
-            p.grad = gradients[name].contiguous(memory_format=_format(p))
+            # The optimizer's flat vector has the parameter's memory format.
+            last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            p.grad = gradients[name].contiguous(memory_format=layout)
         for norm in self._norms:
             for _ in ("forward", "backward"):
                 self._channel.count_mean(norm.weight.expand(2, -1), "batch norm")  # two moments of each channel
@@ -71,9 +74,3 @@ class BatchedGradients:
         with self._autocast():
             loss: Tensor = functional_call(self._task, {**parameters, **buffers}, (inputs, targets))
         return loss
-
-
-def _format(p: Tensor) -> torch.memory_format:
-    """Return the memory format of a parameter; the optimizer's flat vector uses the same."""
-    last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format

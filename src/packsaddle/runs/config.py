@@ -233,13 +233,13 @@ class Config(Compression):
             if self.momentum:
                 raise ValueError(f"storm replaces the momentum: it needs momentum = 0, got {self.momentum:g}")
             Storm(self.storm)
-        if self.local is not None:
-            self._check_local(self.local)
-        elif self.exchange == "senders" or self.decay != 1:
-            raise ValueError('exchange = "senders" and a decay need the table [local]')
+        local = self.local
+        if local is None:
+            if self.exchange == "senders" or self.decay != 1:
+                raise ValueError('exchange = "senders" and a decay need the table [local]')
+            return
 
-    def _check_local(self, local: LocalConfig) -> None:
-        """Raise ValueError, beginning with the key, for options that local updates do not support."""
+        # Local updates do not support all options.
         if self.memory != "buffer":
             raise ValueError(f'memory must be "buffer" with [local], got {self.memory!r}')
         if not self.decay:
@@ -300,17 +300,14 @@ def configure(
     try:
         return build(Config, data)
     except ConfigError as error:
-        where = _origin(error.key, given) or origin(error.key)
-        same = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
+        # The last override of the key or of a table that contains it is at fault, else that of a key in it.
+        key = error.key
+        about = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
+        where = given[about[-1]] if about else origin(key)
+        same = [text for k, text in given.items() if k[:1] == key[:1] and text != where]
         also = f" (with {same[-1]})" if same else ""  # an override may make a value in the file invalid
-        drop = f"; --set {'.'.join(error.key)}= drops it" if same and str(error).startswith("unknown key") else ""
-        raise ConfigError(f"{where}{also}: {error}{drop}" if where else str(error), error.key) from None
-
-
-def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
-    """Return the text of the last override of `key` or a table that contains it, else of a key in it; else ""."""
-    found = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
-    return given[found[-1]] if found else ""
+        drop = f"; --set {'.'.join(key)}= drops it" if same and str(error).startswith("unknown key") else ""
+        raise ConfigError(f"{where}{also}: {error}{drop}" if where else str(error), key) from None
 
 
 def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:

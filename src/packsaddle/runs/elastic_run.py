@@ -19,11 +19,11 @@ from packsaddle.comm.group import Solo, ambient_group
 from packsaddle.errors import ConfigError
 from packsaddle.local.options import Elastic
 from packsaddle.runs.config import Config
-from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live
 from packsaddle.runs.run_checkpoints import NEVER, CheckpointPolicy
 from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.trainer import RunCounters, Trainer
+from packsaddle.runs.training import LocalTraining
 
 
 def check_elastic(config: Config) -> Config:

@@ -206,32 +206,30 @@ class Job:
         or another process uses a folder, TerminatedError if the launcher was stopped and the workers have not saved."""
         with self.held() as locks:
             self._check_unchanged()
-            return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
+            if how == "processes" and workers > 1:
+                try:
+                    outcome = launch(train_in_process_group, (self, locks), workers)
+                except TerminatedError:
+                    if (self.folders[-1] / STOPPED).is_file():
+                        return False
+                    raise
+                if isinstance(outcome, tuple):
+                    kind, message = outcome
+                    raise AGREED[kind](message)
+                return bool(outcome)
 
-    def _run_here(self, workers: int, how: How) -> bool:
-        with self._saving_on_sigterm():
-            if workers == 1:
-                return self.train()
-            self._check_simulation(how)
-            if how != "fused":
-                return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
-            with ambient_group(FusedGroup(workers)):
-                return self.train()
+            # One worker, or a simulation, runs in this process.
+            with self._saving_on_sigterm():
+                if workers == 1:
+                    return self.train()
+                self._check_simulation(how)
+                if how != "fused":
+                    return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
+                with ambient_group(FusedGroup(workers)):
+                    return self.train()
 
     def _saving_on_sigterm(self) -> AbstractContextManager[None]:
         return recording_sigterm() if self.saving.on and self.saving.stops else nullcontext()
-
-    def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
-        try:
-            outcome = launch(train_in_process_group, (self, locks), workers)
-        except TerminatedError:
-            if (self.folders[-1] / STOPPED).is_file():
-                return False
-            raise
-        if isinstance(outcome, tuple):
-            kind, message = outcome
-            raise AGREED[kind](message)
-        return bool(outcome)
 
     def _check_simulation(self, how: How) -> None:
         for config in self.configs:

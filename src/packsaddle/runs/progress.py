@@ -1,9 +1,8 @@
 """Live progress on the terminal: a bar or lines with a text, such as the loss, and the time left."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,12 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from packsaddle.messages import printable
 
 _BETWEEN_LINES = 10.0  # seconds between two printed lines
-
-
-class Report(Protocol):
-    """A function to call with the current step and a text to show, such as the loss."""
-
-    def __call__(self, step: int, text: str) -> None: ...
+Report = Callable[[int, str], None]  # called with the current step and a text to show, such as the loss
 
 
 @contextmanager
@@ -43,12 +37,9 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
                 left = (time.monotonic() - begin) / (step - first) * (total - step)
-                texts = [text] * (text != last) + [time_left(left)] * (
-                    step < total
-                )  # an unchanged text is not repeated
-                console.print(
-                    f"{label}: {tenths * 10:3d}%  {'  '.join(texts)}", highlight=False, soft_wrap=True, markup=False
-                )
+                # An unchanged text is not repeated.
+                shown = "  ".join([text] * (text != last) + [time_left(left)] * (step < total))
+                console.print(f"{label}: {tenths * 10:3d}%  {shown}", highlight=False, soft_wrap=True, markup=False)
                 last = text
 
         yield report

@@ -72,13 +72,9 @@ class StopAndSaveVote:
         """Return this worker's vote to save or stop, float[1], averaged in step `step`; None without votes."""
         if not (self._saving.on and self._saving.stops):
             return None
-        due = self._rank == 0 and self._by_the_clock(step + 1)
+        may_save = self._rank == 0 and self._saving.every is None and step + 1 - self._saved >= self._per_epoch
+        due = may_save and time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
         return torch.tensor([_STOP * asked_to_stop() + due])
-
-    def _by_the_clock(self, steps: int) -> bool:
-        if self._saving.every is not None or steps - self._saved < self._per_epoch:
-            return False
-        return time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
 
     def decide(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
         """Return (save, stop) after `steps` steps, from the mean of the votes. `means` is None after a step without an
@@ -143,7 +139,7 @@ class RunCheckpoints:
         if self._group.rank == 0:
             try:
                 self._folder.cut(step)
-                self._folder.remove(STOPPED)
+                (self._folder.path / STOPPED).unlink(missing_ok=True)
             except (ConfigError, OSError) as error:
                 raise CheckpointError(str(error)) from error
 

@@ -8,6 +8,7 @@ the run if that is less), and at the end.
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.simulation import FusedGroup
 from packsaddle.curvature.certificate import Verdict, draw_iterates
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
+from packsaddle.curvature.gradient_noise import gradient_noise
 from packsaddle.curvature.hessian import Curvature, NotFiniteError
 from packsaddle.curvature.step_stability import CoordinateStep, largest_overshoot
 from packsaddle.numerics.seeds import Stream, generator
@@ -60,19 +61,14 @@ class NoiseCheck:
         r = self._config.noise.std
         walk = Walk(*moves, self._size)
         values = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
-        found = self._measure(step, batches) if self._measures else None
-        if found is not None:
-            times = found.times(r)
-            values |= {"times": times, "std": found.std, "std_error": found.std_error, **asdict(found)}
+        first = next(self._task.parameters())
+        if self._measures:
+            read = [self._data.batch(batches[step + ahead], first.device, first.dtype) for ahead in range(_BATCHES)]
+            with suppress(NotFiniteError):  # the step itself reports non-finite gradients
+                found = gradient_noise(self._task, task_loss, read, workers=self._workers, process_group=Solo())
+                times = found.times(r)
+                values |= {"times": times, "std": found.std, "std_error": found.std_error, **asdict(found)}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-    def _measure(self, step: int, batches: Batches) -> GradientNoise | None:
-        device, dtype = (first := next(self._task.parameters())).device, first.dtype
-        read = [self._data.batch(batches[step + ahead], device, dtype) for ahead in range(_BATCHES)]
-        try:
-            return gradient_noise(self._task, task_loss, read, workers=self._workers, process_group=Solo())
-        except NotFiniteError:
-            return None  # the step itself reports non-finite gradients
 
 
 def noise_warning(found: dict[str, Any], *, by_round: bool = False) -> str | None:
@@ -100,16 +96,13 @@ class Inspector:
         self._task, self._steps, self._per_epoch, self._population = task, steps, per_epoch, len(data)
         like = next(task.parameters())
         # Choose examples at random, since a shard may be sorted by class.
-        chosen = [
-            mine[self._order(len(mine), worker)[: self._rule.examples]]
-            for worker, mine in enumerate(shards, start=resolve(None).rank)
-        ]
+        chosen = []
+        for worker, mine in enumerate(shards, start=resolve(None).rank):
+            rng = generator(self._seed, 0, Stream.CERTIFY, worker=worker)
+            chosen.append(mine[torch.randperm(len(mine), generator=rng)[: self._rule.examples]])
         self.examples = Examples(data, torch.cat(chosen), like.device, like.dtype)
         self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
-
-    def _order(self, n: int, worker: int) -> Tensor:
-        return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
 
     def due(self, step: int) -> bool:
         """Return True if the parameters before step `step` should be saved or certified."""
@@ -168,10 +161,7 @@ _LONG = 5.0  # mean steps between two sends of a coordinate; below this it moves
 
 
 class StepSizeCheck:
-    """A check of the step size's stability for coordinates that are rarely sent, on this process's examples.
-
-    A check on the examples of all workers would cost several uncompressed exchanges.
-    """
+    """A check of the step size's stability for coordinates that are rarely sent, on this process's examples."""
 
     def __init__(
         self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]
@@ -185,8 +175,10 @@ class StepSizeCheck:
         ]
         self._concerned = any(step.wait >= _LONG for step in self._steps)
         first = next(task.parameters())
-        wanted = min(max(_LEAST, sum(map(len, shards)) // _SHARE), _MOST)
-        chosen = torch.cat([_spread(shard, max(1, wanted // len(shards))) for shard in shards])
+
+        # Choose evenly spaced examples, since a shard may be sorted by class.
+        n = max(1, min(max(_LEAST, sum(map(len, shards)) // _SHARE), _MOST) // len(shards))
+        chosen = torch.cat([shard[:: max(1, len(shard) // n)][:n] for shard in shards])
         self._examples = Examples(data, chosen, first.device, first.dtype)
 
     def due(self, step: int, calendar: Calendar) -> bool:
@@ -203,8 +195,3 @@ class StepSizeCheck:
         except NotFiniteError:
             return None  # the step itself reports non-finite gradients
         return worst.advice() if worst.is_unstable else None
-
-
-def _spread(shard: Tensor, n: int) -> Tensor:
-    """Return up to n evenly spaced indices of a shard, since it may be sorted by class."""
-    return shard[:: max(1, len(shard) // n)][:n]

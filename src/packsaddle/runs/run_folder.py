@@ -161,10 +161,6 @@ class RunFolder:
                 if text != path.read_bytes():
                     self._write(name, text)
 
-    def remove(self, name: str) -> None:
-        """Remove a file, if it exists."""
-        (self.path / name).unlink(missing_ok=True)
-
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
         write_whole(self.path / name, lambda file: torch.save(content, file))
@@ -272,26 +268,24 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         order: Callable[[Path], Any] = (lambda run: run.stat().st_mtime_ns) if flat else _natural
         for run in sorted(inside, key=order):
             found.setdefault(run.resolve(), run)
-    return [_read_run(path) for path in found.values()]
+
+    # Read the files of each folder.
+    runs = []
+    for path in found.values():
+        try:
+            config, here = read_object(path / "config.json"), read_object(path / "environment.json")
+            metrics = read_lines(path / "metrics.jsonl")
+            summary = read_object(path / "summary.json") if (path / "summary.json").exists() else None
+            certificates = read_lines(path / "certificates.jsonl")
+        except ConfigError as error:
+            raise damaged(path, error) from None
+        runs.append(Run(path, config, here, metrics, summary, certificates))
+    return runs
 
 
 def _natural(path: Path) -> list[list[str | int]]:
     """Return a sort key that orders numbers within names by value."""
     return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
-
-
-def _read_run(path: Path) -> Run:
-    try:
-        return Run(
-            path,
-            read_object(path / "config.json"),
-            read_object(path / "environment.json"),
-            read_lines(path / "metrics.jsonl"),
-            read_object(path / "summary.json") if (path / "summary.json").exists() else None,
-            read_lines(path / "certificates.jsonl"),
-        )
-    except ConfigError as error:
-        raise damaged(path, error) from None
 
 
 def damaged(path: Path, error: ConfigError) -> ConfigError:

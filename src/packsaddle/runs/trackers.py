@@ -191,19 +191,15 @@ def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mappin
 
     with ExitStack() as stack:
         for name in dict.fromkeys(names):
-            trackers.append(_open(name, path, label, config))
+            match name:
+                case "tensorboard":
+                    trackers.append(TensorBoard(path / "tensorboard"))
+                case "wandb":
+                    trackers.append(WandB(path, name=label, config=config))  # creates a subfolder wandb
+                case "mlflow":
+                    trackers.append(MLflow(path / "mlflow", name=label, config=config))
             stack.push(partial(finish, trackers[-1]))
         yield folder
-
-
-def _open(name: TrackerName, folder: Path, label: str, config: Mapping[str, Any]) -> Tracker:
-    match name:
-        case "tensorboard":
-            return TensorBoard(folder / "tensorboard")
-        case "wandb":
-            return WandB(folder, name=label, config=config)  # creates a subfolder wandb
-        case "mlflow":
-            return MLflow(folder / "mlflow", name=label, config=config)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,7 +29,6 @@ from packsaddle.feedback.guard import NonFiniteError
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.runs.batched import BatchedGradients
 from packsaddle.runs.config import Config
-from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live, megabytes
 from packsaddle.runs.run_checkpoints import FINAL_WEIGHTS, NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
 from packsaddle.runs.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
@@ -37,7 +36,7 @@ from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal, shard
-from packsaddle.runs.training import CompressedTraining, Training
+from packsaddle.runs.training import CompressedTraining, LocalTraining, Training
 
 
 @dataclass
@@ -73,10 +72,6 @@ class RunCounters:
         """Return the sums since the last line of metrics and the number of steps in them, float64[3]."""
         return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
 
-    def final_totals(self) -> Tensor:
-        """Return the sum of the losses of the last epoch and their number, float64[2]."""
-        return torch.cat([self.final, self.final.new_tensor([self.in_final])])
-
     def begin_line(self) -> None:
         """Reset the sums for the next line of metrics."""
         self.sums, self.since, self.left_out = torch.zeros_like(self.sums), self.step, 0
@@ -109,7 +104,9 @@ class Trainer:
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.data = load_data(config.data, data_dir, train=True, download=download)
         self.test_data = load_data(config.data, data_dir, train=False, download=download)
-        self._check_data()
+        found = {"training examples": len(self.data), "test examples": len(self.test_data)}
+        with config_errors():  # workers may read different files
+            check_agreement(Communicator(self.group, Ledger()), found, self.device)
         rank, size = self.group.rank, self.group.size
         # Ranks of the workers in this process: all of them in a fused simulation, else one.
         self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
@@ -141,12 +138,6 @@ class Trainer:
         kind = CompressedTraining if self.config.local is None else LocalTraining
         return kind(self.config, self.task, self.calendar, self._escape())
 
-    def _check_data(self) -> None:
-        """Raise ConfigError if workers have different numbers of examples; collective."""
-        found = {"training examples": len(self.data), "test examples": len(self.test_data)}
-        with config_errors():
-            check_agreement(Communicator(self.group, Ledger()), found, self.device)
-
     def _plan(self) -> None:
         """Set the shards, batches and epoch calendar from `history`, the numbers of workers so far."""
         config, (_, size) = self.config, self.history[-1]
@@ -165,9 +156,6 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.task, **self.training.parts()}
 
     def _own_group(self) -> Group:
         """Return the group of the processes that write files; a fused simulation of all workers is one process."""
@@ -197,7 +185,8 @@ class Trainer:
         """
         quiet = quiet or self.group.rank != 0
         tally = self.tally
-        checkpoints = RunCheckpoints(folder, saving, self._parts(), self._own_group())
+        parts = {"model": self.task, **self.training.parts()}
+        checkpoints = RunCheckpoints(folder, saving, parts, self._own_group())
         if saving.resume:
             notes = checkpoints.resume(self._restore)
             if not quiet:
@@ -224,7 +213,8 @@ class Trainer:
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
                     seconds = time.perf_counter() - begin - self.inspected - tally.tested - tally.saved
                     tally.line = line = self._log(folder, seconds)
-                    text = _describe(line, self.group.size)
+                    moved = megabytes(line["sent"] if self.group.size > 1 else line["payload"])
+                    text = f"loss {line['loss']:.4f}  gradient {line['grad_norm']:.1e}  {moved}"
                 report(step + 1, text)
                 if step + 1 < steps:
                     save, stop = vote.decide(step + 1, self.training.scalars)
@@ -371,7 +361,7 @@ class Trainer:
 
     def _final_loss(self, tally: RunCounters) -> float:
         """Return the mean loss of the last epoch's steps, over all workers; collective."""
-        return self._means(tally.final_totals()).item()
+        return self._means(torch.cat([tally.final, tally.final.new_tensor([tally.in_final])])).item()
 
     def _means(self, totals: Tensor) -> Tensor:
         """Return `totals[:-1]` summed over workers, divided by the summed counts `totals[-1]`, NaN if 0; collective."""
@@ -379,7 +369,7 @@ class Trainer:
         return means[:-1] / means[-1]
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
-        summary, moved = self.training.summary(), self.training.moved()
+        summary, moved, front = self.training.summary(), self.training.moved(), self.training.front
 
         # compression = bytes of float32 gradients / payload of the training exchanges.
         dense = self.tally.step * summary["parameters"] * 4
@@ -398,7 +388,9 @@ class Trainer:
                 "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
                 "compression": dense / training if training else math.inf,
                 "seconds": self.tally.line["seconds"],
-                **self.training.guards(),
+                "resets": [asdict(reset) for reset in front.resets],
+                "skipped": front.skipped,
+                "drifts": [asdict(drift) for drift in front.drifts],
                 "noise": self.tally.noise,
                 "warnings": self.warnings,
             },
@@ -418,8 +410,3 @@ class Trainer:
         self.task.train()
         loss, correct, examples = self.training.channel.mean(totals, "metrics").tolist()
         return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
-
-
-def _describe(line: dict[str, Any], workers: int) -> str:
-    moved = line["sent"] if workers > 1 else line["payload"]
-    return f"loss {line['loss']:.4f}  gradient {line['grad_norm']:.1e}  {megabytes(moved)}"

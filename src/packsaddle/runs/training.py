@@ -1,27 +1,35 @@
-"""The interface between a trainer and its optimizer: CompressedSGD here, local updates in `local_training`."""
+"""The interface between a trainer and its optimizer, for CompressedSGD and for local updates."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.ledger import Bytes
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.select_aggregator import choose
 from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Ramp
-from packsaddle.runs.config import Config
+from packsaddle.feedback.slices import is_sent_uncompressed
+from packsaddle.local.inner import JoinedOptimizer
+from packsaddle.local.options import Elastic
+from packsaddle.local.updates import LocalUpdates
+from packsaddle.options.schema import plain
+from packsaddle.runs.config import Config, LocalConfig
 from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 
-if TYPE_CHECKING:
-    from packsaddle.local.updates import LocalUpdates
-
+_LAST_FRACTION = 0.1  # learning rate at the end of a cosine schedule, as a fraction of the peak
+_MUON_MOMENTUM = 0.95  # default momentum of Muon, then with nesterov
 Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
 
 
@@ -45,7 +53,7 @@ class Training(ABC):
     bytes in the same totals. `reach`: distance by which noise of std 1 moves a coordinate in one exchange.
     """
 
-    front: "CompressedSGD | LocalUpdates"
+    front: CompressedSGD | LocalUpdates
     channel: Communicator
     reach = 1.0
     scalars: Tensor | None = None  # means over workers of the last step's scalars; None if it had no exchange
@@ -73,14 +81,6 @@ class Training(ABC):
         """Return `reach`, and the sum of (r_t / r)^2 over all exchanges t, r_t the scheduled std, r the initial one."""
         exchanges, std = self._calendar.steps // self._every, self._config.noise.std
         return self.reach, self._noise.ramp.squares(exchanges) / std**2 if self._noise and std else float(exchanges)
-
-    def guards(self) -> dict[str, Any]:
-        """Return the escape check's resets, the number of skipped steps, and parameter drifts found, as plain types."""
-        return {
-            "resets": [asdict(reset) for reset in self.front.resets],
-            "skipped": self.front.skipped,
-            "drifts": [asdict(drift) for drift in self.front.drifts],
-        }
 
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
@@ -182,3 +182,164 @@ class CompressedTraining(Training):
 
     def waits(self) -> list[float] | None:
         return self.front.waits()
+
+
+class LocalTraining(Training):
+    """Training with the local updates configured in [local].
+
+    Other averages over workers, such as of losses, use the default group and a separate ledger, because an exchange may
+    run in another thread at the same time.
+    """
+
+    front: LocalUpdates
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        calendar: Calendar,
+        escape: Escape | None,
+        elastic: Elastic | None = None,
+    ) -> None:
+        assert config.local is not None
+        self._local = local = config.local
+        super().__init__(config, calendar, local.every)
+
+        # Make this worker's inner optimizer, then the exchanges.
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._inner = make_inner(config, local, model)
+        with config_errors():
+            self.front = LocalUpdates(
+                self._inner,
+                replace(config.compression(), monitor_every=max(1, config.log_every // local.every)),
+                every=local.every,
+                outer=local.outer,
+                overlap=local.overlap,
+                workers=elastic,
+                noise=self._noise or config.noise.std,
+                escape=escape,
+                keep_unsent=local.keep_unsent,
+                seed=config.seed,
+            )
+        self.channel = Communicator(resolve(None), Ledger())
+        self._mu: dict[str, Any] = {}  # measured contraction before `finish`, whose exchange is uncompressed
+
+    def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
+        # Compute gradients, and clip them if configured.
+        self.channel.step = self.front.steps
+        loss = closure()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._local.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._local.clip, norm)
+        measured = torch.stack([loss, norm])
+        self.took = bool(measured.isfinite().all())
+
+        # Set the scheduled learning rate. With elastic workers it depends on the anchor's steps.
+        done = self.front.steps if self.front.membership is None else self.front.position
+        for group in self._inner.param_groups:
+            group["lr"] = self.rate(done)
+        self._inner.step()
+        self.scalars = None
+        if scalars is not None and self.front.exchanging:
+            self.scalars = self.channel.mean(scalars.clone(), "metrics")
+        return measured
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step: a linear warm-up, then constant or a cosine down to 10% of the peak."""
+        calendar, peak = self._calendar, self._config.lr
+        done, end = calendar.position(step), calendar.position(calendar.steps)
+        rising = self._local.warm_up * calendar.per_epoch
+        if done + 1 < rising:
+            return peak * (done + 1) / rising
+        if self._local.schedule == "constant":
+            return peak
+        passed = min(1.0, max(0.0, (done - rising) / max(1.0, end - rising)))
+        return peak * (_LAST_FRACTION + (1 - _LAST_FRACTION) * (1 + math.cos(math.pi * passed)) / 2)
+
+    def finish(self) -> None:
+        """Exchange all pending updates. If that is rejected, exchange again: only valid updates remain then."""
+        self._mu = self.contraction()
+        if not self.front.flush():
+            self.front.flush()
+
+    def at_anchor(self) -> AbstractContextManager[None]:
+        return self.front.at_anchor()
+
+    def parts(self) -> dict[str, Any]:
+        """See `Training`. Learning rate schedules are functions of the step, without a state."""
+        return {"optimizer": self._inner, "local": self.front, "ledger": self.channel.ledger}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self._inner.state_dict(), "local": self.front.state_dict()}
+
+    def moved(self) -> Mapping[str, Bytes]:
+        self.front.wait()
+        found = dict(self.front.ledger.by_purpose)
+        for purpose, moved in self.channel.ledger.by_purpose.items():
+            found[purpose] = found.get(purpose, Bytes()) + moved
+        return found
+
+    def contraction(self) -> dict[str, Any]:
+        return self._mu or {"mu": self.front.contraction, "mu_by_tensor": {}}
+
+    def summary(self) -> dict[str, Any]:
+        """See `Training`. The exchange is described as if all fragments were exchanged together."""
+        # n of the d coordinates are compressed.
+        config = self._config
+        compressed = [p for p in self._parameters if not is_sent_uncompressed(p, config.dense_below)]
+        d, n = (sum(p.numel() for p in some) for some in (self._parameters, compressed))
+        shapes, lossless = [p.shape for p in compressed], config.compressor.lossless
+        choice = choose(
+            config.compressor.for_tensors(shapes) if n else config.compressor,
+            self.front.options.compression.exchange_of(config.compressor),
+            d=n,
+            dense=d - n + 1,
+            workers=self.channel.group.size,
+            itemsize=self._parameters[0].element_size(),
+            back=config.back.for_tensors(shapes) if config.back is not None and n and not lossless else None,
+        )
+        there = self.front.membership
+        return {
+            "parameters": d,
+            "compressed_parameters": n,
+            "mu": (choice.aggregator.mu(n, self.channel.group.size) * n + d - n) / d,
+            "exchange": choice.name,
+            "exchange_reason": choice.reason,
+            "local": plain(self._local),
+            **({} if there is None else {"elastic": {"workers": there.workers, "lost": there.lost}}),
+        }
+
+    @property
+    def rounds(self) -> int:
+        return self.front.rounds
+
+
+def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimizer:
+    """Return the inner optimizer configured in [local], which steps on each worker between exchanges."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rate: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(named, **rate, momentum=config.momentum, nesterov=config.nesterov)
+    adamw: dict[str, Any] = {**rate, "betas": tuple(local.betas)}
+    if local.optimizer == "adamw":
+        return torch.optim.AdamW(named, **adamw)
+
+    # Both have the same learning rate (match_rms_adamw).
+    momentum = {"momentum": config.momentum or _MUON_MOMENTUM, "nesterov": config.nesterov or not config.momentum}
+    return JoinedOptimizer(muon_and_adamw(model, {**rate, **momentum, "adjust_lr_fn": "match_rms_adamw"}, adamw))
+
+
+def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[Optimizer]:
+    """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
+
+    Hidden are all matrices except embeddings and the weight of the last linear layer, the output layer, as torch's
+    documentation of Muon recommends. An optimizer without parameters is left out.
+    """
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    ends = [*linear[-1:], *(module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))]
+    apart = {id(module.weight) for module in ends}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in apart]
+    others = [(name, p) for name, p in named if p.ndim != 2 or id(p) in apart]
+    made: list[Optimizer] = [torch.optim.Muon(hidden, **muon)] if hidden else []
+    return [*made, torch.optim.AdamW(others, **adamw)] if others else made

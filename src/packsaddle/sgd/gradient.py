@@ -58,7 +58,7 @@ class Gradient:
     A parameter without a gradient has gradient zero. Subclasses keep a vector between steps, such as the momentum.
     """
 
-    kind = "gradient"  # its name in saved states
+    kind = "gradient"  # its name in saved states, and that of the vector kept between steps
     started = True  # False: no step has been applied, so the kept vector has no value yet
     keeps = False  # True: keeps a vector between steps
 
@@ -188,6 +188,12 @@ class _StatefulGradient(Gradient):
     def spare_bytes(self) -> int:
         return 0 if self._next is self._now else self._next.flat.nbytes
 
+    def vectors(self) -> dict[str, Tensor]:
+        return {self.kind: self._now.flat}
+
+    def views(self) -> dict[str, list[Tensor]]:
+        return {self.kind: self._now.views}
+
     def close(self, *, apply: bool) -> None:
         if apply:
             self._now, self._next = self._next, self._now
@@ -226,12 +232,6 @@ class Momentum(_StatefulGradient):
             base = out
             self.norm = None  # the measured norm does not include m
         self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
-
-    def vectors(self) -> dict[str, Tensor]:
-        return {"momentum": self._now.flat}
-
-    def views(self) -> dict[str, list[Tensor]]:
-        return {"momentum": self._now.views}
 
 
 class StormGradient(_StatefulGradient):
@@ -291,10 +291,7 @@ class StormGradient(_StatefulGradient):
             self._previous.copy_(self._here)
 
     def vectors(self) -> dict[str, Tensor]:
-        return {"storm": self._now.flat, "storm_previous": self._previous}
-
-    def views(self) -> dict[str, list[Tensor]]:
-        return {"storm": self._now.views}
+        return {**super().vectors(), "storm_previous": self._previous}
 
 
 @dataclass(frozen=True)
@@ -312,20 +309,16 @@ class GradientUpdate(Update):
         return None if self.x_is_large else self.direction.norm
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to base + scale * u, both float[d]; out may be base."""
         self.direction.add(base, out, self.scales, self.extras)
 
     def add_if_finite(self, out: Shaped) -> bool:
-        """Add scale * u to out, float[d], in place; False if it may be non-finite, see `Gradient.add_if_finite`."""
         bounded = not (self.is_known_invalid or self.x_is_large)
         return bounded and self.direction.add_if_finite(out, self.scales, self.extras)
 
     def subtract(self, out: Shaped) -> None:
-        """Subtract scale * u from out, float[d], within the same step."""
         self.direction.subtract(out, self.scales, self.extras)
 
     def perturb(self, out: Tensor) -> None:
-        """Add the update's noise and weight decay to out, float[d], which contains the gradient already."""
         self.direction.perturb(out, self.scales, self.extras)
 
 

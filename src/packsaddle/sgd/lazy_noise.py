@@ -1,8 +1,9 @@
 """Lazy noise: the noise of a coordinate is drawn when a step sends it, instead of passing through the error memory."""
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,25 +13,13 @@ from packsaddle.comm.aggregators import Aggregator, AllReduce, Averaged
 from packsaddle.compressors.sparse import Cells
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
-from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
 _NEGLIGIBLE = 1e-9  # ratio to a float64 sum below which a term loses too many digits
 
 
-@dataclass(frozen=True)
-class SavedNoise:
-    """The noise not yet applied to x, in a saved state: its variance, by cell (a block of coordinates)."""
-
-    total: float  # the variance of a coordinate that was never sent
-    kept: Tensor  # float[cells], the total when each cell was last sent
-    size: int  # coordinates per cell
-
-    def __post_init__(self) -> None:
-        check_tensor("noise", self.kept, None)
-
-
+@dataclass
 class OutstandingNoise:
     """The noise not applied to x yet, represented by its variance: one number per cell (a block of coordinates).
 
@@ -41,30 +30,32 @@ class OutstandingNoise:
     separate draw. Its distribution is exact at that step, but not jointly with other draws or with later x.
     """
 
-    def __init__(self, cells: int, size: int, device: torch.device) -> None:
-        self._size = size
-        self._total = 0.0  # variance of a coordinate that was never sent
-        self._kept = torch.zeros(cells, dtype=torch.float64, device=device)  # the total when a cell was last sent
+    total: float  # the variance of a coordinate that was never sent
+    kept: Tensor  # float64[cells], the total when each cell was last sent
+    size: int  # coordinates per cell
+
+    def __post_init__(self) -> None:
+        check_tensor("noise", self.kept, None)
 
     def grow(self, std: float) -> None:
         """Add independent noise of this standard deviation to every coordinate."""
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE * self._total:  # rounding would lose it
-            least = float(self._kept.min())
-            self._kept -= least
-            self._total -= least
-        self._total += variance
+        if 0 < variance < _NEGLIGIBLE * self.total:  # rounding would lose it
+            least = float(self.kept.min())
+            self.kept -= least
+            self.total -= least
+        self.total += variance
 
     def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
         """Draw the noise of these m cells of b coordinates; add alpha times it to out, float[m b], and clear it."""
-        self._add(self._total - self._kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
-        self._kept[cells.index] = self._total
+        self._add(self.total - self.kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
+        self.kept[cells.index] = self.total
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""
-        noise = like.new_zeros(len(self._kept) * self._size)
+        noise = like.new_zeros(len(self.kept) * self.size)
         # A random stream other than that of `take` at this step, since both draws may reach x.
-        self._add(self._total - self._kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
+        self._add(self.total - self.kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
     def _add(self, variance: Tensor, out: Tensor, alpha: float, key: Keys) -> None:
@@ -73,37 +64,21 @@ class OutstandingNoise:
     @property
     def std(self) -> float:
         """An upper bound on the standard deviation outstanding at any coordinate."""
-        return math.sqrt(self._total)
-
-    def clone(self) -> "OutstandingNoise":
-        """Return a copy of this outstanding noise."""
-        return self.of(self.state(), self._kept.device)
+        return math.sqrt(self.total)
 
     @property
     def anything(self) -> bool:
         """True if noise was added since the last `clear`."""
-        return self._total != 0
+        return self.total != 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The number of cells, and of coordinates per cell."""
+        return len(self.kept), self.size
 
     def clear(self) -> None:
-        """Clear the outstanding noise."""
-        self._total = 0.0
-        self._kept.zero_()
-
-    def state(self) -> SavedNoise:
-        """Return the state for a checkpoint; `kept` is not a copy."""
-        return SavedNoise(self._total, self._kept, self._size)
-
-    @classmethod
-    def of(cls, saved: SavedNoise, device: torch.device) -> "OutstandingNoise":
-        """Return an `OutstandingNoise` with a copy of the saved state."""
-        made = cls(len(saved.kept), saved.size, device)
-        made._total = saved.total
-        made._kept.copy_(saved.kept)
-        return made
-
-    def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
-        """Return True if this and the other noise have the same number and size of cells."""
-        return (len(self._kept), self._size) == (len(other._kept), other._size)
+        self.total = 0.0
+        self.kept.zero_()
 
 
 class Perturber:
@@ -117,110 +92,97 @@ class Perturber:
     def __init__(
         self,
         noise: Noise,
+        memory: ErrorMemory,
+        aggregator: Aggregator,
         *,
         seed: int,
-        flat: FlatParameters,
-        aggregator: Aggregator,
         escape: bool,
         plain: bool,
     ) -> None:
-        self._noise, lazy = noise, noise.lazy
-        self._seed, self._flat, self._d = seed, flat, flat.compressed_d
+        self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # t of the last draw
-        self._outstanding: OutstandingNoise | None = None
+        self.outstanding: OutstandingNoise | None = None  # None: noise is eager
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
         # Number and size of cells, if all workers send the same ones in each step; else None.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
+        problem = ""
         if not plain:
-            if lazy:
-                raise ValueError("lazy noise goes with plain error feedback alone: no ef21, momentum or storm")
+            problem = "lazy noise goes with plain error feedback alone: no ef21, momentum or storm"
         elif grid is None:
-            if lazy:
-                raise ValueError(
-                    f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
-                    f"{type(aggregator).__name__}"
-                )
-        elif lazy and escape:
-            raise ValueError(
+            by = type(aggregator).__name__
+            problem = f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by {by}"
+        elif escape:
+            problem = (
                 "lazy noise goes with no escape check, which looks at e: what is outstanding is drawn anew for "
                 "each look, so that resets would have another law; lazy=None draws noise eagerly there"
             )
-        elif noise.std != 0 and self._d and lazy is not False and not escape:
-            self._outstanding = OutstandingNoise(*grid, flat.x.device)
+        elif noise.std != 0 and self._d and noise.lazy is not False:
+            cells, size = grid
+            kept = torch.zeros(cells, dtype=torch.float64, device=memory.vector.device)
+            self.outstanding = OutstandingNoise(0.0, kept, size)
+        if problem and noise.lazy:
+            raise ValueError(problem)
 
-    @property
-    def lazy(self) -> bool:
-        """True if noise may be left outstanding."""
-        return self._outstanding is not None
-
-    def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
+    def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
         """Return the noise xi_t of this step (None: 0), and how many leading coordinates keep it outstanding."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
-        if self._outstanding is None:
+        if self.outstanding is None:
             return xi, 0
-        if len(set(lrs)) == 1 and not self._flat.has_frozen:
+        if len(set(lrs)) == 1 and not self._memory.slice.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
         # A cell may span several rates, or frozen parameters: move the outstanding noise to the memory.
-        self._settle(self._outstanding, memory, step)
+        self._settle(self.outstanding, step)
         return xi, 0
 
-    def _settle(self, outstanding: OutstandingNoise, memory: ErrorMemory, step: int) -> None:
+    def _settle(self, outstanding: OutstandingNoise, step: int) -> None:
         """Draw all outstanding noise and move it to the error memory, as with eager noise."""
         if outstanding.anything:
-            memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
+            self._memory.add(outstanding.draw(self._memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()
 
-    def add_outstanding(self, g: Averaged, unit: float) -> None:
+    def add_outstanding(self, g: Averaged) -> None:
         """Add the outstanding noise of the cells that this step exchanged to their values in the mean g, in place.
 
-        Values are in multiples of `unit`. The noise of this step is included. No-op if noise is eager.
+        The noise of this step is included. No-op if noise is eager.
         """
-        if self._outstanding is None:
+        if self.outstanding is None:
             return
-        self._outstanding.grow(self.grown)
-        if self._outstanding.anything:
+        self.outstanding.grow(self.grown)
+        if self.outstanding.anything:
             message = g.mean[0].message
             values = message.parts["values"]
-            self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=self._step)
+            self.outstanding.take(message.context, values, 1 / self._memory.unit, seed=self._seed, step=self._step)
 
     @property
     def bound(self) -> float:
         """An upper bound on the change of x by `add_outstanding`: 7 std, as Gaussians of 32 random bits are below."""
-        return 0.0 if self._outstanding is None else 7 * math.hypot(self.grown, self._outstanding.std)
+        return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, self.outstanding.std)
 
     def snapshot(self) -> Any:
         """Return a copy of the outstanding noise, for `restore`."""
-        return None if self._outstanding is None else self._outstanding.clone()
+        return copy.deepcopy(self.outstanding)
 
     def restore(self, snapshot: Any) -> None:
-        """Roll the outstanding noise back to a `snapshot`."""
-        self._outstanding = snapshot
+        self.outstanding = snapshot
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
         """Return the unsent update `pending`, float[d], plus a draw of the outstanding noise, which is not cleared."""
-        if self._outstanding is None or not self._outstanding.anything:
+        if self.outstanding is None or not self.outstanding.anything:
             return pending
-        noise = self._outstanding.draw(pending[: self._d], seed=self._seed, step=step)
+        noise = self.outstanding.draw(pending[: self._d], seed=self._seed, step=step)
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
-    def clear(self) -> None:
-        """Clear the outstanding noise."""
-        if self._outstanding is not None:
-            self._outstanding.clear()
-
-    def state(self) -> SavedNoise | None:
-        """Return the outstanding noise; None if noise is eager."""
-        return None if self._outstanding is None else self._outstanding.state()
-
-    def load(self, saved: SavedNoise | None, memory: ErrorMemory, step: int) -> None:
+    def load(self, saved: OutstandingNoise | None, step: int) -> None:
         """Restore a saved state. If noise is eager here, or cells differ, it is drawn and added to the memory."""
-        self.clear()
+        here = self.outstanding
+        if here is not None:
+            here.clear()
         if saved is None:
             return
-        found = OutstandingNoise.of(saved, self._flat.x.device)
-        if self._outstanding is not None and found.is_on_grid_of(self._outstanding):
-            self._outstanding = found
+        found = replace(saved, kept=saved.kept.to(self._memory.vector.device, torch.float64, copy=True))
+        if here is not None and here.grid == found.grid:
+            self.outstanding = found
         else:
-            self._settle(found, memory, step)
+            self._settle(found, step)

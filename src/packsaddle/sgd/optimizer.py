@@ -29,13 +29,13 @@ from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
-from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, parameter_ids
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
 from packsaddle.numerics.finite import overflow_margin
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
-from packsaddle.sgd.lazy_noise import Perturber, SavedNoise
+from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
@@ -92,7 +92,7 @@ class FlatTarget:
 
     def _move(self, g: Averaged) -> Tensor | None:
         """Subtract the mean update g and outstanding noise from x; return the rounding error of x, float[d] or None."""
-        self._noise.add_outstanding(g, self._memory.unit)
+        self._noise.add_outstanding(g)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
@@ -186,7 +186,6 @@ class CompressedSGD(Optimizer):
         self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
         self.monitor = Contraction(spec.monitor_every, self._flat)
         self._feedback = ErrorFeedback(
-            self._flat,
             self._memory,
             self.channel,
             Guard("dense" if spare else "none"),
@@ -198,10 +197,8 @@ class CompressedSGD(Optimizer):
         self.choice = self._feedback.choice
         self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
-            Noise.of(noise),
+            *(Noise.of(noise), self._memory, self.choice.aggregator),
             seed=self.seed,
-            flat=self._flat,
-            aggregator=self.choice.aggregator,
             escape=escape is not None,
             plain=spec.memory != "ef21" and not momentum,
         )
@@ -220,7 +217,8 @@ class CompressedSGD(Optimizer):
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
-        self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
+        where = self._flat, self._flat.x, self.channel, self.seed
+        self._escape = EscapeCheck(escape, *where) if escape else None
         self.saved_state = State(
             *("CompressedSGD", _RULES, self._identity, self._saved_fields),
             head=("param_groups", ANY),
@@ -269,8 +267,9 @@ class CompressedSGD(Optimizer):
         update = self._update(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # applied by all workers, or by none
             v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
+            given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
-            round.exchange([self._given(scalars, v), factors])  # line 10: g^(i) = C(v), and its mean over workers
+            round.exchange([given, factors])  # line 10: g^(i) = C(v), and its mean over workers
             self.scalars, mean_factors = round.extras
             self._compare_factors(factors, mean_factors)
             round.apply(self._target)  # line 11: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i)
@@ -320,7 +319,7 @@ class CompressedSGD(Optimizer):
     def _update(self, t: int) -> GradientUpdate:
         """Return the update eta (gradient + weight_decay x + noise xi_t), with momentum or STORM applied (line 9)."""
         lrs, decays = self._each("lr"), self._each("weight_decay")
-        noise, noisy_from = self._noise.draw(self._memory, lrs, t)
+        noise, noisy_from = self._noise.draw(lrs, t)
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
@@ -333,10 +332,6 @@ class CompressedSGD(Optimizer):
         overflowed = found is not None and bool(found)
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
-    def _given(self, scalars: Tensor | None, like: Tensor) -> Tensor:
-        """Return the user's scalars to average over workers, float[n], with the dtype and device of `like`."""
-        return like[:0] if scalars is None else scalars.detach().reshape(-1).to(like)
-
     def _factors(self, like: Tensor) -> Tensor:
         """Return this worker's factors of the update, which all workers compare, float[0 or more] (`local_factors`).
 
@@ -345,10 +340,10 @@ class CompressedSGD(Optimizer):
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"
-        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
+        is_lazy = self._noise.outstanding is not None
+        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=is_lazy, can_wait=can_wait))
 
     def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
-        """Raise RuntimeError if the factors of the update differ between workers."""
         if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
             raise RuntimeError(
                 f"workers must have one lr and one noise at every step, but the factors of the update (lr, std of the "
@@ -356,42 +351,35 @@ class CompressedSGD(Optimizer):
             )
 
     def _finish_step(self, round: Round) -> None:
-        """Commit or roll back the direction, count the step or the skip, and compare workers if due."""
-        t, applied = round.step, round.absorbed
-        self._direction.close(apply=applied)
-        if not applied:
-            self._skip(round)
+        """Commit or roll back the direction, count the step or the skip, and compare workers if due; collective.
+
+        Raises NonFiniteError after too many skipped steps, or with memory="gradient" after one.
+        """
+        t = round.step
+        self._direction.close(apply=round.absorbed)
+        if not round.absorbed:
+            # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
+            name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else round.name
+            text = torch.tensor(list(name.encode()), dtype=torch.uint8)
+            row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
+            parts = {"name": text.to(device), "row": row.to(device)}
+            gathered = self.channel.gather(parts, fixed_size=False, purpose="guard")
+            names = {worker: bytes(p["name"].tolist()).decode() for worker, p in enumerate(gathered)}
+            self._skips.record(Skip.of(t, names, THE_MEAN))
+            self._skips.check(max(int(p["row"]) for p in gathered))
+            if self._memory.in_gradients:
+                raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
             return
         self._count(t + 1)
         self._skips.reset_streak()
         if self._drift.due(t):
-            shared = {"": self._flat.x, **self._shared()}
-            self._drift.compare(t, list(shared.values()), partial(self._named, shared), self._rates)
+            shared = {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
 
-    def _named(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
-        """Return (name, view) of each parameter in some flat vectors, float[d], with names as "VECTOR of PARAMETER"."""
-        return [
-            (f"{kind} of {place.name}" if kind else place.name, view)
-            for kind, vector in vectors.items()
-            for place, view in self._flat.named(vector)
-        ]
+            def named() -> list[tuple[str, Tensor]]:
+                vectors = {"": self._flat.x, **{f"{name} of ": vector for name, vector in shared.items()}}
+                return [(kind + p.name, view) for kind, v in vectors.items() for p, view in self._flat.named(v)]
 
-    def _skip(self, round: Round) -> None:
-        """Record a step that all workers skip; collective.
-
-        Raises NonFiniteError after too many, or with memory="gradient" after one.
-        """
-        # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
-        name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else round.name
-        text = torch.tensor(list(name.encode()), dtype=torch.uint8)
-        row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
-        parts = {"name": text.to(device), "row": row.to(device)}
-        gathered = self.channel.gather(parts, fixed_size=False, purpose="guard")
-        names = {worker: bytes(p["name"].tolist()).decode() for worker, p in enumerate(gathered)}
-        self._skips.record(Skip.of(round.step, names, THE_MEAN))
-        self._skips.check(max(int(p["row"]) for p in gathered))
-        if self._memory.in_gradients:
-            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
+            self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
     def _count(self, steps: int) -> None:
         """Set the step counter, and refresh the views in `self.state`, since a step may swap buffers."""
@@ -514,10 +502,6 @@ class CompressedSGD(Optimizer):
         kept = self._memory.vectors() | self._direction.vectors()
         return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
-    def _shared(self) -> dict[str, Tensor]:
-        """Return the vectors of `_flat_state` that are identical on all workers."""
-        return {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
-
     def _publish_state(self) -> None:
         """Set views of the flat vectors as per-parameter state, for torch's checkpoint tools."""
         for name, flat in self._flat_state().items():
@@ -565,7 +549,8 @@ class CompressedSGD(Optimizer):
         sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
         if sizes != here:
             raise ValueError(f"the state is of {sum(sizes)} parameters, and there are {sum(here)}")
-        vectors = {i: state_dict["state"].get(key, {}) for i, key in enumerate(parameter_ids(state_dict))}
+        keys = [key for group in groups for key in group["params"]]  # integers, or names in torch's DCP
+        vectors = {i: state_dict["state"].get(key, {}) for i, key in enumerate(keys)}
         rest = state_dict if state_dict.keys() & _DROPPED.keys() else _DROPPED
         return {**rest, "param_groups": groups, "state": vectors}
 
@@ -573,36 +558,30 @@ class CompressedSGD(Optimizer):
         """Return the fields of the saved state; those that depend on others are loaded after them."""
         shapes = {i: p.shape for i, p in enumerate(self._flat.parameters)}
         group = ("param_groups", ANY)
-        fields: list[Vector | Value] = [
-            Vector(("state", ANY, name), shapes, partial(self._views_by_index, name)) for name in self._flat_state()
-        ]
+        escape, memory = self._escape, self._memory
+
+        def views(name: str) -> dict[int, Tensor]:
+            return dict(enumerate(self._flat.views(self._flat_state()[name])))
+
+        def load_noise(saved: OutstandingNoise | None) -> None:
+            self._noise.load(saved, self._step)
+
         return [
-            *fields,
+            *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
             attribute((*group, "step"), self, "_step", int),
-            Value((*group, "unit"), float, lambda: self._memory.unit, self._memory.after_load),
+            Value((*group, "unit"), float, lambda: memory.unit, memory.after_load),
             attribute((*group, "started"), self._direction, "started", bool),
-            Value((*group, "anchor_step"), int, self._anchor_step, self._set_anchor_step),
+            attribute((*group, "anchor_step"), escape, "anchor_step", int)
+            if escape
+            else Value((*group, "anchor_step"), int, lambda: 0, skip),
             Value(("aggregator",), SavedAggregator, self._feedback.aggregator_state, self._feedback.load_aggregator),
-            Value(("noise",), SavedNoise | None, self._noise.state, self._load_noise),
+            Value(("noise",), OutstandingNoise | None, lambda: self._noise.outstanding, load_noise),
             *self._skips.fields(),
             *self.monitor.fields(),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             attribute(("resets",), self, "resets", list[Reset]),
             attribute(("drifts",), self._drift, "found", list[Drift]),
         ]
-
-    def _views_by_index(self, name: str) -> dict[int, Tensor]:
-        return dict(enumerate(self._flat.views(self._flat_state()[name])))
-
-    def _anchor_step(self) -> int:
-        return self._escape.anchor_step if self._escape else 0
-
-    def _set_anchor_step(self, step: int) -> None:
-        if self._escape:
-            self._escape.anchor_step = step
-
-    def _load_noise(self, saved: SavedNoise | None) -> None:
-        self._noise.load(saved, self._memory, self._step)
 
     def _identity(self) -> dict[str, int | str]:
         """Return the values that must be equal at saving and at loading. "owners": an exchange with owner errors."""
@@ -617,5 +596,4 @@ class CompressedSGD(Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Raise TypeError: a copied or unpickled optimizer would lose its parameters and group. Use `state_dict`."""
         raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")

@@ -291,7 +291,8 @@ def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tm
 # Studies.
 
 
-FEW = ("--set", "data.limit=80", "batch_size=8", "epochs=1", "certify.examples=32", "certify.max_hvps=4")
+SMALL = "model={name='autoencoder', widths=[16]}"
+FEW = ("--set", "data.limit=80", "batch_size=8", "epochs=1", "certify.examples=32", "certify.max_hvps=4", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +383,8 @@ def test_figure_2_from_the_command_line(finished: tuple[Path, str]) -> None:
 @pytest.mark.process
 def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
-    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=80", "epochs=1")
+    few = ("--set", "data.limit=80", "epochs=1", "model.name=resnet18")
+    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, *few)
     assert command("experiments.paper", "fig1", *arguments) == 0
     assert "RandomK 0.1%: final loss" in capsys.readouterr().out
     entries = by_setting(json.loads((folder / "summary.json").read_text()))
@@ -513,7 +515,7 @@ def gone(group: int) -> bool:
 def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
     arguments = [str(a) for a in study(mnist, tmp_path / "study", "--only", "dense", "randomk", seeds=1)]
-    long = [a.replace("epochs=1", "epochs=15") for a in arguments]
+    long = [a.replace("epochs=1", "epochs=10") for a in arguments if a != SMALL]
     program = [sys.executable, "-m"]
     process = subprocess.Popen(
         [*program, *long],
@@ -525,7 +527,7 @@ def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Pa
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/*/metrics.jsonl")):
-        time.sleep(0.2)
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed

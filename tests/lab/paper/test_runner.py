@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_python import environment, python
 
 from experiments.paper import runner
 from experiments.paper.runner import in_parallel
@@ -85,6 +85,6 @@ if __name__ == "__main__":
 def test_the_command_says_one_line(tmp_path: Path) -> None:
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(folder=str(Path(__file__).parent)))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    done = subprocess.run([python(), str(script)], capture_output=True, text=True, env=environment())
     expected = "packsaddle: killed failed: its process was killed by SIGKILL; out of memory? choose fewer --jobs\n"
     assert (done.returncode, done.stderr) == (1, expected)

@@ -1,9 +1,11 @@
 """The race to a loss: curves, their search, steps on links, and the tables and figures that are made of them."""
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ import torch
 from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
+from benchmarks.origin import UNKNOWN, Origin, check_text, described
 from benchmarks.race import curves as curves_module
+from benchmarks.race import library as library_module
 from benchmarks.race import search as search_module
 from benchmarks.race.contenders import parse
 from benchmarks.race.curves import Curve, Job, Training, append, load, train, validate
 from benchmarks.race.figures import draw, titled
+from benchmarks.race.library import library_text
 from benchmarks.race.peers import Racer, enter
 from benchmarks.race.recipe import CONSTANT, Recipe
+from benchmarks.race.rows_file import add_rows, read_rows
 from benchmarks.race.search import Search
 from benchmarks.race.time_to_loss import (
     Rates,
@@ -34,9 +40,11 @@ from benchmarks.race.time_to_loss import (
 )
 from benchmarks.race.workload import TrainingWorkload, load_library
 from packsaddle.comm.group import resolve
+from packsaddle.errors import ConfigError
 from packsaddle.runs.config import DataConfig
 
 IMAGES = TrainingWorkload("mnist-autoencoder", 4)
+TEXT = TrainingWorkload("gpt", 4)
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
@@ -91,9 +99,41 @@ def test_text_of_the_library_is_the_same_everywhere_and_does_not_repeat() -> Non
     assert whole.vocabulary.isascii()
     text = "".join(whole.vocabulary[i - 1] for i in whole.codes[:200_000].tolist())
     assert "def " in text
+    assert hashlib.sha256(library_text().encode()).hexdigest()[:12] == TEXT.text_hash() == "bdefb6a7856b"
     held_out = load_library(DataConfig("text"), train=False)
     assert held_out.vocabulary == whole.vocabulary
     assert len(held_out) == pytest.approx(len(whole) / 9, rel=0.01)
+
+
+def test_another_library_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing module and a changed one: the message has the needed version."""
+    library_text.cache_clear()
+    monkeypatch.setenv("RACE_LIBRARY", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"has no module .*\.py, which the race reads: run Python 3\.11\.7, or set"):
+        library_text()
+    names = (Path(library_module.__file__).with_name("library") / "modules.txt").read_text().split()
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("pass\n")
+    with pytest.raises(ConfigError, match=r"must have the standard library of Python 3\.11\.7, whose text .* got one"):
+        library_text()
+    library_text.cache_clear()
+
+
+def test_rows_with_more_columns_than_their_file(tmp_path: Path) -> None:
+    """Rows of before have empty cells; an origin that they lack is not recorded."""
+    file = tmp_path / "rows.csv"
+    add_rows(file, [{"method": "a", "s": 1}])
+    origin = Origin.here(threads=1, text="abc")
+    add_rows(file, [{"method": "b", **asdict(origin), "s": 2}])
+    add_rows(file, [{"method": "c", **asdict(origin), "s": 3}])
+    found = read_rows(file, lambda row: (row["method"], float(row["s"]), Origin.of_row(row)), "row")
+    assert found == [("a", 1.0, UNKNOWN), ("b", 2.0, origin), ("c", 3.0, origin)]
+    assert described([UNKNOWN, origin])["torch"] == f"{torch.__version__}; not recorded"
+    assert origin.date.startswith("20")
+    check_text([UNKNOWN, origin], "abc", file)
+    with pytest.raises(ValueError, match=r"rows.csv must have rows of one text, abd, got abc: use another file"):
+        check_text([UNKNOWN, origin], "abd", file)
 
 
 def validated() -> tuple[float, float, bool]:
@@ -306,6 +346,7 @@ def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert first["rows"][0]["best peer"] == "diloco-8"
     assert shares["rows"][0]["contender"] == "ddp"
     assert (tmp_path / "times-2-workers.png").exists()
+    assert losses["setting"]["machine"] == "not recorded"  # and not the reader's
 
 
 @pytest.mark.process
@@ -332,7 +373,7 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
         "--seeds",
         1,
         "--rates",
-        "20/1000",
+        "100/1000",
         "--rounds",
         1,
         "--block",
@@ -346,6 +387,16 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
         document = capsys.readouterr().out
         losses, _, _ = json.loads(document[document.index("[\n") :])
         assert [row["method"] for row in losses["rows"]] == ["ddp", "TopK(0.01) every=1"]
+    assert losses["setting"]["torch"] == torch.__version__
+    recorded = [row.origin for row in (*load(tmp_path / "curves.csv"), *load_steps(tmp_path / "steps.csv"))]
+    assert len(set(recorded)) == 1  # all by one machine, on one text
+    assert len(recorded[0].text) == 12
+    (other := tmp_path / "other").mkdir()
+    (other / "text.txt").write_text("All play and no work makes Jack a mere toy.\n" * 50)
+    asked = [
+        other if word is tmp_path and arguments[i - 1] == "--data-dir" else word for i, word in enumerate(arguments)
+    ]
+    refused(capsys, "must have rows of one text, ", "benchmarks.race", *asked, "--only", "tables")
     for part in ("all", "tables"):  # the losses after two steps are none after four
         asked = [4 if word == 2 else word for word in arguments]
         said = f"out must be the folder of a race of steps 4, got {tmp_path}, which is of 2"
@@ -354,8 +405,8 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     assert losses["rows"][0]["kB"] == pytest.approx(4e-3 * d, rel=1e-3)
     assert len(load(tmp_path / "curves.csv")) == 2
     alone, dense, ours = load_steps(tmp_path / "steps.csv")
-    assert (dense.up, dense.down) == (20, 1000)
-    assert dense.ms > 4e-3 * d * 8 / 20  # at the rate of the slower way
+    assert (dense.up, dense.down) == (100, 1000)
+    assert dense.ms > 4e-3 * d * 8 / 100  # at the rate of the slower way
     assert alone.kb == 0 < ours.kb < dense.kb / 20
 
 

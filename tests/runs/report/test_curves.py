@@ -65,7 +65,8 @@ def test_noise_makes_it_silent(share: float) -> None:
 def test_a_loss_that_is_constant_to_the_bit_stands_still_from_the_start() -> None:
     found = standstill(lines([0.25] * 30))
     assert found is not None
-    assert (found.since, found.lines, found.level, found.fall, found.error) == (0, 30, 0.25, 0.0, 0.0)
+    assert (found.since, found.lines, found.level) == (0, 30, 0.25)
+    assert trend([0.25] * 30) == (0.25, 0.0, 0.0)
     assert standstill(lines([0.0] * 30)) is not None
 
 

@@ -14,11 +14,10 @@ from packsaddle.cli.console import print_runs
 from packsaddle.cli.report import report
 from packsaddle.cli.run import remarks
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.runs.report import write_report
-from packsaddle.runs.report.curves import curve, read_curves, stills, write_curves
-from packsaddle.runs.report.document import document
+from packsaddle.runs.report import figures, write_report
+from packsaddle.runs.report.curves import curve, read_curves, write_curves
 from packsaddle.runs.report.settings import position, settings
-from packsaddle.runs.report.tables import plateau, row, run_table
+from packsaddle.runs.report.tables import document, plateau, row, run_table
 from packsaddle.runs.run_folder import Run, RunFolder, make_new, read_runs
 
 
@@ -79,9 +78,6 @@ def test_report(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert rows[0]["plateau_epochs"] == "1.5"
     assert float(rows[0]["megabytes"]) == pytest.approx(0.003)
-    with pytest.raises(ConfigError, match="report already exists"):
-        write_report(runs, tmp_path / "report")
-    write_report(runs, tmp_path / "report", overwrite=True)
 
 
 def test_the_plateau_is_explained_where_a_run_is_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,14 +173,11 @@ def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.Captu
     page = write_report(runs, tmp_path / "report").read_text()
     assert "stands (standing still)" in page
     assert "falls (standing" not in page
-    (none, (bar,)) = (stills(setting) for setting in settings(runs))
-    assert none == []
-    assert (bar.found.since, bar.found.level, bar.x["epoch"], bar.x["step"]) == (
-        20,
-        pytest.approx(0.1),
-        (2.5, 10),
-        (25, 100),
-    )
+    found = settings(runs)
+    loss_by_epoch = figures.draw(found, [curve(setting) for setting in found]).axes[1]
+    (bar,) = [drawn for drawn in loss_by_epoch.lines if drawn.get_linewidth() == 7]
+    assert (bar.get_gid(), [*bar.get_xdata()]) == ("setting-1", [2.5, 10])
+    assert [*bar.get_ydata()] == pytest.approx([0.1, 0.1])
     with (tmp_path / "report" / "table.csv").open() as file:
         assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
     with (tmp_path / "report" / "settings.csv").open() as file:
@@ -294,8 +287,8 @@ def test_the_json_file_is_never_overwritten_unasked(tmp_path: Path, capsys: pyte
     assert json.loads(out.read_text())["format"] == 1
 
 
-@pytest.mark.slow
-def test_a_second_report_says_how_to_overwrite_the_first(tmp_path: Path) -> None:
+def test_a_second_report_says_how_to_overwrite_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packsaddle.runs.report.page.inline_svg", lambda *arguments: "<svg></svg>")
     runs = read_runs([make_run(tmp_path / "a", "a", LINES)])
     write_report(runs, tmp_path / "report")
     with pytest.raises(ConfigError, match="already exists; add --overwrite, or choose another with --out"):

@@ -48,7 +48,6 @@ from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import share
 from packsaddle.numerics.seeds import mix
-from packsaddle.options.numerals import duration
 
 _log = logging.getLogger("packsaddle")
 _PAUSE = 0.05  # seconds between two attempts at a round
@@ -56,7 +55,7 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """The data of one attempt at a round: exchanged by all workers, but not committed yet."""
+    """One attempt at a round: exchanged by all workers, but not committed yet."""
 
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
     weights: Sequence[float]  # w_i of the workers, by rank
@@ -65,7 +64,7 @@ class Attempt:
 
 
 class RoundFailedError(RuntimeError):
-    """Raised if an attempt at a round fails; `Membership.round` then repeats it."""
+    """An attempt at a round was not committed; `Membership.round` repeats it. The message is empty after a vote."""
 
 
 class Membership:
@@ -114,10 +113,10 @@ class Membership:
         self._sends_all = False  # leaving without a saved memory: the next round sends all pending updates
 
         self.roster = Roster()  # identical on all workers after a round
-        rules = [Rule((), "shared")]
-        self._shared_state = State("LocalUpdates", rules, self._shared_identity, self._shared_fields)
+        same = {"fragments": len(fragments), "outer": outer is not None}
+        self._shared_state = State("LocalUpdates", [Rule((), "shared")], lambda: same, self._shared_fields)
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
-        self._sigterm = Sigterm(self._may_leave, duration(settings.grace, "grace"))
+        self._sigterm = Sigterm(self._may_leave, float(settings.grace))
         if settings.leave_on_sigterm:
             self._sigterm.listen()
 
@@ -139,16 +138,38 @@ class Membership:
     # Rounds.
 
     def join(self) -> None:
-        """Run a round without an update, in which the other workers' state is loaded; then load the memory file."""
+        """Run a round without an update, in which the other workers' state is loaded; then load the memory file.
+
+        The file's updates are not loaded if they were sent after it was written.
+        """
         self.round(uncompressed=False)
         self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
-        self._take_up()
+        if self._file is not None:
+            # Continue as the worker of the file, with its name, attempts and error memory, at its start point.
+            shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
+            found, lost = self._file.claim(shapes, self.roster)
+            self.account.found_lost += lost
+            if found is not None:
+                self.worker = found.worker
+                self.account.attempts = self.account.included = found.attempt
+                for part in self._fragments:
+                    for place, view in part.named(part.feedback.memory.vector):
+                        view.copy_(found.pending[place.name])
+                    part.anchor.move_to_start()
+                self.account.norm = self._norm_after()
+                _log.info(
+                    "worker %x continues with its memory in %s, of norm %.3g",
+                    *(self.worker, self._file.path, self.account.norm),
+                )
+            if not self._keeps:
+                self._save()  # before the next Hello reports that the file is up to date
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def stepped(self, steps: int) -> None:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due."""
         self.steps, self.exchanged = steps, False
-        self.account.step()
+        self.account.since += 1
+        self.account.ahead += 1
         if self._sigterm.asked:
             self._exit()
         if self.account.ahead >= self._target:
@@ -162,44 +183,51 @@ class Membership:
         Raises PeerLostError if no round is committed in `patience` seconds, and ConfigError if this worker's arguments
         differ from the others'.
         """
-        # Measure the time of an inner step: `_set_pace` balances the workers by it.
+        # Measure the time of an inner step: `_commit` balances the workers by it.
         arrived = time.monotonic()
-        until = duration(self.settings.patience, "patience") if patience is None else patience
+        until = float(self.settings.patience) if patience is None else patience
         ahead = self.account.ahead
         seconds = (arrived - self._resumed) / ahead if ahead else 0.0
+        # Repeat the round with the remaining workers until it is committed.
         while True:
-            reason = ""
             try:
-                taken = self._once(uncompressed, seconds)
+                applied = self._once(uncompressed, seconds)
+                break
             except LeavingError:
                 self._exit()
             except RoundFailedError as error:
-                taken, reason = None, str(error)
+                reason = " ".join(str(error).split())[:200]
             except BaseException:
                 self._roll_back()
                 raise
-            # Committed. A worker that had to send its memory before leaving leaves now.
-            if taken is not None:
-                self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
-                if self._sigterm.asked and self._sends_all:
-                    self._exit()
-                return taken
-            # Not committed: repeat the round with the remaining workers.
             if time.monotonic() - arrived > until:
                 self._roll_back()
-                why = f": {' '.join(reason.split())[:200]}" if reason else ""
-                raise PeerLostError(f"no round has come about in {until:g} s{why}")
+                raise PeerLostError(f"no round has come about in {until:g} s{f': {reason}' if reason else ''}")
             if self._sigterm.asked and not self._sends_all:
                 self._exit()
             time.sleep(_PAUSE)
+        # A worker that had to send its memory before leaving leaves now.
+        self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
+        if self._sigterm.asked and self._sends_all:
+            self._exit()
+        return applied
 
-    def _once(self, dense: bool, seconds: float) -> bool | None:
-        """Attempt a round; return True if it was applied, False if rejected, None if it was not committed."""
-        self._quorum()
-        self._roll_back()  # no-op if `_recover` has committed the last round because others were ahead
+    def _once(self, dense: bool, seconds: float) -> bool:
+        """Attempt a round; return True if it was applied, False if rejected. Raises RoundFailedError if uncommitted."""
+        # Wait until torchft has determined the set of workers; a worker that is behind loads another's state.
         manager = self.settings.manager
-        attempt, reason = None, ""
+        try:
+            with self._sigterm.waiting():
+                manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
+        except (ConfigError, LeavingError):
+            raise
+        except Exception as error:  # torchft raises errors of several types
+            # Without this, torchft 0.2.0 raises the same error again at every later quorum.
+            manager._quorum_future = None
+            raise RoundFailedError(str(error)) from error
+        self._roll_back()  # no-op if `_recover` has committed the last round because others were ahead
         # After an error, abort the group so that no worker waits for this one in a collective; the commit then fails.
+        attempt, reason = None, ""
         if manager.errored() is None:
             try:
                 attempt = self._try(dense, seconds)
@@ -210,31 +238,15 @@ class Membership:
                 reason = str(error)
                 manager.report_error(error)
                 self._break()
-        # Other workers may have committed a round in `_in_doubt`: `_recover` decides at the next quorum.
+        # Vote. Other workers may have committed a round in `_in_doubt`: `_recover` decides at the next quorum.
         if not manager.should_commit():
             if not self._in_doubt:
                 self._roll_back()
-            if attempt is None:
-                raise RoundFailedError(reason or str(manager.errored()))
-            return None
+            raise RoundFailedError("" if attempt is not None else reason or str(manager.errored()))
         assert attempt is not None
         return self._commit(attempt)
 
-    def _quorum(self) -> None:
-        """Wait until torchft has determined the set of workers; a worker that is behind loads another's state."""
-        manager = self.settings.manager
-        with self._sigterm.waiting():
-            try:
-                manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
-            except (ConfigError, LeavingError):
-                raise
-            except Exception as error:  # torchft raises errors of several types
-                # Without this, torchft 0.2.0 raises the same error again at every later quorum.
-                manager._quorum_future = None
-                raise RoundFailedError(str(error)) from error
-
     def _break(self) -> None:
-        """Abort the process group, so that other workers do not wait for this one in a collective."""
         with suppress(RuntimeError):
             self._group.abort()
 
@@ -251,9 +263,9 @@ class Membership:
         # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
         dense = any(hello.dense for hello in hellos)
         weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
-        parts = list(self._fragments) if dense else [self._due]
-        if not any(weights):
-            parts = []
+        parts: list[Fragment] = []
+        if any(weights):
+            parts = list(self._fragments) if dense else [self._due]
         mean, names = share(weights, self._group.rank), [f"{hello.worker:x}" for hello in hellos]
         self._energy = sum(self._exchange(part, mean, dense, names) for part in parts)
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
@@ -286,7 +298,7 @@ class Membership:
             arguments=self._arguments_hash,
             message=_hash(self._message()),
             history=self.roster.history,
-            anchor=self._fingerprint() if compared else 0,
+            anchor=int(torch.stack([fingerprint(p.anchor.flat) for p in self._fragments]).sum()) if compared else 0,
             run=self.roster.run,
             attempt=self.account.attempts,
             steps=self.account.since,
@@ -306,7 +318,6 @@ class Membership:
 
     @property
     def _due(self) -> Fragment:
-        """The fragment (parameters exchanged together) of the next round; fragments alternate."""
         return self._fragments[self._rounds % len(self._fragments)]
 
     def _weight(self) -> float:
@@ -355,7 +366,13 @@ class Membership:
     def _commit(self, attempt: Attempt) -> bool:
         """Commit a round after the vote; return True if all its exchanges are applied."""
         taken = self._close_exchanges()
-        self._tell(attempt)
+        for worker, member in self.roster.missed(attempt.hellos).items():
+            if self._group.rank == 0 and member.norm:
+                fate = "waits in its file" if member.keeps else "is lost"
+                _log.warning(
+                    "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
+                    *(worker, self._rounds, member.norm, fate),
+                )
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
         # Update this worker's counts; the norm of its message follows from ||sent||^2 = ||v||^2 - ||e||^2
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
@@ -368,7 +385,10 @@ class Membership:
             own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
             if taken:
                 own.start_count(mine.weight)
-        self._set_pace(attempt.hellos, mine)
+        # Reduce the steps of a slower worker before the next round, so that the others do not wait for it.
+        if self.settings.weight is not None and mine.seconds:
+            fastest = min(h.seconds for h in attempt.hellos if h.seconds)
+            self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
         # The error memory in the file has now been sent, so replace the file before training continues.
         applied, reports = True, 0
         for part in attempt.parts:
@@ -384,23 +404,6 @@ class Membership:
             )
         return applied
 
-    def _tell(self, attempt: Attempt) -> None:
-        """Log on rank 0 which workers have left, and whether their error memories are saved or lost."""
-        for worker, member in self.roster.missed(attempt.hellos).items():
-            if self._group.rank == 0 and member.norm:
-                fate = "waits in its file" if member.keeps else "is lost"
-                _log.warning(
-                    "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
-                    *(worker, self._rounds, member.norm, fate),
-                )
-
-    def _set_pace(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Reduce the steps of a slower worker before the next round, so that the others do not wait for it."""
-        if self.settings.weight is None or not mine.seconds:
-            return
-        fastest = min(h.seconds for h in hellos if h.seconds)
-        self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
-
     def _close_exchanges(self) -> bool:
         """Wait for the exchanges of a committed round and commit their memories; return True if all are applied."""
         parts, self._in_doubt = self._in_doubt, ()
@@ -408,7 +411,6 @@ class Membership:
         return all(applied)
 
     def _roll_back(self) -> None:
-        """Cancel the uncommitted round, and roll back the error memories; no-op without one."""
         self._in_doubt = ()
         for part in self._fragments:
             part.roll_back()
@@ -416,9 +418,6 @@ class Membership:
     @property
     def _rounds(self) -> int:
         return sum(part.rounds for part in self._fragments)
-
-    def _fingerprint(self) -> int:
-        return int(torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum())
 
     # Workers that join.
 
@@ -434,9 +433,6 @@ class Membership:
         if outer is not None:
             found.append(Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict))
         return [*found, *self.roster.fields(("roster",))]
-
-    def _shared_identity(self) -> dict[str, Any]:
-        return {"fragments": len(self._fragments), "outer": self._outer is not None}
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
@@ -487,18 +483,12 @@ class Membership:
         # A new worker continues at the sender's number of steps, with the state of its inner optimizers.
         if is_new:
             self.steps = state["steps"]
+            # With empty moments the first steps would be too large.
             if state["inner"] is not None and self.settings.share_optimizer_state:
-                self._load_inner(state["inner"])
-
-    def _load_inner(self, states: Sequence[dict[str, Any]]) -> None:
-        """Load another worker's inner optimizer states: with empty moments the first steps would be too large.
-
-        Raises ConfigError if the states do not fit this worker's optimizers.
-        """
-        try:
-            load_states(self._inner, states)
-        except ValueError as error:
-            raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
+                try:
+                    load_states(self._inner, state["inner"])
+                except ValueError as error:
+                    raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
 
     def fields(self) -> list[Value]:
         """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
@@ -507,29 +497,6 @@ class Membership:
         return [*own, *self.roster.fields((*path, "roster"))]
 
     # Memory files, and workers that leave.
-
-    def _take_up(self) -> None:
-        """Load the error memory from this worker's file, unless its updates were sent after it was written."""
-        if self._file is None:
-            return
-        shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-        # Continue as the worker of the file, with its name, attempts and error memory, at its start point.
-        found, lost = self._file.claim(shapes, self.roster)
-        self.account.found_lost += lost
-        if found is not None:
-            self.worker = found.worker
-            self.account.attempts = self.account.included = found.attempt
-            for part in self._fragments:
-                for place, view in part.named(part.feedback.memory.vector):
-                    view.copy_(found.pending[place.name])
-                part.anchor.move_to_start()
-            self.account.norm = self._norm_after()
-            _log.info(
-                "worker %x continues with its memory in %s, of norm %.3g",
-                *(self.worker, self._file.path, self.account.norm),
-            )
-        if not self._keeps:
-            self._save()  # before the next Hello reports that the file is up to date
 
     @property
     def _keeps(self) -> bool:
@@ -577,14 +544,7 @@ class Membership:
             if self._file is not None:
                 self._file.remove()
             return True
-        self._count_lost(reason)
-        return False
-
-    def _has_pending(self) -> bool:
-        return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
-
-    def _count_lost(self, reason: str) -> None:
-        """Log the number of lost inner steps, and count the error memory as lost unless it is in the file."""
+        # Count the error memory as lost unless it is in the file.
         own, kept = self.account, self._keeps
         self.roster.gone += 0.0 if kept else own.norm
         memory = "waits in its file" if kept else "is lost"
@@ -592,6 +552,10 @@ class Membership:
             "worker %x leaves: its error memory, of norm %.3g, %s, and its last %d inner steps are lost: %s",
             *(self.worker, own.norm, memory, own.since, reason),
         )
+        return False
+
+    def _has_pending(self) -> bool:
+        return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
 
     def _exit(self) -> NoReturn:
         """Leave the run and end the process; the exit code is 1 if updates are lost."""

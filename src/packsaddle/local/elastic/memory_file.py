@@ -77,7 +77,21 @@ class OwnFile:
         self.path = path
         self._attempt: int | None = None  # attempt at a round after which the file was written; None: unknown
         self._claimed = False
-        self.close = weakref.finalize(self, _unlock, _locked(path), _lock_of(path), os.getpid())
+        lock, number = path.with_name(f"{path.name}.lock"), None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            number = acquire(lock)
+        except HeldError as holder:
+            raise ConfigError(
+                f"the memory in {path} is in use by {holder}; give each worker a file of its own, or end the other "
+                f"first"
+            ) from None
+        except NoLocksError as error:
+            why = error.strerror
+            _log.warning("%s is on a file system without locks (%s): no other worker may use it", path, why)
+        except OSError as error:
+            raise ConfigError(f"the memory cannot be written to {path}: {error.strerror}") from None
+        self.close = weakref.finalize(self, _unlock, number, lock, os.getpid())
 
     def holds(self, attempt: int) -> bool:
         """Return True if the file has the worker's error memory as it was after this attempt at a round."""
@@ -148,26 +162,6 @@ class OwnFile:
         if self._claimed:
             with suppress(OSError):  # a file that remains is outdated for a later `claim`
                 self.path.unlink(missing_ok=True)
-
-
-def _lock_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
-
-
-def _locked(path: Path) -> int | None:
-    """Lock a memory file; return the lock's descriptor, or None, with a warning, on a file system without locks."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return acquire(_lock_of(path))
-    except HeldError as holder:
-        raise ConfigError(
-            f"the memory in {path} is in use by {holder}; give each worker a file of its own, or end the other first"
-        ) from None
-    except NoLocksError as error:
-        _log.warning("%s is on a file system without locks (%s): no other worker may use it", *(path, error.strerror))
-        return None
-    except OSError as error:
-        raise ConfigError(f"the memory cannot be written to {path}: {error.strerror}") from None
 
 
 def _unlock(number: int | None, path: Path, owner: int) -> None:

@@ -7,7 +7,7 @@ round. A new worker receives it with the anchor. An `Account` counts one worker'
 
 import logging
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal
@@ -79,7 +79,7 @@ class Roster:
         self.position = 0  # inner steps that the anchor includes, of all workers
         self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
-        self.past: deque[int] = deque(maxlen=_PAST)  # `history` after each of the last rounds
+        self.past: list[int] = []  # `history` after each of the last rounds
         self.taken: dict[int, int] = {}  # last attempt that the anchor includes, by worker
         self.members: dict[int, Member] = {}  # in the order of their last rounds
 
@@ -99,7 +99,7 @@ class Roster:
             self.gone += hello.lost
         # Anchors of different rounds have different hashes.
         self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
-        self.past.append(self.history)
+        self.past = [*self.past, self.history][-_PAST:]
         # Move the workers of this round to the end of `members`, so that the first one has been absent longest.
         for worker, member in self.members.items():
             if worker not in names:
@@ -118,17 +118,13 @@ class Roster:
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
     def fields(self, path: Path) -> list[Value]:
-        """Return the roster's saved-state fields, below `path`."""
         return [
             *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),
             attribute((*path, "gone"), self, "gone", float),
-            Value((*path, "past"), list[int], lambda: list(self.past), self._load_past),
+            attribute((*path, "past"), self, "past", list[int]),
             attribute((*path, "included"), self, "taken", dict[int, int]),
             attribute((*path, "members"), self, "members", dict[int, Member]),
         ]
-
-    def _load_past(self, saved: Sequence[int]) -> None:
-        self.past = deque(saved, maxlen=_PAST)
 
 
 @dataclass
@@ -144,11 +140,6 @@ class Account:
     norm: float = 0.0  # norm of the error memory after the last round
     sent: float = 0.0  # norm of its message in its last round
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
-
-    def step(self) -> None:
-        """Count an inner step."""
-        self.since += 1
-        self.ahead += 1
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.

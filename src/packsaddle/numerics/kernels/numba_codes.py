@@ -1,4 +1,4 @@
-"""Compiled loops that pack and unpack signs, quantizer levels, numbers of few bits, and gaps between indices."""
+"""Compiled loops that pack and unpack signs, quantizer levels, numbers of few bits, and Rice codes."""
 
 from typing import Any
 
@@ -17,6 +17,8 @@ from packsaddle.numerics.kernels.numba_common import (
     scalar,
 )
 from packsaddle.numerics.kernels.numba_random import word
+
+_GROUP = 4096  # numbers of a Rice code processed at a time, a multiple of 8
 
 
 def pack_signs(v: Tensor) -> Tensor:
@@ -109,8 +111,11 @@ def _pack_levels(
             x_bits, place = bits_of_v[group + start : group + start + len(x)], offset + group + start
             norm = _levels_of(x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), key, np.uint32(place), c)
             norms[(group + start) // bucket] = norm
-        codes[len(held) :] = 0
-        pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
+        if bits == 8:
+            out[group : group + len(held)] = codes[: len(held)]
+        else:
+            codes[len(held) :] = 0
+            pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
 
 
 @compiled_loop
@@ -161,52 +166,26 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
             out[k * bits + j] = np.uint8((word >> np.uint64(8 * (bits - 1 - j))) & np.uint64(255))
 
 
-def unpack_levels(packed: Tensor, d: int, levels: int, bits: int) -> Tensor | None:
-    """Unpack the d codes of `pack_levels` to uint8[d]; return None if a code is above 2 * levels."""
-    check_room("packed levels", packed, -(-d * bits // 8))
-    codes = torch.empty(d, dtype=torch.uint8)
-    p, c = packed.numpy(), codes.numpy()
-    largest = in_parts(d, 8, lambda start, stop: _unpack_levels(p[start * bits // 8 :], bits, c[start:stop]))
-    return codes if max(largest) <= 2 * levels else None
-
-
-@compiled_loop
-def _unpack_levels(packed: Array, bits: int, codes: Array) -> Any:
-    """Unpack `packed` into `codes`, uint8[n], and return the largest code."""
-    full, largest, last = len(codes) // 8 * 8, np.uint8(0), np.empty(8, np.uint8)
-    unpack_codes(packed, bits, codes[:full])
-    unpack_codes(packed[full * bits // 8 :], bits, last)
-    codes[full:] = last[: len(codes) - full]
-    for i in range(len(codes)):
-        largest = max(largest, codes[i])
-    return largest
-
-
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to out, float[d], for codes of `bits` bits and the norms of `pack_levels`."""
-    check_room("packed levels", packed, -(-len(out) * bits // 8))
+    """Add alpha * (code - levels) * norm to out, float[d], for unpacked codes (`bits` is 8) and norms per bucket."""
+    check_room("levels", packed, len(out))
     check_room("norms", norms, -(-len(out) // bucket))
     p, s, o = packed.numpy(), norms.numpy(), out.numpy()
     scale = scalar(alpha, o)
 
     def part(start: int, stop: int) -> None:
-        _add_levels(p[start * bits // 8 :], levels, bits, bucket, s[start // bucket :], o[start:stop], scale)
+        _add_levels(p[start:], levels, bucket, s[start // bucket :], o[start:stop], scale)
 
-    in_parts(len(out), 8 * bucket, part)
+    in_parts(len(out), bucket, part)
 
 
 @compiled_loop
-def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array, out: Array, alpha: float) -> None:
-    scratch = np.empty(8 * bucket, np.uint8)
-    for group in range(0, len(out), 8 * bucket):
-        held = out[group : group + 8 * bucket]
-        codes = packed[group : group + len(held)] if bits == 8 else scratch
-        if bits < 8:
-            unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
-        for start in range(0, len(held), bucket):
-            x, c, norm = held[start : start + bucket], codes[start : start + bucket], norms[(group + start) // bucket]
-            for i in range(len(x)):
-                x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
+def _add_levels(codes: Array, levels: int, bucket: int, norms: Array, out: Array, alpha: float) -> None:
+    for start in range(0, len(out), bucket):
+        x, norm = out[start : start + bucket], norms[start // bucket]
+        c = codes[start : start + len(x)]
+        for i in range(len(x)):
+            x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
 
 
 @compiled_loop
@@ -243,92 +222,131 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
         out[place] = np.uint8((accumulator << np.uint64(8 - held)) & np.uint64(255))
 
 
-def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Encode the gaps between indices, int64[k], `kept` per chunk of `size`, as uint8[...]. See `wire.pack_gaps`."""
-    k = len(index)
-    unary = torch.zeros((k + (-(-k // kept) * size >> b)) // 8 + 1, dtype=torch.uint8)
-    remainders = torch.empty(-(-k * b // 8), dtype=torch.uint8)
-    used = _pack_gaps(index.numpy(), kept, size, b, unary.numpy(), remainders.numpy())
-    return torch.cat([unary[: -(-used // 8)], remainders])
+def pack_rice(numbers: Tensor, b: int) -> Tensor:
+    """Encode nonnegative integers in Rice codes with remainders of b bits, uint8[...]. See `wire.pack_rice`."""
+    return torch.from_numpy(_pack_rice(numbers.numpy(), b))
 
 
 @compiled_loop
-def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remainders: Array) -> Any:
-    mask, accumulator = np.uint64((1 << b) - 1), np.uint64(0)
-    held, place, last = 0, 0, np.int64(-1)
-    bit: Any = 0
-    for i in range(len(index)):
-        if i % kept == 0:
-            last = np.int64(i // kept) * size - 1
-        # Write the gap's quotient by 2^b in unary, as zeros and a one, and its remainder in b bits.
-        gap = np.uint64(index[i] - last - 1)
-        last = index[i]
-        bit += np.int64(gap >> np.uint64(b))
-        unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
-        bit += 1
-        accumulator = (accumulator << np.uint64(b)) | (gap & mask)
-        held += b
-        while held >= 8:
-            held -= 8
-            remainders[place] = np.uint8((accumulator >> np.uint64(held)) & np.uint64(255))
-            place += 1
-    if held:
-        remainders[place] = np.uint8((accumulator << np.uint64(8 - held)) & np.uint64(255))
-    return bit
+def _pack_rice(numbers: Array, b: int) -> Array:
+    bits = np.int64(len(numbers))
+    for i in range(len(numbers)):
+        bits += np.int64(numbers[i]) >> b
+    coded = np.zeros((bits + 7) // 8 + (len(numbers) * b + 7) // 8, np.uint8)
+    # Write the quotients by 2^b in unary, as zeros and a one, and then the remainders of a group at a time.
+    remainders, bit = np.empty(_GROUP, np.int64), np.int64(0)
+    rest = coded[(bits + 7) // 8 :]
+    for group in range(0, len(numbers), _GROUP):
+        held = numbers[group : group + _GROUP]
+        for i in range(len(held)):
+            number = np.int64(held[i])
+            bit += number >> b
+            coded[bit >> 3] |= np.uint8(128 >> (bit & 7))
+            bit += 1
+            remainders[i] = number & ((np.int64(1) << b) - 1)
+        _pack_numbers(remainders[: len(held)], b, rest[group * b // 8 :])
+    return coded
 
 
-def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor | None:
-    """Invert `pack_gaps`: return the indices, int64[k]; None unless exactly k gaps are coded and all indices are in
-    their chunks. The end of the last chunk is not checked."""
-    out = torch.empty(k, dtype=torch.int64)
-    split = len(packed) - -(-k * b // 8)
+def count_codes(codes: Tensor) -> Tensor:
+    """Return the number of each code 0 to 255 in `codes`, uint8[n], as int64[256]."""
+    tables = torch.zeros(4, 256, dtype=torch.int64)  # four, so that increments for equal codes are independent
+    _count_codes(codes.numpy(), tables.numpy())
+    return tables.sum(0)
+
+
+@compiled_loop
+def _count_codes(codes: Array, tables: Array) -> None:
+    for i in range(0, len(codes) // 4 * 4, 4):
+        for j in range(4):
+            tables[j, codes[i + j]] += 1
+    for i in range(len(codes) // 4 * 4, len(codes)):
+        tables[0, codes[i]] += 1
+
+
+def pack_layer(
+    codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
+) -> tuple[Tensor, Tensor]:
+    """Encode the set of the `going_on` codes, uint8[n], below `low` or above `high`: return its code, and these codes.
+
+    It is the Rice code of the gaps between these codes or, if `inverted`, between the others, `coded` in number.
+    """
+    dtype = np.int32 if len(codes) < 1 << 31 else np.int64
+    places = np.empty(going_on + 1, dtype)
+    _list_places(codes.numpy(), low, high, False, places)
+    kept = codes.index_select(0, torch.from_numpy(places[:going_on]))
+    if inverted:
+        places = np.empty(coded + 1, dtype)
+        _list_places(codes.numpy(), low, high, True, places)
+    gaps = np.diff(places[:coded], prepend=dtype(-1))
+    gaps -= 1
+    return torch.from_numpy(_pack_rice(gaps, b)), kept
+
+
+@compiled_loop
+def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
+    """Write the indices of the codes below `low` or above `high`, or of the others, to `places`, one longer."""
+    n: Any = 0
+    for i in range(len(codes)):  # branch-free: the others are overwritten
+        places[n] = i
+        n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
+
+
+def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
+    """Invert `pack_rice`: return the n numbers; None unless `packed` encodes exactly n, all at most `most`."""
+    split = len(packed) - -(-n * b // 8)
     if split < 0:
         return None
-    complete = _unpack_gaps(packed.numpy()[:split], packed.numpy()[split:], kept, size, b, out.numpy())
-    return out if complete else None
+    coded, out = packed.numpy(), torch.empty(n, dtype=dtype)
+    return out if _unpack_rice(coded[:split], coded[split:], b, most, out.numpy()) else None
+
+
+_IS_ONE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+_ONES = _IS_ONE.sum(1).astype(np.int64)  # number of ones in a byte
+_PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)  # positions of the ones, then of the zeros
 
 
 @compiled_loop
-def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, out: Array) -> bool:
-    ends, mask, accumulator = np.empty(9, np.int64), np.uint64((1 << b) - 1), np.uint64(0)
-    held, place, m, before, last = 0, 0, 0, np.int64(-1), np.int64(-1)
-    for j in range(len(unary)):
-        if m == len(out):
+def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bool:
+    ends, remainders = np.empty(_GROUP + 17, np.int64), np.zeros(_GROUP, np.int64)
+    ends[0] = -1  # position of the last one of the previous group, followed by the positions of the next ones
+    pending, byte_at, longest, largest = 0, 0, np.int64(0), np.int64(0)
+    for group in range(0, len(out), _GROUP):
+        numbers = out[group : group + _GROUP]
+        n = len(numbers)
+        # Read the unary code of this group, and up to seven ones of the next. Branch-free: zeros are overwritten.
+        while pending < n and byte_at < len(unary):
+            byte, found = unary[byte_at], ends[pending + 1 : pending + 9]
+            for i in range(8):
+                found[i] = 8 * byte_at + _PLACES[byte, i]
+            pending += _ONES[byte]
+            byte_at += 1
+        if pending < n:
             return False
-        # Find the positions of the ones in this byte; each one ends a quotient.
-        byte = unary[j]
-        found: Any = 0
-        for i in range(8):  # branch-free: positions of zeros are overwritten
-            ends[found] = 8 * j + i
-            found += np.int64((byte >> (7 - i)) & 1)
-        if found > len(out) - m:
-            return False
-        # Read a remainder of b bits for each quotient.
-        for i in range(found):
-            while held < b:
-                accumulator = (accumulator << np.uint64(8)) | np.uint64(remainders[place])
-                held += 8
-                place += 1
-            held -= b
-            # The first gap of a chunk is relative to the chunk's start; the previous index must be before that start.
-            if m % kept == 0:
-                before_chunk = np.int64(m // kept) * size - 1
-                if last > before_chunk:
-                    return False
-                last = before_chunk
-            quotient = np.uint64(ends[i] - before - 1)
-            before = ends[i]
-            last += np.int64((quotient << np.uint64(b)) | ((accumulator >> np.uint64(held)) & mask)) + 1
-            out[m] = last
-            m += 1
-    return m == len(out)
+        _unpack_numbers(rest[group * b // 8 :], b, remainders[:n])
+        for i in range(n):
+            quotient = ends[i + 1] - ends[i] - 1
+            number = (quotient << b) | remainders[i]
+            longest, largest = max(longest, quotient), max(largest, number)
+            numbers[i] = number
+        pending -= n
+        for i in range(pending + 1):
+            ends[i] = ends[n + i]
+    # A long quotient could overflow `number`, so both are checked.
+    return bool(pending == 0 and byte_at == len(unary) and longest <= most >> b and largest <= most)
 
 
-def unpack_numbers(packed: Tensor, width: int, n: int) -> Tensor:
-    """Invert `pack_numbers`: return n numbers, int64[n]."""
+def unpack_numbers(packed: Tensor, width: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Invert `pack_numbers`: return n numbers."""
     check_room("packed numbers", packed, -(-n * width // 8))
-    out = torch.empty(n, dtype=torch.int64)
-    _unpack_numbers(packed.numpy(), width, out.numpy())
+    p = packed.numpy()
+    if width <= 8:
+        codes = torch.empty(-(-n // 8) * 8, dtype=torch.uint8)
+        c = codes.numpy()
+        in_parts(len(c), 8, lambda start, stop: unpack_codes(p[start * width // 8 :], width, c[start:stop]))
+        return codes[:n].to(dtype)
+    out = torch.empty(n, dtype=dtype)
+    _unpack_numbers(p, width, out.numpy())
     return out
 
 

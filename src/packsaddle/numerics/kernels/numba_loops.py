@@ -13,7 +13,6 @@ from torch import Tensor
 from packsaddle.numerics.kernels.numba_common import (
     BLOCK,
     MAGNITUDE,
-    WORTH_THREADS,
     Array,
     bits_of,
     check_room,
@@ -282,14 +281,10 @@ def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple
     added, total = [], 0.0
     # Long vectors are divided among threads. If a sum of squares overflows, the caller undoes all ranges in `added`.
     for i, (o, m, factor) in enumerate(ready):
-        if len(o) < WORTH_THREADS:
-            stop, squares = _add_finite(o, m, factor)
-            added.append((i, 0, stop))
-        else:
-            squares = 0.0
-            for start, stop, more in _in_threads(o, m, factor):
-                added.append((i, start, stop))
-                squares += more
+        squares = 0.0
+        for start, stop, of_part in _in_threads(o, m, factor):
+            added.append((i, start, stop))
+            squares += of_part
         total += squares
         if squares == np.inf:
             break

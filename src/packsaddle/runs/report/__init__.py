@@ -39,11 +39,11 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
     Returns the path of index.html. Raises ConfigError if the folder exists, unless `overwrite`, or if it cannot be
     written; MissingExtraError without the plot extra.
     """
+    if folder.exists() and not overwrite:
+        raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     found = settings(runs)
     curves = [curve(setting) for setting in found]
     page, figure = render(found, curves), figures.draw(found, curves)
-    if folder.exists() and not overwrite:
-        raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     if not folder.is_dir():
         make_new(folder)
     with written(folder):

@@ -1,10 +1,8 @@
-"""The data of figures: curves over seeds, as small tables of numbers, with marks on them.
+"""The data of figures: curves over seeds as tables of numbers, and marks: certificates, plateaus, standstills.
 
-Marks are certificates, the levels of plateaus, and standstills of the loss. To find a standstill, a line is fitted to
-the last part of a run's training losses. It gives their fall over that part, and the fall's standard error. The loss
-stands still if the fall is at most twice its standard error, or negligible, and the standard error is small enough to
-detect a substantial fall. Noise can hide a standstill, but not simulate one. A plateau and a minimum cannot be
-distinguished by losses alone.
+To find a standstill, a line is fitted to the last part of a run's training losses. The loss stands still if the line's
+fall is at most twice its standard error, or negligible, and the standard error is small enough to detect a substantial
+fall. Noise can hide a standstill, but not simulate one.
 """
 
 import csv
@@ -33,8 +31,6 @@ class Standstill:
     since: int  # step at which the standstill begins
     lines: int  # number of lines of metrics in the standstill
     level: float  # mean loss in the standstill
-    fall: float  # fall of the fitted line; negative: rise
-    error: float  # standard error of the fall
 
 
 def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
@@ -53,7 +49,7 @@ def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
     for start in range(first, latest + 1):
         level, fall, error = trend(losses[start:])
         if error <= SURE * abs(level) and _level(level, fall, error):
-            return Standstill(metrics[start - 1]["step"] if start else 0, n - start, level, fall, error)
+            return Standstill(metrics[start - 1]["step"] if start else 0, n - start, level)
     return None
 
 
@@ -177,55 +173,22 @@ def _number(row: dict[str, Any], name: str) -> float:
     return float(text) if text else math.nan
 
 
-@dataclass(frozen=True)
-class Point:
-    """A certificate of a run, with its position along every axis."""
-
-    run: Run
-    x: dict[str, float]
-    certificate: dict[str, Any]
-
-    @property
-    def looked(self) -> bool:
-        """True if curvature was measured; False if the gradient was too large."""
-        return bool(self.certificate["verdict"] != "gradient too large")
+def bounded_certificates(run: Run) -> list[dict[str, Any]]:
+    """Return the certificates along a run that bound the smallest eigenvalue; none without metrics."""
+    ends = ("lambda_min_lower", "lambda_min_upper")
+    return [c for c in run.certificates if run.metrics and all(c.get(end) is not None for end in ends)]
 
 
-def points(setting: Setting) -> list[Point]:
-    """Return the certificates along a setting's runs that bound the smallest eigenvalue."""
-    return [
-        Point(run, _place(run, c), c)
-        for run in setting.runs
-        for c in run.certificates
-        if run.metrics and c.get("lambda_min_lower") is not None and c.get("lambda_min_upper") is not None
-    ]
+def certificate_position(run: Run, certificate: dict[str, Any], axis: Axis) -> float:
+    """Return the position of a certificate of a run on an axis.
 
-
-def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
-    """Return the position of a certificate. Bytes and seconds are those of the last line of metrics before it, else of
-    the first line, since a logarithmic axis has no zero."""
+    Bytes, seconds and rounds are those of the last line of metrics before it, else of the first line, since a
+    logarithmic axis has no zero.
+    """
+    if axis in ("step", "epoch"):
+        return float(certificate[axis])
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
-    exact = {axis: float(certificate[axis]) for axis in ("step", "epoch")}
-    return {axis: exact[axis] if axis in exact else position(line, axis) for axis in AXES}
-
-
-@dataclass(frozen=True)
-class Still:
-    """A standstill of a run's loss, with its position along every axis."""
-
-    run: Run
-    x: dict[str, tuple[float, float]]  # positions of its first and last line of metrics, by axis
-    found: Standstill
-
-
-def stills(setting: Setting) -> list[Still]:
-    """Return the standstills at the ends of a setting's runs."""
-    marked = []
-    for run in setting.runs:
-        if (found := standstill(run.metrics)) is not None:
-            first, last = run.metrics[-found.lines], run.metrics[-1]
-            marked.append(Still(run, {axis: (position(first, axis), position(last, axis)) for axis in AXES}, found))
-    return marked
+    return position(line, axis)
 
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
@@ -236,5 +199,6 @@ def plateaus(settings: Sequence[Setting]) -> list[float]:
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
     """Return the end of the linear part of the eigenvalues' symlog axis: a tenth of the smallest threshold."""
-    found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
+    certificates = [c for s in settings for run in s.runs for c in bounded_certificates(run)]
+    found = [-c["threshold"] for c in certificates if c.get("threshold")]
     return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

@@ -4,14 +4,23 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from packsaddle.errors import require
-from packsaddle.runs.report.curves import QUANTITIES, Curve, plateaus, points, smallest_threshold, stills
-from packsaddle.runs.report.settings import Axis, Setting
+from packsaddle.runs.report.curves import (
+    QUANTITIES,
+    Curve,
+    bounded_certificates,
+    certificate_position,
+    plateaus,
+    smallest_threshold,
+    standstill,
+)
+from packsaddle.runs.report.settings import Axis, Setting, position
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -54,7 +63,7 @@ def line_style(i: int) -> dict[str, str]:
 def panels(settings: Sequence[Setting], curves: Sequence[Curve]) -> list[str]:
     """Return the keys of `PANELS` to draw: loss and gradient norm always, the others if measured."""
     measured = {q for q in QUANTITIES if any(c.along("epoch", q)[0] for c in curves)} | {"loss", "grad_norm"}
-    if any(points(setting) for setting in settings):
+    if any(bounded_certificates(run) for setting in settings for run in setting.runs):
         measured.add("curvature")
     return [panel for panel in PANELS if panel in measured]
 
@@ -76,8 +85,11 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
             axes[i][0].set_ylabel(PANELS[panel])
         for j, along in enumerate(columns):
             axes[-1][j].set_xlabel(AXIS_NAMES[along])
-        if "curvature" in rows:
-            _add_verdicts(axes[-1][0])
+        if "curvature" in rows:  # a legend of the markers, above the panel
+            handles, labels = axes[-1][0].get_legend_handles_labels()
+            by_verdict = dict(zip(labels, handles, strict=True))
+            place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+            axes[-1][0].legend(by_verdict.values(), by_verdict, ncols=4, fontsize=8, columnspacing=1, **place)
         _add_legend(figure, *axes[0][0].get_legend_handles_labels())
         return figure
 
@@ -121,7 +133,13 @@ def _draw_panel(axes: Any, panel: str, along: Axis, settings: Sequence[Setting],
     if panel == "loss":
         for level in plateaus(settings):
             axes.axhline(level, color="grey", linewidth=1, linestyle=":")
-        _draw_stills(axes, settings, along)
+        # A broad, pale bar for each standstill, at the level of the loss.
+        for i, setting in enumerate(settings):
+            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
+            for run in setting.runs:
+                if (still := standstill(run.metrics)) is not None:
+                    ends = [position(line, along) for line in (run.metrics[-still.lines], run.metrics[-1])]
+                    axes.plot(ends, [still.level] * 2, gid=f"setting-{i}", **style)
     if panel == "test_accuracy":
         axes.yaxis.set_major_formatter("{x:.0%}")
     if panel == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
@@ -148,7 +166,9 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str,
         x, mean, low, high = c.along(along, quantity)
         kept = thinned(x, (mean, low, high), log_x)
         x, mean, low, high = ([column[k] for k in kept] for column in (x, mean, low, high))
-        axes.plot(x, mean, label=_plain(c.setting), gid=f"setting-{i}", **line_style(i))
+        # matplotlib would read "$" as a formula and hide labels that start with "_".
+        label = (" " if c.setting.startswith("_") else "") + c.setting.replace("$", r"\$")
+        axes.plot(x, mean, label=label, gid=f"setting-{i}", **line_style(i))
         if low != high:
             band = {"color": line_style(i)["color"], "alpha": 0.2, "linewidth": 0, "gid": f"setting-{i}"}
             axes.fill_between(x, low, high, **band)
@@ -176,22 +196,9 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
     return sorted(kept)
 
 
-def _draw_stills(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
-    """Draw a broad, pale bar for each standstill of a loss, at its level."""
-    for i, setting in enumerate(settings):
-        for still in stills(setting):
-            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
-            axes.plot(still.x[along], [still.found.level] * 2, gid=f"setting-{i}", **style)
-
-
 def _positive(*columns: Sequence[float]) -> bool:
     """Return True if a log axis has data: a row that is positive and finite in all columns (none if runs diverged)."""
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
-
-
-def _plain(label: str) -> str:
-    """Escape a label for matplotlib, which would read "$" as a formula and hide labels that start with "_"."""
-    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -212,26 +219,17 @@ _MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large":
 def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
     """Draw a bar from the lower to the upper bound of every certificate, a marker for its verdict, the threshold."""
     for i, setting in enumerate(settings):
-        style, known = {"color": COLOURS[i % len(COLOURS)], "gid": f"setting-{i}"}, points(setting)
-        for run in setting.runs:
-            own = [p for p in known if p.run is run]
-            thresholds = [p.certificate["threshold"] for p in own]
-            axes.plot([p.x[along] for p in own], thresholds, linewidth=1, linestyle=":", **style)
-        for p in known:
-            c, x = p.certificate, p.x[along]
-            if p.looked:
+        style = {"color": COLOURS[i % len(COLOURS)], "gid": f"setting-{i}"}
+        known = [[(certificate_position(run, c, along), c) for c in bounded_certificates(run)] for run in setting.runs]
+        for own in known:
+            axes.plot([x for x, _ in own], [c["threshold"] for _, c in own], linewidth=1, linestyle=":", **style)
+        for x, c in chain.from_iterable(known):
+            # If the gradient was too large, curvature was not measured: the marker is on the threshold.
+            looked = c["verdict"] != "gradient too large"
+            if looked:
                 axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], **style)
-            # Without curvature bounds, the marker is on the threshold.
-            height = c["lambda_min_upper"] if p.looked else c["threshold"]
+            height = c["lambda_min_upper"] if looked else c["threshold"]
             axes.plot(x, height, _MARKERS[c["verdict"]], markersize=7, label=c["verdict"], **style)
-
-
-def _add_verdicts(axes: Any) -> None:
-    """Add a legend of the markers, above the axes."""
-    handles, labels = axes.get_legend_handles_labels()
-    by_verdict = dict(zip(labels, handles, strict=True))
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
-    axes.legend(by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, **place)
 
 
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:

@@ -43,7 +43,16 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
         setting_table=tables.setting_table(settings),
         run_table=tables.run_table(runs),
         certificates=tables.certificate_table(runs),
-        pictures=[picture for run in runs for picture in _pictures(run)],
+        pictures=[
+            {
+                "name": f"{run.label}: {printable(png.parent.name)}/{printable(png.name)}",
+                "text": _verdict(png),
+                "data": base64.b64encode(png.read_bytes()).decode(),
+            }
+            for run in runs
+            for png in sorted(run.path.glob("certificate*/*.png"))
+            if (png.parent / "certificates.json").is_file()
+        ],
     )
     return page
 
@@ -81,19 +90,6 @@ def _range(values: Iterable[Any]) -> str:
     """Return the integers among the values as "2", or "2 to 8"; "" without one."""
     found = sorted({value for value in values if type(value) is int})
     return " to ".join(f"{value:,}" for value in dict.fromkeys(found[:1] + found[-1:]))
-
-
-def _pictures(run: Run) -> list[dict[str, str]]:
-    """Return name, verdict with its numbers, and base64 data of each PNG that `packsaddle certify` wrote for a run."""
-    found = sorted(png for png in run.path.glob("certificate*/*.png") if (png.parent / "certificates.json").is_file())
-    return [
-        {
-            "name": f"{run.label}: {printable(png.parent.name)}/{printable(png.name)}",
-            "text": _verdict(png),
-            "data": base64.b64encode(png.read_bytes()).decode(),
-        }
-        for png in found
-    ]
 
 
 def _verdict(png: Path) -> str:

@@ -76,8 +76,8 @@ def position(line: dict[str, Any], axis: Axis) -> float:
     return math.nan if found is None else float(found)
 
 
-def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Return the mean and its confidence interval (None for one or non-finite values). Raises ValueError if empty."""
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the mean and its 95% interval (None for one or non-finite values). Raises ValueError if empty."""
     if not values:
         raise ValueError("values must hold at least one number")
     mean = sum(values) / len(values)
@@ -85,5 +85,5 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
         return Estimate(mean, None, None, tuple(values))
     from scipy import stats  # a slow import, needed for intervals only
 
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half, tuple(values))

@@ -1,13 +1,14 @@
-"""Tables of runs and of settings, one row each: as numbers, and as formatted text."""
+"""Tables of runs and of settings, one row each: as numbers, as formatted text, and as one JSON document."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from packsaddle.runs.report.curves import standstill
-from packsaddle.runs.report.settings import Estimate, Setting, estimate
+from packsaddle.runs.report.settings import Estimate, Setting, estimate, settings
 from packsaddle.runs.run_folder import Run
+from packsaddle.version import __version__
 
 PLATEAU_TOLERANCE = 0.05
 
@@ -168,7 +169,13 @@ def run_table(runs: Sequence[Run]) -> Table:
     """Return the table of runs."""
     rows = [row(run) for run in runs]
     shown = _shown(map(vars, rows))
-    cells = [(_name(r), _seed(r.seed), *(_cell(name, getattr(r, name), r) for name in shown)) for r in rows]
+    cells = []
+    for r in rows:
+        values = {name: getattr(r, name) for name in shown}
+        written = {name: "-" if v is None else _COLUMNS[name].write(v) for name, v in values.items()}
+        if r.left_plateau is False and r.plateau_epochs is not None:
+            written["plateau_epochs"] += "+"
+        cells.append((r.run + " (unfinished)" * (not r.finished), _seed(r.seed), *written.values()))
     return _table(("run", "seed"), shown, cells)
 
 
@@ -176,15 +183,14 @@ def setting_table(settings: Sequence[Setting]) -> Table:
     """Return the table of settings: means over seeds, with 95% intervals for several seeds."""
     rows = [setting_row(setting) for setting in settings]
     shown = _shown(r.estimates for r in rows)
-    cells = [
-        (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown))
-        for r in rows
-    ]
+    cells = []
+    for r in rows:
+        # A suffix of the name, such as " (1 of 3 unfinished)".
+        counts = {"unfinished": r.unfinished, "standing still": r.still}
+        said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
+        name = r.setting + (f" ({', '.join(said)})" if said else "")
+        cells.append((name, str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown)))
     return _table(("setting", "seeds"), shown, cells)
-
-
-def _name(r: Row) -> str:
-    return r.run + ("" if r.finished else " (unfinished)")
 
 
 def _seed(seed: int | None) -> str:
@@ -195,18 +201,6 @@ def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the names of the quantities to show as columns."""
     found = [*rows]
     return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
-
-
-def _progress(r: SettingRow) -> str:
-    """Return the suffix of a setting's name, such as " (1 of 3 unfinished)"; "" if there is none."""
-    counts = {"unfinished": r.unfinished, "standing still": r.still}
-    said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
-    return f" ({', '.join(said)})" if said else ""
-
-
-def _cell(name: str, value: float | None, r: Row) -> str:
-    still = "+" if name == "plateau_epochs" and r.left_plateau is False else ""
-    return "-" if value is None else _COLUMNS[name].write(value) + still
 
 
 def _interval(name: str, found: Estimate | None, r: SettingRow) -> str:
@@ -236,24 +230,55 @@ _CERTIFICATE_LEGEND = (
 def certificate_table(runs: Sequence[Run]) -> Table:
     """Return the table of all certificates along the runs."""
     headings = ("run", "seed", "epoch", "verdict", "loss", "gradient norm", "smallest eigenvalue in", "threshold")
-    rows = (
-        (run.label, _seed(run.config.get("seed")), *_certificate_cells(c)) for run in runs for c in run.certificates
-    )
+    rows = []
+    for run in runs:
+        for c in run.certificates:
+            looked = c.get("lambda_min_lower") is not None and c["verdict"] != "gradient too large"
+            bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
+            loss, norm = _number(c["loss"], ".4f"), _number(c.get("grad_norm"), ".2e")
+            cells = (f"{c['epoch']:.1f}", c["verdict"], loss, norm, bounds, _number(c.get("threshold"), ".2e"))
+            rows.append((run.label, _seed(run.config.get("seed")), *cells))
     return Table(headings, tuple(rows), _CERTIFICATE_LEGEND)
-
-
-def _certificate_cells(c: dict[str, Any]) -> list[str]:
-    looked = c.get("lambda_min_lower") is not None and c["verdict"] != "gradient too large"
-    bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
-    return [
-        f"{c['epoch']:.1f}",
-        c["verdict"],
-        _number(c["loss"], ".4f"),
-        _number(c.get("grad_norm"), ".2e"),
-        bounds,
-        _number(c.get("threshold"), ".2e"),
-    ]
 
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
+
+
+FORMAT = 1  # increased if a key changes its meaning or is removed; keys may be added without
+
+
+def document(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return settings, runs and certificates as plain types that strict JSON can represent (see docs/metrics.md).
+
+    None: unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf".
+    """
+    listed, of_settings, certificates = [], [], []
+    for setting in settings(runs):
+        summary = asdict(setting_row(setting))
+        estimates = summary.pop("estimates")
+        of_settings.append({**summary, **estimates})
+        for run in setting.runs:
+            identity = {"setting": setting.label, "seed": run.config.get("seed")}
+            listed.append({**identity, "folder": str(run.path.absolute()), **asdict(row(run))})
+            certificates += [{**identity, **{key: c.get(key) for key in _CERTIFICATE}} for c in run.certificates]
+    found = {
+        "format": FORMAT,
+        "packsaddle": __version__,
+        "settings": of_settings,
+        "runs": listed,
+        "certificates": certificates,
+    }
+    return {name: _plain(value) for name, value in found.items()}
+
+
+_CERTIFICATE = ("step", "epoch", "verdict", "loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold")
+
+
+def _plain(value: Any) -> Any:
+    """Replace non-finite numbers by their names, in nested lists and dictionaries."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -129,10 +129,8 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
 
 
 def _digits(train: bool) -> Images:
-    """Load scikit-learn's 1,797 digits, 8 x 8 pixels with 17 levels; every sixth is a test digit.
-
-    Read from scikit-learn's data file if found, since the import takes every worker a second.
-    """
+    """Load scikit-learn's 1,797 digits, 8 x 8 pixels with 17 levels; every sixth is a test digit."""
+    # Read scikit-learn's data file if found, since the import takes every worker a second.
     library = find_spec("sklearn")
     file = Path(library.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if library else None
     if file is not None and file.is_file():
@@ -146,7 +144,8 @@ def _digits(train: bool) -> Images:
 
 
 def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
-    root, classes = data_dir / part, _classes(data_dir / "train")
+    root, train = data_dir / part, data_dir / "train"
+    classes = sorted(p.name for p in train.iterdir() if p.is_dir()) if train.is_dir() else []
     if not root.is_dir():
         raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
     try:
@@ -186,7 +185,3 @@ def _open_image(path: str) -> Any:
         if image.mode[0] in "IF":
             raise ConfigError(f"{path} has pixels of more than 8 bits ({image.mode}); images must have 8 a channel")
         return image.convert("RGB")
-
-
-def _classes(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []

@@ -336,37 +336,30 @@ class Task(nn.Module):
         return hits * len(targets) / targets.numel()
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.network(inputs if self.reads_text else normalise(inputs))
+        # From [0, 1] to [-2, 2]: about zero mean and unit variance for natural images.
+        logits: Tensor = self.network(inputs if self.reads_text else (inputs - 0.5) * 4.0)
         return logits  # float[b, classes], or float[b, context, classes]
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """Map pixels from [0, 1] to [-2, 2]: about zero mean and unit variance for natural images."""
-    return (pixels - 0.5) * 4.0
 
 
 def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
     """Build a task with initial weights that depend on `seed` only; the global random state is restored.
 
-    `shape`: of one input; `parts`: number of workers whose batches are concatenated (see `WorkerBatchNorm2d`).
+    `shape`: of one input; `parts`: number of workers whose batches are concatenated (see `WorkerBatchNorm2d`). Raises
+    ConfigError if the parameters exceed this machine's memory.
     """
     # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
-        _check_memory(config, shape, classes)
+        try:
+            with torch.device("meta"):  # shapes without memory
+                needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
+        except (RuntimeError, OverflowError):
+            needed = 2**63  # sizes that overflow
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        if needed > there:
+            sizes = f"{needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} GB here"
+            raise ConfigError(f"model {config.name} needs {sizes}")
         torch.manual_seed(seed)
         return Task(config, shape, classes, parts)
-
-
-def _check_memory(config: ModelConfig, shape: torch.Size, classes: int) -> None:
-    """Raise ConfigError if the network's parameters exceed this machine's memory, before allocating them."""
-    try:
-        with torch.device("meta"):  # shapes without memory
-            needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
-    except (RuntimeError, OverflowError):
-        needed = 2**63  # sizes that overflow
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if needed > there:
-        raise ConfigError(f"model {config.name} needs {needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} GB here")
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -89,7 +89,7 @@ class Batches:
         self._indices, self._batch_size, self._worker, self._seed = indices, batch_size, worker, seed
         self._start, self._first = start, first
         self._rest = indices[:0] if rest is None else rest
-        self._epoch, self._order = -1, indices
+        self._number, self._order = -1, indices  # the last pass
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the indices of the batch of a step, int64[batch_size]; a batch may span passes."""
@@ -112,14 +112,12 @@ class Batches:
         """Return the remaining examples of the pass at `position`, a number of examples, and the pass's number."""
         if position < len(self._rest):
             return self._rest[position:], self._first - 1
-        number, offset = divmod(position - len(self._rest), len(self._indices))
-        return self._pass(self._first + number)[offset:], self._first + number
-
-    def _pass(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            rng = generator(self._seed, epoch, Stream.BATCH, worker=self._worker)
-            self._epoch, self._order = epoch, self._indices[torch.randperm(len(self._indices), generator=rng)]
-        return self._order
+        passes, offset = divmod(position - len(self._rest), len(self._indices))
+        number = self._first + passes
+        if number != self._number:
+            rng = generator(self._seed, number, Stream.BATCH, worker=self._worker)
+            self._number, self._order = number, self._indices[torch.randperm(len(self._indices), generator=rng)]
+        return self._order[offset:], number
 
 
 def deal(

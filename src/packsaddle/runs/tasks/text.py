@@ -80,7 +80,14 @@ def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object,
 @lru_cache(maxsize=4)  # the workers of a simulation share one copy
 def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
     """Return the whole text's codes, int16[n], and the vocabulary of all but its last tenth."""
-    text = _topics() if data_dir is None else _files(data_dir)
+    if data_dir is None:
+        return encode_text(_topics())
+    if not data_dir.is_dir():
+        raise ConfigError(f"--data-dir {data_dir} is not a folder")
+    files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    if not files:
+        raise ConfigError(f"--data-dir {data_dir} must contain *.txt or *.md files, also in subfolders, but has none")
+    text = "\n".join(read_text(file, f"text file {file}") for file in files)
     if not text:
         raise ConfigError(f"the text in --data-dir {data_dir} is empty")
     return encode_text(text)
@@ -114,12 +121,3 @@ def _topics() -> str:
             "set --data-dir"
         ) from None
     return "\n".join(topics[name] for name in sorted(topics))
-
-
-def _files(data_dir: Path) -> str:
-    if not data_dir.is_dir():
-        raise ConfigError(f"--data-dir {data_dir} is not a folder")
-    files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
-    if not files:
-        raise ConfigError(f"--data-dir {data_dir} must contain *.txt or *.md files, also in subfolders, but has none")
-    return "\n".join(read_text(file, f"text file {file}") for file in files)

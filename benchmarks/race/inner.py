@@ -1,0 +1,63 @@
+"""Parts of trainings with Muon and AdamW: the inner optimizers, the loss on held-out windows, and a compressor."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm import resolve
+from packsaddle.compressors import Compressor, Message
+from packsaddle.runs.tasks import Dataset
+
+_NOT_HIDDEN = ("characters.weight", "places.weight", "head.weight")  # matrices that AdamW trains
+_AT_ONCE = 64  # windows
+
+
+def make_inner(
+    network: nn.Module, inner: str, rate: float, betas: tuple[float, float], momentum: float = 0.95
+) -> list[torch.optim.Optimizer]:
+    """Return AdamW, or for `inner` "muon" Muon for hidden matrices and AdamW for the rest, at the same rate.
+
+    `betas` are AdamW's, `momentum` is Muon's.
+    """
+    named = [(p.ndim == 2 and not name.endswith(_NOT_HIDDEN), p) for name, p in network.named_parameters()]
+    matrices = [p for is_hidden, p in named if is_hidden and inner == "muon"]
+    others = [p for is_hidden, p in named if not (is_hidden and inner == "muon")]
+    adamw = torch.optim.AdamW(others, rate, betas=betas, weight_decay=0.1)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, rate, 0.1, momentum, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def held_out_loss(network: nn.Module, held_out: Dataset, windows: Tensor) -> float:
+    """Return the mean loss on some windows, of which each worker evaluates a part; collective."""
+    group, cpu = resolve(None), torch.device("cpu")
+    mine = torch.split(windows[group.rank :: group.size], _AT_ONCE)
+    total = torch.tensor([sum(float(network(*held_out.batch(i, cpu))) * len(i) for i in mine)])
+    group.all_reduce(total)
+    return float(total) / len(windows)
+
+
+@dataclass(frozen=True)
+class Half(Compressor):
+    """All coordinates in float16, averaged by an all-reduce in float16: local SGD that averages in 16 bits."""
+
+    fixed_size: ClassVar[bool] = True
+
+    @property
+    def linear(self) -> bool:
+        """True, except for rounding."""
+        return True
+
+    def mu(self, d: int) -> float:
+        """Return the contraction for values in float16's normal range, whose relative error is at most 2^-11."""
+        return 1 - 2.0**-22
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        """Round to float16; smaller values than 6e-8 become 0, and the error memory keeps the difference."""
+        return Message({"values": v.half()})
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha times the values to `out`."""
+        out.add_(message.parts["values"].to(out.dtype), alpha=alpha)

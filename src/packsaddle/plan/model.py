@@ -1,0 +1,217 @@
+"""A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step.
+
+The step is timed whole (forward pass, backward pass and optimizer); of CompressedSGD's update only what exceeds SGD's.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm.group import Solo
+from packsaddle.compressors import Compressor, RandomK
+from packsaddle.errors import ConfigError
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.slices import FlatParameters
+from packsaddle.options.schema import nearest
+from packsaddle.plan.timing import Timing, repeated, side_by_side
+from packsaddle.runs.config import DataConfig, ModelConfig
+from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, resnet
+from packsaddle.runs.tasks.text import load_text
+from packsaddle.runs.training import muon_and_adamw
+from packsaddle.sgd.optimizer import CompressedSGD
+
+StepOptimizer = Literal["sgd", "adamw", "muon"]
+_LONG = 1 << 25  # coordinates; times for longer vectors are extrapolated in proportion to their length
+_DENSE_BELOW = 1024  # elements, as in CompressedSGD
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model: the coordinates that one step exchanges."""
+
+    name: str  # name of the model
+    d: int  # compressed coordinates
+    dense: int  # uncompressed coordinates
+    shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown
+
+    def bind(self, compressor: Compressor) -> Compressor:
+        """Return the compressor bound to the shapes of the model's tensors, if known."""
+        return compressor.for_tensors(self.shapes) if self.shapes else compressor
+
+    @classmethod
+    def of_size(cls, d: int) -> "ModelSize":
+        """Return a size of d compressed coordinates of unknown shapes. Raises ConfigError for d < 1."""
+        if d < 1:
+            raise ConfigError(f"d must be at least 1, got {d}")
+        return cls(f"d = {d:,}", d, 0)
+
+    @classmethod
+    def of_model(cls, name: str) -> "ModelSize":
+        """Return the size of a model by its `name` in `MODELS`. Raises ConfigError for another name."""
+        return cls.of_parameters(name, build_model(name).parameters())
+
+    @classmethod
+    def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
+        """Return the size of the `trained` parameters of a model called `name`."""
+        parameters = list(trained)
+        flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
+        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes))
+
+
+def _char_transformer() -> CharTransformer:
+    """Return the character transformer of `packsaddle init`, with the character set of Python's reference manual."""
+    classes = load_text(DataConfig("text"), None, train=True).classes
+    defaults = ModelConfig("char-transformer")
+    return CharTransformer(
+        classes, DataConfig.context, width=defaults.width, depth=defaults.depth, heads=defaults.heads
+    )
+
+
+# Constructor of a model, and the shape of one example; the ResNets are packsaddle's variants for small images.
+MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
+    "char-transformer": (_char_transformer, (DataConfig.context,)),
+    "resnet18": (partial(resnet, 18, 10), (3, 32, 32)),
+    "resnet34": (partial(resnet, 34, 10), (3, 32, 32)),
+    "resnet50": (partial(resnet, 50, 10), (3, 32, 32)),
+}
+
+
+def build_model(name: str) -> nn.Module:
+    """Return a new model by its `name` in `MODELS`. Raises ConfigError for another name."""
+    if name not in MODELS:
+        raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
+    with torch.random.fork_rng(devices=[]):  # layers initialize their weights from the global generator
+        return MODELS[name][0]()
+
+
+def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
+    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
+
+    The error memory and, with `noise`, the noise use this time. Measured as minima over `repeats`, and on at most 2^25
+    coordinates.
+    """
+    n = min(d, _LONG)
+    gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def stepper(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:
+        weight = nn.Parameter(torch.zeros_like(gradient))
+        optimizer = make([weight])
+
+        def step() -> None:
+            weight.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    # With k = 1 coding takes no time: only error memory and noise are timed.
+    spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
+    times = side_by_side(
+        {
+            "compressed": stepper(lambda ps: CompressedSGD(ps, 1e-6, spec, noise=std, process_group=Solo())),
+            "plain": stepper(lambda ps: torch.optim.SGD(ps, 1e-6)),
+        },
+        repeats=repeats,
+    )
+    return max(0.0, times["compressed"].low - times["plain"].low) * d / n
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A model and a batch, to time the model's training step.
+
+    The loss is the first scalar that the model returns, or else the mean square of all that it returns.
+
+    >>> import torch
+    >>> from packsaddle.plan import TrainingStep
+    >>> step = TrainingStep(torch.nn.Linear(8, 2), torch.ones(4, 8))
+    >>> step.loss().shape, step.time("adamw").low > 0
+    (torch.Size([]), True)
+    """
+
+    model: nn.Module
+    batch: Any  # the model's argument, a tuple of its arguments, or a dict by keyword
+
+    @classmethod
+    def of_model(cls, name: str, batch: int) -> "TrainingStep":
+        """Return the step of a model by its `name` in `MODELS`, on `batch` random examples. Raises ConfigError."""
+        model = build_model(name)
+        shape = MODELS[name][1]
+        return cls(model, random_batch(model, shape, batch, tokens=isinstance(model, CharTransformer)))
+
+    def to(self, device: torch.device | str) -> "TrainingStep":
+        """Return the step with model and batch on a device."""
+        return TrainingStep(self.model.to(device), _moved(self.batch, device))
+
+    def loss(self) -> Tensor:
+        """Return the loss on the batch. Raises ConfigError if no output of the model depends on its parameters."""
+        if isinstance(self.batch, Mapping):
+            output = self.model(**self.batch)
+        else:
+            output = self.model(*(self.batch if isinstance(self.batch, tuple) else (self.batch,)))
+        found = [t for t in _tensors(output) if t.requires_grad]
+        if not found:
+            raise ConfigError(f"the model must return a loss, or tensors with gradients, got {type(output).__name__}")
+        squares = torch.stack([t.float().square().mean() for t in found]).sum()
+        return next((t for t in found if t.numel() == 1), squares)
+
+    def time(self, optimizer: StepOptimizer | None = None) -> Timing:
+        """Time forward pass, backward pass and the optimizer's step, if any, repeatedly until the minimum is stable."""
+        optimizers = _optimizers(self.model, optimizer) if optimizer else []
+
+        def step() -> None:
+            self.model.zero_grad()
+            self.loss().backward()  # type: ignore[no-untyped-call]
+            for each in optimizers:
+                each.step()
+
+        return repeated(step)
+
+
+def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> Tensor:
+    """Return `batch` random examples: float32, or with `tokens` int64 below the size of the smallest embedding.
+
+    Raises ConfigError for batch < 1, and for tokens of a model without an embedding.
+    """
+    if batch < 1:
+        raise ConfigError(f"batch must be at least 1, got {batch}")
+    rng = torch.Generator().manual_seed(0)
+    if not tokens:
+        return torch.rand(batch, *shape, generator=rng)
+    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    if not sizes:
+        raise ConfigError("int64 inputs are for a model with an nn.Embedding, and this one has none")
+    return torch.randint(min(sizes), (batch, *shape), generator=rng)
+
+
+def _moved(batch: Any, device: torch.device | str) -> Any:
+    """Return the batch with its tensors on a device."""
+    if isinstance(batch, Mapping):
+        return {name: _moved(part, device) for name, part in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_moved(part, device) for part in batch)
+    return batch.to(device) if isinstance(batch, Tensor) else batch
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a model's output, a tensor or nested tuples, lists and dicts."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(part)
+
+
+def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:
+    """Return the named optimizer with a tiny learning rate; "muon": Muon for hidden matrices, AdamW for the others."""
+    rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
+    if name == "sgd":
+        return [torch.optim.SGD(trained, rate, momentum=0.9)]
+    if name == "adamw":
+        return [torch.optim.AdamW(trained, rate)]
+    return muon_and_adamw(model, muon={"lr": rate}, adamw={"lr": rate})

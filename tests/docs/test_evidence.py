@@ -1,0 +1,361 @@
+"""Every number of evidence.md and of the README's measurements follows from committed rows, or is a setting.
+
+A claim is a part of a page with its numbers, made from the rows. Pages must have all claims, and numbers outside of
+them must be settings.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import pytest
+
+from benchmarks.race.contenders import parse
+from benchmarks.race.curves import load
+from benchmarks.race.time_to_loss import Entry, Rates, computing, dense_of, entries, load_steps, rows, targets_of
+from benchmarks.race.time_to_loss import verdicts as verdicts_of
+
+ROOT = Path(__file__).parents[2]
+RACE = ROOT / "experiments" / "race"
+SIGN, TOPK, SPARSE = "Sign(per_tensor=True)", 'TopK(1/16, values="int2")', 'TopK(1/48, values="int2")'
+LINKS = ("10 Mbit/s", "50 Mbit/s", "200 Mbit/s", "1000 Mbit/s")
+TITLES = {
+    "ddp": "DDP, float32",
+    "ddp-fp16": "DDP, float16",
+    "QSGD(127) hook=bucket": "the hook, `QSGD(127)`",
+    "powersgd-4": "torch's PowerSGD, rank 4",
+    "local-sgd-8": "torch's local SGD, every 8",
+    "local-sgd-32": "torch's local SGD, every 32",
+    "local-sgd-128": "torch's local SGD, every 128",
+    "TopK(0.01)": "`CompressedSGD`, `TopK(0.01)`",
+    **{f"{SIGN} every={n}": f"`LocalUpdates` every {n}, `{SIGN}`" for n in (2, 8, 32)},
+    f"{SIGN} every=8 delay=4": "the same, `overlap=4` (steps timed by an earlier clock, see below)",
+    **{f"{TOPK} every={n}": f"`LocalUpdates` every {n}, `{TOPK}`" for n in (2, 8)},
+    f"{SPARSE} every=32": f"`LocalUpdates` every 32, `{SPARSE}`",
+    "sparseloco-32": "SparseLoCo's algorithm, every 32",
+    "diloco-32": "torchft's DiLoCo, every 32",
+}
+# Numbers that are no measurements: periods, rates of links and of learning, sizes, names, and counts of runs.
+SETTINGS = (
+    r"every \d+(?:, \d+)* and (?:every )?\d+(?: steps)?|every \d+|period \(8 and 32\)",
+    r"(?:\d[\d,]*(?:, | and ))*\d[\d,]* Mbit/s|\| 50 \| (?:200 \| )?1,000 \|",
+    r"600(?:- and 1,200-step)? (?:steps|runs)|600 and 1,200 steps|1,200[ -]steps?|600-",
+    r"0\.83 million|10\.7 million|0\.7 million|22\.6 million|ResNet-18|CIFAR-10|TopK 10%|float(?:16|32)",
+    r"0\.001 and 0\.002|0\.002 for all|\(0\.001;|at 0\.0005|Only 0\.002|seed 0|rank (?:of )?4|at rate 1\)|16 bits",
+    r"512 steps|after 540 of|Algorithm 1|Figure 2|\(95% or more counts as 100%|60 cases|15 methods|RandomK 1%",
+)
+
+
+def page(name: str) -> str:
+    """The prose and tables of a page in one line: without code blocks, links' targets, pictures and bold type."""
+    text = re.sub(r"^ {4,}[^\n]*$", "", (ROOT / name).read_text(), flags=re.MULTILINE)
+    text = re.sub(r"```.*?```|!\[.*?\]\(.*?\)", "", text, flags=re.DOTALL)
+    text = re.sub(r"\]\([^)]*\)", "]", text).replace("**", "").replace("[", "").replace("]", "")
+    return re.sub(r"\s+", " ", text)
+
+
+def check(text: str, claims: list[str]) -> None:
+    """Every claim is in the text, and no number is outside of claims, settings and code."""
+    for claim in claims:
+        assert claim in text, claim
+    for claim in sorted(claims, key=len, reverse=True):
+        text = text.replace(claim, " ")
+    text = re.sub(r"`[^`]*`", " ", text)
+    for setting in SETTINGS:
+        text = re.sub(setting, " ", text)
+    assert re.findall(r".{0,40}\d[\d.,%]*.{0,20}", text) == []
+
+
+class Race:
+    """The race's rows of one number of workers."""
+
+    def __init__(self, workers: int) -> None:
+        curves = [curve for curve in load(RACE / "curves.csv") if curve.workers == workers]
+        self.steps = [step for step in load_steps(RACE / "steps.csv") if step.workers == workers]
+        self.entries = {(entry.method, entry.curves[0].steps): entry for entry in entries(curves)}
+        self.table, self.curves = rows(curves, self.steps), curves
+        dense = dense_of(self.entries.values())
+        assert dense is not None
+        self.targets = targets_of(dense)
+
+    def entry(self, method: str, steps: int = 600) -> Entry:
+        return self.entries[method, steps]
+
+    def loss(self, method: str, steps: int = 600) -> float:
+        return fmean(self.entry(method, steps).losses)
+
+    def sent(self, method: str, steps: int = 600) -> float:
+        """kB a step."""
+        return self.entry(method, steps).curves[0].sent / 1000
+
+    def reached(self, method: str, steps: int = 1200) -> float:
+        """The mean number of steps to the target."""
+        found = self.entry(method, steps).steps_to(self.targets)
+        assert found is not None
+        return fmean(found)
+
+    def seconds(self, method: str) -> list[float]:
+        """The seconds to the target on each link, of the faster training length."""
+        mine = [row for row in self.table if row["method"] == method]
+        return [min(row[link] for row in mine if row[link] is not None) for link in LINKS]
+
+    def ms(self, method: str, link: str) -> float:
+        """The median step on a link."""
+        (found,) = {s.ms for s in self.steps if parse(s.contender, 1.0).method == method and str(s.link) == link}
+        return found
+
+    def ratios(self) -> list[float]:
+        """Our best time over the best peer's, by link."""
+        return [row["ratio"] for row in verdicts_of(self.table, self.steps)]
+
+
+def kilobytes(sent: float) -> str:
+    return f"{sent:,.0f}" if sent > 70 else f"{sent:.1f}"
+
+
+def two(numbers: list[float]) -> list[str]:
+    return [f"{number:.2f}" for number in numbers]
+
+
+def losses(race: Race, more: Race) -> Iterator[str]:
+    """Losses and bytes at equal steps."""
+    dense = race.loss("ddp")
+    yield f"lowest loss, {dense:.3f} after 600 steps"
+    lost = [race.loss(f"{SIGN} every={n}") - dense for n in (2, 8, 32)]
+    more_lost = [more.loss(m) - more.loss("ddp") for m in (f"{SIGN} every=2", f"{SIGN} every=8", f"{SPARSE} every=32")]
+    (a, b, c), (d, e, f) = two(lost), two(more_lost)
+    yield f"lose {a} (every 2), {b} (every 8) and {c} (every 32), and with four workers {d}, {e} and (`TopK(1/48)`) {f}"
+    names = "TopK(0.1) hook=bucket", "powersgd-4", "local-sgd-8"
+    (x, y, z), (p, q, r) = ([f"{race.loss(n):.3f}" for n in names], [kilobytes(race.sent(n)) for n in names])
+    yield f"{x} at {p} kB a step; torch's PowerSGD of rank 4 has {y} at {q} kB, its local SGD every 8 steps {z} at {r}"
+    hook = "QSGD(127) hook=bucket"
+    assert race.loss(hook) / dense < 1.01
+    assert round(race.sent("ddp") / race.sent(hook), 0) in (6, 7)
+    yield f"within 1% of dense training at a sixth of the bytes ({race.sent(hook):.0f} of {race.sent('ddp'):,.0f} kB)"
+    yield f"`flush()` ({race.sent('ddp'):,.0f} kB)"
+    for method in TITLES:
+        if method in {m for m, steps in race.entries if steps == 600}:
+            title = TITLES[method].replace("`CompressedSGD`,", "`CompressedSGD` (plain SGD at rate 1),")
+            if method != "ddp-fp16":
+                yield f"| {title} | {kilobytes(race.sent(method))} | {race.loss(method):.3f} |"
+
+    # Local updates compared with local SGD and DiLoCo.
+    peer, sparse = "diloco-32", f"{SPARSE} every=32"
+    assert round(race.sent("local-sgd-8") / race.sent(f"{SIGN} every=8")) == 25
+    assert abs(race.loss("local-sgd-8") - race.loss(f"{SIGN} every=8")) < 0.012
+    assert abs(race.loss("local-sgd-32") - race.loss(f"{SIGN} every=32")) < 0.012
+    assert round(more.loss(sparse) / more.loss(peer), 3) == round(race.loss(sparse) / race.loss(peer), 3)
+    times = race.sent(peer) / race.sent(sparse)
+    flushed = 600 * race.sent(peer) / (600 * race.sent(sparse) + race.sent("ddp"))
+    yield (
+        f"at a 25th of its bytes. Every 32 steps they have {race.loss(f'{SIGN} every=32') / race.loss(peer):.2f} times "
+        f"DiLoCo's loss; with `TopK(1/48)` {race.loss(sparse) / race.loss(peer):.3f} (also with four workers), at a "
+        f"{times:.0f}th of its bytes in rounds, and a {flushed:.0f}th of them if the flush at the end of these 600 "
+        f"steps counts. DiLoCo's momentum of 0.9 has {-(-600 // 32)} rounds here, too few; after 1,200 steps it has "
+        f"{race.loss(peer, 1200):.3f}, `TopK(1/48)` every 32 steps {race.loss(sparse, 1200):.3f}"
+    )
+    memory = {m: min(c.peak_mb for c in race.entry(m).curves) for m in (f"{TOPK} every=8", "ddp")}
+    yield f"A process needs {round(memory[f'{TOPK} every=8'] - memory['ddp'], -1):.0f} MB more"
+
+
+def times(race: Race, more: Race) -> Iterator[str]:
+    """Seconds to the target, steps to it, and step times."""
+    ours, theirs = two(race.ratios()), two(more.ratios())
+    yield f"{ours[3]} (two workers) and {theirs[3]} (four) times the best alternative's"
+    yield f"take {theirs[0]}, {theirs[1]}, {theirs[2]} and {theirs[3]} times as long as the best peer"
+    yield f"| ours / the best peer's of those tried | {' | '.join(ours)} |"
+    a, b, c = (f"{race.seconds(f'local-sgd-{n}')[0]:.0f}" for n in (8, 32, 128))
+    yield f"({a}, {b} and {c} s at 10 Mbit/s every 8, 32 and 128 steps)"
+    plain = race.seconds(f"{SIGN} every=8")[0] / race.seconds("local-sgd-128")[0]
+    yield f"{ours[0]} (without `overlap` {plain:.2f}) and {ours[1]} with two workers, {theirs[0]} and {theirs[1]} with"
+
+    # Computing dense training's own steps, over the best peer's time.
+    limits = []
+    for each in (race, more):
+        best = [row["peer s"] for row in verdicts_of(each.table, each.steps)]
+        limits.append([each.reached("ddp") * each.ms("alone", LINKS[i]) / 1000 / best[i] for i in (0, 1)])
+    alone = [f"{race.ms('alone', link):.0f}" for link in LINKS[:2]]
+    (p, q), (r, s) = map(two, limits)
+    needed = race.reached("ddp")
+    yield f"takes {p} and {q} ({needed:.0f} steps of {alone[0]} and {alone[1]} ms), with four workers {r} and {s}"
+
+    # Spreads of steps and of step times, and seed 0.
+    varied = [race.entry(m, n) for m, n in (("ddp", 1200), (f"{TOPK} every=8", 1200), ("QSGD(127) hook=bucket", 600))]
+    found = [entry.steps_to(race.targets) or [] for entry in varied]
+    ranges = [round(100 * (max(mine) - min(mine)) / fmean(mine)) for mine in found]
+    yield f"Steps vary by {min(ranges)} to {max(ranges)}% between seeds"
+    spreads = [100 * (step.high - step.low) / step.ms for step in race.steps]
+    yield f"whose range is {median(spreads):.0f}% in half of the rows and up to {max(spreads):.0f}%"
+    yield f"uncompressed exchange takes {race.sent('ddp') * 8e3 / 10e6:.1f} s at 10 Mbit/s"
+    first = found[0][0]
+    assert min(found[0]) == first
+    yield f"needs {first:.0f} steps, {100 * (1 - first / fmean(found[0])):.0f}% less than its mean"
+    for method, title in TITLES.items():
+        if method not in (f"{SIGN} every=32", f"{TOPK} every=2", "sparseloco-32", "diloco-32"):
+            cells = " | ".join(f"{seconds:,.0f}" for seconds in race.seconds(method))
+            yield f"| {title} | {cells} |"
+    local = more.reached(f"{SIGN} every=2")
+    yield f"it needs {more.reached('ddp'):.0f} steps, local updates every 2 steps {local:.0f},"
+
+    # Overlap: more steps, and the step times of the later clock.
+    late = [each.reached(f"{SIGN} every=8 delay=4") / each.reached(f"{SIGN} every=8") for each in (race, more)]
+    yield f"takes {100 * (late[0] - 1):.0f}% more steps, with four workers {100 * (late[1] - 1):.0f}%"
+    clock = load_steps(RACE / "delay.csv")
+    for workers, title in ((2, "two workers"), (4, "four workers, two cores")):
+        cells = []
+        for mbit in (10, 50, 1000):
+            here = {s.contender: s.ms for s in clock if s.workers == workers and s.link == Rates(mbit, mbit)}
+            pair = [here[f"{SIGN} every=8 delay=4"], here[f"{SIGN} every=8"]]
+            cells.append(", ".join(two([ms / here["alone"] for ms in pair])))
+        yield f"| {title} | {' | '.join(cells)} |"
+        if workers == 2:
+            yield f"step at 50 Mbit/s takes {cells[1].split(', ')[1]} times its computing"
+
+
+def other_tasks() -> Iterator[str]:
+    """The ResNet and the pretrained transformer."""
+    found = {}
+    for name in ("resnet", "finetune"):
+        for curve in load(RACE / f"{name}.csv"):
+            key = name, parse(curve.contender, 1.0).method
+            if key not in found or curve.final < found[key].final:
+                found[key] = curve
+
+    def cell(name: str, method: str) -> str:
+        curve = found[name, method]
+        return f"{curve.final:.3f} at {curve.sent / 1000:,.0f}"
+
+    low_rank, ours = cell("resnet", "powersgd-4"), cell("resnet", f"{TOPK} every=8")
+    yield f"DDP {cell('resnet', 'ddp')} kB, the hook (`TopK(0.01)`) {cell('resnet', 'TopK(0.01) hook=bucket')}, "
+    yield f"PowerSGD of rank 4 {low_rank}, `LocalUpdates` every 8 (`TopK(1/16)`) {ours}."
+    sign, plain = cell("finetune", f"{SIGN} every=8"), cell("finetune", "local-sgd-32")
+    yield f"DDP {cell('finetune', 'ddp')} kB, the hook (`QSGD(127)`) {cell('finetune', 'QSGD(127) hook=bucket')}, "
+    yield f"(`Sign`) {sign}, torch's local SGD every 32 {plain}."
+
+
+def shares(race: Race) -> Iterator[str]:
+    """Fractions of the time in which workers compute."""
+
+    def share(table: list[dict[str, Any]], method: str, link: str) -> str:
+        (found,) = [row[link] for row in table if row["contender"] == method]
+        return "100%" if found >= 0.955 else f"{100 * found:.0f}%"
+
+    table, large = computing(race.steps), load_steps(RACE / "steps-10m.csv")
+    few = share(table, "Identity every=128", LINKS[0]), share(table, f"{SPARSE} every=8", LINKS[0])
+    yield f"10 Mbit/s: dense {share(table, 'ddp', LINKS[0])}, uncompressed every 128 steps {few[0]},"
+    yield f"`{SPARSE}` every 8 steps {few[1]}."
+    yield f"1,000 Mbit/s: dense {share(table, 'ddp', LINKS[3])}."
+    (alone,) = [step.ms for step in large if step.contender == "alone"]
+    cells = [share(computing(large), m, LINKS[1]) for m in ("ddp", f"{TOPK} every=8", f"{SPARSE} every=32")]
+    yield f"({alone:.0f} ms of computing a step): dense {cells[0]}, `{TOPK}` every 8 steps {cells[1]}, "
+    yield f"`{SPARSE}` every 32 steps {cells[2]}."
+
+
+def plan() -> Iterator[str]:
+    """Errors of predicted steps, and regrets, which are in the race's page."""
+    text = (RACE / "README.md").read_text()
+    errors: dict[str, list[int]] = {}
+    for link, predicted, measured, error in re.findall(
+        r"^\| (\d+ Mbit/s) \| .* \| ([\d.]+) \| ([\d.]+) \| ([-+]\d+)% \|$", text, re.MULTILINE
+    ):
+        assert abs(100 * (float(predicted) / float(measured) - 1) - int(error)) < 0.7
+        errors.setdefault(link, []).append(int(error))
+    a, b, c, d = (f"{median(map(abs, errors[link])):.0f}" for link in LINKS)
+    all_errors = [error for mine in errors.values() for error in mine]
+    assert len(all_errors) == 60
+    yield f"is {a}, {b}, {c} and {d}% at 10, 50, 200 and 1,000 Mbit/s"
+    yield f"its largest errors {min(all_errors)} and +{max(all_errors)}%"
+    regrets = re.findall(r"^\| \d+ Mbit/s \| .* \| \d+ \| .* \| \d+ \| ([\d.]+) \|$", text, re.M)
+    assert len(regrets) == 8
+    yield f"at most {max(regrets)} times as long"
+    yield f"(by link, two workers: {', '.join(regrets[:4])}; four: {', '.join(regrets[4:])}, the last"
+
+
+def saddles() -> Iterator[str]:
+    """Theorem 3.2's runs, and Figure 2."""
+    with (ROOT / "experiments" / "theorem" / "saddles.csv").open(newline="") as file:
+        mine = [row for row in csv.DictReader(file) if row["variant"] == "Algorithm 1"]
+    low = min(float(row["smallest_share"]) for row in mine)
+    high = max(float(row["largest_share"]) for row in mine)
+    yield f"{100 * low:.1f} to {100 * high:.1f}% of the iterates"
+    found = summary("figure2")
+    sooner = [
+        fmean(found[f"{name}, no noise"]["plateau_epochs"]["values"])
+        - fmean(found[f"{name}, noise 0.01"]["plateau_epochs"]["values"])
+        for name in ("uncompressed", "TopK 0.1%", "RandomK 0.1%")
+    ]
+    yield f"plateau {min(sooner):.1f} to {max(sooner):.1f} epochs sooner"
+    quiet, noisy = (summary("figure2-open")[f"uncompressed, linear output, {n}"] for n in ("no noise", "noise 0.01"))
+    gain = quiet["plateau_epochs"]["mean"] - noisy["plateau_epochs"]["mean"]
+    ends = f"{noisy['final_loss']['mean']:.4f} instead of {quiet['final_loss']['mean']:.4f}"
+    yield f"{gain:.1f} epochs sooner, and the final loss is higher, {ends}"
+
+
+def summary(name: str) -> dict[str, Any]:
+    """The settings of a study, by name."""
+    document = json.loads((ROOT / "experiments" / name / "summary.json").read_text())
+    return {setting["setting"]: setting for setting in document["settings"]}
+
+
+def test_evidence() -> None:
+    race, more = Race(2), Race(4)
+    claims = [*losses(race, more), *times(race, more), *other_tasks(), *shares(race), *plan(), *saddles()]
+    assert len(claims) > 60
+    check(page("docs/evidence.md"), claims)
+
+
+def front() -> Iterator[str]:
+    """The README's measurements."""
+    race = Race(2)
+    a, b, c, d = (f"{race.seconds(m)[0]:,.0f}" for m in ("local-sgd-128", f"{SIGN} every=8", "powersgd-4", "ddp"))
+    yield f"the longest period tried, {a} s, `LocalUpdates(optimizer, every=8)` {b} s, PowerSGD {c} s, DDP {d} s"
+    mean, sent = {}, {}
+    for setting in ("char-4", "gpt-2"):
+        with (ROOT / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for method in ("Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense"):
+            mine = [row for row in rows if row["method"] == method]
+            first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
+            best = [float(row["validation_loss"]) for row in mine if row["rate"] == first["rate"]]
+            assert len(best) == 3
+            mean[setting, method], sent[setting, method] = fmean(best), float(first["kB_a_step"])
+    ours, adamw, muon = (
+        f"{mean['char-4', m]:.3f}" for m in ("Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense")
+    )
+    kb = sent["char-4", "Muon, local 8, Sign"], sent["char-4", "Muon, dense"]
+    yield f"loss {ours} at {kb[0]:.1f} kB a step; dense AdamW {adamw} and dense Muon {muon} at {kb[1]:,.0f} kB"
+    fewer = sent["gpt-2", "Muon, dense"] / sent["gpt-2", "Muon, local 8, Sign"]
+    worse = mean["gpt-2", "Muon, local 8, Sign"] - mean["gpt-2", "Muon, dense"]
+    yield f"at a {fewer:.0f}rd of its bytes. Dense Muon (gray) is better at equal steps, by {worse:.2f}."
+
+    # A step over a slow link, from the table of its page, and the bytes of Figure 2.
+    table = (ROOT / "benchmarks" / "link.md").read_text().partition("## ResNet-18")[2].partition("## MNIST")[0]
+    cells = {line.split("|")[1].strip(" *"): line.split("|") for line in table.splitlines() if line.startswith("| ")}
+    step, dense = (float(cells[name][2].split("(")[0].replace(",", "")) for name in ("RandomK(0.01)", "ddp"))
+    longer = step / float(cells["RandomK(0.01)"][3]) - 1
+    yield f"is {dense / step:.0f} times as fast as DDP's, and takes {100 * longer:.0f}% longer"
+    found = summary("figure2")
+    whole = found["uncompressed, noise 0.01"]["megabytes"]["mean"]
+    few = sorted(100 * found[f"{n} 0.1%, noise 0.01"]["megabytes"]["mean"] / whole for n in ("TopK", "RandomK"))
+    yield f"at {few[0]:.1f} to {few[1]:.1f}% of the bytes"
+    for name in ("uncompressed", "TopK 0.1%", "RandomK 0.1%"):
+        stay = [found[f"{name}, {n}"]["plateau_epochs"]["mean"] for n in ("no noise", "noise 0.01")]
+        assert 2 < stay[0] / stay[1] < 3.2  # two to three times as soon
+
+
+def test_front_page() -> None:
+    text = page("README.md")
+    caption = text.partition("nanoGPT's small")[2].partition("## ")[0]
+    check(caption + text.partition("## What is measured")[2].partition("Where packsaddle loses")[0], list(front()))
+
+
+def test_a_number_without_a_source_is_found() -> None:
+    check("It takes 3 s every 8 steps.", ["takes 3 s"])
+    with pytest.raises(AssertionError, match=r"4\.5"):
+        check("It takes 3 s, or 4.5 s.", ["takes 3 s"])
+    with pytest.raises(AssertionError, match="takes 2 s"):
+        check("It takes 3 s.", ["takes 2 s"])
