@@ -189,11 +189,11 @@ class Target(Question):
     """Folder of runs.csv and steps.csv, which are added to; by default that of the settings."""
     only: Part = "all"
     """One part: the timed steps, the trainings, the list of missing trainings, or the tables of what is there."""
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...], HIDE_DEFAULT] = ()
     """Names of methods in the settings; by default all."""
-    workers: tuple[int, ...] = ()
+    workers: Annotated[tuple[int, ...], HIDE_DEFAULT] = ()
     """Numbers of workers; by default those of the settings."""
-    rates: tuple[str, ...] = ()
+    rates: Annotated[tuple[str, ...], HIDE_DEFAULT] = ()
     """Mbit/s of the links, or local for processes of this machine without a link; by default those of the settings."""
     seeds: Annotated[int | None, HIDE_DEFAULT] = None
     """Number of trainings of each method, with different seeds; by default that of the settings."""

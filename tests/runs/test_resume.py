@@ -273,7 +273,7 @@ def test_another_number_of_workers(
     cut_off(monkeypatch, 15, "run", config, "--workers", 2, "--out", folder, *every, *keys)
     cut_off(monkeypatch, 27, "run", "--resume", folder, "--workers", 3, *every)
     out = capsys.readouterr().out
-    assert "the checkpoint of step 12 was saved by 2 workers and is loaded by 3: x is kept" in out
+    assert "the checkpoint of step 12 was saved by 2 workers and is loaded by 3: each loads the mean of" in out
     assert command("run", "--resume", folder, "--workers", 1, *every) == 0
     out = capsys.readouterr().out
     assert "the checkpoint of step 24 was saved by 3 workers and is loaded by 1" in out

@@ -73,7 +73,7 @@ DYING = """
 import sys
 import packsaddle.cli as cli
 from experiments.paper import runner
-sys.path.insert(0, {folder!r})
+sys.path[:0] = {folders!r}
 from test_runner import work
 cli.parse = lambda *arguments: lambda: list(runner.in_parallel(work, ["first", "killed"], 1, lambda active: None))
 if __name__ == "__main__":
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 @pytest.mark.process
 def test_the_command_says_one_line(tmp_path: Path) -> None:
     script = tmp_path / "dying.py"
-    script.write_text(DYING.format(folder=str(Path(__file__).parent)))
+    script.write_text(DYING.format(folders=[str(Path(__file__).parent), str(Path(__file__).parents[2] / "support")]))
     done = subprocess.run([python(), str(script)], capture_output=True, text=True, env=environment())
     expected = "packsaddle: killed failed: its process was killed by SIGKILL; out of memory? choose fewer --jobs\n"
     assert (done.returncode, done.stderr) == (1, expected)
