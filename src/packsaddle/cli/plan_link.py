@@ -211,7 +211,7 @@ def _plan(
         elif bits is None:
             link, source = probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
 
-        # Measure the time of an update, the compute time, unless it is given, and the speed of each compressor, once.
+        # Measure once: the time of an update, the speed of each compressor, and the compute time unless it is given.
         total = len(candidates) + len({s.compressor for s in settings}) * options.local + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")

@@ -65,8 +65,8 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
     d = len(codes)
     if not d:
         return codes
-    # Predict the size of each code from the histogram of the levels. Layers have a header with two numbers per layer,
-    # the gaps, and a sign bit per nonzero level.
+    # Predict the size of each code from the histogram of the levels. The layered code has a header with two numbers
+    # per layer, the gaps, and a sign bit per nonzero level.
     loop, fixed = kernel("count_codes", device=codes.device), math.ceil(d * bits / 8)
     counts = (loop(codes) if loop else torch.bincount(codes, minlength=256).cpu())[: 2 * top + 1]
     layers, folded = _layers(counts.tolist(), top), _folded(torch.arange(2 * top + 1, dtype=torch.uint8), top).long()

@@ -168,7 +168,8 @@ class Certificate:
         return "\n  ".join(lines)
 
     def _curvature(self) -> list[str]:
-        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # one product, for the record
+        # The search stops after one Hessian-vector product if the gradient's norm alone decides.
+        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:
             return ["no search for negative curvature: the gradient decides"]
         if self.pilot_examples is None:
             bounds = [

@@ -51,7 +51,7 @@ class Ritz:
     thetas: tuple[float, ...]  # k Ritz values, ascending
     shares: tuple[float, ...]  # k squared components of the unit start vector b, one along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
-    rounding: float  # approximate error of a product along one direction
+    rounding: float  # approximate rounding error of a product A v along one direction
     exhausted: bool  # the Krylov space is invariant: Ritz values are eigenvalues, to rounding
     orthogonal: bool  # every vector was stored and used to reorthogonalize
 

@@ -241,7 +241,10 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """Return a lower bound on the smallest eigenvalue over the examples; stops at a saddle or if steps gain little."""
+    """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos.
+
+    Stops if the smallest Ritz value is below `threshold`, or further steps would raise the bound by little.
+    """
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold

@@ -115,7 +115,9 @@ class DoubleBackward(Products):
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
-        self._differences: Differences | None = None  # differences of gradients, to compare with
+        self._differences: Differences | None = (
+            None  # products by differences, which validate double backward; None: not used yet
+        )
         self._coarse = False  # errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -324,7 +326,7 @@ class Differences(Products):
         return other
 
     def copy_estimates(self, other: Products) -> None:
-        """Copy the step and the rounding estimates of `other`."""
+        """Copy the step size of the differences and the rounding estimates of `other`."""
         assert isinstance(other, Differences)
         self.step, self._rounding, self._quietest = other.step, other._rounding, other._quietest
 

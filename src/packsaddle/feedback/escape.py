@@ -103,7 +103,7 @@ class EscapeCheck:
         self._rule, self._channel, self._seed = rule, channel, seed
 
     def begin(self) -> None:
-        """Set the first start point to the current x: weights may have been loaded since construction."""
+        """Set the start point of the first segment to the current parameters, which may have been loaded."""
         self.anchor.copy_(self._x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:

@@ -82,7 +82,7 @@ class Slice:
         return dict(zip(self.names, self.views(flat), strict=True))
 
     def zeros(self) -> Shaped:
-        """Return a new vector of zeros, float[d], with its views."""
+        """Return a new vector of zeros, float[d], with one view of it per parameter, in the parameter's shape."""
         flat = torch.zeros(self.d, dtype=self._dtype, device=self._device)
         return Shaped(flat, self.views(flat))
 

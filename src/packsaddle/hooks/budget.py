@@ -73,7 +73,7 @@ class Allocation:
         self._next = {}
 
     def field(self, device: Callable[[], torch.device]) -> Value:
-        """Return a field for the saved state, the samples of the last step; they are loaded to `device()`."""
+        """Return the saved-state field of the sampled coordinates of each slice; loading moves them to `device()`."""
 
         def load(saved: Sequence[_Sample]) -> None:
             self._last = {s.names: replace(s, values=s.values.to(device(), copy=True)) for s in saved}

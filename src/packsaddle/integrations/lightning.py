@@ -226,7 +226,7 @@ class _Files:
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        with self._callback.together():  # the checkpoint may contain views of the parameters
+        with self._callback.together():  # at the anchor: the checkpoint may contain views of the parameters, not copies
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:

@@ -256,9 +256,10 @@ class Fragment(Slice):
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
-        """Return this fragment's saved-state fields, below `path`. Call after `close`; call `resume` after loading.
+        """Return this fragment's saved-state fields; `path` is the prefix of their keys.
 
-        A delayed exchange is saved with its outcome, and is applied after its `due` step.
+        Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome, and is applied
+        after its `due` step.
         """
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}

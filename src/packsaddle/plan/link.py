@@ -124,7 +124,7 @@ class StepsNeeded:
     """Steps to reach the loss of uncompressed training, relative to its steps, each with its best learning rate."""
 
     factor: float
-    at_least: bool = False  # True: the measurement ended before the loss was reached
+    at_least: bool = False  # True: `factor` is a lower bound, as the measurement ended before the loss was reached
 
 
 # sgd: experiments/char-transformer (30 passes over the data); adamw: experiments/adamw (800 steps, three seeds). Muon

@@ -1,6 +1,7 @@
-"""Certification of a point: the options and results of one point, and the certification of a run's saved weights.
+"""Certification of parameters as a saddle or a second-order stationary point: of a run's saved weights, and options.
 
-The results are a certificate, the loss along its directions, the spectrum, and a certificate of the population.
+The results for one set of parameters are a certificate, the loss along its directions and, if requested, the Hessian's
+spectrum and a certificate of the population loss.
 """
 
 import math
@@ -216,7 +217,7 @@ class Audit:
         return findings
 
     def certify(self) -> list[Finding]:
-        """Certify every file in the current process group; collective."""
+        """Certify the weights in every file, and return a finding for each; collective over the process group."""
         task, data, weights = self.load()
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)

@@ -130,7 +130,7 @@ class CertifyConfig(Search):
     epsilon: float  # target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
     hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
     every: float | None = None  # epochs between certificates; by default none along the run
-    at: tuple[float, ...] = ()  # epochs of further certificates
+    at: tuple[float, ...] = ()  # epochs at which a certificate is computed in addition to `every`
     last_epsilon: float | None = None  # epsilon of the certificate at the end; by default epsilon
     iterates: int = 0  # iterates drawn uniformly from x_0 ... x_T and saved, for packsaddle certify --iterates
     examples: int = 1024  # examples per worker, along the run

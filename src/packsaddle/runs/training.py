@@ -324,7 +324,7 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
 
-    # Both have the same learning rate (match_rms_adamw).
+    # match_rms_adamw scales the updates of Muon so that it can have the learning rate of AdamW.
     momentum = {"momentum": config.momentum or _MUON_MOMENTUM, "nesterov": config.nesterov or not config.momentum}
     return JoinedOptimizer(muon_and_adamw(model, {**rate, **momentum, "adjust_lr_fn": "match_rms_adamw"}, adamw))
 

@@ -59,7 +59,7 @@ class Gradient:
     """
 
     kind = "gradient"  # its name in saved states, and that of the vector kept between steps
-    started = True  # False: no step has been applied, so the kept vector has no value yet
+    started = True  # False: the vector kept between steps has no value yet, as no step has been applied
     keeps = False  # True: keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # vector length from which missing loops cause a warning
+_LARGE = 1 << 20  # vector length from which `kernel` warns if no compiled loops are available
 _DTYPES = (torch.float32, torch.float64)
 _COMPILERS = {  # by device type: the compiler's package, and the modules with its loops
     "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes")),

@@ -35,7 +35,7 @@ class Text:
 
     @property
     def classes(self) -> int:
-        """Number of codes."""
+        """Number of classes to predict: the characters of the vocabulary, and one class for all others."""
         return len(self.vocabulary) + 1
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
