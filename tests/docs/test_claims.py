@@ -78,6 +78,6 @@ def test_local_updates_of_muon() -> None:
     assert list(said.groups()) == losses
     times = round(two["Muon, dense"][1] / two["Muon, local 8, Sign"][1])
     assert two["Muon, local 8, Sign"][0] < two["AdamW, dense, beta1 0.8"][0]
-    assert round(two["Muon, local 8, Sign"][0] - two["Muon, dense"][0], 2) == 0.03
+    assert round(two["Muon, local 8, Sign"][0] - two["Muon, dense"][0], 2) == 0.04
     for page in (DOCS.parent / "README.md", DOCS / "index.md"):
         assert re.search(rf"lower\s+loss than dense AdamW, at a {times}rd of its\s+bytes", page.read_text()), page

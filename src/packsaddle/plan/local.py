@@ -69,7 +69,7 @@ _ADAMW: Mapping[int, Mapping[Setting, float]] = {
 
 # The same for Muon, relative to dense training with Muon: experiments/muon.
 _MUON: Mapping[int, Mapping[Setting, float]] = {
-    2: {Setting(8, _SIGN, keep_unsent=True): 1.12, Setting(8, _TWO_BITS, keep_unsent=True): 1.06},
+    2: {Setting(8, _SIGN, keep_unsent=True): 1.15, Setting(8, _TWO_BITS, keep_unsent=True): 1.06},
     4: {Setting(8, _SIGN, keep_unsent=True): 1.39, Setting(8, _TWO_BITS, keep_unsent=True): 1.18},
 }
 Inner = Literal["adamw", "muon"]
