@@ -131,7 +131,8 @@ def losses(race: Race, more: Race) -> Iterator[str]:
     yield f"lose {a} (every 2), {b} (every 8) and {c} (every 32), and with four workers {d}, {e} and (`TopK(1/48)`) {f}"
     names = "TopK(0.1) hook=bucket", "powersgd-4", "local-sgd-8"
     (x, y, z), (p, q, r) = ([f"{race.loss(n):.3f}" for n in names], [kilobytes(race.sent(n)) for n in names])
-    yield f"{x} at {p} kB a step; torch's PowerSGD of rank 4 has {y} at {q} kB, its local SGD every 8 steps {z} at {r}"
+    yield f"{x} at {p} kB a step; torch's PowerSGD of rank 4 has a loss of {y} at {q} kB a step, its local SGD every 8 "
+    yield f"steps {z} at {r}"
     hook = "QSGD(127) hook=bucket"
     assert race.loss(hook) / dense < 1.01
     assert round(race.sent("ddp") / race.sent(hook), 0) in (6, 7)
@@ -181,7 +182,10 @@ def times(race: Race, more: Race) -> Iterator[str]:
     alone = [f"{race.ms('alone', link):.0f}" for link in LINKS[:2]]
     (p, q), (r, s) = map(two, limits)
     needed = race.reached("ddp")
-    yield f"takes {p} and {q} ({needed:.0f} steps of {alone[0]} and {alone[1]} ms), with four workers {r} and {s}"
+    yield (
+        f"({needed:.0f} steps of {alone[0]} and {alone[1]} ms) is {p} and {q} of the best alternative's time, with four "
+        f"workers {r} and {s}"
+    )
 
     # Spreads of steps and of step times, and seed 0.
     varied = [race.entry(m, n) for m, n in (("ddp", 1200), (f"{TOPK} every=8", 1200), ("QSGD(127) hook=bucket", 600))]

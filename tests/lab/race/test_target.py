@@ -67,7 +67,7 @@ def test_the_committed_settings_have_peers_and_rates() -> None:
     kinds = {method.kind for method in settings.methods}
     assert kinds == {"local", "local-sgd", "powersgd", "dense"}
     ours = settings.method("Muon, local 8, Sign")
-    assert rate_of(ours, 2) == 0.008  # of the committed rows, as for four workers, which have no other
+    assert rate_of(ours, 2) == 0.016  # of the committed rows
     assert rate_of(replace(ours, row="no such row"), 2) == ours.lr
     steps = predicted_steps(settings.method("Muon, DDP"), 2, settings.target)
     assert steps is not None
