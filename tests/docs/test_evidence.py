@@ -41,6 +41,7 @@ TITLES = {
 }
 # Numbers that are no measurements: periods, rates of links and of learning, sizes, names, and counts of runs.
 SETTINGS = (
+    r"Corollary 3\.3",
     r"every \d+(?:, \d+)* and (?:every )?\d+(?: steps)?|every \d+|period \(8 and 32\)",
     r"(?:\d[\d,]*(?:, | and ))*\d[\d,]* Mbit/s|\| 50 \| (?:200 \| )?1,000 \|",
     r"600(?:- and 1,200-step)? (?:steps|runs)|600 and 1,200 steps|1,200[ -]steps?|600-",
@@ -183,8 +184,8 @@ def times(race: Race, more: Race) -> Iterator[str]:
     (p, q), (r, s) = map(two, limits)
     needed = race.reached("ddp")
     yield (
-        f"({needed:.0f} steps of {alone[0]} and {alone[1]} ms) is {p} and {q} of the best alternative's time, with four "
-        f"workers {r} and {s}"
+        f"({needed:.0f} steps of {alone[0]} and {alone[1]} ms) is {p} and {q} of the best alternative's time, with "
+        f"four workers {r} and {s}"
     )
 
     # Spreads of steps and of step times, and seed 0.
