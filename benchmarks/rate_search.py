@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.origin import Origin
 from benchmarks.race.recipe import share_of_peak
-from benchmarks.race.rows_file import add_rows
+from benchmarks.rows_file import add_rows
 
 WARM_UP = 50
 Job = tuple[str, float, int]  # method, rate, seed

@@ -21,8 +21,8 @@ from benchmarks.race.contenders import Contender, parse
 from benchmarks.race.peers import CannotRunError, Racer, enter
 from benchmarks.race.race import settle
 from benchmarks.race.recipe import Kind, Recipe
-from benchmarks.race.rows_file import add_rows, read_rows
 from benchmarks.race.workload import TrainingWorkload, evenly_spaced
+from benchmarks.rows_file import add_rows, read_rows
 from packsaddle.comm import Group, process_group
 from packsaddle.runs.tasks import Dataset
 

@@ -24,9 +24,9 @@ from benchmarks.origin import UNKNOWN, Origin
 from benchmarks.race.entrant import Entrant, enter
 from benchmarks.race.inner import held_out_loss
 from benchmarks.race.race import settle
-from benchmarks.race.rows_file import add_rows, read_rows
 from benchmarks.race.target_settings import Method, TargetSettings, alone, rate_of
 from benchmarks.race.workload import Batch, TrainingWorkload, evenly_spaced
+from benchmarks.rows_file import add_rows, read_rows
 from packsaddle.comm import Group, process_group
 from packsaddle.options import build
 from packsaddle.plan import Timing

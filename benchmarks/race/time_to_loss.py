@@ -16,7 +16,7 @@ from benchmarks.origin import UNKNOWN, Origin
 from benchmarks.race.contenders import ALONE, DENSE, parse
 from benchmarks.race.curves import Curve
 from benchmarks.race.race import Lap
-from benchmarks.race.rows_file import add_rows, read_rows
+from benchmarks.rows_file import add_rows, read_rows
 from packsaddle.plan import Timing
 
 _TARGET = 0.9  # fraction of dense training's tokens

@@ -4,12 +4,12 @@ Rates are powers of two. So all methods are compared at the same accuracy at the
 only normalisation of rates that does not prefer one of them. Finished runs are rows of a file and are not repeated.
 """
 
-import csv
 import math
-from collections.abc import Iterator
-from dataclasses import astuple, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple
 from pathlib import Path
 
+from benchmarks.rows_file import add_rows, read_rows
 from benchmarks.saddles.escape import LIMIT, Row, run
 from benchmarks.saddles.methods import METHODS
 from benchmarks.saddles.saddle import KINDS, Saddle
@@ -27,11 +27,7 @@ class Rows:
     """The finished runs, in a file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[Row] = []
-        if path.exists():
-            with path.open() as file:
-                self.rows = [_parsed(line) for line in csv.DictReader(file)]
+        self.path, self.rows = path, read_rows(path, _parsed, "run")
 
     def get(self, method: str, saddle: Saddle, lr: float) -> Row:
         """Return a run's row; run it if the file has none."""
@@ -39,11 +35,7 @@ class Rows:
             if astuple(row)[:5] == (method, saddle.kind, saddle.n, lr, saddle.seed):
                 return row
         row = run(method, saddle, lr)
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if not self.rows:
-                writer.writerow([field.name for field in fields(Row)])
-            writer.writerow(astuple(row))
+        add_rows(self.path, [asdict(row)])
         self.rows.append(row)
         print(row, flush=True)
         return row
@@ -61,7 +53,7 @@ class Rows:
         return any(r.steps == LIMIT for r in here) and not self.best(cell)
 
 
-def _parsed(line: dict[str, str]) -> Row:
+def _parsed(line: Mapping[str, str]) -> Row:
     numbers = int(line["n"]), float(line["lr"]), int(line["seed"]), int(line["steps"])
     return Row(line["method"], line["kind"], *numbers, settled=line["settled"] == "True")
 

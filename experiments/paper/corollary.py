@@ -12,16 +12,17 @@ TopK sends as many coordinates as RandomK, with the parameters of Theorem 3.1, o
 linear`), where only the selection differs.
 """
 
-import argparse
 import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from statistics import median
 
+from benchmarks.rows_file import add_rows, read_rows
 from experiments.paper.compiled_runs import Selection, Setting, escapes
 from experiments.paper.power_law import Exponent, difference, exponent
+from experiments.paper.rows_command import main
 from experiments.paper.theorem import SIGMA, WIDTH, bytes_per_step
 from packsaddle.compressors import Compressor, Identity, RandomK, SharedTopK, SketchTopK, TopK
 from packsaddle.theory import Assumptions, plan
@@ -131,30 +132,17 @@ def missing(rows: Sequence[Row]) -> Iterator[tuple[Sweep, str, float, int, list[
 
 def read(path: Path) -> list[Row]:
     """Return the rows of a file; [] if there is none."""
-    if not path.exists():
-        return []
 
     def step(text: str) -> int | None:
         return int(text) if text else None
 
-    with path.open() as file:
-        return [
-            Row(
-                *(line["sweep"], line["method"], float(line["epsilon"]), int(line["d"]), int(line["seed"])),
-                *(int(line["k"]), float(line["eta"]), int(line["planned"]), step(line["first"]), step(line["half"])),
-            )
-            for line in csv.DictReader(file)
-        ]
+    def row(line: Mapping[str, str]) -> Row:
+        return Row(
+            *(line["sweep"], line["method"], float(line["epsilon"]), int(line["d"]), int(line["seed"])),
+            *(int(line["k"]), float(line["eta"]), int(line["planned"]), step(line["first"]), step(line["half"])),
+        )
 
-
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to the file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([field.name for field in fields(Row)])
-        writer.writerows(astuple(row) for row in rows)
+    return read_rows(path, row, "run")
 
 
 Groups = dict[float, list[float]]
@@ -301,25 +289,22 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=("run", "tables"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of rows.csv")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rows.csv"
-    if options.command == "run":
-        for sweep, method, epsilon, d, seeds in list(missing(read(path))):
-            rows = measure(sweep, method, epsilon, d, seeds)
-            append(path, rows)
-            print(sweep.name, method, epsilon, d, [row.half for row in rows], flush=True)
-        return
-    found = fits(read(path))
+def run(path: Path) -> None:
+    """Make the missing runs."""
+    for sweep, method, epsilon, d, seeds in list(missing(read(path))):
+        rows = measure(sweep, method, epsilon, d, seeds)
+        add_rows(path, map(asdict, rows))
+        print(sweep.name, method, epsilon, d, [row.half for row in rows], flush=True)
+
+
+def tables(path: Path) -> None:
+    """Print the exponents, and write them and the figure next to the rows."""
+    rows = read(path)
+    found = fits(rows)
     print(table(found))
-    write(found, options.out / "exponents.csv")
-    draw(read(path), options.out / "figure.png")
+    write(found, path.with_name("exponents.csv"))
+    draw(rows, path.with_name("figure.png"))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, run, tables)

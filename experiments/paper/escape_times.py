@@ -8,22 +8,22 @@ parameters, k as in Corollary 3.3. A run's time is the first step whose iterate 
 those of `compiled_runs`; `library` runs, with 16 times the planned step size, are `CompressedSGD`'s.
 """
 
-import argparse
-import csv
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 
+from benchmarks.rows_file import add_rows, read_rows
 from experiments.paper.compiled_runs import Selection, Setting, escapes
 from experiments.paper.corollary import assumptions, compressor, corollary_k, fall
 from experiments.paper.problems import Oracle
 from experiments.paper.proof import Method
 from experiments.paper.proof.trajectory import Run
+from experiments.paper.rows_command import main
 from experiments.paper.theorem import SIGMA, WIDTH, Job, setting, stationary
 from packsaddle.theory import Plan, plan
 
@@ -140,29 +140,17 @@ def _library_rows(seed: int) -> list[Row]:
     return [library("RandomK", FACTOR, seed)]
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to the file, with a header if it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow([field.name for field in fields(Row)])
-        writer.writerows(astuple(row) for row in rows)
-
-
 def read(path: Path) -> list[Row]:
     """Return the rows of a file; [] if there is none."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return [
-            Row(
-                *(line["source"], line["method"], int(line["factor"]), int(line["seed"])),
-                first=int(line["first"]) if line["first"] else None,
-                share=float(line["share"]) if line["share"] else None,
-            )
-            for line in csv.DictReader(file)
-        ]
+
+    def row(line: Mapping[str, str]) -> Row:
+        return Row(
+            *(line["source"], line["method"], int(line["factor"]), int(line["seed"])),
+            first=int(line["first"]) if line["first"] else None,
+            share=float(line["share"]) if line["share"] else None,
+        )
+
+    return read_rows(path, row, "run")
 
 
 def firsts(rows: Sequence[Row], source: str, method: str, factor: int) -> list[float]:
@@ -230,21 +218,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("command", choices=("run", "tables"))
-    parser.add_argument("--out", type=Path, required=True, help="folder of rows.csv")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "rows.csv"
-    if options.command == "run":
-        for make in parts(read(path)):
-            append(path, make())
-        return
-    print(table(read(path)))
-    draw(read(path), options.out / "figure.png")
+def run(path: Path) -> None:
+    """Make the missing parts of the study."""
+    for make in parts(read(path)):
+        add_rows(path, map(asdict, make()))
+
+
+def tables(path: Path) -> None:
+    """Print the quantiles, and draw the figure next to the rows."""
+    rows = read(path)
+    print(table(rows))
+    draw(rows, path.with_name("figure.png"))
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, run, tables)

@@ -25,7 +25,6 @@ from benchmarks.race.figures import draw, titled
 from benchmarks.race.library import library_text
 from benchmarks.race.peers import Racer, enter
 from benchmarks.race.recipe import CONSTANT, Recipe
-from benchmarks.race.rows_file import add_rows, read_rows
 from benchmarks.race.search import Search
 from benchmarks.race.time_to_loss import (
     Rates,
@@ -39,6 +38,7 @@ from benchmarks.race.time_to_loss import (
     verdicts,
 )
 from benchmarks.race.workload import TrainingWorkload, load_library
+from benchmarks.rows_file import add_rows, read_rows
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
 from packsaddle.runs.config import DataConfig
