@@ -115,9 +115,7 @@ class DoubleBackward(Products):
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
-        self._differences: Differences | None = (
-            None  # products by differences, which validate double backward; None: not used yet
-        )
+        self._differences: Differences | None = None  # to validate products with; None: not needed yet
         self._coarse = False  # errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:

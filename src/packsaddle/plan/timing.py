@@ -61,10 +61,7 @@ def repeated(
     """
     for _ in range(warm_up):
         work()
-    taken: list[float] = []
-    while len(taken) < least or (not _is_reproduced(taken, within) and sum(taken) < limit):
-        taken.append(clocked(work))
-    return Timing.of(taken)
+    return side_by_side({"work": work}, repeats=least, warm_up=0, within=within, limit=limit)["work"]
 
 
 def _is_reproduced(seconds: list[float], within: float) -> bool:
