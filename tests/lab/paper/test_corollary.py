@@ -1,14 +1,15 @@
 """The study of Corollary 3.3: its k, its gain on synthetic runs, and rows that are kept and continued."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.rows_file import add_rows
 from experiments.paper.corollary import (
     SWEEPS,
     Row,
-    append,
     corollary_k,
     fall,
     fits,
@@ -35,7 +36,7 @@ def test_the_gain_of_synthetic_runs_is_that_of_k(tmp_path: Path) -> None:
         for e, d in sweep.points
         for seed in range(5)
     ]
-    append(tmp_path / "rows.csv", rows)
+    add_rows(tmp_path / "rows.csv", map(asdict, rows))
     assert read(tmp_path / "rows.csv") == rows
     dense, compressed = fits(rows)
     assert dense.half.value == pytest.approx(-4.0, abs=0.01)
