@@ -246,8 +246,8 @@ def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
     assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out
-    for label in ("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"):
-        assert label in out
+    for i, label in enumerate(("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"), 1):
+        assert f"run {i} of 4, {label}: " in out
     html = (tmp_path / "demo" / "report" / "index.html").read_text()
     assert "<svg" in html
     summaries = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "demo").glob("*/summary.json")}

@@ -63,7 +63,7 @@ class ElasticTrainer(Trainer):
             order = torch.randperm(len(self.data), generator=rng)
             yield from (index for index in torch.split(order, size) if len(index) == size)
 
-    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
+    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER, count: str = "") -> bool:
         """Train until all workers together have done the run's steps; write this worker's metrics and results."""
         tally, training, steps, begin = self.tally, self.training, self.calendar.steps, time.perf_counter()
         if not quiet:
@@ -71,7 +71,7 @@ class ElasticTrainer(Trainer):
         training.front.join()
 
         # The end is a number of steps of all workers together: a worker that joins late does fewer steps.
-        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
+        with live(f"{count}{self.config.label or folder.path.name}", steps, quiet=quiet) as report:
             for index in self._indices():
                 if training.front.position >= steps:
                     break

@@ -167,15 +167,17 @@ class Job:
 
     def train(self, *, batched: bool = False) -> bool:
         """Do the runs in the current group (see `comm.group.resolve`); collective. Return False if stopped."""
-        for config, path in zip(self.configs, self.folders, strict=True):
+        runs = len(self.configs)
+        for i, (config, path) in enumerate(zip(self.configs, self.folders, strict=True), 1):
             trainer = self._trainer(config, batched)
+            count = f"run {i} of {runs}, " if runs > 1 else ""
             is_first = trainer.group.rank == 0
             with written(path):
                 if is_first:
                     self._describe(RunFolder(path), config, str(trainer.device), trainer.group.size)
                 trackers = self.track if is_first else ()
                 with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
-                    folder.is_stopped = not trainer.run(folder, quiet=self.quiet, saving=self.saving)
+                    folder.is_stopped = not trainer.run(folder, quiet=self.quiet, saving=self.saving, count=count)
                 if folder.is_stopped:
                     return False
         return True

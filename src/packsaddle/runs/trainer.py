@@ -177,8 +177,10 @@ class Trainer:
 
     # Training
 
-    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
+    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER, count: str = "") -> bool:
         """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize.
+
+        `count`: shown before the run's name on the terminal, such as "run 2 of 4, ".
 
         Returns False if the run was stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if a
         checkpoint cannot be written or restored.
@@ -197,7 +199,7 @@ class Trainer:
         steps, first = self.calendar.steps, tally.step
         vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
-        with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
+        with live(f"{count}{self.config.label or folder.path.name}", steps, quiet=quiet, first=first) as report:
             for step in range(first, steps):
                 self._check(step, folder, quiet=quiet)
                 try:
