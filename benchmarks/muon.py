@@ -10,11 +10,12 @@ One table for each of four settings, at equal tokens:
     char-8   char-4 with eight workers and 4 windows each: dense training is that of char-4
 
 Every method has the same warm-up, cosine and clipping, and its best rate of one grid of powers of two: the search
-starts at three neighboring rates and adds rates until the best is not the smallest or largest. Workers are simulated in
+goes from a rate to a better neighbor until both neighbors are worse. Workers are simulated in
 one process (see `packsaddle.simulate`); dense training is one process with all workers' windows. Muon trains hidden
 matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match_rms_adamw`).
 
     python benchmarks/muon.py char-4 search     # every method, seed 0; makes the missing runs
+    python benchmarks/muon.py gpt-2 search --target 1.6     # the rate that reaches this loss in the fewest steps
     python benchmarks/muon.py char-4 seeds      # seeds 1 and 2 at each method's best rate
     python benchmarks/muon.py char-4 table
 """
@@ -37,6 +38,7 @@ from rate_search import append, rate_at
 import packsaddle
 from benchmarks.origin import Origin, check_text
 from benchmarks.race.inner import Half, held_out_loss, make_inner
+from benchmarks.race.target_settings import steps_to
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
@@ -229,15 +231,23 @@ class Runs:
         first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
         return [row for row in mine if row["rate"] == first["rate"]]
 
-    def search(self, method: str) -> None:
-        """Train at neighboring rates until the best rate is neither the smallest nor the largest."""
-        middle = GRID.index(METHODS[method].start)
-        while True:
-            for i in (middle, middle - 1, middle + 1):
+    def search(self, method: str, target: float | None = None) -> None:
+        """Train at neighboring rates until both neighbors of a rate are worse: in loss, or in steps to the target."""
+        at, worse = GRID.index(METHODS[method].start), set[int]()
+        while neighbors := [i for i in (at - 1, at + 1) if i not in worse]:
+            for i in (at, neighbors[0]):
                 self.make(method, GRID[i], 0)
-            if (best := GRID.index(float(self.best(method)[0]["rate"]))) == middle:
-                return
-            middle = best
+            if self._quality(method, GRID[neighbors[0]], target) < self._quality(method, GRID[at], target):
+                worse.add(at)
+                at = neighbors[0]
+            else:
+                worse.add(neighbors[0])
+
+    def _quality(self, method: str, rate: float, target: float | None) -> tuple[float, float]:
+        """Return steps to the target (0 without one, infinity if not reached) and loss of seed 0; less is better."""
+        (row,) = (row for row in self.rows(method) if (float(row["rate"]), row["seed"]) == (rate, "0"))
+        steps = 0.0 if target is None else steps_to(_curve(row), target)
+        return math.inf if steps is None else steps, float(row["validation_loss"])
 
     def table(self, methods: Sequence[str]) -> str:
         """Return the Markdown table of the methods that have runs, the lowest loss first."""
@@ -322,6 +332,7 @@ def main() -> None:
     parser.add_argument("command", choices=("search", "seeds", "table", "figure"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, help="by default experiments/muon/SETTING.csv")
+    parser.add_argument("--target", type=float, help="search the rate that reaches this validation loss soonest")
     options = parser.parse_args()
     out = options.out or Path(f"experiments/muon/{options.setting}.csv")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -332,7 +343,7 @@ def main() -> None:
         runs.draw(out.with_suffix(".png"))
     for method in options.methods:
         if options.command == "search":
-            runs.search(method)
+            runs.search(method, options.target)
         elif options.command == "seeds":
             for seed in (1, 2):
                 runs.make(method, float(runs.best(method)[0]["rate"]), seed)

@@ -117,7 +117,8 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
     """Train with one method and seed until the target; collective."""
     settings, seed, clock = jobs.settings, training.seed, _Clock(jobs.interface)
     method = settings.method(training.method)
-    lr, batches = rate_of(method, group.size), _batches(settings, texts[0], seed, group)
+    lr = rate_of(method, group.size, settings.target)
+    batches = _batches(settings, texts[0], seed, group)
     _warm_up(settings, method, texts[0], batches, group)
     network, windows = _network(settings, texts[0], seed), evenly_spaced(len(texts[1]), settings.windows)
 

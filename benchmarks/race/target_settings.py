@@ -1,10 +1,11 @@
 """The settings of a race to a target by the clock: one file with the target, the links and the methods.
 
-Learning rates are those of the simulated trainings in experiments/muon, whose curves also predict the steps to the
-target.
+Learning rates are those of the simulated trainings in experiments/muon that reach the target in the fewest steps, and
+their curves also predict these steps.
 """
 
 import csv
+import math
 import statistics
 import tomllib
 from dataclasses import dataclass
@@ -124,23 +125,33 @@ class TargetSettings:
         return everything[name]
 
 
-def simulated(method: Method, workers: int) -> list[dict[str, str]]:
-    """Return the simulated trainings of a method with this number of workers at its best rate of seed 0, or []."""
+def simulated(method: Method, workers: int, target: float) -> list[dict[str, str]]:
+    """Return a method's simulated trainings, or [], at the rate whose seed 0 reaches the target in the fewest steps."""
     path = SIMULATED / f"gpt-{workers}.csv"
     if not method.row or not path.exists():
         return []
     with path.open(newline="") as file:
         mine = [row for row in csv.DictReader(file) if row["method"] == method.row]
-    first = min(
-        (row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]), default=None
+    fewest = min(
+        (row for row in mine if row["seed"] == "0"), key=lambda row: _steps_and_loss(row, target), default=None
     )
-    return [row for row in mine if first is not None and row["rate"] == first["rate"]]
+    return [row for row in mine if fewest is not None and row["rate"] == fewest["rate"]]
 
 
-def rate_of(method: Method, workers: int) -> float:
+def rate_of(method: Method, workers: int, target: float) -> float:
     """Return the learning rate: the best simulated one with these workers, or with two, else the setting's."""
-    found = simulated(method, workers) or simulated(method, 2)
+    found = simulated(method, workers, target) or simulated(method, 2, target)
     return float(found[0]["rate"]) if found else method.lr
+
+
+def _steps(row: dict[str, str], target: float) -> float | None:
+    return steps_to([float(loss) for loss in row["curve"].split()], target)
+
+
+def _steps_and_loss(row: dict[str, str], target: float) -> tuple[float, float]:
+    """Return the steps to the target, infinity if it is not reached, and then the loss, to compare rates."""
+    steps = _steps(row, target)
+    return math.inf if steps is None else steps, float(row["validation_loss"])
 
 
 def steps_to(losses: list[float], target: float, every: int = _CURVE) -> float | None:
@@ -157,6 +168,6 @@ def steps_to(losses: list[float], target: float, every: int = _CURVE) -> float |
 
 def predicted_steps(method: Method, workers: int, target: float) -> tuple[float, float, float] | None:
     """Return mean, minimum and maximum over seeds of the simulated steps to the target; None: unknown, not reached."""
-    found = [steps_to([float(loss) for loss in row["curve"].split()], target) for row in simulated(method, workers)]
+    found = [_steps(row, target) for row in simulated(method, workers, target)]
     reached = [steps for steps in found if steps is not None]
     return (statistics.fmean(reached), min(reached), max(reached)) if reached and None not in found else None

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
@@ -67,8 +68,9 @@ def test_the_committed_settings_have_peers_and_rates() -> None:
     kinds = {method.kind for method in settings.methods}
     assert kinds == {"local", "local-sgd", "powersgd", "dense"}
     ours = settings.method("Muon, local 8, Sign")
-    assert rate_of(ours, 2) == 0.016  # of the committed rows
-    assert rate_of(replace(ours, row="no such row"), 2) == ours.lr
+    assert rate_of(ours, 2, settings.target) == 0.008  # of the committed rows: the fewest steps to the target
+    assert rate_of(ours, 2, 1.0) == 0.016  # never reached: the lowest loss
+    assert rate_of(replace(ours, row="no such row"), 2, settings.target) == ours.lr
     steps = predicted_steps(settings.method("Muon, DDP"), 2, settings.target)
     assert steps is not None
     assert steps[1] <= steps[0] <= steps[2]
@@ -91,6 +93,34 @@ def test_rows_named_in_the_settings_are_of_the_same_method(monkeypatch: pytest.M
             assert twin.keep == (method.keep_unsent and method.kind == "local")
     searched = TargetSettings.read(COMMITTED.with_name("powersgd.toml"))
     assert {method.kind for method in searched.methods} == {"powersgd"}
+
+
+@pytest.mark.parametrize(
+    ("target", "best", "tried"), [(None, 0.008, [0.004, 0.008, 0.016]), (1.6, 0.032, [0.008, 0.016, 0.032, 0.064])]
+)
+def test_a_search_ends_between_two_worse_rates(
+    target: float | None, best: float, tried: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With losses and steps to the target that are least at different rates; the search begins at 0.016."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    muon = importlib.import_module("muon")
+    rows = []
+
+    class Synthetic(muon.Runs):  # type: ignore[misc, name-defined]
+        def rows(self, method: str) -> list[dict[str, str]]:
+            return rows
+
+        def make(self, method: str, rate: float, seed: int) -> None:
+            if str(rate) not in {row["rate"] for row in rows}:
+                first = 1.5 + abs(math.log2(rate / 0.032)) / 10
+                loss = 1.0 + abs(math.log2(rate / 0.008)) / 10
+                rows.append({"rate": str(rate), "seed": "0", "curve": f"2.5 {first}", "validation_loss": str(loss)})
+
+    runs = Synthetic("gpt-2", tmp_path / "gpt-2.csv")
+    runs.search("Muon, dense", target)
+    assert sorted(float(row["rate"]) for row in rows) == tried
+    quality = {rate: runs._quality("Muon, dense", rate, target) for rate in tried}
+    assert min(quality, key=quality.__getitem__) == best
 
 
 def test_steps_to_a_target_are_on_straight_lines() -> None:
