@@ -107,8 +107,13 @@ class TargetRace:
         dense = next((m for m in self.settings.methods if m.kind == "dense" and m.inner == inner), None)
         name = alone(inner).name
         timed = [row for row in self.timed() if (row.workers, row.rate, row.method) == (workers, rate, name)]
-        steps = predicted_steps(dense, workers, self.settings.target) if dense else None
-        return steps[0] * timed[-1].ms / 1000 if steps and timed else None
+        if dense is None or not timed:
+            return None
+        # Dense training takes the same steps on every link: those simulated, else those of trainings on any link.
+        run = [each.steps for each in self.trainings() if (each.workers, each.method) == (workers, dense.name)]
+        predicted = predicted_steps(dense, workers, self.settings.target)
+        steps = predicted[0] if predicted else statistics.fmean(run) if run else None
+        return None if steps is None else steps * timed[-1].ms / 1000
 
     def _step_table(self) -> Result:
         """Return the table of timed steps on these links."""

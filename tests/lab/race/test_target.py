@@ -239,6 +239,13 @@ def test_tables_of_stored_rows(
     assert (ours["predicted"], ours["from"], ours["to"]) == pytest.approx((7.5, 6.75, 9.0))
     assert ours["/ limit"] == pytest.approx(11.0 / (75 * 0.05))
     assert (torchs["seconds"], torchs["seeds"]) == (None, 1)
+
+    # Without simulated rows of dense training, its steps are those of a training on any link.
+    (tmp_path / "gpt-2.csv").write_text(header)
+    save(tmp_path / "runs.csv", [replace(a_run("DDP", 0, 9.0), rate="1000", steps=40.0)])
+    assert command("benchmarks.race", *asked, "tables", "--json") == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    assert (table["rows"][0]["predicted"], table["rows"][0]["/ limit"]) == (None, pytest.approx(11.0 / (40 * 0.05)))
     assert command("benchmarks.race", *asked, "plan", "--seeds", 2, "--json") == 0
     (plan,) = json.loads(capsys.readouterr().out)
     missing = [(row["method"], row["seed"]) for row in plan["rows"]]
