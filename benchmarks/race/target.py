@@ -93,9 +93,17 @@ class TargetRace:
             else:
                 _on_hosts(jobs, workers)
 
+    def steps(self, method: Method, workers: int) -> tuple[float, float, float] | None:
+        """Return mean, least and most steps to the target over seeds: simulated, else of trainings on any link."""
+        if not method.overlap and (found := predicted_steps(method, workers, self.settings.target)):
+            return found
+        runs = [run for run in self.trainings() if (run.workers, run.method) == (workers, method.name) and run.reached]
+        by_seed = {run.seed: run.steps for run in runs}
+        return (statistics.fmean(by_seed.values()), min(by_seed.values()), max(by_seed.values())) if by_seed else None
+
     def predicted(self, method: Method, workers: int, rate: str) -> tuple[float, float, float] | None:
-        """Return the predicted seconds of steps and their interval: simulated steps times the timed step, or None."""
-        steps = predicted_steps(method, workers, self.settings.target)
+        """Return the predicted seconds and their interval: steps to the target times the timed step; or None."""
+        steps = self.steps(method, workers)
         timed = [row for row in self.timed() if (row.workers, row.rate, row.method) == (workers, rate, method.name)]
         if steps is None or not timed:
             return None
@@ -107,13 +115,8 @@ class TargetRace:
         dense = next((m for m in self.settings.methods if m.kind == "dense" and m.inner == inner), None)
         name = alone(inner).name
         timed = [row for row in self.timed() if (row.workers, row.rate, row.method) == (workers, rate, name)]
-        if dense is None or not timed:
-            return None
-        # Dense training takes the same steps on every link: those simulated, else those of trainings on any link.
-        run = [each.steps for each in self.trainings() if (each.workers, each.method) == (workers, dense.name)]
-        predicted = predicted_steps(dense, workers, self.settings.target)
-        steps = predicted[0] if predicted else statistics.fmean(run) if run else None
-        return None if steps is None else steps * timed[-1].ms / 1000
+        steps = self.steps(dense, workers) if dense else None
+        return steps[0] * timed[-1].ms / 1000 if steps and timed else None
 
     def _step_table(self) -> Result:
         """Return the table of timed steps on these links."""
@@ -181,7 +184,7 @@ class TargetRace:
         notes = [
             "seconds: start, steps until the loss is at the target, and flush; mean, low and high over seeds; "
             "evaluations are not timed; empty: a seed did not reach the target",
-            "predicted: mean of simulated steps (experiments/muon) times the median step in turns, of steps alone; "
+            "predicted: mean of steps, simulated (experiments/muon) or else counted, times the median step in turns; "
             "from: least steps times fastest block, to: most times slowest",
             "/ limit: seconds over computing dense training's own steps to the target with the same optimizer",
             "MB: sent by worker 0 in steps, and with start and flush; counted: by the interface, all of it",

@@ -515,7 +515,7 @@ def gone(group: int) -> bool:
 def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
     arguments = [str(a) for a in study(mnist, tmp_path / "study", "--only", "dense", "randomk", seeds=1)]
-    long = [a.replace("epochs=1", "epochs=10") for a in arguments if a != SMALL]
+    long = [a.replace("epochs=1", "epochs=3") for a in arguments if a != SMALL]
     program = [sys.executable, "-m"]
     process = subprocess.Popen(
         [*program, *long],

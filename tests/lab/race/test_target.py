@@ -82,7 +82,7 @@ def test_rows_named_in_the_settings_are_of_the_same_method(monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     simulated = importlib.import_module("muon").METHODS
     methods = [method for method in TargetSettings.read(COMMITTED).methods if method.row]
-    assert len(methods) > 15
+    assert len(methods) > 9
     for method in methods:
         twin = simulated[method.row]
         assert (twin.inner, twin.betas, twin.outer) == (method.inner, method.betas, method.outer), method.name
@@ -91,8 +91,6 @@ def test_rows_named_in_the_settings_are_of_the_same_method(monkeypatch: pytest.M
             compressor = Identity() if method.kind == "local-sgd" else method.make_compressor()
             assert (twin.every, twin.compressor) == (method.every, compressor), method.name
             assert twin.keep == (method.keep_unsent and method.kind == "local")
-    searched = TargetSettings.read(COMMITTED.with_name("powersgd.toml"))
-    assert {method.kind for method in searched.methods} == {"powersgd"}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +218,7 @@ def test_tables_of_stored_rows(
     dense = '\n[[methods]]\nname = "DDP"\nkind = "dense"\ninner = "muon"\nrow = "Muon, dense"\nlr = 0.05\n'
     settings = tmp_path / "settings.toml"
     tiny = TINY.replace("FOLDER", str(tmp_path)).replace('name = "ours"', 'name = "ours"\nrow = "A"')
+    tiny = tiny.replace("overlap = 1\n", "")  # with which steps are not the simulated ones
     settings.write_text(tiny + dense)
     monkeypatch.setattr(target_settings, "SIMULATED", tmp_path)
     header = "method,rate,seed,validation_loss,curve\n"
@@ -240,12 +239,13 @@ def test_tables_of_stored_rows(
     assert ours["/ limit"] == pytest.approx(11.0 / (75 * 0.05))
     assert (torchs["seconds"], torchs["seeds"]) == (None, 1)
 
-    # Without simulated rows of dense training, its steps are those of a training on any link.
+    # Without simulated rows, the steps of a method are those of its trainings on any link.
     (tmp_path / "gpt-2.csv").write_text(header)
     save(tmp_path / "runs.csv", [replace(a_run("DDP", 0, 9.0), rate="1000", steps=40.0)])
     assert command("benchmarks.race", *asked, "tables", "--json") == 0
     (table,) = json.loads(capsys.readouterr().out)
-    assert (table["rows"][0]["predicted"], table["rows"][0]["/ limit"]) == (None, pytest.approx(11.0 / (40 * 0.05)))
+    assert (table["rows"][0]["predicted"], table["rows"][0]["to"]) == pytest.approx((10 * 0.1, 10 * 0.12))
+    assert table["rows"][0]["/ limit"] == pytest.approx(11.0 / (40 * 0.05))
     assert command("benchmarks.race", *asked, "plan", "--seeds", 2, "--json") == 0
     (plan,) = json.loads(capsys.readouterr().out)
     missing = [(row["method"], row["seed"]) for row in plan["rows"]]
