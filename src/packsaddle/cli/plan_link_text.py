@@ -183,7 +183,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
     """Print the table of local updates, and compare the fastest with dense training (`dense` seconds per step)."""
-    table = number_table("local updates", "every", "parts", "delay", "sent kB", "step ms", "compute %", "x steps")
+    table = number_table("local updates", "every", "fragments", "delay", "sent kB", "step ms", "compute %", "x steps")
     for f in forecasts:
         cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), kilobytes(f.sent), ms(f.step)]
         name = brief(describe(f.setting.compressor))
