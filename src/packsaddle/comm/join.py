@@ -43,12 +43,10 @@ class JoinableSteps(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        """The device of the tensors that workers exchange."""
         return self._device
 
     @property
     def join_process_group(self) -> Any:
-        """The torch process group of the workers; None if there is none."""
         return getattr(self._group, "process_group", None)
 
     def _announce(self) -> None:
