@@ -1,9 +1,9 @@
 """Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
 A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
-kept per chunk is fixed, so no statistics of the whole vector are needed and no lengths are sent. An index is coded by
-its gap from the previous index in its chunk. Rice codes take log2(n / k) + 1.5 bits per index for k indices of n, and
-at most 2 log2(e) more if the indices are not random, since the gaps add up to less than n.
+kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. Rice codes take log2(n / k)
++ 1.5 bits per index for k random indices of n, and at most 2 log2(e) more if they are not random, since the gaps add up
+to less than n.
 """
 
 import math
@@ -40,7 +40,6 @@ class Chunks:
 
     @property
     def total(self) -> int:
-        """The number of coordinates kept in all chunks together."""
         return self.whole * self.kept + self.kept_of_rest
 
     @property
@@ -113,10 +112,7 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
 
 @cache
 def _quotients(n: int, k: int, b: int) -> float:
-    """Return the expected sum of floor(gap / 2^b) over the gaps before each of k random indices in [0, n).
-
-    Each gap is at least m with probability C(n - m, k) / C(n, k).
-    """
+    """Return the expected sum of floor(gap / 2^b) over the gaps before each of k random indices in [0, n)."""
     total, m = 0.0, 1 << b
     while m <= n - k:
         log = sum(s * math.lgamma(x) for s, x in ((1, n - m + 1), (-1, n - m - k + 1), (-1, n + 1), (1, n - k + 1)))

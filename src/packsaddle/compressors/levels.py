@@ -21,7 +21,7 @@ from packsaddle.numerics.kernels import kernel
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
 _FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
-_LARGE = 2.0  # levels are large if the nonzero ones have a mean magnitude above this
+_LARGE = 2.0  # large levels: the nonzero ones have a mean magnitude above this
 MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
 
 
@@ -49,7 +49,6 @@ class Layer:
 
     @property
     def gaps(self) -> Expected:
-        """The allowed dtype and lengths of the Rice code of the gaps between the members that the code lists."""
         return wire.gap_bytes(self.coded, 1 if self.coded else 0, self.members, self.rice)
 
     @property
@@ -111,10 +110,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack level + top for d levels, of `bits` bits each, to uint8[d] if bits is at most 8, else to int32[d].
-
-    Raises MessageError if a level is above `top`.
-    """
+    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if a level is above
+    `top`."""
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)
@@ -200,5 +197,4 @@ def _split_layers(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Te
 
 
 def _width(d: int) -> int:
-    """Return the number of bits of each number in the header of the layer code of d levels."""
     return (d + 16).bit_length()

@@ -1,8 +1,7 @@
 """Validation of received messages: names, dtypes and lengths of their parts are checked before decoding.
 
-Errors in the contents (indices out of order, truncated codes) are detected by the decoders, in `Compressor.receive`.
-Compiled loops never index out of bounds, whatever a message contains, and return None if the message is invalid; then
-their callers raise MessageError.
+The decoders, in `Compressor.receive`, detect invalid contents (indices out of order, truncated codes). Compiled loops
+never index out of bounds, and return None for an invalid message; their callers then raise MessageError.
 """
 
 from collections.abc import Mapping
@@ -65,9 +64,9 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
 
 
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
-    """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`; `part` is named in the error.
+    """Raise MessageError, naming `part`, if a magnitude in `numbers`, float[n], exceeds `most`. NaNs pass.
 
-    NaNs pass; the guard against invalid updates detects them. No-op on a GPU: the check would synchronize.
+    No-op on a GPU: the check would synchronize.
     """
     if numbers.device.type == "cpu" and len(numbers):
         low, high = map(float, torch.aminmax(numbers))
@@ -76,7 +75,7 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """A context manager that adds the compressor, and `prefix` before the part's name, to a MessageError inside it."""
+    """Context manager that adds the compressor, and `prefix` before the part's name, to a MessageError."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix

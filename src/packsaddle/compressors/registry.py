@@ -66,8 +66,8 @@ def compressors(ratio: float) -> list[Compressor]:
 def parse_compressor(text: str) -> Compressor:
     """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign.
 
-    Arguments are literals, quotients or nested calls; parentheses may be omitted without arguments. Raises ValueError
-    if the text is not such a call or an argument is invalid.
+    Arguments are literals, quotients or nested calls. Raises ValueError if the text is not such a call or an argument
+    is invalid.
     """
     written = _PERCENT.sub(r"\1/100", text)
     try:
@@ -80,7 +80,6 @@ def parse_compressor(text: str) -> Compressor:
 
 
 def classes() -> dict[str, type[Compressor]]:
-    """Return a dict from name to class of every compressor."""
     return {kind.__name__: kind for kind in SUMMARIES}
 
 
@@ -131,7 +130,7 @@ def _described(value: Any) -> str:
 
 
 def identify(compressor: Compressor) -> dict[str, Any]:
-    """Return a dict for a checkpoint: the compressor's class name as "kind", and its fields, in plain types."""
+    """Return a compressor's class name as "kind", and its fields, as a dict of plain types for a checkpoint."""
     values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
     return {"kind": type(compressor).__name__, **values}
 

@@ -1,8 +1,4 @@
-"""Bit-level encodings: fixed-width packing, sign bits, and sets of indices.
-
-All functions run on the device of their tensors. A set of k indices of [0, d) takes at least log2 C(d, k) bits.
-`encode_indices` uses the shortest of three codes, selected by its first byte.
-"""
+"""Bit-level encodings, on the device of their tensors: fixed-width packing, sign bits, and sets of indices."""
 
 import math
 
@@ -117,8 +113,8 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
     """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; other arguments are not stored.
 
-    There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
-    c = floor(i / kept), and the first gap of a chunk is relative to its start.
+    There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with c = floor(i
+    / kept), and the first gap of a chunk is relative to its start.
     """
     gaps, first = torch.empty_like(index), index[::kept]
     torch.sub(index[1:], index[:-1], out=gaps[1:]).sub_(1)
@@ -127,10 +123,7 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
-    """Invert `pack_gaps`: return the indices, int64[k].
-
-    Raises MessageError, naming `part`, unless `packed` encodes exactly k indices, all in their chunks and below `stop`.
-    """
+    """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or raise MessageError."""
     index = unpack_rice(packed, k, b, stop, torch.int64)
     if index is not None:
         # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
@@ -167,10 +160,7 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
-    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must match `index_bytes`.
-
-    Raises MessageError unless `coded` encodes k indices of [0, d).
-    """
+    """Invert `encode_indices`: return the increasing indices, int64[k]. Raises MessageError if `coded` is invalid."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
     code, body = int(coded[0]), coded[1:]
