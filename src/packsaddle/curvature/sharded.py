@@ -5,8 +5,6 @@ shards each has about d / R numbers. Dot products are one all-reduce of one doub
 come from `backward`, in which FSDP averages over workers, and Hessian-vector products from differences of them: FSDP
 has no double backward. As its passes are collective, workers with fewer batches repeat their last one with weight 0.
 Workers of one tensor-parallel group process equal batches, which count once.
-
-Sharded parameters are detected without importing torch.distributed.
 """
 
 import math
@@ -172,7 +170,7 @@ def derivatives(
 
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
-    """Raise ValueError unless FSDP averages a parameter's gradient over all workers that have other batches."""
+    """Raise ValueError unless FSDP averages a parameter's gradient over all workers that process different batches."""
     # A DTensor's mesh and the tensor-parallel one must span all workers, with one worker in common.
     if hasattr(p, "placements"):
         size = p.device_mesh.size()
