@@ -102,16 +102,15 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return how messages of a compressor are averaged; "direct" if it is lossless."""
+        """Return the exchange that averages messages of a compressor: "direct" if it is lossless."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
-        """Raise ValueError if only local updates support the exchange."""
+        """Raise ValueError for an exchange that only local updates support."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def fixed(self) -> Compressor:
-        """Return the compressor that all steps use. Raises ValueError for a function of the step."""
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "
@@ -120,7 +119,6 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Raises ValueError if a schedule returns something else."""
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)

@@ -21,8 +21,8 @@ class EscapeRule:
 
     interval: int  # maximum length I of a segment, in steps, at least 1; in local updates in rounds, as is every
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
-    # x: accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; y: if f(y_t) < f(x_t') for
-    # y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
+    # "x": accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; "y": if f(y_t) < f(x_t')
+    # for y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
     every: int = field(default=1, kw_only=True)  # steps between tests of the distance; interval is tested at each
 
@@ -127,7 +127,7 @@ class EscapeCheck:
         moved = pending.sub(self._x).add_(self.anchor)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
-        # The sketch has a new hash after each reset, since x depends on the results of earlier sketches.
+        # Use a new hash after each reset, since x depends on the results of earlier sketches.
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
@@ -163,7 +163,7 @@ class EscapeCheck:
         return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
 
     def _objective(self) -> float:
-        """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN."""
+        """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN. Collective."""
         with torch.no_grad():
             value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._x.device).detach()
         if value.numel() != 1:

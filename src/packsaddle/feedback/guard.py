@@ -23,8 +23,8 @@ from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_ran
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both are valid
-ROOT = "the root module"  # FSDP's name for it is ""
+THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both of its terms are valid
+ROOT = "the root module"  # shown in place of FSDP's name for it, ""
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
@@ -33,8 +33,8 @@ _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call 
 class NonFiniteError(GuardError):
     """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
-    The skipped steps changed neither parameters (unless a hook's optimizer applied NaN gradients) nor error memories.
-    Local updates also raise it if a worker's inner optimizer cannot be reset.
+    Parameters (unless a hook's optimizer applied NaN gradients) and error memories did not change in these steps. Local
+    updates also raise it if a worker's inner optimizer cannot be reset.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
@@ -70,9 +70,9 @@ class Skip:
 
     @classmethod
     def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
-        """Return the skip of `step` for `names`, the `Round.name` of each rank.
+        """Return the skip of `step` for `names`, the `Round.name` of each rank, or `unnamed` if no rank has a name.
 
-        `prefix` precedes the name of a parameter; `unnamed` is the name if no rank has one.
+        `prefix` precedes the name of a parameter.
         """
         found = {worker: name for worker, name in names.items() if name}
         for name in found.values():
@@ -112,9 +112,10 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step. Logged at consecutive counts 1, 2, 4, ... by its first worker, or by rank 0.
+        """Record a skipped step, and log it at consecutive counts 1, 2, 4, ....
 
-        An invalid message is logged by every worker that records it.
+        It is logged by its first worker, or by rank 0 if none is known; an invalid message by every worker that records
+        it.
         """
         self.list.append(skip)
         self.count += 1
@@ -154,7 +155,7 @@ class Skips:
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    fraction: Tensor | None  # of workers whose v is invalid, float[]; None: those sent NaNs, or no checks
+    fraction: Tensor | None  # fraction of workers whose v is invalid, float[]; None: those sent NaNs, or no checks
     magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
@@ -193,7 +194,8 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
+        """Return the number of uncompressed numbers that an exchange of `dense` uncompressed coordinates sends, flag
+        included."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:

@@ -1,9 +1,8 @@
 """A backward pass as one transaction: the base class of the hooks of DistributedDataParallel and FSDP.
 
 Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
-pass are all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so
-error memories are saved by parameter, not by bucket. They are in units of a gradient, so they are rescaled when the
-learning rate of plain SGD changes (see `ddp_hook`).
+pass are all committed, or all rolled back. Error memories are in units of a gradient, and saved by parameter or module,
+since DistributedDataParallel may rebuild its buckets.
 """
 
 import math
@@ -53,7 +52,7 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # Other memories, and repairs, need CompressedSGD's own step.
+        # Other memories, and the repair of drift, need CompressedSGD's own step.
         for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
@@ -135,8 +134,8 @@ RULES = [
 class GradientHook(ABC):
     """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
 
-    The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the
-    number of compressed coordinates of all slices.
+    The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the number of
+    compressed coordinates of all slices.
     """
 
     saved_state: State  # set by subclasses
@@ -158,10 +157,10 @@ class GradientHook(ABC):
         # The running backward pass, or the last one.
         self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
         self._scale = 1.0  # the GradScaler's factor of the gradients
-        self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
+        self._factors: Mapping[str, float] = {}  # factors of the error memory, by parameter; 0: it does not change
         self._pass: list[Round] = []
-        self._codes: list[Tensor] = []  # `Verdict.code` of each round, plus UNLIKE if workers had different slices
-        self._bad_name = ""  # the first parameter with an invalid part of this worker's vector
+        self._codes: list[Tensor] = []  # `Verdict.code` of each exchange, plus UNLIKE if workers had different slices
+        self._bad_name = ""  # first parameter with an invalid coordinate in this worker's vector
         self._complete = False
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
@@ -196,10 +195,7 @@ class GradientHook(ABC):
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
-
-        A module of FSDP is counted once it was in a backward pass with this hook.
-        """
+        """The bytes of the same exchanges without compression, by ring all-reduces of all gradients seen so far."""
         exchanges = self.steps + self.skipped
         return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
