@@ -1,7 +1,6 @@
 """Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
 
-The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is lost. Each worker
-computes its own factor from the norms of all workers. See `Workers`.
+The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is lost.
 """
 
 import logging
@@ -74,8 +73,8 @@ def norm_of(v: Tensor, share: float) -> Tensor:
 def factors_of(norms: Tensor, most: float) -> Tensor:
     """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W].
 
-    m is the median of the norms that are not NaN. Of an even number of norms it is the lower of the two in the middle,
-    so that half of the workers cannot raise it.
+    m is the median of the norms that are not NaN; of an even number the lower middle one, which half of the workers
+    cannot raise.
     """
     wide = norms.double()
     limit = most * wide.nanmedian()

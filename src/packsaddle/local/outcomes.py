@@ -70,8 +70,8 @@ class Outcomes:
 
         Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
         """
-        # Reset the count only if no fragment's last round was rejected: a reset of the parameters may zero the updates
-        # of other fragments, which are then valid.
+        # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
+        # parameters may zero the updates of other fragments, which are then valid.
         if exchange.applied:
             self._skipped.discard(part)
             if not self._skipped:
