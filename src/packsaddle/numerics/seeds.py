@@ -3,12 +3,11 @@
 A *shared* stream is identical on every worker (the noise xi_t of Algorithm 1, the compressor's randomness); a *private*
 stream also depends on the worker (the order of its batches). Global random state is never read or written.
 
-Counter-based numbers are functions of a counter and a key. Any range of a sequence can be computed on any device, in
-any order, so adding noise to a vector needs no second vector. A random word is the 32-bit counter, hashed twice (a
-multiply-xorshift permutation with low bias, found by Chris Wellons's search,
-https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys do not
-overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after 2^32
-words, or 2^33 normal numbers.
+Counter-based numbers are functions of a counter and a key, so any range of a sequence can be computed alone. A random
+word is the 32-bit counter, hashed twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's
+search, https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys
+do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after
+2^32 words, or 2^33 normal numbers.
 """
 
 import math
@@ -79,15 +78,15 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
     A keyed permutation of [0, n) is evaluated at 0..k-1, in O(k) time and memory for any n and in integer arithmetic,
     so the result is identical on every device. The permutation is a Feistel network on the next power of two, iterated
-    until the result is below n (cycle walking), followed by a uniform rotation. The rotation makes the marginals
-    uniform regardless of the quality of the network. For n up to 4096 it is torch.randperm.
+    until the result is below n (cycle walking), followed by a uniform rotation, which makes the probabilities exact.
+    For n up to 4096 it is torch.randperm.
     """
     if not 0 <= k <= n:
         raise ValueError(f"k must be in [0, n = {n}], got {k}")
     if k == n:
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
-        # Always drawn on the CPU, since CPU and CUDA generators give different numbers.
+        # drawn on the CPU, since CPU and CUDA generators give different numbers
         return _moved(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
@@ -134,7 +133,7 @@ _SLAB = 64 * 2 * _PAIRS  # numbers generated at a time, to bound scratch memory
 
 
 class Keys(NamedTuple):
-    """Three 32-bit keys of a counter-based sequence: the first for all words, then one per word of a pair."""
+    """Three 32-bit keys of a counter-based sequence: the first for all words, then one for each word of a pair."""
 
     first: int
     second: int
@@ -142,7 +141,6 @@ class Keys(NamedTuple):
 
 
 def keys(seed: int, step: int, stream: Stream) -> Keys:
-    """Return the keys of the counter-based sequence for (seed, step, stream)."""
     return Keys(*(mix(seed, step, int(stream), i) >> 32 for i in range(3)))
 
 

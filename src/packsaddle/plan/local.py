@@ -1,7 +1,6 @@
 """The plan for local updates on a network link: the number of steps between exchanges, the compressor, and the overlap.
 
-Each worker takes `every` inner steps (of its own optimizer) between exchanges, and an exchange may overlap the next
-`delay` steps. Only settings with measured steps to the loss of uncompressed training are considered (experiments/race).
+Only settings with measured steps to the loss of uncompressed training are considered (experiments/race).
 """
 
 import math
@@ -109,7 +108,6 @@ class LocalForecast:
         return (self.compute - self.waiting) / self.step
 
     def plain(self) -> dict[str, Any]:
-        """Return the setting and its cost as a dict of strings and numbers, for JSON."""
         return {
             "every": self.setting.every,
             "compressor": describe(self.setting.compressor),
@@ -175,7 +173,7 @@ def _forecast(
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
-    # Workers wait for the slowest one only at exchanges, so that random differences between their steps average out.
+    # Workers wait only at exchanges, so that random differences between their steps average out.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
 

@@ -1,7 +1,4 @@
-"""A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step.
-
-The step is timed whole (forward pass, backward pass and optimizer); of CompressedSGD's update only what exceeds SGD's.
-"""
+"""A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +79,6 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def build_model(name: str) -> nn.Module:
-    """Return a new model by its `name` in `MODELS`. Raises ConfigError for another name."""
     if name not in MODELS:
         raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
     with torch.random.fork_rng(devices=[]):  # layers initialize their weights from the global generator
@@ -92,7 +88,7 @@ def build_model(name: str) -> nn.Module:
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
 
-    The error memory and, with `noise`, the noise use this time. Measured as minima over `repeats`, and on at most 2^25
+    The error memory and, with `noise`, the noise take this time. Measured as minima over `repeats`, and on at most 2^25
     coordinates.
     """
     n = min(d, _LONG)
@@ -109,7 +105,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    # With k = 1 coding takes no time: only error memory and noise are timed.
+    # Coding takes no time with k = 1, so only error memory and noise are timed.
     spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {
@@ -145,7 +141,7 @@ class TrainingStep:
         return cls(model, random_batch(model, shape, batch, tokens=isinstance(model, CharTransformer)))
 
     def to(self, device: torch.device | str) -> "TrainingStep":
-        """Return the step with model and batch on a device."""
+        """Return the step with model and batch on a `device`."""
         return TrainingStep(self.model.to(device), _moved(self.batch, device))
 
     def loss(self) -> Tensor:
@@ -190,7 +186,6 @@ def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens
 
 
 def _moved(batch: Any, device: torch.device | str) -> Any:
-    """Return the batch with its tensors on a device."""
     if isinstance(batch, Mapping):
         return {name: _moved(part, device) for name, part in batch.items()}
     if isinstance(batch, tuple | list):
@@ -199,7 +194,6 @@ def _moved(batch: Any, device: torch.device | str) -> Any:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a model's output, a tensor or nested tuples, lists and dicts."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping | tuple | list):

@@ -217,8 +217,7 @@ def compressed(
 def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
     """Return the rate, payload bytes a second, at which `steps` steps of `step` take as long as one `dense` step.
 
-    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always: to
-    distinguish the two, compare the times on any link.
+    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always.
     """
 
     def pays(rate: float) -> bool:

@@ -57,7 +57,7 @@ def repeated(
 ) -> Timing:
     """Time `work` at least `least` times, until its three fastest times are within a fraction `within` of each other.
 
-    The minimum is then reproducible: other programs on the machine only lengthen a call. Stops after `limit` seconds.
+    Stops after `limit` seconds. Other programs on the machine only lengthen a call, so the minimum is reproducible.
     """
     for _ in range(warm_up):
         work()
@@ -65,7 +65,6 @@ def repeated(
 
 
 def _is_reproduced(seconds: list[float], within: float) -> bool:
-    """Return True if the three fastest times, or all of fewer, are within a fraction of each other."""
     fastest = sorted(seconds)[:3]
     return not fastest or math.isinf(within) or fastest[-1] <= (1 + within) * fastest[0]
 
