@@ -1,8 +1,8 @@
 """One worker of a configured run whose workers may join and leave: `packsaddle run --elastic`.
 
 Every worker is started separately and writes its own folder. Steps, epochs and the learning rate schedule count the
-steps of all workers together: the run ends when these amount to `epochs` passes over the data.
-Data are not sharded, since the number of workers is unknown: each worker uses all data, in its own random order.
+steps of all workers together. Data are not sharded, since the number of workers is unknown: each worker uses all data,
+in its own random order.
 """
 
 import os
@@ -102,5 +102,4 @@ class ElasticTrainer(Trainer):
         return super()._test_due(self._seen, seen)
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """Return the loss in this worker's last line of metrics."""
         return float(tally.line["loss"])

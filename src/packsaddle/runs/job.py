@@ -35,7 +35,7 @@ from packsaddle.runs.trainer import Trainer
 from packsaddle.version import __version__
 
 _ELASTIC_TIMEOUT = 60.0  # default timeout of a collective with --elastic, in seconds
-# Execution of W workers: as processes, or simulated in this process: one after the other ("serial"), the same with all
+# Execution of W workers: as processes, or simulated in this process: sequentially ("serial"), sequentially with all
 # gradients in one pass ("batched"), or as one worker that holds their mean ("fused").
 How = Literal["processes", "serial", "batched", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
@@ -48,14 +48,13 @@ def can_be_fused(config: Config) -> bool:
     exchange = config.exchange or "direct"
     try:
         choice = choose(config.compressor, exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
-    except ValueError:  # also for a compressor that is not bound to tensor shapes yet
+    except ValueError:  # also raised for a compressor that is not bound to tensor shapes yet
         return False
     wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
     return all(isinstance(wire, RingAllReduce) for wire in wires)
 
 
 def fastest_simulation(config: Config) -> How:
-    """Return the fastest simulation that supports a run."""
     return "fused" if can_be_fused(config) else "serial" if why_not_batched(config) else "batched"
 
 
@@ -101,7 +100,6 @@ class Job:
         return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
 
     def make_folders(self) -> None:
-        """Create the folders; with `resume` they may exist. Raises ConfigError."""
         for folder in self.folders:
             check_free(folder)
             if not (self.resume and folder.is_dir()):
@@ -109,7 +107,7 @@ class Job:
 
     @contextmanager
     def held(self) -> Iterator[tuple[FolderLock | None, ...]]:
-        """Hold the locks of the folders during the block. Raises ConfigError if another process holds one."""
+        """Context manager that holds the locks of the folders. Raises ConfigError if another process holds one."""
         with ExitStack() as stack:
             yield tuple(stack.enter_context(locked(folder)) for folder in self.folders)
 
@@ -123,7 +121,9 @@ class Job:
 
     def claim(self, stack: ExitStack) -> "Job | None":
         """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
-        Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
+
+        Returns the job, or None if it is done. If that fails, rank 0 raises ConfigError; the others exit with code 2.
+        """
         collectives, problem = ObjectCollectives(resolve(None), torch.device("cpu")), None
         self._check_given(collectives)
         outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
@@ -131,7 +131,7 @@ class Job:
         # Only rank 0 checks, creates folders and acquires locks.
         if collectives.group.rank == 0:
             try:
-                with ambient_group(Solo()):  # the check constructs optimizers, which is collective
+                with ambient_group(Solo()):  # the check constructs optimizers, which would be collective
                     job = self.located()
                     if job is not None:
                         job.check(collectives.group.size)
@@ -202,8 +202,11 @@ class Job:
         folder.write_json("environment.json", here)
 
     def run(self, workers: int, how: How) -> bool:
-        """Do the runs with `workers` workers. Return False if stopped. Raises ConfigError if they do not support `how`
-        or another process uses a folder, TerminatedError if the launcher was stopped and the workers have not saved."""
+        """Do the runs with `workers` workers. Return False if stopped.
+
+        Raises ConfigError if they do not support `how` or another process uses a folder, TerminatedError if the
+        launcher was stopped and the workers have not saved.
+        """
         with self.held() as locks:
             self._check_unchanged()
             if how == "processes" and workers > 1:
@@ -248,8 +251,11 @@ class Job:
 
 
 def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
-    """Call `Job.train` in a process started by `launch`. Return its result, or class name and message of an error that
-    all workers raised. The launcher's locks stay open here while training, in case the launcher is killed."""
+    """Call `Job.train` in a process started by `launch`; return its result, or class name and message of a common
+    error.
+
+    The launcher's locks stay open here while training, in case the launcher is killed.
+    """
     with _in_process_group(job), ExitStack() as stack:
         for lock in filter(None, locks):
             stack.callback(lock.close)

@@ -73,11 +73,9 @@ class RunCounters:
         return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
 
     def begin_line(self) -> None:
-        """Reset the sums for the next line of metrics."""
         self.sums, self.since, self.left_out = torch.zeros_like(self.sums), self.step, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all fields except tensors."""
         return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
 
     def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
@@ -308,8 +306,6 @@ class Trainer:
         return self._step_on(torch.cat([batches[step] for batches in self.batches]), scalars)
 
     def _step_on(self, index: Tensor, scalars: Tensor | None) -> Tensor:
-        """Do a step on the examples `index`, int64[b]; see `_step`."""
-
         def closure() -> Tensor:
             if self.batched is not None:
                 return self.batched.evaluate(index)

@@ -64,7 +64,6 @@ class Training(ABC):
         self._noise = None if config.noise.lower_from is None else Rescheduled(self._ramp())
 
     def _ramp(self) -> Ramp:
-        """Return the configured noise schedule, converted from epochs to exchanges."""
         noise, calendar = self._config.noise, self._calendar
         assert noise.lower_from is not None
         stop = calendar.steps if noise.lower_until is None else calendar.step_at(noise.lower_until)
@@ -234,7 +233,7 @@ class LocalTraining(Training):
         measured = torch.stack([loss, norm])
         self.took = bool(measured.isfinite().all())
 
-        # Set the scheduled learning rate. With elastic workers it depends on the anchor's steps.
+        # Set the scheduled learning rate. With elastic workers it depends on the steps that the anchor includes.
         done = self.front.steps if self.front.membership is None else self.front.position
         for group in self._inner.param_groups:
             group["lr"] = self.rate(done)
@@ -332,8 +331,8 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
 def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[Optimizer]:
     """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
 
-    Hidden are all matrices except embeddings and the weight of the last linear layer, the output layer, as torch's
-    documentation of Muon recommends. An optimizer without parameters is left out.
+    Hidden are all matrices except embeddings and the weight of the last linear layer, as torch's documentation of Muon
+    recommends. An optimizer without parameters is left out.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ends = [*linear[-1:], *(module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))]

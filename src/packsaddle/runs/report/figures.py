@@ -52,7 +52,7 @@ AXIS_NAMES: dict[Axis, str] = {
     "rounds": "rounds",
 }
 _LOGARITHMIC = {"megabytes", "rounds"}  # axes that compression and local updates change by orders of magnitude
-_INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes of each are drawn
+_INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes in each are drawn
 
 
 def line_style(i: int) -> dict[str, str]:
@@ -85,7 +85,7 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
             axes[i][0].set_ylabel(PANELS[panel])
         for j, along in enumerate(columns):
             axes[-1][j].set_xlabel(AXIS_NAMES[along])
-        if "curvature" in rows:  # a legend of the markers, above the panel
+        if "curvature" in rows:  # add a legend of the markers above the panel
             handles, labels = axes[-1][0].get_legend_handles_labels()
             by_verdict = dict(zip(labels, handles, strict=True))
             place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
@@ -98,7 +98,7 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
     """Return one panel as an <svg> element for a page, without a legend.
 
     Palette colors are the page's CSS variables --c0, --c1, ..., black is --c0, and all marks of the i-th setting have
-    the class setting-i. Texts use the page's font.
+    the class setting-i.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
@@ -112,7 +112,7 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
         axes.set_xlabel(AXIS_NAMES[along])
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
 
-    # Remove what an element of a page does not need, such as millionths of a point; use the page's colors and classes.
+    # Remove metadata and excess digits, and use the page's colors and classes.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="(setting-\d+)"', r'<g class="\1"', text[text.index("<svg") :])
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -178,7 +178,7 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
     """Return the indices of the points to draw, ascending: all of a short curve.
 
     Of a longer curve: in each of 200 equal intervals of the axis (of log x with `log`), the points where a column is
-    smallest or largest, and the two ends. So no extreme is lost, and every point drawn was measured.
+    smallest or largest, and the two ends.
     """
     if len(x) <= 2 * _INTERVALS:
         return list(range(len(x)))
@@ -197,7 +197,7 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
 
 
 def _positive(*columns: Sequence[float]) -> bool:
-    """Return True if a log axis has data: a row that is positive and finite in all columns (none if runs diverged)."""
+    """Return True if a row is positive and finite in all columns, as a log axis needs (none is if runs diverged)."""
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
 
 
@@ -236,5 +236,5 @@ def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source
     """Write a figure to a folder as NAME.png and NAME.svg, with `source`, if given, as metadata."""
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
-    figure.set_layout_engine("none")  # keep the layout; computing it takes as long as drawing
+    figure.set_layout_engine("none")  # keep the layout: to compute it again takes as long as drawing
     figure.savefig(folder / f"{name}.svg", metadata={**_NO_METADATA, **said})

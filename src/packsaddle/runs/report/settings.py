@@ -21,7 +21,6 @@ class Setting:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of the first run."""
         return self.runs[0].config
 
     @property

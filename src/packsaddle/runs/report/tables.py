@@ -66,7 +66,6 @@ def row(run: Run) -> Row:
 
 
 def _latest(run: Run, quantity: str) -> float | None:
-    """Return the last value of a quantity in a run's metrics, or None."""
     return next((line[quantity] for line in reversed(run.metrics) if line.get(quantity) is not None), None)
 
 
@@ -91,8 +90,8 @@ def setting_row(setting: Setting) -> SettingRow:
 def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[float | None, bool | None]:
     """Return the number of epochs on a plateau at loss `level`, and True if the run left it; None: not applicable.
 
-    The plateau begins with the first line of metrics whose loss is at most 5% above `level`. It ends with the first
-    later line more than 5% below `level`, or else with the run.
+    The plateau begins with the first line of metrics whose loss is at most 5% above `level`, and ends with the first
+    later line more than 5% below it, or with the run.
     """
     if level is None:
         return None, None
@@ -110,7 +109,7 @@ class Column:
 
     heading: str
     write: Callable[[float], str]
-    meaning: str  # for the legend
+    meaning: str  # text for the legend of the table
 
 
 _COLUMNS = {
@@ -166,7 +165,6 @@ def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[st
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """Return the table of runs."""
     rows = [row(run) for run in runs]
     shown = _shown(map(vars, rows))
     cells = []
@@ -198,7 +196,6 @@ def _seed(seed: int | None) -> str:
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the quantities to show as columns."""
     found = [*rows]
     return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
 
@@ -245,7 +242,7 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-FORMAT = 1  # increased if a key changes its meaning or is removed; keys may be added without
+FORMAT = 1  # increased if a key changes its meaning or is removed; not if one is added
 
 
 def document(runs: Sequence[Run]) -> dict[str, Any]:

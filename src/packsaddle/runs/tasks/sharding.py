@@ -41,7 +41,6 @@ class Calendar:
         return step - self.start + self.done * self.per_epoch
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs done at a step."""
         return self.position(step) / self.per_epoch
 
     def step_at(self, epoch: float) -> int:
@@ -54,11 +53,8 @@ def _per_epoch(examples: int, batch_size: int, workers: int) -> int:
 
 
 def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
-    """Return the indices of a worker's examples, int64: an equal random part (`how` = "iid"), or whole classes of
-    images or one consecutive part of a text ("class").
-
-    Raises ConfigError if there are none.
-    """
+    """Return the indices of a worker's examples, int64: an equal random part (`how` = "iid"), or "class": whole classes
+    of images or one consecutive part of a text. Raises ConfigError if there are none."""
     if how == "class":
         mine = (data.owners(workers) == worker).nonzero().squeeze(1)
     else:
