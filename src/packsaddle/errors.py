@@ -72,7 +72,7 @@ def check_not_negative(**values: float | None) -> None:
 
 @contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
-    """Convert a ValueError of the body to a ConfigError, with `prefix` before its message.
+    """Context manager that converts a ValueError to a ConfigError, with `prefix` before its message.
 
     With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every.
     """

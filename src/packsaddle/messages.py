@@ -11,7 +11,7 @@ def shown(value: Any) -> str:
     """Return the repr of a value for a message, shortened in the middle if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer with too many digits for repr; deeply nested lists
+    except (ValueError, RecursionError):  # an integer with too many digits for repr, or deeply nested lists
         return f"a {type(value).__name__} that is too large to show"
     return shortened(text)
 
@@ -36,7 +36,6 @@ def cell(value: Any) -> Any:
 
 
 def read_cell(text: str) -> str:
-    """Return the original text of a CSV value that `cell` returned."""
     return text.removeprefix("'")
 
 

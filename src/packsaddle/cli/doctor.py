@@ -1,8 +1,4 @@
-"""The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine.
-
-It includes the network interfaces, and the address on which gloo would listen. Values that the system does not report
-are None.
-"""
+"""The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine."""
 
 import importlib
 import importlib.util
@@ -229,7 +225,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def machine() -> Iterator[Fact]:
-    """Yield findings on the CPU cores, torch's threads and the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Fact("machine", "cores", f"{cores}, torch uses {torch.get_num_threads()} of them")
 
@@ -335,7 +330,6 @@ def extras() -> Iterator[Fact]:
 
 
 def network() -> Iterator[Fact]:
-    """Yield findings: the network interfaces, and the address on which gloo would listen."""
     found = interfaces()
     for i in found:
         addresses = ", ".join(i.addresses) or "address unknown"
@@ -363,7 +357,6 @@ def network() -> Iterator[Fact]:
 
 
 def variables() -> Iterator[Fact]:
-    """Yield findings: the environment variables that are set and affect training."""
     for name in sorted(os.environ):
         if name in _VARIABLES or name.startswith("NCCL_"):
             yield Fact("environment", name, os.environ[name])

@@ -17,8 +17,7 @@ C = TypeVar("C", bound=Command)
 def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
     """Return a decorator that sets the groups of a command's flags, and their order, in its help.
 
-    `groups` maps each group's title to the names of its flags, separated by spaces; "" is the first group, without a
-    title.
+    `groups` maps each group's title ("": the first group) to the names of its flags, separated by spaces.
     """
 
     def decorate(command: C) -> C:

@@ -1,7 +1,7 @@
 """Parse a command line into a function call. Every error is one line, which names the most similar valid word.
 
 The library tyro parses a command's flags by its signature, and writes help and shell completion scripts. Its errors are
-boxes of several lines: `_one_line` joins each into one line, and rewords the errors that it recognizes.
+boxes of several lines, which `_one_line` joins and, if it recognizes them, rewords.
 """
 
 import functools
@@ -133,7 +133,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
     description = "\n\n".join([first, *wrapped])
 
-    # tyro prints an error and exits: raise the printed text as one line.
+    # tyro prints an error and exits: convert the printed text to a one-line error.
     try:
         with redirect_stderr(errors), _unwrapped(words):
             options: dict[str, Any] = {"args": words, "config": MARKERS, "registry": NUMBERS}
@@ -205,7 +205,7 @@ def deferred(command: Command) -> Command:
 
 @contextmanager
 def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Widen COLUMNS within the context, so that tyro breaks no words in errors. No-op with --help in `words`."""
+    """Context manager that widens COLUMNS, so that tyro breaks no words in errors. No-op with --help in `words`."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*words}:
         os.environ["COLUMNS"] = "100000"

@@ -89,7 +89,6 @@ class LinkOptions:
 
     @property
     def is_own(self) -> bool:
-        """True if the model is the user's own."""
         return ":" in (self.model or "")
 
     def training_step(self) -> TrainingStep | None:

@@ -53,13 +53,11 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi.
+    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi; subclasses keep a vector, such as the
+    momentum."""
 
-    A parameter without a gradient has gradient zero. Subclasses keep a vector between steps, such as the momentum.
-    """
-
-    kind = "gradient"  # its name in saved states, and that of the vector kept between steps
-    started = True  # False: the vector kept between steps has no value yet, as no step has been applied
+    kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
+    started = True  # False: the vector kept between steps has no value yet, since no step was applied
     keeps = False  # True: keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:
@@ -110,14 +108,14 @@ class Gradient:
                     yield out.views[i], grad, scale / extras.scale
 
     def first_out_of_range(self) -> str | None:
-        """Return the name of the first parameter with an invalid gradient, None without one."""
+        """Return the name of the first parameter with an invalid gradient; None if all are valid."""
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
         """Commit the new values of the kept vectors, or roll them back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        in_one_pass = out is not base and out.flat.device.type == "cpu"  # a pass is faster on a GPU than many kernels
+        in_one_pass = out is not base and out.flat.device.type == "cpu"  # on a GPU a foreach call is faster
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
         # In one pass, also bound the norm of the result, by the sum of the norms of its parts.
@@ -211,10 +209,9 @@ class _StatefulGradient(Gradient):
 class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e follows SGD with
-    momentum on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`:
-    m <- beta m + (1 - beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and
-    Richtarik 2023).
+    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e is SGD with momentum
+    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`: m <- beta m + (1 -
+    beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
     """
 
     kind = "momentum"
@@ -237,8 +234,8 @@ class Momentum(_StatefulGradient):
 class StormGradient(_StatefulGradient):
     """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), g of the same examples.
 
-    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. The gradient g has
-    weight decay in it; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
+    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. The gradient g
+    includes weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
     (Fatkhullin et al. 2023).
     """
 
@@ -257,12 +254,12 @@ class StormGradient(_StatefulGradient):
         self._here = here = self._flat.x.clone()
         if self._next is not self._now:
             self._next.flat.copy_(self._now.flat)
-        # (1 - a) (d_{t-1} - g(x_{t-1})); afterwards p.grad is g(x_t) again
+        # (1 - a) (d_{t-1} - g(x_{t-1})); then restore p.grad = g(x_t)
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                p.grad = None  # otherwise a closure that does not clear gradients would add to them
+                p.grad = None  # else a closure that does not clear gradients would add to them
             try:
                 super().evaluate(closure, decays)
                 minus = [-1.0] * len(decays)
@@ -282,7 +279,7 @@ class StormGradient(_StatefulGradient):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_out_of_range(self) -> str | None:  # in the gradient or in d_t
+    def first_out_of_range(self) -> str | None:  # of the gradient or of d_t
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:

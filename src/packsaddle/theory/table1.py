@@ -94,7 +94,6 @@ class Row:
 
 
 def check_range(d: int, epsilon: float) -> None:
-    """Raise ValueError if d or epsilon is outside the range for which Table 1 is valid."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
     if not 0 < epsilon < 1:
