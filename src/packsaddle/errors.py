@@ -50,7 +50,6 @@ class MissingExtraError(ConfigError):
 
 
 def check_integers(least: int, **values: object) -> None:
-    """Raise ValueError, with the argument's name, for a value that is not an integer of at least `least`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -97,7 +96,6 @@ def read_text(path: Path, name: str) -> str:
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency. Raises MissingExtraError, naming the extra to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -53,7 +53,6 @@ def shapes(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device_of(parts: Parts) -> torch.device:
-    """Return the device for collectives: that of the first tensor found in the parts, else the CPU."""
     for part in parts.values():
         held = [g["params"] for g in part.param_groups] if isinstance(part, Optimizer) else part.state_dict()
         for leaf in tree_leaves(held):

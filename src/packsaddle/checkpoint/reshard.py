@@ -54,7 +54,6 @@ def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) 
 
 
 def without(content: Any, paths: list[Path]) -> Any:
-    """Return a copy of nested dictionaries, lists and tuples with None at these paths."""
     return _replaced(content, dict.fromkeys(paths))
 
 

@@ -49,7 +49,6 @@ COMMANDS = Group(ABOUT, ImportedCommands(ENTRIES))
 
 
 def main() -> None:
-    """Run the command in `sys.argv`; entry point of the console script `packsaddle`."""
     serve(COMMANDS, "packsaddle")
 
 

@@ -92,7 +92,6 @@ def _inet(name: str) -> tuple[str, ...]:
 
 
 def _inet6() -> dict[str, list[str]]:
-    """Return the IPv6 addresses of each interface, by its name, without link-local addresses."""
     found: dict[str, list[str]] = {}
     for line in (_read(Path("/proc/net/if_inet6")) or "").splitlines():
         digits, _, _, _, _, name = line.split()
@@ -202,7 +201,6 @@ def versions() -> Iterator[Fact]:
 
 
 def _requirements() -> list[tuple[str, str, str | None]]:
-    """Return (package, minimum version, extra or None) of each requirement; empty if packsaddle is not installed."""
     try:
         lines = importlib.metadata.requires("packsaddle") or []
     except importlib.metadata.PackageNotFoundError:

@@ -39,7 +39,6 @@ class Overrides(Generic[T]):
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def apply_to(self, base: T) -> T:
-        """Return a copy of `base`, an object of the option class, with these fields replaced."""
         return replace(base, **self.values)  # type: ignore[type-var]
 
 

@@ -96,7 +96,6 @@ class ImportedCommands(Mapping[str, "Command | Group"]):
 
 
 def summary(command: Command | Group) -> str:
-    """Return the first line of a command's docstring, or a group's `about`."""
     return (command.about if isinstance(command, Group) else inspect.getdoc(command) or "").partition("\n")[0]
 
 
@@ -263,7 +262,6 @@ def _one_line(text: str, words: Sequence[str]) -> str:
 
 
 def _subject(name: str) -> str:
-    """Return the prefix "COMMAND: " of an error message, from `name`, "PROGRAM COMMAND"."""
     _, _, command = name.removeprefix("python -m ").partition(" ")
     return f"{command}: " if command else ""
 

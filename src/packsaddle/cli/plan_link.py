@@ -245,7 +245,6 @@ def _plan(
 
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
-    """Measure the time of a training step. Raises ConfigError if the user's model fails on its batch."""
     try:
         return step.time(optimizer)
     except Exception as error:  # a user's model can raise anything

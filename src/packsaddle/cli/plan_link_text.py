@@ -198,7 +198,6 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
 
 
 def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "") -> str:
-    """Format the constructor call of LocalUpdates; class names get the prefix `package`."""
     inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
     setting = f"every={f.setting.every}, compressor={package}{describe(f.setting.compressor)}"
     if delay := f.setting.delay:

@@ -31,7 +31,6 @@ class Term:
     weight: float = 1.0
 
     def add_to(self, out: Tensor, alpha: float) -> None:
-        """Add alpha times this term, decoded, to the vector out, float[d], in place."""
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
     def magnitude(self) -> Tensor:
@@ -105,7 +104,6 @@ class Aggregator(ABC):
         """
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        """Predict the bytes that worker `rank` sends and receives in one exchange."""
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def work(self, d: int, workers: int) -> list[Work]:
@@ -325,7 +323,6 @@ def part_count(compressor: Compressor, d: int) -> int:
 
 @cache
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
-    """Return the expected size in bytes of a compressor's message for d coordinates."""
     return round(compressor.message_bytes(d, itemsize)) if d else 0
 
 

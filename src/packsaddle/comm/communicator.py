@@ -72,7 +72,6 @@ class Communicator:
                 tensor.copy_(mean.view(tensor.shape))
 
     def count_mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> None:
-        """Record the bytes of averaging a tensor in the ledger, without averaging it."""
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 

@@ -41,7 +41,6 @@ class Roll:
 
 
 def is_network(error: Exception) -> bool:
-    """Return True if a collective's error is a connection failure or a timeout, not invalid arguments."""
     return any(sign in str(error) for sign in _NETWORK)
 
 

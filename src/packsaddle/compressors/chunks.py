@@ -80,13 +80,11 @@ class Chunks:
         return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter, stop)
 
     def expected(self) -> Expected:
-        """Return the expected dtype and length of the output of `encode`."""
         if self.total == self.whole * self.size + self.rest:
             return octets(0)
         return wire.gap_bytes(self.total, self.whole + bool(self.rest), self.size, self._rice_parameter)
 
     def bits(self) -> float:
-        """Predict the size of the output of `encode` in bits, for random indices."""
         if self.total == self.whole * self.size + self.rest:
             return 0.0
         b = self._rice_parameter

@@ -39,7 +39,6 @@ class Layer:
 
     @property
     def coded(self) -> int:
-        """The number of members that the code lists."""
         return self.members - self.going_on if self.inverted else self.going_on
 
     @cached_property
@@ -53,7 +52,6 @@ class Layer:
 
     @property
     def bits(self) -> float:
-        """The expected number of bits of the coded gaps."""
         if not self.coded:
             return 0.0
         return self.coded * (self.rice + 1 / (1 - (1 - self.coded / self.members) ** (1 << self.rice)))
@@ -85,7 +83,6 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
 
 
 def level_bytes(d: int, bits: int) -> Expected:
-    """Return the expected dtype and length of the output of `encode_levels` for at most d levels."""
     return octets(0, bool(d) + math.ceil(d * bits / 8))
 
 

@@ -30,12 +30,10 @@ class Expected(NamedTuple):
         return f"{kind}[{length}]" + ("" if self.last is None else f" that ends with {self.last}")
 
     def nbytes(self, itemsize: int) -> int:
-        """Return the maximum size of the part in bytes, for a vector with elements of `itemsize` bytes."""
         sizes = [dtype.itemsize for dtype in self.dtypes]
         return self.most * min(max(itemsize, min(sizes)), max(sizes))
 
     def describes(self, part: Tensor) -> bool:
-        """Return True if the dtype, length and last element of a flat `part` are allowed."""
         fits = part.dtype in self.dtypes and self.least <= part.numel() <= self.most
         return fits and (self.last is None or int(part[-1]) == self.last)
 

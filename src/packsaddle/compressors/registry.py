@@ -117,7 +117,6 @@ def describe(compressor: Compressor) -> str:
 
 
 def _fields(compressor: Compressor) -> "list[Field[Any]]":
-    """Return the dataclass fields of a compressor that users can set; empty if it is not a dataclass."""
     if not is_dataclass(compressor):
         return []
     return [f for f in fields(compressor) if not f.metadata.get("internal")]

@@ -131,7 +131,6 @@ class Stages(Compressor):
 
     @property
     def _depth(self) -> int:
-        """The number of nested Stages, including this one."""
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:

@@ -133,7 +133,6 @@ def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
 
 
 def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
-    """Return k, the number of values in the parts of a message."""
     coded = parts["values"].flatten()
     if how not in _PACKED or not coded.numel():
         return coded.numel()

@@ -54,7 +54,6 @@ def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64)
 
 
 def indices_where(mask: Tensor) -> Tensor:
-    """Return the indices at which `mask`, bool[n], is True, increasing int64[...]."""
     if mask.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
@@ -72,7 +71,6 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """Invert `pack_bits`: return n bits, bool[n]."""
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=n)).view(torch.bool)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
@@ -178,12 +176,10 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
 
 
 def index_bytes(d: int, k: int) -> Expected:
-    """Return the expected dtype and length of the output of `encode_indices` for k indices of [0, d)."""
     return octets(0) if k in (0, d) else octets(2, 1 + math.ceil(min(d, k * _width(d)) / 8))
 
 
 def gap_bytes(k: int, chunks: int, size: int, b: int) -> Expected:
-    """Return the expected dtype and length of the output of `pack_gaps` for k indices in `chunks` chunks of `size`."""
     remainders = math.ceil(k * b / 8)
     return octets(remainders + math.ceil(k / 8), remainders + math.ceil((k + chunks * (size >> b)) / 8))
 

@@ -233,7 +233,6 @@ class Curvature:
             return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
 
     def gradient_of_batch(self, batch: Any) -> Tensor:
-        """Return the gradient of one batch's mean loss, float64[d]; not collective."""
         with differentiating(self._model):
             return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, allow_unused=True))
 
@@ -348,7 +347,6 @@ class Curvature:
             yield
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
-        """Return the mean loss at the parameters x + distance * direction; collective."""
         with self.moved(direction, distance):
             total = self._totals()[0]
         return self.sum_of(total) / self._alike / self.examples
@@ -442,7 +440,6 @@ def _to_double(batch: Any) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Return the number of examples of a batch: the first dimension of its first tensor. Raises ValueError."""
     if isinstance(batch, Tensor) and batch.ndim:
         return len(batch)
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []

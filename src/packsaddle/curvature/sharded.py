@@ -81,11 +81,9 @@ class ShardedCurvature(Curvature):
         return self._finite(total.div_(self.examples))
 
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        """Raise NotImplementedError: there is no double backward."""
         raise NotImplementedError("a sharded model has no double backward")
 
     def why_no_double_backward(self) -> str | None:
-        """Return the reason: parameters are sharded."""
         return "parameters are sharded"
 
     def dot(self, a: Tensor, b: Tensor) -> float:
@@ -94,7 +92,6 @@ class ShardedCurvature(Curvature):
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
     def size_of_parameters(self) -> float:
-        """Return the norm of the trainable parameters, ||x||; collective."""
         pieces = zip(self._tensors, self._copies, strict=True)
         return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
 
@@ -161,7 +158,6 @@ def derivatives(
     channel: Communicator,
     tensor_parallel: Any = None,
 ) -> Curvature:
-    """Return the `Curvature` of a model, sharded or not; collective."""
     if is_sharded(model):
         return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)
     if tensor_parallel is not None:
@@ -195,7 +191,6 @@ def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
 
 
 def _copies(p: Any, workers: int) -> int:
-    """Return the number of workers with the same shard. Raises ValueError for partial sums."""
     shards = 1
     for i, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_partial():
@@ -237,7 +232,6 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _local_gradient(p: Any, local: Tensor) -> Tensor:
-    """Return this worker's part of a parameter's gradient, with the parameter's placements."""
     if p.grad is None:
         return torch.zeros_like(local)
     if not hasattr(p, "placements"):

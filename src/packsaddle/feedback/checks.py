@@ -78,7 +78,6 @@ class Contraction:
         self._every.done(step)
 
     def fields(self, path: Path = ("contraction",)) -> list[Value]:
-        """Return the fields of the saved state, the last measurement and its step, stored under `path`."""
         whole = attribute((*path, "whole"), self, "whole", float | None)
         tensors = attribute((*path, "by_tensor"), self, "by_tensor", dict[str, float])
         last = attribute((*path, "steps"), self._every, "last", int)
@@ -98,7 +97,6 @@ class StepRates:
         self.last: Sequence[float] = ()
 
     def add(self, rates: Sequence[float]) -> None:
-        """Record the rates of a step. Their number must be equal on all workers."""
         packed = struct.pack(f"<{len(rates)}d", *rates)
         self._digest = blake2b(self._digest + packed, digest_size=8).digest()
         self.last = rates
@@ -184,7 +182,6 @@ class DriftGuard:
         self._every.last = steps
 
     def due(self, step: int) -> bool:
-        """Return True if there are several workers and a comparison is due after this step, counted from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
     def compare(

@@ -172,7 +172,6 @@ class EscapeCheck:
         return math.inf if math.isnan(mean) else mean
 
     def fields(self) -> tuple[Vector, Value]:
-        """Return the saved-state fields: the start point x_t' of the segment, by parameter, and its step t'."""
         anchor = self._of.by_name(self.anchor)
         shapes = {name: view.shape for name, view in anchor.items()}
         step = attribute(("escape", "step"), self, "anchor_step", int)

@@ -141,7 +141,6 @@ class Skips:
             )
 
     def fields(self) -> list[Value]:
-        """Return the fields of the saved state: the total and the consecutive number of skips."""
         return [
             Value(("skips", "total"), int, lambda: self.count, self._resume),
             attribute(("skips", "consecutive"), self, "in_a_row", int),
@@ -232,7 +231,6 @@ class Guard:
         return flag, 0
 
     def verdict(self, g: Averaged, flag: Tensor) -> Verdict:
-        """Return the verdict on an exchange, from its mean update `g` and the mean of the workers' flags, `flag`."""
         if self._flag == "none":
             return Verdict(None, 0.0)
         if self._flag == "extra":

@@ -164,7 +164,6 @@ class ErrorFeedback:
         return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
     def aggregator_state(self) -> SavedAggregator | None:
-        """Return the state of the aggregator, and its compressor; None before `use`."""
         if self._compressor is None:
             return None
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())

@@ -94,7 +94,6 @@ class Slice:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """The shapes of the compressed tensors, in the order of the vector."""
         return [place.parameter.shape for place in self._in_order if not place.dense]
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
@@ -166,7 +165,6 @@ class FlatParameters(Slice):
             p.data = view
 
     def kinds(self) -> dict[str, str]:
-        """Return name, shape and dtype of each parameter as text, in the user's order."""
         each = zip(self.names, self.parameters, strict=True)
         return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
 

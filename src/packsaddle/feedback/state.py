@@ -183,7 +183,6 @@ class State:
             raise ValueError(f"{error}; was it saved by {self._owner}?") from None
 
     def rule(self, path: Path) -> Rule:
-        """Return the rule of a path. Raises ValueError if there is none."""
         for rule in self._rules:
             if _fits(path, rule.path):
                 return rule
@@ -285,7 +284,6 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy of a value, with dictionaries in place of dataclasses."""
     if isinstance(value, Tensor):
         return value.clone()
     if is_dataclass(value):

@@ -31,7 +31,6 @@ from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    """Return True if FSDP or FSDP2 shards a model, or a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if it is in use
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())

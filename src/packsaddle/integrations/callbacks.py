@@ -135,7 +135,6 @@ class WorkerState:
             self._scaler.load_state_dict(state["scaler"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the model's trained parameters and persistent buffers, by name; views."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
         return trained | persistent_buffers(self._model)
 

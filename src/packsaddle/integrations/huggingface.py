@@ -183,7 +183,6 @@ class LocalUpdatesCallback(_Attached):
         self._at_anchor = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Exchange all pending updates, unless the best model was loaded."""
         self._at_anchor = False
         self._ended_at_best = bool(args.load_best_model_at_end and state.best_model_checkpoint is not None)
         if isinstance(self.exchange, WorkerState) and not self._ended_at_best:

@@ -272,13 +272,11 @@ class CertificateCallback(Callback):
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Certify the model if a step of this batch reached a multiple of `every_n_steps`."""
         before, self._seen = self._seen, trainer.global_step
         if self._steps is not None and self._seen // self._steps > before // self._steps:  # optimizers count each
             self._certify(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify the model if this epoch is a multiple of `every_n_epochs`."""
         if self._epochs is not None and (trainer.current_epoch + 1) % self._epochs == 0:
             self._certify(trainer, pl_module)
 

@@ -34,7 +34,6 @@ class Anchor:
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters x, as views; of a DTensor, this process's shard."""
         return [local_part(p) for p in self._parameters]
 
     def starts(self) -> list[Tensor]:

@@ -160,7 +160,6 @@ class Fragment(Slice):
             self.name_workers(p)
 
     def _own_factor(self, p: PendingExchange) -> Tensor | None:
-        """Return the clipping factor of this worker's v, float64[]; None: not clipped."""
         return None if p.factors is None else p.factors[self.feedback.channel.group.rank]
 
     def _mean(self, g: Averaged) -> Tensor:
@@ -329,7 +328,6 @@ class Fragment(Slice):
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Split the flat vectors of all fragments, float[n] each, into one dict of views by parameter name."""
     pairs = zip(fragments, vectors, strict=True)
     return {place.name: view for part, vector in pairs for place, view in part.named(vector)}
 

@@ -135,7 +135,6 @@ class OtherOptimizers:
         _watch_steps()
 
     def note(self, optimizer: Optimizer) -> None:
-        """Record an optimizer that has stepped, and the parameters that had gradients in its first step."""
         if optimizer not in self._stepped:
             trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._stepped[optimizer] = {id(p) for p in trained}
@@ -216,7 +215,6 @@ class JoinedOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Share this optimizer's parameter groups and state with its members."""
         start = 0
         for member, size in zip(self.members, self._sizes, strict=True):
             member.param_groups = self.param_groups[start : start + size]

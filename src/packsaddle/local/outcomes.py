@@ -143,7 +143,6 @@ class Outcomes:
                     part.anchor.move_to_start()
 
     def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
-        """Return True if `tensors` are finite in all shards of this worker; collective over the shards."""
         here = all(bool(is_finite(local_part(t))) for t in tensors)
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
 

@@ -103,7 +103,6 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _moved(index: Tensor, device: torch.device | str) -> Tensor:
-    """Copy `index` from the CPU to a device, asynchronously from pinned memory."""
     on_cpu = torch.device(device).type == "cpu"
     return index if on_cpu else index.pin_memory().to(device, non_blocking=True)
 
@@ -145,7 +144,6 @@ def keys(seed: int, step: int, stream: Stream) -> Keys:
 
 
 def words(counters: Tensor, key: Keys) -> Tensor:
-    """Return 32 random bits for each counter, int32[n] for int32[n]."""
     return _mixed(_mixed(counters * _signed(0x9E3779B1) + _signed(key.first)) + _signed(key.second))
 
 
@@ -160,7 +158,6 @@ def _mixed(h: Tensor) -> Tensor:
 
 
 def _signed(word: int, bits: int = 32) -> int:
-    """Reinterpret an unsigned word as a signed integer, since PyTorch has few unsigned operations."""
     return word - (1 << bits) if word >= 1 << (bits - 1) else word
 
 

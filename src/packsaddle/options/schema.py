@@ -60,7 +60,6 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
 
 
 def _has(data: Any, path: Sequence[str]) -> bool:
-    """Return True if nested tables contain the key at this path."""
     return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
 
 
@@ -77,7 +76,6 @@ def _about(where: Place, message: str) -> ConfigError:
 
 
 def settable(cls: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a dataclass that a configuration may set, required ones first."""
     found = [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
     return sorted(found, key=lambda f: not is_required(f))
 

@@ -109,7 +109,6 @@ def slower_rate(text: str) -> float:
 
 
 def format_rate(bits: float) -> str:
-    """Return a rate in the form that `parse_rate` reads, with three digits."""
     for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if bits >= 0.9995 * unit:
             return f"{float(f'{bits / unit:.3g}'):g} {prefix}bit/s"

@@ -104,7 +104,6 @@ class LocalForecast:
 
     @property
     def computing(self) -> float:
-        """The fraction of time in forward and backward passes."""
         return (self.compute - self.waiting) / self.step
 
     def plain(self) -> dict[str, Any]:
@@ -152,7 +151,6 @@ def forecast_local(
 
 
 def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
-    """Raise ValueError if every measured setting needs over `most_steps` times the steps of uncompressed training."""
     least = min(measured.values())
     if not most_steps >= least:
         raise ValueError(f"most-steps must be at least {least:g}, the least measured, got {most_steps:g}")

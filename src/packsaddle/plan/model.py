@@ -202,7 +202,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:
-    """Return the named optimizer with a tiny learning rate; "muon": Muon for hidden matrices, AdamW for the others."""
     rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return [torch.optim.SGD(trained, rate, momentum=0.9)]

@@ -156,7 +156,6 @@ class Questions:
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
-    """Evaluate the loss at x + s v on a grid of s from -reach to reach, v = `direction`; collective."""
     curvature = derivatives(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
     direction = direction.to(curvature.device)
     distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
@@ -244,7 +243,6 @@ class Audit:
         return findings
 
     def prepare(self) -> tuple[Task, Examples]:
-        """Return the network with the last file's weights, and this worker's examples."""
         task, data, _ = self.load()
         examples = self._examples(data)
         return task.to(examples.device, examples.dtype), examples
@@ -268,7 +266,6 @@ def certify_in_process_group(audit: Audit) -> list[Finding]:
 
 
 def read_config(run: Path) -> Config:
-    """Read the configuration of a run folder. Raises ConfigError."""
     if not (run / "config.json").is_file():
         raise ConfigError(f"{run} is not a run folder (it has no config.json)")
     try:
@@ -278,7 +275,6 @@ def read_config(run: Path) -> Config:
 
 
 def read_weights(file: Path) -> Any:
-    """Load a file written by `torch.save` to the CPU. Raises ConfigError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # warnings about the format; an error mentions it too
             return torch.load(file, map_location="cpu", weights_only=True)

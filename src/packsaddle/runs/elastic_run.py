@@ -56,7 +56,6 @@ class ElasticTrainer(Trainer):
         return LocalTraining(self.config, self.task, self.calendar, None, self._elastic)
 
     def _indices(self) -> Iterator[Tensor]:
-        """Yield endless batches of indices into all the data, int64[b], in this worker's own random order."""
         rng = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
         size = min(self.config.batch_size, len(self.data))
         while True:

@@ -65,7 +65,6 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ConfigError, naming the holder, if another process holds the lock of a folder."""
     try:
         check_not_held(folder / LOCK)
     except HeldError as holder:

@@ -109,7 +109,6 @@ class RunCheckpoints:
         self._folder, self._parts, self._group = folder, parts, group
 
     def save(self, step: int, extra: Mapping[str, Any]) -> float:
-        """Save a checkpoint; return the time it took, in seconds."""
         before = time.perf_counter()
         if self._group.rank == 0:
             self._folder.flush()

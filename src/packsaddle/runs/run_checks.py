@@ -42,7 +42,6 @@ class NoiseCheck:
     """
 
     def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
-        """Record the root mean square of the initial parameters, those of `task`."""
         self._config, self._task, self._data, self._workers = config, task, data, workers
         self._size = rms(task)
         # With local updates the noise is in the units of x, not of a gradient.
@@ -146,7 +145,6 @@ def iterate_name(step: int) -> str:
 
 
 def drawn_names(config: Config, steps: int) -> list[str]:
-    """Return the files of the iterates drawn by a run of `steps` steps, repeated if drawn repeatedly."""
     m = 0 if config.certify is None else config.certify.iterates
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
@@ -182,7 +180,6 @@ class StepSizeCheck:
         return self._concerned and rest == 0 and epochs & (epochs - 1) == 0
 
     def warning(self, step: int) -> str | None:
-        """Return a warning if the step size is unstable before step `step`, else None."""
         channel = Communicator(Solo(), Ledger())
         dice = generator(self._config.seed, step, Stream.CERTIFY)
         try:

@@ -170,7 +170,6 @@ class RunFolder:
 
 
 def make_new(path: Path) -> None:
-    """Create a folder and its parents. Raises ConfigError if it exists or cannot be created."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -281,7 +280,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _natural(path: Path) -> list[list[str | int]]:
-    """Return a sort key that orders numbers within names by value."""
     return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
 
 

@@ -106,7 +106,6 @@ def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str =
 
 
 def _line(statement: str, about: str) -> Iterator[str]:
-    """Yield a statement with a comment; a long comment continues on further lines."""
     at = max(_COLUMN, len(statement) + 1)
     first, *others = textwrap.wrap(about, _WIDTH - at - 2, break_on_hyphens=False) or [""]
     yield f"{statement:<{at}}# {first}" if first else statement

@@ -69,7 +69,6 @@ class RunCounters:
             self.in_final += 1
 
     def totals(self) -> Tensor:
-        """Return the sums since the last line of metrics and the number of steps in them, float64[3]."""
         return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
 
     def begin_line(self) -> None:
@@ -247,7 +246,6 @@ class Trainer:
         self.training.replan(self.calendar)
 
     def _save(self, checkpoints: RunCheckpoints) -> float:
-        """Save a checkpoint; return the time it took, in seconds."""
         tally = self.tally
         extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
         extra |= {"warnings": self.warnings, "inspected": self.inspected, "sums": tally.sums, "final": tally.final}
@@ -294,7 +292,6 @@ class Trainer:
         self.inspected += time.perf_counter() - begin
 
     def _warn(self, text: str | None, *, quiet: bool) -> None:
-        """Record and print a warning, unless recorded before. No-op for None."""
         if text and text not in self.warnings:
             self.warnings.append(text)
             if not quiet:
@@ -317,7 +314,6 @@ class Trainer:
         return self.training.step(closure, scalars).to("cpu", torch.float64)
 
     def _test_due(self, steps: int, since: int) -> bool:
-        """Return True if a test became due since the last line of metrics, at step `since`."""
         if self.config.test_every is None:
             return False
         every = self.config.test_every * self.calendar.per_epoch
@@ -356,7 +352,6 @@ class Trainer:
         self._own_group().all_reduce(torch.zeros(1))  # a barrier: the run is done on all workers
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """Return the mean loss of the last epoch's steps, over all workers; collective."""
         return self._means(torch.cat([tally.final, tally.final.new_tensor([tally.in_final])])).item()
 
     def _means(self, totals: Tensor) -> Tensor:

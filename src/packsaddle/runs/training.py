@@ -92,7 +92,6 @@ class Training(ABC):
         """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError."""
 
     def at_anchor(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are the anchor, on which all workers last agreed."""
         return nullcontext()
 
     @abstractmethod

@@ -65,7 +65,6 @@ class Gradient:
         self.norm: Tensor | None = None  # upper bound on the norm of the last sum computed; None: not measured
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
-        """Compute gradients by calling the closure, if given, and return its value."""
         if closure is None:
             return None
         with torch.enable_grad():
@@ -101,14 +100,12 @@ class Gradient:
             view.sub_(grad, alpha=alpha)
 
     def _sums(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield (view of out, gradient, factor) of every parameter that has a gradient."""
         for members, scale in zip(self._flat.members, scales, strict=True):
             for i in members:
                 if (grad := self._flat.parameters[i].grad) is not None:
                     yield out.views[i], grad, scale / extras.scale
 
     def first_out_of_range(self) -> str | None:
-        """Return the name of the first parameter with an invalid gradient; None if all are valid."""
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
@@ -153,7 +150,6 @@ class Gradient:
         return 0
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return the vectors kept between steps, float[d] each, by name."""
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:

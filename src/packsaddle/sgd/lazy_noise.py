@@ -38,7 +38,6 @@ class OutstandingNoise:
         check_tensor("noise", self.kept, None)
 
     def grow(self, std: float) -> None:
-        """Add independent noise of this standard deviation to every coordinate."""
         variance = std * std
         if 0 < variance < _NEGLIGIBLE * self.total:  # rounding would lose it
             least = float(self.kept.min())
@@ -136,7 +135,6 @@ class Perturber:
         return xi, 0
 
     def _settle(self, outstanding: OutstandingNoise, step: int) -> None:
-        """Draw all outstanding noise and move it to the error memory, as with eager noise."""
         if outstanding.anything:
             self._memory.add(outstanding.draw(self._memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()

@@ -502,7 +502,6 @@ class CompressedSGD(Optimizer):
         return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
     def _publish_state(self) -> None:
-        """Set views of the flat vectors as per-parameter state, for torch's checkpoint tools."""
         for name, flat in self._flat_state().items():
             for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
                 self.state[p][name] = view

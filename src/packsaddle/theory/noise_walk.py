@@ -62,7 +62,6 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
 
 
 def rms(model: nn.Module) -> float:
-    """Return the root mean square of a model's trainable coordinates; 0 if there are none."""
     parameters = [p.detach() for p in model.parameters() if p.requires_grad]
     squares = sum(float(p.double().square().sum()) for p in parameters)
     return math.sqrt(squares / max(1, sum(p.numel() for p in parameters)))

@@ -232,7 +232,6 @@ class Reach:
 
     @property
     def out_of_reach(self) -> bool:
-        """True if the run needs more than MOST_STEPS steps, even without compression."""
         return self.steps > MOST_STEPS
 
 

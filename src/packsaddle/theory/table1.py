@@ -62,7 +62,6 @@ class Row:
 
     @property
     def improvement(self) -> Order:
-        """Communication without compression, divided by this row's communication."""
         return self.baseline.per(self.communication)
 
     @property

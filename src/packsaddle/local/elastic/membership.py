@@ -402,7 +402,6 @@ class Membership:
         return applied
 
     def _close_exchanges(self) -> bool:
-        """Wait for the exchanges of a committed round and commit their memories; return True if all are applied."""
         parts, self._in_doubt = self._in_doubt, ()
         applied = [part.close() for part in parts if part.current is not None]  # a list: `all` must not skip any
         return all(applied)
@@ -556,7 +555,6 @@ class Membership:
         return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
 
     def _exit(self) -> NoReturn:
-        """Leave the run and end the process; the exit code is 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
 
 

@@ -39,7 +39,6 @@ class MemoryFile:
 
     @property
     def norm(self) -> float:
-        """The Euclidean norm of all unsent updates together."""
         return math.sqrt(sum(float(error.double().square().sum()) for error in self.pending.values()))
 
     def write(self, path: Path) -> None:

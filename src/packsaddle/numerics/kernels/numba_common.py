@@ -49,7 +49,6 @@ def check_room(what: str, array: Tensor, least: int) -> None:
 
 
 def scalar(value: float, like: Array) -> Any:
-    """Return `value` in the dtype of an array; infinite if too large, as in PyTorch."""
     with np.errstate(over="ignore"):
         return like.dtype.type(value)
 

@@ -56,7 +56,6 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
 
 
 def _flat(r: SettingRow) -> dict[str, Any]:
-    """Return the CSV columns of a setting; each estimate becomes its mean and the ends of its interval."""
     found = {name: value for name, value in vars(r).items() if name != "estimates"}
     for name, e in r.estimates.items():
         ends = (None, None, None) if e is None else (e.mean, e.low, e.high)

@@ -72,7 +72,6 @@ def _level(level: float, fall: float, error: float) -> bool:
 
 
 def _line(y: Sequence[float]) -> tuple[float, float]:
-    """Return the slope of the least-squares line through y_0, y_1, ..., and its standard error."""
     n = len(y)
     x0, y0 = (n - 1) / 2, math.fsum(y) / n
     spread = n * (n * n - 1) / 12
@@ -191,7 +190,6 @@ def certificate_position(run: Run, certificate: dict[str, Any], axis: Axis) -> f
 
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
-    """Return the finite plateau losses in the configurations, distinct and sorted."""
     found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
     return sorted(level for level in found if math.isfinite(level))
 

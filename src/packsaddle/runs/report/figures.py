@@ -56,7 +56,6 @@ _INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes in
 
 
 def line_style(i: int) -> dict[str, str]:
-    """Return color and line style of the i-th setting; after eight settings colors repeat in another line style."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
@@ -233,7 +232,6 @@ def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
 
 
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
-    """Write a figure to a folder as NAME.png and NAME.svg, with `source`, if given, as metadata."""
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
     figure.set_layout_engine("none")  # keep the layout: to compute it again takes as long as drawing

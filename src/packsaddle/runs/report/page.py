@@ -87,7 +87,6 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _range(values: Iterable[Any]) -> str:
-    """Return the integers among the values as "2", or "2 to 8"; "" without one."""
     found = sorted({value for value in values if type(value) is int})
     return " to ".join(f"{value:,}" for value in dict.fromkeys(found[:1] + found[-1:]))
 

@@ -156,7 +156,6 @@ class Table:
 
 
 def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Return a table of the columns `first` and the quantities `shown`; its legend has only the marks that occur."""
     names, numbers = " ".join(cells[0] for cells in rows), " ".join(cell for cells in rows for cell in cells[1:])
     marks = [(mark, said) for mark, said in _MARKS.items() if mark in (names if mark == "standing still" else numbers)]
     columns = [_COLUMNS[name] for name in shown]
@@ -273,7 +272,6 @@ _CERTIFICATE = ("step", "epoch", "verdict", "loss", "grad_norm", "lambda_min_low
 
 
 def _plain(value: Any) -> Any:
-    """Replace non-finite numbers by their names, in nested lists and dictionaries."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -58,7 +58,6 @@ class Images:
         return self.labels % workers
 
     def pixels(self, index: Tensor) -> Tensor:
-        """Return the images `index`, int64[b], as float32[b, channels, height, width] in [0, 1]."""
         return self.levels[index].to(torch.float32).div_(self.full_scale)
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -66,7 +65,6 @@ class Images:
 
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
-    """Load the training or test part of images or a text. Raises ConfigError if data are missing or damaged."""
     try:
         if config.name == "text":
             return load_text(config, data_dir, train=train)

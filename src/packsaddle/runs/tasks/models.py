@@ -238,7 +238,6 @@ def _last(output: str) -> list[nn.Module]:
 
 
 def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
-    """Make a fully connected autoencoder with ReLU; the decoder mirrors `widths`, for inputs [b, *shape]."""
     sizes = [shape.numel(), *widths]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -361,6 +360,5 @@ def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, p
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the mean loss of a batch (inputs, targets); a loss function for `certify`."""
     loss: Tensor = task(*batch)
     return loss

@@ -44,7 +44,6 @@ class Calendar:
         return self.position(step) / self.per_epoch
 
     def step_at(self, epoch: float) -> int:
-        """Return the step at which `epoch` epochs are done, but at least `start`."""
         return self.start + max(0, round(epoch * self.per_epoch - self.done * self.per_epoch))
 
 
