@@ -13,10 +13,8 @@ from types import ModuleType
 
 
 class ConfigError(ValueError):
-    """An invalid configuration or command; the message is one line.
-
-    `key` is the path of the invalid key in the configuration, or of the table if several keys are involved; (): none.
-    """
+    """An invalid configuration or command; the message is one line. `key` is the path of the invalid key in the
+    configuration, or of the table if several keys are involved; (): none."""
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -72,9 +70,7 @@ def check_not_negative(**values: float | None) -> None:
 @contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
     """Context manager that converts a ValueError to a ConfigError, with `prefix` before its message.
-
-    With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every.
-    """
+    With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every."""
     try:
         yield
     except ConfigError:

@@ -25,9 +25,7 @@ def printable(text: str) -> str:
 
 def cell(value: Any) -> Any:
     """Return a value for a CSV file, with an apostrophe before text that a spreadsheet would run as a formula.
-
-    Text that begins with an apostrophe gets another one, so that `read_cell` can restore the text.
-    """
+    Text that begins with an apostrophe gets another one, so that `read_cell` can restore the text."""
     starts = ("'", "=", "+", "-", "@", "\t", "\r", "\n")
     return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
 

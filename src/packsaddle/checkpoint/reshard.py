@@ -59,9 +59,7 @@ def without(content: Any, paths: list[Path]) -> Any:
 
 def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
     """Return a copy of `content` with copies of the tensors of `whole` at these paths, and their joint fingerprint.
-
-    Raises LookupError or TypeError if `whole` misses one of them.
-    """
+    Raises LookupError or TypeError if `whole` misses one of them."""
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise TypeError("not a tensor")

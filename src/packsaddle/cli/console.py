@@ -57,9 +57,7 @@ def plain_text(text: str) -> Text:
 
 def print_table(table: Table, uncut: str = "") -> None:
     """Print a table that fits the terminal; in a pipe or file 80 columns, or more if its longest words need it.
-
-    `uncut` is a hint printed below a table that is too wide, such as "--json prints it whole".
-    """
+    `uncut` is a hint printed below a table that is too wide, such as "--json prints it whole"."""
     console = Console()
     if table.box is None:
         console.print(table)

@@ -170,9 +170,7 @@ class Fact:
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
     """Run the checks of the topics `only` (empty: all topics), and return their findings.
-
-    `try_processes`: also run an all-reduce between two new processes, or between torchrun's workers.
-    """
+    `try_processes`: also run an all-reduce between two new processes, or between torchrun's workers."""
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
         "machine": [machine],

@@ -101,9 +101,7 @@ def summary(command: Command | Group) -> str:
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
     """Parse `words`, the command line after `name`, into a call (without arguments) of a command in the group.
-
-    Raises ConfigError if they are invalid, and SystemExit after printing help.
-    """
+    Raises ConfigError if they are invalid, and SystemExit after printing help."""
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
     words = asked_for_help(words)
@@ -168,9 +166,7 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 def deferred(command: Command) -> Command:
     """Wrap `command` for tyro: a function with one parameter per flag, which returns a call of `command`, not run yet.
-
-    The help does not show defaults None, True, False and (). A class is returned unchanged.
-    """
+    The help does not show defaults None, True, False and (). A class is returned unchanged."""
     if inspect.isclass(command):
         return command
     flags, texts = flags_of(command), descriptions(command)

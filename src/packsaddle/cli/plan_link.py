@@ -93,9 +93,7 @@ class LinkOptions:
 
     def training_step(self) -> TrainingStep | None:
         """Make the training step (model and batch) to time; None for --d. Its batch is None with --compute.
-
-        Raises ConfigError if the user's function fails or returns no module.
-        """
+        Raises ConfigError if the user's function fails or returns no module."""
         batch = _BATCH if self.batch is None else self.batch
         if self.model is None:
             return None

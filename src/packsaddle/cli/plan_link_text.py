@@ -208,9 +208,7 @@ def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "") -> s
 
 def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> tuple[str, list[str]]:
     """Return the line that recommends the fastest method, and the lines of a script that apply it; none for plain DDP.
-
-    Dense training is recommended unless the hook or local updates are faster by more than the error of a forecast.
-    """
+    Dense training is recommended unless the hook or local updates are faster by more than the error of a forecast."""
     dense, hook = verdict.dense.seconds, verdict.best
     if dense < min(hook.seconds, local.seconds) * (1 + _ERROR):
         return "Use: DistributedDataParallel as it is.", []

@@ -99,9 +99,7 @@ class Aggregator(ABC):
     @abstractmethod
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         """Return the collectives of one exchange of d compressed and `dense` uncompressed coordinates, in order.
-
-        Their sizes are expected sizes if the size of the compressor's messages varies.
-        """
+        Their sizes are expected sizes if the size of the compressor's messages varies."""
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
@@ -116,9 +114,7 @@ class Aggregator(ABC):
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
         """Return the unapplied update `pending`, float[>= d], plus this worker's part of the aggregator's residuals.
-
-        The mean of the results over workers is the total unapplied update.
-        """
+        The mean of the results over workers is the total unapplied update."""
         return pending
 
     def mu(self, d: int, workers: int) -> float:
@@ -156,9 +152,7 @@ class Aggregator(ABC):
 
 class AllReduce(Aggregator):
     """One all-reduce of a linear compressor's message and the uncompressed part, whose result is exactly the mean.
-
-    The communication buffer is reused: a result is valid until the next exchange.
-    """
+    The communication buffer is reused: a result is valid until the next exchange."""
 
     def __init__(self, compressor: Compressor) -> None:
         super().__init__(compressor)
@@ -365,9 +359,7 @@ def mean_of_dense(
     channel: Communicator, dense: Tensor, error: MessageError | None = None, flag: int | None = None
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers, without a collective if it is empty.
-
-    With an `error`, this worker sends NaN as dense[flag], or raises the error if `flag` is None.
-    """
+    With an `error`, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
     if not len(dense) and error is None:
         return dense
     mine = dense.clone()

@@ -48,9 +48,7 @@ class Communicator:
 
     def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
         """Average a tensor over workers in place by all-reduce, and return it.
-
-        `purpose` is the name under which the ledger records the bytes, or the number of elements for each such name.
-        """
+        `purpose` is the name under which the ledger records the bytes, or the number of elements for each such name."""
         self.group.all_reduce(tensor)
         if self.group.size > 1:
             tensor.div_(self.group.size)
@@ -59,9 +57,7 @@ class Communicator:
 
     def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
         """Average floating-point tensors over workers in place, at least in float32, by an all-reduce for each dtype.
-
-        `weight` multiplies this worker's tensors; the weights of all workers must have mean 1.
-        """
+        `weight` multiplies this worker's tensors; the weights of all workers must have mean 1."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)

@@ -49,9 +49,7 @@ class Group(ABC):
 
     def background(self, device: torch.device) -> "Group | None":
         """Return a new group of the same workers whose collectives can overlap those of this one; collective.
-
-        None if collectives of this group cannot overlap other work.
-        """
+        None if collectives of this group cannot overlap other work."""
         return None
 
 
@@ -155,9 +153,7 @@ def ambient_group(group: Group) -> Iterator[None]:
 
 def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     """Return the group to use: the given one, else this thread's simulated one, else torch's default one, else Solo.
-
-    Raises TypeError if `process_group` is not a group or None.
-    """
+    Raises TypeError if `process_group` is not a group or None."""
     if isinstance(process_group, Group):
         return process_group
     if process_group is None:
@@ -170,11 +166,8 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
-    """Return the group to train in, as `resolve` does.
-
-    Raises RuntimeError if a launcher started several processes (WORLD_SIZE) but torch.distributed has no process group.
-    An explicit `Solo()` is accepted.
-    """
+    """Return the group to train in, as `resolve` does. Raises RuntimeError if a launcher started several processes
+    (WORLD_SIZE) but torch.distributed has no process group. An explicit `Solo()` is accepted."""
     group = resolve(process_group)
     is_alone = process_group is None and _ambient.get() is None and isinstance(group, Solo)
     if is_alone and int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -187,9 +180,7 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
     """Return True if a DistributedDataParallel without a hook averages gradients of these parameters in the group.
-
-    Parameters have no reference to their DDP module, so all live Python objects are searched (30 ms).
-    """
+    Parameters have no reference to their DDP module, so all live Python objects are searched (30 ms)."""
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False
     ours, workers = {id(p) for p in parameters}, set(group.ranks)
@@ -203,9 +194,7 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
 
 def group_like(model: DistributedDataParallel) -> Group:
     """Return a new group with the workers and timeout of a DDP model's process group; collective.
-
-    The new group's collectives can overlap those of the model.
-    """
+    The new group's collectives can overlap those of the model."""
     return TorchGroup(same_workers(model.process_group, next(model.parameters()).device))
 
 

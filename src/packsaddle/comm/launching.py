@@ -35,9 +35,7 @@ BIND = "PACKSADDLE_BIND"  # environment variable: address at which rank 0's stor
 
 def under_launcher() -> bool:
     """Return True if torchrun, or another launcher that sets RANK and WORLD_SIZE, started this process.
-
-    Raises ConfigError if the launcher's variables are invalid.
-    """
+    Raises ConfigError if the launcher's variables are invalid."""
     there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(there) == 1:
         raise ConfigError(
@@ -319,9 +317,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def preload_workers(module: str) -> None:
     """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once the server runs.
-
-    Also preloads torch._dynamo, which the first optimizer of a process imports in as much time as torch itself.
-    """
+    Also preloads torch._dynamo, which the first optimizer of a process imports in as much time as torch itself."""
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 

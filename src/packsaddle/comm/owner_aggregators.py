@@ -77,9 +77,7 @@ class Owners(Aggregator):
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> Message:
         """Return the owner's reply, its compressed sum of mean and owner error; set the owner error to the residual.
-
-        If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates.
-        """
+        If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
         # v <- e + the mean of C(v_i), where e is the owner error.

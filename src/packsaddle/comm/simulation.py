@@ -61,9 +61,7 @@ class _Turns:
 
     def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
         """Submit copies of tensors to a collective and wait; return the tensors of all workers by rank, read-only.
-
-        After an all-reduce, rank 0's tensor is the sum.
-        """
+        After an all-reduce, rank 0's tensor is the sum."""
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))

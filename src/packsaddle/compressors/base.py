@@ -192,9 +192,7 @@ class Compressor(ABC):
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
         """Return C(v) as a full vector, float[d], for a flat floating-point tensor v, at (seed, step).
-
-        Not differentiable: the result is detached from v. Raises ValueError if v is not flat or not floating-point.
-        """
+        Not differentiable: the result is detached from v. Raises ValueError if v is not flat or not floating-point."""
         if v.ndim != 1 or not v.is_floating_point():
             raise ValueError(f"v must be a flat floating-point tensor, got shape {tuple(v.shape)} of {v.dtype}")
         self.validate(v.numel())

@@ -50,9 +50,7 @@ class Chunks:
 
     def largest(self, v: Tensor) -> Tensor:
         """Return the indices of the largest magnitudes in each chunk of v, increasing int64[total].
-
-        NaN counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk.
-        """
+        NaN counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk."""
         if loop := kernel("largest_of_chunks", v):
             index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
             return index

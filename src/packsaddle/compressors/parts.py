@@ -63,9 +63,7 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
 
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
     """Raise MessageError, naming `part`, if a magnitude in `numbers`, float[n], exceeds `most`. NaNs pass.
-
-    No-op on a GPU: the check would synchronize.
-    """
+    No-op on a GPU: the check would synchronize."""
     if numbers.device.type == "cpu" and len(numbers):
         low, high = map(float, torch.aminmax(numbers))
         if high > most or low < -most:

@@ -167,9 +167,7 @@ class QSGD(Compressor):
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Quantize n buckets, float[n, b], which begin at index `first` of v.
-
-        Returns level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n].
-        """
+        Returns level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
@@ -232,9 +230,7 @@ class QSGD(Compressor):
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
         """Return the buckets with a nonzero norm: only their levels are entropy-coded and sent.
-
-        None (send all buckets) if over 7/8 of the norms are nonzero, or if buckets do not end at byte boundaries.
-        """
+        None (send all buckets) if over 7/8 of the norms are nonzero, or if buckets do not end at byte boundaries."""
         b = self._width(d)
         if b * self.bits % 8:
             return None

@@ -64,11 +64,8 @@ def compressors(ratio: float) -> list[Compressor]:
 
 
 def parse_compressor(text: str) -> Compressor:
-    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign.
-
-    Arguments are literals, quotients or nested calls. Raises ValueError if the text is not such a call or an argument
-    is invalid.
-    """
+    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign. Arguments are
+    literals, quotients or nested calls. Raises ValueError if the text is not such a call or an argument is invalid."""
     written = _PERCENT.sub(r"\1/100", text)
     try:
         call = ast.parse(written if "(" in written else f"{written}()", mode="eval").body

@@ -99,9 +99,7 @@ def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
     """Estimate from `sample`, float[m], a threshold that at least k of n magnitudes reach, and the number that do.
-
-    The threshold is a magnitude as an integer; fewer than k rarely reach it.
-    """
+    The threshold is a magnitude as an integer; fewer than k rarely reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # A margin of four standard deviations, plus 8 for small expected counts.
@@ -194,9 +192,7 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
     """Estimate the fraction of energy to send in each section, to send the fraction `share` of the vector's energy.
-
-    `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`.
-    """
+    `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`."""
     pooled = torch.cat(list(samples)).double()
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
     index = holding(pooled, share)
@@ -216,9 +212,7 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """Divide `total` into integers proportional to `weights`, each clamped to [1, size] by its size in `sizes`.
-
-    Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1.
-    """
+    Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

@@ -37,9 +37,7 @@ _LONGEST_CHUNK = 1 << 30  # coordinates
 @dataclass(frozen=True)
 class Cells:
     """A subset of the cells of a vector; cell i has the coordinates [i size, (i + 1) size), fewer if it is the last.
-
-    The values at m cells are a float[m size] tensor, with zeros beyond the end of the vector.
-    """
+    The values at m cells are a float[m size] tensor, with zeros beyond the end of the vector."""
 
     index: Tensor  # cell numbers, distinct int64[m]
     size: int  # coordinates per cell

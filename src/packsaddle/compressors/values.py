@@ -31,9 +31,7 @@ _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # largest valid code; a 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", a scale per block.
-
-    Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1].
-    """
+    Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1]."""
     if how is None:
         return {"values": values}
     if not len(values):

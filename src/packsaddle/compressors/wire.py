@@ -79,9 +79,7 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 def pack_rice(numbers: Tensor, b: int) -> Tensor:
     """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b, uint8[...]; n is not stored.
-
-    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits.
-    """
+    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits."""
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
         coded: Tensor = loop(numbers, b)
         return coded

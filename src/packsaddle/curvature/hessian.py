@@ -205,9 +205,7 @@ class Curvature:
     @sdpa_kernel(SDPBackend.MATH)  # torch's fused attention has no double backward
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Return the Hessian-vector product H v, float64[d], for v float64[d], by double backward; collective.
-
-        `inspect` is called with the loss of every batch of this worker, before its graph is freed.
-        """
+        `inspect` is called with the loss of every batch of this worker, before its graph is freed."""
         self.products += 1
         self.passes += 2
         vs = self._shaped(v)
@@ -293,9 +291,7 @@ class Curvature:
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return a Gaussian vector, float64[d], identical on all workers; collective.
-
-        It is drawn from rank 0's generator; None: seeded by the operating system.
-        """
+        It is drawn from rank 0's generator; None: seeded by the operating system."""
         rng = self._shared_generator(generator)
         parts = [torch.randn(p.numel(), generator=rng, dtype=torch.float64) for p in self.parameters]
         return torch.cat(parts).to(self.device)
@@ -376,9 +372,7 @@ def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 @contextmanager
 def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
     """Context manager that gives every worker rank 0's buffers (batch normalization statistics); collective.
-
-    On exit each worker's own buffers are restored, and torch's generator, from which a DataLoader draws its seeds.
-    """
+    On exit each worker's own buffers are restored, and torch's generator, from which a DataLoader draws its seeds."""
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
     with torch.random.fork_rng(devices=()), _restored(buffers):
         for b in buffers:

@@ -242,9 +242,7 @@ def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
     """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos; collective.
-
-    Stops if the smallest Ritz value is below `threshold`, or further steps would raise the bound by little.
-    """
+    Stops if the smallest Ritz value is below `threshold`, or further steps would raise the bound by little."""
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold

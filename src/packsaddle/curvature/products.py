@@ -344,10 +344,7 @@ class Differences(Products):
 
 def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
     """Return a Lanczos process on the Hessian, or on the matrix with products `matvec`, from a random start;
-    collective.
-
-    Stores vectors of up to `search.memory_limit` bytes in total.
-    """
+    collective. Stores vectors of up to `search.memory_limit` bytes in total."""
     curvature = products.curvature
     return Lanczos(
         matvec or products,
@@ -372,11 +369,8 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Call `work` with the products from `choose_products`, and return its result; collective.
-
-    If double backward turns out wrong, the work is repeated with differences for "auto"; other methods raise
-    DoubleBackwardError.
-    """
+    """Call `work` with the products from `choose_products`, and return its result; collective. If double backward turns
+    out wrong, the work is repeated with differences for "auto"; other methods raise DoubleBackwardError."""
     try:
         return work(products)
     except DoubleBackwardError as error:

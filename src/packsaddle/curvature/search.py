@@ -185,9 +185,7 @@ class CurvatureSearch:
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
         """Set the direction v, its residual, the upper bound on lambda_min by its Rayleigh quotient, and the verdict.
-
-        The quotient is measured by a product if the Lanczos basis is not orthonormal or products are not exact.
-        """
+        The quotient is measured by a product if the Lanczos basis is not orthonormal or products are not exact."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             quotient, error = self._measure_quotient()

@@ -60,9 +60,7 @@ class ShardedCurvature(Curvature):
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return this worker's part of the gradient, float64[n], and the gradient's standard error; collective.
-
-        In the standard error, the batches that workers process at the same time count as one.
-        """
+        In the standard error, the batches that workers process at the same time count as one."""
         self.passes += 1
         spread, rounds = 0.0, 0
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
@@ -202,9 +200,7 @@ def _copies(p: Any, workers: int) -> int:
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
     """Return this worker's part of a whole tensor, under the placements of the parameter p (all of it for a plain p).
-
-    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others.
-    """
+    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others."""
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
         if hasattr(placement, "dim"):

@@ -187,10 +187,8 @@ class DriftGuard:
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns their (name, tensor).
-
-        If they differ, raises DriftError on every worker, or broadcasts rank 0's. If `rates` differ, raises DriftError.
-        """
+        """Compare vectors that must be equal on all workers; collective. `parts()` returns their (name, tensor). If
+        they differ, raises DriftError on every worker, or broadcasts rank 0's. If `rates` differ, raises DriftError."""
         # One gather for all fingerprints. A difference in rates cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
@@ -230,9 +228,7 @@ class DriftGuard:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return a checksum of a tensor, int64[]: the sum of its 8-byte words, modulo 2^64.
-
-    A change of one element always changes it; random changes of several do, except with probability 2^-64.
-    """
+    A change of one element always changes it; random changes of several do, except with probability 2^-64."""
     whole = tensor.detach().flatten().contiguous().view(torch.uint8)
     wide = len(whole) // 8 * 8
     if whole.storage_offset() % 8:  # cannot be read eight bytes at a time

@@ -132,10 +132,8 @@ class EscapeCheck:
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
-        """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6).
-
-        Returns both losses, and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged.
-        """
+        """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6). Returns both losses,
+        and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged."""
         x, here = self._x, self._x.clone()
         try:
             y = self._corrected(here, pending) if self._rule.compare == "y" else None

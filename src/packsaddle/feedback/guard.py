@@ -112,11 +112,8 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step, and log it at consecutive counts 1, 2, 4, ....
-
-        It is logged by its first worker, or by rank 0 if none is known; an invalid message by every worker that records
-        it.
-        """
+        """Record a skipped step, and log it at consecutive counts 1, 2, 4, .... It is logged by its first worker, or by
+        rank 0 if none is known; an invalid message by every worker that records it."""
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
@@ -199,9 +196,7 @@ class Guard:
 
     def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
         """Return bool[], True if v, float[n], is invalid, and on a CPU the name of its first invalid tensor, else "".
-
-        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v.
-        """
+        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
         if self._flag == "none":
             return torch.tensor(False), ""
         norm = update.norm

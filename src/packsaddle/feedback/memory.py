@@ -94,9 +94,7 @@ class ErrorMemory:
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
         """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
-
-        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory.
-        """
+        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory."""
         residual = self._next.flat
         for term in sent:
             term.add_to(residual, -1.0)

@@ -178,9 +178,7 @@ class ErrorFeedback:
 
     def restore(self, saved: SavedAggregator, errors: Mapping[str, Tensor]) -> None:
         """Restore the aggregator and, from `errors` by parameter, its owner errors. Call after `use`.
-
-        If they were saved with another compressor, they are added to the error memory.
-        """
+        If they were saved with another compressor, they are added to the error memory."""
         mine, memory = self.owner_errors_by_name(), self.slice.by_name(self.memory.vector)
         fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
         for name, error in errors.items():
@@ -246,10 +244,8 @@ class Round:
         return self.g
 
     def apply(self, target: Target, keep: Collection[int] = ()) -> None:
-        """Apply the mean update to the target (line 11), and store the residual in the error memory.
-
-        No-op for a rejected exchange, unless the target defers. Parameters with indices in `keep` keep the old memory.
-        """
+        """Apply the mean update to the target (line 11), and store the residual in the error memory. No-op for a
+        rejected exchange, unless the target defers. Parameters with indices in `keep` keep the old memory."""
         if not target.defers and not self.verdict.read():
             return
         assert self._memory.is_deferrable or not target.defers

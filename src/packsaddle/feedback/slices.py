@@ -39,9 +39,7 @@ class Place:
 
 class Slice:
     """A set of parameters as one vector, float[d], in the same order as in the vector of all parameters.
-
-    `views` are in the order of `places`. Vectors from `zeros` are in at least float32.
-    """
+    `views` are in the order of `places`. Vectors from `zeros` are in at least float32."""
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
         self.places = list(places)
@@ -174,9 +172,7 @@ class FlatParameters(Slice):
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
         """Change x by a call of work(x), in place and in at least float32, except in frozen parameters.
-
-        Returns the rounding error of x, float[d], or None if x is at least float32.
-        """
+        Returns the rounding error of x, float[d], or None if x is at least float32."""
         frozen = [(view, view.clone()) for view in self.frozen(self.x)]
         exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         work(exact)
@@ -228,9 +224,7 @@ def extent(p: Tensor) -> int:
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
     """Raise ValueError, which starts with `what`, if two tensors have an element in common.
-
-    Interleaved views, such as x[::2] and x[1::2], have none. Overlapping tensors of different dtypes raise.
-    """
+    Interleaved views, such as x[::2] and x[1::2], have none. Overlapping tensors of different dtypes raise."""
     before: list[tuple[str, Tensor]] = []  # tensors that end after the start of p
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
         if not p.numel():

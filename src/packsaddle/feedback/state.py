@@ -213,9 +213,7 @@ class State:
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
         """Return this worker's new entries by path: zeros for owner errors, and the constants.
-
-        `leaves` are those of `split`, which adds the owner errors to the averaged errors.
-        """
+        `leaves` are those of `split`, which adds the owner errors to the averaged errors."""
         identity, found = self._identity(), {}
         for path, value in leaves.items():
             rule = self.rule(path)

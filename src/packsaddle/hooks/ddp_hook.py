@@ -165,9 +165,7 @@ class DDPHook(GradientHook):
 
     def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average buckets over workers as one vector, in place.
-
-        After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error.
-        """
+        After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error."""
         if buckets[0].index == 0:
             self._failure = None
         if self._failure is not None:

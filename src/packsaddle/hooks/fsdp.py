@@ -43,9 +43,7 @@ def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
     """Return (name, local shard) of every parameter that FSDP2 shards, or with `gradients` of every gradient.
-
-    Call outside of forward and backward passes, in which parameters are unsharded.
-    """
+    Call outside of forward and backward passes, in which parameters are unsharded."""
     found: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
         sharded: Any = p.grad if gradients else p.detach()

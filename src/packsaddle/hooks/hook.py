@@ -65,9 +65,7 @@ class HookOptions(Option):
 @dataclass(frozen=True)
 class BucketUpdate(Update):
     """The update of a slice's error memory e by gradients g and noise xi: v = decay * factor * e + g / scale + xi.
-
-    `scale` is the GradScaler's factor. `factors` has a further factor of e by parameter name (default 1).
-    """
+    `scale` is the GradScaler's factor. `factors` has a further factor of e by parameter name (default 1)."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -240,9 +238,7 @@ class GradientHook(ABC):
 
     def _open(self) -> None:
         """Begin the exchanges of a backward pass, after committing or rolling back those of the last pass.
-
-        Raises NonFiniteError after too many consecutive skipped steps.
-        """
+        Raises NonFiniteError after too many consecutive skipped steps."""
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
@@ -300,9 +296,7 @@ class GradientHook(ABC):
 
     def _settle(self, *, interrupted: bool = False) -> None:
         """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
-
-        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
-        """
+        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices."""
         with self._lock:
             if not self._pass or not (self._complete or interrupted):
                 return

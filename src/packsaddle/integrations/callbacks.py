@@ -33,9 +33,7 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 class Attached:
     """Base class of the frameworks' callbacks. `exchange`: the hook or local updates in use; None before training.
-
-    `options` are arguments of `_makes`, which training calls. Raises TypeError for another name.
-    """
+    `options` are arguments of `_makes`, which training calls. Raises TypeError for another name."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 

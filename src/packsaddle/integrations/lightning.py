@@ -197,9 +197,7 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 class _Files:
     """Wraps a strategy's methods that collect, save and remove a checkpoint, to save workers' states next to it.
-
-    Only the strategy's methods receive the path of a checkpoint on every worker.
-    """
+    Only the strategy's methods receive the path of a checkpoint on every worker."""
 
     def __init__(self, callback: _Attached, strategy: Strategy) -> None:
         self._callback, self._strategy, self._names = callback, strategy, dict[str, str]()
@@ -210,9 +208,7 @@ class _Files:
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
         """Save a checkpoint, and next to it this worker's state unless the checkpoint contains only weights.
-
-        The file name may contain a metric, whose value differs between workers: rank 0's name is used.
-        """
+        The file name may contain a metric, whose value differs between workers: rank 0's name is used."""
         exchange = self._callback.exchange
         if exchange is not None:
             self._names[str(filepath)] = filepath = self._strategy.broadcast(str(filepath))

@@ -140,9 +140,7 @@ class Anchor:
 @dataclass(frozen=True)
 class PseudoGradient(Update):
     """The input of an error memory, float[n]: the local update start - x of some parameters, plus owed and noise.
-
-    For a 16-bit x the local update is relative to the start point rounded to 16 bits.
-    """
+    For a 16-bit x the local update is relative to the start point rounded to 16 bits."""
 
     of: Anchor
     decay: float

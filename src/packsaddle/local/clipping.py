@@ -37,9 +37,7 @@ class Clip:
 
 class Clips:
     """Records of the clipped updates of a fragment: the list `found` since construction or loading, `count` in total.
-
-    With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged.
-    """
+    With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged."""
 
     def __init__(self, *, logs: bool) -> None:
         self.found: list[Clip] = []

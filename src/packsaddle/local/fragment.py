@@ -182,11 +182,8 @@ class Fragment(Slice):
             p.names = self.feedback.channel.gather_text(p.round.name, p.invalid.device, "guard")
 
     def close(self) -> bool:
-        """Wait for the current exchange, and commit or roll back the error memory; idempotent.
-
-        Returns True if the exchange is applied, False if it is rejected. Raises errors of an exchange in the
-        background.
-        """
+        """Wait for the current exchange, and commit or roll back the error memory; idempotent. Returns True if the
+        exchange is applied, False if it is rejected. Raises errors of an exchange in the background."""
         p = self.current
         assert p is not None
         if p.applied is None:
@@ -254,9 +251,7 @@ class Fragment(Slice):
 
     def fields(self, path: Path) -> list[Vector | Value]:
         """Return this fragment's saved-state fields; `path` is the prefix of their keys.
-
-        Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome.
-        """
+        Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome."""
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
         exchange = Value(

@@ -123,9 +123,7 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 class OtherOptimizers:
     """Detects other optimizers in this process that train parameters of the same model without exchanging them.
-
-    `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module.
-    """
+    `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module."""
 
     def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
         self._ours, self._group = parameters, group
@@ -176,9 +174,7 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 @cache
 def _watch_steps() -> None:
     """Register a hook on the steps of all torch optimizers, once.
-
-    It is never removed: garbage collection could do so while torch iterates over its hooks.
-    """
+    It is never removed: garbage collection could do so while torch iterates over its hooks."""
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
         for watch in list(_watches):

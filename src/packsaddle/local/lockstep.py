@@ -41,9 +41,7 @@ class Lockstep:
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
-
-        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
-        """
+        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`."""
         self.start(call, steps, work)()
 
     def start(
@@ -103,11 +101,8 @@ class Lockstep:
         return torch.stack([parts["header"] for parts in gathered]), norms
 
     def _check(self, headers: Tensor) -> None:
-        """Compare the workers' calls and numbers of steps, `headers`, int64[W, 2].
-
-        Raises RuntimeError as `run` does. If only the steps of another call, such as `flush`, differ, rank 0 logs a
-        warning.
-        """
+        """Compare the workers' calls and numbers of steps, `headers`, int64[W, 2]. Raises RuntimeError as `run` does.
+        If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
         # Find the first worker whose call differs from worker 0's, else one whose number of steps differs.
         rows = headers.tolist()
         call, steps = rows[0]

@@ -51,9 +51,7 @@ class Outcomes:
 
     def register(self, part: Fragment, exchange: PendingExchange) -> None:
         """Check the update of a new exchange: record that a fragment's update is valid again.
-
-        After a failed reset, mark the invalid parameter's name, which all workers receive.
-        """
+        After a failed reset, mark the invalid parameter's name, which all workers receive."""
         if self._rejected and not bool(exchange.invalid):
             self._rejected.discard(part)
             if not self._rejected:
@@ -67,9 +65,7 @@ class Outcomes:
 
     def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
         """Record the outcome of a fragment's round t; return True if it was applied.
-
-        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
-        """
+        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset."""
         # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
         # parameters may zero the updates of other fragments, which are then valid.
         if exchange.applied:
@@ -149,9 +145,7 @@ class Outcomes:
 
 def clear_nonfinite(optimizer: Optimizer) -> None:
     """Delete the optimizer's state of each parameter whose state is non-finite, as before its first step.
-
-    Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0.
-    """
+    Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0."""
     for p in [p for p, entry in optimizer.state.items() if not _all_finite(entry)]:
         del optimizer.state[p]
     for group in optimizer.param_groups:

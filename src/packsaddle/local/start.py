@@ -47,9 +47,7 @@ def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) 
 @torch.no_grad()
 def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.device) -> None:
     """Set tensors to rank 0's values, in place; collective.
-
-    Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast.
-    """
+    Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast."""
     if channel.group.size == 1:
         return
     parts = [local_part(p) for p in tensors]
@@ -111,10 +109,8 @@ def check_first_step(
 
 
 class UnsentSteps:
-    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor.
-
-    `owner` ends at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script.
-    """
+    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor. `owner` ends
+    at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script."""
 
     def __init__(self, owner: object | None) -> None:
         self._steps = self._exchanged = 0

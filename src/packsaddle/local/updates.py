@@ -286,9 +286,7 @@ class LocalUpdates(JoinableSteps):
     @torch.no_grad()
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
-
-        Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains.
-        """
+        Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
         # Count the step, and check it.
         if self._others is not None:
             self._others.check()

@@ -14,9 +14,7 @@ _ROOM = 64.0  # `is_in_range` limits ||v||_1 to the largest number of the dtype 
 
 def is_finite(vector: Tensor) -> Tensor:
     """Return True if no coordinate is Inf or NaN, bool[]; does not synchronize with a GPU.
-
-    Elements are checked only if the sum, which takes a tenth of the time, is non-finite.
-    """
+    Elements are checked only if the sum, which takes a tenth of the time, is non-finite."""
     if vector.device.type != "cpu":
         return vector.sum(dtype=torch.float64).isfinite()
     finite = vector.sum().isfinite()
@@ -55,19 +53,14 @@ def magnitude(vector: Tensor) -> Tensor:
 
 def overflow_margin(dtype: torch.dtype) -> float:
     """Return a bound on x such that adding x to any finite number of `dtype` cannot overflow: rounding discards x.
-
-    It is 1/256 of half a unit in the last place of the largest number.
-    """
+    It is 1/256 of half a unit in the last place of the largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha * more, and return an upper bound on the norm of out.
-
-    The tensors have the same shape and no gaps in memory. They are added in parts that fit a cache, and the bound is
-    the sum of the norms of the parts.
-    """
+    """Set out to base + alpha * more, and return an upper bound on the norm of out. The tensors have the same shape and
+    no gaps in memory. They are added in parts that fit a cache, and the bound is the sum of the norms of the parts."""
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
         norm: Tensor = torch.linalg.vector_norm(torch.add(base, more, alpha=alpha, out=out))

@@ -66,9 +66,7 @@ def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
     """Return the pace, as `measure` does, and the fraction by which an encoding's median time exceeds the minimum.
-
-    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`.
-    """
+    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`."""
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, _LONG))
     works: dict[str, Callable[[], object]] = {}

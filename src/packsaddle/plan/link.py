@@ -102,9 +102,7 @@ def parse_rate(text: str) -> float:
 
 def slower_rate(text: str) -> float:
     """Return the rate of a link in bits a second: one rate, or the slower of UP/DOWN, such as 20mbit/100mbit.
-
-    Every exchange receives as much as it sends. Raises ValueError as `parse_rate` does.
-    """
+    Every exchange receives as much as it sends. Raises ValueError as `parse_rate` does."""
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 
 
@@ -259,9 +257,7 @@ def forecast(
 
 def _choices(compressor: Compressor, workload: ModelSize, workers: int) -> list[Choice]:
     """Return the exchanges to compare: "direct", the exact mean of the workers' messages, and perhaps "two-way".
-
-    "two-way" is included only if "direct" is an all-gather and there is a compressed coordinate per worker.
-    """
+    "two-way" is included only if "direct" is an all-gather and there is a compressed coordinate per worker."""
     d, dense = workload.d, workload.dense
     direct = choose(compressor, "direct", d=d, dense=dense, workers=workers)
     if direct.name != "all-gather" or d < workers:

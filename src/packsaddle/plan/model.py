@@ -171,9 +171,7 @@ class TrainingStep:
 
 def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> Tensor:
     """Return `batch` random examples: float32, or with `tokens` int64 below the size of the smallest embedding.
-
-    Raises ConfigError for batch < 1, and for tokens of a model without an embedding.
-    """
+    Raises ConfigError for batch < 1, and for tokens of a model without an embedding."""
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
     rng = torch.Generator().manual_seed(0)

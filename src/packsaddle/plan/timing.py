@@ -56,9 +56,7 @@ def repeated(
     work: Callable[[], object], *, least: int = 5, within: float = 0.02, limit: float = 20.0, warm_up: int = 2
 ) -> Timing:
     """Time `work` at least `least` times, until its three fastest times are within a fraction `within` of each other.
-
-    Stops after `limit` seconds. Other programs on the machine only lengthen a call, so the minimum is reproducible.
-    """
+    Stops after `limit` seconds. Other programs on the machine only lengthen a call, so the minimum is reproducible."""
     for _ in range(warm_up):
         work()
     return side_by_side({"work": work}, repeats=least, warm_up=0, within=within, limit=limit)["work"]

@@ -197,9 +197,7 @@ class Audit:
 
     def execute(self, workers: int) -> list[Finding]:
         """Certify the weights in every file, in `workers` new processes if above 1, and return one finding per file.
-
-        Raises ConfigError for more workers than examples, or more than 8 per core.
-        """
+        Raises ConfigError for more workers than examples, or more than 8 per core."""
         if workers == 1:
             return self.certify()
         _, data, _ = self.load()  # raises for invalid input before any worker starts
@@ -298,9 +296,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
     """Write certificates.json (`document`), and the directions and plot of every point. Raises ConfigError.
-
-    Directions of a sharded model are not written, since each worker has only its shard of them.
-    """
+    Directions of a sharded model are not written, since each worker has only its shard of them."""
     writer = RunFolder(folder)
     with written(folder):
         writer.write_json("certificates.json", document)

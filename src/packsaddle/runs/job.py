@@ -86,9 +86,7 @@ class Job:
 
     def located(self) -> "Job | None":
         """Return the job to do: with `resume`, with the configuration in its folder. None if that run is done.
-
-        Raises ConfigError, also if another process is training in the folder.
-        """
+        Raises ConfigError, also if another process is training in the folder."""
         if not self.resume:
             return self
         config = self.configs[0] if self.configs else None
@@ -202,11 +200,8 @@ class Job:
         folder.write_json("environment.json", here)
 
     def run(self, workers: int, how: How) -> bool:
-        """Do the runs with `workers` workers. Return False if stopped.
-
-        Raises ConfigError if they do not support `how` or another process uses a folder, TerminatedError if the
-        launcher was stopped and the workers have not saved.
-        """
+        """Do the runs with `workers` workers. Return False if stopped. Raises ConfigError if they do not support `how`
+        or another process uses a folder, TerminatedError if the launcher was stopped and the workers have not saved."""
         with self.held() as locks:
             self._check_unchanged()
             if how == "processes" and workers > 1:
@@ -252,10 +247,7 @@ class Job:
 
 def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
     """Call `Job.train` in a process started by `launch`; return its result, or class name and message of a common
-    error.
-
-    The launcher's locks stay open here while training, in case the launcher is killed.
-    """
+    error. The launcher's locks stay open here while training, in case the launcher is killed."""
     with _in_process_group(job), ExitStack() as stack:
         for lock in filter(None, locks):
             stack.callback(lock.close)

@@ -56,9 +56,7 @@ NEVER = CheckpointPolicy(every=0)
 
 class StopAndSaveVote:
     """Collective decision to save a checkpoint or to stop, at the same step on all workers.
-
-    The votes of all workers are averaged in a step's exchange. Only worker 0's clock is used.
-    """
+    The votes of all workers are averaged in a step's exchange. Only worker 0's clock is used."""
 
     def __init__(self, saving: CheckpointPolicy, per_epoch: int, rank: int, workers: int, step: int) -> None:
         self._saving, self._per_epoch, self._rank, self._workers = saving, per_epoch, rank, workers
@@ -74,9 +72,7 @@ class StopAndSaveVote:
 
     def decide(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
         """Return (save, stop) after `steps` steps, from the mean of the votes.
-
-        `means` is None after a step without an exchange; then only the number of steps decides.
-        """
+        `means` is None after a step without an exchange; then only the number of steps decides."""
         if not self._saving.on:
             return False, False
         total = round(float(means[0]) * self._workers) if self._saving.stops and means is not None else 0
@@ -117,9 +113,7 @@ class RunCheckpoints:
 
     def resume(self, load: Callable[[Checkpoint], None]) -> tuple[str, ...]:
         """Restore the parts from the newest checkpoint, if any, and truncate the recorded metrics to its step.
-
-        `load` is called with the checkpoint to restore all else. Returns notes for the user. Raises LoadingError.
-        """
+        `load` is called with the checkpoint to restore all else. Returns notes for the user. Raises LoadingError."""
         try:
             found = restore(self._path, self._parts, process_group=self._group)
             step = 0

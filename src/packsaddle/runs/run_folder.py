@@ -71,9 +71,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read and check the JSON lines in a file of a run folder; empty if it does not exist.
-
-    An incomplete last line, of a killed process, is ignored. Raises ConfigError, naming the line and the field.
-    """
+    An incomplete last line, of a killed process, is ignored. Raises ConfigError, naming the line and the field."""
     lines = read_text(path, path.name).splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):

@@ -61,9 +61,7 @@ _COLUMN, _WIDTH = 28, 120
 
 def template(config: Config, heading: str) -> str:
     """Return `config` as TOML text with every key. Keys at their defaults or None are commented out.
-
-    Keys that are None have example values. `heading`: text at the top of the file, written as a comment.
-    """
+    Keys that are None have example values. `heading`: text at the top of the file, written as a comment."""
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     return "\n".join([*lines, "", *_content(config, "")]) + "\n"
 

@@ -177,10 +177,8 @@ class TrackedFolder(RunFolder):
 
 @contextmanager
 def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[TrackedFolder]:
-    """Yield a run folder with the named trackers, which write inside it; finish them with the outcome of the block.
-
-    An exception is "failed", except KeyboardInterrupt, SystemExit and `TrackedFolder.is_stopped`, which are "killed".
-    """
+    """Yield a run folder with the named trackers, which write inside it; finish them with the outcome of the block. An
+    exception is "failed", except KeyboardInterrupt, SystemExit and `TrackedFolder.is_stopped`, which are "killed"."""
     trackers: list[Tracker] = []
     folder = TrackedFolder(path, trackers)
 

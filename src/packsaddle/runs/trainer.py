@@ -42,9 +42,7 @@ from packsaddle.runs.training import CompressedTraining, LocalTraining, Training
 @dataclass
 class RunCounters:
     """One worker's counters. Only `step` and `since` are always identical on all workers.
-
-    `sums` adds up losses and gradient norms since the last line of metrics, `final` the losses of the last epoch.
-    """
+    `sums` adds up losses and gradient norms since the last line of metrics, `final` the losses of the last epoch."""
 
     step: int = 0  # number of steps done
     since: int = 0  # `step` at the last line of metrics

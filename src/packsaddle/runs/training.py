@@ -84,9 +84,7 @@ class Training(ABC):
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """Do one step. If it has an exchange, it is collective and averages `scalars` over workers into `self.scalars`.
-
-        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError.
-        """
+        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError."""
 
     def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
         """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError."""
@@ -183,11 +181,8 @@ class CompressedTraining(Training):
 
 
 class LocalTraining(Training):
-    """Training with the local updates configured in [local].
-
-    Other averages over workers, such as of losses, use the default group and a separate ledger, because an exchange may
-    run in another thread at the same time.
-    """
+    """Training with the local updates configured in [local]. Other averages over workers, such as of losses, use the
+    default group and a separate ledger, because an exchange may run in another thread at the same time."""
 
     front: LocalUpdates
 

@@ -21,9 +21,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Extras:
     """Terms added to the gradients: weight decay of each parameter group, and noise xi from coordinate `noisy_from` on.
-
-    `scale` is the GradScaler factor contained in the gradients; the terms are unscaled.
-    """
+    `scale` is the GradScaler factor contained in the gradients; the terms are unscaled."""
 
     decays: Sequence[float]
     noise: GaussianNoise | None = None
@@ -161,10 +159,8 @@ class Gradient:
 
 
 class _StatefulGradient(Gradient):
-    """A direction that keeps a vector between steps, float[d], in at least float32.
-
-    A step computes the next value in `_next`. Without `spare` that is the buffer of `_now`: no step can be rolled back.
-    """
+    """A direction that keeps a vector between steps, float[d], in at least float32. A step computes the next value in
+    `_next`. Without `spare` that is the buffer of `_now`: no step can be rolled back."""
 
     keeps = True
 
@@ -318,11 +314,8 @@ class GradientUpdate(Update):
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
-    """Return the direction (gradient, momentum or STORM) for these options.
-
-    `spare` allocates the buffer for rolling back skipped steps. Raises ValueError for values out of range and for
-    unsupported combinations.
-    """
+    """Return the direction (gradient, momentum or STORM) for these options. `spare` allocates the buffer for rolling
+    back skipped steps. Raises ValueError for values out of range and for unsupported combinations."""
     if memory == "gradient" and momentum:
         raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')
     if isinstance(momentum, Storm):

@@ -210,9 +210,7 @@ def make_memory(
     revocable: bool,
 ) -> ErrorMemory:
     """Return the error memory of this kind; `spare`: its steps can be rolled back.
-
-    A large buffer on a CPU has no spare vector if updates are `revocable` (subtractable).
-    """
+    A large buffer on a CPU has no spare vector if updates are `revocable` (subtractable)."""
     if kind == "buffer":
         in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"
         return InPlaceMemory(flat) if in_place else ErrorMemory(flat, spare=spare)

@@ -334,9 +334,7 @@ class CompressedSGD(Optimizer):
 
     def _factors(self, like: Tensor) -> Tensor:
         """Return this worker's factors of the update, which all workers compare, float[0 or more] (`local_factors`).
-
-        On a GPU only memory="ef21" has them, since a step would have to wait to read others.
-        """
+        On a GPU only memory="ef21" has them, since a step would have to wait to read others."""
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"
@@ -352,9 +350,7 @@ class CompressedSGD(Optimizer):
 
     def _finish_step(self, round: Round) -> None:
         """Commit or roll back the direction, count the step or the skip, and compare workers if due; collective.
-
-        Raises NonFiniteError after too many skipped steps, or with memory="gradient" after one.
-        """
+        Raises NonFiniteError after too many skipped steps, or with memory="gradient" after one."""
         t = round.step
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
@@ -535,9 +531,7 @@ class CompressedSGD(Optimizer):
 
     def _by_index(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state with parameter indices as keys, and defaults for entries that torch's checkpoint tools drop.
-
-        These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes.
-        """
+        These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes."""
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
             raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")

@@ -67,9 +67,7 @@ class MemoryFile:
 
 class OwnFile:
     """The file for this worker's error memory, locked against other processes until `close` or the process ends.
-
-    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written.
-    """
+    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

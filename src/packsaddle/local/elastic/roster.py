@@ -140,9 +140,7 @@ class Account:
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.
-
-        Raises ConfigError if the weight function's total is not finite or decreases.
-        """
+        Raises ConfigError if the weight function's total is not finite or decreases."""
         if not self.since:
             return 0.0
         if rule is None:

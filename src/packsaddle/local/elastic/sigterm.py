@@ -20,9 +20,7 @@ class LeavingError(Exception):
 
 class Sigterm:
     """A handler of SIGTERM; `asked` is True after the signal.
-
-    The signal ends a wait for other workers immediately if `may_leave()` returns True, else after `grace` seconds.
-    """
+    The signal ends a wait for other workers immediately if `may_leave()` returns True, else after `grace` seconds."""
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
         self.asked = False

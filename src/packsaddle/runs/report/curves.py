@@ -178,11 +178,8 @@ def bounded_certificates(run: Run) -> list[dict[str, Any]]:
 
 
 def certificate_position(run: Run, certificate: dict[str, Any], axis: Axis) -> float:
-    """Return the position of a certificate of a run on an axis.
-
-    Bytes, seconds and rounds are those of the last line of metrics before it, else of the first line, since a
-    logarithmic axis has no zero.
-    """
+    """Return the position of a certificate of a run on an axis. Bytes, seconds and rounds are those of the last line of
+    metrics before it, else of the first line, since a logarithmic axis has no zero."""
     if axis in ("step", "epoch"):
         return float(certificate[axis])
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])

@@ -94,11 +94,8 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
 
 
 def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
-    """Return one panel as an <svg> element for a page, without a legend.
-
-    Palette colors are the page's CSS variables --c0, --c1, ..., black is --c0, and all marks of the i-th setting have
-    the class setting-i.
-    """
+    """Return one panel as an <svg> element for a page, without a legend. Palette colors are the page's CSS variables
+    --c0, --c1, ..., black is --c0, and all marks of the i-th setting have the class setting-i."""
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -246,9 +246,7 @@ FORMAT = 1  # increased if a key changes its meaning or is removed; not if one i
 
 def document(runs: Sequence[Run]) -> dict[str, Any]:
     """Return settings, runs and certificates as plain types that strict JSON can represent (see docs/metrics.md).
-
-    None: unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf".
-    """
+    None: unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf"."""
     listed, of_settings, certificates = [], [], []
     for setting in settings(runs):
         summary = asdict(setting_row(setting))

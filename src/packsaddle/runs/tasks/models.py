@@ -93,10 +93,7 @@ def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: 
 
 class _MeanOverWorkers(torch.autograd.Function):
     """Differentiable mean of a tensor over workers, whose backward averages gradients: the total loss is a mean of
-    losses.
-
-    Under `vmap` over workers (see `batched`) all their tensors are in this process.
-    """
+    losses. Under `vmap` over workers (see `batched`) all their tensors are in this process."""
 
     @staticmethod
     def forward(local: Tensor, channel: Communicator) -> Tensor:
