@@ -26,11 +26,8 @@ class GuardError(RuntimeError):
 
 
 class MessageError(ValueError):
-    """A compressor's message cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
-
-    `part` is the part's name, `expected` its requirement, `found` the actual value, `compressor` the compressor's name,
-    `worker` the sender's rank (None: unknown).
-    """
+    """The part named `part` of a compressor's message cannot be decoded: it must be `expected` and is `found`.
+    `compressor` is the compressor's name, `worker` the sender's rank (None: unknown)."""
 
     def __init__(
         self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None

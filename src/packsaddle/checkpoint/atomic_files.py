@@ -9,11 +9,8 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = None) -> int:
-    """Write a file by calling `write(file)` on a temporary file, then fsync and rename; return its size in bytes.
-
-    Creates the folder. If an OSError is raised, an existing file is unchanged and the temporary file is removed.
-    `digest`, a hashlib object, is updated with all bytes.
-    """
+    """Write a file by calling `write(file)` on a temporary file, then fsync and rename; return its size in bytes. If an
+    OSError is raised, an existing file is unchanged. `digest`, a hashlib object, is updated with all bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
     try:

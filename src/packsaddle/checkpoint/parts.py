@@ -121,11 +121,8 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
-    """Call `work` on every worker and return this worker's result; collective.
-
-    If it raises CheckpointError on some workers, all workers raise the one of the lowest rank. A DamagedError is raised
-    only if there is no other CheckpointError.
-    """
+    """Call `work` on every worker and return this worker's result; collective. If some raise CheckpointError, all raise
+    that of the lowest rank, and a DamagedError only if there is no other."""
     value, kind, problem = None, "", ""
     try:
         value = work()

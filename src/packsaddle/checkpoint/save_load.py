@@ -225,11 +225,8 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], has_first: list[bool]) -> dict[int, Content]:
-        """Read the step's files that `holders` assigns to this worker; return their contents, by rank.
-
-        Adds the tensors that only worker 0's file has; workers without that file receive them from a worker that has
-        it. Raises DamagedError on all workers if a file is damaged.
-        """
+        """Read the step's files that `holders` assigns to this worker, with the tensors that only worker 0's file has;
+        return their contents by rank. Raises DamagedError on all workers if a file is damaged."""
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
         found = run_on_all(self._collectives, partial(_read_files, self._folder, step, wanted, self._parts))

@@ -53,11 +53,8 @@ def main() -> None:
 
 
 def serve(commands: Command | Group, program: str) -> None:
-    """Run the command in `sys.argv`, one of `commands`. Invalid input prints one line on stderr, with exit code 2.
-
-    Exits silently with code 1 if the reader of the output has closed the pipe (`| head`). `program` is the program's
-    name in messages and help.
-    """
+    """Run the command in `sys.argv`, one of `commands` of `program`. Invalid input prints one line on stderr, with exit
+    code 2. Exits silently with code 1 if the reader of the output has closed the pipe (`| head`)."""
     # Streams that were closed before the start (`>&-`) are None: redirect them to os.devnull.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

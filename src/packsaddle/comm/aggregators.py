@@ -57,10 +57,11 @@ class Averaged:
         return out
 
     def magnitude(self) -> Tensor:
-        """Return the approximate largest absolute value of the mean, float64[]; bitwise identical on all workers.
+        """Return the approximate largest absolute value of the mean, float64[], identical on all workers. No message is
+        decoded.
 
-        Computed from the messages, without decoding them. Workers send no vector v whose C(v) could overflow (see
-        `numerics.finite.is_in_range`), so the mean is finite if the messages and the uncompressed part are.
+        Workers send no vector v whose C(v) could overflow (see `numerics.finite.is_in_range`), so the mean is finite if
+        the messages and the uncompressed part are.
         """
         return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
 
@@ -209,11 +210,8 @@ class AllGather(Aggregator):
 
 
 class SharedSupportAllReduce(Aggregator):
-    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch.
-
-    After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK). The mean sketch is bitwise identical on all workers,
-    so all select the same coordinates.
-    """
+    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch, which is
+    identical on all workers. After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
 
     compressor: SharedSupport
 

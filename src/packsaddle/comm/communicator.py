@@ -99,11 +99,9 @@ class Communicator:
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts, *, most: int = _MOST) -> list[Parts]:
-        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by sender's rank.
-
-        `like` has the names and dtypes of the parts. Raises MessageError, on this worker only, if the sizes that
-        another worker announces do not fit such parts, or exceed `most` bytes in total.
-        """
+        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank; `like` has
+        their names and dtypes. Raises MessageError, on this worker only, if announced sizes do not fit `like` or exceed
+        `most` bytes."""
         nothing = [0] * len(like)
         sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
@@ -128,11 +126,8 @@ class Communicator:
         self._count(purpose, "broadcast", star_broadcast(payload, self.group.rank, self.group.size))
 
     def broadcast_parts(self, parts: Parts | None, like: Parts, *, most: int = _MOST) -> Parts:
-        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None.
-
-        `like` has the names and dtypes of the parts. Raises MessageError if their sizes do not fit such parts, or
-        exceed `most` bytes in total.
-        """
+        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. `like` has their names and
+        dtypes. Raises MessageError if their sizes do not fit `like`, or exceed `most` bytes in total."""
         device = next(iter(like.values())).device
         sizes = torch.tensor([0] * len(like) if parts is None else _sizes(parts), device=device)
         self.broadcast(sizes, "sizes")

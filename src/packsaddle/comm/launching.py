@@ -181,11 +181,8 @@ _MOMENT = 2.0  # seconds for a result of a running launcher to arrive
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
-    """Run entry(*args) in a launched worker and return its result; exit if the launcher received SIGTERM or is killed.
-
-    A worker normally waits until the launcher reports that all have returned. After SIGTERM the launcher does not
-    report, so the worker exits _MOMENT seconds after `entry` returns.
-    """
+    """Run entry(*args) in a launched worker and return its result. The worker then waits for the launcher's report that
+    all have returned. After SIGTERM there is no report, so it exits _MOMENT seconds later."""
     threading.Thread(target=_stop_with_launcher, daemon=True).start()
     # All workers are on this machine: use the loopback interface, so that no other machine can connect to them.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
@@ -217,11 +214,9 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
-    """Context manager of the launcher's process group: NCCL if every worker has a GPU, else gloo; destroyed at the end.
-
-    Collectives that exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if the process
-    group cannot be initialized.
-    """
+    """Context manager of the launcher's process group: NCCL if every worker has a GPU, else gloo. Collectives that
+    exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if the group cannot be
+    initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -271,11 +266,8 @@ def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
 
 
 def bound_store(address: str, port: int = 0, **options: Any) -> Any:
-    """Return a TCPStore that listens only at `address` ("::": at all addresses); torch's own always listens at all.
-
-    `port` 0: a free port. `options` are further arguments of TCPStore. Raises OSError if the address is not one of this
-    machine, or if the port is in use.
-    """
+    """Return a TCPStore that listens only at `address` ("::": all addresses) and `port` (0: a free one); `options` are
+    further arguments. Raises OSError if the address is not one of this machine, or the port is in use."""
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server(
         (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()

@@ -201,11 +201,8 @@ class QSGD(Compressor):
         some.add(found, out)
 
     def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
-        """Decode levels: return level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all).
-
-        Raises MessageError if a level is invalid. On a GPU, fixed-width levels of at most 8 bits are returned packed
-        and unchecked, for the Triton kernel.
-        """
+        """Decode to level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all), or raise
+        MessageError. On a GPU, levels of at most 8 bits stay packed and unchecked, for the Triton kernel."""
         coded = parts["levels"]
         if not self.fixed_size:
             some = self._not_zero(parts["scales"], d)

@@ -74,11 +74,8 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Encode nonnegative scales, float[m], to relative error 2^-9 as "scales", int16[m], and the largest as "unit".
-
-    Scales below 2^-252 of the largest have a larger relative error, and those below 2^-261 become 0. The unit, in
-    `dtype`, is non-finite if any scale is.
-    """
+    """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest as "unit", to relative error 2^-9
+    (more below 2^-252 of the largest). The unit, in `dtype`, is non-finite if any scale is."""
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)

@@ -26,11 +26,8 @@ class Verdict(StrEnum):
 
 
 def judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Return the verdict from bounds on the gradient norm (`least`, `most`) and smallest eigenvalue (`lower`, `upper`).
-
-    `epsilon` and `threshold` are the limits of both (Definition 2.4). A Rayleigh quotient `upper` below the threshold
-    proves a saddle.
-    """
+    """Return the verdict from bounds on the gradient norm (`least`, `most`) and the smallest eigenvalue (`lower`,
+    `upper`), whose limits are `epsilon` and `threshold` (Definition 2.4)."""
     if not least <= epsilon:
         return Verdict.GRADIENT_TOO_LARGE
     if most > epsilon:

@@ -140,11 +140,8 @@ class DoubleBackward(Products):
         return product, 0.0
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
-        """Raise DoubleBackwardError if a product differs from differences of gradients.
-
-        Below float64, kinks of the loss can cause a difference. It is then verified on a float64 copy of the model; an
-        exception there counts as a difference.
-        """
+        """Raise DoubleBackwardError if a product differs from differences of gradients. Below float64, where kinks of
+        the loss can cause a difference, it must also differ, or fail, on a float64 copy of the model."""
         why = None
         if not self._coarse:
             self._differences = self._differences or Differences(self.curvature)
@@ -202,11 +199,7 @@ class _Trial:
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
     """Return None if a product by double backward equals that by differences of gradients within both errors, else a
-    message.
-
-    A sum of both errors that is too large, relative to the `largest` norm of a product, counts as a difference: it
-    could hide a missing term.
-    """
+    message; also if the errors, relative to the `largest` norm of a product, could hide a missing term."""
     curvature = differences.curvature
     other, error = differences.checked(v)
     size = max(curvature.norm(product), curvature.norm(other))
@@ -219,11 +212,8 @@ def _disagreement(differences: "Differences", v: Tensor, product: Tensor, larges
 
 
 class Differences(Products):
-    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h).
-
-    Each takes two gradients, or six or more if its error is measured. 16-bit parameters are rounded stochastically,
-    so that they move by h v in the mean.
-    """
+    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h). 16-bit parameters
+    are rounded stochastically, so that they move by h v on average."""
 
     name = "differences of gradients"
     precision = torch.finfo(torch.float64).eps
@@ -270,11 +260,8 @@ class Differences(Products):
         return best.product, best.error
 
     def _is_far(self, last: _Trial, best: _Trial) -> bool:
-        """Return True if the last step h is far too long, such as that of a flat direction in a sharp valley.
-
-        Then a product is mostly an error of third and higher derivatives, which do not predict a better step. With
-        shorter steps errors may rise before they fall.
-        """
+        """Return True if the last step h is far too long, such as that of a flat direction in a sharp valley: then a
+        product is mostly an error of third and higher derivatives, which do not predict a better step."""
         rounds = last.noise * last.step <= _LOUD * self._quietest
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 

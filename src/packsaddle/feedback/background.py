@@ -25,11 +25,8 @@ Results = Sequence[tuple[Promise, Tensor]]
 
 
 class Background:
-    """Runs functions one at a time in the background: on a CPU in a separate thread, on a GPU in a separate stream.
-
-    Order matters, because all workers must start their collectives in the same order. On a GPU a stream is enough,
-    since collectives do not block the host.
-    """
+    """Runs functions one at a time in the background, since all workers must start their collectives in the same order.
+    On a CPU it is a thread, on a GPU a stream, as collectives do not block the host there."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

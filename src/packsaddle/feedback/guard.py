@@ -102,9 +102,7 @@ def sender_of(name: str) -> int | None:
 
 class Skips:
     """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones (None: no limit).
-
-    `protected`: parameters do not change in a skipped step. False for a hook whose optimizer may apply NaN gradients.
-    """
+    `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step."""
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
         self.most, self._rank, self.protected = most, rank, protected

@@ -21,11 +21,8 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:
-    """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers.
-
-    Raises TypeError for an entry that is not an optimizer, and ValueError for an empty list, a duplicate, or a
-    parameter in two optimizers.
-    """
+    """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers. Raises
+    TypeError for another object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
     found = tuple(innermost(optimizer) for optimizer in (given if isinstance(given, list | tuple) else [given]))
     if not found:
         raise ValueError("optimizer must be a torch optimizer or a list of them, and the list is empty")

@@ -32,11 +32,8 @@ class _Sample:
 
 
 class Allocation:
-    """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
-
-    Workers may choose differently, as their k largest coordinates differ. The budget of a slice without a sample is
-    proportional to its size.
-    """
+    """Chooses the compressor of each slice of a model of d coordinates from samples of the last step's vectors; workers
+    may choose differently. The budget of a slice without a sample is proportional to its size."""
 
     def __init__(self, d: int) -> None:
         self.d = d

@@ -252,11 +252,8 @@ _guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary
 
 
 class EscapeAfterStep:
-    """Runs the escape check after each step of plain SGD with a gradient hook.
-
-    Raises ValueError for another optimizer: the check needs y = x - eta e, which is correct for plain SGD only. The
-    parameters are moved into one flat tensor.
-    """
+    """Runs the escape check after each step of plain SGD with a gradient hook; the parameters are moved into one flat
+    tensor. Raises ValueError for another optimizer, for which y = x - eta e is not correct."""
 
     def __init__(self, rule: Escape, hook: DDPHook, optimizer: Optimizer | None) -> None:
         if optimizer is None or not are_plain_sgd([optimizer]):

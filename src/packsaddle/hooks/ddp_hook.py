@@ -65,11 +65,8 @@ class Rates:
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
-        """Return the factors of the error memory, by name of each parameter whose learning rate has changed.
-
-        Records the rates for `close`. A factor is 0 if the rate is 0: the parameter will not move, so its error memory
-        is kept and excluded from the exchange.
-        """
+        """Return the factors of the error memory, by name of each parameter whose learning rate has changed; record the
+        rates for `close`. 0 if the rate is 0: the error memory is kept then, and excluded from the exchange."""
         if not are_plain_sgd(self._optimizers):
             return {}
         rates = self.now()

@@ -130,11 +130,8 @@ RULES = [
 
 
 class GradientHook(ABC):
-    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
-
-    The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the number of
-    compressed coordinates of all slices.
-    """
+    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The outcome is
+    read on demand or in the next pass, so that no pass waits for a GPU. `d`: number of compressed coordinates."""
 
     saved_state: State  # set by subclasses
 

@@ -61,11 +61,8 @@ def attach_among_workers(
     optimizers: list[Optimizer],
     **options: Any,
 ) -> DDPHook | None:
-    """Call `packsaddle.attach`, which registers a compressing hook on the model's DistributedDataParallel.
-
-    With one worker it warns and returns None. Raises the errors of `register_ddp_hook`, and RuntimeError if a launcher
-    started several processes but there is no process group.
-    """
+    """Call `packsaddle.attach`, and raise its errors; with one worker warn and return None. Raises RuntimeError if a
+    launcher started several processes but there is no process group."""
     if training_group(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
         return None
@@ -282,11 +279,8 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
 def _resharded(
     exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return this worker's state, converted from files of another number of workers; collective.
-
-    `holders[i]` is the rank that reads file i. Raises ValueError, on every worker, if the files are of different steps
-    or cannot be converted.
-    """
+    """Return this worker's state, from files of another number of workers, of which rank holders[i] reads file i;
+    collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted."""
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}

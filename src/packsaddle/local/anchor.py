@@ -62,11 +62,8 @@ class Anchor:
                 leaf.grad = None
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
-        """Move the parameters x with the start point, after the anchor changed.
-
-        x <- start + (x - before): the changes since `before`, values by parameter, are kept. With `blend` instead
-        x <- (1 - blend) start + blend x; with an empty `before` x <- start.
-        """
+        """Move the parameters x after the anchor changed: x <- start + (x - before), with `before` by parameter, or x
+        <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
         if not before:
             self.move_to_start()
             return

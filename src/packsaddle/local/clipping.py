@@ -69,11 +69,8 @@ def norm_of(v: Tensor, share: float) -> Tensor:
 
 
 def factors_of(norms: Tensor, most: float) -> Tensor:
-    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W].
-
-    m is the median of the norms that are not NaN; of an even number the lower middle one, which half of the workers
-    cannot raise.
-    """
+    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W]. m
+    is the median without NaNs; of an even number the lower middle one, which half of the workers cannot raise."""
     wide = norms.double()
     limit = most * wide.nanmedian()
     factors: Tensor = torch.where(wide > limit, limit / wide, 1.0)

@@ -212,11 +212,7 @@ class Fragment(Slice):
 
     def apply_exchange(self, outer: Optimizer | None) -> PendingExchange:
         """Close the current exchange, apply its mean to the anchor, and move the parameters x with the anchor; return
-        it.
-
-        After a rejected exchange nothing moves, except that a worker with an invalid update resets x to its start
-        point.
-        """
+        it. After a rejected exchange only a worker with an invalid update moves x, to its start point."""
         p, applied = self.current, self.close()
         assert p is not None
         self.current = None

@@ -29,11 +29,8 @@ HEADER = 16  # bytes of the header that the check gathers: call and number of st
 
 
 class Lockstep:
-    """Runs collectives in the order of their calls, after a check that all workers make the same call.
-
-    The ledger counts the bytes of the checks as "guard". `background` runs collectives that overlap with inner steps;
-    None: nothing overlaps.
-    """
+    """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
+    "guard" in the ledger. `background` runs collectives that overlap with inner steps; None: nothing overlaps."""
 
     def __init__(self, channel: Communicator, device: torch.device, background: Background | None) -> None:
         self._channel, self._device, self._background = channel, device, background

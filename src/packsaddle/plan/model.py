@@ -86,11 +86,8 @@ def build_model(name: str) -> nn.Module:
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
-    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
-
-    The error memory and, with `noise`, the noise take this time. Measured as minima over `repeats`, and on at most 2^25
-    coordinates.
-    """
+    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding,
+    as minima over `repeats`: the time of the error memory and, with `noise`, the noise."""
     n = min(d, _LONG)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
 

@@ -119,9 +119,7 @@ class Job:
 
     def claim(self, stack: ExitStack) -> "Job | None":
         """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
-
-        Returns the job, or None if it is done. If that fails, rank 0 raises ConfigError; the others exit with code 2.
-        """
+        Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
         collectives, problem = ObjectCollectives(resolve(None), torch.device("cpu")), None
         self._check_given(collectives)
         outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}

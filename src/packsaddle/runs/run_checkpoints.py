@@ -154,11 +154,8 @@ State = Literal["new", "begun", "done"]
 
 
 def find(path: Path, config: Config | None) -> tuple[Config, State]:
-    """Return the configuration and state of the run in a folder. `config`: that of the command, or None.
-
-    Raises ConfigError if the folder is no run folder, or if the two configurations differ in more than the number of
-    workers.
-    """
+    """Return the configuration and state of the run in a folder. `config`: that of the command, or None. Raises
+    ConfigError if it is no run folder, or if the two configurations differ in more than the number of workers."""
     state = state_of(path)
     if state == "new":
         if config is None:

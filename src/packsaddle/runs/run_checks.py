@@ -35,11 +35,8 @@ _BATCHES = 8
 
 
 class NoiseCheck:
-    """A comparison of the artificial noise with mini-batch noise, measured on this process's next batches.
-
-    Gradients of networks with batch normalization are not measured: in evaluation mode, before running statistics have
-    accumulated, they differ from those in training.
-    """
+    """Compares the artificial noise with mini-batch noise, measured on this process's next batches, except for networks
+    with batch normalization: their gradients differ in evaluation mode at the start of training."""
 
     def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
         self._config, self._task, self._data, self._workers = config, task, data, workers

@@ -86,11 +86,8 @@ _NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # bytes for these purp
 
 
 class Trainer:
-    """The training of a configured run on one worker.
-
-    Construction loads data and model; `run` trains and writes the run folder. Both are collective. `batched`: compute
-    the gradients of all simulated workers in one pass (see `packsaddle.runs.batched`).
-    """
+    """The training of a configured run on one worker: its construction and `run` are collective. `batched`: compute the
+    gradients of all simulated workers in one pass (see `packsaddle.runs.batched`)."""
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
         self.config = config
@@ -173,11 +170,8 @@ class Trainer:
     # Training
 
     def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
-        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize.
-
-        Returns False if the run was stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if a
-        checkpoint cannot be written or restored.
-        """
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize. Return False if
+        stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if one cannot be written or restored."""
         quiet = quiet or self.group.rank != 0
         tally = self.tally
         parts = {"model": self.task, **self.training.parts()}

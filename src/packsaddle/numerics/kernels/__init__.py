@@ -28,11 +28,8 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for the device of `vectors` (by default, for `device`); None if there is none.
-
-    Also None if vectors are on several devices, or if one has a stride other than 1, is neither float32 nor float64, or
-    requires gradients.
-    """
+    """Return the compiled loop `name` for the device of `vectors` (by default, for `device`). None if there is none, or
+    if a vector is on another device, has a stride other than 1, is not float32 or float64, or requires gradients."""
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
     where = vectors[0].device.type if vectors else torch.device(device).type

@@ -266,9 +266,7 @@ def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
     """Encode the set of the `going_on` codes, uint8[n], below `low` or above `high`; return its code, and these codes.
-
-    The code is the Rice code of the gaps between these codes or, if `inverted`, between the others, `coded` in number.
-    """
+    It is the Rice code of the gaps between these codes or, if `inverted`, between the `coded` others."""
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)

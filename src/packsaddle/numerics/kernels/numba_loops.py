@@ -263,10 +263,7 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
 
 def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
     """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a sum of squares overflows.
-
-    Returns the completed ranges as (index of the sum, start, stop), and the sum of the squares of out and alpha * more
-    there, infinite if stopped.
-    """
+    Return the completed ranges (index of the sum, start, stop), and their sum of squares, infinite if stopped."""
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
     added, total = [], 0.0

@@ -34,11 +34,8 @@ __all__ = [
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
-    """Write index.html, figure.png, figure.svg, table.csv (of runs), settings.csv and curves.csv to a new folder.
-
-    Returns the path of index.html. Raises ConfigError if the folder exists, unless `overwrite`, or if it cannot be
-    written; MissingExtraError without the plot extra.
-    """
+    """Write an HTML page, figures and CSV tables to a new folder; return the path of index.html. Raises ConfigError if
+    the folder exists, unless `overwrite`, or cannot be written; MissingExtraError without the plot extra."""
     if folder.exists() and not overwrite:
         raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     found = settings(runs)

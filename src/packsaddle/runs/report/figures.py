@@ -171,11 +171,8 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str,
 
 
 def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -> list[int]:
-    """Return the indices of the points to draw, ascending: all of a short curve.
-
-    Of a longer curve: in each of 200 equal intervals of the axis (of log x with `log`), the points where a column is
-    smallest or largest, and the two ends.
-    """
+    """Return the indices of the points to draw, ascending: all of a short curve; of a longer one the ends and, in each
+    of 200 equal intervals of the axis (of log x with `log`), the points where a column is smallest or largest."""
     if len(x) <= 2 * _INTERVALS:
         return list(range(len(x)))
     place = np.nan_to_num(np.asarray(x, dtype=float), posinf=0.0, neginf=0.0)

@@ -64,11 +64,8 @@ def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> T
 
 
 class Batches:
-    """A worker's batches by step: shuffled passes over its shard, without replacement within a pass.
-
-    At step `start` they begin with the examples `rest`, int64[m], of an unfinished pass of earlier workers, and
-    continue with this worker's own passes, numbered from `first`.
-    """
+    """A worker's batches by step: shuffled passes over its shard, without replacement within a pass, numbered from
+    `first`. At step `start` they begin with the examples `rest`, int64[m], of an unfinished pass of earlier workers."""
 
     def __init__(
         self,
