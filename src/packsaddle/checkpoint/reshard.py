@@ -40,8 +40,7 @@ def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) 
     """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective."""
     if collectives.group.size == 1:
         return [], ""
-    # Only non-empty plain tensors can be shared, not DTensors, sparse or quantized tensors. Worker 0 writes all of its
-    # own.
+    # Share only non-empty plain tensors, no DTensors, sparse or quantized tensors; worker 0 writes all of its own.
     mine = {
         path: fingerprint(value)
         for path, value in _leaves(content).items()
@@ -128,8 +127,7 @@ def resharded(
                 f"one of the {workers} workers that saved it, so it cannot be loaded by another number of workers"
             )
 
-        # Average floats that differ between workers: in buffers, and with local updates in parameters and optimizer
-        # states.
+        # Average floats that differ: in buffers and, with local updates, in parameters and optimizer states.
         different = _different(split, mine, collectives)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
         own = apart and isinstance(part, nn.Module | Optimizer)  # these differ between workers with local updates

@@ -177,7 +177,7 @@ def _join_sooner(join: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
-_MOMENT = 2.0  # seconds for a result of a running launcher to arrive
+_MOMENT = 2.0  # seconds, enough for the launcher to receive a result
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:

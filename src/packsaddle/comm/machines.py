@@ -85,8 +85,7 @@ def machine_group(processes: int | None = None) -> MachineGroup:
         raise ValueError(f"processes must divide the {world} processes there are, got {each}")
     machine, first = divmod(rank, each)
     within = dist.new_group(range(machine * each, (machine + 1) * each), use_local_synchronization=True)
-    # Create the group on all processes, also those that do not send: torch derives its name from the number of groups
-    # that a process has created, which must match.
+    # On all processes, even if they do not send: torch names a group by the number of groups made, which must match.
     between = dist.new_group(range(first, world, each), use_local_synchronization=True)
     assert isinstance(within, dist.ProcessGroup)
     assert isinstance(between, dist.ProcessGroup)

@@ -121,6 +121,7 @@ class Certificate:
 
     @property
     def loss_name(self) -> str:
+        """A description of the function whose Hessian this is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
@@ -224,6 +225,7 @@ class Share:
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":
+        """Count the `verdicts` of m certificates."""
         stationary = sum(v is Verdict.SECOND_ORDER_STATIONARY for v in verdicts)
         refuted = sum(v in (Verdict.SADDLE, Verdict.GRADIENT_TOO_LARGE) for v in verdicts)
         return cls(len(verdicts), stationary, refuted)

@@ -57,6 +57,7 @@ class Ritz:
 
     @property
     def steps(self) -> int:
+        """The number of Lanczos steps k, with one product each."""
         return len(self.alphas)
 
     @property
@@ -166,6 +167,7 @@ class Lanczos:
 
     @property
     def exhausted(self) -> bool:
+        """True if no further step is possible."""
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:

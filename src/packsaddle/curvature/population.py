@@ -227,7 +227,7 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     """Return the Rayleigh quotient v^T H v over the batches, its standard error and degrees of freedom; collective."""
     curvature = products.curvature
-    sums = torch.zeros(3, dtype=torch.float64)  # sums of n_b q_b and n_b q_b^2, q_b = v^T H_b v; batches
+    sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, with q_b = v^T H_b v
     for batch, n in curvature.read():
         q = curvature.dot(v, products.of_batch(batch, v))
         sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)

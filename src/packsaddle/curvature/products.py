@@ -48,7 +48,7 @@ _DOUBT = 2  # two products are different if their distance exceeds this times th
 _SURE = 0.01  # largest error for a comparison of products, relative to the largest product's norm
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
 _RANDOM = 16  # relative difference of two equal products, over sqrt(unit roundoff), that shows a random loss
-_RANDOM_OF_16_BITS = 0.25  # largest relative difference that `_RANDOM` may allow, as it would for 16-bit products
+_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference: `_RANDOM` alone would allow more for 16-bit products
 
 
 class DoubleBackwardError(ValueError):

@@ -111,6 +111,7 @@ class Compression(Option):
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def fixed(self) -> Compressor:
+        """Return the compressor that all steps use. Raises ValueError for a function of the step."""
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "
@@ -119,6 +120,7 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
+        """Return the compressor of a step. Raises ValueError if a schedule returns something else."""
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)

@@ -120,5 +120,6 @@ class Noise:
         return xi
 
     def check_eager(self) -> None:
+        """Raise ValueError if lazy=True, which only `CompressedSGD` supports."""
         if self.lazy:
             raise ValueError("noise must be eager except in CompressedSGD, got lazy=True")

@@ -159,8 +159,7 @@ class FSDPHook(GradientHook):
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
-        # Reading the code waits for the GPU, so it is read here only in a module's first exchange; `_settle` reads all
-        # codes.
+        # Reading the code waits for the GPU: read it only in a module's first exchange; `_settle` reads all of them.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
             self._complete = True
             self._settle()

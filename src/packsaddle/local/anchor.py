@@ -28,8 +28,7 @@ class Anchor:
         self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor as parameters, for an outer optimizer
         self.layout, self.keeps = layout, keeps
         self._parameters, self._memory = parameters, memory
-        # float[n], a part of the local update that start - x misses, because only the start moved or x was rounded;
-        # None: 0
+        # float[n], the local update that start - x misses, because only the start moved or x was rounded; None: 0
         self.owed: Tensor | None = None
         self.set_from_parameters()
 

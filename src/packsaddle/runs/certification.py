@@ -39,7 +39,7 @@ from packsaddle.runs.tasks.models import Task, make_task, task_loss
 from packsaddle.runs.tasks.sharding import Examples
 
 _POINTS = 20  # number of points of a loss profile on each side of x
-_PROFILED = 4096  # examples of a profile, about: on all examples, its 41 losses would dominate the cost
+_PROFILED = 4096  # examples for a loss profile: its 41 losses over all examples would dominate the cost
 _PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products of each
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
 _WORKERS_PER_CORE = 8  # most worker processes per core

@@ -86,7 +86,7 @@ class ElasticTrainer(Trainer):
 
         # Do the last exchange, then write this worker's results.
         training.finish()
-        if tally.step > tally.since or not tally.line:  # steps not yet in a line of metrics, or no line yet
+        if tally.step > tally.since or not tally.line:  # the last steps, or all, have no line of metrics yet
             tally.line = self._log(folder, time.perf_counter() - begin)
         self._finish(folder, tally)
         self._elastic.manager.shutdown(wait=False)

@@ -76,6 +76,7 @@ class Plan:
 
     @property
     def name(self) -> str:
+        """The compressor with its arguments, such as RandomK(ratio=0.01)."""
         return describe(self.compressor)
 
     @property

@@ -109,7 +109,7 @@ class Membership:
         self._resumed = time.monotonic()  # time at the end of the last round
         self._energy = 0.0  # ||v||^2 of the uncommitted round; v: local update plus error memory
         self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
-        self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
+        self._handed = False  # after SIGTERM: the error memory is in its file, or empty
         self._sends_all = False  # leaving without a saved memory: the next round sends all pending updates
 
         self.roster = Roster()  # identical on all workers after a round
