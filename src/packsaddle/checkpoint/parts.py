@@ -134,4 +134,4 @@ def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
         is_damaged, rank, problem = found[0]
         where = f"worker {rank}: " if collectives.group.size > 1 else ""
         raise (DamagedError if is_damaged else CheckpointError)(where + problem)
-    return value  # `work` returned on all workers
+    return value  # all workers got here, so `value` is a result of `work`

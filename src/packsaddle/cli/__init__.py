@@ -84,7 +84,7 @@ def _is_unread(stream: TextIO) -> bool:
         return True
     poll = select.poll()
     poll.register(number, 0)  # reports POLLERR, as always: the pipe has no reader
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: a socket
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: of a socket
 
 
 def _run(commands: Command | Group, program: str) -> None:

@@ -225,7 +225,7 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
 
-# Patterns of tyro's errors, with replacements. Errors that match none, as of other versions, stay unchanged.
+# Patterns of tyro's errors, with replacements. Errors that match none, such as other versions', stay unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),

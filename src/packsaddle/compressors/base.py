@@ -44,8 +44,8 @@ class Message:
 
 
 def check_share(name: str, value: Any, hint: str) -> None:
-    """Raise ValueError, ending with `hint`, unless `value` is a float in (0, 1]. Integers are an error: 1 is
-    ambiguous."""
+    """Raise ValueError unless `value` is a float in (0, 1]; `hint` is advice for the message. Integers are an error,
+    since 1 could mean one coordinate, 1% or everything."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
     if isinstance(value, Integral):

@@ -107,8 +107,10 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that C depends only on (v, seed, step) and changes no global state, for `compressor`; errors begin with
-    `where`."""
+    """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state.
+
+    Errors begin with `where`.
+    """
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
     assert torch.equal(torch.random.get_rng_state(), state), f"{where}: uses the global random state"

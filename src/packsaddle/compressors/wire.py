@@ -156,7 +156,8 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
-    """Invert `encode_indices`: return the increasing indices, int64[k]. Raises MessageError if `coded` is invalid."""
+    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must match `index_bytes`. Raises
+    MessageError unless it encodes k indices of [0, d)."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
     code, body = int(coded[0]), coded[1:]

@@ -68,8 +68,8 @@ class Certificate:
     grad_norm_error: float | None  # standard error of the gradient; None: the examples are no sample of a larger set
     lambda_min_upper: float  # upper bound on lambda_min: the escape direction's Rayleigh quotient plus rounding
     lambda_min_lower: float  # lower bound on lambda_min, up to the failure probability; -inf if a pilot found v
-    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value less rounding; -inf if a pilot found v
-    lambda_max_upper: float  # upper bound on lambda_max, up to a failure probability of its own; inf if a pilot found v
+    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value minus rounding; -inf if a pilot found v
+    lambda_max_upper: float  # upper bound on lambda_max, with a failure probability of its own; inf if a pilot found v
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float  # failure probability of each bound that depends on the random start
     threshold: float  # threshold of lambda_min, -sqrt(rho epsilon)

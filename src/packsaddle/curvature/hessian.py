@@ -320,7 +320,7 @@ class Curvature:
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
-        if not torch.isfinite(mean).all():  # identical on all workers
+        if not torch.isfinite(mean).all():  # identical on all workers, so that all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 _EVALUATIONS = 100  # most evaluations of the sum of p_j^2 for one bound; about a dozen are usual
-_ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, as of long sums
+_ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, typical of long sums
 _LEAST_PROBABILITY = 1e-100  # for smaller probabilities the quantile underflows
 
 

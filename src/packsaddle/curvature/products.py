@@ -36,10 +36,10 @@ _ROUNDS = 6  # most steps h to try for one product
 _LONGEST = 1 / 16  # largest step, as h / ||x||; beyond it M_3 at two steps does not predict the error
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
-_SHORTEN = 1 / 16  # ratio by which such a step is shortened at least
+_SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
 _SHRUNK = 0.9  # if a shorter step shrinks the product below this ratio, it no longer moves some 16-bit parameters
 _LOUD = 16  # a difference of more than this times the smallest rounding error measured is not rounding
-_KINKED = 1e-3  # relative error of a product in float64 above which the loss is assumed to have kinks, as of ReLU
+_KINKED = 1e-3  # relative error of a product in float64 above which the loss is assumed to have kinks, such as ReLU's
 _ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which steps short enough to cross no kink are tried
 _SHORTEST = 64  # smallest h, in units of ||x||'s last place
 _CHECK_EVERY = 2  # factor: the error is measured at products number 1, 2, 4, 8, ...; the first direction is random
@@ -268,7 +268,7 @@ class Differences(Products):
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
         """Return a trial whose step crosses no kink of the loss, else `best`. Only float64 allows such short steps.
 
-        With kinks, as of ReLU, similar steps cross different ones, and errors grow with shorter steps until none is
+        With kinks, such as ReLU's, similar steps cross different ones, and errors grow with shorter steps until none is
         crossed. A product with such a step equals that of double backward.
         """
         step = best.step

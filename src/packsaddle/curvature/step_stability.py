@@ -38,7 +38,7 @@ class Overshoot:
 
     step: CoordinateStep  # learning rate and waiting time of its parameter
     index: tuple[int, ...]  # index of the coordinate in its parameter
-    curvature: float  # second derivative H_jj of the loss, less the error of the product
+    curvature: float  # second derivative H_jj of the loss, minus the error of the product
 
     @property
     def gain(self) -> float:

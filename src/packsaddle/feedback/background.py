@@ -26,7 +26,7 @@ Results = Sequence[tuple[Promise, Tensor]]
 
 class Background:
     """Runs functions one at a time in the background, since all workers must start their collectives in the same order.
-    On a CPU it is a thread, on a GPU a stream, as collectives do not block the host there."""
+    On a CPU they run in a thread, on a GPU in a stream, whose collectives do not block the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -21,8 +21,8 @@ class EscapeRule:
 
     interval: int  # maximum length I of a segment, in steps, at least 1; in local updates in rounds, as is every
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
-    # "x": accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; "y": if f(y_t) < f(x_t')
-    # for y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
+    # x: accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; y: if f(y_t) < f(x_t') for
+    # y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
     every: int = field(default=1, kw_only=True)  # steps between tests of the distance; interval is tested at each
 

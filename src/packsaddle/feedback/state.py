@@ -4,8 +4,8 @@ A state is nested dictionaries and lists of tensors and plain types. Its owner (
 declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.
 Loading validates all fields before it changes any, and loads them in the order of declaration.
 
-A `Rule` gives the kind of the entries at a path. (Not of a field, since the loading worker may not have all fields of
-the state, such as a pending exchange.) Kinds, for a change of the number of workers:
+A `Rule` gives the kind of the entries at a path, and not of a field, since the loading worker may not have all fields
+of the state (such as a pending exchange). Kinds, for a change of the number of workers:
 
     shared      identical on all workers; copied
     error       averaged over workers: error memories, momenta, x at the start of an exchange

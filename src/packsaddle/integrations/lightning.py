@@ -52,7 +52,8 @@ class _Attached(Attached, Callback):
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
             self.exchange, self._saved = None, False  # _saved may be from a checkpoint loaded for testing
-            if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):  # wrapped before
+            # Wrap once: an earlier fit may have wrapped them.
+            if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):
                 _Files(self, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -269,7 +270,8 @@ class CertificateCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         before, self._seen = self._seen, trainer.global_step
-        if self._steps is not None and self._seen // self._steps > before // self._steps:  # optimizers count each
+        # With several optimizers, global_step grows by more than 1 per batch.
+        if self._steps is not None and self._seen // self._steps > before // self._steps:
             self._certify(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,7 +20,8 @@ from packsaddle.feedback.slices import Shaped, Slice
 
 
 class Anchor:
-    """The anchor a, float[n], and the parameters x of this worker. With `keeps` the start point is a - e, else a."""
+    """The anchor a, float[n], and the parameters x of this worker. Its start point is a, or with `keeps` a - e, where e
+    is the error memory."""
 
     def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
@@ -135,8 +136,8 @@ class Anchor:
 
 @dataclass(frozen=True)
 class PseudoGradient(Update):
-    """The input of an error memory, float[n]: the local update start - x of some parameters, plus owed and noise.
-    For a 16-bit x the local update is relative to the start point rounded to 16 bits."""
+    """The input of an error memory, float[n]: the local update start - x of some parameters, plus `Anchor.owed` and
+    noise. For a 16-bit x the local update is relative to the start point rounded to 16 bits."""
 
     of: Anchor
     decay: float

@@ -1,8 +1,8 @@
 """Checks along a run: certificates, stability of the step size, and the size of the artificial noise.
 
 The step size is checked before training and after 1, 2, 4, ... epochs (see `packsaddle.curvature.step_stability`). The
-artificial noise is compared with that of mini-batches, which changes during training, at the start, after n, 2n, 4n,
-... steps (n: an epoch, or a tenth of the run if that is less), and at the end.
+artificial noise is compared with that of mini-batches, which changes during training: at the start, at the end, and
+after n, 2n, 4n, ... steps, where n is an epoch, or a tenth of the run if that is less.
 """
 
 import math

@@ -46,7 +46,7 @@ class RunCounters:
 
     step: int = 0  # number of steps done
     since: int = 0  # `step` at the last line of metrics
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # of loss, gradient norm
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sums of losses, gradient norms
     final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of losses
     line: dict[str, Any] = field(default_factory=dict)  # the last line of metrics; the last step always writes one
     elapsed: float = 0.0  # seconds of the run at the last checkpoint
@@ -81,7 +81,7 @@ class RunCounters:
         self.sums, self.final = sums.clone(), final.clone()
 
 
-EVAL_BATCH = 512  # batch size without gradients
+EVAL_BATCH = 512  # examples per batch in tests
 _NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # bytes for these purposes are not counted as gradients
 
 

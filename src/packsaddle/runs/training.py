@@ -43,7 +43,7 @@ class Rescheduled:
         return self.ramp(exchange)
 
     def __repr__(self) -> str:
-        return repr(self.ramp)  # compared between workers
+        return repr(self.ramp)  # the text that workers compare
 
 
 class Training(ABC):

@@ -25,9 +25,9 @@ class OutstandingNoise:
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
     sum_s eta_s xi_s to x, over the steps s since the cell was last sent: Gaussian with variance sum_s (eta_s r_s)^2,
-    independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and x_0, x_1,
-    ... have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a separate draw,
-    exact in distribution at that step, but not jointly with other draws or with later x.
+    independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and the
+    iterates x_t have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a separate
+    draw, exact in distribution at that step, but not jointly with other draws or with later x.
     """
 
     total: float  # the variance of a coordinate that was never sent
@@ -39,7 +39,7 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE * self.total:  # rounding would lose it
+        if 0 < variance < _NEGLIGIBLE * self.total:  # rounding of the sum would lose it
             least = float(self.kept.min())
             self.kept -= least
             self.total -= least

@@ -333,8 +333,8 @@ class CompressedSGD(Optimizer):
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return this worker's factors of the update, which all workers compare, float[0 or more] (`local_factors`).
-        On a GPU only memory="ef21" has them, since a step would have to wait to read others."""
+        """Return this worker's factors of the update (`local_factors`), float[0 or more], to compare between workers.
+        On a GPU only memory="ef21" has any: to read others, a step would have to wait for the device."""
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"

@@ -335,7 +335,7 @@ class Membership:
             raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
         if (mine.history, mine.anchor) != most(where):
             _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
-            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark it as behind
+            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark this worker as behind
         raise RoundFailedError("workers have different anchors")
 
     def _compare(self, must: str, hashes: Sequence[int], text: str, hellos: Sequence[Hello]) -> None:

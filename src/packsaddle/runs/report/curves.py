@@ -33,7 +33,7 @@ class Standstill:
 
 
 def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
-    """Return the standstill at the end of a run's lines of metrics; None if there is none, or too few lines or much
+    """Return the standstill at the end of a run's lines of metrics; None if there is none, too few lines or too much
     noise.
 
     It is the longest window at the end in which the loss stands still, of at least 8 lines and a third of all. A line

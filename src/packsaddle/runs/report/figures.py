@@ -68,7 +68,7 @@ def panels(settings: Sequence[Setting], curves: Sequence[Curve]) -> list[str]:
 
 
 def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
-    """Return a figure with a row for each panel, against megabytes per worker and against epochs."""
+    """Return a figure with a row of plots for each of `panels`, against megabytes per worker and against epochs."""
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure

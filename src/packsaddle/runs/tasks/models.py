@@ -344,7 +344,7 @@ def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, p
     # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):  # shapes without memory
+            with torch.device("meta"):  # shapes only, which take no memory
                 needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
         except (RuntimeError, OverflowError):
             needed = 2**63  # for sizes that overflow

@@ -81,7 +81,7 @@ class Batches:
         self._indices, self._batch_size, self._worker, self._seed = indices, batch_size, worker, seed
         self._start, self._first = start, first
         self._rest = indices[:0] if rest is None else rest
-        self._number, self._order = -1, indices  # the last pass
+        self._number, self._order = -1, indices  # number and order of the last pass
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the indices of the batch of a step, int64[batch_size]; a batch may span passes."""
