@@ -8,11 +8,11 @@ W workers minimize f, the mean of their objectives f_i, from one point x of d co
 - all workers apply the mean: x <- x - eta mean_i g^(i) (line 11);
 - the residual is the new error memory: e^(i) = v^(i) - g^(i) (line 12).
 
-So updates are delayed but not lost: with e the mean error memory, y = x - eta e changes by exactly -eta (mean gradient
-+ xi) for any C. Noise and negative curvature move x away from a saddle. The escape check (lines 5 to 7) divides the run
-into segments. A segment ends after more than `interval` iterations, or when y is farther than `radius` from the
-segment's start point. Then x is set to y if f has decreased since, else to the start point, and the error memories are
-cleared.
+So updates are delayed but not lost: with e the mean error memory, y = x - eta e changes by exactly
+-eta (mean gradient + xi) for any C. Noise and negative curvature move x away from a saddle. The escape check (lines 5
+to 7) divides the run into segments. A segment ends after more than `interval` iterations, or when y is farther than
+`radius` from the segment's start point. Then x is set to y if f has decreased since, else to the start point, and the
+error memories are cleared.
 
 One loop runs all workers on dense vectors. `CompressedSGD` computes the same iterates across processes, and the tests
 compare the two.

@@ -34,8 +34,7 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to PATH.unusable, or PATH.unusable-2, ..., and return the new path. Raises
-    OSError."""
+    """Rename an unusable file or folder to the first free of PATH.unusable, PATH.unusable-2, ...; return that path."""
     aside, number = path.with_name(f"{path.name}.unusable"), 1
     while aside.exists():
         number += 1

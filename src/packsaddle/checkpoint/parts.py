@@ -28,8 +28,7 @@ Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError for an invalid `parts`, or if it has an optimizer but not the LocalUpdates that exchange
-    for it."""
+    """Raise CheckpointError for invalid `parts`, or if they miss the LocalUpdates that exchange for an optimizer."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():

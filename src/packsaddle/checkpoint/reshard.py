@@ -191,8 +191,7 @@ def _layout(value: Any) -> Any:
 
 
 def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> Path | None:
-    """Return a path that is missing, or has another shape, in some worker's state; None if there is none.
-    Collective."""
+    """Return a path that is missing, or has another shape, in some worker's state; None if all match. Collective."""
 
     def layouts(split: Split) -> dict[Path, Any]:
         return {path: _layout(value) for path, value in {**split.equal, **split.means}.items()}

@@ -240,9 +240,9 @@ class SharedSupportAllReduce(Aggregator):
 class LowRankAllReduce(Aggregator):
     """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the uncompressed part.
 
-    P is an orthonormal basis of the columns of M Q, with M the mean of the workers' matrices M_i. All workers apply P
-    P^T M. Worker i subtracts P P^T M_i, the projection of its own matrix, from its error memory. PowerSGD subtracts P
-    P^T M from every M_i, which lets differences between workers grow without bound. Q is (P^T M)^T of the last step
+    P is an orthonormal basis of the columns of M Q, with M the mean of the workers' matrices M_i. All workers apply
+    P P^T M. Worker i subtracts P P^T M_i, the projection of its own matrix, from its error memory. PowerSGD subtracts
+    P P^T M from every M_i, which lets differences between workers grow without bound. Q is (P^T M)^T of the last step
     (the warm start) plus a tenth of a fresh Gaussian matrix, identical on all workers, so that Q recovers lost
     directions.
     """

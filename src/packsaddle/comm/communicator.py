@@ -99,9 +99,8 @@ class Communicator:
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts, *, most: int = _MOST) -> list[Parts]:
-        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank; `like` has
-        their names and dtypes. Raises MessageError, on this worker only, if announced sizes do not fit `like` or exceed
-        `most` bytes."""
+        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank. `like` has
+        their names and dtypes. Raises MessageError, on this worker only, if sizes do not fit it or exceed `most`."""
         nothing = [0] * len(like)
         sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
@@ -144,8 +143,7 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if the sizes in bytes that a worker announces exceed `most` in total or do not fit parts like
-    `like`."""
+    """Raise MessageError if the sizes in bytes that a worker announces do not fit `like`, or exceed `most`."""
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
         expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))

@@ -23,8 +23,7 @@ class PeerLostError(RuntimeError):
 
 @contextmanager
 def names_call(call: str) -> Iterator[None]:
-    """Context manager that adds `call`, the name of the running collective function, to the message of a
-    PeerLostError."""
+    """Context manager that adds the collective function `call`, which it runs, to the message of a PeerLostError."""
     try:
         yield
     except PeerLostError as error:

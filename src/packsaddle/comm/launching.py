@@ -215,8 +215,7 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Context manager of the launcher's process group: NCCL if every worker has a GPU, else gloo. Collectives that
-    exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if the group cannot be
-    initialized."""
+    exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if it cannot be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -315,8 +314,7 @@ def preload_workers(module: str) -> None:
 
 @contextmanager
 def _restoring_signal_handlers() -> Iterator[None]:
-    """Context manager that restores the signal handlers, which torch's launcher replaces permanently. Main thread
-    only."""
+    """Context manager that restores the signal handlers, since torch's launcher replaces them. Main thread only."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield

@@ -1,9 +1,9 @@
 """Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
 A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
-kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. Rice codes take log2(n / k)
-+ 1.5 bits per index for k random indices of n, and at most 2 log2(e) more if they are not random, since the gaps add up
-to less than n.
+kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. Rice codes take
+log2(n / k) + 1.5 bits per index for k random indices of n, and at most 2 log2(e) more if they are not random, since the
+gaps add up to less than n.
 """
 
 import math

@@ -107,8 +107,7 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if a level is above
-    `top`."""
+    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if one is invalid."""
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)

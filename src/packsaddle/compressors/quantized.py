@@ -99,8 +99,8 @@ class QSGD(Compressor):
     """A compressor that rounds |v| / ||v|| stochastically to multiples of 1 / `levels` (Alistarh et al. 2017).
 
     The rounded vector Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
-    levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega) is a mu-compressor with mu = 1 /
-    (1 + omega). A level with its sign takes ceil(log2(2 s + 1)) bits, or about its entropy if `coded` (see
+    levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega) is a mu-compressor with
+    mu = 1 / (1 + omega). A level with its sign takes ceil(log2(2 s + 1)) bits, or about its entropy if `coded` (see
     `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0: its
     residuals would otherwise be sent at every step until they underflow.
 

@@ -108,8 +108,7 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v whose magnitudes, as integers, reach `threshold`, int64[...]. `expected` estimates their
-    number."""
+    """Return the indices of v whose magnitudes, as integers, reach `threshold`; `expected` estimates their number."""
     if loop := kernel("reaching", v):
         reached: Tensor = loop(v, threshold, expected)
         return reached

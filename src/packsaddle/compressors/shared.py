@@ -97,10 +97,10 @@ class SharedTopK(SharedSupport):
 
     k is `ratio` * d, rounded and at least 1, or given. The vector is divided into B blocks of `block_size` b
     coordinates. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
-    float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j, r =
-    `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709 uses
-    the rows of each matrix as blocks). For given blocks C is linear, so the mean of C(v_i) is C(mean v_i): Algorithm 1
-    on the mean, as in Theorem 3.1.
+    float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j,
+    r = `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709
+    uses the rows of each matrix as blocks). For given blocks C is linear, so the mean of C(v_i) is C(mean v_i):
+    Algorithm 1 on the mean, as in Theorem 3.1.
 
     mu = K / B >= k/d, in expectation, for every v. docs/compressors.md has the proof and derives the default block
     size, with which the projections take a quarter of the values' bytes. If B r + K b is at least d, there are no
@@ -249,8 +249,7 @@ class SketchTopK(SharedSupport):
         return replace(self, columns=columns, k=super().restrict(part, d).k)
 
     def shape(self, d: int) -> tuple[int, int, int]:
-        """Return (rows, columns, candidates) of the sketch of d coordinates; (0, 0, d) if all values are sent
-        instead."""
+        """Return (rows, columns, candidates) of the sketch of d coordinates; (0, 0, d) if all values are sent."""
         if not d:
             return 0, 0, 0
         k = self.count(d)

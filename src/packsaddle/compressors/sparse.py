@@ -204,9 +204,9 @@ class RandomK(_OfEachTensor):
 
     The vector is divided into cells of `block_size` b consecutive coordinates, which makes memory accesses contiguous.
     The fraction k/d of the cells, rounded up, is kept, each cell with the same probability, so a coordinate is kept
-    with probability at least k/d. A message has b values per kept cell (for b = 1 exactly k, else fewer than k (1 +
-    b/d) + b). By default b is the largest power of two, at most 128, with at least 1,024 kept cells; with `per_tensor`
-    it is 1.
+    with probability at least k/d. A message has b values per kept cell (for b = 1 exactly k, else fewer than
+    k (1 + b/d) + b). By default b is the largest power of two, at most 128, with at least 1,024 kept cells; with
+    `per_tensor` it is 1.
 
     `values` rounds the values to fewer bits; C is then not linear. Rounded messages are all-gathered, still without
     index bytes, and each worker's rounding error goes to its own error memory. (An all-reduce would round the sum

@@ -109,8 +109,8 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
     """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; other arguments are not stored.
 
-    There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with c = floor(i
-    / kept), and the first gap of a chunk is relative to its start.
+    There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
+    c = floor(i / kept), and the first gap of a chunk is relative to its start.
     """
     gaps, first = torch.empty_like(index), index[::kept]
     torch.sub(index[1:], index[:-1], out=gaps[1:]).sub_(1)

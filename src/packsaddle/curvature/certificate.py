@@ -38,8 +38,7 @@ def judge(least: float, most: float, epsilon: float, threshold: float, upper: fl
 
 
 def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float:
-    """Return the default epsilon: the gradient norm plus twice its standard error (if given and finite), rounded up to
-    two digits; `eps` for a gradient of 0."""
+    """Return the default epsilon: the gradient norm plus twice its standard error, rounded up; `eps` if it is 0."""
     most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
     if most <= 0:
         return eps
@@ -105,8 +104,7 @@ class Certificate:
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The Lipschitz constant rho below which the point would be a saddle, lambda_min_upper^2 / epsilon; None
-        without negative curvature."""
+        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon; None without negative curvature."""
         return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
 
     def escape_steps(self, lr: float) -> float | None:
@@ -126,8 +124,7 @@ class Certificate:
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     def to_dict(self, lr: float | None = None) -> dict[str, Any]:
-        """Return all fields except directions as plain types for JSON, with `escape_steps` for the step size `lr` (or
-        None)."""
+        """Return all fields except directions as plain types for JSON, and `escape_steps` for the step size `lr`."""
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
@@ -210,8 +207,7 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return the sorted indices of m iterates, drawn uniformly from 0 ... `steps` with replacement; a function of
-    `seed`."""
+    """Return the sorted indices of m iterates, drawn from 0 ... `steps` with replacement; a function of `seed`."""
     return sorted(torch.randint(steps + 1, (m,), generator=generator(seed, 0, Stream.ITERATES)).tolist())
 
 

@@ -67,9 +67,9 @@ def gradient_noise(
 ) -> GradientNoise:
     """Measure the variance of mini-batch gradients at the model's current parameters; collective.
 
-    The k-th batch has n_k examples, the first k batches have N_k and mean gradient m_k. Each n_k N_{k-1} / N_k ||g_k -
-    m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). Their mean is the sample variance, and
-    their variation gives its standard error.
+    The k-th batch has n_k examples, the first k batches have N_k and mean gradient m_k. Each
+    n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). Their mean is
+    the sample variance, and their variation gives its standard error.
 
     Args:
         model: a network, evaluated in eval mode to exclude noise from dropout and batch statistics.

@@ -112,8 +112,7 @@ class Curvature:
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Return True if two checksums of this worker's parameters, frozen ones included, differ from rank 0's;
-        collective."""
+        """Return True if two checksums of all parameters of this worker differ from rank 0's; collective."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self._model.parameters():
             values = p.detach().to(self.device, torch.float64)
@@ -146,8 +145,7 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError for another
-        result."""
+        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError otherwise."""
         loss: Any = self._loss_fn(self._model, batch)
         loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # a DTensor, with tensor parallelism
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -272,8 +270,7 @@ class Curvature:
         return None
 
     def in_double(self) -> "Curvature | None":
-        """Return the `Curvature` of a float64 copy of the model and of this worker's batches; None without examples.
-        Not collective."""
+        """Return a `Curvature` in float64 over this worker's batches alone; None without examples. Not collective."""
         if not sum(self._sizes_of_batches):
             return None
         model, doubled = copy.deepcopy(self._model).double(), partial(map, _to_double)

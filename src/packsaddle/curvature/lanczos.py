@@ -222,8 +222,7 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do up to `most` steps, until `is_enough` or exhaustion; return the result. `progress` is called after each
-        step."""
+        """Do up to `most` steps, until `is_enough` or exhaustion; return the result. Calls `progress` after each."""
         for k in range(1, most + 1):
             ritz = self.step()
             progress(k)

@@ -60,8 +60,8 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for unit v, except for
-    rounding."""
+    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for a unit vector v, except
+    for rounding errors, for which see `precision`."""
 
     name: str
     reason: str | None = None  # why double backward failed; None: it did not, or was not tried

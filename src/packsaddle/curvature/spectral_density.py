@@ -66,8 +66,7 @@ class SpectralDensity:
         return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
 
     def share_below(self, t: float) -> tuple[Estimate, Estimate]:
-        """Return a lower and an upper bound on the fraction of eigenvalues below t, with standard errors over
-        probes."""
+        """Return a lower and an upper bound on the fraction of eigenvalues below t, with their standard errors."""
         least, most = [], []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             below = sum(theta < t for theta in nodes)

@@ -1,9 +1,9 @@
 """Check of single coordinates for an effective step size too large for their curvature, as RandomK can cause.
 
 A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by the sum of
-their gradients: x_j <- (1 - eta T H_jj) x_j on a quadratic, with geometric T. It grows without bound if E ln|1 - eta T
-H_jj| > 0: for small mu, with T mu exponential, if (eta / mu) H_jj > 2.68; for mu = 1 if it is > 2. Directions spread
-over many coordinates are not affected, since only a few of these move at a time.
+their gradients: x_j <- (1 - eta T H_jj) x_j on a quadratic, with geometric T. It grows without bound if
+E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, if (eta / mu) H_jj > 2.68; for mu = 1 if it is > 2.
+Directions spread over many coordinates are not affected, since only a few of these move at a time.
 """
 
 import math
@@ -42,8 +42,7 @@ class Overshoot:
 
     @property
     def gain(self) -> float:
-        """Step size times curvature, (eta / mu) H_jj; at 2 an average step ends as far beyond the minimum as it
-        began."""
+        """Step size times curvature, (eta / mu) H_jj; at 2 an average step ends as far past the minimum as it began."""
         return self.step.effective * self.curvature
 
     @property

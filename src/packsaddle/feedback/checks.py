@@ -1,5 +1,4 @@
-"""Periodic measurements and checks: the fraction of a vector that compression keeps, and differences between
-workers."""
+"""Periodic measurements and checks: the fraction of a vector that compression keeps, and drift between workers."""
 
 import struct
 from collections.abc import Callable, Mapping, Sequence

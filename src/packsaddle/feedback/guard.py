@@ -188,8 +188,7 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return the number of uncompressed numbers that an exchange of `dense` uncompressed coordinates sends, flag
-        included."""
+        """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:

@@ -169,8 +169,7 @@ class ErrorFeedback:
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state after `use`. Return False, with nothing restored, if its compressor was
-        another."""
+        """Restore the aggregator's state after `use`; return False, with nothing restored, for another compressor."""
         assert self._compressor is not None
         fits = saved.compressor == identify(self._compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)

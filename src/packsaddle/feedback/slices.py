@@ -96,7 +96,7 @@ class Slice:
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
         """Yield (start, stop, offset) of each range [start, stop) of this slice that is contiguous in the vector of all
-        parameters, where it begins at `offset`."""
+        parameters, where `offset` is its start."""
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:

@@ -71,8 +71,7 @@ class _Attached(Attached, Callback):
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps, which marks checkpoints next to which workers' states are saved; empty without
-        exchange."""
+        """Return the number of steps, to mark checkpoints that have workers' states; empty without an exchange."""
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -183,8 +182,7 @@ class LocalUpdatesCallback(_Attached):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Context manager that restores this worker's own parameters during validation, when checkpoints may be
-        saved."""
+        """Context manager that restores this worker's own parameters in validation, when checkpoints may be saved."""
         self._evaluation.close()
         yield
         if self._evaluating:

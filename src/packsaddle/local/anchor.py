@@ -20,8 +20,7 @@ from packsaddle.feedback.slices import Shaped, Slice
 
 
 class Anchor:
-    """The anchor a, float[n], and the parameters x of this worker. Its start point is a, or with `keeps` a - e, where e
-    is the error memory."""
+    """The anchor a, float[n], and the parameters x of this worker. With `keeps` its start point is a - e, else a."""
 
     def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
@@ -62,8 +61,8 @@ class Anchor:
                 leaf.grad = None
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
-        """Move the parameters x after the anchor changed: x <- start + (x - before), with `before` by parameter, or x
-        <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
+        """Move the parameters x after the anchor changed: x <- start + (x - before), with `before` by parameter, or
+        x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
         if not before:
             self.move_to_start()
             return
@@ -106,8 +105,7 @@ class Anchor:
         self.owed = change if self.owed is None else self.owed.add_(change)
 
     def subtract_owed(self) -> None:
-        """Subtract `owed`, by which the start point moved without x, from x; the rounding error of x remains in
-        `owed`."""
+        """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""
         if self.owed is None:
             return
         pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None

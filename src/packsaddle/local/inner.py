@@ -1,5 +1,4 @@
-"""The inner optimizers, which step on each worker alone: their parameters, and checks that all of them are
-exchanged."""
+"""The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -58,8 +58,7 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """Return the median seconds of an all-reduce, averaged over workers so that it is equal on all of them;
-    collective."""
+    """Return the median seconds of an all-reduce, averaged over workers, so equal on all of them; collective."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))

@@ -178,8 +178,7 @@ class Audit:
     data_dir: Path | None = None
 
     def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
-        """Return the run's network, its training examples and the weights in every file. Raises ConfigError if one is
-        missing."""
+        """Return the run's network, its training examples and the weights in every file. Raises ConfigError."""
         config = read_config(self.run)
         data = load_data(config.data, self.data_dir, train=True)
         if self.examples is not None and not 1 <= self.examples <= len(data):

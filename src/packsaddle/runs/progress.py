@@ -45,8 +45,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Context manager that shows an upper bound on the time left, on stderr: a bar on a terminal, else a line every 10
-    s."""
+    """Context manager that shows an upper bound on the time left, on stderr: a bar on a terminal, else lines."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None

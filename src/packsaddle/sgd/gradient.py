@@ -51,8 +51,7 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi; subclasses keep a vector, such as the
-    momentum."""
+    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi. Subclasses keep a vector, as momentum."""
 
     kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
     started = True  # False: the vector kept between steps has no value yet, since no step was applied
@@ -202,8 +201,9 @@ class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
     The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e is SGD with momentum
-    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`: m <- beta m + (1 -
-    beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
+    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`:
+    m <- beta m + (1 - beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and
+    Richtarik 2023).
     """
 
     kind = "momentum"

@@ -121,8 +121,7 @@ class Perturber:
             raise ValueError(problem)
 
     def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return the noise xi_t of this step (None: 0), and the number of leading coordinates that keep it
-        outstanding."""
+        """Return the noise xi_t of this step (None: 0), and how many leading coordinates keep it outstanding."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:
@@ -140,8 +139,7 @@ class Perturber:
             outstanding.clear()
 
     def add_outstanding(self, g: Averaged) -> None:
-        """Add the outstanding noise of the cells that this step exchanged, its own noise included, to the mean g, in
-        place."""
+        """Add the outstanding noise of the exchanged cells, that of this step included, to the mean g, in place."""
         if self.outstanding is None:
             return
         self.outstanding.grow(self.grown)
@@ -152,8 +150,7 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the change of x by `add_outstanding`: 7 std, since Gaussians of 32 random bits are below
-        7."""
+        """An upper bound on the change of x by `add_outstanding`: 7 std, since these Gaussians are at most 7."""
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, self.outstanding.std)
 
     def snapshot(self) -> Any:

@@ -119,8 +119,8 @@ class Constants:
         `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. The argument of the logarithm has
         units, as in the paper, so the logarithm can be small or negative. A logarithm below 1 is replaced by that of
         the unitless d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger. The
-        proof only says that `log_factor` is "sufficiently large"; 1 is optimistic. Raises ValueError unless 0 < delta <
-        1.
+        proof only says that `log_factor` is "sufficiently large"; 1 is optimistic. Raises ValueError unless
+        0 < delta < 1.
         """
         if not 0 < failure_probability < 1:
             raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")

@@ -1,10 +1,10 @@
 """The random walk of the parameters x under artificial noise of standard deviation r, and a suggestion for r.
 
-Noise xi_t moves x by eta xi_t per step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by eta r
-sqrt(d T). The ratio of this length to ||x_0|| predicts the effect of the noise: three autoencoders left their plateaus
-at ratios from 2.4 to 5.4, at learning rates from 0.1 to 1. For the one trained with several r, a ratio of 1 gained
-less, 0.3 gained nothing, and 10 prevented learning (experiments/noise-rule). The ratio of r to mini-batch noise does
-not predict it: the same effect needed ratios of 104 and 3,400.
+Noise xi_t moves x by eta xi_t per step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by
+eta r sqrt(d T). The ratio of this length to ||x_0|| predicts the effect of the noise: three autoencoders left their
+plateaus at ratios from 2.4 to 5.4, at learning rates from 0.1 to 1. For the one trained with several r, a ratio of 1
+gained less, 0.3 gained nothing, and 10 prevented learning (experiments/noise-rule). The ratio of r to mini-batch noise
+does not predict it: the same effect needed ratios of 104 and 3,400.
 """
 
 import math

@@ -194,8 +194,8 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     in `plan`. For smaller k, compression limits eta, and k T grows as k falls; for larger k, T is constant and each
     step costs more. So the minimum is at this k, at the next smaller mu, or at k = d, which sends no indices. It is
     `balanced_k`, up to rounding, unless the first-order bound, which Corollary 3.3 ignores, limits eta. (LinearSketch
-    has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the bytes, by 13% at d =
-    7.)
+    has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the bytes, by 13% at
+    d = 7.)
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions

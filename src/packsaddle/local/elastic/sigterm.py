@@ -39,8 +39,7 @@ class Sigterm:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context manager that marks a wait for other workers: SIGTERM, also an earlier one, ends it by
-        LeavingError."""
+        """Context manager that marks a wait for other workers; SIGTERM, also an earlier one, raises LeavingError."""
         self._waiting = True
         try:
             if self.asked:

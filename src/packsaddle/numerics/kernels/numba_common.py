@@ -25,8 +25,7 @@ T = TypeVar("T")
 
 
 def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
-    """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return the
-    results."""
+    """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return a list."""
     parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))
     if parts == 1:
         return [work(0, n)]

@@ -193,8 +193,7 @@ class CharTransformer(nn.Module):
         self.head = linear(width, classes, 0.1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return the logits of the next character at every position, [b, length, classes], from codes int64[b,
-        length]."""
+        """Return the logits of the next character at every position, [b, length, classes], for int64[b, length]."""
         places = self.places.weight[: codes.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(self.characters(codes) + places)))
         return logits
@@ -288,8 +287,7 @@ def _convolution(inside: int, outside: int, size: int, stride: int, padding: int
 
 
 class Task(nn.Module):
-    """A network with its loss: mean squared reconstruction error, or cross-entropy on normalized images or
-    characters."""
+    """A network with its loss: mean squared reconstruction error, or cross-entropy of images or characters."""
 
     def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
         super().__init__()
