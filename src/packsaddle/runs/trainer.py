@@ -170,8 +170,11 @@ class Trainer:
     # Training
 
     def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
-        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize. Return False if
-        stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if one cannot be written or restored."""
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize.
+
+        Returns False if the run was stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if a
+        checkpoint cannot be written or restored.
+        """
         quiet = quiet or self.group.rank != 0
         tally = self.tally
         parts = {"model": self.task, **self.training.parts()}
