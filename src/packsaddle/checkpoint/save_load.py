@@ -1,4 +1,4 @@
-"""`save_checkpoint` and `load_checkpoint`, which find the newest step with intact files of every worker."""
+"""`save_checkpoint`, and `load_checkpoint`, which finds the newest step with intact files of every worker."""
 
 import warnings
 from collections.abc import Mapping

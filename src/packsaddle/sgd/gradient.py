@@ -51,7 +51,7 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi. Subclasses keep a vector, as momentum."""
+    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi; subclasses add momentum or the like."""
 
     kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
     started = True  # False: the vector kept between steps has no value yet, since no step was applied

@@ -148,7 +148,7 @@ class EstimateMemory(ErrorMemory):
         self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of x by the mean estimate, which is measured once only."""
+        """Return an upper bound on the change of x by the mean estimate, measured only at the first call."""
         if self._bound is None:
             self._bound = float(measured(self.mean))
         self._bound += magnitude

@@ -328,7 +328,7 @@ def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bo
         pending -= n
         for i in range(pending + 1):
             ends[i] = ends[n + i]
-    # A long quotient could overflow `number`, so both are checked.
+    # Check the longest quotient too: shifted by b bits, it could overflow to a small `number`.
     return bool(pending == 0 and byte_at == len(unary) and longest <= most >> b and largest <= most)
 
 
