@@ -1,4 +1,4 @@
-"""The parts of a checkpoint, which are objects with a state_dict: their validation, and a load of all parts or none."""
+"""The parts of a checkpoint, objects with a state_dict: their validation, and loading of all parts or none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -28,7 +28,7 @@ Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError for invalid `parts`, or if they miss the LocalUpdates that exchange for an optimizer."""
+    """Raise CheckpointError for invalid `parts`, or for an optimizer whose `LocalUpdates` is not a part."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():

@@ -1,6 +1,6 @@
 """States of several workers: deduplication of shared tensors, and conversion to another number of workers.
 
-Tensors with the sha256 (of dtype, shape and bytes) of worker 0's are shared, such as the weights of a
+Tensors equal to worker 0's, by a sha256 of dtype, shape and bytes, are shared, such as the weights of a
 DistributedDataParallel model. Only worker 0's file contains them. The other files list their paths, and their manifests
 a joint fingerprint, which detects a worker-0 file of another save.
 

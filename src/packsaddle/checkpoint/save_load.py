@@ -180,7 +180,7 @@ def load_checkpoint(
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """Load as `load_checkpoint` does, with warnings in `notes`; step -1: it found only an unfinished first step."""
+    """Do what `load_checkpoint` does, with warnings in `notes`; step is -1 if only a first, unfinished step exists."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()

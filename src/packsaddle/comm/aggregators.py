@@ -119,7 +119,7 @@ class Aggregator(ABC):
         return pending
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d coordinates of equal size."""
+        """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d equally large coordinates."""
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:

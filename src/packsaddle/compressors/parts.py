@@ -44,7 +44,7 @@ def floats(n: int, *dtypes: torch.dtype) -> Expected:
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a message part of `least` to `most` bytes, by default `least`, with this last byte."""
+    """Return the `Expected` of a message part of `least` to `most` bytes (None: `least`) that ends with `last`."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 

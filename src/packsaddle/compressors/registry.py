@@ -42,7 +42,8 @@ SUMMARIES: Mapping[type[Compressor], Summary] = {
 
 
 def compressors(ratio: float) -> list[Compressor]:
-    """Return all compressors, in one or more variants, with this `ratio` if any. Raises ValueError unless in (0, 1]."""
+    """Return all compressors, some in several variants, with this `ratio` if they have one. Raises ValueError unless it
+    is in (0, 1]."""
     return [
         Identity(),
         RandomK(ratio),

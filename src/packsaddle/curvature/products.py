@@ -289,7 +289,7 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """Return the ratio of the best step h, where rounding / h is twice h^2 M_3 / 6, to a trial's step."""
+        """Return the best step h, for which rounding / h is twice h^2 M_3 / 6, divided by the step of a trial."""
         if trial.noise == 0.0:  # no change: a step below 16-bit resolution, or a constant gradient
             return _FARTHEST
         # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.

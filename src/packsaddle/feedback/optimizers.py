@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside a framework's wrappers, which may miss step hooks, or raise TypeError."""
+    """Return the torch optimizer inside a framework's wrappers, which may not run step hooks; else raise TypeError."""
     while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, Optimizer):

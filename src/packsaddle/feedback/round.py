@@ -206,7 +206,8 @@ class Round:
         self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n]; if invalid zeros, except with memory="gradient" (line 10)."""
+        """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros, except with
+        memory="gradient"."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.name = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)

@@ -200,8 +200,8 @@ class FlatParameters(Slice):
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the place of each `part(p)`, such as this process's shard of p, in one vector of all: compressed
-    parameters first, then uncompressed. `dense_below` is compared with the size of the whole p."""
+    """Return the place of each `part(p)`, such as this process's shard of p, in one vector with all compressed
+    parameters first. The size of the whole p, not of the part, is compared with `dense_below`."""
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))

@@ -102,7 +102,7 @@ class FSDPHook(GradientHook):
         self._model = model
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
+        self._seen: dict[str, int] = {}  # modules exchanged in this backward pass; autograd's id of the pass
 
     @torch.no_grad()
     def start(self) -> None:

@@ -32,8 +32,8 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base class of the frameworks' callbacks. `exchange`: the hook or local updates in use; None before training.
-    `options` are arguments of `_makes`, which training calls. Raises TypeError for another name."""
+    """Base class of the frameworks' callbacks. `exchange` is the hook or local updates in use, None before training:
+    what `_makes` returned for the arguments `options`. Raises TypeError for an option that `_makes` does not have."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 

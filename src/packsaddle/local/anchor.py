@@ -142,7 +142,7 @@ class PseudoGradient(Update):
     noise: GaussianNoise | None
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is not out."""
+        """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is another tensor."""
         share, xs = self.decay, self.of.tensors()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views

@@ -2,7 +2,8 @@
 
 An exchange has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
 background of the next steps. `close` reads whether the exchange is applied, and commits or rolls back the error memory.
-`apply_exchange` applies the mean to the anchor. Workers that join and leave record the round between the last two.
+`apply_exchange` applies the mean to the anchor. With workers that join and leave, the round is recorded between the
+last two.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -160,7 +160,7 @@ def clear_nonfinite(optimizer: Optimizer) -> None:
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:
-    """Return a copy of a state dict in which non-finite entries of "state" are removed, and other tensors set to 0."""
+    """Return a copy of a state dict without non-finite entries of "state", and with 0 in other non-finite tensors."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
         return {k: _finite_part(v, k) for k, v in kept.items()}

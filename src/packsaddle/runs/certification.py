@@ -1,4 +1,4 @@
-"""Certification of parameters as a saddle or a second-order stationary point: of a run's saved weights, and options."""
+"""Certification of the saved weights of a run as a saddle or a second-order stationary point, and its options."""
 
 import math
 import os

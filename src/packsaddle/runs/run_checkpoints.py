@@ -34,7 +34,7 @@ _COSTS = 50  # shortest time between checkpoints, in units of the last save: sav
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """The schedule of a run's checkpoints. If `stops` is False, workers do not vote, and `every` None is an epoch."""
+    """The schedule of a run's checkpoints. If `stops` is False, workers do not vote, and every=None means one epoch."""
 
     every: int | None = None  # steps between checkpoints; None: about an epoch, at least 30 s; 0: no checkpoints
     resume: bool = False  # restore the newest checkpoint in the folder

@@ -47,7 +47,7 @@ class RunCounters:
     step: int = 0  # number of steps done
     since: int = 0  # `step` at the last line of metrics
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sums of losses, gradient norms
-    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of losses
+    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of the last epoch's losses
     line: dict[str, Any] = field(default_factory=dict)  # the last line of metrics; the last step always writes one
     elapsed: float = 0.0  # seconds of the run at the last checkpoint
     left_out: int = 0  # skipped steps, without a loss, since the last line of metrics

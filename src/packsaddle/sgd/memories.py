@@ -209,8 +209,8 @@ def make_memory(
     spare: bool,
     revocable: bool,
 ) -> ErrorMemory:
-    """Return the error memory of this kind; `spare`: its steps can be rolled back.
-    A large buffer on a CPU has no spare vector if updates are `revocable` (subtractable)."""
+    """Return the error memory of this kind; with `spare`, its steps can be rolled back. A large buffer on a CPU is
+    rolled back by subtraction, without a spare vector, if its updates are `revocable`."""
     if kind == "buffer":
         in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"
         return InPlaceMemory(flat) if in_place else ErrorMemory(flat, spare=spare)

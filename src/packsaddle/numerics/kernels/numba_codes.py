@@ -265,8 +265,8 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode the set of the `going_on` codes, uint8[n], below `low` or above `high`; return its code, and these codes.
-    It is the Rice code of the gaps between these codes or, if `inverted`, between the `coded` others."""
+    """Encode which of `codes`, uint8[n], are below `low` or above `high` (`going_on` of them); return the code, and
+    these. The gaps between them are Rice-coded with parameter b or, if `inverted`, those between the `coded` others."""
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)
@@ -281,7 +281,8 @@ def pack_layer(
 
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
-    """Write the indices of the codes below `low` or above `high`, or of the others, to `places`, one longer."""
+    """Write the indices of the codes below `low` or above `high`, or if `inverted` of the others, to `places`, which
+    needs one more element."""
     n: Any = 0
     for i in range(len(codes)):  # branch-free: indices that do not qualify are overwritten
         places[n] = i
