@@ -133,4 +133,4 @@ def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
         is_damaged, rank, problem = found[0]
         where = f"worker {rank}: " if collectives.group.size > 1 else ""
         raise (DamagedError if is_damaged else CheckpointError)(where + problem)
-    return value  # all workers got here, so `value` is a result of `work`
+    return value  # type: ignore[return-value]  # `work` has returned on all workers

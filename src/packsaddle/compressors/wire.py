@@ -100,7 +100,7 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
         return None
     quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     numbers = (quotients << b) | unpack(packed[split:], b, n)
-    # Check the quotients too, since a number with a long one could overflow.
+    # Check the quotients too: a number with a very long quotient could overflow.
     if n and (int(quotients.max()) > most >> b or int(numbers.max()) > most):
         return None
     return numbers.to(dtype)

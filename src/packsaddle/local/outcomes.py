@@ -131,7 +131,7 @@ class Outcomes:
         """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
         for part in self._fragments:
             if not self._are_finite(p for p in part.parameters if p.requires_grad):
-                # To their values at the beginning of the current exchange if those are valid, else to the start point.
+                # Use the values at the beginning of the current exchange if those are valid, else the start point.
                 p = part.current
                 if p is not None and p.before and not bool(p.invalid):
                     part.anchor.set_parameters(p.before)

@@ -248,7 +248,7 @@ class Membership:
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange one round with the workers of the quorum, up to the vote; return its data."""
+        """Exchange one round with the workers of the quorum, up to the vote; return it as an `Attempt`."""
         self._group.renew()
         self._channel.step = max(0, self.steps - 1)
         self.account.attempts += 1

@@ -78,7 +78,7 @@ class Roster:
         self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
         self.past: list[int] = []  # `history` after each of the last rounds
-        self.taken: dict[int, int] = {}  # last attempt that the anchor includes, by worker
+        self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that the anchor includes
         self.members: dict[int, Member] = {}  # in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
