@@ -1,6 +1,6 @@
 """The console script `packsaddle`. It prints overviews and the version without importing torch, which takes seconds.
 
-It is outside the package for this reason, and so that Ctrl-C during the package's import prints no traceback.
+It is a module outside of the package, whose import would import torch.
 """
 
 import os

@@ -97,5 +97,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List the public names alone: modules that importing has brought are not of the API."""
+    """List only the public names, without the submodules that were imported."""
     return sorted([*__all__, "__version__"])

@@ -13,10 +13,8 @@ from types import ModuleType
 
 
 class ConfigError(ValueError):
-    """An invalid configuration or command; the message is one line.
-
-    `key` is the path of the invalid key in the configuration, or of the table if several keys are involved; (): none.
-    """
+    """An invalid configuration or command; the message is one line. `key` is the path of the invalid key in the
+    configuration, or of the table if several keys are involved; (): none."""
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -28,11 +26,8 @@ class GuardError(RuntimeError):
 
 
 class MessageError(ValueError):
-    """A compressor's message cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
-
-    `part` is the part's name, `expected` its requirement, `found` the actual value, `compressor` the compressor's name,
-    `worker` the sender's rank (None: unknown).
-    """
+    """The part named `part` of a compressor's message cannot be decoded: it must be `expected` and is `found`.
+    `compressor` is the compressor's name, `worker` the sender's rank (None: unknown)."""
 
     def __init__(
         self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None
@@ -50,7 +45,6 @@ class MissingExtraError(ConfigError):
 
 
 def check_integers(least: int, **values: object) -> None:
-    """Raise ValueError, with the argument's name, for a value that is not an integer of at least `least`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -72,10 +66,8 @@ def check_not_negative(**values: float | None) -> None:
 
 @contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
-    """Convert a ValueError of the body to a ConfigError, with `prefix` before its message.
-
-    With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every.
-    """
+    """Context manager that converts a ValueError to a ConfigError, with `prefix` before its message.
+    With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every."""
     try:
         yield
     except ConfigError:
@@ -97,7 +89,6 @@ def read_text(path: Path, name: str) -> str:
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency. Raises MissingExtraError, naming the extra to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

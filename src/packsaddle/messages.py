@@ -8,45 +8,37 @@ _LINE = 1000  # most characters of a message
 
 
 def shown(value: Any) -> str:
-    """Return the repr of a value for a message, shortened in the middle if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer with too many digits for repr; deeply nested lists
+    except (ValueError, RecursionError):  # an integer with too many digits for repr, or deeply nested lists
         return f"a {type(value).__name__} that is too large to show"
     return shortened(text)
 
 
 def shortened(text: str, most: int = _SHOWN) -> str:
-    """Return a text, with its middle replaced by " ... " if it has more than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def printable(text: str) -> str:
-    """Return a text with its control characters, line ends included, replaced by escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(value: Any) -> Any:
     """Return a value for a CSV file, with an apostrophe before text that a spreadsheet would run as a formula.
-
-    Text that begins with an apostrophe gets another one, so that `read_cell` can restore the text.
-    """
+    Text that begins with an apostrophe gets another one, so that `read_cell` can restore the text."""
     starts = ("'", "=", "+", "-", "@", "\t", "\r", "\n")
     return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
 
 
 def read_cell(text: str) -> str:
-    """Return the original text of a CSV value that `cell` returned."""
     return text.removeprefix("'")
 
 
 def one_line(text: str) -> str:
-    """Return a message as one printable line, shortened if it is long."""
     return shortened(printable(" ".join(text.split())), _LINE)
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's type and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

@@ -14,8 +14,8 @@ to 7) divides the run into segments. A segment ends after more than `interval` i
 `radius` from the segment's start point. Then x is set to y if f has decreased since, else to the start point, and the
 error memories are cleared.
 
-One loop runs all workers on dense vectors, so this file is slow and easy to check. `CompressedSGD` computes the same
-iterates across processes, and the tests compare the two.
+One loop runs all workers on dense vectors. `CompressedSGD` computes the same iterates across processes, and the tests
+compare the two.
 
 Two workers with quadratic objectives, minimal at (1, 2) and (3, 6), minimize the mean and send one coordinate per step:
 

@@ -1,3 +1,3 @@
-"""The version, for what must know it without importing the package."""
+"""The version, which can be read without importing the package."""
 
 __version__ = "0.2.0"

@@ -1,8 +1,7 @@
-"""Checkpoints: written atomically by each worker, and restored on any number of workers.
+"""Checkpoints: written atomically by each worker, and restored on the same or another number of workers.
 
-Read `save_load` first (`save_checkpoint`, `load_checkpoint`); `files` defines the format of one worker's files, `parts`
-the objects that can be saved, `reshard` the conversion to another number of workers. `atomic_files` is used by all
-modules that write files; `file_lock` is a lock between processes.
+Start with `save_load`. `files` defines the files of one worker, `parts` the objects that can be saved, `reshard` the
+conversion to another number of workers. Run folders also use `atomic_files` and the lock of `file_lock`.
 """
 
 from packsaddle.checkpoint.files import CheckpointError

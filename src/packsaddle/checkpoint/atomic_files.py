@@ -9,11 +9,8 @@ PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = None) -> int:
-    """Write a file atomically, by `write(file)` to a temporary file, fsync and rename. Raises OSError.
-
-    Creates the folder. On failure an existing file is unchanged, and the temporary file is removed. `file` has `write`
-    and `flush`, for `torch.save`. Returns the size in bytes; `digest`, a hashlib object, is updated with all bytes.
-    """
+    """Write a file by calling `write(file)` on a temporary file, then fsync and rename; return its size in bytes. If an
+    OSError is raised, an existing file is unchanged. `digest`, a hashlib object, is updated with all bytes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
     try:
@@ -37,10 +34,7 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to PATH.unusable, or PATH.unusable-2, ...: the first free name.
-
-    Returns the new path. Raises OSError.
-    """
+    """Rename an unusable file or folder to the first free of PATH.unusable, PATH.unusable-2, ...; return that path."""
     aside, number = path.with_name(f"{path.name}.unusable"), 1
     while aside.exists():
         number += 1
@@ -49,14 +43,13 @@ def set_aside(path: Path) -> Path:
 
 
 class _Sink:
-    """A file that defers the OSError of a write to `check`, since `torch.save` may crash if `write` raises."""
+    """The file passed to `torch.save`, which may crash if `write` raises: `check` raises the OSError instead."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest
         self._failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write bytes, unless an earlier write failed; return their number."""
         view = memoryview(data).cast("B")
         if self._failure is None:
             try:
@@ -71,7 +64,6 @@ class _Sink:
         """No-op: `check` flushes."""
 
     def check(self) -> None:
-        """Flush the file, or raise the OSError of the first write that failed."""
         if self._failure is not None:
             raise self._failure
         self._file.flush()

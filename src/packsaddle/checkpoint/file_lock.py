@@ -1,7 +1,7 @@
 """An advisory lock between processes, on a file (flock).
 
-The operating system releases the lock when no process has the file open, however the processes ended. The file contains
-the holder's process id and host. `release` removes the file; a file left by a killed process is not locked.
+The operating system releases the lock when no process has the file open, even if its holder was killed. The file
+contains the holder's process id and host; `release` removes it.
 """
 
 import errno
@@ -29,9 +29,7 @@ class NoLocksError(OSError):
 
 def acquire(path: Path) -> int:
     """Create a file and lock it; return its descriptor, which must stay open while the lock is needed.
-
-    Raises HeldError if another process has the lock, NoLocksError, and OSError if the file cannot be opened.
-    """
+    Raises HeldError if another process has the lock, NoLocksError, and OSError if the file cannot be opened."""
     # The last holder may remove the file between open and lock: then the lock is on a deleted file, so try again.
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -52,7 +50,7 @@ def acquire(path: Path) -> int:
 
 
 def release(fd: int, path: Path) -> None:
-    """Release a lock by closing its descriptor, and remove its file unless another process has locked it."""
+    """Close a lock's descriptor, and remove its file unless another process has locked it."""
     os.close(fd)
     with suppress(OSError):
         fd = os.open(path, os.O_RDWR)
@@ -64,7 +62,7 @@ def release(fd: int, path: Path) -> None:
 
 
 def release_everywhere(fd: int, path: Path) -> None:
-    """Release a lock even if forked processes have inherited its descriptor."""
+    """Release a lock even if forked child processes have inherited its descriptor."""
     assert fcntl is not None
     fcntl.flock(fd, fcntl.LOCK_UN)
     release(fd, path)

@@ -1,11 +1,10 @@
-"""One worker's two files of one step: its tensors, and a manifest, which detects damage before tensors are loaded.
+"""The two files that a worker writes for each step: its tensors, and a manifest to detect damage.
 
     DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), except those stored in worker-0.pt
     DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file, and its own sha256
 
-The manifest is written last, so if it is intact the other file is complete. Nothing in either is ever executed: the
-manifest is JSON, and the tensors are loaded with weights_only=True, after their sha256 was verified. Files of older
-steps are removed, and folders of incomplete steps are renamed ("set aside").
+The manifest is written last, so if it is intact the other file is complete. Loading never executes code from a file:
+the manifest is JSON, and tensors are loaded with weights_only=True after their sha256 was verified.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ FORMAT = 2  # version of the files; 1, of development versions, had all tensors 
 _STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks a folder that was set aside
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
-_LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters need a tenth of that
+_LARGEST_MANIFEST = 1 << 26  # bytes; ten times the manifest of a model with 100,000 parameter tensors
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -68,29 +67,27 @@ class Manifest:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Return the folder of a step's files."""
     return folder / f"step-{step:08d}"
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Return the steps that have a folder, except folders set aside as unusable, in ascending order."""
+    """Return the steps that have a folder, except those set aside as unusable, in ascending order."""
     return sorted(step for step, _, aside in _step_folders(folder) if not aside)
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path, bool]]:
-    """Return step number, path, and True if set aside, for each step folder in a checkpoint folder."""
+    """Return (step, path, True if set aside) for each step folder in a checkpoint folder."""
     found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     return [(int(match[1]), path, match[2] is not None) for match, path in found if match]
 
 
 def ranks_in(step: Path) -> list[int]:
-    """Return the ranks with a manifest in a step's folder, in ascending order."""
     found = [_MANIFEST.fullmatch(p.name) for p in step.iterdir()] if step.is_dir() else []
     return sorted(int(m[1]) for m in found if m)
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's tensor file of a step, then its manifest, with `said` as further fields. Raises OSError."""
+    """Write a worker's tensor file of a step, then its manifest with `said` as further fields. Raises OSError."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
@@ -129,7 +126,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
 
 
 def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Load a worker's tensor file to the CPU. Raises DamagedError unless size and sha256 match the manifest."""
+    """Load a worker's tensor file to the CPU. Raises DamagedError unless its size and sha256 match the manifest."""
     path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
 
     # Only bytes with the manifest's size and sha256 reach torch.load.
@@ -155,7 +152,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise CheckpointError if a nested value has parts that torch.load(weights_only=True) would not load."""
+    """Raise CheckpointError if a nested value contains a type that torch.load(weights_only=True) rejects."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
             if not _is_plain_key(key):
@@ -184,12 +181,12 @@ _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
 def newest_of(folder: Path, rank: int) -> int:
-    """Return the newest step for which a worker's manifest exists, -1 if there is none."""
+    """Return the newest step for which this worker's manifest exists; -1: none."""
     return max((step for step in steps_in(folder) if rank in ranks_in(step_folder(folder, step))), default=-1)
 
 
 def rotate(folder: Path, keep: int, had: int) -> None:
-    """Remove the files of steps older than the `keep` newest and than `had`, the newest step saved by all workers."""
+    """Remove steps older than both the `keep` newest and `had`, the newest step that all workers saved."""
     oldest = min(steps_in(folder)[-keep:][0], had)
     for step, path, _ in _step_folders(folder):
         if step < oldest:
@@ -197,19 +194,18 @@ def rotate(folder: Path, keep: int, had: int) -> None:
 
 
 def remove_all(folder: Path) -> None:
-    """Remove the files of all steps, including those set aside."""
     for _, path, _ in _step_folders(folder):
         remove(path)
 
 
 def remove(step: Path) -> None:
-    """Remove a step's folder, manifests first. Other workers may remove it at the same time."""
+    """Remove a step's folder, manifests first, so that a partly removed step is never loaded."""
     try:
         for file in sorted(step.iterdir(), key=lambda p: p.suffix != ".json"):
             if _OURS.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         step.rmdir()
-    except OSError:  # another worker was faster, or there are other files in it
+    except OSError:  # another worker removed it first, or there are other files in it
         pass
 
 

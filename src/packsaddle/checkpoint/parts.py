@@ -1,4 +1,4 @@
-"""The parts of a checkpoint, objects with a state_dict: validation of parts and states, and loading of all or none."""
+"""The parts of a checkpoint, objects with a state_dict: their validation, and loading of all parts or none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
@@ -28,7 +28,7 @@ Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError if `parts` is not a mapping of names to parts, or misses an optimizer's LocalUpdates."""
+    """Raise CheckpointError for invalid `parts`, or for an optimizer whose `LocalUpdates` is not a part."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():
@@ -42,18 +42,16 @@ def check_parts(parts: Parts) -> None:
 
 
 def modules(parts: Parts) -> list[str]:
-    """Return the names of the parts that are modules."""
     return [name for name, part in parts.items() if isinstance(part, nn.Module)]
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, str]:
-    """Return dtype and shape of each tensor in a module's state, such as "float32[64, 64]", by name."""
+    """Return the dtype and shape of each tensor in a module's state, such as {"weight": "float32[64, 64]"}."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
 
 
 def device_of(parts: Parts) -> torch.device:
-    """Return the device for collectives: that of the first tensor found in the parts, else the CPU."""
     for part in parts.values():
         held = [g["params"] for g in part.param_groups] if isinstance(part, Optimizer) else part.state_dict()
         for leaf in tree_leaves(held):
@@ -63,7 +61,6 @@ def device_of(parts: Parts) -> torch.device:
 
 
 def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Raise CheckpointError, naming the first difference, unless a module's `shapes` match the saved ones."""
     for name, shape in here.items():
         if saved.get(name) != shape:
             raise CheckpointError(f"{part}: {name} is {shape} here, but {saved.get(name, 'not')} in the checkpoint")
@@ -73,7 +70,6 @@ def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -
 
 
 def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the saved state has the same names of parts as `parts`."""
     if parts.keys() != state.keys():
         here, there = ", ".join(sorted(parts)), ", ".join(sorted(state))
         raise CheckpointError(f"the parts are {here} here, but {there} in the checkpoint")
@@ -103,7 +99,7 @@ def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollectives) -> None:
-    """Restore all parts on all workers; if one fails, roll back all and raise CheckpointError. Collective."""
+    """Restore all parts on all workers. If one fails, all are rolled back and CheckpointError is raised; collective."""
     before = tree_map_only(
         Tensor, lambda t: t.detach().to("cpu", copy=True), {name: part.state_dict() for name, part in parts.items()}
     )
@@ -112,7 +108,7 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
         for name, part in parts.items():
             try:
                 part.load_state_dict(state[name])
-            except Exception as error:  # after any error, all parts must be rolled back
+            except Exception as error:  # any error: all parts must be rolled back
                 raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
     try:
@@ -124,10 +120,8 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
-    """Call `work` on every worker, and return its value; collective.
-
-    If some raise CheckpointErrors, all raise the first of them by rank: a DamagedError only if there is no other.
-    """
+    """Call `work` on every worker and return this worker's result; collective. If some raise CheckpointError, all raise
+    that of the lowest rank, and a DamagedError only if there is no other."""
     value, kind, problem = None, "", ""
     try:
         value = work()

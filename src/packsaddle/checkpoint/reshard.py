@@ -1,14 +1,13 @@
 """States of several workers: deduplication of shared tensors, and conversion to another number of workers.
 
-Tensors are shared if the sha256 of their dtype, shape and bytes is equal, such as the weights of a
-DistributedDataParallel model and the state of a torch optimizer. Only worker 0's file contains them; the other files
-list their paths, and the manifests their joint fingerprint, so that a worker-0 file of another save is detected.
+Tensors equal to worker 0's, by a sha256 of dtype, shape and bytes, are shared, such as the weights of a
+DistributedDataParallel model. Only worker 0's file contains them. The other files list their paths, and their manifests
+a joint fingerprint, which detects a worker-0 file of another save.
 
 For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
 parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
 each worker. Owner errors, the residuals of a two-way exchange's mean, are added to the error memories. If workers train
-separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too, as in
-an exchange.
+separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too.
 """
 
 import copy
@@ -28,7 +27,7 @@ Path = tuple[Any, ...]  # keys and indices in nested containers, outermost first
 
 
 def fingerprint(value: Any) -> bytes:
-    """Return bytes that are equal for equal values only: the sha256 of a tensor, else the repr."""
+    """Return the sha256 of a tensor's dtype, shape and bytes, or the repr of another value."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
@@ -38,13 +37,10 @@ def fingerprint(value: Any) -> bytes:
 
 
 def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) -> tuple[list[Path], str]:
-    """Return the paths of this worker's tensors that equal those of worker 0, and a joint fingerprint; collective.
-
-    Empty on worker 0, which writes all of its tensors.
-    """
+    """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective."""
     if collectives.group.size == 1:
         return [], ""
-    # Of non-empty plain tensors; others (DTensors, sparse, quantized) are never shared.
+    # Share only non-empty plain tensors, no DTensors, sparse or quantized tensors; worker 0 writes all of its own.
     mine = {
         path: fingerprint(value)
         for path, value in _leaves(content).items()
@@ -57,16 +53,12 @@ def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) 
 
 
 def without(content: Any, paths: list[Path]) -> Any:
-    """Return a copy of nested dictionaries, lists and tuples with None at these paths."""
     return _replaced(content, dict.fromkeys(paths))
 
 
 def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
-    """Return a copy of `content` with the tensors of `whole` at these paths, and their joint fingerprint.
-
-    Tensors are copied, so that two workers' contents share no memory. Raises LookupError or TypeError if `whole` misses
-    one of them.
-    """
+    """Return a copy of `content` with copies of the tensors of `whole` at these paths, and their joint fingerprint.
+    Raises LookupError or TypeError if `whole` misses one of them."""
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise TypeError("not a tensor")
@@ -114,8 +106,8 @@ def resharded(
 ) -> dict[str, Any]:
     """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
 
-    `template` is the content of worker 0's file, present on every worker; `contents` are those of the files that this
-    worker has read. Each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
+    `template` is the content of worker 0's file, present on every worker. `contents` are those of the files that this
+    worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
     converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
@@ -124,7 +116,7 @@ def resharded(
     for name, part in parts.items():
         try:
             splits[name] = _split(part, template["parts"][name], workers)
-        except ValueError as error:  # on all workers, as all have the template
+        except ValueError as error:  # on all workers, since all have the template
             raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
         state, split = template["parts"][name], splits[name]
@@ -135,10 +127,10 @@ def resharded(
                 f"one of the {workers} workers that saved it, so it cannot be loaded by another number of workers"
             )
 
-        # Floats that differ are averaged in buffers, and with local updates also in parameters and optimizer states.
+        # Average floats that differ: in buffers and, with local updates, in parameters and optimizer states.
         different = _different(split, mine, collectives)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-        own = apart and isinstance(part, nn.Module | Optimizer)  # these differ between exchanges of local updates
+        own = apart and isinstance(part, nn.Module | Optimizer)  # these differ between workers with local updates
         for path in different:
             value = split.equal[path]
             has_mean = isinstance(value, Tensor) and value.is_floating_point()
@@ -149,7 +141,7 @@ def resharded(
                     f"have no meaning, so it cannot be loaded by another number of workers"
                 )
 
-        # Average over the workers that saved the checkpoint; each file was read by one of the current workers.
+        # Average over the workers that saved the checkpoint: each file was read by exactly one current worker.
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
@@ -181,7 +173,7 @@ def _mean(
     workers: int,
     collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
-    """Return the mean of each tensor over all workers that saved the checkpoint, accumulated in float64."""
+    """Return the mean of each tensor over all workers that saved the checkpoint, accumulated in float64; collective."""
     found = {}
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=collectives.device)
@@ -195,12 +187,11 @@ def _mean(
 
 
 def _layout(value: Any) -> Any:
-    """Return a tensor's shape, and True if it is floating point; None for other values."""
     return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
 
 
 def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> Path | None:
-    """Return a path that is missing, or has another shape, in some worker's state; else None; collective."""
+    """Return a path that is missing, or has another shape, in some worker's state; None if all match. Collective."""
 
     def layouts(split: Split) -> dict[Path, Any]:
         return {path: _layout(value) for path, value in {**split.equal, **split.means}.items()}

@@ -1,5 +1,4 @@
-"""Saving and loading of checkpoints: every worker saves its own tensors, worker 0 also the shared ones; all load the
-newest step with every file intact."""
+"""`save_checkpoint`, and `load_checkpoint`, which finds the newest step with intact files of every worker."""
 
 import warnings
 from collections.abc import Mapping
@@ -73,18 +72,19 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     process_group: Group | ProcessGroup | None = None,
 ) -> Path:
-    """Write this worker's files of a step, to FOLDER/step-STEP/, and remove all but those of the `keep` newest steps.
+    """Write this worker's files of a step to FOLDER/step-STEP/, and remove all but the `keep` newest steps.
 
-    Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
-    sha256, are written by worker 0 alone; no worker waits for another to write. The newest step that all workers have
-    saved is kept, even if a later one could not be written on some worker. Workers may share a folder or have one each.
+    Collective: every worker calls it between the same two steps. Workers may share a folder or have one each. Tensors
+    that are equal to worker 0's are written by worker 0 alone; no worker waits for another to write. The newest step
+    that all workers have saved is kept, even if a later one could not be written on some worker. Returns the step's
+    folder.
+
     `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, tensors
     and plain types. `process_group` has the workers; None: the default group if there is one, else this process alone.
-    Returns the step's folder.
 
-    Raises CheckpointError if the files cannot be written, with those of earlier steps unchanged; and on every worker
-    if `keep` is below 2 or `step` below 0, if a state is not plain, or if the folder has later steps, which this run
-    cannot have loaded.
+    Raises CheckpointError if the files cannot be written; earlier steps are then unchanged. Raises it on every worker
+    if `keep` is below 2 or `step` below 0, if a state is not plain, or if the folder has later steps, which must be of
+    another run.
 
     >>> import tempfile
     >>> import torch
@@ -103,7 +103,7 @@ def save_checkpoint(
     content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
     had = min(collectives.gather(newest_of(folder, group.rank)))
 
-    # Tensors equal to worker 0's are in worker 0's file alone.
+    # Leave tensors equal to worker 0's to worker 0's file.
     common, common_sha256 = paths_in_common(content, collectives)
     content = {**without(content, common), "common": common}
     identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
@@ -148,11 +148,13 @@ def load_checkpoint(
 ) -> Checkpoint | None:
     """Restore the newest step in `folder` with intact files of every worker; collective.
 
-    Newer, damaged steps are renamed to step-STEP.unusable, with a warning. On another number of workers, parameters are
-    kept and each worker gets the mean of the error memories, with a warning. On the same number, training continues
-    bitwise identically. Returns None if there is no step, or only one unfinished step. Raises CheckpointError, on every
-    worker and with all parts unchanged, if no step is intact, if a part does not fit (another model or seed, ...), or
-    if it cannot be converted to this number of workers. `parts` and `process_group` are as in `save_checkpoint`.
+    On the same number of workers, training continues bitwise identically. On another number, parameters are kept and
+    each worker gets the mean of the error memories, with a warning. Newer, damaged steps are renamed to
+    step-STEP.unusable, with a warning. Returns None if there is no step, or only one unfinished step. `parts` and
+    `process_group` are as in `save_checkpoint`.
+
+    Raises CheckpointError, on every worker and with all parts unchanged, if no step is intact, if a part does not fit
+    (another model or seed, ...), or if it cannot be converted to this number of workers.
 
     >>> import tempfile
     >>> import torch
@@ -178,7 +180,7 @@ def load_checkpoint(
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """Load as `load_checkpoint` does, with warnings in `notes`; step -1 if there was only an unfinished first step."""
+    """Do what `load_checkpoint` does, with warnings in `notes`; step is -1 if only a first, unfinished step exists."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
@@ -192,7 +194,6 @@ class _Restoring:
         self._rank, self._size = collectives.group.rank, collectives.group.size
 
     def run(self) -> Checkpoint | None:
-        """Load the newest intact step, and return it as `restore` does."""
         surveys_here = self._collectives.gather(_survey(self._folder))
         seen = [{int(step): found for step, found in survey.items()} for survey in surveys_here]
         problems: dict[int, str] = {}  # message for each unusable step
@@ -223,11 +224,8 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], has_first: list[bool]) -> dict[int, Content]:
-        """Read the step's files that `holders` assigns to this worker; return their contents, by rank.
-
-        Tensors stored only in worker 0's file are filled in; workers without that file receive its tensors from a
-        worker that has it. Raises DamagedError on all workers if a file is damaged.
-        """
+        """Read the step's files that `holders` assigns to this worker, with the tensors that only worker 0's file has;
+        return their contents by rank. Raises DamagedError on all workers if a file is damaged."""
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if has_first[self._rank] and 0 not in mine else [])]
         found = run_on_all(self._collectives, partial(_read_files, self._folder, step, wanted, self._parts))
@@ -243,7 +241,7 @@ class _Restoring:
     ) -> Checkpoint:
         workers, notes = len(holders), _notes(problems)
         if workers == self._size:
-            # The content of this worker's own file, sent by another worker if only that one has the file.
+            # Load this worker's own file; if only another worker has it, receive its content from there.
             for i, holder in enumerate(holders):
                 if holder != i:
                     sent = self._collectives.send(contents.get(i), holder)
@@ -272,7 +270,7 @@ def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
-    """Return, by step and rank, the number of workers in each manifest in the folder, or the manifest's error."""
+    """Read all manifests in the folder; return, by step and rank, a manifest's number of workers or its error."""
     found: dict[int, dict[int, int | str]] = {}
     for step in steps_in(folder):
         found[step] = {}
@@ -285,8 +283,8 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Return the number of workers that saved a step, the error in its manifests ("": none), and True if an interrupted
-    save explains the error. `surveys` is each worker's `_survey` of the step."""
+    """Return the number of workers that saved a step; if its files are not intact, 0, the error, and True if an
+    interrupted save explains it. `surveys` has each worker's `_survey` of the step."""
     ranks: dict[int, set[int]] = {}
     for survey in surveys:
         for rank, found in survey.items():
@@ -333,7 +331,7 @@ def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict
 
 
 def _complete(folder: Path, found: Mapping[int, tuple[Manifest, Content]], first: Any) -> dict[int, Content]:
-    """Fill the tensors shared with worker 0 into the contents. Raises DamagedError if a fingerprint does not match."""
+    """Add the tensors that only worker 0's file has. Raises DamagedError if their fingerprint does not match."""
     complete: dict[int, Content] = {}
     for rank, (manifest, content) in found.items():
         common = content.pop("common")

@@ -49,16 +49,12 @@ COMMANDS = Group(ABOUT, ImportedCommands(ENTRIES))
 
 
 def main() -> None:
-    """Run the command in `sys.argv`; entry point of the console script `packsaddle`."""
     serve(COMMANDS, "packsaddle")
 
 
 def serve(commands: Command | Group, program: str) -> None:
-    """Run the command in `sys.argv`, one of `commands`. Invalid input prints one line on stderr, with exit code 2.
-
-    Exits silently with code 1 if the reader of the output has closed the pipe (`| head`), as Python's documentation
-    of SIGPIPE recommends. `program` is the program's name in messages and help.
-    """
+    """Run the command in `sys.argv`, one of `commands` of `program`. Invalid input prints one line on stderr, with exit
+    code 2. Exits silently with code 1 if the reader of the output has closed the pipe (`| head`)."""
     # Streams that were closed before the start (`>&-`) are None: redirect them to os.devnull.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -87,8 +83,8 @@ def _is_unread(stream: TextIO) -> bool:
     if not hasattr(select, "poll"):  # Windows, where this cannot be tested
         return True
     poll = select.poll()
-    poll.register(number, 0)  # POLLERR, which is always reported: the pipe has no reader
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: a socket
+    poll.register(number, 0)  # reports POLLERR, as always: the pipe has no reader
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: of a socket
 
 
 def _run(commands: Command | Group, program: str) -> None:
@@ -119,8 +115,8 @@ def _run(commands: Command | Group, program: str) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():
-        # The work is done and on disk. Interpreters that finalize while gloo's threads run abort occasionally, which
-        # the launcher would report as a failed run.
+        # The work is done and on disk. An interpreter that ends normally while gloo's threads run may abort, which the
+        # launcher would report as a failed run.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -138,8 +138,8 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
 
 
 def _drawn(run: Path, config: Config) -> list[str]:
-    """Return the file names of the points that the run saved at random steps, repeated as often as drawn. Raises
-    ConfigError if any is missing, as in an unfinished run: the others would be a biased sample."""
+    """Return the files of the points that the run saved at random steps, repeated as often as drawn.
+    Raises ConfigError if one is missing, as in an unfinished run: the others would be a biased sample."""
     from packsaddle.runs.run_checks import drawn_names
 
     (found,) = read_runs([run])

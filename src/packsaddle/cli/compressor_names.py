@@ -25,7 +25,6 @@ FIXED: Mapping[str, Compressor] = {
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless `name`, in lowercase, is the name of a compressor or "best"."""
     names = ["best", *WITH_RATIO, *FIXED]
     if name not in names:
         raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")

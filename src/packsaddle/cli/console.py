@@ -47,7 +47,6 @@ def digits(number: float) -> str:
 
 
 def kilobytes(count: float) -> str:
-    """Format a number of bytes in kB (1000 bytes), without the unit, for a table column."""
     return digits(count / 1e3)
 
 
@@ -58,9 +57,7 @@ def plain_text(text: str) -> Text:
 
 def print_table(table: Table, uncut: str = "") -> None:
     """Print a table that fits the terminal; in a pipe or file 80 columns, or more if its longest words need it.
-
-    `uncut`: hint printed below a table that is too wide, such as "--json prints it whole" ("": no hint).
-    """
+    `uncut` is a hint printed below a table that is too wide, such as "--json prints it whole"."""
     console = Console()
     if table.box is None:
         console.print(table)
@@ -97,7 +94,6 @@ def brief(compressor: str) -> str:
 
 
 def short_exchange(name: str) -> str:
-    """Shorten "low-rank all-reduce" to "low-rank", for a column of exchanges."""
     return name.removesuffix(" all-reduce")
 
 

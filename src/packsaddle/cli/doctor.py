@@ -1,8 +1,4 @@
-"""The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine.
-
-It includes the network interfaces, and the address on which gloo would listen. Values that the system does not report
-are None.
-"""
+"""The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine."""
 
 import importlib
 import importlib.util
@@ -96,7 +92,6 @@ def _inet(name: str) -> tuple[str, ...]:
 
 
 def _inet6() -> dict[str, list[str]]:
-    """Return the IPv6 addresses of each interface, by its name, without link-local addresses."""
     found: dict[str, list[str]] = {}
     for line in (_read(Path("/proc/net/if_inet6")) or "").splitlines():
         digits, _, _, _, _, name = line.split()
@@ -175,9 +170,7 @@ class Fact:
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
     """Run the checks of the topics `only` (empty: all topics), and return their findings.
-
-    `try_processes`: also run an all-reduce between two new processes, or between torchrun's workers.
-    """
+    `try_processes`: also run an all-reduce between two new processes, or between torchrun's workers."""
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
         "machine": [machine],
@@ -206,7 +199,6 @@ def versions() -> Iterator[Fact]:
 
 
 def _requirements() -> list[tuple[str, str, str | None]]:
-    """Return (package, minimum version, extra or None) of each requirement; empty if packsaddle is not installed."""
     try:
         lines = importlib.metadata.requires("packsaddle") or []
     except importlib.metadata.PackageNotFoundError:
@@ -229,7 +221,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def machine() -> Iterator[Fact]:
-    """Yield findings on the CPU cores, torch's threads and the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Fact("machine", "cores", f"{cores}, torch uses {torch.get_num_threads()} of them")
 
@@ -335,7 +326,6 @@ def extras() -> Iterator[Fact]:
 
 
 def network() -> Iterator[Fact]:
-    """Yield findings: the network interfaces, and the address on which gloo would listen."""
     found = interfaces()
     for i in found:
         addresses = ", ".join(i.addresses) or "address unknown"
@@ -363,7 +353,6 @@ def network() -> Iterator[Fact]:
 
 
 def variables() -> Iterator[Fact]:
-    """Yield findings: the environment variables that are set and affect training."""
     for name in sorted(os.environ):
         if name in _VARIABLES or name.startswith("NCCL_"):
             yield Fact("environment", name, os.environ[name])

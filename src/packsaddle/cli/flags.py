@@ -16,10 +16,7 @@ C = TypeVar("C", bound=Command)
 
 def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
     """Return a decorator that sets the groups of a command's flags, and their order, in its help.
-
-    `groups` maps each group's title to the names of its flags, separated by spaces; "" is the first group, without a
-    title.
-    """
+    `groups` maps each group's title ("": the first group) to the names of its flags, separated by spaces."""
 
     def decorate(command: C) -> C:
         vars(command)["groups"] = groups
@@ -40,7 +37,6 @@ class Overrides(Generic[T]):
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def apply_to(self, base: T) -> T:
-        """Return a copy of `base`, an object of the option class, with these fields replaced."""
         return replace(base, **self.values)  # type: ignore[type-var]
 
 
@@ -69,9 +65,7 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the values of a command's flags to its arguments, by making its option classes: inverse of `flags_of`.
-
-    Raises ConfigError, naming the flag, for a value outside its range.
-    """
+    Raises ConfigError, naming the flag, for a value outside its range."""
     arguments = dict(values)
     for name, hint in get_type_hints(command).items():
         cls = option_class(hint)

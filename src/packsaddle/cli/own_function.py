@@ -13,7 +13,7 @@ from packsaddle.messages import first_line
 
 @contextmanager
 def importing_from(folder: Path) -> Iterator[None]:
-    """Add `folder` to sys.path within the context. Call the functions within it too, since they may import."""
+    """Context manager that adds `folder` to sys.path. Call the functions within it too, since they may import."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -27,7 +27,7 @@ def call(function: str, *arguments: Any) -> Any:
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
-    # A script that parses its arguments when it is imported must not see those of packsaddle.
+    # Hide the command line of packsaddle from a script that parses its arguments when it is imported.
     arguments_here, sys.argv = sys.argv, [module]
     try:
         found = getattr(import_module(module), name, None)

@@ -1,7 +1,7 @@
 """Parse a command line into a function call. Every error is one line, which names the most similar valid word.
 
 The library tyro parses a command's flags by its signature, and writes help and shell completion scripts. Its errors are
-boxes of several lines: `_one_line` joins each into one line, and rewords the errors that it recognizes.
+boxes of several lines, which `_one_line` joins and, if it recognizes them, rewords.
 """
 
 import functools
@@ -96,15 +96,12 @@ class ImportedCommands(Mapping[str, "Command | Group"]):
 
 
 def summary(command: Command | Group) -> str:
-    """Return the first line of a command's docstring, or a group's `about`."""
     return (command.about if isinstance(command, Group) else inspect.getdoc(command) or "").partition("\n")[0]
 
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
     """Parse `words`, the command line after `name`, into a call (without arguments) of a command in the group.
-
-    Raises ConfigError if they are invalid, and SystemExit after printing help.
-    """
+    Raises ConfigError if they are invalid, and SystemExit after printing help."""
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
     words = asked_for_help(words)
@@ -133,7 +130,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
     description = "\n\n".join([first, *wrapped])
 
-    # tyro prints an error and exits: raise the printed text as one line.
+    # tyro prints an error and exits: convert the printed text to a one-line error.
     try:
         with redirect_stderr(errors), _unwrapped(words):
             options: dict[str, Any] = {"args": words, "config": MARKERS, "registry": NUMBERS}
@@ -169,9 +166,7 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 def deferred(command: Command) -> Command:
     """Wrap `command` for tyro: a function with one parameter per flag, which returns a call of `command`, not run yet.
-
-    The help does not show defaults None, True, False and (). A class is returned unchanged.
-    """
+    The help does not show defaults None, True, False and (). A class is returned unchanged."""
     if inspect.isclass(command):
         return command
     flags, texts = flags_of(command), descriptions(command)
@@ -205,7 +200,7 @@ def deferred(command: Command) -> Command:
 
 @contextmanager
 def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Widen COLUMNS within the context, so that tyro breaks no words in errors. No-op with --help in `words`."""
+    """Context manager that widens COLUMNS, so that tyro breaks no words in errors. No-op with --help in `words`."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*words}:
         os.environ["COLUMNS"] = "100000"
@@ -230,7 +225,7 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
 
-# Patterns of tyro's errors, with replacements. Errors that match none, as of other versions, stay unchanged.
+# Patterns of tyro's errors, with replacements. Errors that match none, such as other versions', stay unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
@@ -263,7 +258,6 @@ def _one_line(text: str, words: Sequence[str]) -> str:
 
 
 def _subject(name: str) -> str:
-    """Return the prefix "COMMAND: " of an error message, from `name`, "PROGRAM COMMAND"."""
     _, _, command = name.removeprefix("python -m ").partition(" ")
     return f"{command}: " if command else ""
 

@@ -89,14 +89,11 @@ class LinkOptions:
 
     @property
     def is_own(self) -> bool:
-        """True if the model is the user's own."""
         return ":" in (self.model or "")
 
     def training_step(self) -> TrainingStep | None:
         """Make the training step (model and batch) to time; None for --d. Its batch is None with --compute.
-
-        Raises ConfigError if the user's function fails or returns no module.
-        """
+        Raises ConfigError if the user's function fails or returns no module."""
         batch = _BATCH if self.batch is None else self.batch
         if self.model is None:
             return None
@@ -246,7 +243,6 @@ def _plan(
 
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
-    """Measure the time of a training step. Raises ConfigError if the user's model fails on its batch."""
     try:
         return step.time(optimizer)
     except Exception as error:  # a user's model can raise anything

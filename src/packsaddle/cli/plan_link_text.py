@@ -16,7 +16,7 @@ from packsaddle.plan.timing import Timing
 _UNCUT = "--json prints it whole"
 _ORDER = "shortest time to the same loss (step ms times x steps) first, unknown times last"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
-_BUSY = 0.3  # median over minimum of coding times, minus 1: more is a sign of other work on the machine
+_BUSY = 0.3  # largest normal median over minimum of coding times, minus 1; more is a sign of other work on the machine
 _NOTE = (
     "These are times of one step. The number of steps that a compressor needs depends on the optimizer: with "
     "--optimizer sgd or adamw measured numbers are included."
@@ -50,7 +50,6 @@ class LinkPlan:
 
 
 def print_json(plan: LinkPlan) -> None:
-    """Print a plan as one JSON document."""
     workload, link, verdict = plan.workload, plan.link, plan.verdict
     document = {
         "model": workload.name,
@@ -72,7 +71,6 @@ def print_json(plan: LinkPlan) -> None:
 
 
 def print_tables(plan: LinkPlan) -> None:
-    """Print a plan as tables, with the verdict and a recommendation."""
     verdict, workload, link, fleet = plan.verdict, plan.workload, plan.link, plan.fleet
     steps = ("x steps",) if plan.optimizer else ()
     units = ("sent kB", "step ms", "coding ms", "exchange ms")
@@ -116,7 +114,6 @@ def print_tables(plan: LinkPlan) -> None:
 
 
 def ms(seconds: float) -> str:
-    """Format a time, given in seconds, as milliseconds without the unit."""
     return digits(1e3 * seconds)
 
 
@@ -159,7 +156,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     """Return the verdict on compressing gradients as text; `counted`: times include the number of steps needed."""
     best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
 
-    # Where compression does not pay, name the rates at which it does.
+    # If compression does not pay, name the rates at which it does.
     if not verdict.compress:
         unknown = [f.compressor for f in verdict.forecasts if not f.is_known]
         elsewhere = "Compression does not pay on any link."
@@ -201,7 +198,6 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
 
 
 def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "") -> str:
-    """Format the constructor call of LocalUpdates; class names get the prefix `package`."""
     inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
     setting = f"every={f.setting.every}, compressor={package}{describe(f.setting.compressor)}"
     if delay := f.setting.delay:
@@ -212,10 +208,7 @@ def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "") -> s
 
 def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> tuple[str, list[str]]:
     """Return the line that recommends the fastest method, and the lines of a script that apply it; none for plain DDP.
-
-    The methods are dense training, the compressing hook and local updates. Dense training is recommended unless another
-    method is faster by more than the error of a forecast.
-    """
+    Dense training is recommended unless the hook or local updates are faster by more than the error of a forecast."""
     dense, hook = verdict.dense.seconds, verdict.best
     if dense < min(hook.seconds, local.seconds) * (1 + _ERROR):
         return "Use: DistributedDataParallel as it is.", []

@@ -104,7 +104,6 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ra
 
 
 def _balanced_k(p: Plan) -> int | None:
-    """Return the number of coordinates k by Corollary 3.3 for the plan's compressor; None if it has no k."""
     family = FAMILIES.get(type(p.compressor).__name__)
     return balanced_k(p.assumptions, family, constants=p.constants) if family else None
 

@@ -240,7 +240,6 @@ def _configured(
 
 
 def _simulation(**simulations: bool) -> "How":
-    """Return the name of the simulation flag that is set, else "processes". Raises ConfigError if several are set."""
     chosen = [how for how, given in simulations.items() if given]
     if len(chosen) > 1:
         raise ConfigError(f"--{chosen[0]} and --{chosen[1]} are two ways to simulate workers; choose one")
@@ -248,7 +247,6 @@ def _simulation(**simulations: bool) -> "How":
 
 
 def _check_alone(workers: int | None, how: "How", resume: Path | None, every: int | None) -> None:
-    """Raise ConfigError for flags that need a fixed set of workers."""
     flags: dict[str, Any] = {"--workers": workers, f"--{how}": None if how == "processes" else how}
     flags |= {"--resume": resume, "--checkpoint-every": every}
     for flag, given in flags.items():
@@ -261,7 +259,7 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
 def _resume_command(
     folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]
 ) -> str:
-    """Return the command line that resumes a stopped run; `again`: further flags, left out if None."""
+    """Return the command line that resumes a stopped run; `again` has further flags, left out if None."""
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
     words = ["packsaddle", "run", "--resume", str(folder)]

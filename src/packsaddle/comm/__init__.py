@@ -1,10 +1,8 @@
 """Communication between workers: groups, launching, failures, byte counts, and averaging compressed vectors.
 
-Read `group` first (the four collectives, and how `resolve` selects a group), then `communicator` (the same collectives,
+Start with `group` (the four collectives, and how `resolve` selects a group), then `communicator` (the same collectives,
 with byte counts recorded in a `ledger`) and `aggregators` (one class for each method of averaging compressed vectors;
-`select_aggregator` chooses one). `simulation` runs W workers in one process, `machines` is a group in which only one
-process per machine uses the network, and workers of a `managed` group may join and leave. `cost_model` predicts bytes
-and critical paths. torch.distributed is imported only here, in `hooks.ddp` and in the benchmarks' peers.
+`select_aggregator` chooses one). torch.distributed is imported only here and in `hooks.ddp`.
 """
 
 from packsaddle.comm.aggregators import Aggregator

@@ -31,7 +31,6 @@ class Term:
     weight: float = 1.0
 
     def add_to(self, out: Tensor, alpha: float) -> None:
-        """Decode the message, and add alpha times this term to the vector out, float[d], in place."""
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
     def magnitude(self) -> Tensor:
@@ -58,10 +57,11 @@ class Averaged:
         return out
 
     def magnitude(self) -> Tensor:
-        """Return the approximate largest absolute value of the mean, float64[]; bitwise identical on all workers.
+        """Return the approximate largest absolute value of the mean, float64[], identical on all workers. No message is
+        decoded.
 
-        Computed from the messages, without decoding them. Workers send no vector v whose C(v) could overflow (see
-        `numerics.finite.is_in_range`), so the mean is finite if the messages and the uncompressed part are.
+        Workers send no vector v whose C(v) could overflow (see `numerics.finite.is_in_range`), so the mean is finite if
+        the messages and the uncompressed part are.
         """
         return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
 
@@ -74,11 +74,11 @@ class Work:
     coordinates: int
     encode: int = 0
     decode: int = 0  # messages of other workers, decoded and added to a vector
-    add: int = 0  # messages with known context (`Message.context`), added to a vector or to the error memory
+    add: int = 0  # messages added without decoding, since their context is known (`Message.context`)
 
 
 class Aggregator(ABC):
-    """A method of averaging compressed vectors C(v), and uncompressed parts, over workers. Some have state."""
+    """A method of averaging compressed vectors C(v), and uncompressed parts, over workers."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
@@ -100,12 +100,9 @@ class Aggregator(ABC):
     @abstractmethod
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         """Return the collectives of one exchange of d compressed and `dense` uncompressed coordinates, in order.
-
-        Their sizes are exact if the compressor's messages have a fixed size; otherwise they are expected sizes.
-        """
+        Their sizes are expected sizes if the size of the compressor's messages varies."""
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        """Predict the bytes that worker `rank` sends and receives in one exchange, from its `collectives`."""
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def work(self, d: int, workers: int) -> list[Work]:
@@ -118,13 +115,11 @@ class Aggregator(ABC):
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
         """Return the unapplied update `pending`, float[>= d], plus this worker's part of the aggregator's residuals.
-
-        The mean of the results over workers is the total unapplied update.
-        """
+        The mean of the results over workers is the total unapplied update."""
         return pending
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d coordinates of equal size."""
+        """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d equally large coordinates."""
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
@@ -136,7 +131,6 @@ class Aggregator(ABC):
         """Reset the aggregator's state, including its residuals."""
 
     def snapshot(self) -> Any:
-        """Return the aggregator's state, for `restore`."""
         return None
 
     def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators have no state
@@ -158,10 +152,8 @@ class Aggregator(ABC):
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the uncompressed part. Gives exactly the compressed mean.
-
-    The communication buffer is reused: a result is valid until the next exchange.
-    """
+    """One all-reduce of a linear compressor's message and the uncompressed part, whose result is exactly the mean.
+    The communication buffer is reused: a result is valid until the next exchange."""
 
     def __init__(self, compressor: Compressor) -> None:
         super().__init__(compressor)
@@ -204,7 +196,7 @@ class AllGather(Aggregator):
                 if worker != channel.group.rank:
                     message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
                 mean += self._terms(message, len(v), 1.0 / channel.group.size)
-        # The uncompressed part is averaged last: its flag reports an invalid message to all workers.
+        # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         mean_dense = mean_of_dense(channel, dense, invalid.error, flag)
         return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense, invalid.error)
 
@@ -214,15 +206,12 @@ class AllGather(Aggregator):
         return [RingAllGather(sizes), RingAllGather(message), RingAllReduce((dense * itemsize,))]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # a worker does not decode its own
+        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # it adds its own message undecoded
 
 
 class SharedSupportAllReduce(Aggregator):
-    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch.
-
-    After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK).
-    Workers select the same coordinates because the mean sketch is bitwise identical on all of them.
-    """
+    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch, which is
+    identical on all workers. After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
 
     compressor: SharedSupport
 
@@ -251,11 +240,11 @@ class SharedSupportAllReduce(Aggregator):
 class LowRankAllReduce(Aggregator):
     """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the uncompressed part.
 
-    P is an orthonormal basis of the columns of M Q, with M the mean of the workers' matrices M_i. Worker i subtracts
-    P P^T M_i, the projection of its own matrix, from its error memory, and all workers apply the mean of the
-    projections. PowerSGD subtracts that mean from every M_i, which lets differences between workers grow without bound.
-    Q is (P^T M)^T of the last step (the warm start) plus a tenth of a fresh Gaussian matrix, identical on all workers,
-    so that Q recovers lost directions.
+    P is an orthonormal basis of the columns of M Q, with M the mean of the workers' matrices M_i. All workers apply
+    P P^T M. Worker i subtracts P P^T M_i, the projection of its own matrix, from its error memory. PowerSGD subtracts
+    P P^T M from every M_i, which lets differences between workers grow without bound. Q is (P^T M)^T of the last step
+    (the warm start) plus a tenth of a fresh Gaussian matrix, identical on all workers, so that Q recovers lost
+    directions.
     """
 
     compressor: LowRank
@@ -298,7 +287,7 @@ class LowRankAllReduce(Aggregator):
             size = q.numel() or n * m
             following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
             right = right[size:]
-        # A compressor that is not bound to shapes by `for_tensors` has no warm start: Q stays Gaussian.
+        # A compressor that `for_tensors` has not bound to shapes has no warm start: Q stays Gaussian.
         valid = all(bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel())
         return following if valid and len(following) == len(qs) else None
 
@@ -320,14 +309,12 @@ class LowRankAllReduce(Aggregator):
 
 @cache
 def part_count(compressor: Compressor, d: int) -> int:
-    """Return the number of parts of a compressor's messages."""
     part = min(d, 1 << 20)  # without allocating a huge vector
     return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
 @cache
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
-    """Return the expected size in bytes of a compressor's message for d coordinates."""
     return round(compressor.message_bytes(d, itemsize)) if d else 0
 
 
@@ -346,7 +333,7 @@ class Invalid:
     _worker: int | None = None
 
     def of(self, worker: int | None) -> Self:
-        """Set the rank of the sender whose message the block receives; None: the error itself contains the rank."""
+        """Set the rank of the worker whose message the block receives; None: the error itself contains the rank."""
         self._worker = worker
         return self
 
@@ -362,7 +349,7 @@ class Invalid:
 
 
 def most_bytes(d: int, parts: Parts) -> int:
-    """Return a loose upper bound on the bytes of any message for d coordinates with the same number of parts."""
+    """Return a loose upper bound on the bytes of a message with these parts for d coordinates."""
     return (64 * d + 4096) * len(parts)
 
 
@@ -370,9 +357,7 @@ def mean_of_dense(
     channel: Communicator, dense: Tensor, error: MessageError | None = None, flag: int | None = None
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers, without a collective if it is empty.
-
-    With an `error`, this worker sends NaN as dense[flag], or raises the error if `flag` is None.
-    """
+    With an `error`, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
     if not len(dense) and error is None:
         return dense
     mine = dense.clone()

@@ -26,18 +26,15 @@ _MOST = 1 << 30  # limit in bytes on the message of one worker, unless the calle
 
 
 def ring_all_reduce(payload: int, workers: int) -> Bytes:
-    """Return the bytes that one worker sends and receives in a ring all-reduce of `payload` bytes."""
     wire = round(2 * (workers - 1) / workers * payload)
     return Bytes(payload, wire, wire)
 
 
 def ring_all_gather(payload: int, workers: int) -> Bytes:
-    """Return the bytes that one worker sends and receives in a ring all-gather of messages of `payload` bytes."""
     return Bytes(payload, (workers - 1) * payload, (workers - 1) * payload)
 
 
 def star_broadcast(payload: int, rank: int, workers: int) -> Bytes:
-    """Return the bytes that worker `rank` sends and receives in a broadcast of `payload` bytes from rank 0."""
     return Bytes(payload, payload * (workers - 1), 0) if rank == 0 else Bytes(0, 0, payload)
 
 
@@ -51,9 +48,7 @@ class Communicator:
 
     def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
         """Average a tensor over workers in place by all-reduce, and return it.
-
-        `purpose` is the name under which the ledger records the bytes, or the number of elements for each such name.
-        """
+        `purpose` is the name under which the ledger records the bytes, or the number of elements for each such name."""
         self.group.all_reduce(tensor)
         if self.group.size > 1:
             tensor.div_(self.group.size)
@@ -62,9 +57,7 @@ class Communicator:
 
     def average(self, tensors: Sequence[Tensor], purpose: str, *, weight: float = 1.0) -> None:
         """Average floating-point tensors over workers in place, at least in float32, by an all-reduce for each dtype.
-
-        `weight` multiplies this worker's tensors; the weights of all workers must have mean 1.
-        """
+        `weight` multiplies this worker's tensors; the weights of all workers must have mean 1."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(torch.promote_types(tensor.dtype, torch.float32), []).append(tensor)
@@ -75,7 +68,6 @@ class Communicator:
                 tensor.copy_(mean.view(tensor.shape))
 
     def count_mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> None:
-        """Record the bytes of averaging a tensor in the ledger, without averaging it."""
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 
@@ -102,17 +94,13 @@ class Communicator:
         return [_split(w, parts, s) for w, s in zip(gathered, sizes, strict=True)]
 
     def gather_text(self, text: str, device: torch.device, purpose: str | None = None) -> list[str]:
-        """Return every worker's text, by rank; collective."""
         parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)}
         gathered = self.gather(parts, fixed_size=False, purpose=purpose)
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts, *, most: int = _MOST) -> list[Parts]:
-        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by sender's rank.
-
-        `like` has the names and dtypes of the parts. Sizes are exchanged first. Raises MessageError, on this worker
-        only, if the sizes that another worker announces do not fit such parts, or exceed `most` bytes in total.
-        """
+        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank. `like` has
+        their names and dtypes. Raises MessageError, on this worker only, if sizes do not fit it or exceed `most`."""
         nothing = [0] * len(like)
         sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
@@ -132,17 +120,13 @@ class Communicator:
         return [_split(w, like, s) for w, s in zip(received, incoming, strict=True)]
 
     def broadcast(self, tensor: Tensor, purpose: str) -> None:
-        """Overwrite a tensor with rank 0's, in place."""
         self.group.broadcast(tensor)
         payload = tensor.numel() * tensor.element_size()
         self._count(purpose, "broadcast", star_broadcast(payload, self.group.rank, self.group.size))
 
     def broadcast_parts(self, parts: Parts | None, like: Parts, *, most: int = _MOST) -> Parts:
-        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. Sizes are broadcast first.
-
-        `like` has the names and dtypes of the parts. Raises MessageError if the sizes do not fit such parts, or exceed
-        `most` bytes in total.
-        """
+        """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. `like` has their names and
+        dtypes. Raises MessageError if their sizes do not fit `like`, or exceed `most` bytes in total."""
         device = next(iter(like.values())).device
         sizes = torch.tensor([0] * len(like) if parts is None else _sizes(parts), device=device)
         self.broadcast(sizes, "sizes")
@@ -159,10 +143,7 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if the sizes in bytes that a worker announces do not fit parts such as `like`.
-
-    Also raised if they exceed `most` in total. Call before memory of these sizes is allocated.
-    """
+    """Raise MessageError if the sizes in bytes that a worker announces do not fit `like`, or exceed `most`."""
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
         expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))
@@ -170,12 +151,10 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
 
 
 def _sizes(parts: Parts) -> list[int]:
-    """Return the size of each part in bytes."""
     return [part.numel() * part.element_size() for part in parts.values()]
 
 
 def _join(parts: Parts) -> Tensor:
-    """Concatenate parts into one byte buffer, uint8[n]."""
     return torch.cat([_packed(part).view(torch.uint8) for part in parts.values()])
 
 

@@ -33,10 +33,7 @@ class Collective(ABC):
 
     @abstractmethod
     def cost(self, workers: int) -> Cost:
-        """Return the critical path of the collective: the number of sequential messages, and their bytes.
-
-        Zero for one worker or an empty message.
-        """
+        """Return the critical path of the collective; zero for one worker or an empty message."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class RingAllGather(Collective):
         return ring_all_gather(self.payload, workers)
 
     def cost(self, workers: int) -> Cost:
-        """Return the critical path, of one and a half sequential messages for two workers, and W - 1 for others.
+        """Return the critical path: W - 1 sequential messages, or one and a half for two workers.
 
         Two workers share one connection, on which gloo signals "ready to receive" only after it has sent the first half
         of its own message. So the later worker sends this half before the other one can start.
@@ -84,17 +81,15 @@ class AllToAll(Collective):
         return Bytes(total if self.to_self else total - own, total - own, (workers - 1) * own)
 
     def cost(self, workers: int) -> Cost:
-        """Return the critical path: all messages are posted immediately, but not every link is used both ways at once.
-
-        Two workers share one connection, on which gloo signals "ready to receive" only after it has sent its own
-        message. So the later worker sends everything before the other one starts. With more workers, other pairs use
-        part of that time: for 3 and 4, measured times are halfway between simultaneous and sequential directions.
-        """
+        """Return the critical path. All messages are posted immediately, but two workers share one connection, on which
+        gloo signals "ready to receive" only after it has sent its own message. So the later worker sends everything
+        before the other one starts. With more workers, other pairs use part of that time: for 3 and 4, measured times
+        are halfway between simultaneous and sequential directions."""
         if workers == 1 or not any(self.sizes):
             return Cost()
         total, widest, narrowest = sum(self.sizes), max(self.sizes), min(self.sizes)
         one_way = max(total - narrowest, (workers - 1) * widest)
-        both_ways = total + (workers - 2) * widest  # sent and received by the worker j with the largest sizes[j]
+        both_ways = total + (workers - 2) * widest  # bytes sent and received by the worker j with the largest sizes[j]
         return Cost(1, workers - 2, both_ways if workers == 2 else (one_way + both_ways) / 2)
 
 

@@ -23,7 +23,7 @@ class PeerLostError(RuntimeError):
 
 @contextmanager
 def names_call(call: str) -> Iterator[None]:
-    """Add `call`, the name of the collective function that this block runs, to the message of a PeerLostError."""
+    """Context manager that adds the collective function `call`, which it runs, to the message of a PeerLostError."""
     try:
         yield
     except PeerLostError as error:
@@ -36,19 +36,18 @@ class Roll:
 
     answered: tuple[int, ...]  # ranks that answered, this worker's own included
     absent: tuple[int, ...]  # ranks that did not answer
-    reached: bool  # False: the store itself did not answer
+    reached: bool  # False: torch's store itself did not answer
 
 
 def is_network(error: Exception) -> bool:
-    """Return True if a collective's error is a connection failure or a timeout, not invalid arguments."""
     return any(sign in str(error) for sign in _NETWORK)
 
 
 def roll_call(store: Any, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
     """Announce this worker in torch's `store`, and return the ranks that announce themselves within `grace` seconds.
 
-    Every worker whose collective fails calls this, so an absent worker is dead, hung or cut off. If the store does
-    not answer, `reached` is False and all other ranks are absent.
+    Every worker whose collective fails calls this, so an absent worker is dead, hung or cut off. If the store does not
+    answer, `reached` is False and all other ranks are absent.
     """
     found: list[Roll] = []
 
@@ -100,7 +99,7 @@ def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: tim
 
 
 class TerminatedError(RuntimeError):
-    """This process received SIGTERM and forwarded it to its workers, which have ended."""
+    """The launcher received SIGTERM and forwarded it to its workers, which have ended."""
 
 
 class WorkerFailedError(RuntimeError):

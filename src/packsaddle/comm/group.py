@@ -1,8 +1,7 @@
 """Groups of workers: four collectives over one process, a torch.distributed process group, or threads.
 
-`Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL);
-`packsaddle.simulate` adds a group of threads. `aggregators` defines the messages, `communicator` counts bytes, and
-`launching` starts processes.
+`Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL).
+`packsaddle.simulate` adds a group of threads.
 """
 
 import gc
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 
 ProcessGroup = dist.ProcessGroup
-_NO_TAG = 7_654_321  # message tag that is never sent
+_NO_TAG = 7_654_321  # message tag for a receive that no send matches
 
 
 class Group(ABC):
@@ -49,10 +48,8 @@ class Group(ABC):
         """Overwrite the tensor with rank 0's, in place."""
 
     def background(self, device: torch.device) -> "Group | None":
-        """Return a new group of the same workers, with collectives that may overlap those of this one; collective.
-
-        None if collectives of this group cannot overlap other work.
-        """
+        """Return a new group of the same workers whose collectives can overlap those of this one; collective.
+        None if collectives of this group cannot overlap other work."""
         return None
 
 
@@ -90,7 +87,6 @@ class TorchGroup(Group):
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """The torch.distributed process group; the default one if None was given."""
         group = self._group or dist.group.WORLD
         assert group is not None
         return group
@@ -157,9 +153,7 @@ def ambient_group(group: Group) -> Iterator[None]:
 
 def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     """Return the group to use: the given one, else this thread's simulated one, else torch's default one, else Solo.
-
-    Raises TypeError if `process_group` is not a group or None.
-    """
+    Raises TypeError if `process_group` is not a group or None."""
     if isinstance(process_group, Group):
         return process_group
     if process_group is None:
@@ -172,11 +166,8 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
-    """Return the group to train in, as `resolve` does.
-
-    Raises RuntimeError if a launcher started several processes (WORLD_SIZE) and there is no group: each would train
-    alone. An explicit `Solo()` is accepted.
-    """
+    """Return the group to train in, as `resolve` does. Raises RuntimeError if a launcher started several processes
+    (WORLD_SIZE) but torch.distributed has no process group. An explicit `Solo()` is accepted."""
     group = resolve(process_group)
     is_alone = process_group is None and _ambient.get() is None and isinstance(group, Solo)
     if is_alone and int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -189,9 +180,7 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
     """Return True if a DistributedDataParallel without a hook averages gradients of these parameters in the group.
-
-    Parameters have no reference to their DDP module, so all live Python objects are searched (30 ms).
-    """
+    Parameters have no reference to their DDP module, so all live Python objects are searched (30 ms)."""
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False
     ours, workers = {id(p) for p in parameters}, set(group.ranks)
@@ -205,9 +194,7 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
 
 def group_like(model: DistributedDataParallel) -> Group:
     """Return a new group with the workers and timeout of a DDP model's process group; collective.
-
-    Collectives of the new group can overlap those of the model.
-    """
+    The new group's collectives can overlap those of the model."""
     return TorchGroup(same_workers(model.process_group, next(model.parameters()).device))
 
 
@@ -216,10 +203,9 @@ def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist
     timeout = process_group._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(process_group)
     group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # this worker is one of them
+    assert isinstance(group, dist.ProcessGroup)  # not a placeholder, since this worker is one of them
     return group
 
 
 def backends() -> dict[str, bool]:
-    """Return the availability of gloo and NCCL in this build of torch, by name."""
     return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}

@@ -28,11 +28,8 @@ class JoinableSteps(Joinable):
         """Count one step, and run its exchange if one is due; return True if it had collectives."""
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop.
-
-        Raises RuntimeError with a manager or without a process group, and ValueError if divide_by_initial_world_size
-        is False.
-        """
+        """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop. Raises RuntimeError
+        with a manager or without a process group, and ValueError if divide_by_initial_world_size is False."""
         if self._has_manager:
             raise RuntimeError("Join is for fixed workers: with a manager, a worker that has ended calls leave()")
         if self.join_process_group is None:
@@ -43,19 +40,15 @@ class JoinableSteps(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        """The device of the tensors that workers exchange."""
         return self._device
 
     @property
     def join_process_group(self) -> Any:
-        """The torch process group of the workers; None if there is none."""
         return getattr(self._group, "process_group", None)
 
     def _announce(self) -> None:
         """Announce a collective to workers that have ended; no-op outside of `Join`.
-
-        Raises RuntimeError for a second object in `Join`: ended workers would run it only at steps of the first one.
-        """
+        Raises RuntimeError for a second object in `Join`: ended workers would run it only at steps of the first one."""
         if not self._join_config.enable:
             return
         if not self._join_config.is_first_joinable:

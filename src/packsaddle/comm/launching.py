@@ -1,8 +1,8 @@
 """Worker processes: the launcher's environment, joining and leaving the process group, starting and ending workers.
 
 torchrun's store survives a restart (torch 2.13) and still contains the addresses of the old workers, to which new
-workers would try to connect indefinitely. So for each start all workers agree on a new key prefix in the store. The
-number of restarts cannot be the prefix: with several machines each torchrun counts its own.
+workers would try to connect indefinitely. So at each start all workers agree on a new key prefix in the store. With
+several machines the number of restarts cannot be the prefix, since each torchrun counts its own.
 """
 
 import logging
@@ -35,9 +35,7 @@ BIND = "PACKSADDLE_BIND"  # environment variable: address at which rank 0's stor
 
 def under_launcher() -> bool:
     """Return True if torchrun, or another launcher that sets RANK and WORLD_SIZE, started this process.
-
-    Raises ConfigError if the launcher's variables are invalid.
-    """
+    Raises ConfigError if the launcher's variables are invalid."""
     there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(there) == 1:
         raise ConfigError(
@@ -70,7 +68,7 @@ def check_interface() -> None:
 
 
 def not_joined(error: Exception) -> str:
-    """Return the message, with advice, for a failed `init_process_group`; its end is the first line of `error`."""
+    """Return the message, with advice, for a failed `init_process_group`; it ends with the first line of `error`."""
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -88,7 +86,7 @@ def not_joined(error: Exception) -> str:
 
 
 _PAUSE = 0.02
-_ROUND = 1.0  # seconds to wait for the confirmation of a key prefix before the answers are read again
+_ROUND = 1.0  # seconds to wait for a confirmation of a proposed key prefix before reading the store again
 
 
 def agree_on_prefix(store: Any, rank: int, size: int, seconds: float) -> str:
@@ -142,7 +140,6 @@ _asked = threading.Event()
 
 
 def asked_to_stop() -> bool:
-    """Return True if this process received SIGTERM in a `recording_sigterm` block."""
     return _asked.is_set()
 
 
@@ -169,7 +166,7 @@ SHUTDOWN_SECONDS = 3.0  # seconds from a worker's failure until SIGTERM for the 
 def _join_sooner(join: Callable[..., Any]) -> Callable[..., Any]:
     """Return torch's ProcessContext.join with SHUTDOWN_SECONDS as the default time from SIGTERM to SIGKILL.
 
-    Torch waits 30 s if a worker does not react to SIGTERM after another one failed, and has no setting for this time.
+    After a worker failed, torch waits 30 s for the others to react to SIGTERM, and has no setting for this time.
     LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
     """
 
@@ -180,16 +177,12 @@ def _join_sooner(join: Callable[..., Any]) -> Callable[..., Any]:
 
 
 ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
-_MOMENT = 2.0  # seconds, enough for a running launcher to receive a result
+_MOMENT = 2.0  # seconds, enough for the launcher to receive a result
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
-    """Run entry(*args) in a launched worker and return its result; exit if the launcher received SIGTERM or is killed.
-
-    A worker normally waits until the launcher reports that all have returned. After SIGTERM the launcher does not
-    report, and kills workers after 30 s, when SLURM or Kubernetes kills the launcher itself. So after SIGTERM the
-    worker exits _MOMENT seconds after `entry` returns.
-    """
+    """Run entry(*args) in a launched worker and return its result. The worker then waits for the launcher's report that
+    all have returned. After SIGTERM there is no report, so it exits _MOMENT seconds later."""
     threading.Thread(target=_stop_with_launcher, daemon=True).start()
     # All workers are on this machine: use the loopback interface, so that no other machine can connect to them.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
@@ -215,29 +208,26 @@ def _stop_with_launcher() -> None:
         os._exit(1)
 
 
-# Loggers of a failed worker's traceback, which `launch` raises as an error.
+# Torch's loggers of a failed worker's traceback, silenced because `launch` raises it as an error.
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
-    """Initialize the launcher's process group (NCCL if every worker has a GPU, else gloo), and destroy it at the end.
-
-    Collectives that exceed `timeout` (None: torch's default) raise PeerLostError.
-    Raises ConfigError if the process group cannot be initialized.
-    """
+    """Context manager of the launcher's process group: NCCL if every worker has a GPU, else gloo. Collectives that
+    exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if it cannot be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if use_nccl:
         torch.cuda.set_device(local_rank)
-    # CPU scalars (metrics, flags) use gloo even if vectors use NCCL.
+    # Add gloo for CPU scalars (metrics, flags) even if vectors use NCCL.
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout)
         )
-    except (OSError, RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
+    except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError for errors of stores and networks
         raise ConfigError(not_joined(error)) from error
     try:
         group = TorchGroup()
@@ -257,7 +247,7 @@ def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
     """
     is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return {}  # torch's error names the missing variable
+        return {}  # init_process_group's own error names the missing variable
     if is_torchrun and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         return {}
     rank, size, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout or timedelta(minutes=30)
@@ -275,11 +265,8 @@ def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
 
 
 def bound_store(address: str, port: int = 0, **options: Any) -> Any:
-    """Return a TCPStore that listens only at `address` ("::": at all addresses); torch's own always listens at all.
-
-    `port` 0: a free port. `options` are further arguments of TCPStore. Raises OSError if the address is not one of
-    this machine, or if the port is in use.
-    """
+    """Return a TCPStore that listens only at `address` ("::": all addresses) and `port` (0: a free one); `options` are
+    further arguments. Raises OSError if the address is not one of this machine, or the port is in use."""
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server(
         (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
@@ -298,7 +285,7 @@ def local_device() -> torch.device:
 
 @contextmanager
 def _local_store() -> Iterator[str]:
-    """Yield a file path for the launcher's rendezvous, and make the store that it creates listen at one address."""
+    """Context manager: the path of a file for the launcher's rendezvous, whose store listens at one address."""
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
     # torch has no option for the address; in a version without this method the store listens at all addresses.
@@ -311,7 +298,6 @@ def _local_store() -> Iterator[str]:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Replace an attribute of a module or class within the context."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -322,15 +308,13 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def preload_workers(module: str) -> None:
     """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once the server runs.
-
-    Also preloads torch._dynamo: the first optimizer of a process imports it, which takes as long as importing torch.
-    """
+    Also preloads torch._dynamo, which the first optimizer of a process imports in as much time as torch itself."""
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 
 @contextmanager
 def _restoring_signal_handlers() -> Iterator[None]:
-    """Restore the signal handlers at the end: torch's launcher replaces them permanently. Main thread only."""
+    """Context manager that restores the signal handlers, since torch's launcher replaces them. Main thread only."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -373,7 +357,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
                 rdzv_configs={"store_type": "file"},
                 local_addr="localhost",
                 max_restarts=0,
-                start_method="forkserver",  # torch is imported once, and every worker is a clean copy
+                start_method="forkserver",  # torch is imported once, and every worker is a fork of it
                 monitor_interval=0.1,
             )
             return elastic_launch(config, in_worker)(entry, *args)[0]

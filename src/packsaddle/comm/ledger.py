@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT = 1000  # number of spans kept
+_KEPT = 1000  # most spans to keep
 Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
 
 
@@ -81,7 +81,6 @@ class Ledger:
         self._totals: dict[tuple[str, str], Bytes] = {}  # by purpose and collective
 
     def __str__(self) -> str:
-        """Return a table of the totals by purpose, in bytes."""
         rows = [("bytes", "payload", "sent", "received")]
         for purpose, moved in [*self.by_purpose.items(), ("total", self.total)]:
             rows.append((purpose, f"{moved.payload:,}", f"{moved.sent:,}", f"{moved.received:,}"))

@@ -1,7 +1,6 @@
 """Machines as workers: one process per machine uses the slow network, and broadcasts each result within the machine.
 
 For machines whose processes train one copy of the model, for example with DistributedDataParallel within the machine.
-Values are identical on all processes of a machine, so one process can exchange them for all.
 """
 
 import os
@@ -17,7 +16,7 @@ from packsaddle.comm.group import Group, TorchGroup, same_workers
 class MachineGroup(Group):
     """A group whose workers are machines: `rank` is the index of this process's machine, `size` the number of machines.
 
-    `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within);
+    `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
     `process_group` has one process of each machine. Every process of a machine must call the same collectives with the
     same values.
 
@@ -69,7 +68,7 @@ class MachineGroup(Group):
 def machine_group(processes: int | None = None) -> MachineGroup:
     """Return the group of machines; collective over all processes.
 
-    Each machine has `processes` processes, of consecutive ranks. None: torchrun's LOCAL_WORLD_SIZE. Raises ValueError
+    Each machine has `processes` processes, of consecutive ranks; None: torchrun's LOCAL_WORLD_SIZE. Raises ValueError
     unless `processes` divides the world size.
 
     >>> import torch.distributed as dist
@@ -86,7 +85,7 @@ def machine_group(processes: int | None = None) -> MachineGroup:
         raise ValueError(f"processes must divide the {world} processes there are, got {each}")
     machine, first = divmod(rank, each)
     within = dist.new_group(range(machine * each, (machine + 1) * each), use_local_synchronization=True)
-    # Created on all processes, also those that do not send: torch names a group by how many its members have created.
+    # On all processes, even if they do not send: torch names a group by the number of groups made, which must match.
     between = dist.new_group(range(first, world, each), use_local_synchronization=True)
     assert isinstance(within, dist.ProcessGroup)
     assert isinstance(between, dist.ProcessGroup)

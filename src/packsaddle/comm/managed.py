@@ -1,9 +1,9 @@
 """The group of a torchft Manager, whose workers may join and leave, and `connect`, which creates a Manager.
 
 torchft's lighthouse (its coordination server) tracks the workers, and the Manager reconfigures the process group at
-every quorum. A collective that loses a worker raises an error, as in any group; the caller reports it to the Manager,
-so that `Manager.should_commit` rejects the exchange. The Manager's own collectives are not used: it has no all-gather,
-which sparse messages need, and its all-reduce scales and zeroes its input.
+every quorum. A collective that loses a worker raises an error; the caller reports it to the Manager, so that
+`Manager.should_commit` rejects the exchange. The Manager's own collectives are not used: it has no all-gather, which
+sparse messages need, and its all-reduce scales and zeroes its input.
 """
 
 import ipaddress
@@ -202,9 +202,7 @@ def _absent(address: str, reason: str) -> str:
 
 def _transport(host: str, listen: str, seconds: float) -> Any:
     """Return torchft's HTTP transport, which sends states to joining workers, restricted to tensors and plain types.
-
-    Its server listens only at the address `listen`; other workers connect to it at `host`.
-    """
+    Its server listens only at the address `listen`; other workers connect to it at `host`."""
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]

@@ -34,8 +34,7 @@ class Owners(Aggregator):
     """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
     An owner replies with B(mean + owner error), where B is the compressor `back` and the owner error is the residual of
-    its last reply. k= or columns= of a compressor is divided among chunks in proportion to their sizes. `add_residual`
-    counts the owner error W times, on its owner alone, so that a mean over the W workers contains it once.
+    its last reply. k= or columns= of a compressor is divided among chunks in proportion to their sizes.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
@@ -71,16 +70,14 @@ class Owners(Aggregator):
         received = channel.exchange(outgoing, like, most=most_bytes(len(v), like))
         reply = self._reply(v, received, chunks[rank], rank, seed, step, invalid) if rank in own else None
         mean = self._return(channel, reply, v, chunks, seed, step, invalid)
-        # The uncompressed part is averaged last: its flag reports an invalid message to all workers.
+        # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> Message:
         """Return the owner's reply, its compressed sum of mean and owner error; set the owner error to the residual.
-
-        If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates.
-        """
+        If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
         # v <- e + the mean of C(v_i), where e is the owner error.
@@ -90,14 +87,14 @@ class Owners(Aggregator):
             with invalid.of(worker):
                 message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
                 up.add_decoded(message, corrected, 1.0 / len(received))
-        # Compress ones in place of invalid coordinates, for which B(v) may be undefined.
+        # Replace invalid coordinates by 1, since B(v) may be undefined for them.
         bad = ~is_in_range(corrected)
         fill_where(corrected, bad, 1.0)
         reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
         # e <- v - B(v).
         error.copy_(corrected)
         back.add_decoded(reply, error, -1.0)
-        # A NaN in the mean makes every worker reject the exchange.
+        # Put NaN into the reply if a coordinate is invalid, so that every worker rejects the exchange.
         for part in reply.parts.values():
             if part.is_floating_point():
                 fill_where(part, bad, float("nan"))
@@ -138,6 +135,7 @@ class Owners(Aggregator):
         return {"owner_error": self._residual}
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
+        """Add the owner error W times, on its owner alone, so that the mean over the W workers contains it once."""
         return pending if self._residual is None else pending.add(self._residual, alpha=workers)
 
     def reset(self) -> None:

@@ -18,7 +18,7 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "low-rank all-reduce": LowRankAllReduce,
 }
 
-_CLEARLY_LESS = 0.95  # largest ratio of bytes for which "auto" prefers another exchange to "direct"
+_CLEARLY_LESS = 0.95  # "auto" replaces "direct" only by an exchange with at most this ratio of its bytes
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator", "senders"]
 
@@ -72,7 +72,7 @@ def choose(
     if name not in _DIRECT:
         raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
     direct = _DIRECT[name](compressor)
-    # The exact mean, with the aggregator that the compressor names; "senders" reweights that mean afterwards.
+    # The exact mean, with the aggregator that the compressor names. "senders" uses it too, and reweights it afterwards.
     if exchange in ("direct", "senders", name):
         choice = Choice(direct, name, "asked for")
     elif name not in get_args(Exchange) and exchange != "auto":

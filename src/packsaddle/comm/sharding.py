@@ -11,7 +11,6 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_replicated(tensor: Tensor) -> bool:
-    """Return True for a DTensor that is replicated on all processes of its mesh."""
     placements = getattr(tensor, "placements", ())
     return bool(placements) and all(placement.is_replicate() for placement in placements)
 

@@ -22,7 +22,7 @@ class _Aborted(BaseException):
 
 
 class _Turns:
-    """Scheduler of the workers' threads, with the rank that may run and the inputs to the current collective."""
+    """Scheduler of the workers' threads: `wait` blocks a thread until its rank may run."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -60,16 +60,14 @@ class _Turns:
         self._pass_on(rank)
 
     def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Submit copies of tensors to a collective, wait, and return what all workers submitted, by rank, read-only.
-
-        After an all-reduce, rank 0's tensor is the sum.
-        """
+        """Submit copies of tensors to a collective and wait; return the tensors of all workers by rank, read-only.
+        After an all-reduce, rank 0's tensor is the sum."""
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))
         self._pass_on(rank)
         self.wait(rank)
-        if rank == 0:  # runs first after all workers have submitted
+        if rank == 0:  # rank 0 resumes first, after all workers have submitted
             submitted = [entry for entry in self._table if entry is not None]
             calls = [(k, *((tuple(t.shape), t.dtype) for t in ts if k != "all_to_all")) for k, ts in submitted]
             for other, call in enumerate(calls):
@@ -116,9 +114,9 @@ class SimulatedGroup(Group):
 class FusedGroup(Group):
     """One process that emulates W workers: its tensors are the means of the workers' tensors.
 
-    Exact, up to rounding, if workers exchange only means of vectors that are linear in their gradients: with RandomK,
-    Identity and other linear compressors. The workers' batches are processed as one batch, and the one error memory is
-    the mean of theirs. Bytes are counted as for W workers.
+    Exact, up to rounding, for linear compressors such as RandomK and Identity, with which workers exchange only means
+    of vectors that are linear in their gradients. The workers' batches are processed as one batch, and the one error
+    memory is the mean of theirs. Bytes are counted as for W workers.
     """
 
     rank = 0
@@ -174,7 +172,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
         except BaseException as failure:
             turns.fail(failure)
 
-    # A context for each thread: the group that its worker uses is a context variable.
+    # Run each thread in its own context: the group that a worker uses is a context variable.
     contexts = [contextvars.copy_context() for _ in range(workers)]
     threads = [threading.Thread(target=c.run, args=(body, rank), daemon=True) for rank, c in enumerate(contexts)]
     try:
@@ -185,7 +183,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     except BaseException as interruption:  # Ctrl-C: workers end at their next collective
         turns.fail(interruption)
         for thread in threads:
-            if thread.ident is not None:  # it has been started
+            if thread.ident is not None:  # False if the interruption came before this thread was started
                 thread.join(_PATIENCE)
         raise
     if turns.failure is not None:

@@ -44,10 +44,8 @@ class Message:
 
 
 def check_share(name: str, value: Any, hint: str) -> None:
-    """Raise ValueError unless `value` is a float in (0, 1]. `hint`, added to the error text, names the alternatives.
-
-    Integers are an error: 1 could mean one coordinate, 1% or everything. Pass 1.0 for everything.
-    """
+    """Raise ValueError unless `value` is a float in (0, 1]; `hint` is advice for the message. Integers are an error,
+    since 1 could mean one coordinate, 1% or everything."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
     if isinstance(value, Integral):
@@ -58,13 +56,11 @@ def check_share(name: str, value: Any, hint: str) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is True or False."""
     if type(value) is not bool:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a positive int; a bool is an error."""
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
@@ -123,16 +119,12 @@ class Compressor(ABC):
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Decode C(v) from `message`, and add alpha * C(v) to out, float[d], in place.
-
-        `message` must be valid: from `encode` or `receive`.
-        """
+        """Add alpha * C(v), decoded from a valid `message` of `encode` or `receive`, to out, float[d], in place."""
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
 
-        Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector: `add_decoded` and
-        `support_of` of the result cannot fail.
+        Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector.
         """
         self.check_parts(parts, d)
         return Message(parts)
@@ -159,9 +151,9 @@ class Compressor(ABC):
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return the probability that a coordinate of v, float[d], is sent; None if it depends on the values of v.
+        """Return (number of coordinates, probability that each is sent) for consecutive ranges that cover v, float[d].
 
-        The result is a list of (number of coordinates, probability) for consecutive ranges that cover v.
+        None if the probability depends on the values of v.
         """
         return [(d, 1.0)] if self.lossless else None
 
@@ -169,7 +161,7 @@ class Compressor(ABC):
         """Return (number of cells, size of a cell) if a message has the values of some cells of v, float[d]; else None.
 
         A cell is a run of consecutive coordinates. The cells sent must be identical on all workers and independent of
-        the values of v. They are the message's context, a `sparse.Cells`; its only part is "values".
+        the values of v. The message's context is their `sparse.Cells`, and its only part is "values".
         """
         return None
 
@@ -178,7 +170,7 @@ class Compressor(ABC):
 
         Together they send about as much as this compressor of the whole vector, more from sections of larger magnitude.
         `samples` has some coordinates of each section, float[1 or more], and `sizes` the section lengths. Returns None
-        if the compression of a section does not depend on the other sections.
+        if a section is compressed in the same way whatever the other sections contain.
         """
         return None
 
@@ -200,9 +192,7 @@ class Compressor(ABC):
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
         """Return C(v) as a full vector, float[d], for a flat floating-point tensor v, at (seed, step).
-
-        Not differentiable: the result is detached from v. Raises ValueError if v is not flat or not floating-point.
-        """
+        Not differentiable: the result is detached from v. Raises ValueError if v is not flat or not floating-point."""
         if v.ndim != 1 or not v.is_floating_point():
             raise ValueError(f"v must be a flat floating-point tensor, got shape {tuple(v.shape)} of {v.dtype}")
         self.validate(v.numel())
@@ -221,9 +211,9 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
 class RatioRamp:
     """A schedule of a compressor's ratio, which falls geometrically from `first` at step 0 to its own value at `stop`.
 
-    Call it with a step to get the compressor of that step. This is the warm-up of Deep Gradient Compression (Lin et al.
-    2018, section 3.3), which starts at 25%. Raises ValueError if the compressor has no ratio, if `first` is below that
-    ratio or above 1, or if `stop` is below 1.
+    Call it with a step to get the compressor of that step. Warm-up of Deep Gradient Compression (Lin et al. 2018,
+    section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or if
+    `stop` is below 1.
 
     >>> from packsaddle import RatioRamp, TopK
     >>> ramp = RatioRamp(TopK(0.01), stop=100)

@@ -1,9 +1,9 @@
 """Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
 A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
-kept per chunk is fixed, so no statistics of the whole vector are needed and no lengths are sent. An index is coded by
-its gap from the previous index in its chunk. Rice codes take log2(n / k) + 1.5 bits per index for k indices of n, and
-at most 2 log2(e) more if the indices are not random, since the gaps add up to less than n.
+kept per chunk is fixed. An index is coded by its gap from the previous index in its chunk. Rice codes take
+log2(n / k) + 1.5 bits per index for k random indices of n, and at most 2 log2(e) more if they are not random, since the
+gaps add up to less than n.
 """
 
 import math
@@ -40,7 +40,6 @@ class Chunks:
 
     @property
     def total(self) -> int:
-        """The number of coordinates kept in all chunks together."""
         return self.whole * self.kept + self.kept_of_rest
 
     @property
@@ -51,9 +50,7 @@ class Chunks:
 
     def largest(self, v: Tensor) -> Tensor:
         """Return the indices of the largest magnitudes in each chunk of v, increasing int64[total].
-
-        NaN counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk.
-        """
+        NaN counts as the largest. The CPU selects the first of equal magnitudes; other devices use torch.topk."""
         if loop := kernel("largest_of_chunks", v):
             index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
             return index
@@ -81,13 +78,11 @@ class Chunks:
         return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter, stop)
 
     def expected(self) -> Expected:
-        """Return the expected dtype and length of the output of `encode`."""
         if self.total == self.whole * self.size + self.rest:
             return octets(0)
         return wire.gap_bytes(self.total, self.whole + bool(self.rest), self.size, self._rice_parameter)
 
     def bits(self) -> float:
-        """Predict the size of the output of `encode` in bits, for random indices."""
         if self.total == self.whole * self.size + self.rest:
             return 0.0
         b = self._rice_parameter
@@ -113,10 +108,7 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
 
 @cache
 def _quotients(n: int, k: int, b: int) -> float:
-    """Return the expected sum of floor(gap / 2^b) over the gaps before each of k random indices in [0, n).
-
-    Each gap is at least m with probability C(n - m, k) / C(n, k).
-    """
+    """Return the expected sum of floor(gap / 2^b) over the gaps before each of k random indices in [0, n)."""
     total, m = 0.0, 1 << b
     while m <= n - k:
         log = sum(s * math.lgamma(x) for s, x in ((1, n - m + 1), (-1, n - m - k + 1), (-1, n + 1), (1, n - k + 1)))

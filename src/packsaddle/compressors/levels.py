@@ -21,7 +21,7 @@ from packsaddle.numerics.kernels import kernel
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
 _FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
-_LARGE = 2.0  # levels are large if the nonzero ones have a mean magnitude above this
+_LARGE = 2.0  # large levels: the nonzero ones have a mean magnitude above this
 MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
 
 
@@ -39,7 +39,6 @@ class Layer:
 
     @property
     def coded(self) -> int:
-        """The number of members that the code lists."""
         return self.members - self.going_on if self.inverted else self.going_on
 
     @cached_property
@@ -49,12 +48,10 @@ class Layer:
 
     @property
     def gaps(self) -> Expected:
-        """The allowed dtype and lengths of the Rice code of the gaps between the members that the code lists."""
         return wire.gap_bytes(self.coded, 1 if self.coded else 0, self.members, self.rice)
 
     @property
     def bits(self) -> float:
-        """The expected number of bits of the coded gaps."""
         if not self.coded:
             return 0.0
         return self.coded * (self.rice + 1 / (1 - (1 - self.coded / self.members) ** (1 << self.rice)))
@@ -86,7 +83,6 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
 
 
 def level_bytes(d: int, bits: int) -> Expected:
-    """Return the expected dtype and length of the output of `encode_levels` for at most d levels."""
     return octets(0, bool(d) + math.ceil(d * bits / 8))
 
 
@@ -111,10 +107,7 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack level + top for d levels, of `bits` bits each, to uint8[d] if bits is at most 8, else to int32[d].
-
-    Raises MessageError if a level is above `top`.
-    """
+    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if one is invalid."""
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)
@@ -200,5 +193,4 @@ def _split_layers(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Te
 
 
 def _width(d: int) -> int:
-    """Return the number of bits of each number in the header of the layer code of d levels."""
     return (d + 16).bit_length()

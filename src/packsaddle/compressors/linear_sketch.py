@@ -22,9 +22,8 @@ class LinearSketch(Compressor):
     S^T S v is an unbiased estimate of v with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction
     with mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). The sketch "count" is one row of a
     count sketch: omega = (d - n) / c, n being the size of the last chunk of c coordinates (see `numerics.sketches`), so
-    mu is c / d if c divides d, and never below the c / (c + d - 1) of a sketch with independent hashes. The sketch
-    "gaussian" has independent N(0, 1/c) entries: omega = (d + 1) / c. It generates c d Gaussians per step, so it suits
-    small problems only.
+    mu is c / d if c divides d, and never below c / (c + d - 1). The sketch "gaussian" has independent N(0, 1/c)
+    entries: omega = (d + 1) / c.
 
     Raises ValueError unless exactly one of ratio and columns is given, in range, and sketch is "count" or "gaussian".
 

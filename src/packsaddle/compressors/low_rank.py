@@ -24,6 +24,7 @@ class LowRank(Compressor):
     small Gaussian: warm-started power iteration. In `encode`, which has no previous step, Q is Gaussian. Without the
     shapes of `for_tensors` a vector is viewed as a nearly square matrix. Tensors whose factors would not be smaller are
     sent uncompressed.
+
     ||M - P P^T M|| is at most ||M||, and for random Q on average at most sqrt(1 - matrix_rank / min(n, m)) ||M||.
     Raises ValueError unless matrix_rank is a positive integer.
 

@@ -1,8 +1,7 @@
 """Validation of received messages: names, dtypes and lengths of their parts are checked before decoding.
 
-Errors in the contents (indices out of order, truncated codes) are detected by the decoders, in `Compressor.receive`.
-Compiled loops never index out of bounds, whatever a message contains, and return None if the message is invalid; then
-their callers raise MessageError.
+The decoders, in `Compressor.receive`, detect invalid contents (indices out of order, truncated codes). Compiled loops
+never index out of bounds, and return None for an invalid message; their callers then raise MessageError.
 """
 
 from collections.abc import Mapping
@@ -31,12 +30,10 @@ class Expected(NamedTuple):
         return f"{kind}[{length}]" + ("" if self.last is None else f" that ends with {self.last}")
 
     def nbytes(self, itemsize: int) -> int:
-        """Return the maximum size of the part in bytes, for a vector with elements of `itemsize` bytes."""
         sizes = [dtype.itemsize for dtype in self.dtypes]
         return self.most * min(max(itemsize, min(sizes)), max(sizes))
 
     def describes(self, part: Tensor) -> bool:
-        """Return True if the dtype, length and last element of a flat `part` are allowed."""
         fits = part.dtype in self.dtypes and self.least <= part.numel() <= self.most
         return fits and (self.last is None or int(part[-1]) == self.last)
 
@@ -47,7 +44,7 @@ def floats(n: int, *dtypes: torch.dtype) -> Expected:
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a message part of `least` to `most` bytes, by default `least`, with this last byte."""
+    """Return the `Expected` of a message part of `least` to `most` bytes (None: `least`) that ends with `last`."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 
@@ -65,10 +62,8 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
 
 
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
-    """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`; `part` is named in the error.
-
-    NaNs pass; the guard against invalid updates detects them. No-op on a GPU: the check would synchronize.
-    """
+    """Raise MessageError, naming `part`, if a magnitude in `numbers`, float[n], exceeds `most`. NaNs pass.
+    No-op on a GPU: the check would synchronize."""
     if numbers.device.type == "cpu" and len(numbers):
         low, high = map(float, torch.aminmax(numbers))
         if high > most or low < -most:
@@ -76,7 +71,7 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """A context manager that adds the compressor, and `prefix` before the part's name, to a MessageError inside it."""
+    """Context manager that adds the compressor, and `prefix` before the part's name, to a MessageError."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix

@@ -101,9 +101,10 @@ class QSGD(Compressor):
     The rounded vector Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
     levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega). A level with its sign takes ceil(log2(2 s + 1)) bits, or about its entropy if `coded` (see
-    `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0:
-    residuals shrink by a factor 1 - mu per step and would otherwise be sent until they underflow. Raises ValueError
-    unless levels, at most 2^23, and bucket are positive integers and coded is True or False.
+    `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0: its
+    residuals would otherwise be sent at every step until they underflow.
+
+    Raises ValueError unless levels, at most 2^23, and bucket are positive integers and coded is True or False.
 
     >>> import torch
     >>> from packsaddle import QSGD
@@ -147,7 +148,7 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits for unbiased rounding.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
-        width = self.bits if self.fixed_size else 8  # bits of a level; entropy coding begins with one byte for each
+        width = self.bits if self.fixed_size else 8  # bits of a level; entropy coding starts from one byte each
         on_cpu = v.device.type == "cpu"
         if len(v) and width <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
             levels, norms = loop(precise, self.levels, width, b, key)
@@ -165,10 +166,8 @@ class QSGD(Compressor):
         return Message({"levels": levels, "scales": norms})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
-        """Quantize n buckets, float[n, b], from index `first` of v on.
-
-        Returns level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n].
-        """
+        """Quantize n buckets, float[n, b], which begin at index `first` of v.
+        Returns level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
@@ -202,11 +201,8 @@ class QSGD(Compressor):
         some.add(found, out)
 
     def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
-        """Decode levels: return level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all).
-
-        Raises MessageError if a level is invalid. Fixed-width levels of at most 8 bits on a GPU are returned packed and
-        unchecked, for the Triton kernel.
-        """
+        """Decode to level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all), or raise
+        MessageError. On a GPU, levels of at most 8 bits stay packed and unchecked, for the Triton kernel."""
         coded = parts["levels"]
         if not self.fixed_size:
             some = self._not_zero(parts["scales"], d)
@@ -231,9 +227,7 @@ class QSGD(Compressor):
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
         """Return the buckets with a nonzero norm: only their levels are entropy-coded and sent.
-
-        None (send all buckets) if over 7/8 of the norms are nonzero, or if buckets do not end at byte boundaries.
-        """
+        None (send all buckets) if over 7/8 of the norms are nonzero, or if buckets do not end at byte boundaries."""
         b = self._width(d)
         if b * self.bits % 8:
             return None
@@ -241,13 +235,12 @@ class QSGD(Compressor):
         return None if 8 * len(index) > 7 * len(norms) else _Buckets(index, b, d)
 
     def _width(self, d: int) -> int:
-        """Return the number of coordinates per bucket for a vector of d coordinates."""
         return max(1, min(d, self.bucket))
 
 
 @dataclass(frozen=True)
 class _Buckets:
-    """A subset of the buckets of a vector of d coordinates; the last bucket of the vector may be shorter."""
+    """A subset of the buckets of a vector of d coordinates, whose last bucket may be shorter than the others."""
 
     index: Tensor  # bucket numbers, int64[n], increasing
     width: int  # coordinates of a full bucket
@@ -255,13 +248,12 @@ class _Buckets:
 
     @cached_property
     def _cut(self) -> int:
-        """The coordinates that the vector's last bucket has less than a full one; 0 if it is not in the subset."""
+        """The number of coordinates missing from the vector's shorter last bucket; 0 if it is not in the subset."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 
     @property
     def coordinates(self) -> int:
-        """The number of coordinates in the subset."""
         return len(self.index) * self.width - self._cut
 
     def of(self, codes: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ SUMMARIES: Mapping[type[Compressor], Summary] = {
 
 
 def compressors(ratio: float) -> list[Compressor]:
-    """Return all compressors, in one or more variants, with this `ratio` if any. Raises ValueError unless in (0, 1]."""
+    """Return all compressors, some in several variants, with this `ratio` if they have one. Raises ValueError unless it
+    is in (0, 1]."""
     return [
         Identity(),
         RandomK(ratio),
@@ -64,11 +65,8 @@ def compressors(ratio: float) -> list[Compressor]:
 
 
 def parse_compressor(text: str) -> Compressor:
-    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign.
-
-    Arguments are literals, quotients or nested calls; parentheses may be omitted without arguments. Raises ValueError
-    if the text is not such a call or an argument is invalid.
-    """
+    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign. Arguments are
+    literals, quotients or nested calls. Raises ValueError if the text is not such a call or an argument is invalid."""
     written = _PERCENT.sub(r"\1/100", text)
     try:
         call = ast.parse(written if "(" in written else f"{written}()", mode="eval").body
@@ -80,7 +78,6 @@ def parse_compressor(text: str) -> Compressor:
 
 
 def classes() -> dict[str, type[Compressor]]:
-    """Return a dict from name to class of every compressor."""
     return {kind.__name__: kind for kind in SUMMARIES}
 
 
@@ -118,7 +115,6 @@ def describe(compressor: Compressor) -> str:
 
 
 def _fields(compressor: Compressor) -> "list[Field[Any]]":
-    """Return the dataclass fields of a compressor that users can set; empty if it is not a dataclass."""
     if not is_dataclass(compressor):
         return []
     return [f for f in fields(compressor) if not f.metadata.get("internal")]
@@ -131,7 +127,7 @@ def _described(value: Any) -> str:
 
 
 def identify(compressor: Compressor) -> dict[str, Any]:
-    """Return a dict for a checkpoint: the compressor's class name as "kind", and its fields, in plain types."""
+    """Return a compressor's class name as "kind", and its fields, as a dict of plain types for a checkpoint."""
     values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
     return {"kind": type(compressor).__name__, **values}
 

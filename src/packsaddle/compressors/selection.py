@@ -1,8 +1,8 @@
 """Selection of coordinates by magnitude: the k largest, or the fewest that hold a fraction of the energy ||v||^2.
 
 Magnitudes are compared as integers, by their bit patterns: the order is the same and NaN is the largest, so compiled
-loops and PyTorch code on the CPU select the same coordinates. If the sections of a vector (ranges of coordinates) are
-compressed separately, the number to select in each section is estimated from samples of all sections.
+loops and PyTorch code on the CPU select the same coordinates. If sections of a vector (ranges of coordinates) are
+compressed separately, the number to select in each is estimated from samples of all sections.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from packsaddle.numerics.kernels import kernel
 
-_WORTH_SAMPLING = 1 << 18  # minimum number of elements for which `largest` samples a threshold
+_WORTH_SAMPLING = 1 << 18  # elements; `largest` ranks shorter vectors directly, without a sampled threshold
 _SAMPLE = 1 << 16
 _SLAB = 1 << 18  # elements processed at a time, to bound scratch memory
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -31,9 +31,9 @@ def as_integers(v: Tensor) -> Tensor:
 def largest(v: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest magnitudes of v, float[n], increasing int64[k].
 
-    The CPU selects the first of equal magnitudes. A threshold from a strided sample selects slightly more than k
-    candidates, and only these are ranked; if there are fewer than k candidates, all elements are ranked. Other devices
-    use torch.topk, which does not synchronize but breaks ties in its own way.
+    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold sampled
+    to leave slightly more than k. Other devices use torch.topk, which does not synchronize but breaks ties in its own
+    way.
     """
     if v.device.type != "cpu":
         return torch.topk(v.abs(), k, sorted=False).indices.sort().values
@@ -51,9 +51,9 @@ def largest_of_blocks(
 ) -> Tensor:
     """Return the indices of the k largest magnitudes of n values that are generated in blocks, increasing int64[k].
 
-    Each call of `blocks()` yields all values; it is called several times, so that the CPU need not store all of them.
-    `sample` maps indices to values. Among equal magnitudes those from index `first` on are preferred, then those from
-    index 0 on.
+    Each call of `blocks()` yields all values; it is called several times, so that they need not be stored. `sample`
+    maps indices to values. Among equal magnitudes those from index `first` on are preferred, then those from index 0
+    on.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
@@ -99,9 +99,7 @@ def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
     """Estimate from `sample`, float[m], a threshold that at least k of n magnitudes reach, and the number that do.
-
-    The threshold is a magnitude as an integer. It is chosen low enough that fewer than k rarely reach it.
-    """
+    The threshold is a magnitude as an integer; fewer than k rarely reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # A margin of four standard deviations, plus 8 for small expected counts.
@@ -110,10 +108,7 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v whose magnitudes, as integers, are at least `threshold`, increasing int64[...].
-
-    `expected` is an estimate of their number.
-    """
+    """Return the indices of v whose magnitudes, as integers, reach `threshold`; `expected` estimates their number."""
     if loop := kernel("reaching", v):
         reached: Tensor = loop(v, threshold, expected)
         return reached
@@ -121,12 +116,12 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the indices of the fewest coordinates with the fraction `share` of ||v||^2, increasing int64[...].
+    """Return the indices of the fewest coordinates with the fraction `share`, in (0, 1], of ||v||^2, increasing
+    int64[...].
 
-    `share` is in (0, 1]. A histogram of the energy over the leading bits of the magnitudes determines the leading bits
-    of the smallest selected magnitude; histograms over the next bits, of the magnitudes in its bin, determine the
-    others. Among equal magnitudes the first are selected. Empty if v is zero; only the index of the largest magnitude
-    if v is non-finite.
+    A histogram of the energy over the leading bits of the magnitudes gives the leading bits of the smallest selected
+    magnitude; histograms of the magnitudes in its bin over the next bits give the others. Among equal magnitudes the
+    first are selected. Empty if v is zero; only the index of the largest magnitude if v is non-finite.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
@@ -162,7 +157,7 @@ def holding(v: Tensor, share: float) -> Tensor:
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
     """Return the highest bin that has, with all bins above, the energy `needed`, and the energy needed from it."""
     held = energy.flip(0).cumsum(0)
-    occupied = counts.nonzero()  # bounds for the case that rounding makes the sum too small or `needed` zero
+    occupied = counts.nonzero()  # occupied bins bound the result if rounding makes the sum too small or `needed` is 0
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
     return last, needed - float(energy[last + 1 :].sum())
 
@@ -184,9 +179,9 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
 def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
     """Estimate the number of coordinates in each section of a vector among the k largest magnitudes of the vector.
 
-    `samples` has nearly the same fraction of each section's coordinates, float[m]; `sizes` are the section lengths.
-    Exact if `samples` has all coordinates and k is at least 64. The estimate uses at least the 64 largest samples, so
-    for small k the counts are too large, and only their ratios are accurate.
+    `samples` has nearly the same fraction of each section's coordinates, float[m]; `sizes` are the section lengths. The
+    estimate uses at least the 64 largest samples, so for small k the counts are too large, and only their ratios are
+    accurate.
     """
     pooled = torch.cat(list(samples))
     rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
@@ -196,10 +191,7 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
     """Estimate the fraction of energy to send in each section, to send the fraction `share` of the vector's energy.
-
-    The vector's largest magnitudes are sent. `samples` as in `counts_among_largest`. Fractions are clamped to
-    [1e-6, 1]; a section of zeros gets `share`.
-    """
+    `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`."""
     pooled = torch.cat(list(samples)).double()
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
     index = holding(pooled, share)
@@ -219,9 +211,7 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """Divide `total` into integers proportional to `weights`, each clamped to [1, size] by its size in `sizes`.
-
-    Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1.
-    """
+    Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

@@ -17,7 +17,7 @@ from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _SLAB = 1 << 17  # random numbers generated at a time, so that scratch memory fits a fast cache
-_MOST_ROWS = 100  # a median of more than about ten rows is hardly more accurate
+_MOST_ROWS = 100  # a median of more rows is hardly more accurate
 _COUNTERS = 16  # default columns (counters of a row) per kept coordinate
 _OVERSAMPLE = 4  # default candidates per kept coordinate
 
@@ -26,7 +26,7 @@ class Drawn(NamedTuple):
     """The randomness of a sketch, a function of (seed, step)."""
 
     numbers: Any  # Keys of the projections, or the RowHash of each row
-    first: int  # ties are broken in cyclic order from this index on
+    first: int  # start of the cyclic order in which ties are broken
 
 
 class Kept(NamedTuple):
@@ -100,14 +100,13 @@ class SharedTopK(SharedSupport):
     float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j,
     r = `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709
     uses the rows of each matrix as blocks). For given blocks C is linear, so the mean of C(v_i) is C(mean v_i):
-    Algorithm 1 on the mean, as in Theorem 3.1. The cost does not depend on the number of workers.
+    Algorithm 1 on the mean, as in Theorem 3.1.
 
     mu = K / B >= k/d, in expectation, for every v. docs/compressors.md has the proof and derives the default block
     size, with which the projections take a quarter of the values' bytes. If B r + K b is at least d, there are no
     projections and all values are sent.
 
-    Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
-    range.
+    Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
     >>> import torch
     >>> from packsaddle import SharedTopK
@@ -168,7 +167,6 @@ class SharedTopK(SharedSupport):
         return blocks * rows, kept * self.block(d)
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the keys of the projections and the block to break ties from, for `d`, `seed` and `step`."""
         first = mix(seed, step, int(Stream.PROJECTION)) % max(1, self.grid(d)[0])
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
@@ -178,7 +176,6 @@ class SharedTopK(SharedSupport):
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the blocks of a vector, float[d], with the largest energy in `sketch`; ties are broken by `drawn`."""
         blocks, kept, rows = self.grid(d)
         if not rows:
             return Cells(torch.arange(blocks, device=sketch.device), self.block(d))
@@ -190,8 +187,8 @@ class SharedTopK(SharedSupport):
 def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
     """Project each block v_j, of `size` coordinates, to G_j v_j, float[rows], where G_j has N(0, 1) entries.
 
-    Returns float[blocks * rows], in at least float32. Entries are a function of the key and of block, row and column:
-    they are identical on all workers, and no matrix is stored. The last block may be shorter.
+    Returns float[blocks * rows], in at least float32. Entries are a function of the key and of block, row and column,
+    so they are identical on all workers and no matrix is stored. The last block may be shorter.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     together = max(1, _SLAB // (size * rows))  # blocks projected at a time
@@ -219,8 +216,7 @@ class SketchTopK(SharedSupport):
     `numerics.sketches`). docs/compressors.md derives the default sizes, 16 k columns and O(log(d / k)) rows. If sketch
     and candidates would be d numbers or more, all values are sent instead and the k largest kept: TopK of the mean.
 
-    `mu` returns k/d. Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and
-    the others are in range.
+    `mu` returns k/d. Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
     >>> import torch
     >>> from packsaddle import SketchTopK
@@ -253,10 +249,7 @@ class SketchTopK(SharedSupport):
         return replace(self, columns=columns, k=super().restrict(part, d).k)
 
     def shape(self, d: int) -> tuple[int, int, int]:
-        """Return (rows, columns, candidates) of the sketch of d coordinates.
-
-        (0, 0, d) if all values are sent instead, because a sketch would not be smaller.
-        """
+        """Return (rows, columns, candidates) of the sketch of d coordinates; (0, 0, d) if all values are sent."""
         if not d:
             return 0, 0, 0
         k = self.count(d)
@@ -276,7 +269,6 @@ class SketchTopK(SharedSupport):
         return rows * columns, candidates
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return each sketch row's hash, and the coordinate of d from which ties are broken, by `seed` and `step`."""
         return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
@@ -287,8 +279,8 @@ class SketchTopK(SharedSupport):
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
         """Return the candidates, increasing: the coordinates of d whose magnitudes estimated by `sketch` are largest.
 
-        Coordinates that share a counter with a much larger one have the same estimate in that row. Ties are therefore
-        broken in cyclic order from the random coordinate in `drawn` on, not by position.
+        Coordinates that share a counter with a much larger one have the same estimate in that row. So ties are broken
+        in cyclic order from the random coordinate in `drawn` on, not by position.
         """
         hashes = drawn.numbers
         if not hashes:

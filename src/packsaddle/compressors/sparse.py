@@ -37,10 +37,7 @@ _LONGEST_CHUNK = 1 << 30  # coordinates
 @dataclass(frozen=True)
 class Cells:
     """A subset of the cells of a vector; cell i has the coordinates [i size, (i + 1) size), fewer if it is the last.
-
-    The vector has at least `size` coordinates. The values at m cells are a float[m size] tensor, with zeros beyond the
-    end of the vector.
-    """
+    The values at m cells are a float[m size] tensor, with zeros beyond the end of the vector."""
 
     index: Tensor  # cell numbers, distinct int64[m]
     size: int  # coordinates per cell
@@ -92,8 +89,8 @@ class Cells:
         return (self.index == len(whole))[:, None]
 
 
-_MOST_TOGETHER = 128  # largest default cell, in coordinates: longer runs are hardly copied faster
-_CELLS_KEPT = 1024  # minimum number of kept cells by default: with fewer the kept energy varies much between steps
+_MOST_TOGETHER = 128  # coordinates; largest default cell, since longer runs are hardly copied faster
+_CELLS_KEPT = 1024  # fewest kept cells by default: with fewer, the kept energy varies much between steps
 
 
 @dataclass(frozen=True)
@@ -206,17 +203,16 @@ class RandomK(_OfEachTensor):
     feedback needs a contraction, not an unbiased estimate.
 
     The vector is divided into cells of `block_size` b consecutive coordinates, which makes memory accesses contiguous.
-    The fraction k/d of the cells, rounded up, is kept, each cell with the same probability. A coordinate is therefore
-    kept with probability at least k/d.
-    A message has b values per kept cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
-    the largest power of two, at most 128, with at least 1,024 kept cells; with `per_tensor` it is 1.
+    The fraction k/d of the cells, rounded up, is kept, each cell with the same probability, so a coordinate is kept
+    with probability at least k/d. A message has b values per kept cell (for b = 1 exactly k, else fewer than
+    k (1 + b/d) + b). By default b is the largest power of two, at most 128, with at least 1,024 kept cells; with
+    `per_tensor` it is 1.
 
-    `values` rounds the values to fewer bits; C is then not linear. An all-reduce would round the sum again, an error
-    that no error memory corrects. Rounded messages are therefore all-gathered, still without index bytes, and each
-    worker's rounding error goes to its own error memory.
+    `values` rounds the values to fewer bits; C is then not linear. Rounded messages are all-gathered, still without
+    index bytes, and each worker's rounding error goes to its own error memory. (An all-reduce would round the sum
+    again, an error that no error memory corrects.)
 
-    Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
-    range.
+    Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
     >>> import torch
     >>> from packsaddle import RandomK
@@ -355,14 +351,12 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     With `chunk` n the ratio applies to each run of n consecutive coordinates separately, rounded and at least 1; the
     last run may be shorter. The largest k_j of n_j coordinates have at least the fraction k_j / n_j of their energy, so
-    mu is the smallest k_j / n_j over the runs. The selection in one run does not depend on the rest of the vector, so
-    coordinates of regions with small magnitudes are sent too.
+    mu is the smallest k_j / n_j over the runs. Coordinates of regions with small magnitudes are then sent too.
 
     `values` rounds the values to fewer bits, which multiplies mu by `value_retention`; the rounding error goes to the
     error memory.
 
-    Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
-    range.
+    Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -448,9 +442,8 @@ class TopK(_CodedSupport, _OfEachTensor):
 class AdaptiveTopK(_CodedSupport):
     """A compressor that keeps the fewest coordinates that have at least the fraction `share` of ||v||^2.
 
-    So ||v - C(v)||^2 <= (1 - share) ||v||^2 for every v, the paper's Assumption D, if values are not rounded; rounding
-    reduces `mu`. The number of coordinates sent varies between steps. Raises ValueError unless share is a float in
-    (0, 1] and values is a format or None.
+    So ||v - C(v)||^2 <= (1 - share) ||v||^2 for every v, the paper's Assumption D; `values` rounds them and reduces mu.
+    The number of coordinates sent varies between steps. Raises ValueError for an argument out of range.
 
     >>> import torch
     >>> from packsaddle import AdaptiveTopK
@@ -472,7 +465,6 @@ class AdaptiveTopK(_CodedSupport):
         return self.share * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one AdaptiveTopK per section of a vector, with a share estimated from `samples`; `sizes` is unused."""
         return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
 
     def select(self, v: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ class Stages(Compressor):
     """A compressor that applies another one `passes` times, each time to the residual of the previous pass.
 
     C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), so v - C(v) = r_p. The passes
-    have independent randomness, and the expected energy of r_i is at most 1 - mu times that of r_{i-1}. C is therefore
-    a (1 - (1 - mu)^p)-compressor if each C_i is a mu-compressor. The randomness of pass i is a function of
-    (seed, step, i); the first pass equals the compressor without Stages. A message has the parts of all passes:
-    "1 signs", "2 signs", ....
+    have independent randomness, a function of (seed, step, i), and the expected energy of r_i is at most 1 - mu times
+    that of r_{i-1}. So C is a (1 - (1 - mu)^p)-compressor if each C_i is a mu-compressor. A message has the parts of
+    all passes: "1 signs", "2 signs", ....
 
     Linear compressors are not allowed: a larger ratio sends as much, in one part and by all-reduce. Messages are
     all-gathered, even for compressors with another aggregation (LowRank, SketchTopK). Raises ValueError if the
@@ -52,12 +51,12 @@ class Stages(Compressor):
 
     @property
     def private(self) -> bool:  # type: ignore[override]
-        """True if the compressor's randomness differs between workers."""
+        """True if the randomness of the repeated compressor differs between workers."""
         return self.compressor.private
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if the sizes of the compressor's parts depend on d alone."""
+        """True if the sizes of the repeated compressor's parts depend on d alone."""
         return self.compressor.fixed_size
 
     def mu(self, d: int) -> float:
@@ -73,7 +72,6 @@ class Stages(Compressor):
         return replace(self, compressor=self.compressor.for_tensors(shapes))
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one Stages per section of a vector, each of a compressor apportioned by `samples` and `sizes`."""
         allotted = self.compressor.apportion(samples, sizes)
         return None if allotted is None else [replace(self, compressor=compressor) for compressor in allotted]
 
@@ -128,12 +126,11 @@ class Stages(Compressor):
         return split
 
     def _messages(self, message: Message) -> list[Message]:
-        """Split a message into one message per pass, in the compressor's own format."""
+        """Split a message into one message per pass, in the format of the repeated compressor."""
         return [Message(*pair) for pair in zip(self._split(message.parts), message.context, strict=True)]
 
     @property
     def _depth(self) -> int:
-        """The number of nested Stages, including this one."""
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:

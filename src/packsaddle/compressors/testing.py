@@ -109,7 +109,7 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
     """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state.
 
-    Raises AssertionError, which begins with `where`.
+    Errors begin with `where`.
     """
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
@@ -121,7 +121,7 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, `fixed_size` is true.
 
-    Raises AssertionError, which begins with `where`.
+    Errors begin with `where`.
     """
     d = len(v)
     scratch = v.clone()
@@ -134,7 +134,7 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
         for name, part in message.parts.items()
     }
     received = compressor.receive(wire, d, seed=8, step=9)
-    # Both compute 1 - 2 C(v); the results must be bitwise identical.
+    # Sender and receiver compute 1 - 2 C(v); the results must be bitwise identical.
     own, other = torch.ones_like(v), torch.ones_like(v)
     compressor.add_decoded(message, own, alpha=-2.0)
     compressor.add_decoded(received, other, alpha=-2.0)
@@ -169,9 +169,9 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """Check the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` against C(v).
+    """Check the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` against C(v), over `seeds` draws.
 
-    Rates are means over `seeds` draws. Raises AssertionError, which begins with `where`.
+    Errors begin with `where`.
     """
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
@@ -218,6 +218,6 @@ def _energy(v: Tensor, scale: float) -> float:
 
 
 def _subnormal(v: Tensor) -> float:
-    """Return a tolerance for sums of denormals, whose spacing is tiny * eps."""
+    """Return an absolute tolerance for sums that may contain denormals, whose spacing is tiny * eps."""
     info = torch.finfo(v.dtype)
     return float(64 * info.tiny * info.eps)

@@ -1,9 +1,9 @@
 """Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
-Floating-point formats, "int8" and "int4" round to nearest after division by the largest magnitude of the block, so that
-values of any scale fit the format. "int1", "int2" and "int3" store a sign and one of 1, 2 or 4 levels per value:
-magnitudes are split at the mean of their block, for "int3" each half again at its own mean, and a level is the mean of
-its magnitudes. For formats of at most 4 bits, scales and levels are sent in 16 bits, relative to the largest of all.
+Floating-point formats, "int8" and "int4" round to nearest after division by the largest magnitude of the block. "int1",
+"int2" and "int3" store a sign and one of 1, 2 or 4 levels per value: magnitudes are split at the mean of their block,
+for "int3" each half again at its own mean, and a level is the mean of its magnitudes. For formats of at most 4 bits,
+scales and levels are sent in 16 bits, relative to the largest of all.
 """
 
 import math
@@ -26,14 +26,12 @@ _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
-_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # code of almost 2 units: a subnormal unit is inexact
+_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # largest valid code; a subnormal unit makes it almost 2 units
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", a scale per block.
-
-    Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1].
-    """
+    Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1]."""
     if how is None:
         return {"values": values}
     if not len(values):
@@ -76,11 +74,8 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Encode nonnegative scales, float[m], to relative error 2^-9 as "scales", int16[m], and the largest as "unit".
-
-    Scales below 2^-252 of the largest have a larger relative error, and those below 2^-261 become 0. The unit, in
-    `dtype`, is non-finite if any scale is.
-    """
+    """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest as "unit", to relative error 2^-9
+    (more below 2^-252 of the largest). The unit, in `dtype`, is non-finite if any scale is."""
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
@@ -133,7 +128,6 @@ def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
 
 
 def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
-    """Return k, the number of values in the parts of a message."""
     coded = parts["values"].flatten()
     if how not in _PACKED or not coded.numel():
         return coded.numel()
@@ -158,7 +152,7 @@ def value_retention(how: ValueFormat | None) -> float:
     least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
     with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
     single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean); returns 4 / b.
-    int3: its levels split those of int2, so no more is lost. (The largest 10% of Gaussian values retain 0.97.)
+    int3: its levels split those of int2, so no more is lost.
     """
     if how is None:
         return 1.0

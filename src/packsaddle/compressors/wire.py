@@ -1,8 +1,4 @@
-"""Bit-level encodings: fixed-width packing, sign bits, and sets of indices.
-
-All functions run on the device of their tensors. A set of k indices of [0, d) takes at least log2 C(d, k) bits.
-`encode_indices` uses the shortest of three codes, selected by its first byte.
-"""
+"""Bit-level encodings, on the device of their tensors: fixed-width packing, sign bits, and sets of indices."""
 
 import math
 
@@ -58,7 +54,6 @@ def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64)
 
 
 def indices_where(mask: Tensor) -> Tensor:
-    """Return the indices at which `mask`, bool[n], is True, increasing int64[...]."""
     if mask.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(1)
@@ -76,7 +71,6 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """Invert `pack_bits`: return n bits, bool[n]."""
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=n)).view(torch.bool)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
@@ -85,9 +79,7 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 def pack_rice(numbers: Tensor, b: int) -> Tensor:
     """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b, uint8[...]; n is not stored.
-
-    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits.
-    """
+    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits."""
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
         coded: Tensor = loop(numbers, b)
         return coded
@@ -108,7 +100,7 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
         return None
     quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     numbers = (quotients << b) | unpack(packed[split:], b, n)
-    # A long quotient could overflow a number, so both are checked.
+    # Check the quotients too: a number with a very long quotient could overflow.
     if n and (int(quotients.max()) > most >> b or int(numbers.max()) > most):
         return None
     return numbers.to(dtype)
@@ -127,10 +119,7 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
-    """Invert `pack_gaps`: return the indices, int64[k].
-
-    Raises MessageError, naming `part`, unless `packed` encodes exactly k indices, all in their chunks and below `stop`.
-    """
+    """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or raise MessageError."""
     index = unpack_rice(packed, k, b, stop, torch.int64)
     if index is not None:
         # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
@@ -167,10 +156,8 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
-    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must match `index_bytes`.
-
-    Raises MessageError unless `coded` encodes k indices of [0, d).
-    """
+    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must match `index_bytes`. Raises
+    MessageError unless it encodes k indices of [0, d)."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
     code, body = int(coded[0]), coded[1:]
@@ -188,12 +175,10 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
 
 
 def index_bytes(d: int, k: int) -> Expected:
-    """Return the expected dtype and length of the output of `encode_indices` for k indices of [0, d)."""
     return octets(0) if k in (0, d) else octets(2, 1 + math.ceil(min(d, k * _width(d)) / 8))
 
 
 def gap_bytes(k: int, chunks: int, size: int, b: int) -> Expected:
-    """Return the expected dtype and length of the output of `pack_gaps` for k indices in `chunks` chunks of `size`."""
     remainders = math.ceil(k * b / 8)
     return octets(remainders + math.ceil(k / 8), remainders + math.ceil((k + chunks * (size >> b)) / 8))
 

@@ -1,11 +1,8 @@
 """Second-order information: Hessian-vector products, Lanczos, certificates of stationarity, stability of step sizes.
 
-Read `certify` first. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
+Start with `certify`. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
 (Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
-(Lanczos steps until the verdict is decided, first on a part of the examples). `options` has the limits of a search,
-`certificate` the verdict, its evidence, and the choice of iterates. `population` certifies the population loss,
-`CertifyEvery` certifies at intervals during training. `spectral_density` estimates the density of all eigenvalues;
-`step_stability` finds step sizes too large for the curvature.
+(Lanczos steps until the verdict is decided, first on a part of the examples).
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates

@@ -26,11 +26,8 @@ class Verdict(StrEnum):
 
 
 def judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Return the verdict from bounds on the gradient norm (`least`, `most`) and smallest eigenvalue (`lower`, `upper`).
-
-    `epsilon` and `threshold` are the limits of both (Definition 2.4). A Rayleigh quotient below the threshold proves a
-    saddle, whatever its residual.
-    """
+    """Return the verdict from bounds on the gradient norm (`least`, `most`) and the smallest eigenvalue (`lower`,
+    `upper`), whose limits are `epsilon` and `threshold` (Definition 2.4)."""
     if not least <= epsilon:
         return Verdict.GRADIENT_TOO_LARGE
     if most > epsilon:
@@ -41,11 +38,7 @@ def judge(least: float, most: float, epsilon: float, threshold: float, upper: fl
 
 
 def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float:
-    """Return the default epsilon: the smallest threshold that the gradient norm satisfies, with a margin for its error.
-
-    It is the gradient norm plus twice its standard error (if given and finite), rounded up to two digits; `eps` for a
-    gradient of 0.
-    """
+    """Return the default epsilon: the gradient norm plus twice its standard error, rounded up; `eps` if it is 0."""
     most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
     if most <= 0:
         return eps
@@ -55,7 +48,6 @@ def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float
 
 
 def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with None in place of non-finite floats, which JSON does not support."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -63,7 +55,8 @@ def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
 class Certificate:
     """The verdict on one point and its evidence; H is the Hessian of the mean loss over the examples, in eval mode.
 
-    A pilot is a first search on fewer examples. If it finds a saddle's direction v, other eigenvalues are not bounded.
+    A pilot is a first search on fewer examples. If it finds the direction v of a saddle, other eigenvalues are not
+    bounded.
     """
 
     verdict: Verdict  # verdict on the point
@@ -74,8 +67,8 @@ class Certificate:
     grad_norm_error: float | None  # standard error of the gradient; None: the examples are no sample of a larger set
     lambda_min_upper: float  # upper bound on lambda_min: the escape direction's Rayleigh quotient plus rounding
     lambda_min_lower: float  # lower bound on lambda_min, up to the failure probability; -inf if a pilot found v
-    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value less rounding; -inf if a pilot found v
-    lambda_max_upper: float  # upper bound on lambda_max, up to a failure probability of its own; inf if a pilot found v
+    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value minus rounding; -inf if a pilot found v
+    lambda_max_upper: float  # upper bound on lambda_max, with a failure probability of its own; inf if a pilot found v
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float  # failure probability of each bound that depends on the random start
     threshold: float  # threshold of lambda_min, -sqrt(rho epsilon)
@@ -88,18 +81,18 @@ class Certificate:
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: no saddle
     escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s evaluated
     ritz_values: tuple[float, ...]  # Ritz values of the Hessian, ascending
-    ritz_shares: tuple[float, ...]  # squared component of the random start along each Ritz vector
+    ritz_shares: tuple[float, ...]  # squared inner product of the random unit start with each Ritz vector
     examples: int  # number of examples in the mean loss
     sample_of: int | None  # number of examples from which they were drawn; None: they are all
     pilot_examples: int | None  # examples in the pilot search that found v and the Ritz values; None: no pilot
     pilot_hvps: int  # Hessian-vector products over the pilot's examples
     precision: str  # dtype of the products; the recurrences are in float64
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
-    hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
+    hvp_reason: str | None  # error message if double backward failed; None: it did not, or was not tried
     hvp_error: float  # error of a product of a unit vector, measured or estimated; included in both bounds
     hvp_step: float | None  # last step h of the differences; None: double backward
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # backward passes over the examples, a pilot's in proportion; double backward: two per product
+    backward_passes: int  # passes over the examples, two per double-backward product; a pilot counts in proportion
     bytes_sent: int  # bytes sent by this worker
     seconds: float  # time for the whole certificate
 
@@ -111,8 +104,7 @@ class Certificate:
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The Lipschitz constant rho below which the point would be a saddle, lambda_min_upper^2 / epsilon; None if no
-        negative curvature was found."""
+        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon; None without negative curvature."""
         return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
 
     def escape_steps(self, lr: float) -> float | None:
@@ -132,10 +124,7 @@ class Certificate:
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     def to_dict(self, lr: float | None = None) -> dict[str, Any]:
-        """Return everything except the directions as plain types for JSON; non-finite floats become None.
-
-        `escape_steps` is for the step size `lr`; None without one.
-        """
+        """Return all fields except directions as plain types for JSON, and `escape_steps` for the step size `lr`."""
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
@@ -218,10 +207,7 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return the indices of m iterates, drawn uniformly from 0 ... `steps` with replacement, sorted.
-
-    Deterministic given `seed`.
-    """
+    """Return the sorted indices of m iterates, drawn from 0 ... `steps` with replacement; a function of `seed`."""
     return sorted(torch.randint(steps + 1, (m,), generator=generator(seed, 0, Stream.ITERATES)).tolist())
 
 
@@ -235,28 +221,30 @@ class Share:
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":
-        """Count the verdicts of m certificates."""
+        """Count the `verdicts` of m certificates."""
         stationary = sum(v is Verdict.SECOND_ORDER_STATIONARY for v in verdicts)
         refuted = sum(v in (Verdict.SADDLE, Verdict.GRADIENT_TOO_LARGE) for v in verdicts)
         return cls(len(verdicts), stationary, refuted)
 
     @property
     def all_fail(self) -> float:
-        """2^-m, an upper bound on the probability that no draw is second-order stationary, if at least half of the
-        iterates are."""
+        """2^-m, an upper bound on the probability that no draw is stationary, if at least half of the iterates are."""
         return 0.5**self.drawn
 
     @property
     def surprise(self) -> float:
-        """A p-value of the theorem's promise: an upper bound on the probability of at most this many stationary draws
-        (undecided ones included), if at least half of the iterates are second-order stationary."""
+        """A p-value of the theorem's promise that at least half of the iterates are second-order stationary: an upper
+        bound on the probability of at most this many stationary draws, undecided ones included."""
         from scipy.special import bdtr  # slow to import, and only this needs it
 
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """Return a lower confidence bound on the fraction of stationary iterates (Clopper-Pearson, one-sided). It does
-        not include the failure probabilities of the certificates."""
+        """Return a lower bound, of this `confidence`, on the fraction of stationary iterates (Clopper-Pearson,
+        one-sided).
+
+        The failure probabilities of the certificates are not included.
+        """
         if self.stationary == 0:
             return 0.0
         from scipy.special import betaincinv  # slow to import, and only this needs it

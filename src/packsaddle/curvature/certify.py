@@ -156,7 +156,6 @@ class CertifyEvery:
         options: further options of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
 
     `certificates` is a list of (step, certificate). Raises ValueError for `every` below 1, and the errors of `certify`.
-    A certificate costs two backward passes over the batches for each of its Hessian-vector products.
 
     >>> import torch
     >>> from packsaddle.curvature import CertifyEvery

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-_GENERATED = ("torch._library.", "torch._functorch.")  # modules whose functions wrap custom ones
+_GENERATED = ("torch._library.", "torch._functorch.")  # modules in which torch wraps custom functions of users
 
 
 def custom_functions(loss: Tensor) -> set[str]:
@@ -19,7 +19,6 @@ def custom_functions(loss: Tensor) -> set[str]:
 
 
 def graph_nodes(outputs: Iterable[Tensor | None]) -> Iterator[Any]:
-    """Yield every node of the autograd graphs of `outputs`, each once."""
     waiting: list[Any] = [t.grad_fn for t in outputs if t is not None and t.grad_fn is not None]
     seen = set(waiting)
     while waiting:

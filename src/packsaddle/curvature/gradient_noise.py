@@ -69,7 +69,7 @@ def gradient_noise(
 
     The k-th batch has n_k examples, the first k batches have N_k and mean gradient m_k. Each
     n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). Their mean is
-    the sample variance, and their variation gives its standard error. Memory: two vectors of d numbers.
+    the sample variance, and their variation gives its standard error.
 
     Args:
         model: a network, evaluated in eval mode to exclude noise from dropout and batch statistics.
@@ -91,7 +91,7 @@ def gradient_noise(
     sums = torch.cat([found.sum().view(1), found.square().sum().view(1), counts])
     sums = sums.to(next(model.parameters()).device)
     total, squares, count, seen, short = Communicator(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
-    if short:  # identical on all workers
+    if short:  # identical on all workers, so that all raise
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")

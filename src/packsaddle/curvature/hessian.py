@@ -1,8 +1,8 @@
 """Losses, gradients and Hessian-vector products of a network over all batches of all workers.
 
-The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. Each product takes two
-backward passes a batch on this worker and one all-reduce of d numbers, since the Hessian of a mean is the mean of
-Hessians. The network must not be wrapped in DistributedDataParallel, whose hooks do not support second derivatives.
+The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. A product takes two
+backward passes for each batch of this worker and one all-reduce of d numbers. The network must not be wrapped in
+DistributedDataParallel, whose hooks do not support second derivatives.
 """
 
 import copy
@@ -29,19 +29,18 @@ from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.seeds import Stream, generator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-# Texts in torch's errors for gradients without a derivative, as of fused kernels and compiled graphs.
+# Substrings of torch's errors for an operation whose gradient has no derivative, such as a fused kernel.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
 UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
-_UNDIFFERENTIABLE = "torch::autograd::Error"  # node name of a function marked once_differentiable
+_UNDIFFERENTIABLE = "torch::autograd::Error"  # name of the graph node of a function marked once_differentiable
 
 
 class NotFiniteError(ValueError):
-    """The loss or a derivative of it is infinite or not a number."""
+    """The loss or a derivative of it is infinite or NaN."""
 
 
 def fresh_generator() -> torch.Generator:
-    """Return a generator seeded by the operating system."""
     generator = torch.Generator()
     generator.seed()
     return generator
@@ -63,10 +62,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class Curvature:
     """Derivatives of the mean loss at a network's current parameters, as flat vectors over the trainable ones.
 
-    `loss_fn(model, batch)` returns the mean loss of a batch; `batches` is this worker's batches, an iterable that can
-    be iterated repeatedly. Construction is collective and evaluates the loss twice. Raises ValueError if the two values
-    differ on any worker (data augmentation, shuffling, an exhausted iterator), or without examples or trainable
-    parameters; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
+    `loss_fn(model, batch)` returns the mean loss of a batch. `batches` are this worker's, an iterable that can be
+    iterated repeatedly; a worker may have none if another has some. Construction is collective and evaluates the loss
+    twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an exhausted
+    iterator), or without examples or trainable parameters; NotFiniteError if the loss is not finite.
     """
 
     has_double_backward = True
@@ -76,13 +75,13 @@ class Curvature:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
-        self.held = self.d  # largest number of elements of a vector stored on one worker
+        self.held = self.d  # largest number of elements of one vector that one worker stores
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over the examples so far; passes over a part count in proportion
         self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
-        self._derives = False  # True: the loss computes derivatives, as of a gradient penalty
+        self._derives = False  # True: the loss itself computes gradients, as a gradient penalty does
         self._displaced = 0  # number of gradients at displaced points so far; seeds stochastic rounding
 
         # Evaluate sum_b n_b loss_b twice: the values differ if loss or batches are random.
@@ -95,7 +94,7 @@ class Curvature:
         loss, examples, differ, apart, *short = self.sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
-        if differ:  # on any worker, so that all of them stop
+        if differ:  # on any worker, so that all of them raise
             raise ValueError(
                 "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
                 "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "
@@ -113,7 +112,7 @@ class Curvature:
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Return True if two checksums of this worker's parameters, frozen ones included, differ from rank 0's."""
+        """Return True if two checksums of all parameters of this worker differ from rank 0's; collective."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self._model.parameters():
             values = p.detach().to(self.device, torch.float64)
@@ -146,10 +145,7 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's mean loss, float[], with a graph if gradients are enabled.
-
-        Raises ValueError if it is not a tensor of one number, or has no graph.
-        """
+        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError otherwise."""
         loss: Any = self._loss_fn(self._model, batch)
         loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # a DTensor, with tensor parallelism
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -160,36 +156,30 @@ class Curvature:
         return loss
 
     def read(self) -> Iterator[tuple[Any, int]]:
-        """Yield each of this worker's batches with its number of examples."""
         for batch in self._batches:
             yield batch, batch_size(batch)
 
     def batches(self) -> int:
-        """Return the number of batches of all workers; collective."""
         return round(self.sum_of(len(self._sizes_of_batches)))
 
     def examples_of_every(self, n: int) -> int:
-        """Return the number of examples in every n-th batch of every worker; collective."""
         return round(self.sum_of(sum(self._sizes_of_batches[::n]))) // self._alike
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` over workers, float64; collective."""
         values = values.to(self.device, torch.float64)
         return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
 
     def sum_of(self, value: float) -> float:
-        """Return the sum of one number over workers; collective."""
         return float(self.sum(torch.tensor([value], dtype=torch.float64)))
 
     def on_any_worker(self, found: bool) -> bool:
-        """Return True if `found` is true on any worker; collective."""
         return self.sum_of(found) > 0
 
     def gradient(self) -> tuple[Tensor, float]:
-        """Return the gradient of the mean loss f, float64[d], and its standard error as of a sample; collective.
+        """Return the gradient of the mean loss f, float64[d], and its standard error; collective.
 
-        For B batches of n_b examples and gradient g_b, sum_b n_b ||g_b - grad f||^2 / (B - 1) is an unbiased estimate
-        of one example's variance; divided by N it is that of the mean. The error is inf for a single batch.
+        For B batches of n_b examples and gradient g_b, the estimate of one example's variance is sum_b n_b ||g_b - grad
+        f||^2 / (B - 1), that of the mean is a fraction 1 / N of it. The error is inf for a single batch.
         """
         spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
 
@@ -205,7 +195,6 @@ class Curvature:
         return mean, self._standard_error(squares, float(mean.square().sum()), batches)
 
     def _standard_error(self, squares: float, square_of_mean: float, batches: float) -> float:
-        """Return the standard error of the mean gradient from squares = sum_b n_b ||g_b||^2; inf for a single batch."""
         if batches == 1:
             return math.inf
         within = max(0.0, squares - self.examples * square_of_mean) / (batches - 1)
@@ -214,9 +203,7 @@ class Curvature:
     @sdpa_kernel(SDPBackend.MATH)  # torch's fused attention has no double backward
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Return the Hessian-vector product H v, float64[d], for v float64[d], by double backward; collective.
-
-        `inspect` is called with the loss of every batch of this worker, before its graph is freed.
-        """
+        `inspect` is called with the loss of every batch of this worker, before its graph is freed."""
         self.products += 1
         self.passes += 2
         vs = self._shaped(v)
@@ -242,7 +229,6 @@ class Curvature:
             return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
 
     def gradient_of_batch(self, batch: Any) -> Tensor:
-        """Return the gradient of one batch's mean loss, float64[d]; not collective."""
         with differentiating(self._model):
             return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, allow_unused=True))
 
@@ -284,8 +270,7 @@ class Curvature:
         return None
 
     def in_double(self) -> "Curvature | None":
-        """Return the `Curvature` of a float64 copy of the model over this worker's examples, their floating-point
-        tensors cast to float64; None without examples; not collective."""
+        """Return a `Curvature` in float64 over this worker's batches alone; None without examples. Not collective."""
         if not sum(self._sizes_of_batches):
             return None
         model, doubled = copy.deepcopy(self._model).double(), partial(map, _to_double)
@@ -302,29 +287,26 @@ class Curvature:
         return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return a Gaussian vector, float64[d], equal on all workers, from rank 0's generator (None: seeded by the
-        operating system); collective."""
+        """Return a Gaussian vector, float64[d], identical on all workers; collective.
+        It is drawn from rank 0's generator; None: seeded by the operating system."""
         rng = self._shared_generator(generator)
         parts = [torch.randn(p.numel(), generator=rng, dtype=torch.float64) for p in self.parameters]
         return torch.cat(parts).to(self.device)
 
     def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
-        """Return a CPU generator, seeded on all workers by one draw from rank 0's generator."""
+        """Return a CPU generator, seeded on all workers by one draw from rank 0's generator; collective."""
         generator = fresh_generator() if generator is None else generator
         seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).to(self.device)
         self._channel.broadcast(seed, "certificate")
         return torch.Generator().manual_seed(int(seed))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """Return the inner product <a, b> of two vectors, float64[d]."""
         return float(a @ b)
 
     def norm(self, a: Tensor) -> float:
-        """Return the norm ||a|| of a vector, float64[d]."""
         return math.sqrt(self.dot(a, a))
 
     def size_of_parameters(self) -> float:
-        """Return the norm of the trainable parameters, ||x||."""
         return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
@@ -335,13 +317,13 @@ class Curvature:
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
-        if not torch.isfinite(mean).all():  # identical on all workers
+        if not torch.isfinite(mean).all():  # identical on all workers, so that all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 
     @contextmanager
     def moved(self, direction: Tensor, distance: float, dither: int | None = None) -> Iterator[None]:
-        """Context in which the parameters x are moved to x + distance * direction, float64[d]; x is restored bitwise.
+        """Context manager that moves the parameters x to x + distance * direction, float64[d]; x is restored bitwise.
 
         With a seed `dither`, 16-bit parameters are rounded stochastically, so that their expected value is exact: a
         displacement below their resolution would otherwise be lost.
@@ -358,14 +340,13 @@ class Curvature:
             yield
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
-        """Return the mean loss at the parameters x + distance * direction; collective."""
         with self.moved(direction, distance):
             total = self._totals()[0]
         return self.sum_of(total) / self._alike / self.examples
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the shorter dtypes to which a loss casts float64 inputs: it may be coarser than its parameters."""
+    """Records the shorter dtypes to which a loss casts float64 inputs: it may be less precise than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -380,17 +361,15 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Return doubles x rounded stochastically to a shorter dtype, so that the mean is x (for normal numbers)."""
+    """Round doubles x stochastically to a shorter dtype, so that the expected value is x (for normal numbers)."""
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # unit in last place
     return (x + place * (torch.rand(x.shape, generator=rng, dtype=x.dtype, device=x.device) - 0.5)).to(dtype)
 
 
 @contextmanager
 def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
-    """Context in which every worker has rank 0's buffers (batch normalization statistics); collective.
-
-    On exit each worker's own buffers are restored, and torch's generator, from which a DataLoader draws its seeds.
-    """
+    """Context manager that gives every worker rank 0's buffers (batch normalization statistics); collective.
+    On exit each worker's own buffers are restored, and torch's generator, from which a DataLoader draws its seeds."""
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
     with torch.random.fork_rng(devices=()), _restored(buffers):
         for b in buffers:
@@ -400,7 +379,6 @@ def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
 
 @contextmanager
 def _restored(tensors: list[Tensor]) -> Iterator[None]:
-    """Context manager that restores these tensors bitwise on exit."""
     before = [t.clone() for t in tensors]
     try:
         yield
@@ -411,14 +389,14 @@ def _restored(tensors: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
-    """Context for derivatives of a loss: eval mode, gradients enabled, no oneDNN where it is wrong."""
+    """Context manager for derivatives of a loss: eval mode, gradients enabled, no oneDNN where it is wrong."""
     with torch.enable_grad(), evaluating(model), safe_derivatives(model):
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context in which every module is in eval mode; on exit the modes are restored."""
+    """Context manager that sets every module to eval mode; on exit their modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -445,7 +423,6 @@ def with_examples(batches: Iterable[Any]) -> Reread:
 
 
 def every_nth(batches: Iterable[Any], n: int, first: int = 0) -> Reread:
-    """Return every n-th batch, starting at index `first`."""
     return Reread(batches, lambda read: islice(read, first, None, n))
 
 
@@ -454,7 +431,6 @@ def _to_double(batch: Any) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """Return the number of examples of a batch: the first dimension of its first tensor. Raises ValueError."""
     if isinstance(batch, Tensor) and batch.ndim:
         return len(batch)
     parts = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []

@@ -36,8 +36,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_EVALUATIONS = 100  # most evaluations of the sum for a bound; about a dozen are usual
-_ROUNDING = 16  # error of a product in units of the last place of ||A||, roughly that of long sums
+_EVALUATIONS = 100  # most evaluations of the sum of p_j^2 for one bound; about a dozen are usual
+_ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, typical of long sums
 _LEAST_PROBABILITY = 1e-100  # for smaller probabilities the quantile underflows
 
 
@@ -112,10 +112,9 @@ class Ritz:
         return -turned.lower_bound(failure_probability)
 
     def _log_growth(self, below: float, scale: float) -> float:
-        """Return the log of the sum of the squared Lanczos polynomials p_j at `below`, or of its largest term.
+        """Return the log of the sum of the squared Lanczos polynomials p_j at `below`, or of the largest square.
 
-        `below` is less than theta_min; `scale` is about the norm of A. The largest term is used without `orthogonal`.
-
+        `below` is less than theta_min; `scale` is about the norm of A. The largest square is used unless `orthogonal`.
         -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
         """
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
@@ -133,12 +132,13 @@ class Ritz:
 class Lanczos:
     """The Lanczos process on a symmetric matrix A, with one product in each `step`.
 
-    `matvec` maps v, float64[n], to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate and
-    equal on all workers; `precision` is the unit roundoff of the products; `error()` is the current estimate of their
+    `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, fresh for every certificate and
+    equal on all workers. `precision` is the unit roundoff of the products, and `error()` the current estimate of their
     other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is collective.
-    Recurrences are in float64. The first `max_vectors` vectors (None: all) are stored; while all are, each new one is
-    orthogonalized against them twice. Later steps use three more vectors, and a Ritz vector recomputes those that are
-    not stored. Raises ValueError for `max_vectors` below 2.
+
+    The first `max_vectors` vectors (None: all) are stored; while all are, each new one is orthogonalized against them
+    twice. A Ritz vector needs one product for each vector that is not stored. Recurrences are in float64. Raises
+    ValueError for `max_vectors` below 2.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class Lanczos:
         n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
         self._known_error, self._dot = error, dot
-        self._error = 0.0  # largest component found in a product that an exact one would not have
+        self._error = 0.0  # largest component found in a product that would be 0 in exact arithmetic
         self.products = 0  # number of products so far, including those for Ritz vectors
         self._basis = [start / self._norm(start)]
         self._pair = (torch.zeros(0), self._basis[0])  # the last two Lanczos vectors
@@ -186,7 +186,7 @@ class Lanczos:
                 for p in self._basis:
                     found = self._dot(w, p)
                     w.sub_(p, alpha=found)
-                    if sweep == 0 and p is not q:  # along q it is the rounding of alpha
+                    if sweep == 0 and p is not q:  # p is q: the component is the rounding error of alpha
                         self._error = max(self._error, abs(found))
         self._alphas.append(alpha)
         beta = self._norm(w)
@@ -203,8 +203,8 @@ class Lanczos:
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
 
-        # The norm of the errors of all k products, an n x k matrix of independent columns of the known norm (Marchenko
-        # and Pastur), is little more than that of one unless k is near n.
+        # All k products together err by the norm of an n x k matrix of independent columns of the known norm (Marchenko
+        # and Pastur): little more than one column's unless k is near n.
         known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
         # ||A v - theta_min v|| = beta |last component of theta_min's vector|.
         return Ritz(
@@ -222,10 +222,7 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do up to `most` steps, until `is_enough` or exhaustion; return the result.
-
-        `progress` is called with the number of steps so far.
-        """
+        """Do up to `most` steps, until `is_enough` or exhaustion; return the result. Calls `progress` after each."""
         for k in range(1, most + 1):
             ritz = self.step()
             progress(k)
@@ -234,8 +231,7 @@ class Lanczos:
         return ritz
 
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
-        """Return the unit Ritz vector of the smallest Ritz value, or with `largest` of the largest, float64[n]. Each
-        Lanczos vector that is not stored costs one product."""
+        """Return the unit Ritz vector of the smallest Ritz value, float64[n], or with `largest` of the largest."""
         v = torch.zeros_like(self._basis[0])
         weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):
@@ -263,7 +259,6 @@ class Lanczos:
 
 
 def check_probability(failure_probability: float) -> None:
-    """Raise ValueError unless a failure probability is in [1e-100, 1)."""
     if not _LEAST_PROBABILITY <= failure_probability < 1:
         raise ValueError(f"failure_probability must be in [{_LEAST_PROBABILITY:g}, 1), got {failure_probability}")
 

@@ -2,9 +2,9 @@
 
 For a strided 1 x 1 convolution with fewer input channels than a vector register holds (8 numbers with AVX2, 16 with
 AVX-512), oneDNN's `backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch
-2.13): the process crashes or hangs, or the gradient is silently wrong. One channels-last tensor, input or weight, is
-enough. Narrow ResNets have such convolutions in their shortcuts. Contiguous tensors are safe, and so is torch without
-oneDNN, which takes 1.5 times as long for such networks.
+2.13): the process crashes or hangs, or the gradient is silently wrong. Narrow ResNets have such convolutions in their
+shortcuts. One channels-last tensor, input or weight, is enough. Torch without oneDNN is safe, but takes 1.5 times as
+long for such networks.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,6 @@ _Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 def has_narrow_convolutions(model: nn.Module) -> bool:
-    """Return True if a network has a convolution whose gradients may be wrong on a CPU with channels last."""
     return any(isinstance(module, _Convolution) and _is_narrow(module) for module in model.modules())
 
 
@@ -32,10 +31,8 @@ def _is_narrow(layer: Any) -> bool:
 
 @contextmanager
 def safe_derivatives(model: nn.Module) -> Iterator[None]:
-    """Context without oneDNN, for derivatives of a network on a CPU that has narrow convolutions; otherwise no-op.
-
-    The memory format is not checked, since a network may convert its tensors in the forward pass.
-    """
+    """Context manager that disables oneDNN if the network is on a CPU and has narrow convolutions.
+    The memory format is not checked, since a network may convert its tensors in the forward pass."""
     backend: Any = torch.backends.mkldnn
     before = backend.enabled
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())

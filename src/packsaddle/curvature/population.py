@@ -119,7 +119,7 @@ def certify_population(
 ) -> PopulationCertificate:
     """Certify the model's current parameters for the population from which the batches were drawn; collective.
 
-    Needs eight batches or more on all workers together; many small ones are better than few large ones.
+    Many small batches are better than few large ones.
 
     Args:
         model, loss_fn, process_group: as for `certify`.
@@ -227,7 +227,7 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     """Return the Rayleigh quotient v^T H v over the batches, its standard error and degrees of freedom; collective."""
     curvature = products.curvature
-    sums = torch.zeros(3, dtype=torch.float64)  # sums of n_b q_b and n_b q_b^2, q_b = v^T H_b v; batches
+    sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, with q_b = v^T H_b v
     for batch, n in curvature.read():
         q = curvature.dot(v, products.of_batch(batch, v))
         sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)
@@ -241,10 +241,8 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos.
-
-    Stops if the smallest Ritz value is below `threshold`, or further steps would raise the bound by little.
-    """
+    """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos; collective.
+    Stops if the smallest Ritz value is below `threshold`, or further steps would raise the bound by little."""
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold
@@ -260,7 +258,7 @@ def _variance_norm(products: Products, delta: float, search: Search, progress: C
     count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
-        """Return the variance times u, sum_b n_b H_b (H_b - H_n) u / ((B - 1) n), as sum_b n_b (H_b - H_n) = 0."""
+        """Return the variance times u, sum_b n_b H_b (H_b - H_n) u / ((B - 1) n), since sum_b n_b (H_b - H_n) = 0."""
         mean = products(u)
         total = torch.zeros_like(u)
         for batch, n in curvature.read():

@@ -31,28 +31,28 @@ from packsaddle.curvature.options import Hvp, Search
 
 Result = TypeVar("Result")
 
-_NEARBY = 17 / 16  # ratio of two steps whose products differ almost only by rounding
-_ROUNDS = 6  # maximum number of trials of a step h
-_LONGEST = 1 / 16  # largest h / ||x||; beyond it M_3 at two steps does not predict the error
-_FARTHEST = 64.0  # largest ratio of the steps of consecutive rounds
-_FAR = 0.1  # relative error of a product above which a step does not predict shorter ones
-_SHORTEN = 1 / 16  # largest ratio of the next step to such a step
-_SHRUNK = 0.9  # ratio of products below which a step is so short that some parameters do not move
-_LOUD = 16  # ratio to the smallest rounding error measured, above which a difference is not rounding
-_KINKED = 1e-3  # relative error of a product above which a loss in float64 has kinks
-_ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which a step may fit between kinks
+_NEARBY = 17 / 16  # ratio of two steps h whose products differ almost only by rounding
+_ROUNDS = 6  # most steps h to try for one product
+_LONGEST = 1 / 16  # largest step, as h / ||x||; beyond it M_3 at two steps does not predict the error
+_FARTHEST = 64.0  # largest ratio between consecutive trial steps
+_FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
+_SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
+_SHRUNK = 0.9  # if a shorter step shrinks the product below this ratio, it no longer moves some 16-bit parameters
+_LOUD = 16  # a difference of more than this times the smallest rounding error measured is not rounding
+_KINKED = 1e-3  # relative error of a product in float64 above which the loss is assumed to have kinks, such as ReLU's
+_ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which steps short enough to cross no kink are tried
 _SHORTEST = 64  # smallest h, in units of ||x||'s last place
-_CHECK_EVERY = 2  # the error is measured at products number 1, 2, 4, 8, ...; the first direction is random
+_CHECK_EVERY = 2  # factor: the error is measured at products number 1, 2, 4, 8, ...; the first direction is random
 _RHO_DISTANCE = 1e-2  # distance along v, to each side, at which rho is measured
-_DOUBT = 2  # two products differ if their distance exceeds this times their errors
-_SURE = 0.01  # largest error at which products are comparable, relative to the largest product's norm
+_DOUBT = 2  # two products are different if their distance exceeds this times their errors
+_SURE = 0.01  # largest error for a comparison of products, relative to the largest product's norm
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
-_RANDOM = 16  # relative difference of two products H v that shows a random loss, over sqrt(unit roundoff)
-_RANDOM_OF_16_BITS = 0.25  # upper limit of the relative difference by `_RANDOM`
+_RANDOM = 16  # relative difference of two equal products, over sqrt(unit roundoff), that shows a random loss
+_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference: `_RANDOM` alone would allow more for 16-bit products
 
 
 class DoubleBackwardError(ValueError):
-    """Error for wrong Hessian-vector products by double backward; `reason` describes the difference found."""
+    """Products by double backward are wrong for this loss; `reason` describes the difference found."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
@@ -60,7 +60,8 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for unit v, less rounding."""
+    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for a unit vector v, except
+    for rounding errors, for which see `precision`."""
 
     name: str
     reason: str | None = None  # why double backward failed; None: it did not, or was not tried
@@ -92,7 +93,7 @@ class Products(ABC):
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return the change of H v along v, ||d/ds H(x + s v) v||, measured by differences over |s| <= 0.01 or more."""
+        """Return ||d/ds H(x + s v) v||, the change of H v along v, measured by differences over |s| <= 0.01 or more."""
 
     def rho(self, v: Tensor) -> float:
         """Return `change(v)`, a lower estimate of rho, the Lipschitz constant of the Hessian; never 0."""
@@ -103,7 +104,7 @@ class DoubleBackward(Products):
     """Hessian-vector products by double backward: the gradient of the inner product <grad f, v>.
 
     The first product is computed twice. Raises ValueError if the two differ, as those of a random loss do. If the loss
-    has custom functions, the first product and those of `checked` are compared with differences of gradients. Raises
+    has custom functions, that product and those of `checked` are compared with differences of gradients. Raises
     DoubleBackwardError if they differ by more than both errors.
     """
 
@@ -116,7 +117,7 @@ class DoubleBackward(Products):
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
         self._differences: Differences | None = None  # to validate products with; None: not needed yet
-        self._coarse = False  # errors of the differences are too large for a comparison
+        self._coarse = False  # True: errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -139,11 +140,8 @@ class DoubleBackward(Products):
         return product, 0.0
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
-        """Raise DoubleBackwardError if a product differs from differences of gradients.
-
-        Below float64, kinks of the loss can cause a difference. It is then verified on a float64 copy of the model; an
-        exception there counts as a difference.
-        """
+        """Raise DoubleBackwardError if a product differs from differences of gradients. Below float64, where kinks of
+        the loss can cause a difference, it must also differ, or fail, on a float64 copy of the model."""
         why = None
         if not self._coarse:
             self._differences = self._differences or Differences(self.curvature)
@@ -200,11 +198,8 @@ class _Trial:
 
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
-    """Return a description of the difference of a product by double backward from differences of gradients, or None.
-
-    They differ if their distance exceeds the sum of their errors, or if that sum is too large, relative to the
-    `largest` norm of a product, to detect a missing term.
-    """
+    """Return None if a product by double backward equals that by differences of gradients within both errors, else a
+    message; also if the errors, relative to the `largest` norm of a product, could hide a missing term."""
     curvature = differences.curvature
     other, error = differences.checked(v)
     size = max(curvature.norm(product), curvature.norm(other))
@@ -217,11 +212,8 @@ def _disagreement(differences: "Differences", v: Tensor, product: Tensor, larges
 
 
 class Differences(Products):
-    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h).
-
-    Each takes two gradients, or six or more if its error is measured. 16-bit parameters are rounded stochastically,
-    so that they move by h v in the mean.
-    """
+    """Hessian-vector products by central differences of gradients, (g(x + h v) - g(x - h v)) / (2 h). 16-bit parameters
+    are rounded stochastically, so that they move by h v on average."""
 
     name = "differences of gradients"
     precision = torch.finfo(torch.float64).eps
@@ -268,18 +260,15 @@ class Differences(Products):
         return best.product, best.error
 
     def _is_far(self, last: _Trial, best: _Trial) -> bool:
-        """Return True if the last step h is far too long, such as that of a flat direction in a sharp valley.
-
-        Then a product is mostly error. It is not rounding error, which hardly depends on the direction. Third
-        derivatives do not predict a better step yet, and with shorter steps errors may rise before they fall.
-        """
+        """Return True if the last step h is far too long, such as that of a flat direction in a sharp valley: then a
+        product is mostly an error of third and higher derivatives, which do not predict a better step."""
         rounds = last.noise * last.step <= _LOUD * self._quietest
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
         """Return a trial whose step crosses no kink of the loss, else `best`. Only float64 allows such short steps.
 
-        With kinks, as of ReLU, similar steps cross different ones, and errors grow with shorter steps until none is
+        With kinks, such as ReLU's, similar steps cross different ones, and errors grow with shorter steps until none is
         crossed. A product with such a step equals that of double backward.
         """
         step = best.step
@@ -300,7 +289,7 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """Return the ratio of the best step h, where rounding / h is twice h^2 M_3 / 6, to a trial's step."""
+        """Return the best step h, for which rounding / h is twice h^2 M_3 / 6, divided by the step of a trial."""
         if trial.noise == 0.0:  # no change: a step below 16-bit resolution, or a constant gradient
             return _FARTHEST
         # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.
@@ -324,7 +313,6 @@ class Differences(Products):
         return other
 
     def copy_estimates(self, other: Products) -> None:
-        """Copy the step size of the differences and the rounding estimates of `other`."""
         assert isinstance(other, Differences)
         self.step, self._rounding, self._quietest = other.step, other._rounding, other._quietest
 
@@ -342,10 +330,8 @@ class Differences(Products):
 
 
 def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
-    """Return a Lanczos process on the Hessian from a random start, storing up to `search.memory_limit` bytes.
-
-    `matvec`, if given, is the product with another matrix, to use in place of the Hessian.
-    """
+    """Return a Lanczos process on the Hessian, or on the matrix with products `matvec`, from a random start;
+    collective. Stores vectors of up to `search.memory_limit` bytes in total."""
     curvature = products.curvature
     return Lanczos(
         matvec or products,
@@ -370,11 +356,8 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Call `work` with the products from `choose_products`, and return its result; collective.
-
-    If double backward turns out wrong, the work is repeated with differences for "auto"; other methods raise
-    DoubleBackwardError, a ValueError.
-    """
+    """Call `work` with the products from `choose_products`, and return its result; collective. If double backward turns
+    out wrong, the work is repeated with differences for "auto"; other methods raise DoubleBackwardError."""
     try:
         return work(products)
     except DoubleBackwardError as error:

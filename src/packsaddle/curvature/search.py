@@ -77,7 +77,6 @@ class CurvatureSearch:
 
     @property
     def curvature(self) -> Curvature:
-        """The loss and its derivatives over the examples of this search."""
         return self.products.curvature
 
     def run(self) -> None:
@@ -88,7 +87,7 @@ class CurvatureSearch:
         self.lanczos = lanczos = lanczos_over(self.products, goal.options)
         for k in range(1, goal.options.max_hvps + 1):
             self.ritz = ritz = lanczos.step()
-            self._bound(ritz)  # never worse than an earlier bound, up to rounding
+            self._bound(ritz)  # never worse than an earlier bound, except by rounding
             self._report(ritz, k, measured_at > 0 or goal.rho is not None)
             last = k == goal.options.max_hvps or lanczos.exhausted
 
@@ -99,7 +98,7 @@ class CurvatureSearch:
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
-            if goal.rho is None and measured_at < k:  # rho is at least its value along the final v
+            if goal.rho is None and measured_at < k:  # measure rho along the final v too
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
@@ -112,8 +111,8 @@ class CurvatureSearch:
     def proves(self, v: Tensor, rounding: float) -> bool:
         """Return True if the unit vector v proves a saddle, by its Rayleigh quotient over the examples of this search.
 
-        Measures rho along v if not given. `rounding`: error of the products, over other examples, that found v; the
-        error assumed for the quotient is at least that.
+        Measures rho along v if not given. The error assumed for the quotient is at least `rounding`, that of the
+        products over other examples by which v was found.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -148,7 +147,6 @@ class CurvatureSearch:
         return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
 
     def _follow(self, v: Tensor, upper: float, rho: float) -> dict[float, tuple[float, float]]:
-        """Return the losses f(x + s v) and f(x - s v) by distance s, for growing s while one of them falls."""
         reach = max(1.0, self.curvature.size_of_parameters())
         s = min(abs(upper) / (2 * rho), 1e-3 * reach)
         losses: dict[float, tuple[float, float]] = {}
@@ -187,7 +185,7 @@ class CurvatureSearch:
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
         """Set the direction v, its residual, the upper bound on lambda_min by its Rayleigh quotient, and the verdict.
-        If the Lanczos basis is not orthonormal or products are not exact, the quotient is measured by a product."""
+        The quotient is measured by a product if the Lanczos basis is not orthonormal or products are not exact."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             quotient, error = self._measure_quotient()
@@ -219,9 +217,9 @@ def pilot(
 ) -> CurvatureSearch | None:
     """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
 
-    Returns the search if it found a saddle of the mean loss over these examples, else None. No-op (None) if all
+    Returns the search if it found a saddle of the mean loss over these examples, else None. Also returns None if all
     examples are fewer than eight times as many, or in too few batches to skip seven of eight. The products use the
-    method of `full`, and cost at most about as much as two products over all examples.
+    method of `full`, and cost at most about as much as two over all examples.
     """
     curvature, search = full.curvature, goal.options
     examples = search.pilot_examples

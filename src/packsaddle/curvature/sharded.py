@@ -5,8 +5,6 @@ shards each has about d / R numbers. Dot products are one all-reduce of one doub
 come from `backward`, in which FSDP averages over workers, and Hessian-vector products from differences of them: FSDP
 has no double backward. As its passes are collective, workers with fewer batches repeat their last one with weight 0.
 Workers of one tensor-parallel group process equal batches, which count once.
-
-Sharded parameters are detected without importing torch.distributed.
 """
 
 import math
@@ -62,9 +60,7 @@ class ShardedCurvature(Curvature):
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return this worker's part of the gradient, float64[n], and the gradient's standard error; collective.
-
-        In the standard error, the batches that workers process at the same time count as one.
-        """
+        In the standard error, the batches that workers process at the same time count as one."""
         self.passes += 1
         spread, rounds = 0.0, 0
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
@@ -83,11 +79,9 @@ class ShardedCurvature(Curvature):
         return self._finite(total.div_(self.examples))
 
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        """Raise NotImplementedError: there is no double backward."""
         raise NotImplementedError("a sharded model has no double backward")
 
     def why_no_double_backward(self) -> str | None:
-        """Return the reason: parameters are sharded."""
         return "parameters are sharded"
 
     def dot(self, a: Tensor, b: Tensor) -> float:
@@ -96,7 +90,6 @@ class ShardedCurvature(Curvature):
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
     def size_of_parameters(self) -> float:
-        """Return the norm of the trainable parameters, ||x||; collective."""
         pieces = zip(self._tensors, self._copies, strict=True)
         return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
 
@@ -163,7 +156,6 @@ def derivatives(
     channel: Communicator,
     tensor_parallel: Any = None,
 ) -> Curvature:
-    """Return the `Curvature` of a model, sharded or not; collective."""
     if is_sharded(model):
         return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)
     if tensor_parallel is not None:
@@ -172,7 +164,7 @@ def derivatives(
 
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
-    """Raise ValueError unless FSDP averages a parameter's gradient over all workers that have other batches."""
+    """Raise ValueError unless FSDP averages a parameter's gradient over all workers that process different batches."""
     # A DTensor's mesh and the tensor-parallel one must span all workers, with one worker in common.
     if hasattr(p, "placements"):
         size = p.device_mesh.size()
@@ -197,7 +189,6 @@ def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
 
 
 def _copies(p: Any, workers: int) -> int:
-    """Return the number of workers with the same shard. Raises ValueError for partial sums."""
     shards = 1
     for i, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_partial():
@@ -209,9 +200,7 @@ def _copies(p: Any, workers: int) -> int:
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
     """Return this worker's part of a whole tensor, under the placements of the parameter p (all of it for a plain p).
-
-    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others.
-    """
+    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others."""
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
         if hasattr(placement, "dim"):
@@ -239,7 +228,6 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _local_gradient(p: Any, local: Tensor) -> Tensor:
-    """Return this worker's part of a parameter's gradient, with the parameter's placements."""
     if p.grad is None:
         return torch.zeros_like(local)
     if not hasattr(p, "placements"):

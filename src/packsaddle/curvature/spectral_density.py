@@ -39,7 +39,6 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """Return the estimate from independent values."""
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         return cls(statistics.fmean(values), error)
 
@@ -67,10 +66,7 @@ class SpectralDensity:
         return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
 
     def share_below(self, t: float) -> tuple[Estimate, Estimate]:
-        """Return a lower and an upper bound on the fraction of eigenvalues below t, with standard errors over probes.
-
-        A probe's bounds are the summed weights of its Ritz values below t, without the last one or with the next one.
-        """
+        """Return a lower and an upper bound on the fraction of eigenvalues below t, with their standard errors."""
         least, most = [], []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             below = sum(theta < t for theta in nodes)

@@ -1,7 +1,7 @@
 """Check of single coordinates for an effective step size too large for their curvature, as RandomK can cause.
 
 A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by the sum of
-their gradients: x_j <- (1 - eta T H_jj) x_j on a quadratic, T geometric. That grows without bound if
+their gradients: x_j <- (1 - eta T H_jj) x_j on a quadratic, with geometric T. It grows without bound if
 E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, if (eta / mu) H_jj > 2.68; for mu = 1 if it is > 2.
 Directions spread over many coordinates are not affected, since only a few of these move at a time.
 """
@@ -28,7 +28,7 @@ class CoordinateStep:
 
     @property
     def effective(self) -> float:
-        """The effective step size eta / mu: when sent, a coordinate moves by 1 / mu gradients in the mean."""
+        """The effective step size eta / mu: when sent, a coordinate moves by 1 / mu gradients on average."""
         return self.lr * self.wait
 
 
@@ -38,11 +38,11 @@ class Overshoot:
 
     step: CoordinateStep  # learning rate and waiting time of its parameter
     index: tuple[int, ...]  # index of the coordinate in its parameter
-    curvature: float  # second derivative H_jj of the loss, less the error of the product
+    curvature: float  # second derivative H_jj of the loss, minus the error of the product
 
     @property
     def gain(self) -> float:
-        """Step size times curvature, (eta / mu) H_jj; at 2 a mean step reflects the coordinate at its minimum."""
+        """Step size times curvature, (eta / mu) H_jj; at 2 an average step ends as far past the minimum as it began."""
         return self.step.effective * self.curvature
 
     @property
@@ -73,9 +73,8 @@ def largest_overshoot(
     """Return the least stable coordinate found with `probes` + `candidates` Hessian-vector products; collective.
 
     Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
-    then computed. So the result is correct for its coordinate, but another one may be less stable. The products use
-    hvp="auto": differences of gradients if double backward is wrong. `steps` are in the order of
-    `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
+    then computed. So the result is correct for its coordinate, but another one may be less stable. `steps` are in the
+    order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])

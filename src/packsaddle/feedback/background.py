@@ -25,11 +25,8 @@ Results = Sequence[tuple[Promise, Tensor]]
 
 
 class Background:
-    """Runs functions sequentially in the background: on a CPU in a separate thread, on a GPU in a separate stream.
-
-    Functions run one at a time because all workers must start their collectives in the same order. On a GPU
-    collectives do not block the host, so a stream is enough to overlap them with computation.
-    """
+    """Runs functions one at a time in the background, since all workers must start their collectives in the same order.
+    On a CPU they run in a thread, on a GPU in a stream, whose collectives do not block the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -43,7 +40,7 @@ class Background:
     def promise(self) -> Promise:
         """Return a new promise. Any CUDA stream may wait for its `future`."""
         source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
-        # DDP reads a future's value without checking for an error; the future that `then` returns raises it.
+        # DDP reads a future's value without checking for an error, so the future that it gets raises the error itself.
         return Promise(source, source.then(lambda done: done.value()))
 
     def submit(self, work: Callable[[], object], results: Results) -> None:
@@ -58,8 +55,8 @@ class Background:
             if self._busy:
                 return
             self._busy = True
-        # The thread ends when the queue is empty, so that none is left at interpreter exit. It is a daemon: if another
-        # worker is gone, a collective may never return, and must not keep this process from exiting with its error.
+        # The thread ends when the queue is empty. It is a daemon: if another worker is gone, a collective may never
+        # return, and must not keep this process from exiting with its error.
         self._threads[:] = [threading.Thread(target=self._work, name="packsaddle", daemon=True)]
         self._threads[0].start()
 

@@ -1,4 +1,4 @@
-"""Periodic measurements and checks: how much of a vector compression keeps, and whether workers' parameters differ."""
+"""Periodic measurements and checks: the fraction of a vector that compression keeps, and drift between workers."""
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -24,22 +24,20 @@ class Every:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.last = 0  # the number of steps at the last `done`
+        self.last = 0  # number of steps at the last `done`
 
     def due(self, step: int) -> bool:
-        """Return True if the check is due in this step, counted from 0."""
         return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
 
     def done(self, step: int) -> None:
-        """Record that the check ran in this step."""
         self.last = step + 1
 
 
 class Contraction:
     """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    v is the vector to send and C(v) its compressed form, over all slices of a step together. Nothing is read from a
-    device before `close`. Lazy noise (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
+    v is the vector to send and C(v) its compressed form, over all slices of a step together. Lazy noise (see
+    `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
         every: steps between two measurements; 0 never measures.
@@ -51,7 +49,7 @@ class Contraction:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the last mu_t
         self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
-        self._energies: list[Tensor] = []  # squared norms of the vector and of its residual, in turn; float64[...]
+        self._energies: list[Tensor] = []  # squared norms of v and its residual alternate; float64[1 or tensors]
 
     def measure(self, step: int, vector: Tensor) -> None:
         """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due."""
@@ -79,7 +77,6 @@ class Contraction:
         self._every.done(step)
 
     def fields(self, path: Path = ("contraction",)) -> list[Value]:
-        """Return the fields of the saved state, stored under `path`: the last measurement and its step."""
         whole = attribute((*path, "whole"), self, "whole", float | None)
         tensors = attribute((*path, "by_tensor"), self, "by_tensor", dict[str, float])
         last = attribute((*path, "steps"), self._every, "last", int)
@@ -88,7 +85,7 @@ class Contraction:
 
 def contraction(before: float, after: float) -> float:
     """Return the contraction 1 - after / before, from before = ||v||^2 and after = ||v - C(v)||^2; 1 for v = 0."""
-    return 1.0 - after / before if before != 0 else 1.0  # NaN if one of them is NaN
+    return 1.0 - after / before if before != 0 else 1.0  # NaN if `after`, or both, are NaN
 
 
 class StepRates:
@@ -99,7 +96,6 @@ class StepRates:
         self.last: Sequence[float] = ()
 
     def add(self, rates: Sequence[float]) -> None:
-        """Record the rates of a step. Their number must be equal on all workers."""
         packed = struct.pack(f"<{len(rates)}d", *rates)
         self._digest = blake2b(self._digest + packed, digest_size=8).digest()
         self.last = rates
@@ -109,7 +105,6 @@ class StepRates:
         self._digest, self.last = bytes(8), ()
 
     def digest(self, device: torch.device) -> Tensor:
-        """Return the hash of all recorded rates, int64[], on `device`."""
         return torch.tensor(int.from_bytes(self._digest, "little", signed=True), device=device)
 
 
@@ -172,9 +167,8 @@ class DriftGuard:
     """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
 
     If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's. Causes are faulty memory, other
-    rounding, or a script that changes parameters on one worker; no exchange would detect them. Hashes of learning
-    rates, weight decays and the noise std are compared too: if they differ, parameters stay equal, but each worker's
-    error memory is scaled by its own rate, and the mean of the workers' noise is wrong.
+    rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight decays and the noise
+    std are compared too: if they differ, parameters stay equal, but error memories are scaled by different rates.
     """
 
     def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
@@ -187,16 +181,13 @@ class DriftGuard:
         self._every.last = steps
 
     def due(self, step: int) -> bool:
-        """Return True if there are several workers and a comparison is due after this step, counted from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns their (name, tensor).
-
-        If they differ, raises DriftError on every worker, or broadcasts rank 0's; if `rates` differ, raises DriftError.
-        """
+        """Compare vectors that must be equal on all workers; collective. `parts()` returns their (name, tensor). If
+        they differ, raises DriftError on every worker, or broadcasts rank 0's. If `rates` differ, raises DriftError."""
         # One gather for all fingerprints. A difference in rates cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
@@ -236,10 +227,7 @@ class DriftGuard:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return a checksum of a tensor, int64[]: the sum of its 8-byte words, modulo 2^64.
-
-    A change of one element always changes it; random changes of several do, except with probability 2^-64. Its speed is
-    that of reading memory: 6 ms for 25 million float32 on a CPU.
-    """
+    A change of one element always changes it; random changes of several do, except with probability 2^-64."""
     whole = tensor.detach().flatten().contiguous().view(torch.uint8)
     wide = len(whole) // 8 * 8
     if whole.storage_offset() % 8:  # cannot be read eight bytes at a time

@@ -102,11 +102,11 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return how messages of a compressor are averaged; "direct" if it is lossless."""
+        """Return the exchange that averages messages of a compressor: "direct" if it is lossless."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
-        """Raise ValueError if only local updates support the exchange."""
+        """Raise ValueError for an exchange that only local updates support."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 

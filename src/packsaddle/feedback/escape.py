@@ -127,15 +127,13 @@ class EscapeCheck:
         moved = pending.sub(self._x).add_(self.anchor)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
-        # The sketch has a new hash after each reset, since x depends on the results of earlier sketches.
+        # Use a new hash after each reset, since x depends on the results of earlier sketches.
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
-        """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6).
-
-        Returns both losses, and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged.
-        """
+        """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6). Returns both losses,
+        and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged."""
         x, here = self._x, self._x.clone()
         try:
             y = self._corrected(here, pending) if self._rule.compare == "y" else None
@@ -163,7 +161,7 @@ class EscapeCheck:
         return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
 
     def _objective(self) -> float:
-        """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN."""
+        """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN. Collective."""
         with torch.no_grad():
             value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._x.device).detach()
         if value.numel() != 1:
@@ -172,7 +170,6 @@ class EscapeCheck:
         return math.inf if math.isnan(mean) else mean
 
     def fields(self) -> tuple[Vector, Value]:
-        """Return the saved-state fields: the start point x_t' of the segment, by parameter, and its step t'."""
         anchor = self._of.by_name(self.anchor)
         shapes = {name: view.shape for name, view in anchor.items()}
         step = attribute(("escape", "step"), self, "anchor_step", int)

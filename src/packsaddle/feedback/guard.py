@@ -23,8 +23,8 @@ from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_ran
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both are valid
-ROOT = "the root module"  # FSDP's name for it is ""
+THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both of its terms are valid
+ROOT = "the root module"  # shown in place of FSDP's name for it, ""
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
@@ -33,8 +33,8 @@ _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call 
 class NonFiniteError(GuardError):
     """Raised after more than `max_skipped` consecutive steps were skipped because of an invalid gradient or update.
 
-    The skipped steps changed neither parameters (unless a hook's optimizer applied NaN gradients) nor error memories.
-    Local updates also raise it if a worker's inner optimizer cannot be reset.
+    Parameters (unless a hook's optimizer applied NaN gradients) and error memories did not change in these steps. Local
+    updates also raise it if a worker's inner optimizer cannot be reset.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
@@ -70,9 +70,9 @@ class Skip:
 
     @classmethod
     def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
-        """Return the skip of `step` for `names`, the `Round.name` of each rank.
+        """Return the skip of `step` for `names`, the `Round.name` of each rank, or `unnamed` if no rank has a name.
 
-        `prefix` precedes the name of a parameter; `unnamed` is the name if no rank has one.
+        `prefix` precedes the name of a parameter.
         """
         found = {worker: name for worker, name in names.items() if name}
         for name in found.values():
@@ -102,9 +102,7 @@ def sender_of(name: str) -> int | None:
 
 class Skips:
     """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones (None: no limit).
-
-    `protected`: parameters do not change in a skipped step. False for a hook whose optimizer may apply NaN gradients.
-    """
+    `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step."""
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
         self.most, self._rank, self.protected = most, rank, protected
@@ -112,10 +110,8 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step. Logged at consecutive counts 1, 2, 4, ... by its first worker, or by rank 0.
-
-        An invalid message is logged by every worker that records it.
-        """
+        """Record a skipped step, and log it at consecutive counts 1, 2, 4, .... It is logged by its first worker, or by
+        rank 0 if none is known; an invalid message by every worker that records it."""
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
@@ -140,7 +136,6 @@ class Skips:
             )
 
     def fields(self) -> list[Value]:
-        """Return the fields of the saved state: the total and the consecutive number of skips."""
         return [
             Value(("skips", "total"), int, lambda: self.count, self._resume),
             attribute(("skips", "consecutive"), self, "in_a_row", int),
@@ -154,7 +149,7 @@ class Skips:
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    fraction: Tensor | None  # of workers whose v is invalid, float[]; None: those sent NaNs, or no checks
+    fraction: Tensor | None  # fraction of workers whose v is invalid, float[]; None: those send NaNs, or no checks
     magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
@@ -198,9 +193,7 @@ class Guard:
 
     def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
         """Return bool[], True if v, float[n], is invalid, and on a CPU the name of its first invalid tensor, else "".
-
-        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v.
-        """
+        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
         if self._flag == "none":
             return torch.tensor(False), ""
         norm = update.norm
@@ -230,7 +223,6 @@ class Guard:
         return flag, 0
 
     def verdict(self, g: Averaged, flag: Tensor) -> Verdict:
-        """Return the verdict on an exchange, from its mean update `g` and the mean of the workers' flags, `flag`."""
         if self._flag == "none":
             return Verdict(None, 0.0)
         if self._flag == "extra":

@@ -28,7 +28,6 @@ class Update:
     is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to base + u, both float[n]; out may be base unless the subclass says otherwise."""
         raise NotImplementedError
 
     def perturb(self, out: Tensor) -> None:
@@ -47,15 +46,15 @@ class Update:
 class ErrorMemory:
     """This worker's error memory e of some parameters, float[n], in at least float32, in a buffer of its own.
 
-    Its uncompressed part is only the rounding error of x, and the clipped part of local updates. With `spare`, the
-    sum v = e + u is computed in a second vector, which becomes the memory on commit, so that a step can be rolled back;
-    without it, v overwrites the memory.
+    On uncompressed coordinates it holds only the rounding error of x, and the clipped part of local updates. With
+    `spare`, v = e + u is computed in a second vector, which becomes the memory on commit, so that a step can be rolled
+    back; without it, v overwrites the memory.
     """
 
     kind = "buffer"  # the name of the class in saved states
     in_gradients = False  # True: the memory is the parameters' gradients
     in_gradient_units = False  # True: updates do not include the learning rate
-    unit = 1.0  # the factor that converts the memory and its messages to updates of x
+    unit = 1.0  # factor that converts the memory and its messages to updates of x
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self.slice, self.compressed_d = of, of.compressed_d
@@ -64,17 +63,14 @@ class ErrorMemory:
 
     @property
     def vector(self) -> Tensor:
-        """The error memory e as one vector, float[n]."""
         return self._now.flat
 
     @property
     def views(self) -> list[Tensor]:
-        """The error memory e as views, each shaped as its parameter."""
         return self._now.views
 
     @property
     def spare_bytes(self) -> int:
-        """The size of the spare vector in bytes; 0 without one."""
         return 0 if self._next is self._now else self._next.flat.nbytes
 
     @property
@@ -98,9 +94,7 @@ class ErrorMemory:
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
         """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
-
-        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory.
-        """
+        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory."""
         residual = self._next.flat
         for term in sent:
             term.add_to(residual, -1.0)
@@ -156,10 +150,10 @@ class ErrorMemory:
         return {}
 
     def after_load(self, unit: float | None = None) -> None:
-        """Update dependent state after the memory changed between two steps; `unit`: the memory's new unit."""
+        """Update dependent state after the memory changed between two steps; `unit` is the memory's new unit."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
-        """Set the coordinates of frozen parameters to zero: noise, or a decoded message, may have changed them."""
+        """Set the coordinates of frozen parameters to zero, which noise or a decoded message may have changed."""
         for view in self.slice.frozen(vector):
             view.zero_()
 
@@ -167,8 +161,8 @@ class ErrorMemory:
 class InPlaceMemory(ErrorMemory):
     """The error memory of a large vector, float[n], without a spare vector: v = e + u is computed in it.
 
-    Rolling back subtracts the update, which needs the step's gradients, so the memory is restored up to rounding. If
-    the sum may be non-finite, and subtraction could not restore it, v is computed in a temporary vector.
+    Rolling back subtracts the update, which needs the step's gradients and restores the memory up to rounding. If the
+    sum may be non-finite, v is computed in a temporary vector.
     """
 
     def __init__(self, of: Slice) -> None:

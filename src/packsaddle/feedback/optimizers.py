@@ -9,10 +9,7 @@ from torch.optim import Optimizer
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside a framework's wrappers (Accelerate's, for one, has no step hooks).
-
-    Raises TypeError if there is none.
-    """
+    """Return the torch optimizer inside a framework's wrappers, which may not run step hooks; else raise TypeError."""
     while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         inner = getattr(optimizer, "optimizer", None)
         if not isinstance(inner, Optimizer):
@@ -23,11 +20,8 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:
-    """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers.
-
-    Raises TypeError for an entry that is not an optimizer, and ValueError for an empty list, a duplicate, or a
-    parameter in two optimizers.
-    """
+    """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers. Raises
+    TypeError for another object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
     found = tuple(innermost(optimizer) for optimizer in (given if isinstance(given, list | tuple) else [given]))
     if not found:
         raise ValueError("optimizer must be a torch optimizer or a list of them, and the list is empty")
@@ -45,12 +39,10 @@ def as_optimizers(given: object) -> tuple[Optimizer, ...]:
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """Return all parameters of some optimizers, in order."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_scaler(scaler: object) -> None:
-    """Raise TypeError unless `scaler` is None or a GradScaler."""
     if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
@@ -60,7 +52,7 @@ class Attempts:
 
     `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. Neither function is compiled into an optimizer's graph. Raises TypeError if `scaler` is not a GradScaler.
+    only. Raises TypeError if `scaler` is not a GradScaler.
     """
 
     def __init__(
@@ -72,7 +64,7 @@ class Attempts:
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
-        self._stepped = list[Optimizer]()  # have attempted the current step; empty between two steps
+        self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before(optimizer)))

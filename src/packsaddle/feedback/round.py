@@ -85,13 +85,12 @@ class ErrorFeedback:
         self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        self._compressor: Compressor | None = None  # for the whole vector
-        self._by_size: Compressor | None = None  # for this slice, with a budget proportional to its size
+        self._compressor: Compressor | None = None  # the compressor of the whole vector
+        self._by_size: Compressor | None = None  # the compressor of this slice, with a budget proportional to its size
         self._choice: Choice | None = None
 
     @property
     def choice(self) -> Choice:
-        """The aggregator in use, and the reason for it."""
         assert self._choice is not None, "no compressor has been chosen yet"
         return self._choice
 
@@ -102,7 +101,7 @@ class ErrorFeedback:
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
         """Switch to a compressor, and add the residuals that the old aggregator keeps to the error memory.
 
-        `compressor` is for the whole vector, `allotted` for this slice, if its budget depends on the other slices.
+        `compressor` is for the whole vector, `allotted` for this slice if its budget depends on the other slices.
         Raises ValueError if the exchange does not support the compressor.
         """
         if not self.uses(compressor):
@@ -140,7 +139,6 @@ class ErrorFeedback:
         self.owner_errors()  # allocates them, with the memory's length
 
     def round(self, step: int) -> "Round":
-        """Begin and return a new exchange of the slice, in this step."""
         return Round(self, step)
 
     def owner_errors(self) -> dict[str, Tensor]:
@@ -166,32 +164,26 @@ class ErrorFeedback:
         return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
     def aggregator_state(self) -> SavedAggregator | None:
-        """Return the state of the aggregator, and its compressor; None before `use`."""
         if self._compressor is None:
             return None
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state. Return False, with nothing restored, if its compressor was another.
-
-        Call after `use`.
-        """
+        """Restore the aggregator's state after `use`; return False, with nothing restored, for another compressor."""
         assert self._compressor is not None
         fits = saved.compressor == identify(self._compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
         return fits
 
     def restore(self, saved: SavedAggregator, errors: Mapping[str, Tensor]) -> None:
-        """Restore the aggregator, and its owner errors from `errors`, by parameter. Call after `use`.
-
-        If they were saved with another compressor, they are added to the error memory.
-        """
+        """Restore the aggregator and, from `errors` by parameter, its owner errors. Call after `use`.
+        If they were saved with another compressor, they are added to the error memory."""
         mine, memory = self.owner_errors_by_name(), self.slice.by_name(self.memory.vector)
         fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
         for name, error in errors.items():
             if fits:
                 mine[name].copy_(error)
-            else:  # a residual of the mean, so W times that of one worker
+            else:  # it counts W times in one worker's memory, since it is a residual of the mean
                 memory[name].add_(error.to(memory[name].device), alpha=self.channel.group.size)
 
 
@@ -214,7 +206,8 @@ class Round:
         self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n]; if invalid zeros, except with memory="gradient" (line 10)."""
+        """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros, except with
+        memory="gradient"."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.name = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)
@@ -251,10 +244,8 @@ class Round:
         return self.g
 
     def apply(self, target: Target, keep: Collection[int] = ()) -> None:
-        """Apply the mean update to the target (line 11), and store the residual in the error memory.
-
-        No-op for a rejected exchange, unless the target defers. Parameters with indices in `keep` keep the old memory.
-        """
+        """Apply the mean update to the target (line 11), and store the residual in the error memory. No-op for a
+        rejected exchange, unless the target defers. Parameters with indices in `keep` keep the old memory."""
         if not target.defers and not self.verdict.read():
             return
         assert self._memory.is_deferrable or not target.defers

@@ -2,8 +2,7 @@
 
 A `Place` is the position of a parameter in the vector of all parameters. A `Slice` is a set of parameters as one
 vector: a bucket of DistributedDataParallel, or a fragment of local updates. `FlatParameters` is the slice of all
-parameters of an optimizer, which become views of one tensor x: an update of k coordinates costs O(k), and an anchor or
-an error memory is one tensor, regardless of the number of layers.
+parameters of an optimizer, which become views of one tensor x, so that an update of k coordinates costs O(k).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,15 +34,12 @@ class Place:
 
     @property
     def size(self) -> int:
-        """The number of elements of the parameter."""
         return self.parameter.numel()
 
 
 class Slice:
     """A set of parameters as one vector, float[d], in the same order as in the vector of all parameters.
-
-    `views` returns views in the order of `places`. `zeros` returns at least float32.
-    """
+    `views` are in the order of `places`. Vectors from `zeros` are in at least float32."""
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
         self.places = list(places)
@@ -74,21 +70,18 @@ class Slice:
         ]
 
     def named(self, flat: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Return a pair for each parameter: its place, and its view of a vector, float[d]."""
+        """Yield each parameter's place, and its view of a vector, float[d]."""
         return zip(self.places, self.views(flat), strict=True)
 
     def by_name(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the views of a vector, float[d], by the parameters' names."""
         return dict(zip(self.names, self.views(flat), strict=True))
 
     def zeros(self) -> Shaped:
-        """Return a new vector of zeros, float[d], with one view of it per parameter, in the parameter's shape."""
         flat = torch.zeros(self.d, dtype=self._dtype, device=self._device)
         return Shaped(flat, self.views(flat))
 
     @property
     def has_frozen(self) -> bool:
-        """True if a parameter has been frozen since construction."""
         return any(place.trained is not None and not place.trained.requires_grad for place in self.places)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
@@ -99,11 +92,11 @@ class Slice:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """The shapes of the compressed tensors, in the order of the vector."""
         return [place.parameter.shape for place in self._in_order if not place.dense]
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, offset) of each range that is contiguous in the vector of all parameters, at `offset`."""
+        """Yield (start, stop, offset) of each range [start, stop) of this slice that is contiguous in the vector of all
+        parameters, where `offset` is its start."""
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
@@ -170,7 +163,6 @@ class FlatParameters(Slice):
             p.data = view
 
     def kinds(self) -> dict[str, str]:
-        """Return name, shape and dtype of each parameter as text, in the user's order."""
         each = zip(self.names, self.parameters, strict=True)
         return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
 
@@ -180,9 +172,7 @@ class FlatParameters(Slice):
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
         """Change x by a call of work(x), in place and in at least float32, except in frozen parameters.
-
-        Returns the rounding error of x, float[d], or None if x is at least float32.
-        """
+        Returns the rounding error of x, float[d], or None if x is at least float32."""
         frozen = [(view, view.clone()) for view in self.frozen(self.x)]
         exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         work(exact)
@@ -192,7 +182,7 @@ class FlatParameters(Slice):
         return lost
 
     def check_attached(self) -> None:
-        """Raise RuntimeError if a parameter is no longer a view of x (moved or replaced after construction)."""
+        """Raise RuntimeError if a parameter was moved or replaced, so that it is no longer a view of x."""
         base, size = self.x.data_ptr(), self.x.element_size()
         for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
             if p.numel() and p.data_ptr() != base + offset * size:
@@ -202,7 +192,6 @@ class FlatParameters(Slice):
                 )
 
     def check_gradients(self) -> None:
-        """Raise RuntimeError if a gradient is sparse."""
         for p, name in zip(self.parameters, self.names, strict=True):
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
@@ -211,11 +200,8 @@ class FlatParameters(Slice):
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the place of each parameter in one vector of all: compressed parameters first, then uncompressed.
-
-    The vector contains `part(p)` of each parameter p, such as this process's shard; `dense_below` is compared with the
-    size of the whole p.
-    """
+    """Return the place of each `part(p)`, such as this process's shard of p, in one vector with all compressed
+    parameters first. The size of the whole p, not of the part, is compared with `dense_below`."""
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
         found.append(Place(name, part(p), is_sent_uncompressed(p, dense_below), start))
@@ -229,15 +215,13 @@ def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
 
 
 def extent(p: Tensor) -> int:
-    """Return the number of elements from p's first to its last in memory, gaps included."""
+    """Return the number of elements of memory from p's first element to its last, gaps included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
 
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError if two tensors have an element in common; its message starts with `what`.
-
-    Interleaved views, such as x[::2] and x[1::2], have none. Overlapping tensors of different dtypes raise.
-    """
+    """Raise ValueError, which starts with `what`, if two tensors have an element in common.
+    Interleaved views, such as x[::2] and x[1::2], have none. Overlapping tensors of different dtypes raise."""
     before: list[tuple[str, Tensor]] = []  # tensors that end after the start of p
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
         if not p.numel():

@@ -4,8 +4,8 @@ A state is nested dictionaries and lists of tensors and plain types. Its owner (
 declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.
 Loading validates all fields before it changes any, and loads them in the order of declaration.
 
-A `Rule` gives the kind of the entries at a path. Rules are for paths rather than fields, since the loading worker may
-not have all fields of the state (a pending exchange, for example). Kinds, for a change of the number of workers:
+A `Rule` gives the kind of the entries at a path, and not of a field, since the loading worker may not have all fields
+of the state (such as a pending exchange). Kinds, for a change of the number of workers:
 
     shared      identical on all workers; copied
     error       averaged over workers: error memories, momenta, x at the start of an exchange
@@ -84,7 +84,6 @@ class Vector:
         return found
 
     def load(self, saved: Mapping[Any, Tensor]) -> None:
-        """Load the tensors that `read` returned."""
         if self.set is not None:
             self.set(saved)
             return
@@ -103,7 +102,6 @@ class Value:
     check: Callable[[Any], None] | None = None  # raises ValueError if the saved value cannot be loaded here
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the value into a state."""
         _put(state, self.path, _plain(self.get()))
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> Any:
@@ -117,7 +115,6 @@ class Value:
 
 
 def attribute(path: Path, owner: Any, name: str, hint: Any) -> Value:
-    """Return the field that saves and loads an attribute of `owner`."""
     return Value(path, hint, partial(getattr, owner, name), partial(setattr, owner, name))
 
 
@@ -186,7 +183,6 @@ class State:
             raise ValueError(f"{error}; was it saved by {self._owner}?") from None
 
     def rule(self, path: Path) -> Rule:
-        """Return the rule of a path. Raises ValueError if there is none."""
         for rule in self._rules:
             if _fits(path, rule.path):
                 return rule
@@ -209,7 +205,7 @@ class State:
             if rule.like:
                 for path in [path for path in means if _fits(path, rule.like)]:
                     means.setdefault(_filled(rule.path, path, rule.like), torch.zeros_like(means[path]))
-        # An owner error is a residual of the mean over W workers: one worker's error must grow by W times as much.
+        # Add owner errors W times: in the mean over workers, one worker's error counts 1 / W.
         for path, rule in kinds.items():
             for into in (_filled(pattern, path, rule.path) for pattern in rule.into):
                 means[into] = means[into].double() + workers * leaves[path].double()
@@ -217,9 +213,7 @@ class State:
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
         """Return this worker's new entries by path: zeros for owner errors, and the constants.
-
-        `leaves` are those of `split`, which adds the owner errors to the averaged errors.
-        """
+        `leaves` are those of `split`, which adds the owner errors to the averaged errors."""
         identity, found = self._identity(), {}
         for path, value in leaves.items():
             rule = self.rule(path)
@@ -239,7 +233,6 @@ def skip(saved: Any) -> None:
 
 
 def check_format(found: Any, what: str) -> None:
-    """Raise ValueError, with the remedy, unless a saved format is FORMAT."""
     if type(found) is not int or found != FORMAT:
         raise ValueError(
             f"{what} has format {found!r}, and this version of packsaddle reads format {FORMAT}: finish the run with "
@@ -289,7 +282,6 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy of a value, with dictionaries in place of dataclasses."""
     if isinstance(value, Tensor):
         return value.clone()
     if is_dataclass(value):
@@ -313,7 +305,6 @@ def _matches(state: Any, pattern: Path, path: Path = ()) -> Iterator[tuple[Path,
 
 
 def _put(state: Any, path: Path, value: Any) -> None:
-    """Write a value into a state, at each match of a path."""
     key, *rest = path
     for each in range(len(state)) if key == ANY else (key,):
         if rest:

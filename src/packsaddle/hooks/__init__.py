@@ -2,7 +2,7 @@
 
 - `ddp` registers a `DDPHook` (`ddp_hook`) with DistributedDataParallel; `fsdp` an `FSDPHook` with an FSDP2 model
 - `hook`: the base class of both: the exchanges of a backward pass are all applied, or all rejected
-- `budget`: coordinates sent by bucket
+- `budget`: the number of coordinates that each bucket sends
 """
 
 from packsaddle.hooks.ddp_hook import DDPHook as DDPHook

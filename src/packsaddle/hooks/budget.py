@@ -1,10 +1,9 @@
 """Division of a compressor's budget of k coordinates among the buckets or modules of a model, by their magnitudes.
 
-A budget divided among DistributedDataParallel's buckets by size does not select the k largest coordinates of the model:
-a bucket with large gradients gets too few, and its error memory grows. The k largest of the model are known only at the
-end of the backward pass. So the budget of each slice (bucket or module) is its number of coordinates among the model's
-k largest of the previous step. The budgets add up to k at every step, a bucket is sent as soon as it is ready, and
-coordinates that were not sent raise a slice's budget at the next step, since they are in its error memory.
+The k largest coordinates of the model are known only at the end of the backward pass, after most buckets have been
+sent. So the budget of each slice (bucket or module) is its number of coordinates among the model's k largest of the
+previous step. A budget proportional to size would give too little to a bucket with large gradients, whose error memory
+would grow.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from packsaddle.compressors import Compressor
 from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
-_SAMPLE = 1 << 17  # coordinates of the model that are sampled; all of a smaller model
+_SAMPLE = 1 << 17  # coordinates to sample, or all of a smaller model
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,8 @@ class _Sample:
 
 
 class Allocation:
-    """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
-
-    Workers may choose differently, as their k largest coordinates differ. The budget of a slice without a sample is
-    proportional to its size. Slices are identified by the names of their parameters.
-    """
+    """Chooses the compressor of each slice of a model of d coordinates from samples of the last step's vectors; workers
+    may choose differently. The budget of a slice without a sample is proportional to its size."""
 
     def __init__(self, d: int) -> None:
         self.d = d
@@ -45,7 +41,7 @@ class Allocation:
         self._stride = max(1, d // _SAMPLE) | 1
         self._last: Mapping[Names, _Sample] = {}  # samples of the previous step, by slice
         self._next: dict[Names, _Sample] = {}
-        self._compressor: Compressor | None = None  # that of the whole model in this step
+        self._compressor: Compressor | None = None  # compressor of the whole model in this step
         self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:

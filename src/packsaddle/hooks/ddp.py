@@ -1,7 +1,7 @@
 """Compressed gradient exchange for DistributedDataParallel, with any optimizer: two lines in an existing script.
 
-`register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`), with byte counts, steps, error memory and
-state_dict. `keep_gradients_local` disables the exchange of DistributedDataParallel, for `LocalUpdates`.
+`register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`). `keep_gradients_local` disables the exchange of
+DistributedDataParallel, for `LocalUpdates`.
 """
 
 import warnings
@@ -106,7 +106,7 @@ def register_ddp_hook(
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
-    # The backward pass does lines 9-12 of Algorithm 1; the optimizer's step is followed by lines 4-8.
+    # The backward pass does lines 9-12 of Algorithm 1; lines 4-8 follow the optimizer's step.
     channel = Communicator(group_like(model), Ledger())
     hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
     if escape is not None:
@@ -130,10 +130,9 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """Register the hook on the DistributedDataParallel in a model that a framework has wrapped.
 
     It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
-    Returns None for one worker without a DistributedDataParallel: there is nothing to exchange.
-    Raises TypeError for several DistributedDataParallels, for none with several workers, and for a model that FSDP
-    shards; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of
-    `register_ddp_hook`.
+    Returns None for one worker without a DistributedDataParallel, which has nothing to exchange. Raises TypeError for
+    several DistributedDataParallels, for none with several workers, and for a model that FSDP shards; RuntimeError if a
+    launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle
@@ -163,9 +162,8 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 def keep_gradients_local(model: nn.Module) -> None:
     """Disable the exchange of gradients and buffers in every DistributedDataParallel of a model, for `LocalUpdates`.
 
-    For use under frameworks that wrap every model. Each worker keeps its own gradients and its own buffers, such as
-    running statistics. No-op for a model without one. Raises RuntimeError for a DistributedDataParallel that has a
-    communication hook already.
+    For frameworks that wrap every model: each worker keeps its own gradients and its own buffers, such as running
+    statistics. Raises RuntimeError for a DistributedDataParallel that has a communication hook already.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -222,7 +220,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     """Make a forward pass raise RuntimeError if earlier gradients were computed without a call of the hook."""
     for handle in _guards.pop(model.module, ()):  # hooks of an earlier DistributedDataParallel
         handle.remove()
-    # One gradient shows that a backward pass ran; a pass within no_sync does not call the hook.
+    # One gradient is enough to show that a backward pass ran. A pass within no_sync does not call the hook.
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
     missed, synchronized = False, True
 
@@ -254,11 +252,8 @@ _guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary
 
 
 class EscapeAfterStep:
-    """Runs the escape check after each step of plain SGD with a gradient hook.
-
-    The check needs y = x - eta e, which is correct for plain SGD only, so any other optimizer raises ValueError. The
-    parameters are moved into one flat tensor.
-    """
+    """Runs the escape check after each step of plain SGD with a gradient hook; the parameters are moved into one flat
+    tensor. Raises ValueError for another optimizer, for which y = x - eta e is not correct."""
 
     def __init__(self, rule: Escape, hook: DDPHook, optimizer: Optimizer | None) -> None:
         if optimizer is None or not are_plain_sgd([optimizer]):

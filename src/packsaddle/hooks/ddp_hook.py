@@ -1,8 +1,7 @@
 """The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
 DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps one error memory for each
-set of parameters that share a bucket. Error memories are rescaled when plain SGD's learning rate changes, so that
-y = x - eta e does not jump. `ddp` registers the hook.
+set of parameters that share a bucket.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,11 +65,8 @@ class Rates:
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
-        """Return the factors of the error memory, by name of each parameter whose learning rate has changed.
-
-        Records the rates for `close`. A factor is 0 if the rate is 0: the parameter will not move, so its error memory
-        must be kept and excluded from the exchange.
-        """
+        """Return the factors of the error memory, by name of each parameter whose learning rate has changed; record the
+        rates for `close`. 0 if the rate is 0: the error memory is kept then, and excluded from the exchange."""
         if not are_plain_sgd(self._optimizers):
             return {}
         rates = self.now()
@@ -126,7 +122,7 @@ class DDPHook(GradientHook):
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device)
-        self.calls = 0  # buckets received from DDP
+        self.calls = 0  # number of buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._failure: Exception | None = None  # the first exception in this pass; None: none
@@ -166,9 +162,7 @@ class DDPHook(GradientHook):
 
     def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average buckets over workers as one vector, in place.
-
-        After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error.
-        """
+        After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error."""
         if buckets[0].index == 0:
             self._failure = None
         if self._failure is not None:
@@ -216,8 +210,8 @@ class DDPHook(GradientHook):
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's error memory by parameter, in units of a gradient, with its owner errors.
 
-        Each tensor is shaped as its parameter, in float32 or wider. The mean over workers is the sum of all updates
-        that have not been applied yet. During a backward pass, returns the memory after the previous step.
+        Each tensor is shaped as its parameter, in float32 or wider. During a backward pass, returns the memory after
+        the previous step.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self.places}

@@ -1,8 +1,7 @@
 """Averaging of gradients over replicas of an FSDP2 model: uncompressed in a machine, compressed between machines.
 
 `fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
-averages it over the workers that have the same shard on other machines. FSDP is looked up in sys.modules, not
-imported.
+averages it over the workers that have the same shard on other machines.
 """
 
 import sys
@@ -32,23 +31,19 @@ from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    """Return True if FSDP or FSDP2 shards a model, or a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if it is in use
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
 
 
 def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return (name, module) of each module that FSDP2 (`fully_shard`) shards."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [(name, m) for name, m in model.named_modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
 
 
 def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
     """Return (name, local shard) of every parameter that FSDP2 shards, or with `gradients` of every gradient.
-
-    Call outside of forward and backward passes, in which parameters are unsharded.
-    """
+    Call outside of forward and backward passes, in which parameters are unsharded."""
     found: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
         sharded: Any = p.grad if gradients else p.detach()
@@ -81,8 +76,7 @@ _SHARDS = {"replicas": _OTHERS, "shards": _OTHERS}
 class FSDPHook(GradientHook):
     """The hook of `register_fsdp_hook`. Every sharded module is averaged separately, with its own error memory.
 
-    If the gradient of one module is invalid on any replica, the whole backward pass is rejected: all gradients become
-    NaN on all replicas of the shard. Workers that have other shards do not detect it.
+    A backward pass with an invalid gradient is rejected on all replicas of the shard, as in `register_fsdp_hook`.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -108,7 +102,7 @@ class FSDPHook(GradientHook):
         self._model = model
         self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._seen: dict[str, int] = {}  # modules of this backward pass, with autograd's id of it
+        self._seen: dict[str, int] = {}  # modules exchanged in this backward pass; autograd's id of the pass
 
     @torch.no_grad()
     def start(self) -> None:
@@ -156,7 +150,7 @@ class FSDPHook(GradientHook):
             # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
             self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self.rules.noise.at_step(self._steps)])
-            # Runs after FSDP's own callback, which sets the gradients of parameters.
+            # Queued here, `_end` runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
@@ -165,7 +159,7 @@ class FSDPHook(GradientHook):
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
-        # Reading the code waits for the GPU, so do it here only in the first exchange of a module; `_settle` reads all.
+        # Reading the code waits for the GPU: read it only in a module's first exchange; `_settle` reads all of them.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
             self._complete = True
             self._settle()

@@ -1,9 +1,8 @@
 """A backward pass as one transaction: the base class of the hooks of DistributedDataParallel and FSDP.
 
 Gradients arrive in slices (DDP's buckets or FSDP's modules), each with an `ErrorFeedback`. The exchanges of a backward
-pass are all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so
-error memories are saved by parameter, not by bucket. They are in units of a gradient, so they are rescaled when the
-learning rate of plain SGD changes (see `ddp_hook`).
+pass are all committed, or all rolled back. Error memories are in units of a gradient, and saved by parameter or module,
+since DistributedDataParallel may rebuild its buckets.
 """
 
 import math
@@ -53,7 +52,7 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # Other memories, and repairs, need CompressedSGD's own step.
+        # Other memories, and the repair of drift, need CompressedSGD's own step.
         for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
@@ -66,9 +65,7 @@ class HookOptions(Option):
 @dataclass(frozen=True)
 class BucketUpdate(Update):
     """The update of a slice's error memory e by gradients g and noise xi: v = decay * factor * e + g / scale + xi.
-
-    `scale` is the GradScaler's factor. `factors` has a further factor of e by parameter name (default 1).
-    """
+    `scale` is the GradScaler's factor. `factors` has a further factor of e by parameter name (default 1)."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -133,11 +130,8 @@ RULES = [
 
 
 class GradientHook(ABC):
-    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected.
-
-    The outcome is read on demand or when the next pass begins, so a pass does not wait for a GPU. `d` is the
-    number of compressed coordinates of all slices.
-    """
+    """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The outcome is
+    read on demand or in the next pass, so that no pass waits for a GPU. `d`: number of compressed coordinates."""
 
     saved_state: State  # set by subclasses
 
@@ -158,10 +152,10 @@ class GradientHook(ABC):
         # The running backward pass, or the last one.
         self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
         self._scale = 1.0  # the GradScaler's factor of the gradients
-        self._factors: Mapping[str, float] = {}  # of the error memory first, by parameter; 0: it does not change
+        self._factors: Mapping[str, float] = {}  # factors of the error memory, by parameter; 0: it does not change
         self._pass: list[Round] = []
-        self._codes: list[Tensor] = []  # `Verdict.code` of each round, plus UNLIKE if workers had different slices
-        self._bad_name = ""  # the first parameter with an invalid part of this worker's vector
+        self._codes: list[Tensor] = []  # `Verdict.code` of each exchange, plus UNLIKE if workers had different slices
+        self._bad_name = ""  # first parameter with an invalid coordinate in this worker's vector
         self._complete = False
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
@@ -196,10 +190,7 @@ class GradientHook(ABC):
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
-
-        A module of FSDP is counted once it was in a backward pass with this hook.
-        """
+        """The bytes of the same exchanges without compression, by ring all-reduces of all gradients seen so far."""
         exchanges = self.steps + self.skipped
         return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
@@ -244,9 +235,7 @@ class GradientHook(ABC):
 
     def _open(self) -> None:
         """Begin the exchanges of a backward pass, after committing or rolling back those of the last pass.
-
-        Raises NonFiniteError after too many consecutive skipped steps.
-        """
+        Raises NonFiniteError after too many consecutive skipped steps."""
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
@@ -304,9 +293,7 @@ class GradientHook(ABC):
 
     def _settle(self, *, interrupted: bool = False) -> None:
         """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
-
-        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
-        """
+        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices."""
         with self._lock:
             if not self._pass or not (self._complete or interrupted):
                 return

@@ -32,10 +32,8 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base class of the frameworks' callbacks. `exchange`: the hook or local updates in use; None before training.
-
-    `options` are arguments of `_makes`, which training calls. Raises TypeError for another name.
-    """
+    """Base class of the frameworks' callbacks. `exchange` is the hook or local updates in use, None before training:
+    what `_makes` returned for the arguments `options`. Raises TypeError for an option that `_makes` does not have."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
@@ -63,11 +61,8 @@ def attach_among_workers(
     optimizers: list[Optimizer],
     **options: Any,
 ) -> DDPHook | None:
-    """Call `packsaddle.attach`, which registers a compressing hook on the model's DistributedDataParallel.
-
-    With one worker, warns and returns None instead, whether or not the model is wrapped. Raises the errors of
-    `register_ddp_hook`, and RuntimeError if a launcher started several processes but there is no process group.
-    """
+    """Call `packsaddle.attach`, and raise its errors; with one worker warn and return None. Raises RuntimeError if a
+    launcher started several processes but there is no process group."""
     if training_group(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
         return None
@@ -83,7 +78,7 @@ class WorkerState:
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
-        model = model.module if isinstance(model, DistributedDataParallel) else model  # one worker's may be unwrapped
+        model = model.module if isinstance(model, DistributedDataParallel) else model  # unwrapped with one worker
         self.local, self._model, self._scaler = local, model, scaler
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.channel = Communicator(resolve(None), local.ledger)
@@ -94,8 +89,9 @@ class WorkerState:
         return self.local.steps
 
     def finish(self) -> None:
-        """Make the model identical on all workers at the end of training: `local.flush()`, then broadcast worker 0's
-        buffers; collective. Warns if the flush was rejected.
+        """Make the model identical on all workers at the end of training; collective. Warns if the flush was rejected.
+
+        Calls `local.flush()`, then broadcasts worker 0's buffers.
         """
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
@@ -134,7 +130,6 @@ class WorkerState:
             self._scaler.load_state_dict(state["scaler"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the model's trained parameters and persistent buffers, by name; views."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
         return trained | persistent_buffers(self._model)
 
@@ -148,9 +143,9 @@ def attach_local_updates(
 ) -> WorkerState:
     """Make a `LocalUpdates` of a framework's optimizers, and stop the exchange of gradients by its wrapper.
 
-    `wrapped`: the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns,
-    and nothing is sent. The contraction is measured in every round, or as set by a `Compression`. Raises TypeError for
-    several workers without a DistributedDataParallel, and the errors of `LocalUpdates`.
+    `wrapped`: the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns.
+    The contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers
+    without a DistributedDataParallel, and the errors of `LocalUpdates`.
     """
     if resolve(None).size == 1:
         warnings.warn("there is one worker, so its LocalUpdates send nothing", stacklevel=3)
@@ -214,8 +209,8 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    Returns True if it was restored; False, with a warning and nothing changed, if no worker has a file; False also for
-    None (`attach` with one worker), with a warning if there are files. `name`: as in `save_state`. If another number of
+    Returns True if it was restored; False, with a warning and nothing changed, if no worker has a file, and for None
+    (`attach` with one worker), with a warning if there are files. `name`: as in `save_state`. If another number of
     workers saved the files, each worker gets the mean of the tensors that differed between workers, such as error
     memories, with a warning (see `load_checkpoint`). Raises ValueError, with nothing changed, if only some workers have
     a file, if steps differ between files, or if they do not fit (another seed, ...).
@@ -266,7 +261,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return the path of a worker's file. It is named by the global rank: a group may have only some workers."""
+    """Return the path of a worker's file, named by the global rank: a group may have only some workers."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -276,7 +271,7 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Return, for each file NAME-RANK.pt in a folder, the number of workers in the run that saved it; by rank."""
+    """Return, by rank, the number of workers in the run that saved each file NAME-RANK.pt in a folder."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
@@ -284,11 +279,8 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
 def _resharded(
     exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return this worker's state, converted from files of another number of workers; collective.
-
-    `holders[i]` is the rank that reads file i. Raises ValueError, on every worker, if the files are of different steps
-    or cannot be converted.
-    """
+    """Return this worker's state, from files of another number of workers, of which rank holders[i] reads file i;
+    collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted."""
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
@@ -330,7 +322,6 @@ def certificate_scalars(certificate: Certificate) -> dict[str, float]:
 
 
 def certificate_line(certificate: Certificate, step: int) -> str:
-    """Format a certificate as one line: verdict, gradient norm, and bounds on the smallest Hessian eigenvalue."""
     bounds = f"[{certificate.lambda_min_lower:.3e}, {certificate.lambda_min_upper:.3e}]"
     norm, epsilon = f"{certificate.grad_norm:.3e}", f"{certificate.epsilon:.3e}"
     return f"step {step}: {certificate.verdict}, gradient norm {norm} (epsilon {epsilon}), lambda_min in {bounds}"

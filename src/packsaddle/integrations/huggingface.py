@@ -68,21 +68,21 @@ class _Attached(Attached, TrainerCallback):
         return hearing
 
     def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `_save_checkpoint` to save this worker's state too. `on_save` is not called after a SIGTERM."""
+        """Wrap `_save_checkpoint` to save this worker's state too, since `on_save` is not called after a SIGTERM."""
 
         @wraps(save)
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
             trainer = self._trainer
             if self.exchange is not None and not trainer.args.save_only_model:
-                folder = Path(trainer._get_output_dir(trial=trial))  # one per trial of a hyperparameter search
+                folder = Path(trainer._get_output_dir(trial=trial))  # one folder per trial of a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         return saving
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach the hook or local updates, and restore their state in a resumed run. Raises errors of attaching."""
-        if self._trainer.model_wrapped is not self._attached:  # in further calls of train() it is the same object
+        if self._trainer.model_wrapped is not self._attached:  # further calls of train() keep it
             self._attached = self._trainer.model_wrapped
             self.exchange = self._attach(state)
         if state.global_step:
@@ -101,9 +101,8 @@ class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
     Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`. Accepts the
-    arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction
-    (fraction of the squared norm that compression keeps) is measured every `logging_steps`, or as set by a
-    `Compression`.
+    arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is
+    measured every `logging_steps`, or as set by a `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
@@ -156,9 +155,9 @@ class LocalUpdatesCallback(_Attached):
         **options: Any,
     ) -> None:
         super().__init__(trainer, compressor, resume_from, options)
-        self._at_anchor = False  # True during training: evaluation and saving switch to the anchor
+        self._at_anchor = False  # True during training, when evaluation and saving use the anchor
         self._ended_at_best = False
-        for name in ("evaluate", "predict", "save_model"):  # callbacks run only after these methods
+        for name in ("evaluate", "predict", "save_model"):  # wrapped, since callbacks run only after these methods
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
     def _attach(self, state: TrainerState) -> WorkerState:
@@ -184,7 +183,6 @@ class LocalUpdatesCallback(_Attached):
         self._at_anchor = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Exchange all pending updates, unless the best model was loaded."""
         self._at_anchor = False
         self._ended_at_best = bool(args.load_best_model_at_end and state.best_model_checkpoint is not None)
         if isinstance(self.exchange, WorkerState) and not self._ended_at_best:
@@ -217,7 +215,6 @@ class CertificateCallback(TrainerCallback):
         self._every, self._options = every_n_steps, options
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Certify the model if this step is a multiple of `every_n_steps`."""
         if state.global_step % self._every:
             return
         with ExitStack() as stack:
@@ -233,6 +230,6 @@ class CertificateCallback(TrainerCallback):
         batch = self._trainer._prepare_inputs(batch)  # moves it to the device
         if self._loss_fn is not None:
             return self._loss_fn(model, batch)
-        outputs = model(**batch)  # a dict or a tuple; the Trainer reads the loss at the same place
+        outputs = model(**batch)  # a dict or a tuple, of which the Trainer reads the loss in the same way
         loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

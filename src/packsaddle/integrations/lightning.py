@@ -1,7 +1,7 @@
 """Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and saddle certificates of the model.
 
-The first two log metrics and save every worker's state. Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks
-on GPUs only; these callbacks work wherever DDPStrategy does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
+Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks on GPUs only; these callbacks work wherever DDPStrategy
+does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
 """
 
 import shutil
@@ -52,7 +52,8 @@ class _Attached(Attached, Callback):
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
             self.exchange, self._saved = None, False  # _saved may be from a checkpoint loaded for testing
-            if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):  # an earlier fit's
+            # Wrap once: an earlier fit may have wrapped them.
+            if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):
                 _Files(self, trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +71,7 @@ class _Attached(Attached, Callback):
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps: it marks checkpoints next to which workers' states are saved. Else empty."""
+        """Return the number of steps, to mark checkpoints that have workers' states; empty without an exchange."""
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -78,11 +79,11 @@ class _Attached(Attached, Callback):
         self._saved = "steps" in state
 
     def apart(self) -> AbstractContextManager[None]:
-        """Return a context within which the model has this worker's own parameters."""
+        """Context manager within which the model has this worker's own parameters."""
         return nullcontext()
 
     def together(self) -> AbstractContextManager[None]:
-        """Return a context within which the model has parameters that are identical on all workers."""
+        """Context manager within which the model has parameters that are identical on all workers."""
         return nullcontext()
 
 
@@ -90,8 +91,7 @@ class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
     Accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
-    contraction (fraction of the squared norm that compression keeps) is measured every `log_every_n_steps`, or as set
-    by a `Compression`.
+    contraction is measured every `log_every_n_steps`, or as set by a `Compression`.
 
     Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
     removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker it only warns. `hook` is the
@@ -161,16 +161,13 @@ class LocalUpdatesCallback(_Attached):
         self._evaluation.enter_context(self.together())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore this worker's parameters."""
         self._evaluating = False
         self._evaluation.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore this worker's parameters."""
         self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exchange all pending updates."""
         self._training = False
         if isinstance(self.exchange, WorkerState):
             self.exchange.finish()
@@ -180,12 +177,12 @@ class LocalUpdatesCallback(_Attached):
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:
-        """Return a context that sets the parameters to the anchor, identical on all workers. No-op outside training."""
+        """Context manager that sets the parameters to the anchor, identical on all workers. No-op outside training."""
         return self.local.at_anchor() if self.local is not None and self._training else nullcontext()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Within the context, restore this worker's own parameters during validation, when checkpoints may be saved."""
+        """Context manager that restores this worker's own parameters in validation, when checkpoints may be saved."""
         self._evaluation.close()
         yield
         if self._evaluating:
@@ -193,19 +190,15 @@ class LocalUpdatesCallback(_Attached):
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """Return the folder for workers' states next to a checkpoint: CHECKPOINT.packsaddle."""
     path = Path(checkpoint)
     return path.with_name(path.name + ".packsaddle")
 
 
 class _Files:
     """Wraps a strategy's methods that collect, save and remove a checkpoint, to save workers' states next to it.
-
-    Callbacks do not receive the path of a checkpoint; only the strategy's methods do, and on every worker.
-    """
+    Only the strategy's methods receive the path of a checkpoint on every worker."""
 
     def __init__(self, callback: _Attached, strategy: Strategy) -> None:
-        """Replace the strategy's three checkpoint methods by wrappers."""
         self._callback, self._strategy, self._names = callback, strategy, dict[str, str]()
         self._save, self._remove = strategy.save_checkpoint, strategy.remove_checkpoint
         self._tensors = strategy.lightning_module_state_dict
@@ -214,9 +207,7 @@ class _Files:
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
         """Save a checkpoint, and next to it this worker's state unless the checkpoint contains only weights.
-
-        The file name may contain a metric, whose value differs between workers: rank 0's name is used.
-        """
+        The file name may contain a metric, whose value differs between workers: rank 0's name is used."""
         exchange = self._callback.exchange
         if exchange is not None:
             self._names[str(filepath)] = filepath = self._strategy.broadcast(str(filepath))
@@ -226,7 +217,7 @@ class _Files:
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        with self._callback.together():  # at the anchor: the checkpoint may contain views of the parameters, not copies
+        with self._callback.together():  # at the anchor, since the checkpoint may contain views of the parameters
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:
@@ -276,13 +267,12 @@ class CertificateCallback(Callback):
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Certify the model if a step of this batch reached a multiple of `every_n_steps`."""
         before, self._seen = self._seen, trainer.global_step
-        if self._steps is not None and self._seen // self._steps > before // self._steps:  # each optimizer counts
+        # With several optimizers, global_step grows by more than 1 per batch.
+        if self._steps is not None and self._seen // self._steps > before // self._steps:
             self._certify(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Certify the model if this epoch is a multiple of `every_n_epochs`."""
         if self._epochs is not None and (trainer.current_epoch + 1) % self._epochs == 0:
             self._certify(trainer, pl_module)
 

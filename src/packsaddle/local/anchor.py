@@ -1,8 +1,8 @@
 """The anchor of a fragment (parameters exchanged together), and changes of the parameters x relative to it.
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
-exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory.
-`PseudoGradient` computes the local update: start - x.
+exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. Its local
+update is start - x.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,7 @@ from packsaddle.feedback.slices import Shaped, Slice
 
 
 class Anchor:
-    """The anchor a, float[n], the values of parameters on which all workers last agreed; and x, this worker's values.
-
-    The start point, from which this worker continues after an exchange, is a - e with `keeps`, where e is the error
-    memory; else a.
-    """
+    """The anchor a, float[n], and the parameters x of this worker. With `keeps` its start point is a - e, else a."""
 
     def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
@@ -32,12 +28,11 @@ class Anchor:
         self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor as parameters, for an outer optimizer
         self.layout, self.keeps = layout, keeps
         self._parameters, self._memory = parameters, memory
-        # float[n], part of the local update that start - x lacks, since only the start moved or x was rounded; None: 0
+        # float[n], the local update that start - x misses, because only the start moved or x was rounded; None: 0
         self.owed: Tensor | None = None
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
-        """Return the parameters x, as views; of a DTensor, this process's shard."""
         return [local_part(p) for p in self._parameters]
 
     def starts(self) -> list[Tensor]:
@@ -45,7 +40,7 @@ class Anchor:
         return self.layout.views(self.flat - self._memory.vector) if self.keeps else self.views
 
     def copy_starts(self) -> list[Tensor]:
-        """Return a copy of the start point, one tensor per parameter, with the parameters' dtype and device."""
+        """Return a copy of the start point by parameter, with the parameters' dtypes and device."""
         return [start.to(x, copy=True) for start, x in zip(self.starts(), self.tensors(), strict=True)]
 
     def set_from_parameters(self) -> None:
@@ -66,11 +61,8 @@ class Anchor:
                 leaf.grad = None
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
-        """Move the parameters x with the start point, after the anchor changed.
-
-        x <- start + (x - before): the changes since `before`, values by parameter, are kept. With `blend` instead
-        x <- (1 - blend) start + blend x; with an empty `before` x <- start.
-        """
+        """Move the parameters x after the anchor changed: x <- start + (x - before), with `before` by parameter, or
+        x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
         if not before:
             self.move_to_start()
             return
@@ -82,7 +74,7 @@ class Anchor:
             self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
 
     def move_to_start(self) -> None:
-        """Reset the parameters x to this worker's start point (a, or a - e with `keeps`), and clear `owed`."""
+        """Reset the parameters x to this worker's start point, and clear `owed`."""
         self.owed = None
         if not self.keeps:
             self.set_parameters(self.views)
@@ -104,7 +96,6 @@ class Anchor:
             self.owed = change.flat
 
     def set_parameters(self, values: Sequence[Tensor]) -> None:
-        """Set the parameters, except frozen ones, to `values`."""
         for p, x, value in zip(self._parameters, self.tensors(), values, strict=True):
             if p.requires_grad:
                 x.copy_(value)
@@ -114,7 +105,7 @@ class Anchor:
         self.owed = change if self.owed is None else self.owed.add_(change)
 
     def subtract_owed(self) -> None:
-        """Subtract `owed`, by which the start point moved without x, from x; a rounding error of x remains in it."""
+        """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""
         if self.owed is None:
             return
         pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None
@@ -143,23 +134,21 @@ class Anchor:
 
 @dataclass(frozen=True)
 class PseudoGradient(Update):
-    """The input of an error memory, float[n]: the local update start - x of some parameters, plus owed and noise.
-
-    A 16-bit x started at the start point rounded to 16 bits, so the local update is relative to the rounded point.
-    """
+    """The input of an error memory, float[n]: the local update start - x of some parameters, plus `Anchor.owed` and
+    noise. For a 16-bit x the local update is relative to the start point rounded to 16 bits."""
 
     of: Anchor
     decay: float
     noise: GaussianNoise | None
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is not out."""
+        """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is another tensor."""
         share, xs = self.decay, self.of.tensors()
-        # v = decay e + start - x, where start = a - e is folded in: (a - x) + (decay - 1) e
+        # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views
         if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
             share -= 1.0
-        elif self.of.keeps:  # start is rounded to x's dtype, so it cannot be folded in
+        elif self.of.keeps:  # start is rounded to x's dtype, so e cannot be combined with it
             starts = self.of.starts()
         for x, start, v in zip(xs, starts, out.views, strict=True):
             x = x.to(start.device)
@@ -174,7 +163,7 @@ class PseudoGradient(Update):
         self.perturb(out.flat)
 
     def perturb(self, out: Tensor) -> None:
-        """Add the noise that all workers share to out, float[n]; it is drawn by a coordinate's index in the model."""
+        """Add the shared noise to out, float[n]; it is indexed by the coordinates of the whole model."""
         if self.noise is not None:
             for first, last, start in self.of.layout.stretches():
                 self.noise.add_to(out[first:last], 1.0, start)

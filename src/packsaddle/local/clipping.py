@@ -1,7 +1,6 @@
 """Clipping: a worker's update v is scaled so that its norm is at most c times the median norm of all workers' updates.
 
-The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is lost. Each worker
-computes its own factor from the norms of all workers. See `Workers`.
+The residual v - C(s v), where s is the scale factor, stays in the error memory, so no update is lost.
 """
 
 import logging
@@ -38,9 +37,7 @@ class Clip:
 
 class Clips:
     """Records of the clipped updates of a fragment: the list `found` since construction or loading, `count` in total.
-
-    With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged.
-    """
+    With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged."""
 
     def __init__(self, *, logs: bool) -> None:
         self.found: list[Clip] = []
@@ -72,11 +69,8 @@ def norm_of(v: Tensor, share: float) -> Tensor:
 
 
 def factors_of(norms: Tensor, most: float) -> Tensor:
-    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W].
-
-    m is the median of the norms that are not NaN. Of an even number of norms it is the lower of the two in the middle,
-    so that half of the workers cannot raise it.
-    """
+    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W]. m
+    is the median without NaNs; of an even number the lower middle one, which half of the workers cannot raise."""
     wide = norms.double()
     limit = most * wide.nanmedian()
     factors: Tensor = torch.where(wide > limit, limit / wide, 1.0)

@@ -1,9 +1,9 @@
 """A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
 
-An exchange has four calls. `begin` computes v, the vector to send, in the main thread. `exchange`, collective, runs
-immediately, or in the background of the next steps. `close` reads whether the exchange is applied, and commits or rolls
-back the error memory. `apply_exchange` applies the mean to the anchor. The last two are separate because workers that
-join and leave agree on the outcome first (Manager.should_commit), and record the round between the two calls.
+An exchange has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
+background of the next steps. `close` reads whether the exchange is applied, and commits or rolls back the error memory.
+`apply_exchange` applies the mean to the anchor. With workers that join and leave, the round is recorded between the
+last two.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -140,7 +140,6 @@ class Fragment(Slice):
         return self.current
 
     def use(self, compressor: Compressor) -> None:
-        """Switch to another compressor, without changing the parameters."""
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
 
     def exchange(self, p: PendingExchange, step: int, norms: Tensor | None = None, *, as_vector: bool) -> None:
@@ -157,12 +156,11 @@ class Fragment(Slice):
         if p.share:
             p.round.absorb()
         p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
-        # Here, not in `close`: a collective of the main thread could run before another fragment's exchange.
+        # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
         if p.invalid.device.type == "cpu":
             self.name_workers(p)
 
     def _own_factor(self, p: PendingExchange) -> Tensor | None:
-        """Return the clipping factor of this worker's v, float64[]; None: not clipped."""
         return None if p.factors is None else p.factors[self.feedback.channel.group.rank]
 
     def _mean(self, g: Averaged) -> Tensor:
@@ -185,11 +183,8 @@ class Fragment(Slice):
             p.names = self.feedback.channel.gather_text(p.round.name, p.invalid.device, "guard")
 
     def close(self) -> bool:
-        """Wait for the current exchange, and commit or roll back the error memory; idempotent.
-
-        Returns True if the exchange is applied, False if it is rejected. Raises errors from an exchange in the
-        background.
-        """
+        """Wait for the current exchange, and commit or roll back the error memory; idempotent. Returns True if the
+        exchange is applied, False if it is rejected. Raises errors of an exchange in the background."""
         p = self.current
         assert p is not None
         if p.applied is None:
@@ -217,18 +212,15 @@ class Fragment(Slice):
             self._end(p, commit=False)
 
     def apply_exchange(self, outer: Optimizer | None) -> PendingExchange:
-        """Close the current exchange, apply its mean to the anchor, and move the parameters x with the anchor.
-
-        After a rejected exchange nothing moves, except that a worker whose update is invalid resets x to its start
-        point, where it was after the last exchange. Returns the exchange.
-        """
+        """Close the current exchange, apply its mean to the anchor, and move the parameters x with the anchor; return
+        it. After a rejected exchange only a worker with an invalid update moves x, to its start point."""
         p, applied = self.current, self.close()
         assert p is not None
         self.current = None
         if applied:
             assert p.mean is not None
             self.rounds += 1
-            # A flush with nothing to exchange moves nothing, though an outer momentum would.
+            # A flush with nothing to exchange must not move the anchor, as an outer momentum would.
             if not (p.uncompressed and isinstance(p.mean, Tensor) and not p.mean.any()):
                 self.anchor.apply_mean(p.mean, outer)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
@@ -250,17 +242,13 @@ class Fragment(Slice):
         return self.anchor.add_local_update(found.add_(p.mean), p.before)
 
     def shared_fields(self, path: Path) -> list[Vector | Value]:
-        """Return the saved-state fields, below `path`, that are identical on all workers."""
         shapes = {place.name: place.parameter.shape for place in self.places}
         anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))
         return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
     def fields(self, path: Path) -> list[Vector | Value]:
         """Return this fragment's saved-state fields; `path` is the prefix of their keys.
-
-        Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome, and is applied
-        after its `due` step.
-        """
+        Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome."""
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
         exchange = Value(
@@ -283,7 +271,7 @@ class Fragment(Slice):
             view.copy_(saved[name])
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator (exchange protocol) with its residuals, and `Anchor.owed`. Call after loading."""
+        """Restore the aggregator with its residuals, and `Anchor.owed`. Call after loading."""
         memory = self.feedback.memory.vector
         before = memory.clone()
         aggregator = typed(SavedAggregator | None, saved["aggregator"])
@@ -332,7 +320,6 @@ class Fragment(Slice):
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Split the flat vectors of all fragments, float[n] each, into one dict of views by parameter name."""
     pairs = zip(fragments, vectors, strict=True)
     return {place.name: view for part, vector in pairs for place, view in part.named(vector)}
 
@@ -347,8 +334,7 @@ def partition(
     """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps.
 
     Each is due `every` / `fragments` steps before the preceding one. Replicated DTensors are in separate fragments from
-    sharded ones: they must stay identical on all shards, so the choice of the coordinates to send must not depend on
-    the values of one shard. Raises ValueError for more fragments than parameters.
+    sharded ones, since they must stay identical on all shards. Raises ValueError for more fragments than parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names = list(parameters)

@@ -1,8 +1,4 @@
-"""The inner optimizers, which step on each worker alone: their parameters, and checks that all of them are exchanged.
-
-Parameters trained by another optimizer would not be exchanged and would differ between workers: RuntimeError is raised.
-`JoinedOptimizer` is for frameworks that accept only one optimizer.
-"""
+"""The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,12 +20,11 @@ T = TypeVar("T")
 
 
 def live_objects(kind: type[T]) -> list[T]:
-    """Return all objects of a class in this process, found by a search of the whole memory (0.1 s)."""
+    """Return all objects of a class in this process, by a search of all objects in memory (0.1 s)."""
     return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
-    """Return the class names of the optimizers, joined by " + ", for a message."""
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
@@ -57,10 +52,7 @@ def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
 
 
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load one state dict per optimizer.
-
-    Raises ValueError, with nothing changed, if the number of optimizers or a parameter group's size differs.
-    """
+    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if one does not fit."""
 
     def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
         return [len(group["params"]) for group in groups]
@@ -89,7 +81,6 @@ def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def check_parameters(parameters: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the parameters are floating point, on one device, and share no memory."""
     if not parameters:
         raise ValueError("optimizer must have parameters that require gradients, and has none")
     parts = {name: local_part(p) for name, p in parameters.items()}
@@ -120,7 +111,6 @@ class Shards:
 
 
 def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
-    """Raise ValueError if `model` has parameters that require gradients and are not in `parameters`."""
     known = {id(p) for p in parameters}
     if missed := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
         raise ValueError(
@@ -132,9 +122,7 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 class OtherOptimizers:
     """Detects other optimizers in this process that train parameters of the same model without exchanging them.
-
-    `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module.
-    """
+    `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module."""
 
     def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
         self._ours, self._group = parameters, group
@@ -144,7 +132,6 @@ class OtherOptimizers:
         _watch_steps()
 
     def note(self, optimizer: Optimizer) -> None:
-        """Record an optimizer that has stepped, and the parameters that had gradients in its first step."""
         if optimizer not in self._stepped:
             trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._stepped[optimizer] = {id(p) for p in trained}
@@ -162,7 +149,7 @@ class OtherOptimizers:
         alone = {o: ids for o, ids in self._stepped.items() if not is_exchanged(o)}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Those in one root module with ours. It is known only to the script: search all objects in memory (0.1 s).
+        # Those in one root module with ours. Only the script knows that module: search all objects in memory (0.1 s).
         modules = live_objects(nn.Module) if theirs else []
         inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
         found: dict[str, Tensor] = {}
@@ -186,9 +173,7 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 @cache
 def _watch_steps() -> None:
     """Register a hook on the steps of all torch optimizers, once.
-
-    It is never removed: garbage collection could do so while torch iterates over its hooks.
-    """
+    It is never removed: garbage collection could do so while torch iterates over its hooks."""
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
         for watch in list(_watches):
@@ -199,15 +184,13 @@ def _watch_steps() -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    """Format the first three names, followed by the number of the remaining ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class JoinedOptimizer(Optimizer):
     """Several optimizers of different parameters as one optimizer, with all their groups and states.
 
-    For frameworks that accept only one: transformers' Trainer, Lightning's automatic mode. For example Muon for the
-    hidden layers' matrices and AdamW for the other parameters, with one scheduler for both. `members` are the
+    For frameworks that accept only one: transformers' Trainer, Lightning's automatic mode. `members` are the
     optimizers; `step` steps them in that order.
 
     >>> import torch
@@ -227,7 +210,6 @@ class JoinedOptimizer(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Set the parameter groups and the state of the members to those of this optimizer."""
         start = 0
         for member, size in zip(self.members, self._sizes, strict=True):
             member.param_groups = self.param_groups[start : start + size]

@@ -29,11 +29,8 @@ HEADER = 16  # bytes of the header that the check gathers: call and number of st
 
 
 class Lockstep:
-    """Runs collectives in the order of their calls, after a check that all workers make the same call.
-
-    The ledger counts the bytes of the checks as "guard". `background` runs collectives that overlap with inner steps.
-    None: nothing overlaps.
-    """
+    """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
+    "guard" in the ledger. `background` runs collectives that overlap with inner steps; None: nothing overlaps."""
 
     def __init__(self, channel: Communicator, device: torch.device, background: Background | None) -> None:
         self._channel, self._device, self._background = channel, device, background
@@ -41,9 +38,7 @@ class Lockstep:
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
-
-        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
-        """
+        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`."""
         self.start(call, steps, work)()
 
     def start(
@@ -103,11 +98,8 @@ class Lockstep:
         return torch.stack([parts["header"] for parts in gathered]), norms
 
     def _check(self, headers: Tensor) -> None:
-        """Compare the workers' calls and numbers of steps, `headers`, int64[W, 2].
-
-        Raises RuntimeError as `run` does; if only the steps of another call, such as `flush`, differ, rank 0 logs a
-        warning, once.
-        """
+        """Compare the workers' calls and numbers of steps, `headers`, int64[W, 2]. Raises RuntimeError as `run` does.
+        If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
         # Find the first worker whose call differs from worker 0's, else one whose number of steps differs.
         rows = headers.tolist()
         call, steps = rows[0]
@@ -125,7 +117,7 @@ class Lockstep:
                 f"{found}: all workers must make the same calls after the same number of optimizer steps. If their "
                 f"data have different lengths, {_ADVICE}; pass scaler= if a GradScaler skips steps"
             )
-        # Only the steps differ: the paired collectives have equal sizes, so no worker hangs.
+        # Only the steps differ: the collectives still match, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)

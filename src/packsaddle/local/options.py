@@ -250,7 +250,7 @@ class LocalOptions(Option):
     def of(cls, compressor: Any, overlap: Any, workers: Any, noise: Any, **others: Any) -> "LocalOptions":
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
-        # "auto" may choose an exchange whose saved residuals are valid only for a fixed set of equal workers.
+        # "auto" may choose an exchange whose residuals are valid only for a fixed set of equally weighted workers.
         if hasattr(workers, "start_quorum"):
             workers = Elastic(workers)
         elif isinstance(workers, Real):
@@ -265,16 +265,13 @@ class LocalOptions(Option):
 
     @property
     def is_uneven(self) -> bool:
-        """True if a fixed set of workers has weights, or only a sample of it exchanges in each round."""
         return isinstance(self.workers, Workers) and self.workers.are_uneven
 
     @property
     def averages_senders(self) -> bool:
-        """True if each coordinate is averaged over only the workers that sent it (exchange "senders")."""
         return self.compression.exchange == "senders"
 
     def _check_plain(self, where: str, *, overlaps: bool) -> None:
-        """Raise ValueError if an escape check, exchange "senders" or, with `overlaps`, a delay is set."""
         if self.escape is not None:
             raise ValueError(f"escape must be None {where}: its checks are of the mean of all workers")
         if self.averages_senders:
@@ -297,6 +294,6 @@ class LocalOptions(Option):
                     f"(TopK, RandomK, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep state "
                     f"that fits one set of workers"
                 )
-            # The residual that the owner of a chunk keeps is weighted already; sending it would weight it again.
+            # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
             if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')

@@ -51,9 +51,7 @@ class Outcomes:
 
     def register(self, part: Fragment, exchange: PendingExchange) -> None:
         """Check the update of a new exchange: record that a fragment's update is valid again.
-
-        After a failed reset, mark the invalid parameter's name, which all workers receive.
-        """
+        After a failed reset, mark the invalid parameter's name, which all workers receive."""
         if self._rejected and not bool(exchange.invalid):
             self._rejected.discard(part)
             if not self._rejected:
@@ -67,11 +65,9 @@ class Outcomes:
 
     def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
         """Record the outcome of a fragment's round t; return True if it was applied.
-
-        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
-        """
-        # Reset the count only if no fragment's last round was rejected: a reset of the parameters may zero the updates
-        # of other fragments, which are then valid.
+        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset."""
+        # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
+        # parameters may zero the updates of other fragments, which are then valid.
         if exchange.applied:
             self._skipped.discard(part)
             if not self._skipped:
@@ -135,7 +131,7 @@ class Outcomes:
         """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
         for part in self._fragments:
             if not self._are_finite(p for p in part.parameters if p.requires_grad):
-                # To their values at the beginning of the current exchange if those are valid, else to the start point.
+                # Use the values at the beginning of the current exchange if those are valid, else the start point.
                 p = part.current
                 if p is not None and p.before and not bool(p.invalid):
                     part.anchor.set_parameters(p.before)
@@ -143,16 +139,13 @@ class Outcomes:
                     part.anchor.move_to_start()
 
     def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
-        """Return True if `tensors` are finite in all shards of this worker; collective over the shards."""
         here = all(bool(is_finite(local_part(t))) for t in tensors)
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
 
 
 def clear_nonfinite(optimizer: Optimizer) -> None:
     """Delete the optimizer's state of each parameter whose state is non-finite, as before its first step.
-
-    Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0.
-    """
+    Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0."""
     for p in [p for p, entry in optimizer.state.items() if not _all_finite(entry)]:
         del optimizer.state[p]
     for group in optimizer.param_groups:
@@ -167,7 +160,7 @@ def clear_nonfinite(optimizer: Optimizer) -> None:
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:
-    """Return a copy of a state dict in which non-finite entries of "state" are removed, and other tensors set to 0."""
+    """Return a copy of a state dict without non-finite entries of "state", and with 0 in other non-finite tensors."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
         return {k: _finite_part(v, k) for k, v in kept.items()}

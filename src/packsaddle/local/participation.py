@@ -56,4 +56,4 @@ def share(weights: Sequence[float], rank: int) -> float:
     return len(weights) * weights[rank] / sum(weights)
 
 
-_OF_ROUNDS = 0x5A3F  # mixed into the seed: samples of workers are independent of random coordinates of compressors
+_OF_ROUNDS = 0x5A3F  # mixed into the seed: keeps samples of workers independent of compressors

@@ -1,7 +1,7 @@
 """The start and the end of local training: common start values, a check of the first step, a warning at the end.
 
-The check detects two faults that raise no other error. Workers that start at different parameters train models whose
-mean is meaningless. Exchanging gradients as well costs all the bytes that local updates save.
+The check detects two faults that raise no other error: workers that start at different parameters, whose mean is
+meaningless, and a second exchange of the gradients, which costs all the bytes that local updates save.
 """
 
 import logging
@@ -47,10 +47,7 @@ def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) 
 @torch.no_grad()
 def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.device) -> None:
     """Set tensors to rank 0's values, in place; collective.
-
-    Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast: none
-    if all workers initialized the model with the same seed or loaded the same file.
-    """
+    Fingerprints of 8 bytes per tensor are compared first, on `device`, and only tensors that differ are broadcast."""
     if channel.group.size == 1:
         return
     parts = [local_part(p) for p in tensors]
@@ -112,10 +109,8 @@ def check_first_step(
 
 
 class UnsentSteps:
-    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor.
-
-    `owner` ends at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script.
-    """
+    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor. `owner` ends
+    at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script."""
 
     def __init__(self, owner: object | None) -> None:
         self._steps = self._exchanged = 0

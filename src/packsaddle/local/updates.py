@@ -1,6 +1,6 @@
 """LocalUpdates: workers train separately with any optimizer, and exchange compressed local updates at intervals.
 
-Read `LocalUpdates._attempted` first, which runs after each inner step. The exchange is in `fragment`. After every
+Start with `LocalUpdates._attempted`, which runs after each inner step. The exchange is in `fragment`. After every
 `every` inner steps it computes
 
     v = decay e + (s - x) + xi              x: this worker's parameters, which started at s; xi: shared noise
@@ -65,8 +65,8 @@ from packsaddle.options.agreement import agreement
 def _rules(*, keep_unsent: bool) -> list[Rule]:
     """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
 
-    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e changes this point but not
-    the parameters, so it is also added to "owed" (see `Anchor.owed`).
+    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e moves this point but not the
+    parameters, so it is also added to `Anchor.owed`.
     """
     part = ("fragments", ANY)
     error, owed = (*part, "error", ANY), (*part, "owed", ANY)
@@ -286,9 +286,7 @@ class LocalUpdates(JoinableSteps):
     @torch.no_grad()
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
-
-        Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains.
-        """
+        Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
         # Count the step, and check it.
         if self._others is not None:
             self._others.check()
@@ -296,11 +294,11 @@ class LocalUpdates(JoinableSteps):
         self._has_begun = True
         self.steps += 1
         self._outcomes.check_step()
-        # With a manager, it depends on the present workers when a round is due.
+        # With a manager, the workers present decide when a round is due.
         if self.membership is not None:
             self.membership.stepped(self.steps)
             return False
-        # Run the collectives of a fixed set of workers. If one fails, `flush` fails too: clear its warning first.
+        # Run the collectives of a fixed set of workers. If one fails, `flush` would fail too: clear its warning first.
         ended = [part for part in self._fragments if part.current is not None and part.current.due == self.steps]
         due = [part for part in self._fragments if part.is_due(self.steps)]
         has_work = self.steps == 1 or bool(ended or due)
@@ -416,7 +414,7 @@ class LocalUpdates(JoinableSteps):
         """Wait for the other workers' next round, and load their averaged parameters. Call with a manager, before
         training.
 
-        If it was not called, the first step joins, and discards its gradient, which was computed at other parameters. A
+        Without this call the first step joins, and discards its gradient, which was computed at other parameters. A
         worker that returns loads its error memory from its file. Raises RuntimeError without a manager.
         """
         membership = self._elastic("join")
@@ -430,8 +428,7 @@ class LocalUpdates(JoinableSteps):
         """Save or send this worker's pending updates, and leave. Call with a manager, before the process ends early.
 
         The updates are saved to `Elastic.memory_file` or, if that is None or cannot be written, sent uncompressed in
-        one more round. Returns False, with an error in the log, if both fail, so updates are lost. Raises RuntimeError
-        without a manager.
+        one more round. Returns False, with an error in the log, if both fail. Raises RuntimeError without a manager.
         """
         return self._elastic("leave").leave()
 
@@ -490,9 +487,10 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def contraction(self) -> float | None:
-        """The fraction of the squared norm of this worker's update v that compression C last kept; None: not measured.
+        """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C last kept; None: not
+        measured.
 
-        1 - ||v - C(v)||^2 / ||v||^2, averaged over the fragments measured; see `Compression.monitor_every`.
+        Averaged over the fragments measured; see `Compression.monitor_every`.
         """
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
@@ -619,9 +617,9 @@ class LocalUpdates(JoinableSteps):
         """Exchange all pending updates uncompressed, so that all workers have the same parameters; collective.
 
         Call at the end of training. Running exchanges are applied first; then all of the model is exchanged without
-        compression and noise, and error memories become 0. The excess of a clipped update (see `Workers`) stays in the
-        error memory. Returns True if all exchanges were applied. With a torchft Manager, this is a round of all present
-        workers, also of those that continue training.
+        compression and noise, and error memories become 0 (but keep the excess of clipped updates, see `Workers`).
+        Returns True if all exchanges were applied. With a torchft Manager, this is a round of all present workers, also
+        of those that continue training.
         """
         self._check_here("flush()")
         self._check_between_steps("flush()")
@@ -642,8 +640,8 @@ class LocalUpdates(JoinableSteps):
 
         For tensors computed from each worker's own parameters, which differ between workers even after `flush`: a
         module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
-        schedule-free optimizer. The mean of moving averages equals the moving average of the mean. Tensors that are not
-        floating point are set to worker 0's. Raises RuntimeError with a manager.
+        schedule-free optimizer. Tensors that are not floating point are set to worker 0's. Raises RuntimeError with a
+        manager.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates

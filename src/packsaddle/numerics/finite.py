@@ -14,10 +14,7 @@ _ROOM = 64.0  # `is_in_range` limits ||v||_1 to the largest number of the dtype 
 
 def is_finite(vector: Tensor) -> Tensor:
     """Return True if no coordinate is Inf or NaN, bool[]; does not synchronize with a GPU.
-
-    Checks the sum first, which takes a tenth of the time of an elementwise check (4 ms and 39 ms for 25 million
-    coordinates on a CPU). Checks elements only if the sum is non-finite.
-    """
+    Elements are checked only if the sum, which takes a tenth of the time, is non-finite."""
     if vector.device.type != "cpu":
         return vector.sum(dtype=torch.float64).isfinite()
     finite = vector.sum().isfinite()
@@ -29,9 +26,8 @@ def is_in_range(vector: Tensor) -> Tensor:
 
     Then v is finite, and so are the intermediate results of all compressors: counters of sketches and factors (at most
     ||v||_1 times a Gaussian, below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v). 16-bit vectors use the M of
-    float32, the dtype of error memories.
-
-    On a CPU the Euclidean norm, as fast as a sum, suffices unless it is large: ||v||_1 <= sqrt(d) ||v||_2.
+    float32, the dtype of error memories. On a CPU the Euclidean norm, as fast as a sum, suffices unless it is large:
+    ||v||_1 <= sqrt(d) ||v||_2.
     """
     dtype = torch.promote_types(vector.dtype, torch.float32)
     limit = torch.finfo(dtype).max / _ROOM
@@ -56,20 +52,15 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return a bound on x such that adding x to any finite number of `dtype` cannot overflow.
-
-    It is 1/256 of half a unit in the last place of the largest number, below which rounding discards x.
-    """
+    """Return a bound on x such that adding x to any finite number of `dtype` cannot overflow: rounding discards x.
+    It is 1/256 of half a unit in the last place of the largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha * more, and return an upper bound on the norm of out.
-
-    The tensors have the same shape and no gaps in memory. They are added in parts that fit a cache, so that computing
-    the norm of a part does not read memory again; the bound is the sum of these norms.
-    """
+    """Set out to base + alpha * more, and return an upper bound on the norm of out. The tensors have the same shape and
+    no gaps in memory. They are added in parts that fit a cache, and the bound is the sum of the norms of the parts."""
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
         norm: Tensor = torch.linalg.vector_norm(torch.add(base, more, alpha=alpha, out=out))
@@ -89,7 +80,7 @@ def add_if_finite(sums: Iterable[Sum]) -> float | None:
     """Add alpha * more to out for all `sums`, in place; return an upper bound on the squared norm of all results.
 
     Returns None if a sum of squares of elements of `out` or `alpha * more` is non-finite. Completed additions are then
-    undone by subtraction, so all tensors are unchanged up to rounding. Each part is read and written once.
+    undone by subtraction, so all tensors are unchanged up to rounding.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
     add = kernel("add_finite", *(line for out, more, _ in lines for line in (out, more))) or _add_finite
@@ -112,7 +103,7 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]:
-    """Add as `kernels.numba_loops.add_finite` does, with PyTorch operations."""
+    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):
@@ -129,7 +120,6 @@ def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]
 
 
 def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:
-    """Fill `vector` with `value` if `condition`, bool[]; does not synchronize with a GPU."""
     if vector.device.type != "cpu" or condition:
         vector.masked_fill_(condition, value)
 

@@ -3,12 +3,11 @@
 A *shared* stream is identical on every worker (the noise xi_t of Algorithm 1, the compressor's randomness); a *private*
 stream also depends on the worker (the order of its batches). Global random state is never read or written.
 
-Counter-based numbers are functions of a counter and a key. Any range of a sequence can be computed on any device, in
-any order, so adding noise to a vector needs no second vector. A random word is the 32-bit counter, hashed twice (a
-multiply-xorshift permutation with low bias, found by Chris Wellons's search,
-https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys do not
-overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after 2^32
-words, or 2^33 normal numbers.
+Counter-based numbers are functions of a counter and a key, so any range of a sequence can be computed alone. A random
+word is the 32-bit counter, hashed twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's
+search, https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys
+do not overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after
+2^32 words, or 2^33 normal numbers.
 """
 
 import math
@@ -79,15 +78,15 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
     A keyed permutation of [0, n) is evaluated at 0..k-1, in O(k) time and memory for any n and in integer arithmetic,
     so the result is identical on every device. The permutation is a Feistel network on the next power of two, iterated
-    until the result is below n (cycle walking), followed by a uniform rotation. The rotation makes the marginals
-    uniform regardless of the quality of the network. For n up to 4096 it is torch.randperm.
+    until the result is below n (cycle walking), followed by a uniform rotation, which makes the probabilities exact.
+    For n up to 4096 it is torch.randperm.
     """
     if not 0 <= k <= n:
         raise ValueError(f"k must be in [0, n = {n}], got {k}")
     if k == n:
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
-        # Always drawn on the CPU, since CPU and CUDA generators give different numbers.
+        # drawn on the CPU, since CPU and CUDA generators give different numbers
         return _moved(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
@@ -104,7 +103,6 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _moved(index: Tensor, device: torch.device | str) -> Tensor:
-    """Copy `index` from the CPU to a device, asynchronously from pinned memory."""
     on_cpu = torch.device(device).type == "cpu"
     return index if on_cpu else index.pin_memory().to(device, non_blocking=True)
 
@@ -134,7 +132,7 @@ _SLAB = 64 * 2 * _PAIRS  # numbers generated at a time, to bound scratch memory
 
 
 class Keys(NamedTuple):
-    """Three 32-bit keys of a counter-based sequence: the first for all words, then one per word of a pair."""
+    """Three 32-bit keys of a counter-based sequence: the first for all words, then one for each word of a pair."""
 
     first: int
     second: int
@@ -142,12 +140,10 @@ class Keys(NamedTuple):
 
 
 def keys(seed: int, step: int, stream: Stream) -> Keys:
-    """Return the keys of the counter-based sequence for (seed, step, stream)."""
     return Keys(*(mix(seed, step, int(stream), i) >> 32 for i in range(3)))
 
 
 def words(counters: Tensor, key: Keys) -> Tensor:
-    """Return 32 random bits for each counter, int32[n] for int32[n]."""
     return _mixed(_mixed(counters * _signed(0x9E3779B1) + _signed(key.first)) + _signed(key.second))
 
 
@@ -162,15 +158,12 @@ def _mixed(h: Tensor) -> Tensor:
 
 
 def _signed(word: int, bits: int = 32) -> int:
-    """Reinterpret an unsigned word as a signed integer, since PyTorch has few unsigned operations."""
     return word - (1 << bits) if word >= 1 << (bits - 1) else word
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
     """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence of `key`.
-
-    Identical on every device up to rounding in the logarithm, sine and cosine.
-    """
+    Identical on every device up to rounding in the logarithm, sine and cosine."""
     if loop := kernel("add_gaussians", out):
         loop(out, scale, key, start)
         return

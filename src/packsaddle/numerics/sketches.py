@@ -4,17 +4,16 @@ Norm sketch (section 3 of the paper: "using linear sketches"). No worker has the
 S v_i for the same random linear map S; the mean of the sketches is S v, and ||S v||^2 estimates ||v||^2 (Alon, Matias
 and Szegedy 1999, with the buckets of Charikar et al. 2002).
 
-Count sketch. Its hash is structured, so that sketching and estimation are a few shifted sums. v is divided into chunks
-of c coordinates; chunk b is rotated by a random rho_b and multiplied by a random sign sigma_b, and the chunks are
-summed: (S v)_q = sum_b sigma_b v[b, q - rho_b]. The estimate of coordinate (b, p) is
+Count sketch. Its hash is d / c random rotations and signs, drawn from (seed, step), instead of a table of d entries. v
+is divided into chunks of c coordinates; chunk b is rotated by rho_b and multiplied by the sign sigma_b, and the chunks
+are summed: (S v)_q = sum_b sigma_b v[b, q - rho_b]. The estimate of coordinate (b, p) is
 sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + rho_b - rho_b'].
 
-*Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish;
-each other chunk adds one coordinate, uniform over that chunk since its rotation is. Hence the variance is
-sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes
-(Charikar et al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b
-coordinates, at most ((d - n) / c) ||v||^2 with n the smallest chunk. The hash is d / c rotations and signs, drawn from
-(seed, step), instead of a table.
+*Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish; each
+other chunk adds one coordinate, uniform over that chunk since its rotation is. Hence the variance is
+sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes (Charikar et al.
+2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b coordinates, at
+most ((d - n) / c) ||v||^2 with n the smallest chunk.
 """
 
 from collections.abc import Iterator
@@ -128,7 +127,7 @@ def _median(rows: list[Tensor]) -> Tensor:
     """Return the elementwise median of vectors; for an even number, the mean of the middle two.
 
     Among n // 2 + 2 of n values the smallest and the largest cannot be the median of all. They are discarded and
-    another value is added, repeatedly, until only the median remains. Elementwise minima and maxima are several times
+    another value is added, repeatedly, until only the median remains, by elementwise minima and maxima, which are
     faster than a sort.
     """
     n = len(rows)

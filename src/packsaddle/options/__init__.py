@@ -1,4 +1,4 @@
-"""Options: dataclasses built from TOML (`schema`; read it first), and parsing of numbers with units (`numerals`)."""
+"""Options: dataclasses built from TOML (start with `schema`), and parsing of numbers with units (`numerals`)."""
 
 from packsaddle.options.schema import build, first_difference, nearest, plain
 

@@ -15,9 +15,7 @@ def own(default: Any) -> Any:
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
     """Return the options that must be equal on all workers, nested ones too, as a dict of values by dotted name.
-
-    Options of a field `compression` have their own names.
-    """
+    Options of a field `compression` are not prefixed with its name."""
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):
         value, name = getattr(options, f.name), f"{where}{f.name}"

@@ -29,10 +29,10 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
-    """Return cls(**data), checking every key and value against the dataclass's annotations.
+    """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
     `where` is the path of `data` in the whole configuration, for error messages. A field whose type is a union of
-    dataclasses needs a table with a `kind`, the name of the class. Raises ConfigError.
+    dataclasses needs a table with a `kind`, the name of the class.
     """
     if not isinstance(data, Mapping):
         raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
@@ -60,7 +60,6 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
 
 
 def _has(data: Any, path: Sequence[str]) -> bool:
-    """Return True if nested tables contain the key at this path."""
     return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
 
 
@@ -72,18 +71,16 @@ def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -
 
 
 def _about(where: Place, message: str) -> ConfigError:
-    """Return a ConfigError with this message; its key is the path `where`, up to the first index of a list."""
+    """Return a ConfigError with this message, whose key is the path `where` up to the first index of a list."""
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 
 def settable(cls: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a dataclass that a configuration may set, required ones first."""
     found = [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
     return sorted(found, key=lambda f: not is_required(f))
 
 
 def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Return True for a field without a default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
@@ -197,7 +194,7 @@ def is_too_deep(text: str) -> bool:
 
 
 Key = tuple[str, ...]
-_LONGEST = 300  # most lines of one statement, since all its lines are parsed again for each added line
+_LONGEST = 300  # most lines of one statement: all of them are parsed again for each added line
 
 
 def line_of(key: Key, path: Path, text: str) -> str:
@@ -220,9 +217,9 @@ def syntax_error(path: Path, error: ValueError) -> str:
 def key_lines(text: str) -> dict[Key, int]:
     """Return the line number, from 1, of each key and each table of a TOML text.
 
-    Lines are accumulated until tomllib parses them: then they are one statement, since no part of one is valid alone.
-    A table's line is that of its header; without one, that of its first key. Tables of an array ([[x]]) share their
-    keys, so inner keys are omitted if there are several. Parsing stops at a statement of over _LONGEST lines.
+    Lines are accumulated until tomllib parses them: then they are one statement, since no part of one is valid alone. A
+    table's line is that of its header; without one, that of its first key. Keys within a table of an array ([[x]]) are
+    omitted if the array has several. Parsing stops at a statement of over _LONGEST lines.
     """
     lines: dict[Key, int] = {}
     table: Key = ()

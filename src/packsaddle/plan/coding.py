@@ -1,7 +1,6 @@
 """Measured speed of compressors on this machine, and the entries of a table of compressors.
 
-Encoding and decoding are timed on vectors of two lengths; times for other lengths lie on the line through these. A
-table entry, measured on a Gaussian vector, has the compressor's contraction, protocol, bytes, and time.
+Encoding and decoding are timed on vectors of two lengths; times for other lengths lie on the line through these.
 """
 
 import time
@@ -49,7 +48,6 @@ class Pace:
     add: Line  # add a message with known context (`Message.context`) to a vector
 
     def seconds(self, work: Work) -> float:
-        """Return the seconds that this compressor needs for the operations in `work`."""
         n = work.coordinates
         return work.encode * self.encode.at(n) + work.decode * self.decode.at(n) + work.add * self.add.at(n)
 
@@ -67,10 +65,8 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
 def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
-    """Return the pace, as `measure` does, and by which fraction an encoding's median time exceeds the minimum.
-
-    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`.
-    """
+    """Return the pace, as `measure` does, and the fraction by which an encoding's median time exceeds the minimum.
+    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`."""
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, _LONG))
     works: dict[str, Callable[[], object]] = {}
@@ -120,7 +116,7 @@ class CompressorEntry:
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
     """Measure the table entry of one compressor. Raises ValueError if it does not support d coordinates."""
     compressor.validate(d)
-    torch.set_num_threads(1)  # as for a worker that shares its machine with others
+    torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with others
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
     for step in range(_REPEATS):

@@ -1,8 +1,7 @@
 """The plan for a network link: the compressor with the fastest step, compared with uncompressed training.
 
-A link between workers is measured by all-reduces: small ones for its latency, large ones for its rate. Rates are parsed
-and printed in common notation: 100mbit, 1gbit, 12.5MB/s. `MEASURED` has the steps to the loss of uncompressed ("dense")
-training, by optimizer and compressor, as multiples of the dense steps.
+Rates are parsed and printed in common notation: 100mbit, 1gbit, 12.5MB/s. `MEASURED` has the steps to the loss of
+uncompressed ("dense") training, by optimizer and compressor, as multiples of the dense steps.
 """
 
 import re
@@ -32,7 +31,7 @@ _LARGE = 5  # number of all-reduces of the largest message, to measure the rate
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
     """Measure latency and rate of the link between workers of `group` by all-reduces on `device`; collective.
 
-    Both are fitted to median times, so that one late worker has no effect, and are equal on all workers. Raises
+    Latency is fitted to small and rate to large all-reduces, by median times. Both are equal on all workers. Raises
     ValueError for one worker, and RuntimeError if a large message takes no longer than a small one, so that no rate can
     be computed.
 
@@ -59,7 +58,7 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """Return the median seconds of an all-reduce, averaged over workers so that it is equal on all of them."""
+    """Return the median seconds of an all-reduce, averaged over workers, so equal on all of them; collective."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
@@ -102,14 +101,11 @@ def parse_rate(text: str) -> float:
 
 def slower_rate(text: str) -> float:
     """Return the rate of a link in bits a second: one rate, or the slower of UP/DOWN, such as 20mbit/100mbit.
-
-    Every exchange receives as much as it sends, so the slower direction counts. Raises ValueError as `parse_rate` does.
-    """
+    Every exchange receives as much as it sends. Raises ValueError as `parse_rate` does."""
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 
 
 def format_rate(bits: float) -> str:
-    """Return a rate in the form that `parse_rate` reads, with three digits."""
     for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if bits >= 0.9995 * unit:
             return f"{float(f'{bits / unit:.3g}'):g} {prefix}bit/s"
@@ -260,10 +256,7 @@ def forecast(
 
 def _choices(compressor: Compressor, workload: ModelSize, workers: int) -> list[Choice]:
     """Return the exchanges to compare: "direct", the exact mean of the workers' messages, and perhaps "two-way".
-
-    In a two-way exchange every worker averages one chunk of the vector and sends its compressed mean to all. It is
-    included only if "direct" is an all-gather and there is a compressed coordinate per worker.
-    """
+    "two-way" is included only if "direct" is an all-gather and there is a compressed coordinate per worker."""
     d, dense = workload.d, workload.dense
     direct = choose(compressor, "direct", d=d, dense=dense, workers=workers)
     if direct.name != "all-gather" or d < workers:

@@ -1,7 +1,6 @@
 """The plan for local updates on a network link: the number of steps between exchanges, the compressor, and the overlap.
 
-Each worker takes `every` inner steps (of its own optimizer) between exchanges, and an exchange may overlap the next
-`delay` steps. Only settings with measured steps to the loss of uncompressed training are considered (experiments/race).
+Only settings with measured steps to the loss of uncompressed training are considered (experiments/race).
 """
 
 import math
@@ -105,11 +104,9 @@ class LocalForecast:
 
     @property
     def computing(self) -> float:
-        """The fraction of time in forward and backward passes."""
         return (self.compute - self.waiting) / self.step
 
     def plain(self) -> dict[str, Any]:
-        """Return the setting and its cost as a dict of strings and numbers, for JSON."""
         return {
             "every": self.setting.every,
             "compressor": describe(self.setting.compressor),
@@ -154,7 +151,6 @@ def forecast_local(
 
 
 def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
-    """Raise ValueError if every measured setting needs over `most_steps` times the steps of uncompressed training."""
     least = min(measured.values())
     if not most_steps >= least:
         raise ValueError(f"most-steps must be at least {least:g}, the least measured, got {most_steps:g}")
@@ -175,7 +171,7 @@ def _forecast(
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
-    # Workers wait for the slowest one only at exchanges, so that random differences between their steps average out.
+    # Workers wait only at exchanges, so that random differences between their steps average out.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
 

@@ -1,7 +1,4 @@
-"""A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step.
-
-The step is timed whole (forward pass, backward pass and optimizer); of CompressedSGD's update only what exceeds SGD's.
-"""
+"""A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -82,7 +79,6 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def build_model(name: str) -> nn.Module:
-    """Return a new model by its `name` in `MODELS`. Raises ConfigError for another name."""
     if name not in MODELS:
         raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
     with torch.random.fork_rng(devices=[]):  # layers initialize their weights from the global generator
@@ -90,11 +86,8 @@ def build_model(name: str) -> nn.Module:
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
-    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
-
-    The error memory and, with `noise`, the noise use this time. Measured as minima over `repeats`, and on at most 2^25
-    coordinates.
-    """
+    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding:
+    those of the error memory and, with `noise`, the noise. Minima over `repeats` on at most 2^25 coordinates."""
     n = min(d, _LONG)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -109,7 +102,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    # With k = 1 coding takes no time: only error memory and noise are timed.
+    # Coding takes no time with k = 1, so only error memory and noise are timed.
     spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {
@@ -145,7 +138,7 @@ class TrainingStep:
         return cls(model, random_batch(model, shape, batch, tokens=isinstance(model, CharTransformer)))
 
     def to(self, device: torch.device | str) -> "TrainingStep":
-        """Return the step with model and batch on a device."""
+        """Return the step with model and batch on a `device`."""
         return TrainingStep(self.model.to(device), _moved(self.batch, device))
 
     def loss(self) -> Tensor:
@@ -175,9 +168,7 @@ class TrainingStep:
 
 def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> Tensor:
     """Return `batch` random examples: float32, or with `tokens` int64 below the size of the smallest embedding.
-
-    Raises ConfigError for batch < 1, and for tokens of a model without an embedding.
-    """
+    Raises ConfigError for batch < 1, and for tokens of a model without an embedding."""
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
     rng = torch.Generator().manual_seed(0)
@@ -190,7 +181,6 @@ def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens
 
 
 def _moved(batch: Any, device: torch.device | str) -> Any:
-    """Return the batch with its tensors on a device."""
     if isinstance(batch, Mapping):
         return {name: _moved(part, device) for name, part in batch.items()}
     if isinstance(batch, tuple | list):
@@ -199,7 +189,6 @@ def _moved(batch: Any, device: torch.device | str) -> Any:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a model's output, a tensor or nested tuples, lists and dicts."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping | tuple | list):
@@ -208,7 +197,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:
-    """Return the named optimizer with a tiny learning rate; "muon": Muon for hidden matrices, AdamW for the others."""
     rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return [torch.optim.SGD(trained, rate, momentum=0.9)]

@@ -189,10 +189,8 @@ class Dense(Step):
     backward: float = 2 / 3  # fraction of the compute time
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Predict the time of a step whose buckets become ready at even intervals of the backward pass.
-
-        Buckets are sent sequentially. The last one does not overlap; on a slow link, others outlast the backward pass.
-        """
+        """Predict the time of a step whose buckets become ready at even intervals of the backward pass. Buckets are
+        sent sequentially. The last one does not overlap; on a slow link, others outlast the backward pass."""
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
         latency *= buckets
@@ -216,10 +214,7 @@ def compressed(
 
 def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
     """Return the rate, payload bytes a second, at which `steps` steps of `step` take as long as one `dense` step.
-
-    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always: to
-    distinguish the two, compare the times on any link.
-    """
+    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)

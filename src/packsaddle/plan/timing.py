@@ -56,16 +56,13 @@ def repeated(
     work: Callable[[], object], *, least: int = 5, within: float = 0.02, limit: float = 20.0, warm_up: int = 2
 ) -> Timing:
     """Time `work` at least `least` times, until its three fastest times are within a fraction `within` of each other.
-
-    The minimum is then reproducible: other programs on the machine only lengthen a call. Stops after `limit` seconds.
-    """
+    Stops after `limit` seconds. Other programs on the machine only lengthen a call, so the minimum is reproducible."""
     for _ in range(warm_up):
         work()
     return side_by_side({"work": work}, repeats=least, warm_up=0, within=within, limit=limit)["work"]
 
 
 def _is_reproduced(seconds: list[float], within: float) -> bool:
-    """Return True if the three fastest times, or all of fewer, are within a fraction of each other."""
     fastest = sorted(seconds)[:3]
     return not fastest or math.isinf(within) or fastest[-1] <= (1 + within) * fastest[0]
 

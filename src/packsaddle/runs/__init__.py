@@ -1,13 +1,13 @@
 """Configured runs: configuration, training loop, run folder, certificates along a run, reports.
 
-Read `config` first, then `job` (a run, from its configuration to its folder) and `trainer` (the run on one worker).
+Start with `config`, then `job` (a run, from its configuration to its folder) and `trainer` (the run on one worker).
 `tasks` contains data and networks; `report` makes tables and figures from run folders.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# The public names, by their file: imported on first use (PEP 562), so that the command line starts without the trainer.
+# The public names by file, imported on first use (PEP 562), so that the command line starts without the trainer.
 _FILES = {
     "certification": "Audit read_config",
     "config": "AnyCompressor CertifyConfig Config DataConfig EscapeConfig LocalConfig ModelConfig NoiseConfig "

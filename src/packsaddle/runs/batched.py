@@ -26,9 +26,9 @@ def why_not_batched(config: Config) -> str:
 class BatchedGradients:
     """Gradients of the W workers of a serial simulation by `torch.func.vmap` over their batches, at equal parameters.
 
-    Small batches use a processor poorly, so one pass is faster than W. Gradients equal those of separate passes up to
-    rounding. Batch normalization over all workers shares its running statistics between the workers' models; the
-    ledger of each worker counts the bytes that its exchanges would have sent.
+    One pass is faster than W of small batches; gradients are equal up to rounding. Batch normalization over all workers
+    shares its running statistics between the workers' models; the ledger of each worker counts the bytes that its
+    exchanges would have sent.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class BatchedGradients:
         """Set `.grad` to the gradients of this worker's mean loss on examples `index`, int64[b]; return the loss."""
         loss, gradients = self._group.computed_at_once(index, self._of_all)
         for name, p in self._parameters.items():
-            # The optimizer's flat vector has the parameter's memory format.
+            # The gradient needs the parameter's memory format, for views of the optimizer's flat vector.
             last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
             layout = torch.channels_last if last else torch.contiguous_format
             p.grad = gradients[name].contiguous(memory_format=layout)
@@ -64,7 +64,7 @@ class BatchedGradients:
     def _of_all(self, indices: list[Tensor]) -> Sequence[tuple[Tensor, Tensors]]:
         together = self._batch(torch.cat(indices))
         inputs, targets = (t.view(len(indices), -1, *t.shape[1:]) for t in together)
-        # channels_last would be slower here, and warn.
+        # channels_last would be slower under vmap, and warn.
         parameters = {name: p.detach().contiguous() for name, p in self._parameters.items()}
         of_each = vmap(grad_and_value(self._loss), in_dims=(None, None, 0, 0))
         gradients, losses = of_each(parameters, dict(self._task.named_buffers()), inputs, targets)

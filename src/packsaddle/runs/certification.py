@@ -1,8 +1,4 @@
-"""Certification of parameters as a saddle or a second-order stationary point: of a run's saved weights, and options.
-
-The results for one set of parameters are a certificate, the loss along its directions and, if requested, the Hessian's
-spectrum and a certificate of the population loss.
-"""
+"""Certification of the saved weights of a run as a saddle or a second-order stationary point, and its options."""
 
 import math
 import os
@@ -43,11 +39,11 @@ from packsaddle.runs.tasks.models import Task, make_task, task_loss
 from packsaddle.runs.tasks.sharding import Examples
 
 _POINTS = 20  # number of points of a loss profile on each side of x
-_PROFILED = 4096  # approximate number of examples of a profile: on all, its 41 losses would dominate the cost
+_PROFILED = 4096  # examples for a loss profile: its 41 losses over all examples would dominate the cost
 _PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products of each
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
-_WORKERS_PER_CORE = 8  # maximum number of worker processes per core
-_BATCHES_OF_POPULATION = 32  # minimum: the population's bounds come from the variance between batches
+_WORKERS_PER_CORE = 8  # most worker processes per core
+_BATCHES_OF_POPULATION = 32  # fewest batches: the population's bounds come from the variance between batches
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,6 @@ class Finding:
     lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything except the directions as plain types, for JSON."""
         return {
             "file": str(self.file),
             **self.certificate.to_dict(self.lr),
@@ -143,7 +138,7 @@ class Questions:
         return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
-        """Return a context that shows progress through at most `most` products, on rank 0 unless `quiet`."""
+        """Context manager that shows progress through at most `most` products, on rank 0 unless `quiet`."""
         return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
 
     @property
@@ -155,13 +150,12 @@ class Questions:
 
     @contextmanager
     def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
-        """Show progress during the block; yield a function to call with the number of products so far."""
+        """Context manager that shows progress; yields a function to call with the number of products so far."""
         with self.countdown(what, most) as progress:
             yield lambda products: progress(products, f"{products} of at most {most} products")
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
-    """Evaluate the loss at x + s v on a grid of s from -reach to reach, v = `direction`; collective."""
     curvature = derivatives(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
     direction = direction.to(curvature.device)
     distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
@@ -184,8 +178,7 @@ class Audit:
     data_dir: Path | None = None
 
     def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
-        """Return the run's network, its training examples and the weights in every file. Raises ConfigError if any is
-        missing or does not fit."""
+        """Return the run's network, its training examples and the weights in every file. Raises ConfigError."""
         config = read_config(self.run)
         data = load_data(config.data, self.data_dir, train=True)
         if self.examples is not None and not 1 <= self.examples <= len(data):
@@ -202,10 +195,8 @@ class Audit:
         return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
-        """Certify the weights in every file, and return one finding per file; in `workers` new processes if above 1.
-
-        Raises ConfigError for more workers than examples, or more than 8 per core.
-        """
+        """Certify the weights in every file, in `workers` new processes if above 1, and return one finding per file.
+        Raises ConfigError for more workers than examples, or more than 8 per core."""
         if workers == 1:
             return self.certify()
         _, data, _ = self.load()  # raises for invalid input before any worker starts
@@ -249,7 +240,6 @@ class Audit:
         return findings
 
     def prepare(self) -> tuple[Task, Examples]:
-        """Return the network with the last file's weights, and this worker's examples."""
         task, data, _ = self.load()
         examples = self._examples(data)
         return task.to(examples.device, examples.dtype), examples
@@ -268,13 +258,11 @@ class Audit:
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:
-    """Call `Audit.certify` in a process started by a launcher."""
     with process_group():
         return audit.certify()
 
 
 def read_config(run: Path) -> Config:
-    """Read the configuration of a run folder. Raises ConfigError."""
     if not (run / "config.json").is_file():
         raise ConfigError(f"{run} is not a run folder (it has no config.json)")
     try:
@@ -284,7 +272,6 @@ def read_config(run: Path) -> Config:
 
 
 def read_weights(file: Path) -> Any:
-    """Load a file written by `torch.save` to the CPU. Raises ConfigError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # warnings about the format; an error mentions it too
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -296,7 +283,7 @@ def read_weights(file: Path) -> Any:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Create a folder for the results of the block; remove it if the block fails. Raises ConfigError."""
+    """Context manager that creates a folder, and removes it if the block fails. Raises ConfigError."""
     make_new(folder)
     try:
         yield
@@ -308,9 +295,7 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
     """Write certificates.json (`document`), and the directions and plot of every point. Raises ConfigError.
-
-    Directions of a sharded model are not written, since each worker has only its shard of them.
-    """
+    Directions of a sharded model are not written, since each worker has only its shard of them."""
     writer = RunFolder(folder)
     with written(folder):
         writer.write_json("certificates.json", document)

@@ -260,7 +260,6 @@ class Config(Compression):
             raise ValueError("escape needs local.overlap.fragments = 1 and delay = 0: it compares whole anchors")
 
     def compression(self) -> Compression:
-        """Return the options of compression; the contraction is measured every `log_every` steps."""
         values = {f.name: getattr(self, f.name) for f in fields(Compression)}
         return Compression(**values | {"monitor_every": self.log_every})
 
@@ -300,7 +299,7 @@ def configure(
     try:
         return build(Config, data)
     except ConfigError as error:
-        # The last override of the key or of a table that contains it is at fault, else that of a key in it.
+        # At fault is the last override of the key or of a table that contains it, else that of a key in it.
         key = error.key
         about = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
         where = given[about[-1]] if about else origin(key)
@@ -311,9 +310,9 @@ def configure(
 
 
 def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
-    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key; `key=` drops the key.
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError.
 
-    Raises ConfigError.
+    `key=` removes the key.
     """
     name, equals, text = assignment.partition("=")
     if not equals or not name:
@@ -341,7 +340,7 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
 
 
 def _epochs(config: Any, *names: str) -> None:
-    """Raise ValueError unless these numbers of epochs are in `_EPOCHS`, where steps fit into 64 bits."""
+    """Raise ValueError unless these numbers of epochs are in `_EPOCHS`, for which step counts fit into 64 bits."""
     check_positive(**{name: getattr(config, name) for name in names})
     for name in names:
         value = getattr(config, name)

@@ -1,8 +1,8 @@
 """One worker of a configured run whose workers may join and leave: `packsaddle run --elastic`.
 
 Every worker is started separately and writes its own folder. Steps, epochs and the learning rate schedule count the
-steps of all workers together: the run ends when these amount to `epochs` passes over the data.
-Data are not sharded, since the number of workers is unknown: each worker uses all data, in its own random order.
+steps of all workers together. Data are not sharded, since the number of workers is unknown: each worker uses all data,
+in its own random order.
 """
 
 import os
@@ -56,7 +56,6 @@ class ElasticTrainer(Trainer):
         return LocalTraining(self.config, self.task, self.calendar, None, self._elastic)
 
     def _indices(self) -> Iterator[Tensor]:
-        """Yield endless batches of indices into all the data, int64[b], in this worker's own random order."""
         rng = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
         size = min(self.config.batch_size, len(self.data))
         while True:
@@ -87,7 +86,7 @@ class ElasticTrainer(Trainer):
 
         # Do the last exchange, then write this worker's results.
         training.finish()
-        if tally.step > tally.since or not tally.line:  # steps not yet in a line of metrics, or no line yet
+        if tally.step > tally.since or not tally.line:  # the last steps, or all, have no line of metrics yet
             tally.line = self._log(folder, time.perf_counter() - begin)
         self._finish(folder, tally)
         self._elastic.manager.shutdown(wait=False)
@@ -102,5 +101,4 @@ class ElasticTrainer(Trainer):
         return super()._test_due(self._seen, seen)
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """Return the loss in this worker's last line of metrics."""
         return float(tally.line["loss"])

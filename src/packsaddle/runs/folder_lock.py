@@ -1,7 +1,6 @@
 """The lock on a run folder, held by one process and its workers until the last of them has exited.
 
-Workers keep the lock's file, `.lock`, open too, since they still save a checkpoint if their launcher is killed (see
-`checkpoint.file_lock`).
+Workers keep the lock's file, `.lock`, open too, since they save a checkpoint even if their launcher is killed.
 """
 
 import os
@@ -26,7 +25,6 @@ class FolderLock:
         self.number = number
 
     def close(self) -> None:
-        """Close the descriptor in this process."""
         os.close(self.number)
 
     def __reduce__(self) -> tuple[Callable[[Any], "FolderLock"], tuple[Any]]:
@@ -39,7 +37,7 @@ def _inherited(sent: Any) -> FolderLock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[FolderLock | None]:
-    """Hold the lock of a run folder during the block; the folder is created if missing.
+    """Context manager that holds the lock of a run folder; the folder is created if missing.
 
     Yields the lock; or None, with a warning on stderr, if the file system has no locks. Raises ConfigError if another
     process holds the lock (it is named) or the folder cannot be written.
@@ -67,7 +65,6 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ConfigError, naming the holder, if another process holds the lock of a folder."""
     try:
         check_not_held(folder / LOCK)
     except HeldError as holder:

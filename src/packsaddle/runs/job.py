@@ -35,7 +35,7 @@ from packsaddle.runs.trainer import Trainer
 from packsaddle.version import __version__
 
 _ELASTIC_TIMEOUT = 60.0  # default timeout of a collective with --elastic, in seconds
-# Execution of W workers: as processes, or simulated in this process: one after the other ("serial"), the same with all
+# Execution of W workers: as processes, or simulated in this process: sequentially ("serial"), sequentially with all
 # gradients in one pass ("batched"), or as one worker that holds their mean ("fused").
 How = Literal["processes", "serial", "batched", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
@@ -48,14 +48,13 @@ def can_be_fused(config: Config) -> bool:
     exchange = config.exchange or "direct"
     try:
         choice = choose(config.compressor, exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
-    except ValueError:  # also for a compressor that is not bound to tensor shapes yet
+    except ValueError:  # also raised for a compressor that is not bound to tensor shapes yet
         return False
     wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
     return all(isinstance(wire, RingAllReduce) for wire in wires)
 
 
 def fastest_simulation(config: Config) -> How:
-    """Return the fastest simulation that supports a run."""
     return "fused" if can_be_fused(config) else "serial" if why_not_batched(config) else "batched"
 
 
@@ -87,9 +86,7 @@ class Job:
 
     def located(self) -> "Job | None":
         """Return the job to do: with `resume`, with the configuration in its folder. None if that run is done.
-
-        Raises ConfigError, also if another process is training in the folder.
-        """
+        Raises ConfigError, also if another process is training in the folder."""
         if not self.resume:
             return self
         config = self.configs[0] if self.configs else None
@@ -101,7 +98,6 @@ class Job:
         return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
 
     def make_folders(self) -> None:
-        """Create the folders; with `resume` they may exist. Raises ConfigError."""
         for folder in self.folders:
             check_free(folder)
             if not (self.resume and folder.is_dir()):
@@ -109,7 +105,7 @@ class Job:
 
     @contextmanager
     def held(self) -> Iterator[tuple[FolderLock | None, ...]]:
-        """Hold the locks of the folders during the block. Raises ConfigError if another process holds one."""
+        """Context manager that holds the locks of the folders. Raises ConfigError if another process holds one."""
         with ExitStack() as stack:
             yield tuple(stack.enter_context(locked(folder)) for folder in self.folders)
 
@@ -131,7 +127,7 @@ class Job:
         # Only rank 0 checks, creates folders and acquires locks.
         if collectives.group.rank == 0:
             try:
-                with ambient_group(Solo()):  # the check constructs optimizers, which is collective
+                with ambient_group(Solo()):  # the check constructs optimizers, which would be collective
                     job = self.located()
                     if job is not None:
                         job.check(collectives.group.size)
@@ -250,8 +246,8 @@ class Job:
 
 
 def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
-    """Call `Job.train` in a process started by `launch`. Return its result, or class name and message of an error that
-    all workers raised. The launcher's locks stay open here while training, in case the launcher is killed."""
+    """Call `Job.train` in a process started by `launch`; return its result, or class name and message of a common
+    error. The launcher's locks stay open here while training, in case the launcher is killed."""
     with _in_process_group(job), ExitStack() as stack:
         for lock in filter(None, locks):
             stack.callback(lock.close)

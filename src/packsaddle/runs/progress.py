@@ -16,10 +16,8 @@ Report = Callable[[int, str], None]  # called with the current step and a text t
 
 @contextmanager
 def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Report]:
-    """Show progress through `total` steps: a bar on a terminal, elsewhere a line every 10%, or nothing if `quiet`.
-
-    `first`: number of steps done before.
-    """
+    """Context manager that shows progress through `total` steps, of which `first` are done; no-op if `quiet`.
+    A bar on a terminal, elsewhere a line every 10%."""
     console, label = Console(), printable(label)
     if quiet:
         yield lambda step, text: None
@@ -37,7 +35,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
                 left = (time.monotonic() - begin) / (step - first) * (total - step)
-                # An unchanged text is not repeated.
+                # Do not repeat an unchanged text.
                 shown = "  ".join([text] * (text != last) + [time_left(left)] * (step < total))
                 console.print(f"{label}: {tenths * 10:3d}%  {shown}", highlight=False, soft_wrap=True, markup=False)
                 last = text
@@ -47,7 +45,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Show an upper bound on the time left on stderr: a bar on a terminal, elsewhere a line every 10 s, or nothing."""
+    """Context manager that shows an upper bound on the time left, on stderr: a bar on a terminal, else lines."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None
@@ -57,7 +55,7 @@ def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        # Print few lines, as the output may go to a log file.
+        # Print few lines, since the output may go to a log file.
         begin = printed = time.monotonic()
 
         def report(step: int, text: str) -> None:
@@ -76,5 +74,4 @@ def time_left(seconds: float) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Format a number of bytes in units of 10^6 bytes."""
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

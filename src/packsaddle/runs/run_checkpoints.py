@@ -1,7 +1,6 @@
 """The checkpoints of a run: their schedule and files, stopping and resuming.
 
-Workers agree to save or stop in a step's exchange. Before a run resumes, the configuration in its folder is compared
-with that of the command.
+Workers agree to save or stop in a step's exchange.
 """
 
 import json
@@ -28,17 +27,14 @@ from packsaddle.runs.config import Config
 from packsaddle.runs.folder_lock import LOCK
 from packsaddle.runs.run_folder import RunFolder
 
-_SECONDS = 30.0  # minimum time between checkpoints, if `every` is None
-_STOP = 1024.0  # a vote to stop: exceeds the only vote to save (1, of rank 0), and is exact in float32
-_COSTS = 50  # minimum time between checkpoints, in units of the last save: saving takes at most 2% of a run
+_SECONDS = 30.0  # shortest time between checkpoints, if `every` is None
+_STOP = 1024.0  # a vote to stop, larger than the only vote to save (1, of rank 0), and exact in float32
+_COSTS = 50  # shortest time between checkpoints, in units of the last save: saving takes at most 2% of a run
 
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """The schedule of a run's checkpoints.
-
-    With `stops` False, workers need not vote, and `every` = None means exactly one epoch.
-    """
+    """The schedule of a run's checkpoints. If `stops` is False, workers do not vote, and every=None means one epoch."""
 
     every: int | None = None  # steps between checkpoints; None: about an epoch, at least 30 s; 0: no checkpoints
     resume: bool = False  # restore the newest checkpoint in the folder
@@ -51,7 +47,6 @@ class CheckpointPolicy:
 
     @property
     def on(self) -> bool:
-        """True if checkpoints are saved."""
         return self.every != 0
 
 
@@ -60,9 +55,7 @@ NEVER = CheckpointPolicy(every=0)
 
 class StopAndSaveVote:
     """Collective decision to save a checkpoint or to stop, at the same step on all workers.
-
-    The votes of all workers are averaged in a step's exchange. Only worker 0's clock is used.
-    """
+    The votes of all workers are averaged in a step's exchange. Only worker 0's clock is used."""
 
     def __init__(self, saving: CheckpointPolicy, per_epoch: int, rank: int, workers: int, step: int) -> None:
         self._saving, self._per_epoch, self._rank, self._workers = saving, per_epoch, rank, workers
@@ -77,8 +70,8 @@ class StopAndSaveVote:
         return torch.tensor([_STOP * asked_to_stop() + due])
 
     def decide(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
-        """Return (save, stop) after `steps` steps, from the mean of the votes. `means` is None after a step without an
-        exchange; then only the number of steps decides."""
+        """Return (save, stop) after `steps` steps, from the mean of the votes.
+        `means` is None after a step without an exchange; then only the number of steps decides."""
         if not self._saving.on:
             return False, False
         total = round(float(means[0]) * self._workers) if self._saving.stops and means is not None else 0
@@ -91,7 +84,6 @@ class StopAndSaveVote:
         return due or stop, stop
 
     def saved(self, steps: int, seconds: float) -> None:
-        """Record that a checkpoint was saved after `steps` steps, in `seconds` seconds."""
         self._saved, self._since, self._cost = steps, time.monotonic(), seconds
 
 
@@ -112,7 +104,6 @@ class RunCheckpoints:
         self._folder, self._parts, self._group = folder, parts, group
 
     def save(self, step: int, extra: Mapping[str, Any]) -> float:
-        """Save a checkpoint; return the time it took, in seconds."""
         before = time.perf_counter()
         if self._group.rank == 0:
             self._folder.flush()
@@ -121,9 +112,7 @@ class RunCheckpoints:
 
     def resume(self, load: Callable[[Checkpoint], None]) -> tuple[str, ...]:
         """Restore the parts from the newest checkpoint, if any, and truncate the recorded metrics to its step.
-
-        `load` is called with the checkpoint to restore all else. Returns notes for the user. Raises LoadingError.
-        """
+        `load` is called with the checkpoint to restore all else. Returns notes for the user. Raises LoadingError."""
         try:
             found = restore(self._path, self._parts, process_group=self._group)
             step = 0
@@ -153,7 +142,6 @@ class RunCheckpoints:
                 print(f"stopped at step {step} of {steps}; to resume: {hint}", flush=True)
 
     def remove(self) -> None:
-        """Remove the checkpoints of a run that is done."""
         remove_all(self._path)
 
     @property
@@ -165,10 +153,8 @@ State = Literal["new", "begun", "done"]
 
 
 def find(path: Path, config: Config | None) -> tuple[Config, State]:
-    """Return the configuration and state of the run in a folder. `config`: that of the command, or None.
-
-    Raises ConfigError if the folder is no run folder, or its configuration differs in more than the number of workers.
-    """
+    """Return the configuration and state of the run in a folder. `config`: that of the command, or None. Raises
+    ConfigError if it is no run folder, or if the two configurations differ in more than the number of workers."""
     state = state_of(path)
     if state == "new":
         if config is None:

@@ -1,9 +1,8 @@
 """Checks along a run: certificates, stability of the step size, and the size of the artificial noise.
 
-The step size is checked before training and after 1, 2, 4, ... epochs (see `packsaddle.curvature.step_stability`).
-The noise of mini-batch gradients changes during training: on one plateau it was eleven times that of the first step.
-The artificial noise is therefore compared with it at the start, after n, 2n, 4n, ... steps (n: an epoch, or a tenth of
-the run if that is less), and at the end.
+The step size is checked before training and after 1, 2, 4, ... epochs (see `packsaddle.curvature.step_stability`). The
+artificial noise is compared with that of mini-batches, which changes during training: at the start, at the end, and
+after n, 2n, 4n, ... steps, where n is an epoch, or a tenth of the run if that is less.
 """
 
 import math
@@ -36,14 +35,10 @@ _BATCHES = 8
 
 
 class NoiseCheck:
-    """A comparison of the artificial noise with mini-batch noise, measured on this process's next batches.
-
-    Gradients of networks with batch normalization are not measured: in evaluation mode, before running statistics have
-    accumulated, they differ from those in training.
-    """
+    """Compares the artificial noise with mini-batch noise, measured on this process's next batches, except for networks
+    with batch normalization: their gradients differ in evaluation mode at the start of training."""
 
     def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
-        """Record the root mean square of the initial parameters, those of `task`."""
         self._config, self._task, self._data, self._workers = config, task, data, workers
         self._size = rms(task)
         # With local updates the noise is in the units of x, not of a gradient.
@@ -51,7 +46,6 @@ class NoiseCheck:
         self._measures = config.local is None and not normalised
 
     def due(self, step: int, steps: int, per_epoch: int) -> bool:
-        """Return True if a check is due before step `step`, or at the end (`step` = `steps`)."""
         first = max(1, min(per_epoch, steps // 10))
         times, rest = divmod(step, first)
         return step == steps or (rest == 0 and times & (times - 1) == 0)
@@ -105,7 +99,6 @@ class Inspector:
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
 
     def due(self, step: int) -> bool:
-        """Return True if the parameters before step `step` should be saved or certified."""
         return step in self._iterates or step in self._due
 
     def inspect(self, step: int, folder: RunFolder) -> None:
@@ -145,19 +138,17 @@ def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]
 
 
 def iterate_name(step: int) -> str:
-    """Return the path, inside the run folder, of the parameters saved before step `step`."""
     return f"iterates/step-{step:08d}.pt"
 
 
 def drawn_names(config: Config, steps: int) -> list[str]:
-    """Return the files of the iterates drawn by a run of `steps` steps, repeated if drawn repeatedly."""
     m = 0 if config.certify is None else config.certify.iterates
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
 
-# Ten Hessian-vector products on 1/128 of the examples take about as long as a quarter of an epoch.
+# Limits of the number of examples, by default 1/128 of them: ten products then take a quarter of an epoch, about.
 _LEAST, _MOST, _SHARE = 32, 256, 128
-_LONG = 5.0  # mean steps between two sends of a coordinate; below this it moves by few gradients at once
+_LONG = 5.0  # fewest mean steps between two sends of a coordinate: below, it moves by few gradients at a time
 
 
 class StepSizeCheck:
@@ -182,12 +173,10 @@ class StepSizeCheck:
         self._examples = Examples(data, chosen, first.device, first.dtype)
 
     def due(self, step: int, calendar: Calendar) -> bool:
-        """Return True if a check is due before step `step`."""
         epochs, rest = divmod(step, calendar.per_epoch)
         return self._concerned and rest == 0 and epochs & (epochs - 1) == 0
 
     def warning(self, step: int) -> str | None:
-        """Return a warning if the step size is unstable before step `step`, else None."""
         channel = Communicator(Solo(), Ledger())
         dice = generator(self._config.seed, step, Stream.CERTIFY)
         try:

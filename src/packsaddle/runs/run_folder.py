@@ -1,10 +1,10 @@
-"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/; with [certify] also
-certificates.jsonl and iterates/.
+"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/.
 
-A folder is created once and never overwritten. Every file except the .jsonl, which grow line by line, is written to a
-temporary file and renamed, so that it is never read half-written. summary.json is written when the run is done.
-When a folder is read, the types of the fields that reports and certificates use are checked. Unknown fields are
-accepted, so that folders of other versions can be read.
+With [certify] it also has certificates.jsonl and iterates/. A folder is created once and never overwritten. All files
+are written atomically, except the .jsonl, which grow line by line. summary.json is written when the run is done.
+
+On reading, the types of the fields that reports and certificates use are checked. Unknown fields are accepted, so that
+folders of other versions can be read.
 """
 
 import json
@@ -70,8 +70,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read and check the JSON lines in a file of a run folder; empty if it does not exist. An incomplete last line, of
-    a killed process, is ignored. Raises ConfigError, naming the line and the field."""
+    """Read and check the JSON lines in a file of a run folder; empty if it does not exist.
+    An incomplete last line, of a killed process, is ignored. Raises ConfigError, naming the line and the field."""
     lines = read_text(path, path.name).splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
@@ -134,11 +134,9 @@ class RunFolder:
         self.path = path
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file atomically."""
         self._write(name, json.dumps(content, indent=2).encode() + b"\n")
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add one line to a .jsonl file."""
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -170,7 +168,6 @@ class RunFolder:
 
 
 def make_new(path: Path) -> None:
-    """Create a folder and its parents. Raises ConfigError if it exists or cannot be created."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -181,7 +178,7 @@ def make_new(path: Path) -> None:
 
 @contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """Convert an OSError of the block, such as of a full or read-only disk, to a ConfigError that names the folder."""
+    """Context manager that converts an OSError, such as of a full disk, to a ConfigError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -238,10 +235,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The run's name in tables and figures: the configured label, or the folder's name (SETTING of SETTING/seed-N).
-
-        Control characters are escaped.
-        """
+        """The configured label, or the folder's name (SETTING of SETTING/seed-N), with control characters escaped."""
         folder = self.path.absolute()
         inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
         return printable(str(self.config.get("label") or inner))
@@ -284,12 +278,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _natural(path: Path) -> list[list[str | int]]:
-    """Return a sort key that orders numbers within names by value."""
     return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
 
 
 def damaged(path: Path, error: ConfigError) -> ConfigError:
-    """Return the error to raise for an unreadable run folder; it mentions if another version wrote the folder."""
+    """Return the error to raise for an unreadable run folder; it says if another version wrote the folder."""
     try:
         version = read_object(path / "environment.json").get("packsaddle") or __version__
     except ConfigError:

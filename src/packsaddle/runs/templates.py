@@ -61,9 +61,7 @@ _COLUMN, _WIDTH = 28, 120
 
 def template(config: Config, heading: str) -> str:
     """Return `config` as TOML text with every key. Keys at their defaults or None are commented out.
-
-    Keys that are None have example values. `heading`: text at the top of the file, written as a comment.
-    """
+    Keys that are None have example values. `heading`: text at the top of the file, written as a comment."""
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     return "\n".join([*lines, "", *_content(config, "")]) + "\n"
 
@@ -106,7 +104,6 @@ def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str =
 
 
 def _line(statement: str, about: str) -> Iterator[str]:
-    """Yield a statement with a comment; a long comment continues on further lines."""
     at = max(_COLUMN, len(statement) + 1)
     first, *others = textwrap.wrap(about, _WIDTH - at - 2, break_on_hyphens=False) or [""]
     yield f"{statement:<{at}}# {first}" if first else statement

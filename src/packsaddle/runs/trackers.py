@@ -166,7 +166,6 @@ class TrackedFolder(RunFolder):
         self._log({key: value for key, value in found.items() if key.split("/")[-1] != "step"}, line["step"])
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file atomically; log the results in summary.json."""
         super().write_json(name, content)
         if name == "summary.json":
             self._log(scalars({key: content[key] for key in _FINAL if key in content}), content["steps"])
@@ -178,10 +177,8 @@ class TrackedFolder(RunFolder):
 
 @contextmanager
 def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[TrackedFolder]:
-    """Yield a run folder with the named trackers, which write inside it; finish them with the outcome of the block.
-
-    An exception is "failed", except KeyboardInterrupt, SystemExit and `TrackedFolder.is_stopped`, which are "killed".
-    """
+    """Yield a run folder with the named trackers, which write inside it; finish them with the outcome of the block. An
+    exception is "failed", except KeyboardInterrupt, SystemExit and `TrackedFolder.is_stopped`, which are "killed"."""
     trackers: list[Tracker] = []
     folder = TrackedFolder(path, trackers)
 

@@ -42,14 +42,12 @@ from packsaddle.runs.training import CompressedTraining, LocalTraining, Training
 @dataclass
 class RunCounters:
     """One worker's counters. Only `step` and `since` are always identical on all workers.
-
-    `sums` adds up losses and gradient norms since the last line of metrics, `final` the losses of the last epoch.
-    """
+    `sums` adds up losses and gradient norms since the last line of metrics, `final` the losses of the last epoch."""
 
     step: int = 0  # number of steps done
     since: int = 0  # `step` at the last line of metrics
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # of loss, gradient norm
-    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of losses
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # sums of losses, gradient norms
+    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # sum of the last epoch's losses
     line: dict[str, Any] = field(default_factory=dict)  # the last line of metrics; the last step always writes one
     elapsed: float = 0.0  # seconds of the run at the last checkpoint
     left_out: int = 0  # skipped steps, without a loss, since the last line of metrics
@@ -69,15 +67,12 @@ class RunCounters:
             self.in_final += 1
 
     def totals(self) -> Tensor:
-        """Return the sums since the last line of metrics and the number of steps in them, float64[3]."""
         return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
 
     def begin_line(self) -> None:
-        """Reset the sums for the next line of metrics."""
         self.sums, self.since, self.left_out = torch.zeros_like(self.sums), self.step, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all fields except tensors."""
         return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
 
     def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
@@ -86,16 +81,13 @@ class RunCounters:
         self.sums, self.final = sums.clone(), final.clone()
 
 
-EVAL_BATCH = 512  # batch size without gradients
+EVAL_BATCH = 512  # examples per batch in tests
 _NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # bytes for these purposes are not counted as gradients
 
 
 class Trainer:
-    """The training of a configured run on one worker.
-
-    Construction loads data and model; `run` trains and writes the run folder. Both are collective. `batched`: compute
-    the gradients of all simulated workers in one pass (see `packsaddle.runs.batched`).
-    """
+    """The training of a configured run on one worker: its construction and `run` are collective. `batched`: compute the
+    gradients of all simulated workers in one pass (see `packsaddle.runs.batched`)."""
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
         self.config = config
@@ -251,7 +243,6 @@ class Trainer:
         self.training.replan(self.calendar)
 
     def _save(self, checkpoints: RunCheckpoints) -> float:
-        """Save a checkpoint; return the time it took, in seconds."""
         tally = self.tally
         extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
         extra |= {"warnings": self.warnings, "inspected": self.inspected, "sums": tally.sums, "final": tally.final}
@@ -298,7 +289,6 @@ class Trainer:
         self.inspected += time.perf_counter() - begin
 
     def _warn(self, text: str | None, *, quiet: bool) -> None:
-        """Record and print a warning, unless recorded before. No-op for None."""
         if text and text not in self.warnings:
             self.warnings.append(text)
             if not quiet:
@@ -310,8 +300,6 @@ class Trainer:
         return self._step_on(torch.cat([batches[step] for batches in self.batches]), scalars)
 
     def _step_on(self, index: Tensor, scalars: Tensor | None) -> Tensor:
-        """Do a step on the examples `index`, int64[b]; see `_step`."""
-
         def closure() -> Tensor:
             if self.batched is not None:
                 return self.batched.evaluate(index)
@@ -323,7 +311,6 @@ class Trainer:
         return self.training.step(closure, scalars).to("cpu", torch.float64)
 
     def _test_due(self, steps: int, since: int) -> bool:
-        """Return True if a test became due since the last line of metrics, at step `since`."""
         if self.config.test_every is None:
             return False
         every = self.config.test_every * self.calendar.per_epoch
@@ -362,7 +349,6 @@ class Trainer:
         self._own_group().all_reduce(torch.zeros(1))  # a barrier: the run is done on all workers
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """Return the mean loss of the last epoch's steps, over all workers; collective."""
         return self._means(torch.cat([tally.final, tally.final.new_tensor([tally.in_final])])).item()
 
     def _means(self, totals: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Rescheduled:
         return self.ramp(exchange)
 
     def __repr__(self) -> str:
-        return repr(self.ramp)  # compared between workers
+        return repr(self.ramp)  # the text that workers compare
 
 
 class Training(ABC):
@@ -64,7 +64,6 @@ class Training(ABC):
         self._noise = None if config.noise.lower_from is None else Rescheduled(self._ramp())
 
     def _ramp(self) -> Ramp:
-        """Return the configured noise schedule, converted from epochs to exchanges."""
         noise, calendar = self._config.noise, self._calendar
         assert noise.lower_from is not None
         stop = calendar.steps if noise.lower_until is None else calendar.step_at(noise.lower_until)
@@ -85,15 +84,12 @@ class Training(ABC):
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """Do one step. If it has an exchange, it is collective and averages `scalars` over workers into `self.scalars`.
-
-        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError.
-        """
+        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError."""
 
     def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
         """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError."""
 
     def at_anchor(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are the anchor, on which all workers last agreed."""
         return nullcontext()
 
     @abstractmethod
@@ -185,11 +181,8 @@ class CompressedTraining(Training):
 
 
 class LocalTraining(Training):
-    """Training with the local updates configured in [local].
-
-    Other averages over workers, such as of losses, use the default group and a separate ledger, because an exchange may
-    run in another thread at the same time.
-    """
+    """Training with the local updates configured in [local]. Other averages over workers, such as of losses, use the
+    default group and a separate ledger, because an exchange may run in another thread at the same time."""
 
     front: LocalUpdates
 
@@ -234,7 +227,7 @@ class LocalTraining(Training):
         measured = torch.stack([loss, norm])
         self.took = bool(measured.isfinite().all())
 
-        # Set the scheduled learning rate. With elastic workers it depends on the anchor's steps.
+        # Set the scheduled learning rate. With elastic workers it depends on the steps that the anchor includes.
         done = self.front.steps if self.front.membership is None else self.front.position
         for group in self._inner.param_groups:
             group["lr"] = self.rate(done)
@@ -332,8 +325,8 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
 def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[Optimizer]:
     """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
 
-    Hidden are all matrices except embeddings and the weight of the last linear layer, the output layer, as torch's
-    documentation of Muon recommends. An optimizer without parameters is left out.
+    Hidden are all matrices except embeddings and the weight of the last linear layer, as torch's documentation of Muon
+    recommends. An optimizer without parameters is left out.
     """
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ends = [*linear[-1:], *(module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))]

@@ -21,9 +21,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Extras:
     """Terms added to the gradients: weight decay of each parameter group, and noise xi from coordinate `noisy_from` on.
-
-    `scale` is the GradScaler factor contained in the gradients; the terms are unscaled.
-    """
+    `scale` is the GradScaler factor contained in the gradients; the terms are unscaled."""
 
     decays: Sequence[float]
     noise: GaussianNoise | None = None
@@ -53,13 +51,10 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi.
+    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi; subclasses add momentum or the like."""
 
-    A parameter without a gradient has gradient zero. Subclasses keep a vector between steps, such as the momentum.
-    """
-
-    kind = "gradient"  # its name in saved states, and that of the vector kept between steps
-    started = True  # False: the vector kept between steps has no value yet, as no step has been applied
+    kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
+    started = True  # False: the vector kept between steps has no value yet, since no step was applied
     keeps = False  # True: keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:
@@ -67,7 +62,6 @@ class Gradient:
         self.norm: Tensor | None = None  # upper bound on the norm of the last sum computed; None: not measured
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
-        """Compute gradients by calling the closure, if given, and return its value."""
         if closure is None:
             return None
         with torch.enable_grad():
@@ -103,21 +97,19 @@ class Gradient:
             view.sub_(grad, alpha=alpha)
 
     def _sums(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield (view of out, gradient, factor) of every parameter that has a gradient."""
         for members, scale in zip(self._flat.members, scales, strict=True):
             for i in members:
                 if (grad := self._flat.parameters[i].grad) is not None:
                     yield out.views[i], grad, scale / extras.scale
 
     def first_out_of_range(self) -> str | None:
-        """Return the name of the first parameter with an invalid gradient, None without one."""
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
         """Commit the new values of the kept vectors, or roll them back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        in_one_pass = out is not base and out.flat.device.type == "cpu"  # a pass is faster on a GPU than many kernels
+        in_one_pass = out is not base and out.flat.device.type == "cpu"  # on a GPU a foreach call is faster
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
         # In one pass, also bound the norm of the result, by the sum of the norms of its parts.
@@ -155,7 +147,6 @@ class Gradient:
         return 0
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return the vectors kept between steps, float[d] each, by name."""
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:
@@ -167,10 +158,8 @@ class Gradient:
 
 
 class _StatefulGradient(Gradient):
-    """A direction that keeps a vector between steps, float[d], in at least float32.
-
-    A step computes the next value in `_next`. Without `spare` that is the buffer of `_now`: no step can be rolled back.
-    """
+    """A direction that keeps a vector between steps, float[d], in at least float32. A step computes the next value in
+    `_next`. Without `spare` that is the buffer of `_now`: no step can be rolled back."""
 
     keeps = True
 
@@ -211,8 +200,8 @@ class _StatefulGradient(Gradient):
 class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
-    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e follows SGD with
-    momentum on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`:
+    The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e is SGD with momentum
+    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`:
     m <- beta m + (1 - beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and
     Richtarik 2023).
     """
@@ -237,8 +226,8 @@ class Momentum(_StatefulGradient):
 class StormGradient(_StatefulGradient):
     """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), g of the same examples.
 
-    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. The gradient g has
-    weight decay in it; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
+    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. The gradient g
+    includes weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
     (Fatkhullin et al. 2023).
     """
 
@@ -257,12 +246,12 @@ class StormGradient(_StatefulGradient):
         self._here = here = self._flat.x.clone()
         if self._next is not self._now:
             self._next.flat.copy_(self._now.flat)
-        # (1 - a) (d_{t-1} - g(x_{t-1})); afterwards p.grad is g(x_t) again
+        # (1 - a) (d_{t-1} - g(x_{t-1})); then restore p.grad = g(x_t)
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                p.grad = None  # otherwise a closure that does not clear gradients would add to them
+                p.grad = None  # else a closure that does not clear gradients would add to them
             try:
                 super().evaluate(closure, decays)
                 minus = [-1.0] * len(decays)
@@ -282,7 +271,7 @@ class StormGradient(_StatefulGradient):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_out_of_range(self) -> str | None:  # in the gradient or in d_t
+    def first_out_of_range(self) -> str | None:  # of the gradient or of d_t
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:
@@ -325,11 +314,8 @@ class GradientUpdate(Update):
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
-    """Return the direction (gradient, momentum or STORM) for these options.
-
-    `spare` allocates the buffer for rolling back skipped steps. Raises ValueError for values out of range and for
-    unsupported combinations.
-    """
+    """Return the direction (gradient, momentum or STORM) for these options. `spare` allocates the buffer for rolling
+    back skipped steps. Raises ValueError for values out of range and for unsupported combinations."""
     if memory == "gradient" and momentum:
         raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')
     if isinstance(momentum, Storm):

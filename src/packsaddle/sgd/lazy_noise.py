@@ -16,7 +16,7 @@ from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-_NEGLIGIBLE = 1e-9  # ratio to a float64 sum below which a term loses too many digits
+_NEGLIGIBLE = 1e-9  # relative size below which a term added to a float64 sum loses too many digits
 
 
 @dataclass
@@ -25,9 +25,9 @@ class OutstandingNoise:
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
     sum_s eta_s xi_s to x, over the steps s since the cell was last sent: Gaussian with variance sum_s (eta_s r_s)^2,
-    independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and
-    x_0, x_1, ... have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a
-    separate draw. Its distribution is exact at that step, but not jointly with other draws or with later x.
+    independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and the
+    iterates x_t have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a separate
+    draw, exact in distribution at that step, but not jointly with other draws or with later x.
     """
 
     total: float  # the variance of a coordinate that was never sent
@@ -38,9 +38,8 @@ class OutstandingNoise:
         check_tensor("noise", self.kept, None)
 
     def grow(self, std: float) -> None:
-        """Add independent noise of this standard deviation to every coordinate."""
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE * self.total:  # rounding would lose it
+        if 0 < variance < _NEGLIGIBLE * self.total:  # rounding of the sum would lose it
             least = float(self.kept.min())
             self.kept -= least
             self.total -= least
@@ -54,7 +53,7 @@ class OutstandingNoise:
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""
         noise = like.new_zeros(len(self.kept) * self.size)
-        # A random stream other than that of `take` at this step, since both draws may reach x.
+        # Use another random stream than `take` at this step, since both draws may reach x.
         self._add(self.total - self.kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
@@ -68,12 +67,10 @@ class OutstandingNoise:
 
     @property
     def anything(self) -> bool:
-        """True if noise was added since the last `clear`."""
         return self.total != 0
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The number of cells, and of coordinates per cell."""
         return len(self.kept), self.size
 
     def clear(self) -> None:
@@ -84,9 +81,9 @@ class OutstandingNoise:
 class Perturber:
     """The noise of CompressedSGD (line 9 of Algorithm 1); with lazy noise, also its outstanding part.
 
-    Lazy noise draws k Gaussians a step instead of d. It needs an aggregator with which all workers send the same
-    coordinates (an all-reduce of `shared_cells`, as of RandomK), `plain` error feedback (no EF21, no momentum) and no
-    `escape` check. Raises ValueError if `noise.lazy` is True without these.
+    Lazy noise needs an aggregator with which all workers send the same coordinates (an all-reduce of `shared_cells`, as
+    of RandomK), `plain` error feedback (no EF21, no momentum) and no `escape` check. Raises ValueError if `noise.lazy`
+    is True without these.
     """
 
     def __init__(
@@ -100,7 +97,7 @@ class Perturber:
         plain: bool,
     ) -> None:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
-        self._step = 0  # t of the last draw
+        self._step = 0  # step index t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is eager
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
         # Number and size of cells, if all workers send the same ones in each step; else None.
@@ -137,16 +134,12 @@ class Perturber:
         return xi, 0
 
     def _settle(self, outstanding: OutstandingNoise, step: int) -> None:
-        """Draw all outstanding noise and move it to the error memory, as with eager noise."""
         if outstanding.anything:
             self._memory.add(outstanding.draw(self._memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()
 
     def add_outstanding(self, g: Averaged) -> None:
-        """Add the outstanding noise of the cells that this step exchanged to their values in the mean g, in place.
-
-        The noise of this step is included. No-op if noise is eager.
-        """
+        """Add the outstanding noise of the exchanged cells, that of this step included, to the mean g, in place."""
         if self.outstanding is None:
             return
         self.outstanding.grow(self.grown)
@@ -157,11 +150,10 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the change of x by `add_outstanding`: 7 std, as Gaussians of 32 random bits are below."""
+        """An upper bound on the change of x by `add_outstanding`: 7 std, since these Gaussians are at most 7."""
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, self.outstanding.std)
 
     def snapshot(self) -> Any:
-        """Return a copy of the outstanding noise, for `restore`."""
         return copy.deepcopy(self.outstanding)
 
     def restore(self, snapshot: Any) -> None:

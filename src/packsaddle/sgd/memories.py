@@ -1,12 +1,4 @@
-"""Error memories for CompressedSGD alone: they need the gradients or the learning rates of the parameters.
-
-`GradientMemory` stores the error memory e in the gradients: no second buffer, and no pass over all coordinates in a
-step. Each `p.grad` is a view of one vector. The residual stays there, and the next backward pass accumulates into it.
-So the vector is e before the pass and e plus the gradient after it, in units of a gradient.
-
-`EstimateMemory` is EF21 (Richtarik, Sokolov and Fatkhullin 2021): workers send the difference between their gradient
-and a running estimate of it.
-"""
+"""Error memories for CompressedSGD alone: they need the gradients or the learning rates of the parameters."""
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -27,12 +19,14 @@ _HOLD = 'with memory="gradient" the gradients store the error memory'
 class GradientMemory(ErrorMemory):
     """This worker's error memory e, float[d], stored in the parameters' gradients (memory="gradient").
 
-    A change of gradients between the backward pass and the step (clearing, replacing, clipping, unscaling) would change
+    Each `p.grad` is a view of one vector. The residual stays there, and the next backward pass accumulates into it, so
+    the vector is e before the pass and e plus the gradient after it. This saves a second buffer and a pass over it. A
+    change of gradients between the backward pass and the step (clearing, replacing, clipping, unscaling) would change
     the memory, and raises RuntimeError at the next step; a change of `p.grad.data`, or in numpy, is not detected.
-    `rates` returns the learning rates by parameter group, which must be equal. An update is applied at the rate under
-    which it was accumulated: when the rate changes, the vector is rescaled before the next gradient, so that
-    y = x - eta e does not jump. Raises ValueError if rates differ or are 0, and for 16-bit parameters, whose gradients
-    are too coarse for residuals.
+
+    `rates` returns the learning rates by parameter group, which must be equal. When the rate changes, the vector is
+    rescaled before the next gradient, so that y = x - eta e does not jump. Raises ValueError if rates differ or are 0,
+    and for 16-bit parameters, whose gradients are too coarse for residuals.
     """
 
     kind = "gradient"
@@ -80,11 +74,11 @@ class GradientMemory(ErrorMemory):
         """Set the views as gradients, and record the vector's version, which only backward passes may change."""
         for p, view in zip(self._flat.parameters, self.views, strict=True):
             p.grad = view
-        self._version = self.vector._version  # views share it, and every change in place raises it
+        self._version = self.vector._version  # the views share it, and every in-place change increments it
 
     def _watch(self) -> None:
         """Register hooks that run before and after autograd adds to a parameter's gradient."""
-        # A weak reference, since parameters own their hooks.
+        # Use a weak reference, since parameters own their hooks.
         memory, handles = weakref.ref(self), []
 
         def watched(p: Tensor, view: Tensor) -> "GradientMemory | None":
@@ -95,14 +89,14 @@ class GradientMemory(ErrorMemory):
             if it := watched(p, view):
                 it._rescale()
 
-        # Autograd's addition raises the vector's version by one; `validate` detects any other change.
+        # Autograd's addition increments the vector's version; `validate` detects any other change.
         def after(view: Tensor, p: Tensor) -> None:
             if it := watched(p, view):
                 it._version += 1
 
         for p, view in zip(self._flat.parameters, self.views, strict=True):
             trained = p.requires_grad
-            p.requires_grad_(True)  # needed to register hooks; p may be unfrozen later
+            p.requires_grad_(True)  # required to register hooks; a frozen p may be unfrozen later
             handles.append(p.register_hook(partial(before, p, view)))  # type: ignore[no-untyped-call]
             handles.append(p.register_post_accumulate_grad_hook(partial(after, view)))  # type: ignore[no-untyped-call]
             p.requires_grad_(trained)
@@ -135,9 +129,9 @@ class GradientMemory(ErrorMemory):
 class EstimateMemory(ErrorMemory):
     """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
 
-    From its update u and estimate g^(i) a worker sends C(u - g^(i)), and adds it to g^(i); x <- x - eta mean_i g^(i).
-    So no update is ever unsent: e = 0 and y = x. EF21's proof does not assume bounded gradients; small batches need
-    momentum. Raises ValueError for 16-bit parameters.
+    After Richtarik, Sokolov and Fatkhullin 2021. From its update u and estimate g^(i) a worker sends C(u - g^(i)), and
+    adds it to g^(i); x <- x - eta mean_i g^(i). So no update is ever unsent: e = 0 and y = x. EF21's proof does not
+    assume bounded gradients; small batches need momentum. Raises ValueError for 16-bit parameters.
     """
 
     kind = "ef21"
@@ -149,19 +143,19 @@ class EstimateMemory(ErrorMemory):
         super().__init__(flat)
         self._flat = flat
         self.mean = torch.zeros_like(self.vector)
-        self._lacking = flat.zeros()  # the update less the estimate, the vector to send
+        self._lacking = flat.zeros()  # the update minus the estimate, which is the vector to send
         self._rates = rates
         self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of x by the mean estimate, which is measured once only."""
+        """Return an upper bound on the change of x by the mean estimate, measured only at the first call."""
         if self._bound is None:
             self._bound = float(measured(self.mean))
         self._bound += magnitude
         return self._bound * max(self._rates(), default=0.0)
 
     def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        return self._rates()  # compared in every step, on a GPU too: x differs between workers if rates do
+        return self._rates()  # compared in every step, on a GPU too: unequal rates would make x differ between workers
 
     def close(self, *, apply: bool) -> None:
         """No-op: `apply_mean` and `absorb` have changed the estimates."""
@@ -215,10 +209,8 @@ def make_memory(
     spare: bool,
     revocable: bool,
 ) -> ErrorMemory:
-    """Return the error memory of this kind; `spare`: its steps can be rolled back.
-
-    A large buffer on a CPU, limited by memory bandwidth, has no spare vector if updates are `revocable` (subtractable).
-    """
+    """Return the error memory of this kind; with `spare`, its steps can be rolled back. A large buffer on a CPU is
+    rolled back by subtraction, without a spare vector, if its updates are `revocable`."""
     if kind == "buffer":
         in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"
         return InPlaceMemory(flat) if in_place else ErrorMemory(flat, spare=spare)

@@ -1,6 +1,6 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
 
-Read `CompressedSGD.step` first. `gradient` computes the update u, `feedback.round` averages v = e + u, with the error
+Start with `CompressedSGD.step`. `gradient` computes the update u, `feedback.round` averages v = e + u, with the error
 memory e, over workers as a transaction, and `FlatTarget` applies the mean to the parameters x.
 """
 
@@ -39,8 +39,8 @@ from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
-_NUMBERS = ("step", "unit", "started", "anchor_step")  # entries of each parameter group of a saved state
-# Entries of a saved state that torch's checkpoint tools drop, with the values loaded instead.
+_NUMBERS = ("step", "unit", "started", "anchor_step")  # entries that each parameter group has in a saved state
+# Entries of a saved state that torch's checkpoint tools drop, with the values to load instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
     "noise": None,
@@ -279,7 +279,7 @@ class CompressedSGD(Optimizer):
         return loss
 
     def _check_rates(self) -> None:
-        """Raise TypeError or ValueError for an invalid rate or weight decay; a script may set them at any time."""
+        """Raise TypeError or ValueError for an invalid rate or weight decay, which a script may set at any time."""
         for name in ("lr", "weight_decay"):
             for i, value in enumerate(group[name] for group in self.param_groups):
                 if not isinstance(value, Real | Tensor) or isinstance(value, bool):
@@ -333,10 +333,8 @@ class CompressedSGD(Optimizer):
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return this worker's factors of the update, which all workers compare, float[0 or more] (`local_factors`).
-
-        On a GPU only memory="ef21" has them, since a step would have to wait to read others.
-        """
+        """Return this worker's factors of the update (`local_factors`), float[0 or more], to compare between workers.
+        On a GPU only memory="ef21" has any: to read others, a step would have to wait for the device."""
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"
@@ -352,9 +350,7 @@ class CompressedSGD(Optimizer):
 
     def _finish_step(self, round: Round) -> None:
         """Commit or roll back the direction, count the step or the skip, and compare workers if due; collective.
-
-        Raises NonFiniteError after too many skipped steps, or with memory="gradient" after one.
-        """
+        Raises NonFiniteError after too many skipped steps, or with memory="gradient" after one."""
         t = round.step
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
@@ -433,8 +429,7 @@ class CompressedSGD(Optimizer):
     def mu(self) -> float:
         """The contraction 1 - E||v - C(v)||^2 / ||v||^2, if the coordinates of v, float[d], have equal mean squares.
 
-        Uncompressed coordinates are sent exactly, so this exceeds `compressor.mu`. Only the latter is valid for every
-        v, since uncompressed coordinates may all be zero.
+        Uncompressed coordinates are sent exactly, so this exceeds `compressor.mu`, which is valid for every v.
         """
         d, compressed = self._flat.d, self._flat.compressed_d
         kept = self.choice.aggregator.mu(compressed, self.channel.group.size) * compressed
@@ -479,10 +474,10 @@ class CompressedSGD(Optimizer):
 
     @torch.no_grad()
     def corrected(self) -> Tensor:
-        """Return x_t less the mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in `error`; collective.
+        """Return x_t minus the mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in `error`; collective.
 
-        With lazy noise only its marginal distribution is exact: outstanding noise is drawn separately for each t, so
-        y_t and y_{t+1}, or y_t and a later x, are not distributed jointly as with eager noise. Same for `error`.
+        With lazy noise only its marginal distribution is exact, as that of `error`: outstanding noise is drawn
+        separately for each t.
         """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
@@ -503,7 +498,6 @@ class CompressedSGD(Optimizer):
         return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
     def _publish_state(self) -> None:
-        """Set views of the flat vectors as per-parameter state, for torch's checkpoint tools."""
         for name, flat in self._flat_state().items():
             for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
                 self.state[p][name] = view
@@ -537,14 +531,12 @@ class CompressedSGD(Optimizer):
 
     def _by_index(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return a state with parameter indices as keys, and defaults for entries that torch's checkpoint tools drop.
-
-        These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes.
-        """
+        These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes."""
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
             raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
         for group in groups:
-            if "format" in group:  # `validate` names a missing one
+            if "format" in group:  # `validate` reports a missing one
                 check_format(group["format"], "the state")
         sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
         if sizes != here:

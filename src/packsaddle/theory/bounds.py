@@ -1,9 +1,8 @@
 """Theorems 3.1 and 3.2 in numbers: assumptions, constants hidden in O-tilde, step sizes, number of steps.
 
-The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them by those that Jin et al.
-(JACM 2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` by values derived for one saddle at a time.
-So step sizes, steps, interval, radius, noise and decrease are *orders of magnitude*: they show how a run scales.
-Only `first_order_plan` is proved with its constants.
+The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them by those that Jin et al. (JACM
+2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` by values derived for one saddle at a time. So the
+results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
 """
 
 import math
@@ -117,8 +116,8 @@ class Constants:
     def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":
         """Return the constants of the proof, with iota = log_factor * log(d L f_max N / (rho epsilon delta)).
 
-        `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. The argument of the logarithm, as
-        in the paper, has units, so the logarithm can be small or negative. A logarithm below 1 is replaced by that of
+        `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. The argument of the logarithm has
+        units, as in the paper, so the logarithm can be small or negative. A logarithm below 1 is replaced by that of
         the unitless d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger. The
         proof only says that `log_factor` is "sufficiently large"; 1 is optimistic. Raises ValueError unless
         0 < delta < 1.

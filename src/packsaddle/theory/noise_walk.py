@@ -4,7 +4,7 @@ Noise xi_t moves x by eta xi_t per step. Without gradients, T steps move a coord
 eta r sqrt(d T). The ratio of this length to ||x_0|| predicts the effect of the noise: three autoencoders left their
 plateaus at ratios from 2.4 to 5.4, at learning rates from 0.1 to 1. For the one trained with several r, a ratio of 1
 gained less, 0.3 gained nothing, and 10 prevented learning (experiments/noise-rule). The ratio of r to mini-batch noise
-does not predict the effect: the same effect needed ratios of 104 and 3,400.
+does not predict it: the same effect needed ratios of 104 and 3,400.
 """
 
 import math
@@ -62,7 +62,6 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
 
 
 def rms(model: nn.Module) -> float:
-    """Return the root mean square of a model's trainable coordinates; 0 if there are none."""
     parameters = [p.detach() for p in model.parameters() if p.requires_grad]
     squares = sum(float(p.double().square().sum()) for p in parameters)
     return math.sqrt(squares / max(1, sum(p.numel() for p in parameters)))

@@ -1,8 +1,7 @@
 """Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k that costs the fewest.
 
-The contraction mu, k and the bytes of a step (except coded indices) are exact; all other values are orders of
-magnitude, as described in `packsaddle.theory.bounds`. `reach` reports if the number of steps is feasible, and easier
-assumptions that would reduce it.
+The contraction mu, k and the bytes of a step (except coded indices) are exact; all other values are orders of magnitude
+(see `packsaddle.theory.bounds`).
 """
 
 import math
@@ -156,7 +155,6 @@ def plan(
 
 
 def _exchange(compressor: Compressor, d: int, workers: int) -> tuple[str, int]:
-    """Return the name of the direct exchange, and the bytes that one worker sends in a step."""
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     return choice.name, choice.aggregator.wire(d, 0, 1, workers, 4).sent
 
@@ -195,9 +193,9 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     `family(k)` is the compressor that sends k coordinates; `assumptions`, `constants`, `workers` and ValueError are as
     in `plan`. For smaller k, compression limits eta, and k T grows as k falls; for larger k, T is constant and each
     step costs more. So the minimum is at this k, at the next smaller mu, or at k = d, which sends no indices. It is
-    `balanced_k`, up to rounding, unless the first-order bound, which Corollary 3.3 ignores, limits eta up to a larger
-    k. (LinearSketch has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the
-    bytes, by 13% at d = 7.)
+    `balanced_k`, up to rounding, unless the first-order bound, which Corollary 3.3 ignores, limits eta. (LinearSketch
+    has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the bytes, by 13% at
+    d = 7.)
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -220,8 +218,8 @@ def _first(holds: Callable[[int], bool], d: int) -> int:
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
-MOST_STEPS = 10**9  # limit of feasible runs: twelve days at a thousand steps a second
-_HALVINGS = 40  # bisections of an interval of log(epsilon), at most 92 long
+MOST_STEPS = 10**9  # most steps of a feasible run: twelve days at a thousand steps a second
+_HALVINGS = 40  # bisections of an interval of log(epsilon), which is at most 92 long
 
 
 @dataclass(frozen=True)
@@ -235,7 +233,6 @@ class Reach:
 
     @property
     def out_of_reach(self) -> bool:
-        """True if the run needs more than MOST_STEPS steps, even without compression."""
         return self.steps > MOST_STEPS
 
 

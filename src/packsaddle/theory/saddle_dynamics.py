@@ -19,11 +19,11 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     Without compression (mu = 1) it is ln(1 + eta gamma).
 
     With RandomK and error feedback (mu = k/d) and a saddle whose unstable direction is a coordinate axis, x_1 moves
-    only when coordinate 1 is sent, after T steps with probability mu (1 - mu)^(T-1), and then by T updates at once:
+    only when coordinate 1 is sent, after T steps with probability mu (1 - mu)^(T-1), and then by T updates together:
     x_1 <- (1 + eta gamma T) x_1. So the rate is exactly mu E ln(1 + eta gamma T), which is ln(1 + eta gamma) up to a
     factor 1 - O(eta gamma / mu): the slowdown vanishes as eta -> 0, as Theorem 3.2 predicts. The mean over T is an
-    integral, by ln(1 + z) = int_0^inf (1 - exp(-z s)) exp(-s) / s ds (Frullani).
-    Raises ValueError unless eta and gamma are positive and mu in (0, 1].
+    integral, by ln(1 + z) = int_0^inf (1 - exp(-z s)) exp(-s) / s ds (Frullani). Raises ValueError unless eta and gamma
+    are positive and mu in (0, 1].
 
     >>> from packsaddle.theory import growth_rate
     >>> round(growth_rate(0.1, 1.0), 4), round(growth_rate(0.1, 1.0, mu=0.1), 4)
@@ -39,12 +39,12 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     # mu E ln(1 + c T) by Frullani's integral, with s = exp(u).
     c = eta * gamma
 
-    def integrand(u: float) -> float:  # at s = exp(u): exp(-s) (1 - E exp(-c T s))
+    def integrand(u: float) -> float:  # value at s = exp(u): exp(-s) (1 - E exp(-c T s))
         s = math.exp(u)
         left = -math.expm1(-c * s)
         return math.exp(-s) * left / (left + mu * math.exp(-c * s))
 
-    turn = min(math.log(mu / c), 0.0)  # below it the integrand falls like s
+    turn = min(math.log(mu / c), 0.0)  # below this u the integrand falls like s
     pieces = (turn - _NEGLIGIBLE, turn, math.log(_NEGLIGIBLE))
     return mu * sum(float(quad(integrand, a, b, epsabs=0.0, epsrel=1e-12, limit=200)[0]) for a, b in pairwise(pieces))
 

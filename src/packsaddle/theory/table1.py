@@ -62,7 +62,6 @@ class Row:
 
     @property
     def improvement(self) -> Order:
-        """Communication without compression, divided by this row's communication."""
         return self.baseline.per(self.communication)
 
     @property
@@ -94,7 +93,6 @@ class Row:
 
 
 def check_range(d: int, epsilon: float) -> None:
-    """Raise ValueError if d or epsilon is outside the range for which Table 1 is valid."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
     if not 0 < epsilon < 1:

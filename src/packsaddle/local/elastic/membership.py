@@ -8,9 +8,9 @@ The workers of torchft's quorum exchange their updates v of one fragment (parame
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
     vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
 
-A worker whose confirmation fails cannot determine whether another worker has committed the round. It keeps the exchange
-until the next quorum. If others are ahead, the state received from them has this worker's last attempt that the anchor
-includes, and the exchange is committed or rolled back accordingly. So no update is applied twice, and none is lost.
+A worker whose confirmation fails cannot know whether another worker has committed the round. It keeps the exchange
+until the next quorum. If others are ahead, the state that it receives contains its last attempt included in the anchor,
+by which the exchange is committed or rolled back. So no update is applied twice, and none is lost.
 
 A worker only receives (w_i = 0) in its first round, and in rounds before which it has not stepped, unless all pending
 updates are sent.
@@ -68,7 +68,7 @@ class RoundFailedError(RuntimeError):
 
 
 class Membership:
-    """Runs this worker's rounds in a run whose workers join and leave, and which a torchft Manager coordinates.
+    """Runs this worker's rounds in a run whose workers join and leave, coordinated by a torchft Manager.
 
     `inner` are the optimizers of the parameters, `outer` is the optimizer of the anchor, `outcomes` records applied and
     rejected rounds, `arguments` is a text of all values that must be equal on all workers.
@@ -109,7 +109,7 @@ class Membership:
         self._resumed = time.monotonic()  # time at the end of the last round
         self._energy = 0.0  # ||v||^2 of the uncommitted round; v: local update plus error memory
         self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
-        self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
+        self._handed = False  # after SIGTERM: the error memory is in its file, or empty
         self._sends_all = False  # leaving without a saved memory: the next round sends all pending updates
 
         self.roster = Roster()  # identical on all workers after a round
@@ -122,7 +122,6 @@ class Membership:
 
     @property
     def workers(self) -> int:
-        """The number of workers in the last round."""
         return sum(member.here for member in self.roster.members.values())
 
     @property
@@ -140,7 +139,7 @@ class Membership:
     def join(self) -> None:
         """Run a round without an update, in which the other workers' state is loaded; then load the memory file.
 
-        The file's updates are not loaded if they were sent after it was written.
+        Updates in the file that were sent after it was written are not loaded.
         """
         self.round(uncompressed=False)
         self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
@@ -178,12 +177,10 @@ class Membership:
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
         """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
 
-        `uncompressed`: send all pending updates.
-
-        Raises PeerLostError if no round is committed in `patience` seconds, and ConfigError if this worker's arguments
-        differ from the others'.
+        `uncompressed`: send all pending updates. Raises PeerLostError if no round is committed in `patience` seconds,
+        and ConfigError if this worker's arguments differ from the others'.
         """
-        # Measure the time of an inner step: `_commit` balances the workers by it.
+        # Measure the time of an inner step: `_commit` reduces the steps of slower workers by it.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
         ahead = self.account.ahead
@@ -251,7 +248,7 @@ class Membership:
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange one round with the workers of the quorum, up to the vote; return its data."""
+        """Exchange one round with the workers of the quorum, up to the vote; return it as an `Attempt`."""
         self._group.renew()
         self._channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
@@ -280,7 +277,7 @@ class Membership:
         self._outcomes.register(part, p)
         assert p.round is not None
         energy, norms = _energy(p.round.v), None
-        if p.norm is not None:  # v depends on the Hello messages, so they cannot have its norm
+        if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
             gathered = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
             norms, p.workers = torch.cat([parts["norm"] for parts in gathered]), names
         part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
@@ -338,14 +335,14 @@ class Membership:
             raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
         if (mine.history, mine.anchor) != most(where):
             _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
-            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark it as behind
+            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark this worker as behind
         raise RoundFailedError("workers have different anchors")
 
     def _compare(self, must: str, hashes: Sequence[int], text: str, hellos: Sequence[Hello]) -> None:
         """Raise an error if the workers' `hashes` of a text differ; it names a worker, and the first line that differs.
 
         `text` is the text of this worker's hash; texts are gathered only if hashes differ. Raises ConfigError on a
-        worker with another text than most, RoundFailedError on the others.
+        worker whose text is not the most frequent one, RoundFailedError on the others.
         """
         usual, mine = most(hashes), self._group.rank
         if len(set(hashes)) == 1:
@@ -385,7 +382,7 @@ class Membership:
             own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
             if taken:
                 own.start_count(mine.weight)
-        # Reduce the steps of a slower worker before the next round, so that the others do not wait for it.
+        # Let a slower worker make fewer steps before the next round, so that the others do not wait for it.
         if self.settings.weight is not None and mine.seconds:
             fastest = min(h.seconds for h in attempt.hellos if h.seconds)
             self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
@@ -405,7 +402,6 @@ class Membership:
         return applied
 
     def _close_exchanges(self) -> bool:
-        """Wait for the exchanges of a committed round and commit their memories; return True if all are applied."""
         parts, self._in_doubt = self._in_doubt, ()
         applied = [part.close() for part in parts if part.current is not None]  # a list: `all` must not skip any
         return all(applied)
@@ -444,7 +440,7 @@ class Membership:
         self._sigterm.hold()  # SIGTERM must not interrupt the loading
         try:
             self._shared_state.validate(state)
-        except ValueError as error:  # a worker loads this state before arguments are compared
+        except ValueError as error:  # arguments, which would explain the error, are compared only later
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
         # Commit the exchange in doubt if the others' anchor includes this worker's last attempt; else roll it back.
         own, is_new = self.account, not self.roster.past
@@ -518,9 +514,10 @@ class Membership:
         return self._handed
 
     def leave(self) -> bool:
-        """Save the error memory to its file, or send it in one more round; then leave the run.
+        """Save the error memory to its file, or send it in one more round, committed in `grace` seconds; then leave the
+        run.
 
-        That round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
+        Returns False, with an error in the log, if updates are lost.
         """
         handed = self._handed or self._save() or self._send_all()
         self._roll_back()
@@ -558,7 +555,6 @@ class Membership:
         return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
 
     def _exit(self) -> NoReturn:
-        """Leave the run and end the process; the exit code is 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
 
 

@@ -1,8 +1,8 @@
 """The file that stores a worker's error memory while the worker is absent.
 
-The file is written atomically, and read with weights_only=True. A memory may be used only once: updates that were sent
-after it was written must not be sent again. So the file names its worker, its run and the worker's last attempt at a
-round, and `OwnFile.claim` compares them with the records that all workers share (`Roster`). Its worker locks the file.
+A memory may be used only once: updates that were sent after it was written must not be sent again. So the file names
+its worker, its run and the worker's last attempt at a round, and `OwnFile.claim` compares them with the records that
+all workers share (`Roster`). The file is written atomically, and read with weights_only=True.
 """
 
 import logging
@@ -39,11 +39,9 @@ class MemoryFile:
 
     @property
     def norm(self) -> float:
-        """The Euclidean norm of all unsent updates together."""
         return math.sqrt(sum(float(error.double().square().sum()) for error in self.pending.values()))
 
     def write(self, path: Path) -> None:
-        """Write the error memory to `path`, atomically replacing an earlier file. Raises OSError if that fails."""
         write_whole(path, lambda file: torch.save(vars(self), file))
 
     @classmethod
@@ -69,9 +67,7 @@ class MemoryFile:
 
 class OwnFile:
     """The file for this worker's error memory, locked against other processes until `close` or the process ends.
-
-    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written.
-    """
+    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -116,7 +112,7 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
-        # A memory may be used only once: if its worker's last attempt in the anchor is a later one, it has been sent.
+        # A memory may be used only once: if the anchor includes a later attempt of its worker, it has been sent.
         if taken == found.attempt:
             self._attempt = taken
             return found, 0.0
@@ -160,7 +156,7 @@ class OwnFile:
     def remove(self) -> None:
         """Delete the file, after its error memory has been sent to the other workers."""
         if self._claimed:
-            with suppress(OSError):  # a file that remains is outdated for a later `claim`
+            with suppress(OSError):  # if it remains, a later `claim` finds it outdated
                 self.path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,7 @@
 """Records of a run whose workers join and leave: the roster, identical on all workers, and each worker's account.
 
 A `Roster` records the rounds, their workers and the norms of the workers' error memories. It is updated when a round is
-committed, from the `Hello` that each worker sends at the start of the round, so it is identical on all workers of the
-round. A new worker receives it with the anchor. An `Account` counts one worker's attempts, inner steps and weights.
+committed, from the `Hello` that each worker sends at the start of the round. A new worker receives it with the anchor.
 """
 
 import logging
@@ -20,8 +19,8 @@ from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
-_REMEMBERED = 256  # maximum number of workers in the roster, if no round has more
-_PAST = 64  # number of history hashes kept, one per round
+_REMEMBERED = 256  # most workers in the roster, if no round has more
+_PAST = 64  # most history hashes to keep, one per round
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class Hello:
 
     @classmethod
     def unpacked(cls, packed: Tensor) -> "Hello":
-        """Return the message that `packed`, int64[14], contains."""
         here = packed.cpu()
         whole = len(fields(cls)) - 4
         return cls(*here[:whole].tolist(), *here[whole:].clone().view(torch.float64).tolist())
@@ -80,7 +78,7 @@ class Roster:
         self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
         self.past: list[int] = []  # `history` after each of the last rounds
-        self.taken: dict[int, int] = {}  # last attempt that the anchor includes, by worker
+        self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that the anchor includes
         self.members: dict[int, Member] = {}  # in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
@@ -113,7 +111,6 @@ class Roster:
             self.taken.pop(oldest, None)
 
     def missed(self, hellos: Sequence[Hello]) -> dict[int, Member]:
-        """Return the workers of the last round that sent none of these messages, a dict by name."""
         names = {hello.worker for hello in hellos}
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
@@ -135,7 +132,7 @@ class Account:
     included: int = 0  # its last attempt that the anchor includes
     since: int = 0  # inner steps since its last attempt that the anchor includes
     ahead: int = 0  # inner steps since the last round
-    counted: float = 0.0  # total of the weight function that earlier rounds include
+    counted: float = 0.0  # sum of the weights of earlier rounds, to subtract from the total of the weight function
     last_weight: float = 1.0  # weight in the last round that included its update
     norm: float = 0.0  # norm of the error memory after the last round
     sent: float = 0.0  # norm of its message in its last round
@@ -143,9 +140,7 @@ class Account:
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.
-
-        Raises ConfigError if the weight function's total is not finite or decreases.
-        """
+        Raises ConfigError if the weight function's total is not finite or decreases."""
         if not self.since:
             return 0.0
         if rule is None:

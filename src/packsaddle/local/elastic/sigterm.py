@@ -20,9 +20,7 @@ class LeavingError(Exception):
 
 class Sigterm:
     """A handler of SIGTERM; `asked` is True after the signal.
-
-    The signal ends a wait for other workers immediately if `may_leave()` returns True, else after `grace` seconds.
-    """
+    The signal ends a wait for other workers immediately if `may_leave()` returns True, else after `grace` seconds."""
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
         self.asked = False
@@ -30,7 +28,7 @@ class Sigterm:
         self._waiting, self._until = False, 0.0
 
     def listen(self) -> None:
-        """Install the signal handler; no-op outside the main thread, where Python does not allow it."""
+        """Install the signal handler. No-op outside the main thread, where Python does not allow it."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._hear)
 
@@ -41,7 +39,7 @@ class Sigterm:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Mark a block as a wait for other workers: SIGTERM, also an earlier one, ends it by LeavingError."""
+        """Context manager that marks a wait for other workers; SIGTERM, also an earlier one, raises LeavingError."""
         self._waiting = True
         try:
             if self.asked:

@@ -1,7 +1,7 @@
 """Lookup of compiled inner loops by name, with a fallback to PyTorch.
 
-Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA, where PyTorch includes it.
-Every caller has an equivalent PyTorch implementation for the case that `kernel` returns None.
+Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA. Every caller has an
+equivalent PyTorch implementation for the case that `kernel` returns None.
 """
 
 import importlib
@@ -28,11 +28,8 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for the device of `vectors` (by default, for `device`); None if there is none.
-
-    Returns None also if vectors are on several devices, or if one has a stride other than 1, is neither float32 nor
-    float64, or requires gradients.
-    """
+    """Return the compiled loop `name` for the device of `vectors` (by default, for `device`). None if there is none, or
+    if a vector is on another device, has a stride other than 1, is not float32 or float64, or requires gradients."""
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
     where = vectors[0].device.type if vectors else torch.device(device).type
@@ -51,7 +48,7 @@ def compiler(device: torch.device | str) -> str:
 
 
 def obstacle(device: torch.device | str) -> str:
-    """Return the reason that a device has no compiled loops; "" if it has compiled loops."""
+    """Return the reason why a device has no compiled loops; "" if it has them."""
     return _load(torch.device(device).type)[1]
 
 
@@ -75,7 +72,6 @@ def _load(where: str) -> tuple[dict[str, Any], str]:
 
 @cache
 def _announce() -> None:
-    """Warn once that numba is missing, unless PACKSADDLE_KERNELS=torch."""
     if os.environ.get("PACKSADDLE_KERNELS") != "torch" and importlib.util.find_spec("numba") is None:
         warnings.warn(
             "numba is not installed, so large vectors are compressed by torch alone, some of them several times "

@@ -45,7 +45,6 @@ def _pack_signs(v: Array, out: Array) -> None:
 
 
 def sum_of_magnitudes(v: Tensor) -> float:
-    """Return ||v||_1, summed in float64."""
     a = v.numpy()
     return float(sum(in_parts(len(v), 1, lambda start, stop: _sum_of_magnitudes(a[start:stop]))))
 
@@ -71,7 +70,7 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
     head = min(len(out), -first % 8)
     full = (len(out) - head) // 8
     whole, body = packed[(first + head) >> 3 :][:full], out[head : head + 8 * full]
-    for j in range(len(whole)):  # over slices: without negative indices numba vectorizes
+    for j in range(len(whole)):  # loop over slices: without negative indices numba vectorizes
         for i in range(8):
             body[8 * j + i] += scale if (whole[j] >> (7 - i)) & 1 else -scale
     for i in range(len(out)):
@@ -80,8 +79,8 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD: return packed codes, uint8[ceil(d bits / 8)], and a norm per bucket, float[...].
-    `bits` is at most 8. See `compressors.quantized`."""
+    """Quantize v, float[d], as QSGD: return packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
+    `compressors.quantized`; `bits` is at most 8."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
@@ -102,7 +101,7 @@ def _pack_levels(
     v: Array, bits_of_v: Array, mask: int, shape: Any, key: Any, offset: int, out: Array, norms: Array
 ) -> None:
     levels, bits, bucket = shape
-    # Loops run over slices: numba then excludes negative indices, and vectorizes them.
+    # Loop over slices: numba then excludes negative indices, and vectorizes.
     unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte boundary
     for group in range(0, len(v), 8 * bucket):
         held = v[group : group + 8 * bucket]
@@ -124,7 +123,7 @@ def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: A
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
-    for i in range(len(x)):  # as integers: NaN is ordered, and the loop vectorizes
+    for i in range(len(x)):  # compare as integers: NaN is ordered, and the loop vectorizes
         most = max(most, bits[i] & mask)
     scratch = np.empty(1, bits.dtype)
     scratch[0] = most
@@ -194,7 +193,7 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
     mask = np.uint64((1 << bits) - 1)
     for k in range(len(codes) // 8):
         word = np.uint64(0)
-        for j in range(bits):  # the last word may be incomplete
+        for j in range(bits):  # the bytes of the last word may be missing
             place = k * bits + j
             word = (word << np.uint64(8)) | (np.uint64(packed[place]) if place < len(packed) else np.uint64(0))
         for j in range(8):
@@ -249,7 +248,6 @@ def _pack_rice(numbers: Array, b: int) -> Array:
 
 
 def count_codes(codes: Tensor) -> Tensor:
-    """Return the number of each code 0 to 255 in `codes`, uint8[n], as int64[256]."""
     tables = torch.zeros(4, 256, dtype=torch.int64)  # four, so that increments for equal codes are independent
     _count_codes(codes.numpy(), tables.numpy())
     return tables.sum(0)
@@ -267,10 +265,8 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode the set of the `going_on` codes, uint8[n], below `low` or above `high`: return its code, and these codes.
-
-    It is the Rice code of the gaps between these codes or, if `inverted`, between the others, `coded` in number.
-    """
+    """Encode which of `codes`, uint8[n], are below `low` or above `high` (`going_on` of them); return the code, and
+    these. The gaps between them are Rice-coded with parameter b or, if `inverted`, those between the `coded` others."""
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)
@@ -285,9 +281,10 @@ def pack_layer(
 
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
-    """Write the indices of the codes below `low` or above `high`, or of the others, to `places`, one longer."""
+    """Write the indices of the codes below `low` or above `high`, or if `inverted` of the others, to `places`, which
+    needs one more element."""
     n: Any = 0
-    for i in range(len(codes)):  # branch-free: the others are overwritten
+    for i in range(len(codes)):  # branch-free: indices that do not qualify are overwritten
         places[n] = i
         n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
 
@@ -309,7 +306,7 @@ _PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)  # pos
 @compiled_loop
 def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bool:
     ends, remainders = np.empty(_GROUP + 17, np.int64), np.zeros(_GROUP, np.int64)
-    ends[0] = -1  # position of the last one of the previous group, followed by the positions of the next ones
+    ends[0] = -1  # place of the last one of the previous group, followed by the places of the next ones
     pending, byte_at, longest, largest = 0, 0, np.int64(0), np.int64(0)
     for group in range(0, len(out), _GROUP):
         numbers = out[group : group + _GROUP]
@@ -332,12 +329,11 @@ def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bo
         pending -= n
         for i in range(pending + 1):
             ends[i] = ends[n + i]
-    # A long quotient could overflow `number`, so both are checked.
+    # Check the longest quotient too: shifted by b bits, it could overflow to a small `number`.
     return bool(pending == 0 and byte_at == len(unary) and longest <= most >> b and largest <= most)
 
 
 def unpack_numbers(packed: Tensor, width: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Invert `pack_numbers`: return n numbers."""
     check_room("packed numbers", packed, -(-n * width // 8))
     p = packed.numpy()
     if width <= 8:

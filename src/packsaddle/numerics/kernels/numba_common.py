@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray
-MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits except the sign
+MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # mask of all bits except the sign
 BLOCK = 64  # elements per block in loops that select by magnitude
 WORTH_THREADS = 1 << 18  # minimum number of elements per thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
@@ -25,10 +25,7 @@ T = TypeVar("T")
 
 
 def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
-    """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return the results.
-
-    There are at most torch.get_num_threads() parts.
-    """
+    """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return a list."""
     parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))
     if parts == 1:
         return [work(0, n)]
@@ -45,13 +42,12 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 
 
 def check_room(what: str, array: Tensor, least: int) -> None:
-    """Raise ValueError if `array` has fewer than `least` elements, to prevent out-of-bounds reads in a loop."""
+    """Raise ValueError if `array` has fewer than `least` elements, which a compiled loop would read out of bounds."""
     if len(array) < least:
         raise ValueError(f"{what} must have at least {least} elements, got {len(array)}")
 
 
 def scalar(value: float, like: Array) -> Any:
-    """Return `value` in the dtype of an array; infinite if too large, as in PyTorch."""
     with np.errstate(over="ignore"):
         return like.dtype.type(value)
 

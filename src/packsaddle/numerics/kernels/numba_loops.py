@@ -1,7 +1,4 @@
-"""Compiled loops for sparse vectors (cells of b coordinates, permutations, selection by magnitude) and checked sums.
-
-Most loops read and write each element once.
-"""
+"""Compiled loops for sparse vectors (cells of b coordinates, permutations, selection by magnitude) and checked sums."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +32,7 @@ def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
     d = len(v)
     for i in range(len(cells)):
         start = cells[i] * b
-        # Loops run over slices: numba then excludes negative indices, and vectorizes them.
+        # Loop over slices: numba then excludes negative indices, and vectorizes.
         source, target = v[start : min(d, start + b)], out[i * b : (i + 1) * b]
         for j in range(len(source)):
             target[j] = source[j]
@@ -61,10 +58,7 @@ def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) ->
 
 
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
-    """Return the first k values, int64[k], of a keyed permutation of [0, n).
-
-    It is that of `seeds.sample_without_replacement`, without the rotation.
-    """
+    """Return the first k values, int64[k], of the keyed permutation of [0, n) of `seeds.sample_without_replacement`."""
     out = torch.empty(k, dtype=torch.int64)
     _feistel(out.numpy(), np.uint64(n), bits // 2, bits - bits // 2, np.array(keys[:-1], dtype=np.uint64))
     return out
@@ -117,7 +111,7 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
     """Write the indices of magnitudes >= `limit` to `out`; return their number n. Complete if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
-    # For blocks without such a magnitude, the majority, only the count is computed.
+    # Only count in blocks without such a magnitude, which are the majority.
     for s in range(0, full, BLOCK):
         block: Array = bits[s : s + BLOCK]
         c: Any = np.int32(0)
@@ -143,8 +137,8 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 
 def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
-    """Return the indices of the `kept` largest magnitudes of each chunk (`kept_of_last` of a shorter last chunk),
-    increasing int64[...]; the first among equal magnitudes."""
+    """Return the indices of the `kept` largest magnitudes of each chunk, increasing int64[...]; the first of equal
+    ones. `kept_of_last` is the number for a shorter last chunk."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
     bits, o = bits_of(v), out.numpy()
@@ -192,10 +186,7 @@ def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
 
 @compiled_loop
 def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
-    """Return a threshold that exactly k magnitudes reach or, if ties exclude that, the k-th largest magnitude.
-
-    Searches from the largest magnitude down in growing steps, at first about a factor sqrt(2), then by bisection.
-    """
+    """Return a threshold that exactly k magnitudes reach or, if ties exclude that, the k-th largest magnitude."""
     most = magnitudes.dtype.type(0)
     for i in range(len(magnitudes)):
         most = max(most, magnitudes[i])
@@ -272,10 +263,7 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
 
 def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
     """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a sum of squares overflows.
-
-    Returns the completed ranges as (index of the sum, start, stop), and the sum of the squares of out and alpha * more
-    there, infinite if stopped. All arrays are created before the first sum: the sums evict everything from the cache.
-    """
+    Return the completed ranges (index of the sum, start, stop), and their sum of squares, infinite if stopped."""
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
     added, total = [], 0.0
@@ -299,7 +287,7 @@ def _in_threads(out: Array, more: Array, factor: Any) -> list[tuple[int, int, fl
     return in_parts(len(out), _LINE, part)
 
 
-_LINE = 128  # elements added at a time, few enough that the next elements are prefetched during the addition
+_LINE = 128  # elements added at a time, few enough that the next ones are prefetched during the addition
 
 
 @compiled_fma

@@ -13,9 +13,7 @@ PAIRS = 1024  # pairs of normal numbers generated at a time, whose scratch memor
 @compiled_loop
 def word(counter: Any, first: Any, second: Any) -> Any:
     """Return 32 random bits for a uint32 counter and uint32 keys.
-
-    After a change delete numba's disk cache: it does not recompile the loops in other modules that inline this one.
-    """
+    After a change delete numba's disk cache: it does not recompile the loops in other modules that inline this one."""
     return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
 
 
@@ -51,10 +49,7 @@ def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, 
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, keys: tuple[int, int, int]) -> None:
-    """Add scales[i] * N(0, 1) noise to cell i, b elements, of out, float[m b]: numbers i b, i b + 1, ... of `keys`.
-
-    b must divide 2048.
-    """
+    """Add scales[i] * N(0, 1) noise to cell i, b elements, of out, float[m b]. See `seeds`; b must divide 2048."""
     o, s, (first, second, third) = out.numpy(), scales.numpy(), (np.uint32(key) for key in keys)
     b = len(out) // max(1, len(scales))
     _add_cell_gaussians(o, s, b, first, second, third)
@@ -74,7 +69,7 @@ def _add_cell_gaussians(out: Array, scales: Array, b: int, first: Any, second: A
 @compiled_loop
 def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
     """Return the 2 PAIRS normal numbers of PAIRS counters from `counter` on, in `scratch`, float32[6 PAIRS]."""
-    # Each loop reads and writes disjoint arrays; otherwise it would not vectorize.
+    # Each loop below reads and writes disjoint arrays; otherwise it would not vectorize.
     uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
     mantissas, radii = scratch[2 * PAIRS : 3 * PAIRS], scratch[3 * PAIRS : 4 * PAIRS]
     numbers = scratch[4 * PAIRS :]
@@ -97,7 +92,7 @@ def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Arr
 
 @compiled_loop
 def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
-    """Write radii * (cos, sin) of random angles; 30 bits are for +-45 degrees, 2 to negate the cosine and to swap."""
+    """Write radii * (cos, sin) of random angles: 30 bits for +-45 degrees, 2 to negate the cosine and to swap."""
     one = np.float32(1)
     for i in range(len(angles)):
         a = angles[i]

@@ -1,7 +1,4 @@
-"""Preload module for a multiprocessing fork server: imports and initializes numba once for all forked processes.
-
-Importing numba takes half a second, and initializing it at the first call of a loop another half second.
-"""
+"""Preload module for a multiprocessing fork server: imports and initializes numba (a second) once for all workers."""
 
 import os
 from contextlib import suppress

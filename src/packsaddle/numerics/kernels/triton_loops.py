@@ -1,7 +1,7 @@
 """Triton versions of the loops for CUDA, launched on the current stream without synchronization.
 
-There is no loop for selection by magnitude, since torch.topk is a radix select. With TRITON_INTERPRET=1 the loops run
-on CPU tensors.
+Each has the arguments and results of the numba loop of the same name. There is no loop for selection by magnitude,
+since torch.topk is a radix select. With TRITON_INTERPRET=1 the loops run on CPU tensors.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _AT_ONCE = 1024  # elements per Triton program
-_PAIRS = 1024  # as in `numerics.seeds`
+_PAIRS = 1024  # counters of a chunk of normal numbers, as in `numerics.seeds`
 _BYTES = 128  # packed bytes, or groups of eight codes, per program
 
 
@@ -26,7 +26,6 @@ def _mixed(h):  # type: ignore[no-untyped-def]
 
 
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
-    """Add scale * N(0, 1) noise to out: numbers `start`, start + 1, ... of `keys`. See `seeds.add_gaussians`."""
     first = start // (2 * _PAIRS)
     chunks = -(-(start + len(out)) // (2 * _PAIRS)) - first
     words = [key - (1 << 32) if key >= 1 << 31 else key for key in keys]  # reinterpret as int32
@@ -58,7 +57,6 @@ def _add(out, place, values, n):  # type: ignore[no-untyped-def]
 
 
 def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
-    """Return the values of v at m cells of b consecutive coordinates, float[m b]; zeros beyond the end of v."""
     out = torch.empty(len(cells) * b, dtype=v.dtype, device=v.device)
     _launch(_gather, -(-len(out) // _AT_ONCE), v, cells, out, b, len(v), len(out), SIZE=_AT_ONCE)
     return out
@@ -72,7 +70,6 @@ def _gather(v, cells, out, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-unty
 
 
 def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
-    """Add alpha * values, float[m b], to out, float[d], at m distinct cells of b consecutive coordinates, in place."""
     _launch(
         _add_to_cells, -(-len(values) // _AT_ONCE), out, cells, values, alpha, b, len(out), len(values), SIZE=_AT_ONCE
     )
@@ -88,7 +85,6 @@ def _add_to_cells(out, cells, values, alpha, b, d, n, SIZE: tl.constexpr):  # ty
 
 
 def pack_signs(v: Tensor) -> Tensor:
-    """Pack the signs of v, float[d], into uint8[ceil(d / 8)]: bit 1 where v >= 0, most significant bit first."""
     out = torch.empty(-(-len(v) // 8), dtype=torch.uint8, device=v.device)
     _launch(_pack_signs, -(-len(out) // _BYTES), v, out, len(v), len(out), SIZE=_BYTES)
     return out
@@ -103,7 +99,6 @@ def _pack_signs(v, out, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale or -scale, float[], to element i of out, float[n], where bit first + i of `packed` is 1 or 0."""
     _launch(_add_signs, -(-len(out) // _AT_ONCE), packed, first, scale, out, len(out), SIZE=_AT_ONCE)
 
 
@@ -116,8 +111,6 @@ def _add_signs(packed, first, scale, out, n, SIZE: tl.constexpr):  # type: ignor
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD: return packed codes, uint8[ceil(d bits / 8)], and a norm per bucket, float[...].
-    `bits` is at most 8. See `compressors.quantized`."""
     d = len(v)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype, device=v.device)
     codes = torch.zeros(-(-d // 8) * 8, dtype=torch.uint8, device=v.device)
@@ -159,10 +152,8 @@ def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr): 
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha * (code - levels) * norm to out, float[d], for codes of `bits` bits and the norms of `pack_levels`.
-
-    Codes above 2 * levels are not rejected, since a check would synchronize; they decode to at most 3 * levels.
-    """
+    """Add alpha * (code - levels) * norm to out, float[d], for packed codes and a norm per bucket.
+    Codes above 2 * levels are not rejected, since a check would synchronize; they decode to at most 3 * levels."""
     programs, sizes = -(-len(out) // _AT_ONCE), (len(out), len(packed))
     _launch(_add_levels, programs, packed, norms, out, alpha, levels, bucket, *sizes, BITS=bits, SIZE=_AT_ONCE)
 

@@ -34,11 +34,8 @@ __all__ = [
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
-    """Write index.html, figure.png, figure.svg, table.csv (of runs), settings.csv and curves.csv to a new folder.
-
-    Returns the path of index.html. Raises ConfigError if the folder exists, unless `overwrite`, or if it cannot be
-    written; MissingExtraError without the plot extra.
-    """
+    """Write an HTML page, figures and CSV tables to a new folder; return the path of index.html. Raises ConfigError if
+    the folder exists, unless `overwrite`, or cannot be written; MissingExtraError without the plot extra."""
     if folder.exists() and not overwrite:
         raise ConfigError(f"report folder {folder} already exists; add --overwrite, or choose another with --out")
     found = settings(runs)
@@ -56,7 +53,6 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
 
 
 def _flat(r: SettingRow) -> dict[str, Any]:
-    """Return the CSV columns of a setting; each estimate becomes its mean and the ends of its interval."""
     found = {name: value for name, value in vars(r).items() if name != "estimates"}
     for name, e in r.estimates.items():
         ends = (None, None, None) if e is None else (e.mean, e.low, e.high)

@@ -18,8 +18,8 @@ def draw_certificate(
     """Return a figure of a certificate (`Certificate.to_dict`).
 
     Panels: the loss along the `escape` direction and, if given, the `sharpest` direction (fields of a `Profile`); the
-    spectrum, with bounds on the extreme eigenvalues: Ritz values, or the density of all eigenvalues if `spectrum` is
-    given (fields of a `SpectralDensity`).
+    spectrum, with bounds on the extreme eigenvalues: Ritz values, or the density in `spectrum` (fields of a
+    `SpectralDensity`).
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
@@ -79,7 +79,7 @@ def _draw_profile(
 
 
 def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
-    """Draw Ritz values and the start vector's squared components along them, which add up to 1: a spectral density."""
+    """Draw each Ritz value with the start vector's squared component along its vector: a spectral density."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
@@ -93,7 +93,6 @@ def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
 
 
 def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, Any]) -> None:
-    """Draw the density of all eigenvalues, with its standard error over probes."""
     t, density, error = spectrum["values"], spectrum["density"], spectrum["error"]
     least = _LEAST_DENSITY * max(density)
     probes = len(spectrum["nodes"])

@@ -1,8 +1,7 @@
 """The data of figures: curves over seeds as tables of numbers, and marks: certificates, plateaus, standstills.
 
-To find a standstill, a line is fitted to the last part of a run's training losses. The loss stands still if the line's
-fall is at most twice its standard error, or negligible, and the standard error is small enough to detect a substantial
-fall. Noise can hide a standstill, but not simulate one.
+At a standstill, the line through the last part of a run's training losses falls by at most twice its standard error, or
+negligibly, and that error is small enough to detect a substantial fall. Noise can hide a standstill, not simulate one.
 """
 
 import csv
@@ -18,8 +17,8 @@ from packsaddle.messages import cell, read_cell
 from packsaddle.runs.report.settings import Axis, Setting, position
 from packsaddle.runs.run_folder import Run
 
-LEAST_LINES = 8  # minimum number of lines in a window, and its number of blocks
-LEAST_SHARE = 1 / 3  # minimum length of the window, as a fraction of the run
+LEAST_LINES = 8  # fewest lines in a window, and its number of blocks
+LEAST_SHARE = 1 / 3  # shortest window, as a fraction of the run
 NEGLIGIBLE = 0.005  # largest negligible fall over the window, as a fraction of the loss
 SURE = 0.01  # largest standard error of the fall, as a fraction of the loss
 
@@ -34,8 +33,8 @@ class Standstill:
 
 
 def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
-    """Return the standstill at the end of a run's lines of metrics; None if the loss changes there, or if there are too
-    few lines or too much noise.
+    """Return the standstill at the end of a run's lines of metrics; None if there is none, too few lines or too much
+    noise.
 
     It is the longest window at the end in which the loss stands still, of at least 8 lines and a third of all. A line
     averages the steps since the previous line, so the standstill begins at the step of the line before the window.
@@ -73,7 +72,6 @@ def _level(level: float, fall: float, error: float) -> bool:
 
 
 def _line(y: Sequence[float]) -> tuple[float, float]:
-    """Return the slope of the least-squares line through y_0, y_1, ..., and its standard error."""
     n = len(y)
     x0, y0 = (n - 1) / 2, math.fsum(y) / n
     spread = n * (n * n - 1) / 12
@@ -180,11 +178,8 @@ def bounded_certificates(run: Run) -> list[dict[str, Any]]:
 
 
 def certificate_position(run: Run, certificate: dict[str, Any], axis: Axis) -> float:
-    """Return the position of a certificate of a run on an axis.
-
-    Bytes, seconds and rounds are those of the last line of metrics before it, else of the first line, since a
-    logarithmic axis has no zero.
-    """
+    """Return the position of a certificate of a run on an axis. Bytes, seconds and rounds are those of the last line of
+    metrics before it, else of the first line, since a logarithmic axis has no zero."""
     if axis in ("step", "epoch"):
         return float(certificate[axis])
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
@@ -192,13 +187,12 @@ def certificate_position(run: Run, certificate: dict[str, Any], axis: Axis) -> f
 
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
-    """Return the finite plateau losses in the configurations, distinct and sorted."""
     found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
     return sorted(level for level in found if math.isfinite(level))
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
-    """Return the end of the linear part of the eigenvalues' symlog axis: a tenth of the smallest threshold."""
+    """Return a tenth of the smallest threshold, the end of the linear part of the eigenvalues' symlog axis."""
     certificates = [c for s in settings for run in s.runs for c in bounded_certificates(run)]
     found = [-c["threshold"] for c in certificates if c.get("threshold")]
     return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

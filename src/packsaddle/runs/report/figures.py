@@ -52,11 +52,10 @@ AXIS_NAMES: dict[Axis, str] = {
     "rounds": "rounds",
 }
 _LOGARITHMIC = {"megabytes", "rounds"}  # axes that compression and local updates change by orders of magnitude
-_INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes of each are drawn
+_INTERVALS = 200  # intervals of an axis; of a longer curve only the extremes in each are drawn
 
 
 def line_style(i: int) -> dict[str, str]:
-    """Return color and line style of the i-th setting; after eight settings colors repeat in another line style."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
@@ -69,7 +68,7 @@ def panels(settings: Sequence[Setting], curves: Sequence[Curve]) -> list[str]:
 
 
 def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
-    """Return a figure with a row for each panel, against megabytes per worker and against epochs."""
+    """Return a figure with a row of plots for each of `panels`, against megabytes per worker and against epochs."""
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -85,7 +84,7 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
             axes[i][0].set_ylabel(PANELS[panel])
         for j, along in enumerate(columns):
             axes[-1][j].set_xlabel(AXIS_NAMES[along])
-        if "curvature" in rows:  # a legend of the markers, above the panel
+        if "curvature" in rows:  # add a legend of the markers above the panel
             handles, labels = axes[-1][0].get_legend_handles_labels()
             by_verdict = dict(zip(labels, handles, strict=True))
             place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
@@ -95,11 +94,8 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
 
 
 def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
-    """Return one panel as an <svg> element for a page, without a legend.
-
-    Palette colors are the page's CSS variables --c0, --c1, ..., black is --c0, and all marks of the i-th setting have
-    the class setting-i. Texts use the page's font.
-    """
+    """Return one panel as an <svg> element for a page, without a legend. Palette colors are the page's CSS variables
+    --c0, --c1, ..., black is --c0, and all marks of the i-th setting have the class setting-i."""
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -112,7 +108,7 @@ def inline_svg(panel: str, along: Axis, settings: Sequence[Setting], curves: Seq
         axes.set_xlabel(AXIS_NAMES[along])
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
 
-    # Remove what an element of a page does not need, such as millionths of a point; use the page's colors and classes.
+    # Remove metadata and excess digits, and use the page's colors and classes.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", file.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="(setting-\d+)"', r'<g class="\1"', text[text.index("<svg") :])
     text = re.sub(r'<g id="[^"]*"', "<g", text)
@@ -175,11 +171,8 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str,
 
 
 def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -> list[int]:
-    """Return the indices of the points to draw, ascending: all of a short curve.
-
-    Of a longer curve: in each of 200 equal intervals of the axis (of log x with `log`), the points where a column is
-    smallest or largest, and the two ends. So no extreme is lost, and every point drawn was measured.
-    """
+    """Return the indices of the points to draw, ascending: all of a short curve; of a longer one the ends and, in each
+    of 200 equal intervals of the axis (of log x with `log`), the points where a column is smallest or largest."""
     if len(x) <= 2 * _INTERVALS:
         return list(range(len(x)))
     place = np.nan_to_num(np.asarray(x, dtype=float), posinf=0.0, neginf=0.0)
@@ -197,7 +190,7 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
 
 
 def _positive(*columns: Sequence[float]) -> bool:
-    """Return True if a log axis has data: a row that is positive and finite in all columns (none if runs diverged)."""
+    """Return True if a row is positive and finite in all columns, as a log axis needs (none is if runs diverged)."""
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
 
 
@@ -233,8 +226,7 @@ def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
 
 
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
-    """Write a figure to a folder as NAME.png and NAME.svg, with `source`, if given, as metadata."""
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
-    figure.set_layout_engine("none")  # keep the layout; computing it takes as long as drawing
+    figure.set_layout_engine("none")  # keep the layout: to compute it again takes as long as drawing
     figure.savefig(folder / f"{name}.svg", metadata={**_NO_METADATA, **said})

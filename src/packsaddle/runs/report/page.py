@@ -59,9 +59,7 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
 
 def title(runs: Sequence[Run]) -> str:
     """Return the title of a report: task, parameters, workers and dates, where the runs' files have them.
-
-    Example: "autoencoder on digits, 120,458 parameters, 2 workers, 2026-11-28".
-    """
+    Example: "autoencoder on digits, 120,458 parameters, 2 workers, 2026-11-28"."""
     models, data = ([_text(run.config.get(table)) for run in runs] for table in ("model", "data"))
     task = " on ".join(found for names in (models, data) if (found := " and ".join(_distinct(names))))
     parameters = _range(run.summary.get("parameters") for run in runs if run.summary)
@@ -87,7 +85,6 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def _range(values: Iterable[Any]) -> str:
-    """Return the integers among the values as "2", or "2 to 8"; "" without one."""
     found = sorted({value for value in values if type(value) is int})
     return " to ".join(f"{value:,}" for value in dict.fromkeys(found[:1] + found[-1:]))
 

@@ -21,7 +21,6 @@ class Setting:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of the first run."""
         return self.runs[0].config
 
     @property
@@ -41,9 +40,7 @@ class Estimate:
 
 def settings(runs: Iterable[Run]) -> list[Setting]:
     """Group runs by configuration, in order of first appearance; equal labels of different settings are numbered.
-
-    Repeated runs of one seed go to separate settings, since duplicates would make intervals too narrow.
-    """
+    Repeated runs of one seed go to separate settings, since duplicates would make intervals too narrow."""
     groups: dict[tuple[str, int], list[Run]] = {}
     times = Counter[tuple[str, int]]()
     for run in runs:
@@ -67,9 +64,7 @@ def _identity(run: Run) -> str:
 
 def position(line: dict[str, Any], axis: Axis) -> float:
     """Return the position of a line of metrics on an axis; NaN if not recorded.
-
-    Megabytes are those sent by a worker; with a single worker, those of its messages.
-    """
+    Megabytes are those sent by a worker; with a single worker, those of its messages."""
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
     found = line.get(axis)

@@ -66,7 +66,6 @@ def row(run: Run) -> Row:
 
 
 def _latest(run: Run, quantity: str) -> float | None:
-    """Return the last value of a quantity in a run's metrics, or None."""
     return next((line[quantity] for line in reversed(run.metrics) if line.get(quantity) is not None), None)
 
 
@@ -91,8 +90,8 @@ def setting_row(setting: Setting) -> SettingRow:
 def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[float | None, bool | None]:
     """Return the number of epochs on a plateau at loss `level`, and True if the run left it; None: not applicable.
 
-    The plateau begins with the first line of metrics whose loss is at most 5% above `level`. It ends with the first
-    later line more than 5% below `level`, or else with the run.
+    The plateau begins with the first line of metrics whose loss is at most 5% above `level`, and ends with the first
+    later line more than 5% below it, or with the run.
     """
     if level is None:
         return None, None
@@ -110,7 +109,7 @@ class Column:
 
     heading: str
     write: Callable[[float], str]
-    meaning: str  # for the legend
+    meaning: str  # text for the legend of the table
 
 
 _COLUMNS = {
@@ -157,7 +156,6 @@ class Table:
 
 
 def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Return a table of the columns `first` and the quantities `shown`; its legend has only the marks that occur."""
     names, numbers = " ".join(cells[0] for cells in rows), " ".join(cell for cells in rows for cell in cells[1:])
     marks = [(mark, said) for mark, said in _MARKS.items() if mark in (names if mark == "standing still" else numbers)]
     columns = [_COLUMNS[name] for name in shown]
@@ -166,7 +164,6 @@ def _table(first: tuple[str, str], shown: Sequence[str], rows: Sequence[tuple[st
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """Return the table of runs."""
     rows = [row(run) for run in runs]
     shown = _shown(map(vars, rows))
     cells = []
@@ -198,7 +195,6 @@ def _seed(seed: int | None) -> str:
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names of the quantities to show as columns."""
     found = [*rows]
     return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
 
@@ -245,14 +241,12 @@ def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
 
 
-FORMAT = 1  # increased if a key changes its meaning or is removed; keys may be added without
+FORMAT = 1  # increased if a key changes its meaning or is removed; not if one is added
 
 
 def document(runs: Sequence[Run]) -> dict[str, Any]:
     """Return settings, runs and certificates as plain types that strict JSON can represent (see docs/metrics.md).
-
-    None: unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf".
-    """
+    None: unknown or not applicable. A non-finite number is the text "nan", "inf" or "-inf"."""
     listed, of_settings, certificates = [], [], []
     for setting in settings(runs):
         summary = asdict(setting_row(setting))
@@ -276,7 +270,6 @@ _CERTIFICATE = ("step", "epoch", "verdict", "loss", "grad_norm", "lambda_min_low
 
 
 def _plain(value: Any) -> Any:
-    """Replace non-finite numbers by their names, in nested lists and dictionaries."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

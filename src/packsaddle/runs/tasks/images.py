@@ -51,7 +51,6 @@ class Images:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of an image, [channels, height, width]."""
         return self.levels.shape[1:]
 
     def owners(self, workers: int) -> Tensor:
@@ -59,16 +58,13 @@ class Images:
         return self.labels % workers
 
     def pixels(self, index: Tensor) -> Tensor:
-        """Return the images `index`, int64[b], as float32[b, channels, height, width] in [0, 1]."""
         return self.levels[index].to(torch.float32).div_(self.full_scale)
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return pixels and labels of the images `index`, int64[b], on a device."""
         return self.pixels(index).to(device, dtype), self.labels[index].to(device)
 
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
-    """Load the training or test part of images or a text. Raises ConfigError if data are missing or damaged."""
     try:
         if config.name == "text":
             return load_text(config, data_dir, train=train)
@@ -78,13 +74,12 @@ def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, downloa
 
 
 def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
-    """Load the training or test part of an image dataset. Raises ConfigError if data are missing or damaged."""
     images = _load(config.name, data_dir, train, download)
     if config.limit is None or not train:
         return images
     if config.limit > len(images):
         raise ConfigError(f"data.limit must be at most {len(images)} (the examples of {config.name})")
-    # A random choice, since image folders are sorted by class; it does not depend on the run's seed.
+    # Choose at random, since image folders are sorted by class; independent of the run's seed.
     chosen = torch.randperm(len(images), generator=generator(0, 0, Stream.SHARD))[: config.limit]
     return Images(images.levels[chosen], images.labels[chosen], images.full_scale, images.classes)
 

@@ -1,9 +1,8 @@
 """The networks of the paper's experiments, small relatives of them, and a decoder-only transformer over characters.
 
-Batch normalization with W workers: if each worker has examples of few classes, statistics per worker are those of its
-classes; they differ from the running statistics used in tests, so the network does not generalize. Statistics over all
-workers equal those of one machine with the whole batch, and cost two small all-reduces per layer, which are counted.
-Group normalization uses the statistics of single examples.
+Batch normalization with W workers: if each worker has examples of few classes, its statistics are those of its classes
+and differ from the running statistics used in tests, so the network does not generalize. Statistics over all workers
+equal those of one machine with the whole batch, and cost two small all-reduces per layer, which are counted.
 """
 
 import itertools
@@ -27,8 +26,8 @@ class WorkerBatchNorm2d(nn.Module):
     """Batch normalization over each worker's batch ("worker") or all workers' ("all"), for float[b, c, h, w].
 
     The local batch is the concatenation of the batches of `parts` workers (1 except in a fused simulation). Running
-    statistics are first and second moments, both linear in the batches, so their averages over workers are the moments
-    of all batches together. Call `connect` before training with "all".
+    statistics are first and second moments, whose averages over workers are the moments of all batches. Call `connect`
+    before training with "all".
     """
 
     def __init__(self, channels: int, over: Literal["worker", "all"], parts: int = 1) -> None:
@@ -50,7 +49,7 @@ class WorkerBatchNorm2d(nn.Module):
         channel = self.channel
         if channel is not None and channel.group.size > self.parts:
             return self._exchanged(x, channel)
-        if channel is not None and self.parts > 1:  # all workers are in this process: count their exchanges
+        if channel is not None and self.parts > 1:  # all workers are here: count the bytes of their exchanges
             for _ in ("forward", "backward"):
                 channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
         return self._local(x, self.weight, self.bias)
@@ -68,7 +67,7 @@ class WorkerBatchNorm2d(nn.Module):
         mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
         y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=_EPS)
         count = x.numel() // x.shape[1]
-        # torch's running variance is unbiased, but batches are normalized by the biased one.
+        # batch_norm's running variance is unbiased, but it normalizes batches by the biased one.
         biased = variance * ((count - 1) / count)
         self._run(mean.detach(), (biased + mean.square()).detach())
         return y
@@ -93,8 +92,8 @@ def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: 
 
 
 class _MeanOverWorkers(torch.autograd.Function):
-    """Differentiable mean of a tensor over workers. The backward averages gradients over workers, since the total loss
-    is the mean of their losses. Under `vmap` over workers (see `batched`) all their tensors are in this process."""
+    """Differentiable mean of a tensor over workers, whose backward averages gradients: the total loss is a mean of
+    losses. Under `vmap` over workers (see `batched`) all their tensors are in this process."""
 
     @staticmethod
     def forward(local: Tensor, channel: Communicator) -> Tensor:
@@ -126,7 +125,6 @@ def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
 
 
 def connect(model: nn.Module, channel: Communicator) -> None:
-    """Set the communicator of all `WorkerBatchNorm2d` layers of a model."""
     for module in model.modules():
         if isinstance(module, WorkerBatchNorm2d):
             module.channel = channel
@@ -150,12 +148,10 @@ class Attention(nn.Module):
         self.outwards = linear(width, width, gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the attention output, float[b, length, width], of inputs of that shape."""
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.inwards(x).chunk(3, 2)
         )
-        # The fused kernels of scaled_dot_product_attention have no second derivative, which certificates need; they
-        # would save a few percent of a step at 64 characters.
+        # The fused kernels of scaled_dot_product_attention have no second derivative, which certificates need.
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
         read = scores.masked_fill(later, -math.inf).softmax(3) @ value
@@ -173,7 +169,6 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(linear(width, 4 * width), nn.GELU(), linear(4 * width, width, gain))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output, float[b, length, width], for inputs of that shape."""
         x = x + self.attention(self.attention_norm(x))
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
@@ -182,10 +177,9 @@ class Block(nn.Module):
 class CharTransformer(nn.Module):
     """Decoder-only transformer: embeddings of characters and positions, `depth` blocks, logits of the next character.
 
-    Without dropout, so that the loss is a function of weights and batch only; without weight tying, since
-    CompressedSGD rejects parameters that share memory. Initial embeddings are small, so that the first layer norms
-    enlarge their gradients, as SGD with a single step size requires; residual branches are scaled by
-    1 / sqrt(2 depth); logits are nearly equal, so the initial loss is near log(classes).
+    Without dropout, so that the loss is a function of weights and batch only; without weight tying, since CompressedSGD
+    rejects parameters that share memory. For SGD with a single step size, initial embeddings are small, residual
+    branches are scaled by 1 / sqrt(2 depth), and logits are nearly equal, so the initial loss is near log(classes).
     """
 
     def __init__(self, classes: int, context: int, *, width: int, depth: int, heads: int) -> None:
@@ -199,8 +193,7 @@ class CharTransformer(nn.Module):
         self.head = linear(width, classes, 0.1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return the logits of the next character at every position, [b, length, classes], from codes
-        int64[b, length], length <= context."""
+        """Return the logits of the next character at every position, [b, length, classes], for int64[b, length]."""
         places = self.places.weight[: codes.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(self.characters(codes) + places)))
         return logits
@@ -217,9 +210,9 @@ def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
 def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
     """Make the paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters, for float[b, 1, 28, 28].
 
-    Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The
-    decoder is symmetrical": transposed convolutions in reverse. Two choices are open in the paper; here the code layer
-    has no activation, and the output has a sigmoid (experiments/figure2 shows results without it).
+    Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The decoder is
+    symmetrical": transposed convolutions in reverse. The paper does not specify activations of the code and output
+    layers; here the former has none, and the output has a sigmoid (experiments/figure2 shows results without it).
     """
     layers = [
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
@@ -241,7 +234,6 @@ def _last(output: str) -> list[nn.Module]:
 
 
 def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
-    """Make a fully connected autoencoder with ReLU; the decoder mirrors `widths`, for inputs [b, *shape]."""
     sizes = [shape.numel(), *widths]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -253,9 +245,11 @@ def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmo
 def resnet(
     depth: int, classes: int, *, width: int = 64, stem: str = "small", norm: Norm = "worker", parts: int = 1
 ) -> nn.Module:
-    """Make torchvision's ResNet with `width` channels in its first stage. `stem`: torchvision's ("imagenet"), or for
-    small images a 3 x 3 convolution without max pooling ("small"). `norm`: batch normalization per worker or over all,
-    or group normalization. `parts`: see `WorkerBatchNorm2d`."""
+    """Make torchvision's ResNet with `width` channels in its first stage.
+
+    `stem`: torchvision's ("imagenet"), or for small images a 3 x 3 convolution without max pooling ("small"). `norm`:
+    batch normalization per worker or over all, or group normalization. `parts`: see `WorkerBatchNorm2d`.
+    """
     vision = require("torchvision", "vision", f"ResNet-{depth}")
 
     def scaled(channels: int) -> int:
@@ -287,15 +281,13 @@ def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
 
 
 def _convolution(inside: int, outside: int, size: int, stride: int, padding: int) -> nn.Conv2d:
-    """Make a convolution without bias, initialized as in torchvision's ResNets."""
     convolution = nn.Conv2d(inside, outside, size, stride, padding, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return convolution
 
 
 class Task(nn.Module):
-    """A network with its loss: mean squared reconstruction error, or cross-entropy on normalized images or per
-    character of text."""
+    """A network with its loss: mean squared reconstruction error, or cross-entropy of images or characters."""
 
     def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
         super().__init__()
@@ -350,10 +342,10 @@ def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, p
     # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):  # shapes without memory
+            with torch.device("meta"):  # shapes only, which take no memory
                 needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
         except (RuntimeError, OverflowError):
-            needed = 2**63  # sizes that overflow
+            needed = 2**63  # for sizes that overflow
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
         if needed > there:
             sizes = f"{needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} GB here"
@@ -363,6 +355,5 @@ def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, p
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the mean loss of a batch (inputs, targets); a loss function for `certify`."""
     loss: Tensor = task(*batch)
     return loss

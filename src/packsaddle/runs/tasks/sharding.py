@@ -41,11 +41,9 @@ class Calendar:
         return step - self.start + self.done * self.per_epoch
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs done at a step."""
         return self.position(step) / self.per_epoch
 
     def step_at(self, epoch: float) -> int:
-        """Return the step at which `epoch` epochs are done, but at least `start`."""
         return self.start + max(0, round(epoch * self.per_epoch - self.done * self.per_epoch))
 
 
@@ -54,11 +52,8 @@ def _per_epoch(examples: int, batch_size: int, workers: int) -> int:
 
 
 def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
-    """Return the indices of a worker's examples, int64: an equal random part (`how` = "iid"), or whole classes of
-    images or one consecutive part of a text ("class").
-
-    Raises ConfigError if there are none.
-    """
+    """Return the indices of a worker's examples, int64: an equal random part (`how` = "iid"), or "class": whole classes
+    of images or one consecutive part of a text. Raises ConfigError if there are none."""
     if how == "class":
         mine = (data.owners(workers) == worker).nonzero().squeeze(1)
     else:
@@ -69,11 +64,8 @@ def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> T
 
 
 class Batches:
-    """A worker's batches by step: shuffled passes over its shard, without replacement within a pass.
-
-    At step `start` they begin with the examples `rest`, int64[m], of an unfinished pass of earlier workers, and
-    continue with this worker's own passes, numbered from `first`.
-    """
+    """A worker's batches by step: shuffled passes over its shard, without replacement within a pass, numbered from
+    `first`. At step `start` they begin with the examples `rest`, int64[m], of an unfinished pass of earlier workers."""
 
     def __init__(
         self,
@@ -89,7 +81,7 @@ class Batches:
         self._indices, self._batch_size, self._worker, self._seed = indices, batch_size, worker, seed
         self._start, self._first = start, first
         self._rest = indices[:0] if rest is None else rest
-        self._number, self._order = -1, indices  # the last pass
+        self._number, self._order = -1, indices  # number and order of the last pass
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the indices of the batch of a step, int64[batch_size]; a batch may span passes."""

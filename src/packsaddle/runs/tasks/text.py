@@ -12,8 +12,8 @@ from packsaddle.errors import ConfigError, read_text
 from packsaddle.runs.config import DataConfig
 
 UNKNOWN = 0  # the code of every character outside the vocabulary
-_MOST = 1024  # maximum number of codes, UNKNOWN included
-_LEAST = 5  # minimum number of occurrences of a character in the training text
+_MOST = 1024  # most codes, UNKNOWN included
+_LEAST = 5  # fewest occurrences in the training text of a character with its own code
 _CODE_POINTS = 0x110000
 
 
@@ -30,7 +30,6 @@ class Text:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of a window, [c]."""
         return torch.Size((self.context,))
 
     @property
@@ -51,17 +50,13 @@ class Text:
 
 def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text:
     """Load a text without its last tenth (`train`), or that last tenth. Raises ConfigError if it is missing or short.
-
-    `data.limit` selects the first windows, so that they stay consecutive; the vocabulary is of the full training text.
-    """
+    `data.limit` selects the first windows, so that they stay consecutive."""
     return cut_text(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
 
 
 def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
     """Return a text without its last tenth (`train`), or that tenth, in whole windows. Raises ConfigError if none fit.
-
-    `codes` are indices into `vocabulary`; `source` is the text's name in messages.
-    """
+    `codes` are indices into `vocabulary`; `source` is the text's name in messages."""
     cut, c = len(codes) - len(codes) // 10, config.context
     part = codes[:cut] if train else codes[cut:]
     windows = (len(part) - 1) // c
@@ -104,8 +99,8 @@ def encode_text(text: str) -> tuple[Tensor, str]:
 
 
 def frequent(points: Tensor) -> Tensor:
-    """Return the vocabulary of a text, its code points in ascending order, int64: the most frequent ones that occur at
-    least 5 times; ties go to the lower code point."""
+    """Return the vocabulary of a text, its most frequent code points in ascending order, int64.
+    They occur at least 5 times; ties go to the lower code point."""
     count = torch.bincount(points, minlength=_CODE_POINTS)
     by_count = count.sort(descending=True, stable=True).indices[: _MOST - 1]
     return by_count[count[by_count] >= _LEAST].sort().values
