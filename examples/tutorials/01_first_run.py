@@ -6,8 +6,7 @@
 # [start](docs/start.md).
 #
 # You need a clone of the repository and `pip install '.[plot,digits]'` in it. Run this page with
-# `python examples/tutorials/01_first_run.py`; it takes less than a minute and writes to `runs/tutorial-1`. The function
-# `shell` runs a command as your terminal would.
+# `python examples/tutorials/01_first_run.py`; it takes less than a minute and writes to `runs/tutorial-1`.
 
 # %%
 import json
@@ -39,8 +38,7 @@ def shell(command: str) -> None:
 # `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It keeps the rest in
 # its error memory, and adds it to the next gradient.
 #
-# In the second file, for comparison, `Identity` sends everything. `packsaddle init config.toml --task digits` writes a
-# file with every key.
+# In the second file, for comparison, `Identity` sends everything.
 
 # %%
 CONFIG = """
@@ -74,13 +72,13 @@ shell("packsaddle run topk.toml --out runs/topk")
 
 # %% [markdown]
 # `MB per worker` are the megabytes that one worker sent in the whole run, and `compression` is the number of bytes of
-# uncompressed gradients over this number. The line about noise is for runs whose loss stands still, the topic of
-# [another tutorial](docs/tutorials/02_leave_a_saddle.md).
+# uncompressed gradients over this number. The line about noise is for runs whose loss
+# [stands still](docs/tutorials/02_leave_a_saddle.md).
 #
 # ## The ledger
 #
-# packsaddle counts the bytes of every exchange by [purpose](docs/api/ledger.md). For a run the counts are in
-# `summary.json`; in your own script `print(optimizer.ledger)` prints them.
+# packsaddle counts the bytes of every exchange by [purpose](docs/metrics.md#names); in your own script
+# `print(optimizer.ledger)` prints them.
 
 
 # %%
@@ -123,14 +121,14 @@ shutil.copy("report/figure.png", "01_first_run.png")
 print(*sorted(p.name for p in Path("report").iterdir()))
 
 # %% [markdown]
-# This is the figure in `runs/tutorial-1/report/index.html`:
+# The figure in `runs/tutorial-1/report/index.html`:
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
 #
 # Against epochs the compressed run is about an epoch behind. Against megabytes, on a logarithmic axis, the uncompressed
-# run has sent about 30 times as much at each loss.
+# run has sent about 30 times as much.
 #
 # ## Next
 #
 # - AdamW, and an exchange every 8 steps: [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).
-# - Every key of the file: [configuration](docs/configuration.md). Every command: [command line](docs/command-line.md).
+# - Every key of the file, which `packsaddle init` writes: [configuration](docs/configuration.md).

@@ -72,7 +72,7 @@ print(before)
 # of the Hessian, `lambda_min`, lies in an interval far below the threshold. Its upper end is the curvature along a
 # direction v that was found (`before.escape_direction`), so it is a proof, and a step along v lowers the loss.
 #
-# This took a few Hessian-vector products. The Hessian is never computed, so it also works for millions of parameters.
+# The Hessian is never computed, so this also works for millions of parameters.
 #
 # ## Train without noise and with noise
 #
@@ -141,11 +141,9 @@ for name in ("no noise", "noise, TopK 5%"):
 
 # %% [markdown]
 # Both gradients pass. The first point is a saddle, the second is second-order stationary, as the paper promises for SGD
-# with noise: no curvature lies below the threshold. The lower bound is wrong with a probability of at most 0.1%
-# (`failure_probability`).
+# with noise: no curvature lies below the threshold.
 #
 # ## Next
 #
 # - The lines of a certificate, and how to choose rho: [certificates](docs/certificates.md).
-# - How much noise: [choosing](docs/choosing.md).
-# - This effect in the paper, on MNIST: [Figure 2](experiments/figure2/README.md).
+# - How much noise: [choosing](docs/choosing.md). This effect on MNIST: [Figure 2](experiments/figure2/README.md).
