@@ -148,8 +148,7 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 # gradients at every step, but after about three times as many steps (each dot is 24). With an exchange every 24 steps
 # 0.02 is not reached in this short training.
 #
-# So compression trades steps for bytes. [Local updates](docs/local-updates.md#what-was-measured) shows this for a
-# transformer.
+# So compression trades steps for bytes, also [on a transformer](docs/local-updates.md#what-was-measured).
 #
 # ## The same with Muon
 #
@@ -171,8 +170,7 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
     print(f"local, every 8, Sign, {name:15} {1000 * sent / STEPS:.2f} kB a step, test loss {loss:.4f}")
 
 # %% [markdown]
-# In this small autoencoder both reach the same loss. On transformers Muon needs far fewer steps:
-# [measured](../../experiments/muon/README.md).
+# Here both reach the same loss; on transformers Muon needs [far fewer steps](experiments/muon/README.md).
 #
 # ## The time on a link of 50 Mbit/s
 #
@@ -191,8 +189,8 @@ print(done.stdout[done.stdout.index("local updates") :])
 # small language model. A dense step takes about 10 seconds on this link, nearly all of it waiting. The best setting
 # makes the same progress in a fraction of a second.
 #
-# The answer depends on your numbers. With half a second of computing for each step, the plan recommends an exchange
-# every 2 steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
+# With half a second of computing for each step, the plan recommends an exchange every 2 steps; at 10 Gbit/s it advises
+# against local updates.
 #
 # ## Next
 #

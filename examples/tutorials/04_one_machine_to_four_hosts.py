@@ -101,9 +101,8 @@ print(whole or errors)
 # %% [markdown]
 # ## Check the network
 #
-# On several machines most first runs fail because the workers cannot find each other. Each gloo worker announces the
-# address of the machine's own name, on many systems 127.0.0.1, which no other machine can reach.
-# `packsaddle doctor` shows it:
+# On several machines most first runs fail because each gloo worker announces the address of the machine's own name, on
+# many systems 127.0.0.1, which no other machine can reach. `packsaddle doctor` shows it:
 
 # %% tags=["varies"]
 report, _ = start("packsaddle doctor").communicate()
