@@ -52,7 +52,6 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 #
 # Two numbers define the test. `epsilon` is the largest norm of the gradient. `hessian_lipschitz`, the paper's rho, is
 # how fast the curvature changes: the smallest eigenvalue of the Hessian must be at least -sqrt(rho epsilon), here -0.1.
-# To compare two points, pass both.
 
 # %%
 EPSILON, RHO = 0.02, 0.5

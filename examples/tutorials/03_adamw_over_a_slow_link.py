@@ -3,8 +3,8 @@
 #
 # Data-parallel training exchanges gradients at every step. A model of a million parameters has 4 MB of them, and a
 # link of 50 Mbit/s carries 6 MB in a second, so the workers wait for the network. With `LocalUpdates` each worker steps
-# alone. After some steps the workers exchange their changes, compressed. This tutorial trains the same model by both
-# methods, with four simulated workers in one process, compares loss and bytes, and predicts the time on such a link.
+# alone. After some steps the workers exchange their changes, compressed. Here four simulated workers train the
+# same model by both methods.
 #
 # You need packsaddle with `pip install '.[plot,digits]'`. Run it with
 # `python examples/tutorials/03_adamw_over_a_slow_link.py`; it takes less than a minute.
