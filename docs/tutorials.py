@@ -76,7 +76,7 @@ def page(script: Path, outputs: Sequence[str]) -> str:
         if output := next(printed):
             blocks.append(f"```text\n{output}\n```")
     name = script.relative_to(ROOT)
-    blocks.append(f"*`make tutorials` writes this page from the script and its output:\n[{name}](../../{name}).*")
+    blocks.append(f"*Written by `make tutorials` from\n[{name}](../../{name}).*")
     return "\n\n".join(blocks) + "\n"
 
 

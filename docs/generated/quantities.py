@@ -144,15 +144,17 @@ CERTIFICATE = (
     _of("seconds", "of this worker", "s"),
 )
 PURPOSES = (
-    _of("start", "rank 0's parameters"),
-    _of("values indices scales unit signs levels sketch left right", "the parts of messages"),
-    _of("sizes padding", "messages of varying size: their sizes, and padding to one length"),
-    _of("dense", "vectors and small tensors"),
+    _of("start", "rank 0's parameters (behind a hook DDP sends them), and the comparison of the workers' arguments"),
+    _of("values indices", "the sent coordinates and their positions; of LocalUpdates.flush all pending updates"),
+    _of("scales unit", "of rounded values: the scale of each block, and the largest scale"),
+    _of("signs levels sketch left right", "messages of Sign, QSGD, sketches and projections, and LowRank"),
+    _of("sizes padding", "lengths of messages of variable length, and padding to equal length"),
+    _of("dense", "tensors that are sent uncompressed"),
     Quantity(("escape norm", "objective", "reset"), "the escape check; reset is the mean error, at a commit"),
     Quantity(("batch norm", "buffers"), "statistics over all workers; running statistics, before tests"),
     _of("metrics", "the averages of the lines of metrics, and with [local] the votes on when to save"),
     _of("inspection", "opt.error(), opt.corrected()"),
-    _of("guard", "comparisons of x, and the flags of workers with a gradient that is not finite"),
+    _of("guard", "comparisons of parameters and of numbers of steps; reports of gradients that are not finite"),
     _of("members", "the list of workers in a round of workers that join and leave"),
 )
 LOGGED = (

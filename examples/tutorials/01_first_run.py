@@ -1,15 +1,12 @@
 # %% [markdown]
 # # A first run
 #
-# packsaddle trains PyTorch models on several workers that exchange compressed gradients. In this tutorial you
+# Train a small network on two worker processes from a configuration file, read the ledger, which counts the bytes that
+# each worker sent, and compare with a run without compression. To use packsaddle in your own training loop, see
+# [start](docs/start.md).
 #
-# 1. write a configuration and train a small network on two worker processes;
-# 2. read the ledger, which counts the bytes that each worker sent;
-# 3. train once more without compression, and compare the two runs on a page.
-#
-# To use packsaddle in your own training loop, see [start](docs/start.md). You need a clone of the repository and
-# `pip install '.[plot,digits]'` in it. Run this page with `python examples/tutorials/01_first_run.py`; it takes less
-# than a minute and writes to `runs/tutorial-1`. The function `shell` runs a command as your terminal would.
+# You need a clone of the repository and `pip install '.[plot,digits]'` in it. Run this page with
+# `python examples/tutorials/01_first_run.py`; it takes less than a minute and writes to `runs/tutorial-1`.
 
 # %%
 import json
@@ -37,12 +34,11 @@ def shell(command: str) -> None:
 # %% [markdown]
 # ## A configuration
 #
-# This TOML file describes a run: an autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs
-# them. By the table `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It
-# keeps the rest in its error memory, and adds it to the next gradient.
+# An autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs them. By the table
+# `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It keeps the rest in
+# its error memory, and adds it to the next gradient.
 #
-# The second file is for comparison: its compressor `Identity` sends everything. `packsaddle init config.toml --task
-# digits` writes a longer file, with a comment on every key.
+# In the second file, for comparison, `Identity` sends everything.
 
 # %%
 CONFIG = """
@@ -69,22 +65,20 @@ Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio 
 # %% [markdown]
 # ## Train
 #
-# `packsaddle run` starts the two worker processes on this machine, trains, and writes everything into a new folder.
+# `packsaddle run` starts the worker processes, trains, and writes everything into a new folder.
 
 # %% tags=["varies"]
 shell("packsaddle run topk.toml --out runs/topk")
 
 # %% [markdown]
-# - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits not used for
-#   training.
-# - `MB per worker` are the megabytes that one worker sent in the whole run, without the model at the start.
-# - `compression` is the number of bytes of uncompressed gradients over this number.
-# - The line about noise is for runs whose loss stands still, the topic of the next tutorial.
+# `MB per worker` are the megabytes that one worker sent in the whole run, and `compression` is the number of bytes of
+# uncompressed gradients over this number. The line about noise is for runs whose loss
+# [stands still](docs/tutorials/02_leave_a_saddle.md).
 #
 # ## The ledger
 #
-# packsaddle counts the bytes of every exchange by purpose. For a run the counts are in `summary.json`; in your own
-# script `print(optimizer.ledger)` prints them.
+# packsaddle counts the bytes of every exchange by [purpose](docs/metrics.md#names); in your own script
+# `print(optimizer.ledger)` prints them.
 
 
 # %%
@@ -100,12 +94,8 @@ def show_ledger(folder: str) -> None:
 show_ledger("runs/topk")
 
 # %% [markdown]
-# - `values` are the numbers that TopK kept, and `indices` their positions in the gradient.
-# - `dense` are the biases: vectors are sent uncompressed.
-# - `start` is the model, sent once, so that both workers start with the same one.
-# - `sizes` announce the length of each message, which differs from step to step with TopK.
-#
-# Purposes below a thousandth are left out.
+# `values` are the numbers that TopK kept, and `indices` their positions in the gradient. `dense` are the biases:
+# vectors are sent uncompressed. `start` is the model, sent once, so that both workers start with the same one.
 #
 # ## The same without compression
 
@@ -117,13 +107,11 @@ show_ledger("runs/dense")
 
 # %% [markdown]
 # The compressed run sent 33 times fewer bytes, half of them for the biases. Its loss is a little higher after the same
-# number of steps. How much higher depends on the network, the compressor and the learning rate
-# ([choosing](docs/choosing.md)).
+# number of steps; how much depends on the network, the compressor and the learning rate ([choosing](docs/choosing.md)).
 #
 # ## A page of both
 #
-# `packsaddle report` prints a table of the runs and writes one HTML page with charts and configurations, and the
-# numbers as CSV.
+# `packsaddle report` writes one HTML page with charts and configurations, and the numbers as CSV.
 
 # %% tags=["varies"]
 shell("packsaddle report runs/topk runs/dense --out report")
@@ -133,15 +121,14 @@ shutil.copy("report/figure.png", "01_first_run.png")
 print(*sorted(p.name for p in Path("report").iterdir()))
 
 # %% [markdown]
-# This is the figure in `runs/tutorial-1/report/index.html`:
+# The figure in `runs/tutorial-1/report/index.html`:
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
 #
-# On the left, against epochs, the compressed run is about an epoch behind. On the right, against megabytes, on a
-# logarithmic axis, the uncompressed run has sent about 30 times as much at each loss.
+# Against epochs the compressed run is about an epoch behind. Against megabytes, on a logarithmic axis, the uncompressed
+# run has sent about 30 times as much.
 #
 # ## Next
 #
-# - Is a run that stands still at a minimum? [Leave a saddle, and prove it](docs/tutorials/02_leave_a_saddle.md).
 # - AdamW, and an exchange every 8 steps: [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).
-# - Every key of the file: [configuration](docs/configuration.md). Every command: [command line](docs/command-line.md).
+# - Every key of the file, which `packsaddle init` writes: [configuration](docs/configuration.md).

@@ -2,11 +2,8 @@
 # # Leave a saddle, and prove it
 #
 # A training loss that stands still has two explanations: the run has reached a minimum, or it is at a saddle. The
-# gradient is small at both, but the curvature differs. In this tutorial you
-#
-# 1. put a small network on a saddle, and let `packsaddle.certify` prove that it is one;
-# 2. train from there without noise, and with it;
-# 3. certify the point where the training with noise ends.
+# gradient is small at both, but the curvature differs. Here a small network starts on a saddle, which
+# `packsaddle.certify` proves, and leaves it with noise.
 #
 # You need packsaddle and matplotlib. Run it with `python examples/tutorials/02_leave_a_saddle.py`; it takes some
 # seconds.
@@ -23,8 +20,8 @@ import packsaddle
 # %% [markdown]
 # ## A network on a saddle
 #
-# The network is an autoencoder: 64 numbers in, 4 in the middle, 64 out. The data have 4 hidden factors and a little
-# noise. Both layers are linear, so the best possible loss is known: it is that of the first four principal components.
+# The network is a linear autoencoder: 64 numbers in, 4 in the middle, 64 out. The best possible loss is that of the
+# first four principal components of the data.
 #
 # With all weights zero and the last bias at the mean of the data, the network always returns the mean. The gradient of
 # each layer is a multiple of the other layer's weights or output, which are zero. So SGD cannot move.
@@ -53,14 +50,8 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 # %% [markdown]
 # ## Certify it
 #
-# `certify` needs the model, a function that returns the mean loss of a batch, and batches that it can read more than
-# once. Two numbers define the test:
-#
-# - `epsilon`: the largest norm of the gradient.
-# - `hessian_lipschitz`, the paper's rho: how fast the curvature changes. The smallest eigenvalue of the Hessian must
-#   be at least -sqrt(rho epsilon). Without it `certify` estimates rho. To compare two points, pass one.
-#
-# With the values below the threshold is -0.1.
+# Two numbers define the test. `epsilon` is the largest norm of the gradient. `hessian_lipschitz`, the paper's rho, is
+# how fast the curvature changes: the smallest eigenvalue of the Hessian must be at least -sqrt(rho epsilon), here -0.1.
 
 # %%
 EPSILON, RHO = 0.02, 0.5
@@ -76,26 +67,19 @@ before = certify(network_on_a_saddle())
 print(before)
 
 # %% [markdown]
-# - The verdict is `saddle`.
-# - The gradient's norm is zero, up to rounding. A test of the gradient alone would report convergence.
-# - The smallest eigenvalue of the Hessian, `lambda_min`, lies in an interval far below the threshold. Its upper end is
-#   the curvature along a direction v that was found, so it is a proof.
-# - A step along v lowers the loss. `before.escape_direction` is v.
+# A test of the gradient alone, whose norm is zero up to rounding, would report convergence. But the smallest eigenvalue
+# of the Hessian, `lambda_min`, lies in an interval far below the threshold. Its upper end is the curvature along a
+# direction v that was found (`before.escape_direction`), so it is a proof, and a step along v lowers the loss.
 #
-# The certificate took a few Hessian-vector products. The Hessian is never computed, so this also works for millions of
-# parameters.
+# The Hessian is never computed, so this also works for millions of parameters.
 #
 # ## Train without noise and with noise
 #
-# `CompressedSGD` is Algorithm 1 of the paper: SGD that sends compressed gradients and optionally adds noise. `noise` is
-# the standard deviation in each coordinate. Three runs start at the same point:
-#
-# - without noise;
-# - with noise, uncompressed (`Identity` sends everything);
-# - with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below 1,024 elements;
-#   this network has only such.
-#
-# `Ramp` lowers the noise to zero between steps 500 and 600, so that the gradient can become small.
+# `CompressedSGD` is Algorithm 1 of the paper: SGD that sends compressed gradients and optionally adds noise, with the
+# given standard deviation in each coordinate. Three runs start at the saddle: without noise; with noise, uncompressed
+# (`Identity`); with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below
+# 1,024 elements; this network has only such. `Ramp` lowers the noise to zero between steps 500 and 600, so that the
+# gradient can become small.
 
 # %%
 STEPS, LR = 800, 0.5
@@ -141,11 +125,9 @@ figure.savefig("runs/02_leave_a_saddle.png", dpi=120)
 # %% [markdown]
 # ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.png)
 #
-# Without noise the loss is constant. With noise the weights move a little at random, and the negative curvature
-# amplifies this at every step. Both runs with noise end at the best loss of this network.
-#
-# The compressed run leaves the saddle as well, with a 14th of the bytes. It takes longer: the two plateaus in its curve
-# are further saddles, at which the network has found some of the four directions.
+# With noise the weights move a little at random, and the negative curvature amplifies this at every step. Both runs
+# with noise end at the best loss of this network. The compressed run does so with a 14th of the bytes, but takes
+# longer: the two plateaus in its curve are further saddles, at which the network has found some of the four directions.
 #
 # ## Certify the end
 
@@ -157,12 +139,10 @@ for name in ("no noise", "noise, TopK 5%"):
     print(f"  lambda_min in [{certificate.lambda_min_lower:.3f}, {certificate.lambda_min_upper:.3f}]")
 
 # %% [markdown]
-# Both gradients pass. The first point is a saddle, the second is second-order stationary: no curvature lies below the
-# threshold. The paper promises this for SGD with noise; here it is checked at one point. The lower bound is wrong with
-# a probability of at most 0.1% (`failure_probability`).
+# Both gradients pass. The first point is a saddle, the second is second-order stationary, as the paper promises for SGD
+# with noise: no curvature lies below the threshold.
 #
 # ## Next
 #
 # - The lines of a certificate, and how to choose rho: [certificates](docs/certificates.md).
-# - How much noise: [choosing](docs/choosing.md).
-# - The paper's own figure with this effect, on MNIST: [Figure 2](experiments/figure2/README.md).
+# - How much noise: [choosing](docs/choosing.md). This effect on MNIST: [Figure 2](experiments/figure2/README.md).

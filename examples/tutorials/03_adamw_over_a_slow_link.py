@@ -3,11 +3,8 @@
 #
 # Data-parallel training exchanges gradients at every step. A model of a million parameters has 4 MB of them, and a
 # link of 50 Mbit/s carries 6 MB in a second, so the workers wait for the network. With `LocalUpdates` each worker steps
-# alone. After some steps the workers exchange their changes, compressed. In this tutorial you
-#
-# 1. train the same model by both methods, with four simulated workers in one process;
-# 2. compare the loss with the bytes that a worker sends;
-# 3. ask `packsaddle plan link` for the time on a link of 50 Mbit/s.
+# alone. After some steps the workers exchange their changes, compressed. Here four simulated workers train the
+# same model by both methods.
 #
 # You need packsaddle with `pip install '.[plot,digits]'`. Run it with
 # `python examples/tutorials/03_adamw_over_a_slow_link.py`; it takes less than a minute.
@@ -29,8 +26,8 @@ import packsaddle
 # %% [markdown]
 # ## The task
 #
-# An autoencoder compresses the 8 x 8 digits of scikit-learn to 16 numbers and reconstructs them. The last 297 images
-# are the test set. Each of the four workers has a quarter of the others.
+# An autoencoder compresses the 8 x 8 digits of scikit-learn to 16 numbers and reconstructs them. Each of the four
+# workers has a quarter of the training images.
 
 # %%
 WORKERS, STEPS, BATCH, LR = 4, 720, 16, 2e-3
@@ -61,10 +58,8 @@ print(f"{sum(p.numel() for p in new_model().parameters()):,} parameters")
 # ## Gradients at every step
 #
 # `packsaddle.simulate(worker, workers=4)` calls `worker(rank)` for each rank, in one process. The workers exchange the
-# same messages and bytes as four processes.
-#
-# The first worker function averages the gradients at every step, as DistributedDataParallel does. `Communicator.mean`
-# averages a tensor over the workers and counts the bytes.
+# same messages and bytes as four processes. The first worker function averages the gradients at every step, as
+# DistributedDataParallel does.
 
 
 # %%
@@ -90,9 +85,8 @@ def every_step(rank: int) -> list[tuple[float, float]]:
 # %% [markdown]
 # ## Local updates
 #
-# With `LocalUpdates` the loop contains no exchange: `optimizer.step()` is counted, and every `every`-th call also
-# exchanges. Between exchanges the workers have different parameters. Their common model is the anchor, which
-# `at_anchor()` evaluates.
+# With `LocalUpdates` the loop contains no exchange: every `every`-th call of `optimizer.step()` also exchanges. Between
+# exchanges the workers have different parameters. Their common model is the anchor, which `at_anchor()` evaluates.
 
 
 # %%
@@ -122,14 +116,8 @@ def local_updates(every: int, compressor: packsaddle.Compressor, make=adamw) -> 
 # %% [markdown]
 # ## Loss against bytes
 #
-# Four methods train on the same examples for the same number of steps:
-#
-# - gradients at every step;
-# - local updates every 8 steps, uncompressed;
-# - local updates every 8 steps, of which `TopK` sends the largest 1/32 in 2 bits each;
-# - the same every 24 steps.
-#
-# All have the learning rate 0.002, which was not tuned. The bytes are those that rank 1 sends.
+# Four methods train on the same examples for the same number of steps, at one learning rate, which was not tuned.
+# `small` sends the largest 1/32 of the coordinates in 2 bits each. The bytes are those that rank 1 sends.
 
 # %%
 small = packsaddle.TopK(1 / 32, values="int2")
@@ -156,22 +144,16 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 # %% [markdown]
 # ![Test loss against the megabytes that a worker has sent, for four methods](03_adamw_over_a_slow_link.png)
 #
-# Both axes are logarithmic. Compare the curves at a loss of 0.02:
+# Both axes are logarithmic. Compressed local updates reach a loss of 0.02 with some 100 times fewer bytes than
+# gradients at every step, but after about three times as many steps (each dot is 24). With an exchange every 24 steps
+# 0.02 is not reached in this short training.
 #
-# - Uncompressed local updates reach it with about a seventh of the bytes of gradients at every step.
-# - Compressed local updates need about a fifteenth of those: some 100 times fewer bytes than gradients at every step.
-# - They need more steps. Each dot is 24 steps: the red curve reaches 0.02 after about three times as many as the black
-#   one. After 720 steps its loss is still an eighth higher.
-# - With an exchange every 24 steps 0.02 is not reached in this short training. This pays only where the link is too
-#   slow for the red curve's bytes.
-#
-# So compression trades steps for bytes. [Local updates](docs/local-updates.md#what-was-measured) shows this for a
-# transformer, most methods at the better of two learning rates.
+# So compression trades steps for bytes, also [on a transformer](docs/local-updates.md#what-was-measured).
 #
 # ## The same with Muon
 #
-# To train the matrices of hidden layers with Muon and the rest with AdamW, pass both optimizers to `LocalUpdates`. A
-# step is counted when each has stepped. Here `Sign`, the default compressor, sends one bit for each coordinate.
+# To train the matrices of hidden layers with Muon and the rest with AdamW, pass both optimizers to `LocalUpdates`. Here
+# `Sign`, the default compressor, sends one bit for each coordinate.
 
 
 # %%
@@ -188,14 +170,13 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
     print(f"local, every 8, Sign, {name:15} {1000 * sent / STEPS:.2f} kB a step, test loss {loss:.4f}")
 
 # %% [markdown]
-# In this small autoencoder both reach the same loss. On transformers Muon needs far fewer steps:
-# [measured](../../experiments/muon/README.md).
+# Here both reach the same loss; on transformers Muon needs [far fewer steps](experiments/muon/README.md).
 #
 # ## The time on a link of 50 Mbit/s
 #
-# `packsaddle plan link` predicts the time of a step, and measures on this machine how long each compressor computes. It
-# needs the link, the size of your model (`--d`), the seconds of a forward and backward pass on your worker
-# (`--compute`) and the number of workers. `--local` adds a second table, of local updates, which we print.
+# `packsaddle plan link` predicts the time of a step from the link, the size of your model (`--d`), the seconds of a
+# forward and backward pass on your worker (`--compute`) and the number of workers. `--local` adds a second table, of
+# local updates, which we print.
 
 # %% tags=["varies"]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
@@ -204,15 +185,12 @@ done = subprocess.run(shlex.split(command), capture_output=True, text=True, chec
 print(done.stdout[done.stdout.index("local updates") :])
 
 # %% [markdown]
-# - `step ms` is the time of one step, `compute %` the fraction of it in which the worker computes, and `sent kB` the
-#   bytes that a worker sends per step.
-# - `x steps` is the number of steps that a setting needs, relative to dense training. It was measured on one small
-#   language model, so it is a rough guide for yours.
-# - The first sentence below the table combines both. A dense step takes about 10 seconds on this link, nearly all of it
-#   waiting. The best setting makes the same progress in a fraction of a second.
+# `x steps` is the number of steps that a setting needs, relative to dense training: a rough guide, measured on one
+# small language model. A dense step takes about 10 seconds on this link, nearly all of it waiting. The best setting
+# makes the same progress in a fraction of a second.
 #
-# The answer depends on your numbers. With half a second of computing for each step, the plan recommends an exchange
-# every 2 steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
+# With half a second of computing for each step, the plan recommends an exchange every 2 steps; at 10 Gbit/s it advises
+# against local updates.
 #
 # ## Next
 #

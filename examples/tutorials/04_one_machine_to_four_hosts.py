@@ -2,16 +2,12 @@
 # # From one machine to four hosts
 #
 # One training script runs on one process, on several processes of a machine, and on several machines. Only the command
-# that starts it changes. In this tutorial you
-#
-# 1. write such a script, with local updates and a checkpoint, and start four workers on this machine;
-# 2. check the network with `packsaddle doctor`;
-# 3. start four hosts, all on this machine, kill one and start again;
-# 4. see the commands for four machines.
+# that starts it changes. Here such a script runs with four workers on this machine, then on four hosts, all on this
+# machine, of which one dies.
 #
 # You need a clone of the repository and `pip install .` in it. Run this page with
-# `python examples/tutorials/04_one_machine_to_four_hosts.py`. It takes one to two minutes, most of it to start Python
-# processes. The files are written to `runs/tutorial-4`.
+# `python examples/tutorials/04_one_machine_to_four_hosts.py`; it takes one to two minutes and writes to
+# `runs/tutorial-4`.
 
 # %%
 import os
@@ -40,13 +36,13 @@ def start(command: str, **variables: str) -> subprocess.Popen[str]:
 # %% [markdown]
 # ## The script
 #
-# `train.py` is an ordinary loop with AdamW. Four things make it ready for several workers:
+# `train.py` is an ordinary loop with AdamW, in which
 #
-# - `init_process_group("gloo")` joins the workers. torchrun gives each one its rank in environment variables.
-# - Each worker uses its own part of the data, by `rank`.
-# - `LocalUpdates` exchanges the changes of the workers every 10 steps.
-# - All workers call `load_checkpoint` and `save_checkpoint`. Each writes its own file, with its optimizer state and its
-#   error memory (the unsent part of its changes). Without a checkpoint `load_checkpoint` returns None.
+# - `init_process_group("gloo")` joins the workers;
+# - each worker uses its own part of the data, by `rank`;
+# - `LocalUpdates` exchanges the changes of the workers every 10 steps;
+# - all workers call `load_checkpoint`, which returns None without a checkpoint, and `save_checkpoint`. Each writes its
+#   own file, with its optimizer state and its error memory (the unsent part of its changes).
 #
 # The variable `DIE_AT` makes the last worker kill itself at a step, like a machine that fails.
 
@@ -96,20 +92,17 @@ torch.distributed.destroy_process_group()
 # %% [markdown]
 # ## Four workers on this machine
 #
-# `--standalone` means that no other machine takes part.
+# `--standalone` means that no other machine takes part. The line printed has a digest of the weights, for comparison.
 
 # %% tags=["varies"]
 whole, errors = start("torchrun --standalone --nproc-per-node 4 train.py checkpoints/one").communicate()
 print(whole or errors)
 
 # %% [markdown]
-# The line has a digest of the weights, which we need later.
-#
 # ## Check the network
 #
-# On several machines most first runs fail because the workers cannot find each other. Each gloo worker announces the
-# address at which it listens. By default this is the address of the machine's own name, on many systems 127.0.0.1,
-# which no other machine can reach. `packsaddle doctor` shows it:
+# On several machines most first runs fail because each gloo worker announces the address of the machine's own name, on
+# many systems 127.0.0.1, which no other machine can reach. `packsaddle doctor` shows it:
 
 # %% tags=["varies"]
 report, _ = start("packsaddle doctor").communicate()
@@ -118,13 +111,12 @@ first, last = (next(i for i, line in enumerate(lines) if line[4:].startswith(w))
 print("\n".join(lines[first:last]))
 
 # %% [markdown]
-# A `!` before `gloo` means that workers on other machines could not reach this one. Then set `GLOO_SOCKET_IFNAME` on
-# each machine to the name of the network card to use. The list has the names.
+# After a `!` before `gloo`, set `GLOO_SOCKET_IFNAME` on each machine to the name of the network card to use.
 #
 # ## Four hosts, on one machine
 #
-# With several machines you start torchrun once on each, with its own `--node-rank`. `--master-addr` is the address of
-# the first machine. The function below does this on one machine, with its loopback card `lo` and the address 127.0.0.1.
+# With several machines you start torchrun once on each, with its own `--node-rank` and the address of the first machine
+# as `--master-addr`. The function below does this on one machine, with its loopback card `lo`.
 
 
 # %%
@@ -142,7 +134,7 @@ def four_hosts(**variables: str) -> list[tuple[str, str]]:
 # %% [markdown]
 # ## A host dies
 #
-# The last host receives SIGKILL at step 60. The other three print this, and the checkpoint's folder contains:
+# The last host receives SIGKILL at step 60:
 
 # %% tags=["varies"]
 for node, (_, errors) in enumerate(four_hosts(DIE_AT="60")):
@@ -152,8 +144,8 @@ for folder in sorted(Path("checkpoints/four").iterdir()):
     print(folder, *sorted(path.name for path in folder.glob("*.pt")))
 
 # %% [markdown]
-# At their next exchange the others get no answer. Their `PeerLostError` names the missing rank, and all end within
-# seconds. The checkpoint of step 50 is complete, with one file for each worker.
+# At their next exchange the others get no answer, and end within seconds. The checkpoint of step 50 is complete, with
+# one file for each worker.
 #
 # ## Start again
 #
@@ -169,16 +161,13 @@ digests = [re.findall(r"weights (\w+)", text) for text in (whole, resumed[0][0])
 print("the weights are those of the run on one machine:", digests[0] == digests[1] != [])
 
 # %% [markdown]
-# Four workers on one machine without a failure, and four hosts with a failure and a second start: the weights are
-# the same, bit for bit.
-#
-# With `--max-restarts 3` torchrun restarts the workers automatically
-# ([how](docs/multi-node.md#when-a-machine-is-late-or-gone)).
+# The weights are those of the run without a failure, bit for bit. With `--max-restarts 3` torchrun restarts the workers
+# automatically ([how](docs/multi-node.md#when-a-machine-is-late-or-gone)).
 #
 # ## Four machines
 #
-# On four machines, 10.0.0.1 is the first machine's address and `eth0` the card. Each has the script, and the same
-# versions of Python, torch and packsaddle. Check the network first, on all four with `--node-rank` 0 to 3:
+# Here 10.0.0.1 is the first machine's address and `eth0` the card. Each machine has the script, and the same versions
+# of Python, torch and packsaddle. Check the network first, on all four with `--node-rank` 0 to 3:
 #
 #     export GLOO_SOCKET_IFNAME=eth0
 #     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 -m packsaddle.cli doctor
@@ -188,15 +177,9 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 #     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 train.py checkpoints/four
 #
 # If it waits forever at the start, a firewall may be between the machines: try `nc -vz 10.0.0.1 29500` on the second
-# machine. The machines must trust each other: whoever can reach these ports can join
-# ([ports, and who may connect](docs/multi-node.md#ports-and-who-may-connect)).
-#
-# With the same number of machines each worker reads its own file, so the checkpoint folder need not be shared. To
-# continue with fewer machines, put it on a disk that all can read.
-#
-# To try slow links without a second machine (on Linux, as root):
-# `python -m benchmarks.race link --hosts 4 --rate 50` makes four hosts out of network namespaces, with links of
-# 50 Mbit/s, and measures training steps between them.
+# machine. The machines must trust each other: whoever can reach these ports can join ([ports, and who may
+# connect](docs/multi-node.md#ports-and-who-may-connect)). The checkpoint folder need not be shared, unless you continue
+# with fewer machines.
 #
 # ## Next
 #

@@ -1,4 +1,26 @@
-"""SharedTopK and SketchTopK: all workers send the same coordinates, selected by a sketch of the mean vector."""
+"""SharedTopK and SketchTopK: all workers send the same coordinates, selected by a sketch of the mean vector.
+
+SharedTopK keeps K of B blocks of b coordinates, by r projections of each. Its mu is K / B >= k/d, in expectation, for
+every v: block j has energy e_j and the estimate e_j X_j. The X_j are independent and chi squared of r degrees, because
+a Gaussian matrix has the same distribution in all directions. Let e_i >= e_j. Swapping X_i and X_j preserves
+probability, and turns each case that keeps j without i into one that keeps i without j. So
+P(i is kept) >= P(j is kept). These probabilities sum to K, so by Chebyshev's sum inequality
+E[energy kept] = sum_j e_j P(j is kept) >= (K / B) sum_j e_j = (K / B) ||v||^2.
+
+It sends B r numbers of 2 bytes (if `half`) and K b values. By default b is the size nearest to 2 r d / k for which
+whole blocks make k coordinates; projections then take a quarter of the bytes of the values in float32. For
+k < sqrt(2 r d) one block of k coordinates is kept, and the fraction K / B is larger. Below k = sqrt(r d / 2) one block
+of sqrt(r d / 2) is kept, which takes the fewest bytes possible.
+
+SketchTopK's sketch has R rows of c columns. Charikar et al. (2002) require c of order k and R of order log d. Here:
+- c = 16 k: the standard deviation of a row's estimate is a quarter of a heavy hitter (a coordinate with 1/k of the
+  total energy), and that of the median of R = 5 rows a seventh.
+- R = 2 m + 1, with the least m >= 1 for which 8^m >= d / (24 k): 3 rows up to d / k = 192, 5 up to 1,536, 7 up to
+  12,288, ... A light coordinate shares its counter with a heavy hitter of a given sign with probability at most
+  k / (2 c) = 1/32. So its median of R rows is a heavy hitter's value with probability at most
+  2 C(R, m + 1) 32^-(m + 1) <= 8^-m / 16. SketchTopK requests the exact values of 4 k candidates, and such
+  coordinates, on average d 8^-m / 16, fill at most half of the 3 k spare ones.
+"""
 
 import math
 from abc import abstractmethod
@@ -102,7 +124,7 @@ class SharedTopK(SharedSupport):
     uses the rows of each matrix as blocks). For given blocks C is linear, so the mean of C(v_i) is C(mean v_i):
     Algorithm 1 on the mean, as in Theorem 3.1.
 
-    mu = K / B >= k/d, in expectation, for every v. docs/compressors.md has the proof and derives the default block
+    mu = K / B >= k/d, in expectation, for every v. The module's docstring has the proof and derives the default block
     size, with which the projections take a quarter of the values' bytes. If B r + K b is at least d, there are no
     projections and all values are sent.
 
@@ -213,8 +235,9 @@ class SketchTopK(SharedSupport):
     All workers keep the same coordinates and the mean is compressed, as Theorem 3.1 requires.
 
     The estimate is the median over rows; in each row its variance is at most ||v||^2 / columns (see
-    `numerics.sketches`). docs/compressors.md derives the default sizes, 16 k columns and O(log(d / k)) rows. If sketch
-    and candidates would be d numbers or more, all values are sent instead and the k largest kept: TopK of the mean.
+    `numerics.sketches`). The module's docstring derives the default sizes, 16 k columns and O(log(d / k)) rows. If
+    sketch and candidates would be d numbers or more, all values are sent instead and the k largest kept: TopK of the
+    mean.
 
     `mu` returns k/d. Raises ValueError for an argument out of range, and unless exactly one of ratio and k is given.
 
