@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 _NEARBY = 17 / 16  # ratio of two steps h whose products differ almost only by rounding
 _ROUNDS = 6  # most steps h to try for one product
-_LONGEST = 1 / 16  # largest step, as h / ||x||; beyond it M_3 at two steps does not predict the error
+_LONGEST = 1 / 16  # largest step, as h / ||x||; the errors of longer ones do not follow the formula with M_3
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long

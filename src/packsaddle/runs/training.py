@@ -317,7 +317,7 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
 
-    # match_rms_adamw scales the updates of Muon so that it can have the learning rate of AdamW.
+    # match_rms_adamw scales Muon's updates so that the learning rate of AdamW suits both.
     momentum = {"momentum": config.momentum or _MUON_MOMENTUM, "nesterov": config.nesterov or not config.momentum}
     return JoinedOptimizer(muon_and_adamw(model, {**rate, **momentum, "adjust_lr_fn": "match_rms_adamw"}, adamw))
 
