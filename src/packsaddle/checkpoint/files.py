@@ -87,7 +87,7 @@ def ranks_in(step: Path) -> list[int]:
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's tensor file of a step, then its manifest with `said` as further fields. Raises OSError."""
+    """Write a worker's tensor file of a step, then its manifest with `said` as further fields. OSErrors are raised."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)

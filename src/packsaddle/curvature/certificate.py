@@ -240,7 +240,7 @@ class Share:
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """Return a lower bound, of this `confidence`, on the fraction of stationary iterates (Clopper-Pearson,
+        """Return a lower bound, with this `confidence`, on the fraction of stationary iterates (Clopper-Pearson,
         one-sided).
 
         The failure probabilities of the certificates are not included.

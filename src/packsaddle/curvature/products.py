@@ -345,7 +345,8 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
-    """Return the products of method `hvp`; "auto" tries double backward on a batch; collective. Raises ValueError."""
+    """Return the products of method `hvp`; "auto" tries double backward on a batch; collective.
+    Raises ValueError for "double-backward" with a sharded model."""
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:

@@ -261,7 +261,7 @@ class GradientHook(ABC):
     def _exchange(
         self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
+        """Replace a slice's gradients with their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
         Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
         identify the slice: if they differ between workers, the code is UNLIKE or more.

@@ -141,7 +141,7 @@ class LocalUpdatesCallback(_Attached):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
 
-        # Later callbacks must not replace the agreed parameters by this worker's own average.
+        # Later callbacks must not replace the agreed parameters with this worker's own average.
         names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
         for callback in trainer.callbacks[trainer.callbacks.index(self) :]:

@@ -635,7 +635,7 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
-        """Replace tensors by their means over workers, weighted as by `Workers.weight`, uncompressed; collective.
+        """Replace tensors with their means over workers, weighted as by `Workers.weight`, uncompressed; collective.
 
         For tensors computed from each worker's own parameters, which differ between workers even after `flush`: a
         module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a

@@ -84,10 +84,12 @@ class Training(ABC):
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """Do one step. If it has an exchange, it is collective and averages `scalars` over workers into `self.scalars`.
-        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError."""
+        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError after
+        too many skipped steps."""
 
     def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
-        """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError."""
+        """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError after too
+        many rejected rounds."""
 
     def at_anchor(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -576,7 +576,7 @@ class CompressedSGD(Optimizer):
         ]
 
     def _identity(self) -> dict[str, int | str]:
-        """Return the values that must be equal at saving and at loading. "owners": an exchange with owner errors."""
+        """Return the values that must be equal at saving and loading; "owners": the exchange if it has owner errors."""
         owners = self.choice.name if "owner_error" in self._flat_state() else "none"
         return {
             "seed": self.seed,
