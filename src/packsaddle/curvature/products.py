@@ -67,7 +67,7 @@ class Products(ABC):
     reason: str | None = None  # why double backward failed; None: it did not, or was not tried
     precision: float  # unit roundoff of the products, which `error` does not include
     error: float = 0.0
-    unproven = False  # True: verify the direction that decides a verdict with `checked`
+    unproven = False  # True: use `checked` to verify the direction that decides a verdict
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature

@@ -149,7 +149,7 @@ class Skips:
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    fraction: Tensor | None  # fraction of workers whose v is invalid, float[]; None: those send NaNs, or no checks
+    fraction: Tensor | None  # fraction of workers with an invalid v, float[]; None: NaNs flag it instead, or no checks
     magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 

@@ -153,7 +153,7 @@ class ErrorMemory:
         """Update dependent state after the memory changed between two steps; `unit` is the memory's new unit."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
-        """Set the coordinates of frozen parameters to zero, which noise or a decoded message may have changed."""
+        """Set the coordinates of frozen parameters to zero, since noise or a decoded message may have changed them."""
         for view in self.slice.frozen(vector):
             view.zero_()
 

@@ -251,7 +251,7 @@ class GradientHook(ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, *, kept: bool = False) -> Compressor:
-        """Set a slice's compressor in this step; return that of the model. With `kept` it causes no owner errors."""
+        """Set a slice's compressor in this step; return that of the model. `kept`: use one that has no owner errors."""
         exchange = self.rules.compression.exchange
         compressor = Identity() if kept and exchange != "direct" else self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)

@@ -235,7 +235,7 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Certifies every N epochs or steps if the model is at a saddle; logs the certificate, and prints the verdict.
+    """Checks every N epochs or steps if the model is at a saddle; logs the certificate, and prints the verdict.
 
     The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
     batch, without calling `log`; `batches` are this worker's, identical in every pass; `options` are those of
