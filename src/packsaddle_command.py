@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def _answer(words: Sequence[str]) -> str | None:
-    """Return the text of the version, or of the overview of the program or a group; None for any other `words`."""
+    """Return the version, or the overview of the program or of a group, as text; None for any other `words`."""
     if [*words] == ["--version"]:
         return f"packsaddle {VERSION}"
     name, about, entries, rest = "packsaddle", ABOUT, COMMANDS, asked_for_help(words)

@@ -34,9 +34,9 @@ def shell(command: str) -> None:
 # %% [markdown]
 # ## A configuration
 #
-# An autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs them. By the table
-# `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It keeps the rest in
-# its error memory, and adds it to the next gradient.
+# An autoencoder encodes the 8 x 8 digits of scikit-learn in 10 numbers and reconstructs them. With the table
+# `[compressor]` each worker sends the largest 1% of the coordinates of its gradient in each step. It keeps
+# the rest in its error memory, and adds it to the next gradient.
 #
 # In the second file, for comparison, `Identity` sends everything.
 
@@ -94,7 +94,7 @@ def show_ledger(folder: str) -> None:
 show_ledger("runs/topk")
 
 # %% [markdown]
-# `values` are the numbers that TopK kept, and `indices` their positions in the gradient. `dense` are the biases:
+# `values` are the numbers that TopK kept, and `indices` their positions in the gradient. `dense` counts the biases:
 # vectors are sent uncompressed. `start` is the model, sent once, so that both workers start with the same one.
 #
 # ## The same without compression

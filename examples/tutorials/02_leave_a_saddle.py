@@ -50,8 +50,9 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 # %% [markdown]
 # ## Certify it
 #
-# Two numbers define the test. `epsilon` is the largest norm of the gradient. `hessian_lipschitz`, the paper's rho, is
-# how fast the curvature changes: the smallest eigenvalue of the Hessian must be at least -sqrt(rho epsilon), here -0.1.
+# Two numbers define the test. `epsilon` is the largest norm of the gradient. `hessian_lipschitz`, the paper's rho,
+# bounds how fast the curvature changes: the smallest eigenvalue of the Hessian must be at least -sqrt(rho epsilon),
+# here -0.1.
 
 # %%
 EPSILON, RHO = 0.02, 0.5
@@ -78,7 +79,7 @@ print(before)
 # `CompressedSGD` is Algorithm 1 of the paper: SGD that sends compressed gradients and optionally adds noise, with the
 # given standard deviation in each coordinate. Three runs start at the saddle: without noise; with noise, uncompressed
 # (`Identity`); with noise, and 5% of the coordinates a step (`TopK`). `dense_below=0` also compresses tensors below
-# 1,024 elements; this network has only such. `Ramp` lowers the noise to zero between steps 500 and 600, so that the
+# 1,024 elements; this network has no others. `Ramp` lowers the noise to zero between steps 500 and 600, so that the
 # gradient can become small.
 
 # %%

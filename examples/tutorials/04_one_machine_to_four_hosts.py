@@ -2,8 +2,8 @@
 # # From one machine to four hosts
 #
 # One training script runs on one process, on several processes of a machine, and on several machines. Only the command
-# that starts it changes. Here such a script runs with four workers on this machine, then on four hosts, all on this
-# machine, of which one dies.
+# that starts it changes. Here such a script runs with four workers on this machine, then on four hosts, simulated on
+# this machine, one of which dies.
 #
 # You need a clone of the repository and `pip install .` in it. Run this page with
 # `python examples/tutorials/04_one_machine_to_four_hosts.py`; it takes one to two minutes and writes to

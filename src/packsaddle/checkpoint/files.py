@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from packsaddle.checkpoint.atomic_files import set_aside, write_whole
 from packsaddle.errors import ConfigError
 
-FORMAT = 2  # version of the files; 1, of development versions, had all tensors in every worker's file
+FORMAT = 2  # version of the files; in version 1, used during development, every worker's file had all tensors
 _STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # the suffix marks a folder that was set aside
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
@@ -87,7 +87,7 @@ def ranks_in(step: Path) -> list[int]:
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's tensor file of a step, then its manifest with `said` as further fields. Raises OSError."""
+    """Write a worker's tensor file of a step, then its manifest with `said` as further fields. OSErrors are raised."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)

@@ -250,7 +250,8 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
 
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
-    """Return the compressors to compare: `name`, or for "best" all measured with `optimizer`, or all lossy ones."""
+    """Return the compressors to compare: the one called `name`; for "best" all that were measured with `optimizer`,
+    or all lossy ones without an optimizer."""
     if "(" in name:
         return [called(name, ratio)]
     name = name.lower()

@@ -44,7 +44,7 @@ class LinkPlan:
     fleet: Fleet
     update: float  # seconds per step for error memory and noise, beyond plain SGD's update
     optimizer: Optimizer | None
-    timing: Timing | None = None  # measured times of a step; `fleet` has the minimum. None: --compute was given
+    timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`. None: --compute was given
     slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for the maximum of `timing`
     coding_spread: float = 0.0  # median over minimum of the encoding times, minus 1: the largest of all compressors
 

@@ -84,7 +84,7 @@ class Aggregator(ABC):
         self.compressor = compressor
 
     def adopt(self, compressor: Compressor) -> None:
-        """Replace the compressor by one of the same kind with another ratio. Ratios may differ between workers."""
+        """Replace the compressor with one of the same kind with another ratio. Ratios may differ between workers."""
         self.compressor = compressor
 
     @abstractmethod

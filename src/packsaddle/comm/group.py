@@ -33,7 +33,7 @@ class Group(ABC):
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace the tensor by its sum over workers, in place. Shapes and dtypes must match on all workers."""
+        """Replace the tensor with its sum over workers, in place. Shapes and dtypes must match on all workers."""
 
     @abstractmethod
     def all_gather(self, tensor: Tensor) -> list[Tensor]:

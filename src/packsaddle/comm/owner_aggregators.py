@@ -87,7 +87,7 @@ class Owners(Aggregator):
             with invalid.of(worker):
                 message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
                 up.add_decoded(message, corrected, 1.0 / len(received))
-        # Replace invalid coordinates by 1, since B(v) may be undefined for them.
+        # Replace invalid coordinates with 1, since B(v) may be undefined for them.
         bad = ~is_in_range(corrected)
         fill_where(corrected, bad, 1.0)
         reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)

@@ -83,7 +83,7 @@ class _Turns:
 
 
 class SimulatedGroup(Group):
-    """One worker's handle of the group of simulated workers."""
+    """One worker's handle to the group of simulated workers."""
 
     def __init__(self, rank: int, turns: _Turns) -> None:
         self.rank = rank

@@ -201,8 +201,8 @@ class QSGD(Compressor):
         some.add(found, out)
 
     def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
-        """Decode to level + `levels` of n coordinates, uint8[n] or int32[n], and their buckets (None: all), or raise
-        MessageError. On a GPU, levels of at most 8 bits stay packed and unchecked, for the Triton kernel."""
+        """Unpack the codes, level + `levels`, of n coordinates, uint8[n] or int32[n]; also return the buckets that have
+        them (None: all). Raises MessageError. On a GPU, codes of up to 8 bits stay packed, for the Triton kernel."""
         coded = parts["levels"]
         if not self.fixed_size:
             some = self._not_zero(parts["scales"], d)
@@ -262,7 +262,7 @@ class _Buckets:
         return buckets[self.index].view(-1)[: self.coordinates]
 
     def add(self, found: Tensor, out: Tensor) -> None:
-        """Add `found`, float[coordinates], to out, float[d], at these buckets, in place."""
+        """Add `found`, float[coordinates], to these buckets of out, float[d], in place."""
         whole = out[: self.d // self.width * self.width].view(-1, self.width)
         some = self.index[:-1] if self._cut else self.index
         whole[some] += found[: len(some) * self.width].view(-1, self.width)

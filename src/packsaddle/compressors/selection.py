@@ -99,7 +99,7 @@ def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
     """Estimate from `sample`, float[m], a threshold that at least k of n magnitudes reach, and the number that do.
-    The threshold is a magnitude as an integer; fewer than k rarely reach it."""
+    The threshold is for `as_integers`; fewer than k magnitudes rarely reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # A margin of four standard deviations, plus 8 for small expected counts.
@@ -108,7 +108,7 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v whose magnitudes, as integers, reach `threshold`; `expected` estimates their number."""
+    """Return the indices of v at which `as_integers(v)` is at least `threshold`; `expected` estimates their number."""
     if loop := kernel("reaching", v):
         reached: Tensor = loop(v, threshold, expected)
         return reached
@@ -155,7 +155,8 @@ def holding(v: Tensor, share: float) -> Tensor:
 
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
-    """Return the highest bin that has, with all bins above, the energy `needed`, and the energy needed from it."""
+    """Return the highest bin that contains, together with all bins above it, the energy `needed`; and the part of
+    that energy still needed from this bin."""
     held = energy.flip(0).cumsum(0)
     occupied = counts.nonzero()  # occupied bins bound the result if rounding makes the sum too small or `needed` is 0
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))

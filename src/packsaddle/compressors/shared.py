@@ -168,7 +168,7 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        return -(-d // max(1, d * kept // k))  # for the most blocks of which `kept` are the fraction k/d
+        return -(-d // max(1, d * kept // k))  # the most blocks of which `kept` are the fraction k/d or more
 
     def grid(self, d: int) -> tuple[int, int, int]:
         """Return (blocks, kept blocks, projections per block) for d coordinates; 0 projections: all blocks are kept."""

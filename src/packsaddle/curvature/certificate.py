@@ -64,7 +64,7 @@ class Certificate:
     epsilon_proposed: bool  # True: epsilon was not given, see `proposed_epsilon`
     loss: float
     grad_norm: float  # ||grad f||, norm of the gradient
-    grad_norm_error: float | None  # standard error of the gradient; None: the examples are no sample of a larger set
+    grad_norm_error: float | None  # standard error of the gradient; None: the examples are not a sample
     lambda_min_upper: float  # upper bound on lambda_min: the escape direction's Rayleigh quotient plus rounding
     lambda_min_lower: float  # lower bound on lambda_min, up to the failure probability; -inf if a pilot found v
     lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value minus rounding; -inf if a pilot found v
@@ -240,7 +240,7 @@ class Share:
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """Return a lower bound, of this `confidence`, on the fraction of stationary iterates (Clopper-Pearson,
+        """Return a lower bound, with this `confidence`, on the fraction of stationary iterates (Clopper-Pearson,
         one-sided).
 
         The failure probabilities of the certificates are not included.

@@ -389,7 +389,7 @@ def _restored(tensors: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
-    """Context manager for derivatives of a loss: eval mode, gradients enabled, no oneDNN where it is wrong."""
+    """Context manager for derivatives of a loss: eval mode, gradients enabled, and `safe_derivatives`."""
     with torch.enable_grad(), evaluating(model), safe_derivatives(model):
         yield
 

@@ -203,8 +203,8 @@ class Lanczos:
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
 
-        # All k products together err by the norm of an n x k matrix of independent columns of the known norm (Marchenko
-        # and Pastur): little more than one column's unless k is near n.
+        # The error of all k products is the norm of an n x k matrix whose independent columns have the known norm: by
+        # Marchenko and Pastur little more than that, unless k is near n.
         known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
         # ||A v - theta_min v|| = beta |last component of theta_min's vector|.
         return Ritz(

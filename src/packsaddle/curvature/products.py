@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 _NEARBY = 17 / 16  # ratio of two steps h whose products differ almost only by rounding
 _ROUNDS = 6  # most steps h to try for one product
-_LONGEST = 1 / 16  # largest step, as h / ||x||; beyond it M_3 at two steps does not predict the error
+_LONGEST = 1 / 16  # largest step, as h / ||x||; the errors of longer ones do not follow the formula with M_3
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
@@ -67,7 +67,7 @@ class Products(ABC):
     reason: str | None = None  # why double backward failed; None: it did not, or was not tried
     precision: float  # unit roundoff of the products, which `error` does not include
     error: float = 0.0
-    unproven = False  # True: verify the direction that decides a verdict with `checked`
+    unproven = False  # True: use `checked` to verify the direction that decides a verdict
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature
@@ -345,7 +345,8 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
-    """Return the products of method `hvp`; "auto" tries double backward on a batch; collective. Raises ValueError."""
+    """Return the products of method `hvp`; "auto" tries double backward on a batch; collective.
+    Raises ValueError for "double-backward" with a sharded model."""
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:

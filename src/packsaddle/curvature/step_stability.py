@@ -20,7 +20,7 @@ LIMIT = 2.684  # largest stable `gain` for rare sends: the a with E ln|1 - a U| 
 
 @dataclass(frozen=True)
 class CoordinateStep:
-    """The learning rate of a parameter, and the mean number of steps that its coordinates wait to be sent."""
+    """The learning rate of a parameter, and the mean number of steps between two sends of one of its coordinates."""
 
     name: str  # name of the parameter
     lr: float  # learning rate eta of the parameter

@@ -166,9 +166,10 @@ class Drift:
 class DriftGuard:
     """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
 
-    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's. Causes are faulty memory, other
-    rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight decays and the noise
-    std are compared too: if they differ, parameters stay equal, but error memories are scaled by different rates.
+    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's. Causes are faulty memory,
+    different rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight decays and
+    the noise std are compared too: if they differ, parameters stay equal, but error memories are scaled by different
+    rates.
     """
 
     def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
@@ -186,7 +187,7 @@ class DriftGuard:
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns their (name, tensor). If
+        """Compare vectors that must be equal on all workers; collective. `parts()` returns (name, tensor) pairs. If
         they differ, raises DriftError on every worker, or broadcasts rank 0's. If `rates` differ, raises DriftError."""
         # One gather for all fingerprints. A difference in rates cannot be repaired.
         self._every.done(step)

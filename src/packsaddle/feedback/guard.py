@@ -70,9 +70,9 @@ class Skip:
 
     @classmethod
     def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
-        """Return the skip of `step` for `names`, the `Round.name` of each rank, or `unnamed` if no rank has a name.
+        """Make the record of a skipped `step` from `names`, the `Round.name` of each rank ("" for a valid vector).
 
-        `prefix` precedes the name of a parameter.
+        `unnamed` replaces the parameter's name if all names are empty; `prefix` is put before a name.
         """
         found = {worker: name for worker, name in names.items() if name}
         for name in found.values():
@@ -91,7 +91,7 @@ _BLAME = "message of worker "
 
 
 def blame(error: MessageError) -> str:
-    """Return the text that `Round.name` has if a message was invalid: its sender and the error."""
+    """Return the `Round.name` of a round with an invalid message: the message's sender and the error."""
     return f"{_BLAME}{error.worker}: {error}"
 
 
@@ -149,7 +149,7 @@ class Skips:
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    fraction: Tensor | None  # fraction of workers whose v is invalid, float[]; None: those send NaNs, or no checks
+    fraction: Tensor | None  # fraction of workers with an invalid v, float[]; None: NaNs flag it instead, or no checks
     magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 

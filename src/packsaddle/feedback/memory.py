@@ -78,7 +78,7 @@ class ErrorMemory:
         """True if a step can still be rolled back after the next step's gradients have replaced its own."""
         return self._next is not self._now
 
-    # During an exchange.
+    # Methods called during an exchange.
 
     def correct(self, update: Update) -> Tensor:
         """Return the vector to send, v = e + u, float[n], with zeros for frozen parameters (line 10)."""
@@ -113,7 +113,7 @@ class ErrorMemory:
         if apply:
             self._now, self._next = self._next, self._now
 
-    # Between exchanges.
+    # Methods called between exchanges.
 
     def validate(self) -> None:
         """Raise RuntimeError if gradients that store the memory were replaced or changed; no-op in other kinds."""
@@ -153,7 +153,7 @@ class ErrorMemory:
         """Update dependent state after the memory changed between two steps; `unit` is the memory's new unit."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
-        """Set the coordinates of frozen parameters to zero, which noise or a decoded message may have changed."""
+        """Set the coordinates of frozen parameters to zero, since noise or a decoded message may have changed them."""
         for view in self.slice.frozen(vector):
             view.zero_()
 

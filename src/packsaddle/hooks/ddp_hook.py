@@ -26,7 +26,7 @@ from packsaddle.numerics.finite import fill_where
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that DistributedDataParallel exchanges together; the hook replaces them by their means, in place."""
+    """Gradients that DistributedDataParallel exchanges together; the hook replaces them with their means, in place."""
 
     index: int  # 0 is the first of a backward pass
     is_last: bool

@@ -251,7 +251,7 @@ class GradientHook(ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, *, kept: bool = False) -> Compressor:
-        """Set a slice's compressor in this step; return that of the model. `kept`: one that causes no owner errors."""
+        """Set a slice's compressor in this step; return that of the model. `kept`: use one that has no owner errors."""
         exchange = self.rules.compression.exchange
         compressor = Identity() if kept and exchange != "direct" else self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
@@ -261,7 +261,7 @@ class GradientHook(ABC):
     def _exchange(
         self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Replace a slice's gradients by their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
+        """Replace a slice's gradients with their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
 
         Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
         identify the slice: if they differ between workers, the code is UNLIKE or more.

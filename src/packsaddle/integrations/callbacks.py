@@ -199,7 +199,7 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
     Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
     Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
-    models, give each another `name`. No-op for None (`attach` with one worker).
+    models, give each a different `name`. No-op for None (`attach` with one worker).
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}

@@ -141,7 +141,7 @@ class LocalUpdatesCallback(_Attached):
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
 
-        # Later callbacks must not replace the agreed parameters by this worker's own average.
+        # Later callbacks must not replace the agreed parameters with this worker's own average.
         names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
         for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
@@ -235,7 +235,7 @@ class _Files:
 
 
 class CertificateCallback(Callback):
-    """Certifies every N epochs or steps if the model is at a saddle; logs the certificate, and prints the verdict.
+    """Checks every N epochs or steps if the model is at a saddle; logs the certificate, and prints the verdict.
 
     The numbers are logged as certificate/grad_norm and so on. `loss_fn(pl_module, batch)` returns the mean loss of a
     batch, without calling `log`; `batches` are this worker's, identical in every pass; `options` are those of

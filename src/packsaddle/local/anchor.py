@@ -36,11 +36,11 @@ class Anchor:
         return [local_part(p) for p in self._parameters]
 
     def starts(self) -> list[Tensor]:
-        """Return the point where x continues after an exchange, by parameter: a, or a - e; may be views of a."""
+        """Return the start point of x after an exchange, one tensor per parameter: a, or a - e; may be views of a."""
         return self.layout.views(self.flat - self._memory.vector) if self.keeps else self.views
 
     def copy_starts(self) -> list[Tensor]:
-        """Return a copy of the start point by parameter, with the parameters' dtypes and device."""
+        """Return a copy of the start point, one tensor per parameter, with the parameters' dtypes and device."""
         return [start.to(x, copy=True) for start, x in zip(self.starts(), self.tensors(), strict=True)]
 
     def set_from_parameters(self) -> None:
@@ -61,8 +61,8 @@ class Anchor:
                 leaf.grad = None
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
-        """Move the parameters x after the anchor changed: x <- start + (x - before), with `before` by parameter, or
-        x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
+        """Move the parameters x after the anchor changed: x <- start + (x - before), with one tensor of `before` per
+        parameter, or x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
         if not before:
             self.move_to_start()
             return

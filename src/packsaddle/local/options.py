@@ -132,8 +132,8 @@ class Elastic(Option):
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text
             such as "90s" or "2min"; so is `grace`.
-        leave_on_sigterm: on SIGTERM save the error memory and end the process, by SystemExit from the inner step or
-            from the wait for other workers. If the memory cannot be saved to a file, it is sent in one more round,
+        leave_on_sigterm: on SIGTERM save the error memory and end the process: the inner step, or the wait for other
+            workers, raises SystemExit. If the memory cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.

@@ -50,8 +50,8 @@ class Outcomes:
         self._failed = False  # after the reload, a step with finite gradients made parameters non-finite
 
     def register(self, part: Fragment, exchange: PendingExchange) -> None:
-        """Check the update of a new exchange: record that a fragment's update is valid again.
-        After a failed reset, mark the invalid parameter's name, which all workers receive."""
+        """Record a fragment's update as valid again, if that of its new exchange is.
+        After a failed reset, add a mark to the name of the invalid parameter, which all workers receive."""
         if self._rejected and not bool(exchange.invalid):
             self._rejected.discard(part)
             if not self._rejected:

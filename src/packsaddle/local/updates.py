@@ -358,7 +358,7 @@ class LocalUpdates(JoinableSteps):
         return True
 
     def _escape_check(self, rule: Escape) -> EscapeCheck:
-        """Return the check of the anchor; its interval and `every` count rounds."""
+        """Return the saddle escape check, run on the anchor; its `interval` and `every` are numbers of rounds."""
         if len(self._fragments) > 1 or self.options.overlap.delay:
             raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
         (whole,) = self._fragments
@@ -438,8 +438,7 @@ class LocalUpdates(JoinableSteps):
         self._check_here(f"{call}()")
         return self.membership
 
-    # Counts and records.
-
+    # Properties: counts and records of the training so far.
     @property
     def rounds(self) -> int:
         """The number of applied exchanges, summed over fragments (parts of the model exchanged together)."""
@@ -447,7 +446,7 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def skips(self) -> list[Skip]:
-        """The rounds rejected for a worker's invalid update, since construction or `load_state_dict`."""
+        """The rounds rejected because of a worker's invalid update, since construction or `load_state_dict`."""
         return self._outcomes.skips.list
 
     @property
@@ -467,7 +466,7 @@ class LocalUpdates(JoinableSteps):
 
     @property
     def drifts(self) -> list[Drift]:
-        """The comparisons that found different anchors on workers (`Compression.compare_every`), with rounds."""
+        """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
         return self._drift.found
 
     @property
@@ -527,7 +526,7 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return the mean of `pending` over workers, by `weight` if set, float[d]; collective.
+        """Return the mean of `pending` over workers, weighted by `weight` if set, float[d]; collective.
 
         Without an outer optimizer, the anchor minus error() moves as in training without compression. d is the number
         of elements in this process's shards. Raises RuntimeError with a manager: use `pending`.
@@ -636,7 +635,7 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
-        """Replace tensors by their means over workers, by `Workers.weight`, in place; collective, uncompressed.
+        """Replace tensors with their means over workers, weighted as by `Workers.weight`, uncompressed; collective.
 
         For tensors computed from each worker's own parameters, which differ between workers even after `flush`: a
         module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a

@@ -132,7 +132,8 @@ _SLAB = 64 * 2 * _PAIRS  # numbers generated at a time, to bound scratch memory
 
 
 class Keys(NamedTuple):
-    """Three 32-bit keys of a counter-based sequence: the first for all words, then one for each word of a pair."""
+    """Three 32-bit keys of a counter-based sequence, which has two random words per counter, hashed in two rounds:
+    the key of the first round, and those of each word's second round."""
 
     first: int
     second: int

@@ -54,7 +54,7 @@ def comments(cls: type) -> dict[str, str]:
         assert isinstance(tree, ast.ClassDef)
         for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                # Comments above the field, then the one behind it.
+                # Comments above the field, then the one on its line.
                 above, at = "", node.lineno - 2
                 while lines[at].startswith("    # "):
                     above, at = f"{lines[at].strip(' #')} {above}", at - 1

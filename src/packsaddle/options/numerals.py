@@ -12,7 +12,7 @@ _EXACT = 2.0**53  # above it, a float may differ from the whole number in the te
 
 
 def real(text: str) -> float:
-    """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError."""
+    """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError otherwise."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or not match[2]:
         return float(text)  # also parses inf

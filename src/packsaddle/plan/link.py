@@ -117,7 +117,7 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class StepsNeeded:
-    """Steps to reach the loss of uncompressed training, relative to its steps, each with its best learning rate."""
+    """Steps to reach the loss of uncompressed training, as a multiple of its steps, each at the best learning rate."""
 
     factor: float
     at_least: bool = False  # True: `factor` is a lower bound, as the measurement ended before the loss was reached

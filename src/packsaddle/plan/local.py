@@ -176,7 +176,7 @@ def _forecast(
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Return the seconds per `every` steps of waiting for an exchange that outlasts its delay or these steps."""
+        """Return the seconds, in `every` steps, of waiting for an exchange that outlasts its delay or these steps."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

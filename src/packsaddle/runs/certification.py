@@ -88,7 +88,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Questions:
-    """Options of the certification of a point."""
+    """Options for certifying a point."""
 
     epsilon: float | None = None  # threshold of the gradient norm; None: the smallest that the point satisfies
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured

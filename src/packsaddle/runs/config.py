@@ -191,7 +191,7 @@ class LocalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Compression):
-    """One run. The options of `Compression` are top-level keys."""
+    """The configuration of one run. The options of `Compression` are top-level keys."""
 
     data: DataConfig
     model: ModelConfig

@@ -85,7 +85,7 @@ class Job:
                 shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
-        """Return the job to do: with `resume`, with the configuration in its folder. None if that run is done.
+        """Return the job to do; with `resume` it has the configuration saved in its folder. None if that run is done.
         Raises ConfigError, also if another process is training in the folder."""
         if not self.resume:
             return self

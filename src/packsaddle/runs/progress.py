@@ -17,7 +17,7 @@ Report = Callable[[int, str], None]  # called with the current step and a text t
 @contextmanager
 def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Report]:
     """Context manager that shows progress through `total` steps, of which `first` are done; no-op if `quiet`.
-    A bar on a terminal, elsewhere a line every 10%."""
+    On a terminal it is a bar, elsewhere a line every 10%."""
     console, label = Console(), printable(label)
     if quiet:
         yield lambda step, text: None

@@ -129,7 +129,7 @@ class Inspector:
 
 
 def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
-    """Return the steps to certify: every `rule.every` epochs, at the epochs `rule.at`, and if any, at the end."""
+    """Return the steps to certify: every `rule.every` epochs, the epochs `rule.at`, and the end if either is set."""
     due = {round(epoch * per_epoch) for epoch in rule.at}
     if rule.every is not None:
         stride = max(1, round(rule.every * per_epoch))
@@ -146,7 +146,7 @@ def drawn_names(config: Config, steps: int) -> list[str]:
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
 
-# Limits of the number of examples, by default 1/128 of them: ten products then take a quarter of an epoch, about.
+# The number of examples used: 1/128 of them, within limits. Ten products then take about a quarter of an epoch.
 _LEAST, _MOST, _SHARE = 32, 256, 128
 _LONG = 5.0  # fewest mean steps between two sends of a coordinate: below, it moves by few gradients at a time
 

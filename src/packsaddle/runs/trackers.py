@@ -19,7 +19,7 @@ from packsaddle.runs.run_folder import RunFolder
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 Outcome = Literal["finished", "failed", "killed"]  # outcome of a run; killed: interrupted or terminated
 _EXIT_CODES: Mapping[Outcome, int] = {"finished": 0, "failed": 1, "killed": 130}
-_FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json that metrics.jsonl may lack
+_FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json that may be missing in metrics.jsonl
 
 
 class Tracker(Protocol):
@@ -135,7 +135,7 @@ class MLflow:
         self._client.log_batch(self._run_id, metrics=found)
 
     def finish(self, outcome: Outcome = "finished") -> None:
-        """Mark the run as FINISHED, FAILED or KILLED, by its `outcome`."""
+        """Mark the run as FINISHED, FAILED or KILLED, as `outcome` says."""
         self._client.set_terminated(self._run_id, status=outcome.upper())
 
 

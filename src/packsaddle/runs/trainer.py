@@ -76,7 +76,7 @@ class RunCounters:
         return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
 
     def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
-        """Restore all fields: `state` is from `state_dict`; `sums` and `final` are the tensors that it lacks."""
+        """Restore all fields: `state` is from `state_dict`; `sums` and `final` are the tensors missing from it."""
         vars(self).update(state)
         self.sums, self.final = sums.clone(), final.clone()
 

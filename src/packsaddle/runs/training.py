@@ -84,10 +84,12 @@ class Training(ABC):
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """Do one step. If it has an exchange, it is collective and averages `scalars` over workers into `self.scalars`.
-        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError."""
+        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError after
+        too many skipped steps."""
 
     def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
-        """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError."""
+        """Make the parameters identical on all workers at the end of a run; collective. Raises NonFiniteError after too
+        many rejected rounds."""
 
     def at_anchor(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -317,7 +319,7 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
 
-    # match_rms_adamw scales the updates of Muon so that it can have the learning rate of AdamW.
+    # match_rms_adamw scales Muon's updates so that the learning rate of AdamW suits both.
     momentum = {"momentum": config.momentum or _MUON_MOMENTUM, "nesterov": config.nesterov or not config.momentum}
     return JoinedOptimizer(muon_and_adamw(model, {**rate, **momentum, "adjust_lr_fn": "match_rms_adamw"}, adamw))
 

@@ -53,7 +53,7 @@ class OutstandingNoise:
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""
         noise = like.new_zeros(len(self.kept) * self.size)
-        # Use another random stream than `take` at this step, since both draws may reach x.
+        # Use a different random stream from that of `take` at this step, since both draws may reach x.
         self._add(self.total - self.kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
@@ -121,7 +121,7 @@ class Perturber:
             raise ValueError(problem)
 
     def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return the noise xi_t of this step (None: 0), and how many leading coordinates keep it outstanding."""
+        """Return the noise xi_t of this step (None: 0), and the number of leading coordinates on which it is lazy."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:

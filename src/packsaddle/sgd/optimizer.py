@@ -446,9 +446,9 @@ class CompressedSGD(Optimizer):
         return self._flat.d
 
     def waits(self) -> list[float] | None:
-        """Return the mean number of steps that a coordinate waits to be sent, by parameter in the user's order.
+        """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
 
-        None if that depends on the values (see `Compressor.rates`).
+        None if it depends on the values (see `Compressor.rates`).
         """
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
@@ -576,7 +576,7 @@ class CompressedSGD(Optimizer):
         ]
 
     def _identity(self) -> dict[str, int | str]:
-        """Return the values that must be equal at saving and at loading. "owners": an exchange with owner errors."""
+        """Return the values that must be equal at saving and loading; "owners": the exchange if it has owner errors."""
         owners = self.choice.name if "owner_error" in self._flat_state() else "none"
         return {
             "seed": self.seed,

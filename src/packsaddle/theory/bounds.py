@@ -1,6 +1,6 @@
 """Theorems 3.1 and 3.2 in numbers: assumptions, constants hidden in O-tilde, step sizes, number of steps.
 
-The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them by those that Jin et al. (JACM
+The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them with those that Jin et al. (JACM
 2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` by values derived for one saddle at a time. So the
 results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
 """

@@ -43,7 +43,7 @@ class Hello:
     lost: float  # norm of error memories that it found to be lost
 
     def packed(self, device: torch.device) -> Tensor:
-        """Return this message as int64[14]; floats are stored by their bits."""
+        """Return this message as int64[14]; floats are stored as their bit patterns."""
         *whole, a, b, c, d = astuple(self)
         reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
         return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)
@@ -82,7 +82,7 @@ class Roster:
         self.members: dict[int, Member] = {}  # in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' error memories, with a file (`keeps`) or without one."""
+        """Return the sum of the norms of absent workers' error memories: those in files (`keeps`), or the others."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
@@ -139,7 +139,7 @@ class Account:
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return this worker's weight in a round at this time, by `Elastic.weight`; 0 if it has not stepped.
+        """Return this worker's weight in a round at this time (see `Elastic.weight`); 0 if it has not stepped.
         Raises ConfigError if the weight function's total is not finite or decreases."""
         if not self.since:
             return 0.0

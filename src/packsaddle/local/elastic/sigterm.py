@@ -76,7 +76,7 @@ class Sigterm:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit by SystemExit, or by force after 3 s, since interpreter exit would wait for torchft's thread."""
+    """Exit with SystemExit, or by force after 3 s, since interpreter exit would wait for torchft's thread."""
     end = threading.Timer(_MOMENT, os._exit, (code,))
     end.daemon = True
     end.start()

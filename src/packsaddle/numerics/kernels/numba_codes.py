@@ -265,8 +265,9 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode which of `codes`, uint8[n], are below `low` or above `high` (`going_on` of them); return the code, and
-    these. The gaps between them are Rice-coded with parameter b or, if `inverted`, those between the `coded` others."""
+    """Encode the positions of the members, the `going_on` elements of `codes`, uint8[n], below `low` or above `high`.
+    Their gaps are Rice-coded with parameter b, or if `inverted` the gaps of the `coded` others. Also returns the
+    members."""
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)

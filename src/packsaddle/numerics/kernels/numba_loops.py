@@ -89,7 +89,7 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices of v whose magnitudes, as integers, are at least `threshold`. See `selection.reaching`."""
+    """Return the indices of v at which the magnitude, as an integer, is at least `threshold`. See `selection`."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 

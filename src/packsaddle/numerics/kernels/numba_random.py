@@ -118,7 +118,7 @@ def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
 
 @compiled_loop
 def _radii(mantissas: Array, exponents: Array) -> None:
-    """Replace exponents by sqrt(-2 log u) for u = mantissa 2^exponent; the logarithm is that of musl's logf."""
+    """Replace exponents with sqrt(-2 log u) for u = mantissa 2^exponent; the logarithm is that of musl's logf."""
     one, two, half = np.float32(1), np.float32(2), np.float32(0.5)
     for i in range(len(mantissas)):
         f = mantissas[i] - one

@@ -75,7 +75,7 @@ def title(runs: Sequence[Run]) -> str:
 
 
 def _text(table: Any) -> str:
-    """Return `name` in a configuration table, "" without one; tables of other versions may have any type."""
+    """Return the entry `name` of a configuration table; "" if it is missing or not text, as in old versions' files."""
     name = table.get("name") if isinstance(table, dict) else None
     return name if isinstance(name, str) else ""
 

@@ -132,7 +132,7 @@ def connect(model: nn.Module, channel: Communicator) -> None:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module, channel: Communicator) -> None:
-    """Replace floating-point buffers (running statistics) by their means over workers, in place; collective."""
+    """Replace floating-point buffers (running statistics) with their means over workers, in place; collective."""
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     if buffers and channel.group.size > 1:
         channel.average(buffers, "buffers")
@@ -268,7 +268,7 @@ def resnet(
 
 
 def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
-    """Replace all convolutions and the last layer of a ResNet by ones with channels scaled by `scaled`."""
+    """Replace all convolutions and the last layer of a ResNet with ones that have `scaled(n)` for n channels."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Conv2d):
             inside = child.in_channels if child.in_channels == 3 else scaled(child.in_channels)
