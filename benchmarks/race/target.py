@@ -110,13 +110,15 @@ class TargetRace:
         step = timed[-1]
         return steps[0] * step.ms / 1000, steps[1] * step.low / 1000, steps[2] * step.high / 1000
 
-    def limit(self, inner: Inner, workers: int, rate: str) -> float | None:
-        """Return the seconds of computing dense training's own steps to the target, with this optimizer, or None."""
+    def limit(self, inner: Inner, workers: int) -> float | None:
+        """Return the seconds of computing dense training's own steps to the target, with this optimizer, or None.
+
+        A step alone is as long on every link, so that its time is the mean of those timed on each.
+        """
         dense = next((m for m in self.settings.methods if m.kind == "dense" and m.inner == inner), None)
-        name = alone(inner).name
-        timed = [row for row in self.timed() if (row.workers, row.rate, row.method) == (workers, rate, name)]
+        timed = [row.ms for row in self.timed() if (row.workers, row.method) == (workers, alone(inner).name)]
         steps = self.steps(dense, workers) if dense else None
-        return steps[0] * timed[-1].ms / 1000 if steps and timed else None
+        return steps[0] * statistics.fmean(timed) / 1000 if steps and timed else None
 
     def _step_table(self) -> Result:
         """Return the table of timed steps on these links."""
@@ -196,7 +198,7 @@ class TargetRace:
         reached = all(run.reached for run in runs)
         seconds = [run.total_s for run in runs]
         predicted = self.predicted(method, workers, rate) or (None, None, None)
-        limit = self.limit(method.inner, workers, rate)
+        limit = self.limit(method.inner, workers)
         counted = [run.counted_mb for run in runs if run.counted_mb is not None]
         mean = statistics.fmean(seconds) if reached else None
         return {

@@ -16,11 +16,14 @@ import pytest
 
 from benchmarks.race.contenders import parse
 from benchmarks.race.curves import load
-from benchmarks.race.time_to_loss import Entry, Rates, computing, dense_of, entries, load_steps, rows, targets_of
+from benchmarks.race.target import TargetRace
+from benchmarks.race.target_settings import TargetSettings
+from benchmarks.race.time_to_loss import Entry, computing, entries, load_steps, rows
 from benchmarks.race.time_to_loss import verdicts as verdicts_of
 
 ROOT = Path(__file__).parents[2]
 RACE = ROOT / "experiments" / "race"
+TARGET = RACE / "target"
 SIGN, TOPK, SPARSE = "Sign(per_tensor=True)", 'TopK(1/16, values="int2")', 'TopK(1/48, values="int2")'
 LINKS = ("10 Mbit/s", "50 Mbit/s", "200 Mbit/s", "1000 Mbit/s")
 TITLES = {
@@ -33,12 +36,24 @@ TITLES = {
     "local-sgd-128": "torch's local SGD, every 128",
     "TopK(0.01)": "`CompressedSGD`, `TopK(0.01)`",
     **{f"{SIGN} every={n}": f"`LocalUpdates` every {n}, `{SIGN}`" for n in (2, 8, 32)},
-    f"{SIGN} every=8 delay=4": "the same, `overlap=4` (steps timed by an earlier clock, see below)",
     **{f"{TOPK} every={n}": f"`LocalUpdates` every {n}, `{TOPK}`" for n in (2, 8)},
     f"{SPARSE} every=32": f"`LocalUpdates` every 32, `{SPARSE}`",
     "sparseloco-32": "SparseLoCo's algorithm, every 32",
     "diloco-32": "torchft's DiLoCo, every 32",
 }
+# Methods of the race by the clock, ours first.
+OURS = {
+    "Muon, local 8, Sign": f"`LocalUpdates` every 8, `{SIGN}` (the default)",
+    "Muon, local 8, Sign, overlap 4": "the same, `overlap=4`",
+    "Muon, local 8, TopK 1/2 int2": '`LocalUpdates` every 8, `TopK(1/2, values="int2")`',
+}
+CLOCK = OURS | {
+    **{f"Muon, local SGD {n}": f"torch's local SGD, every {n}" for n in (8, 32, 64, 128, 256, 512)},
+    **{f"Muon, local SGD {n}, 16 bits": f"local SGD in 16 bits, every {n}" for n in (32, 64, 128)},
+    "Muon, DDP, float16": "DDP, float16",
+    "Muon, DDP": "DDP, float32",
+}
+RATES = ("10", "50", "200", "1000")
 # Numbers that are no measurements: periods, rates of links and of learning, sizes, names, and counts of runs.
 SETTINGS = (
     r"Corollary 3\.3",
@@ -47,7 +62,8 @@ SETTINGS = (
     r"600(?:- and 1,200-step)? (?:steps|runs)|600 and 1,200 steps|1,200[ -]steps?|600-",
     r"0\.83 million|10\.7 million|0\.7 million|22\.6 million|ResNet-18|CIFAR-10|TopK 10%|float(?:16|32)",
     r"0\.001 and 0\.002|0\.002 for all|\(0\.001;|at 0\.0005|Only 0\.002|seed 0|rank (?:of )?4|at rate 1\)|16 bits",
-    r"512 steps|after 540 of|Algorithm 1|Figure 2|\(95% or more counts as 100%|60 cases|15 methods|RandomK 1%",
+    r"loss is 1\.6|1,000 scheduled|after 540 steps|aim was 1\.15|2 logical cores|at 1,000 DDP|rate of 256",
+    r"512 steps|Algorithm 1|Figure 2|\(95% or more counts as 100%|60 cases|15 methods|RandomK 1%",
 )
 
 
@@ -79,9 +95,6 @@ class Race:
         self.steps = [step for step in load_steps(RACE / "steps.csv") if step.workers == workers]
         self.entries = {(entry.method, entry.curves[0].steps): entry for entry in entries(curves)}
         self.table, self.curves = rows(curves, self.steps), curves
-        dense = dense_of(self.entries.values())
-        assert dense is not None
-        self.targets = targets_of(dense)
 
     def entry(self, method: str, steps: int = 600) -> Entry:
         return self.entries[method, steps]
@@ -92,22 +105,6 @@ class Race:
     def sent(self, method: str, steps: int = 600) -> float:
         """kB a step."""
         return self.entry(method, steps).curves[0].sent / 1000
-
-    def reached(self, method: str, steps: int = 1200) -> float:
-        """The mean number of steps to the target."""
-        found = self.entry(method, steps).steps_to(self.targets)
-        assert found is not None
-        return fmean(found)
-
-    def seconds(self, method: str) -> list[float]:
-        """The seconds to the target on each link, of the faster training length."""
-        mine = [row for row in self.table if row["method"] == method]
-        return [min(row[link] for row in mine if row[link] is not None) for link in LINKS]
-
-    def ms(self, method: str, link: str) -> float:
-        """The median step on a link."""
-        (found,) = {s.ms for s in self.steps if parse(s.contender, 1.0).method == method and str(s.link) == link}
-        return found
 
     def ratios(self) -> list[float]:
         """Our best time over the best peer's, by link."""
@@ -125,7 +122,10 @@ def two(numbers: list[float]) -> list[str]:
 def losses(race: Race, more: Race) -> Iterator[str]:
     """Losses and bytes at equal steps."""
     dense = race.loss("ddp")
-    yield f"lowest loss, {dense:.3f} after 600 steps"
+    yield f"dense training has {dense:.3f} after 600 steps"
+    muon = trained("gpt-2", "Muon, dense")[0]
+    one, two_bits = (trained("gpt-2", f"Muon, local 8, {c}")[0] - muon for c in ("Sign", "TopK 1/2 int2"))
+    yield f"lose {one:.3f} (one bit) or {two_bits:.3f} (two bits) after 1,000 steps"
     lost = [race.loss(f"{SIGN} every={n}") - dense for n in (2, 8, 32)]
     more_lost = [more.loss(m) - more.loss("ddp") for m in (f"{SIGN} every=2", f"{SIGN} every=8", f"{SPARSE} every=32")]
     (a, b, c), (d, e, f) = two(lost), two(more_lost)
@@ -161,64 +161,79 @@ def losses(race: Race, more: Race) -> Iterator[str]:
         f"{race.loss(peer, 1200):.3f}, `TopK(1/48)` every 32 steps {race.loss(sparse, 1200):.3f}"
     )
     memory = {m: min(c.peak_mb for c in race.entry(m).curves) for m in (f"{TOPK} every=8", "ddp")}
+    others = two(more.ratios())
+    yield f"at {', '.join(others[:3])} and {others[3]} times the time of the best peer at 10, 50, 200 and 1,000"
     yield f"A process needs {round(memory[f'{TOPK} every=8'] - memory['ddp'], -1):.0f} MB more"
 
 
-def times(race: Race, more: Race) -> Iterator[str]:
-    """Seconds to the target, steps to it, and step times."""
-    ours, theirs = two(race.ratios()), two(more.ratios())
-    yield f"{ours[3]} (two workers) and {theirs[3]} (four) times the best alternative's"
-    yield f"take {theirs[0]}, {theirs[1]}, {theirs[2]} and {theirs[3]} times as long as the best peer"
-    yield f"| ours / the best peer's of those tried | {' | '.join(ours)} |"
-    a, b, c = (f"{race.seconds(f'local-sgd-{n}')[0]:.0f}" for n in (8, 32, 128))
-    yield f"({a}, {b} and {c} s at 10 Mbit/s every 8, 32 and 128 steps)"
-    plain = race.seconds(f"{SIGN} every=8")[0] / race.seconds("local-sgd-128")[0]
-    yield f"{ours[0]} (without `overlap` {plain:.2f}) and {ours[1]} with two workers, {theirs[0]} and {theirs[1]} with"
+def clock() -> Iterator[str]:
+    """Seconds from start to target on links, by the clock, and what is predicted from steps and step times."""
+    race = clock_race()
+    runs = [run for run in race.trainings() if run.rate in RATES]
+    assert all(run.reached for run in runs)
+    of = {(m, rate): [run for run in runs if (run.method, run.rate) == (m, rate)] for m in CLOCK for rate in RATES}
+    assert sum(map(len, of.values())) == len(runs)
+    seconds = {key: [run.total_s for run in mine] for key, mine in of.items() if mine}
+    for method, title in CLOCK.items():
+        cells = [_range(seconds.get((method, rate), [])) for rate in RATES]
+        mine = {run.seed: run for run in runs if run.method == method}.values()  # links change neither steps nor bytes
+        if not mine:
+            continue
+        steps, sent = (fmean(values) for values in zip(*((run.steps, run.with_ends_mb) for run in mine), strict=True))
+        yield f"| {title} | {steps:.0f} | {' | '.join(cells)} | {sent:,.1f} |".replace("  ", " ")  # as `page` does
 
-    # Computing dense training's own steps, over the best peer's time.
-    limits = []
-    for each in (race, more):
-        best = [row["peer s"] for row in verdicts_of(each.table, each.steps)]
-        limits.append([each.reached("ddp") * each.ms("alone", LINKS[i]) / 1000 / best[i] for i in (0, 1)])
-    alone = [f"{race.ms('alone', link):.0f}" for link in LINKS[:2]]
-    (p, q), (r, s) = map(two, limits)
-    needed = race.reached("ddp")
-    yield (
-        f"({needed:.0f} steps of {alone[0]} and {alone[1]} ms) is {p} and {q} of the best alternative's time, with "
-        f"four workers {r} and {s}"
-    )
+    ratios = []
+    for rate in RATES:
+        ours, peer, _ = best_at(rate)
+        each = [x / y for x, y in zip(ours, peer, strict=True)]  # by seed
+        ratios.append(f"{fmean(ours) / fmean(peer):.2f} ({min(each):.2f} to {max(each):.2f})")
+    yield f"| ours / the best peer's | | {' | '.join(ratios)} | |"
+    over = two([fmean(ours) / limit for ours, _, limit in map(best_at, RATES)])
+    yield f"| ours / computing dense training's steps | | {' | '.join(over)} | |"
+    yield f"takes {over[0]} and {over[2]} times as long as computing dense training's own steps"
+    for rate in ("10", "50", "1000"):
+        found = race.predicted(race.settings.method("Muon, local 8, Sign"), 2, rate)
+        assert found is not None
+        yield f"{found[0]:.0f} s at {int(rate):,} Mbit/s ({found[1]:.0f} to {found[2]:.0f})"
+    ends = fmean(run.start_s + run.flush_s for run in of["Muon, local 8, Sign", "10"])
+    yield f"without start and flush, which are {ends:.0f} s at 10 Mbit/s"
 
-    # Spreads of steps and of step times, and seed 0.
-    varied = [race.entry(m, n) for m, n in (("ddp", 1200), (f"{TOPK} every=8", 1200), ("QSGD(127) hook=bucket", 600))]
-    found = [entry.steps_to(race.targets) or [] for entry in varied]
-    ranges = [round(100 * (max(mine) - min(mine)) / fmean(mine)) for mine in found]
-    yield f"Steps vary by {min(ranges)} to {max(ranges)}% between seeds"
-    spreads = [100 * (step.high - step.low) / step.ms for step in race.steps]
-    yield f"whose range is {median(spreads):.0f}% in half of the rows and up to {max(spreads):.0f}%"
-    yield f"uncompressed exchange takes {race.sent('ddp') * 8e3 / 10e6:.1f} s at 10 Mbit/s"
-    first = found[0][0]
-    assert min(found[0]) == first
-    yield f"needs {first:.0f} steps, {100 * (1 - first / fmean(found[0])):.0f}% less than its mean"
-    for method, title in TITLES.items():
-        if method not in (f"{SIGN} every=32", f"{TOPK} every=2", "sparseloco-32", "diloco-32"):
-            cells = " | ".join(f"{seconds:,.0f}" for seconds in race.seconds(method))
-            yield f"| {title} | {cells} |"
-    local = more.reached(f"{SIGN} every=2")
-    yield f"it needs {more.reached('ddp'):.0f} steps, local updates every 2 steps {local:.0f},"
 
-    # Overlap: more steps, and the step times of the later clock.
-    late = [each.reached(f"{SIGN} every=8 delay=4") / each.reached(f"{SIGN} every=8") for each in (race, more)]
-    yield f"takes {100 * (late[0] - 1):.0f}% more steps, with four workers {100 * (late[1] - 1):.0f}%"
-    clock = load_steps(RACE / "delay.csv")
-    for workers, title in ((2, "two workers"), (4, "four workers, two cores")):
-        cells = []
-        for mbit in (10, 50, 1000):
-            here = {s.contender: s.ms for s in clock if s.workers == workers and s.link == Rates(mbit, mbit)}
-            pair = [here[f"{SIGN} every=8 delay=4"], here[f"{SIGN} every=8"]]
-            cells.append(", ".join(two([ms / here["alone"] for ms in pair])))
-        yield f"| {title} | {' | '.join(cells)} |"
-        if workers == 2:
-            yield f"step at 50 Mbit/s takes {cells[1].split(', ')[1]} times its computing"
+def best_at(rate: str) -> tuple[list[float], list[float], float]:
+    """The seconds by seed of our best method on a link, and of the best peer; and those of computing alone.
+
+    The best has the least mean of those with three seeds.
+    """
+    race, found = clock_race(), dict[str, list[float]]()
+    for run in sorted(race.trainings(), key=lambda run: run.seed):
+        if run.rate == rate:
+            found.setdefault(run.method, []).append(run.total_s)
+    whole = {method: seconds for method, seconds in found.items() if len(seconds) == 3}
+    limit = race.limit("muon", 2)
+    assert limit is not None
+    ours, peers = ([seconds for m, seconds in whole.items() if (m in OURS) == mine] for mine in (True, False))
+    return min(ours, key=fmean), min(peers, key=fmean), limit
+
+
+def clock_race() -> TargetRace:
+    return TargetRace(TargetSettings.read(TARGET / "settings.toml"), TARGET, (), (2,), RATES, 3)
+
+
+def trained(setting: str, method: str) -> tuple[float, float]:
+    """Mean validation loss of three seeds at the best rate, and kB a step, of a simulated method."""
+    with (ROOT / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:
+        mine = [row for row in csv.DictReader(file) if row["method"] == method]
+    first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
+    best = [float(row["validation_loss"]) for row in mine if row["rate"] == first["rate"]]
+    assert len(best) == 3
+    return fmean(best), float(first["kB_a_step"])
+
+
+def _range(found: list[float]) -> str:
+    """The mean, and with several seeds the range."""
+    if not found:
+        return ""
+    return f"{fmean(found):.1f}" + (f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ", one seed")
 
 
 def other_tasks() -> Iterator[str]:
@@ -308,34 +323,22 @@ def summary(name: str) -> dict[str, Any]:
 
 def test_evidence() -> None:
     race, more = Race(2), Race(4)
-    claims = [*losses(race, more), *times(race, more), *other_tasks(), *shares(race), *plan(), *saddles()]
-    assert len(claims) > 60
+    claims = [*losses(race, more), *clock(), *other_tasks(), *shares(race), *plan(), *saddles()]
+    assert len(claims) > 50
     check(page("docs/evidence.md"), claims)
 
 
 def front() -> Iterator[str]:
     """The README's measurements."""
-    race = Race(2)
-    a, b, c, d = (f"{race.seconds(m)[0]:,.0f}" for m in ("local-sgd-128", f"{SIGN} every=8", "powersgd-4", "ddp"))
-    yield f"the longest period tried, {a} s, `LocalUpdates(optimizer, every=8)` {b} s, PowerSGD {c} s, DDP {d} s"
-    mean, sent = {}, {}
-    for setting in ("char-4", "gpt-2"):
-        with (ROOT / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for method in ("Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense"):
-            mine = [row for row in rows if row["method"] == method]
-            first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
-            best = [float(row["validation_loss"]) for row in mine if row["rate"] == first["rate"]]
-            assert len(best) == 3
-            mean[setting, method], sent[setting, method] = fmean(best), float(first["kB_a_step"])
-    ours, adamw, muon = (
-        f"{mean['char-4', m]:.3f}" for m in ("Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense")
-    )
-    kb = sent["char-4", "Muon, local 8, Sign"], sent["char-4", "Muon, dense"]
-    yield f"loss {ours} at {kb[0]:.1f} kB a step; dense AdamW {adamw} and dense Muon {muon} at {kb[1]:,.0f} kB"
-    fewer = sent["gpt-2", "Muon, dense"] / sent["gpt-2", "Muon, local 8, Sign"]
-    worse = mean["gpt-2", "Muon, local 8, Sign"] - mean["gpt-2", "Muon, dense"]
-    yield f"at a {fewer:.0f}rd of its bytes. Dense Muon (gray) is better at equal steps, by {worse:.2f}."
+    names = "Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense"
+    (loss, sent), (adamw, _), (muon, whole) = (trained("char-4", name) for name in names)
+    yield f"loss {loss:.3f} at {sent:.1f} kB a step; dense AdamW {adamw:.3f} and dense Muon {muon:.3f} at {whole:,.0f}"
+    (loss, sent), _, (muon, whole) = (trained("gpt-2", name) for name in names)
+    yield f"at a {whole / sent:.0f}rd of its bytes. Dense Muon (gray) is better at equal steps, by {loss - muon:.2f}."
+    ours, peer, limit = best_at("10")
+    taken = fmean(ours)
+    yield f"`LocalUpdates` takes {taken / limit:.2f} times as long as computing dense training's steps, {taken:.0f} s"
+    yield f"torch's local SGD takes {fmean(peer):.0f} s at the best of its periods"
 
     # A step over a slow link, from the table of its page, and the bytes of Figure 2.
     table = (ROOT / "benchmarks" / "link.md").read_text().partition("## ResNet-18")[2].partition("## MNIST")[0]

@@ -93,6 +93,15 @@ def test_rows_named_in_the_settings_are_of_the_same_method(monkeypatch: pytest.M
             assert twin.keep == (method.keep_unsent and method.kind == "local")
 
 
+def test_rates_of_peers_are_the_best_of_their_search() -> None:
+    settings, rows = TargetSettings.read(COMMITTED), load_runs(COMMITTED.with_name("runs.csv"))
+    for every in (8, 32, 64, 128, 256):
+        method = settings.method(f"Muon, local SGD {every}")
+        tried = {row.lr: row.steps for row in rows if row.rate == "local" and row.method.startswith(f"{method.name}, ")}
+        assert len(tried) == 3
+        assert method.lr == min(tried, key=tried.__getitem__)
+
+
 @pytest.mark.parametrize(
     ("target", "best", "tried"), [(None, 0.008, [0.004, 0.008, 0.016]), (1.6, 0.032, [0.008, 0.016, 0.032, 0.064])]
 )
