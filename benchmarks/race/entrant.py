@@ -41,7 +41,7 @@ class Entrant:
     average: Callable[[], object] = int  # runs after each step
     local: LocalUpdates | None = None
     steps: int = 0
-    diverges: bool = False  # workers' models differ between averages, and there is no anchor
+    diverges: bool = False  # workers' models differ between averages, and their mean is the common model
 
     def step(self, batch: Batch) -> None:
         """Run forward, backward, exchange and update."""
@@ -57,8 +57,8 @@ class Entrant:
 
     @contextmanager
     def common_model(self, group: Group) -> Iterator[None]:
-        """Set the parameters to the anchor, or for torch's local SGD to the mean of the workers' models."""
-        if self.local is not None:
+        """Set the parameters to the anchor, or for averages of models (local SGD) to the workers' mean."""
+        if self.local is not None and not self.diverges:
             with self.local.at_anchor():
                 yield
             return
@@ -98,6 +98,7 @@ def _local(method: Method, entrant: Entrant) -> None:
         keep_unsent=method.keep_unsent,
     )
     entrant.local, entrant.flush = local, local.flush
+    entrant.diverges = not method.keep_unsent and method.outer is None  # local SGD, here with averages in 16 bits
     entrant.sent = lambda: local.ledger.total.sent
 
 

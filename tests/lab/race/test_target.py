@@ -181,7 +181,8 @@ def trained(methods: list[Method]) -> list[torch.Tensor]:
                 mean = parameters_to_vector(network.parameters()).detach().clone()
         entrant.flush()
         if entrant.diverges:
-            torch.testing.assert_close(mean, parameters_to_vector(network.parameters()).detach())
+            rounding = 1e-4 if method.compressor == "Half" else 1e-5  # the flush sends what averages have rounded off
+            torch.testing.assert_close(mean, parameters_to_vector(network.parameters()).detach(), atol=rounding, rtol=0)
         found.append(parameters_to_vector(network.parameters()).detach())
         found.append(torch.tensor([entrant.sent()]))
     return found
