@@ -37,6 +37,7 @@ from rate_search import append, rate_at
 
 import packsaddle
 from benchmarks.origin import Origin, check_text
+from benchmarks.race.figures import label_ends
 from benchmarks.race.inner import Half, held_out_loss, make_inner
 from benchmarks.race.target_settings import steps_to
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
@@ -296,12 +297,7 @@ class Runs:
         left.set_xticks(range(0, self.setting.steps + 1, self.setting.steps // 4))
         right.set(xlabel="megabytes that a worker has sent", xscale="log")
 
-        # Names at the ends of the curves, moved apart if the ends are close.
-        low, high = left.get_ylim()
-        at, gap = -math.inf, (high - low) * 0.06
-        for label, (loss, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
-            at = max(loss, at + gap)
-            left.text(self.setting.steps * 1.02, at, label, color=colour, va="center")
+        label_ends(left, ends, self.setting.steps * 1.02)
         for axes in (left, right):
             axes.grid(alpha=0.2)
         figure.savefig(path, dpi=130)

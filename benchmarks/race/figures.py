@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,15 @@ from packsaddle.errors import require
 
 _OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ffb703", "#5c1a1b", "#bc8034")
 _PEERS = ("#2e6f95", "#6a994e", "#577590", "#43aa8b", "#277da1", "#90be6d", "#4d908e", "#5e60ce")
+# Methods whose losses are drawn, if the race has some of them.
+_SHOWN = (
+    DENSE,
+    "QSGD(127) hook=bucket",
+    "Sign(per_tensor=True) every=8",
+    "local-sgd-8",
+    "powersgd-4",
+    "diloco-32",
+)
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.fontsize": 7.5}
 
 
@@ -78,12 +87,13 @@ def _colours(found: Sequence[Entry]) -> dict[str, str]:
 
 
 def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
-    """Draw mean and range of the loss over seeds by steps and by bytes, for the shortest training of each method."""
-    colours, short = _colours(found), min(entry.curves[0].steps for entry in found)
-    for entry in sorted(found, key=lambda entry: statistics.fmean(entry.losses)):
+    """Draw mean and range of the loss over seeds by steps and by bytes, for the shortest training of few methods."""
+    short = min(entry.curves[0].steps for entry in found)
+    brief = [entry for entry in found if entry.curves[0].steps == short]
+    chosen = [entry for entry in brief if entry.method in _SHOWN] or sorted(brief, key=_final)[: len(_SHOWN)]
+    colours, ends = _colours(chosen), dict[str, tuple[float, str]]()
+    for entry in chosen:
         first = entry.curves[0]
-        if first.steps != short:
-            continue
         losses = [[math.nan if loss is None else loss for loss in curve.losses] for curve in entry.curves]
         n = min(map(len, losses))
         at = [(i + 1) * first.every for i in range(n)]
@@ -92,7 +102,8 @@ def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
         style = {"color": colours[entry.method], "linewidth": 2.0 if entry.is_ours else 1.2}
         axes[0].plot(at, mean, **style)
         axes[0].fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axes[1].plot([step * first.sent / 1e6 for step in at], mean, label=titled(entry.method), **style)
+        axes[1].plot([step * first.sent / 1e6 for step in at], mean, **style)
+        ends[titled(entry.method)] = mean[-1], colours[entry.method]
     for panel, label in zip(axes, ("steps", "MB that a worker has sent"), strict=True):
         panel.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
         panel.set_xlabel(label)
@@ -101,7 +112,22 @@ def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
         panel.set_ylim(top=min(3.0, panel.get_ylim()[1]))
     axes[1].set_xscale("log")
     axes[1].xaxis.set_major_formatter(lambda mb, _: f"{mb:g}")
-    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[0].set_xlim(0, 2.1 * short)
+    axes[0].set_xticks(range(0, short + 1, max(1, short // 4)))
+    label_ends(axes[0], ends, 1.02 * short)
+
+
+def _final(entry: Entry) -> float:
+    return statistics.fmean(entry.losses)
+
+
+def label_ends(axes: Any, ends: Mapping[str, tuple[float, str]], x: float) -> None:
+    """Write names at the ends of curves, from their last values and colors; apart where the ends are close."""
+    low, high = axes.get_ylim()
+    at, gap = -math.inf, (high - low) * 0.06
+    for label, (last, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+        at = max(last, at + gap)
+        axes.text(x, at, label, color=colour, va="center")
 
 
 def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -> None:
