@@ -22,7 +22,6 @@ matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match
 
 import argparse
 import csv
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ import packsaddle
 from benchmarks.origin import Origin, check_text
 from benchmarks.race.figures import label_ends
 from benchmarks.race.inner import Half, held_out_loss, make_inner
-from benchmarks.race.target_settings import steps_to
+from benchmarks.race.target_settings import steps_and_loss
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
@@ -245,10 +244,9 @@ class Runs:
                 worse.add(neighbors[0])
 
     def _quality(self, method: str, rate: float, target: float | None) -> tuple[float, float]:
-        """Return steps to the target (0 without one, infinity if not reached) and loss of seed 0; less is better."""
+        """Return steps to the target and loss of seed 0; less is better."""
         (row,) = (row for row in self.rows(method) if (float(row["rate"]), row["seed"]) == (rate, "0"))
-        steps = 0.0 if target is None else steps_to(_curve(row), target)
-        return math.inf if steps is None else steps, float(row["validation_loss"])
+        return steps_and_loss(row, target)
 
     def table(self, methods: Sequence[str]) -> str:
         """Return the Markdown table of the methods that have runs, the lowest loss first."""

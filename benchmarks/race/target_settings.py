@@ -8,6 +8,7 @@ import csv
 import math
 import statistics
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -132,9 +133,7 @@ def simulated(method: Method, workers: int, target: float) -> list[dict[str, str
         return []
     with path.open(newline="") as file:
         mine = [row for row in csv.DictReader(file) if row["method"] == method.row]
-    fewest = min(
-        (row for row in mine if row["seed"] == "0"), key=lambda row: _steps_and_loss(row, target), default=None
-    )
+    fewest = min((row for row in mine if row["seed"] == "0"), key=lambda row: steps_and_loss(row, target), default=None)
     return [row for row in mine if fewest is not None and row["rate"] == fewest["rate"]]
 
 
@@ -144,13 +143,13 @@ def rate_of(method: Method, workers: int, target: float) -> float:
     return float(found[0]["rate"]) if found else method.lr
 
 
-def _steps(row: dict[str, str], target: float) -> float | None:
+def _steps(row: Mapping[str, str], target: float) -> float | None:
     return steps_to([float(loss) for loss in row["curve"].split()], target)
 
 
-def _steps_and_loss(row: dict[str, str], target: float) -> tuple[float, float]:
-    """Return the steps to the target, infinity if it is not reached, and then the loss, to compare rates."""
-    steps = _steps(row, target)
+def steps_and_loss(row: Mapping[str, str], target: float | None) -> tuple[float, float]:
+    """Return steps to the target (infinity if not reached, 0 without one) and loss of a training, to compare rates."""
+    steps = 0.0 if target is None else _steps(row, target)
     return math.inf if steps is None else steps, float(row["validation_loss"])
 
 

@@ -174,13 +174,13 @@ def clock() -> Iterator[str]:
         steps, sent = (fmean(values) for values in zip(*((run.steps, run.with_ends_mb) for run in mine), strict=True))
         yield f"| {title} | {steps:.0f} | {' | '.join(cells)} | {sent:,.1f} |".replace("  ", " ")  # as `page` does
 
+    best = [best_at(rate) for rate in RATES]
     ratios = []
-    for rate in RATES:
-        ours, peer, _ = best_at(rate)
+    for ours, peer, _ in best:
         each = [x / y for x, y in zip(ours, peer, strict=True)]  # by seed
         ratios.append(f"{fmean(ours) / fmean(peer):.2f} ({min(each):.2f} to {max(each):.2f})")
     yield f"| ours / the best peer's | | {' | '.join(ratios)} | |"
-    over = two([fmean(ours) / limit for ours, _, limit in map(best_at, RATES)])
+    over = two([fmean(ours) / limit for ours, _, limit in best])
     yield f"| ours / computing dense training's steps | | {' | '.join(over)} | |"
     yield f"takes {over[0]} and {over[2]} times as long as computing dense training's own steps"
     for rate in ("10", "50", "1000"):

@@ -291,9 +291,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 def configure(
     data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
 ) -> Config:
-    """Build a Config from nested dictionaries, after applying `key=value` overrides by dotted key in place.
+    """Build a Config from nested dictionaries, after applying overrides, such as "data.limit=100", to them in place.
 
-    Raises ConfigError, which names the override at fault, else `origin(key)`, such as a line of a file.
+    Raises ConfigError, which names the override at fault or, if it is none of them, the key's place: `origin(key)`,
+    such as a line of a file.
     """
     given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
     try:
