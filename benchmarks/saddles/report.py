@@ -41,7 +41,9 @@ def _cell(rows: Rows, method: str, kind: str, n: int) -> str:
     found = [row.steps for row in rows.best((method, kind, n))]
     if found:
         return f"{statistics.median(found):,.0f} ({min(found):,} to {max(found):,})"
-    return "never" if rows.stays((method, kind, n)) else ""
+    if rows.stays((method, kind, n)):
+        return "never"
+    return "no rate" if rows.of((method, kind, n)) else ""
 
 
 def _exponent(rows: Rows, method: str, kind: str) -> str:

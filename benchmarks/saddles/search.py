@@ -15,7 +15,7 @@ from benchmarks.saddles.methods import METHODS
 from benchmarks.saddles.saddle import KINDS, Saddle
 
 SEEDS = range(5)
-SIDES = (4, 16, 64)  # n, where the norm of the noise is 1
+SIDES = (4, 16, 64, 256)  # n, where the norm of the noise is 1
 SMALL_SIDES = (4, 8, 16)  # where each coordinate has the same noise
 PLAIN, COMPRESSED = ("SGD", "AdamW", "Muon"), ("RandomK 1/16", "TopK 1/16")  # others: with noise of norm 1 only
 LARGEST, START, SMALLEST = 0, 3, 14  # indices of the rates 2^-index, and where the smallest dimension's search begins
@@ -40,17 +40,19 @@ class Rows:
         print(row, flush=True)
         return row
 
+    def of(self, cell: Cell) -> list[Row]:
+        """Return the rows of all rates."""
+        return [r for r in self.rows if (r.method, r.kind, r.n) == cell]
+
     def best(self, cell: Cell) -> list[Row]:
         """Return the rows of the largest rate at which every seed settled; [] if there is none."""
-        method, kind, n = cell
-        found = [r for r in self.rows if (r.method, r.kind, r.n) == (method, kind, n) and r.settled]
+        found = [r for r in self.of(cell) if r.settled]
         rates = {r.lr for r in found if len({x.seed for x in found if x.lr == r.lr}) == len(SEEDS)}
         return [r for r in found if r.lr == max(rates)] if rates else []
 
     def stays(self, cell: Cell) -> bool:
         """Return True if a run of the cell is still at the saddle at the limit, and no rate is found."""
-        here = [r for r in self.rows if (r.method, r.kind, r.n) == cell]
-        return any(r.steps == LIMIT for r in here) and not self.best(cell)
+        return any(r.steps == LIMIT for r in self.of(cell)) and not self.best(cell)
 
 
 def _parsed(line: Mapping[str, str]) -> Row:
