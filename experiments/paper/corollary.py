@@ -9,7 +9,8 @@ sqrt(alpha) coordinates, alpha = 1 under Assumption C and d without it. The orac
 the other along a single run, so alpha = d changes only k and the planned step size.
 
 TopK sends as many coordinates as RandomK, with the parameters of Theorem 3.1, or with those of RandomK (`TopK, as
-linear`), where only the selection differs.
+linear`), where only the selection differs. SharedTopK and SketchTopK have RandomK's parameters too; they select by what
+several workers have, so their sweep runs `CompressedSGD` with two workers, whose mean gradient has the same noise.
 """
 
 import csv
@@ -21,6 +22,7 @@ from statistics import median
 
 from benchmarks.rows_file import add_rows, read_rows
 from experiments.paper.compiled_runs import Selection, Setting, escapes
+from experiments.paper.library_runs import library_escapes
 from experiments.paper.power_law import Exponent, difference, exponent
 from experiments.paper.rows_command import main
 from experiments.paper.theorem import SIGMA, WIDTH, bytes_per_step
@@ -41,6 +43,7 @@ class Sweep:
     factor: float  # eta is the planned one times this, I is divided by it
     methods: tuple[str, ...]
     seeds: int
+    library: bool = False  # CompressedSGD with two workers in place of the compiled algorithm
 
     @property
     def variable(self) -> str:
@@ -53,6 +56,7 @@ DIMENSIONS = (16, 50, 160, 500, 1600)
 # Without Assumption C these epsilon make k = 8 epsilon^(3/4) an integer, 4 to 1.
 WHOLE_K = (0.3969, 0.2704, 0.1575, 0.0625)
 LINEAR = METHODS[:3]
+SHARED = (*LINEAR, "SharedTopK", "SketchTopK")
 SWEEPS = (
     Sweep("alpha 1, epsilon", "1", tuple((e, 64) for e in EPSILONS[:7]), 1, LINEAR, 20),
     Sweep("TopK, epsilon", "1", tuple((e, 16) for e in (0.4, 0.2, 0.1, 0.05)), 1, ("TopK",), 10),
@@ -62,6 +66,7 @@ SWEEPS = (
     Sweep("alpha d, d, 16 eta", "d", tuple((0.4, d) for d in DIMENSIONS[:4]), 16, LINEAR, 10),
     Sweep("alpha 1, d", "1", tuple((0.2, d) for d in DIMENSIONS[:4]), 1, LINEAR, 10),
     Sweep("alpha d, epsilon, 16 eta", "d", tuple((e, 64) for e in WHOLE_K), 16, METHODS[:2], 5),
+    Sweep("two workers, epsilon, 16 eta", "1", tuple((e, 64) for e in EPSILONS[:6]), 16, SHARED, 5, library=True),
 )
 
 
@@ -114,8 +119,11 @@ def measure(sweep: Sweep, method: str, epsilon: float, d: int, seeds: Sequence[i
     deviation = math.hypot(SIGMA / math.sqrt(d), planned.noise)
     width = WIDTH * math.sqrt(epsilon)
     setting = Setting(d, epsilon, width, deviation, eta, interval, planned.radius, selection, k)
-    limit = math.ceil(planned.steps / sweep.factor)
-    found = escapes(setting, seeds, limit=limit, stride=max(1, interval // LOOKS), until_half=True)
+    limit, stride = math.ceil(planned.steps / sweep.factor), max(1, interval // LOOKS)
+    if sweep.library:
+        found = library_escapes(setting, MESSAGES[method](k), planned.noise, seeds, limit=limit, stride=stride)
+    else:
+        found = escapes(setting, seeds, limit=limit, stride=stride, until_half=True)
     return [Row(sweep.name, method, epsilon, d, e.seed, k, eta, unit.steps, e.first, e.half) for e in found]
 
 
