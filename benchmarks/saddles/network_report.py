@@ -4,6 +4,7 @@ import csv
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from benchmarks.rows_file import read_rows
 from benchmarks.saddles.methods import NETWORK_METHODS
 from benchmarks.saddles.network_runs import SEEDS, Network, Row, Rows, best_rate, follow, parse_row
 
-CERTIFIED_METHODS = ("SGD", "AdamW", "Muon", "RandomK 1/16", "AdamW, 4 workers, local updates, Sign")
+CERTIFIED_METHODS = ("SGD", "AdamW", "Muon", "RandomK 1/16")
 MOST_HVPS = 24
 PANELS = {  # starting points by panel, with their labels
-    "plateau": {"saddle": "MNIST autoencoder, on its plateau"},
-    "symmetric": {"rounding": "transformer, copies equal up to 1e-7", "saddle": "copies exactly equal"},
+    "plateau": {"saddle": ""},
+    "symmetric": {"rounding": "copies equal up to 1e-7", "saddle": "copies exactly equal"},
 }
+TITLES = {"plateau": "MNIST autoencoder on its plateau", "symmetric": "transformer of equal copies"}
+TICKS = (3, 10, 30, 100, 300, 1000)
 COLORS = ("#2e6f95", "#e8871e")
 
 
@@ -59,7 +62,7 @@ def _cells(found: Sequence[Row]) -> tuple[str, str]:
 
 
 def certificates(rows: Rows, path: Path) -> None:
-    """Certify the start of every seed, and seed 0 of the main methods at the first point away and at the end."""
+    """Certify the start of each seed, and seed 0 of the main methods at the first point away and at the end."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
@@ -78,16 +81,19 @@ def _points(rows: Rows) -> Iterator[tuple[str, str, int, str, nn.Module, float |
     for seed in SEEDS:
         for view, (module, epsilon) in network.views(network.make("saddle", seed)).items():
             yield "all", "saddle", seed, f"start{view}", module, epsilon
-    first = network.starts[0]
-    for method in CERTIFIED_METHODS:
-        if (lr := rows.best(method)) is None:
+    for method, start in product(CERTIFIED_METHODS, network.starts):
+        if start == "usual" or (lr := rows.best(method)) is None:
             continue
-        run = follow(network, method, first, lr, 0)
+        run = follow(network, method, start, lr, 0)
         for where, weights in (("on the way", run.left_at), ("end", run.end)):
             if weights is not None:
                 task = network.make("usual", 0)
                 task.load_state_dict(weights)
-                yield method, first, 0, where, task, None
+                if run.left_at is not None:
+                    yield method, start, 0, where, task, None
+                else:  # still at the saddle
+                    for view, (module, epsilon) in network.views(task).items():
+                        yield method, start, 0, f"{where}{view}", module, epsilon
 
 
 def certify(network: Network, module: nn.Module, epsilon: float | None) -> packsaddle.Certificate:
@@ -99,23 +105,29 @@ def certify(network: Network, module: nn.Module, epsilon: float | None) -> packs
 
 
 def draw(folder: Path) -> None:
-    """Draw median steps with the range of seeds by method, a panel per network; open triangles: never."""
+    """Draw median steps with the range of seeds by method, a panel per network; triangles: the median has not left."""
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 5), layout="constrained", sharey=True)
-    names = list(NETWORK_METHODS)
+    rows = {network: read_rows(folder / f"{network}.csv", parse_row, "run") for network in PANELS}
+    made = {row.method for every in rows.values() for row in every}
+    names = sorted(made, key=list(NETWORK_METHODS).index)
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 4.6), layout="constrained", sharey=True)
     for axes, (network, starts) in zip(panels, PANELS.items(), strict=True):
-        every = read_rows(folder / f"{network}.csv", parse_row, "run")
+        first, *_ = starts
         for at, (start, label) in enumerate(starts.items()):
             for y, method in enumerate(names):
-                found = _at_best(every, method, next(iter(starts)), start)
-                height = y + 0.18 * (2 * at - len(starts) + 1)
-                _mark(axes, found, height, COLORS[at])
+                found = _at_best(rows[network], method, first, start)
+                if found:
+                    _mark(axes, found, y + 0.18 * (2 * at - len(starts) + 1), COLORS[at])
             axes.plot([], [], "o", color=COLORS[at], label=label)
-        axes.set(xscale="log", xlabel="steps until it has left")
-        axes.grid(axis="x", alpha=0.2)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(starts))
+        axes.set(xscale="log", xlabel="steps until it has left", xlim=(3, 1300))
+        axes.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
+        axes.minorticks_off()
+        axes.grid(alpha=0.2)
+        axes.set_title(TITLES[network], fontsize=10, loc="left")
+        if len(starts) > 1:
+            axes.legend(frameon=False, loc="upper left")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     figure.savefig(folder / "networks.png", dpi=120)
@@ -123,10 +135,8 @@ def draw(folder: Path) -> None:
 
 
 def _mark(axes: Any, found: Sequence[Row], y: float, color: str) -> None:
-    """Draw the median of the seeds that have left and their range, and a triangle if some have not."""
-    steps = [max(row.steps, 1) for row in found if row.left]
-    if steps:
-        axes.plot([min(steps), max(steps)], [y, y], color=color, lw=1.5)
-        axes.plot([statistics.median(steps)], [y], "o", color=color, ms=6)
-    if len(steps) < len(found):
-        axes.plot([max(row.steps for row in found if not row.left)], [y], ">", mfc="none", color=color, ms=7)
+    """Draw the range and the median; seeds that have not left count with the steps of the run."""
+    steps = [row.steps for row in found]
+    stayed = sum(not row.left for row in found) > len(found) / 2
+    axes.plot([min(steps), max(steps)], [y, y], color=color, lw=1.5)
+    axes.plot([statistics.median(steps)], [y], ">" if stayed else "o", mfc="none" if stayed else color, color=color)
