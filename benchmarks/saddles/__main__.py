@@ -6,7 +6,7 @@ python -m benchmarks.saddles table
 python -m benchmarks.saddles figure
 
 The same for two networks, `plateau` (the MNIST autoencoder, which needs --data-dir) and `symmetric` (a transformer of
-equal copies), as in `python -m benchmarks.saddles run symmetric`; figure draws both.
+equal copies), as in `python -m benchmarks.saddles run symmetric`; table and figure show both.
 """
 
 import argparse
@@ -52,14 +52,15 @@ def main() -> None:
 def _network(options: argparse.Namespace) -> None:
     """Run a command for a network."""
     folder, name = options.out.parent, options.network
+    if options.command == "table":
+        print(network_report.table(folder))
+        return
     if options.command == "figure":
         network_report.draw(folder)
         return
     network = Plateau(options.data_dir) if name == "plateau" else Symmetric()
     rows = network_runs.Rows(network, folder / f"{name}.csv")
-    if options.command == "table":
-        print(network_report.table(rows))
-    elif options.command == "certify":
+    if options.command == "certify":
         network_report.certificates(rows, folder / f"{name}_certificates.csv")
     else:
         network_runs.measure(rows, options.methods)

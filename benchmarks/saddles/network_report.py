@@ -15,8 +15,8 @@ from benchmarks.rows_file import read_rows
 from benchmarks.saddles.methods import NETWORK_METHODS
 from benchmarks.saddles.network_runs import SEEDS, Network, Row, Rows, best_rate, follow, parse_row
 
-CERTIFIED_METHODS = ("SGD", "AdamW", "Muon", "RandomK 1/16")
-MOST_HVPS = 24
+CERTIFIED_METHODS = ("AdamW", "SGD")
+MOST_HVPS = 16  # products of a certificate
 PANELS = {  # starting points by panel, with their labels
     "plateau": {"saddle": ""},
     "symmetric": {"rounding": "copies equal up to 1e-7", "saddle": "copies exactly equal"},
@@ -26,16 +26,25 @@ TICKS = (3, 10, 30, 100, 300, 1000)
 COLORS = ("#2e6f95", "#e8871e")
 
 
-def table(rows: Rows) -> str:
-    """Return a Markdown table: median and range of steps by starting point, and of the loss at the end, per method."""
-    starts = rows.network.starts
-    lines = [f"| method | rate | {' | '.join(f'from {s}: steps | loss' for s in starts)} |"]
-    lines.append("| --- " * (2 + 2 * len(starts)) + "|")
+def table(folder: Path) -> str:
+    """Return a Markdown table by method: rate, steps by starting point, and loss at the end, for each network."""
+    heads = ["method"]
+    for network, starts in PANELS.items():
+        labels = [label or "steps" for label in starts.values()]
+        heads += [f"{network}: rate", labels[0], "loss", *labels[1:]]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    rows = {network: read_rows(folder / f"{network}.csv", parse_row, "run") for network in PANELS}
     for method in NETWORK_METHODS:
-        lr = rows.best(method)
-        if lr is not None:
-            cells = [cell for start in starts for cell in _cells(_at_best(rows.rows, method, starts[0], start))]
-            lines.append(f"| {method} | 2^{round(math.log2(lr))} | {' | '.join(cells)} |")
+        cells = [method]
+        for network, starts in PANELS.items():
+            first, *others = starts
+            found = _at_best(rows[network], method, first, first)
+            rate = f"2^{round(math.log2(found[0].lr))}" if found else ""
+            loss = f"{statistics.median(row.loss for row in found):.3g}" if found else ""
+            elsewhere = [_times(_at_best(rows[network], method, first, start)) for start in others]
+            cells += [rate, _times(found), loss, *elsewhere]
+        if any(cells[1:]):
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -45,20 +54,15 @@ def _at_best(rows: Sequence[Row], method: str, first: str, start: str) -> list[R
     return [row for row in rows if (row.method, row.start, row.lr) == (method, start, lr)]
 
 
-def _cells(found: Sequence[Row]) -> tuple[str, str]:
-    """Return steps and loss, as a median and range."""
-    if not found:
-        return "", ""
-    losses = [row.loss for row in found]
-    steps = sorted((row.steps if row.left else math.inf) for row in found)
-    if math.isinf(steps[0]):
-        times = "never"
-    else:
-        middle, low, high = (
-            f"{x:,.0f}" if math.isfinite(x) else "never" for x in (statistics.median(steps), steps[0], steps[-1])
-        )
-        times = f"{middle} ({low} to {high})"
-    return times, f"{statistics.median(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})"
+def _times(found: Sequence[Row]) -> str:
+    """Return the median and range of the steps, "" without runs."""
+    if not found or not any(row.left for row in found):
+        return "never" if found else ""
+    steps = sorted(row.steps if row.left else math.inf for row in found)
+    middle, low, high = (
+        f"{x:,.0f}" if math.isfinite(x) else "never" for x in (statistics.median(steps), steps[0], steps[-1])
+    )
+    return f"{middle} ({low} to {high})"
 
 
 def certificates(rows: Rows, path: Path) -> None:
@@ -68,39 +72,45 @@ def certificates(rows: Rows, path: Path) -> None:
         writer.writerow(
             ["method", "start", "seed", "where", "loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "verdict"]
         )
-        for *where, module, epsilon in _points(rows):
-            c = certify(rows.network, module, epsilon)
+        for *where, module, epsilon, rho in _points(rows):
+            c = certify(rows.network, module, epsilon, rho)
             numbers = c.loss, c.grad_norm, c.lambda_min_lower, c.lambda_min_upper
             writer.writerow([*where, *(f"{x:.3e}" for x in numbers), c.verdict])
             file.flush()
 
 
-def _points(rows: Rows) -> Iterator[tuple[str, str, int, str, nn.Module, float | None]]:
-    """Yield method, starting point, seed, place, module, and epsilon (None: proposed) of each certificate."""
+def _points(rows: Rows) -> Iterator[tuple[str, str, int, str, nn.Module, float | None, float | None]]:
+    """Yield method, starting point, seed, place, module, epsilon and rho (None: not given) of each certificate."""
     network = rows.network
     for seed in SEEDS:
-        for view, (module, epsilon) in network.views(network.make("saddle", seed)).items():
-            yield "all", "saddle", seed, f"start{view}", module, epsilon
+        suffix, module, epsilon, rho = network.saddle_function(network.make("saddle", seed))
+        yield "all", "saddle", seed, f"start{suffix}", module, epsilon, rho
     for method, start in product(CERTIFIED_METHODS, network.starts):
         if start == "usual" or (lr := rows.best(method)) is None:
             continue
         run = follow(network, method, start, lr, 0)
         for where, weights in (("on the way", run.left_at), ("end", run.end)):
-            if weights is not None:
-                task = network.make("usual", 0)
-                task.load_state_dict(weights)
-                if run.left_at is not None:
-                    yield method, start, 0, where, task, None
-                else:  # still at the saddle
-                    for view, (module, epsilon) in network.views(task).items():
-                        yield method, start, 0, f"{where}{view}", module, epsilon
+            if weights is None:
+                continue
+            task = network.make("usual", 0)
+            task.load_state_dict(weights)
+            if run.left_at is not None:
+                yield method, start, 0, where, task, None, None
+            else:  # still at the saddle
+                suffix, module, epsilon, rho = network.saddle_function(task)
+                yield method, start, 0, f"{where}{suffix}", module, epsilon, rho
 
 
-def certify(network: Network, module: nn.Module, epsilon: float | None) -> packsaddle.Certificate:
-    """Certify the mean loss of the network's certified examples; rho is estimated."""
+def certify(network: Network, module: nn.Module, epsilon: float | None, rho: float | None) -> packsaddle.Certificate:
+    """Certify the mean loss of the network's certified examples; None: proposed from the gradient, and estimated."""
     search = packsaddle.Search(max_hvps=MOST_HVPS, pilot_examples=0)
     return packsaddle.certify(
-        module, lambda model, batch: model(*batch), network.certified, epsilon=epsilon, search=search
+        module,
+        lambda model, batch: model(*batch),
+        network.certified,
+        epsilon=epsilon,
+        hessian_lipschitz=rho,
+        search=search,
     )
 
 

@@ -50,8 +50,8 @@ class Network(Protocol):
     def has_left(self, point: "Point") -> bool:
         """Return True if a point is away from the saddle."""
 
-    def views(self, task: nn.Module) -> dict[str, tuple[nn.Module, float]]:
-        """Return the functions whose certificates prove a saddle, by name, with the epsilon of each."""
+    def saddle_function(self, task: nn.Module) -> tuple[str, nn.Module, float, float | None]:
+        """Return the function whose certificate proves a saddle: suffix of its name, module, epsilon, rho (or None)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from packsaddle.runs.tasks import load_data, make_task
 REACH_STEPS, REACH_RATE = 256, 1.0  # of the SGD that reaches the plateau from the usual initial weights
 LEFT = 0.9  # of the loss of the best constant image
 EVALUATED, CERTIFIED = 64, 256  # images
-EPSILON = 2e-3
+EPSILON, RHO = 1.2e-3, 1e-3
 
 
 class Matrices(nn.Module):
@@ -71,9 +71,9 @@ class Plateau:
         """Return True if the loss is below LEFT times that of the best constant image."""
         return point.loss < LEFT * self.plateau
 
-    def views(self, task: nn.Module) -> dict[str, tuple[nn.Module, float]]:
-        """Return the network, with the epsilon of experiments/figure2."""
-        return {"": (task, EPSILON)}
+    def saddle_function(self, task: nn.Module) -> tuple[str, nn.Module, float, float | None]:
+        """Return the network, with the rho of experiments/figure2."""
+        return "", task, EPSILON, RHO
 
     def _usual(self, seed: int) -> Matrices:
         return Matrices(make_task(ModelConfig("mnist-autoencoder"), self.data.shape, self.data.classes, seed))

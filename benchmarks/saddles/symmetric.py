@@ -1,7 +1,7 @@
 """A character transformer whose blocks consist of equal copies: all heads are equal, and all hidden units of the MLP.
 
 Copies have equal gradients, so the networks with equal copies are an invariant subspace of SGD and of every other
-optimizer that treats copies alike. The best network in it is a saddle if the loss has negative curvature across it.
+optimizer that treats copies alike. Its points are saddles across it where the loss has negative curvature across it.
 """
 
 import math
@@ -60,7 +60,7 @@ def distance(task: nn.Module) -> float:
 
 
 class Symmetric:
-    """The transformer at the best symmetric weights, exactly ("saddle") or up to rounding, or at its usual weights."""
+    """The transformer at trained symmetric weights, exactly ("saddle") or up to "rounding", or at its "usual" ones."""
 
     steps, batch = 1000, 8
     starts: tuple[str, ...] = ("rounding", "saddle", "usual")
@@ -98,9 +98,9 @@ class Symmetric:
         """Return True if the distance from the subspace is at least LEFT."""
         return point.distance >= LEFT
 
-    def views(self, task: nn.Module) -> dict[str, tuple[nn.Module, float]]:
-        """Return the loss across the subspace, whose gradient is 0 except for rounding."""
-        return {", across the subspace": (Across(task), EPSILON)}
+    def saddle_function(self, task: nn.Module) -> tuple[str, nn.Module, float, float | None]:
+        """Return the loss across the subspace, whose gradient is 0 except for rounding; rho is estimated."""
+        return ", across the subspace", Across(task), EPSILON, None
 
     def usual(self, seed: int) -> nn.Module:
         """Return the network at its usual initial weights."""
