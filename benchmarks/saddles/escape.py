@@ -61,7 +61,7 @@ def follow(name: str, saddle: Saddle, lr: float) -> Path:
 
 def _follow(method: Method, saddle: Saddle, lr: float, rank: int) -> Path:
     w = torch.nn.Parameter(torch.zeros(saddle.n, saddle.n))
-    optimizer = method.make(w, lr)
+    (optimizer,) = method.make([w], [], lr)
     local = None if method.local is None else LocalUpdates(optimizer, local_settings(method.local), every=EVERY)
     gradient = saddle.gradients(rank, 1 if local else method.workers)
     measure = saddle.gradients(method.workers)  # s and f at the anchor; its noise is not used

@@ -1,7 +1,7 @@
 """The optimizers: plain, with noise, with compressed gradients, and with local updates of four workers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,14 @@ from packsaddle.compressors import Compressor, Identity
 NOISE = 0.3  # E||xi||^2 is its square
 WORKERS, EVERY = 4, 8  # of local updates
 
-Make = Callable[[Tensor, float], torch.optim.Optimizer]  # of W and the learning rate
+Tensors = Sequence[Tensor]
+# Of the matrices that Muon trains, of other parameters (which it leaves to AdamW), and of the learning rate.
+Make = Callable[[Tensors, Tensors, float], list[torch.optim.Optimizer]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer, the number of workers, and the compressor of local updates (None: no local updates)."""
+    """The optimizers, the number of workers, and the compressor of local updates (None: no local updates)."""
 
     make: Make
     workers: int = 1
@@ -27,21 +29,24 @@ class Method:
 
 
 def _sgd(momentum: float) -> Make:
-    return lambda w, lr: torch.optim.SGD([w], lr, momentum=momentum)
+    return lambda matrices, others, lr: [torch.optim.SGD([*matrices, *others], lr, momentum=momentum)]
 
 
-def _adamw(w: Tensor, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([w], lr, betas=(0.9, 0.99), weight_decay=0.0)
+def _adamw(matrices: Tensors, others: Tensors, lr: float) -> list[torch.optim.Optimizer]:
+    return [torch.optim.AdamW([*matrices, *others], lr, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
-def _muon(w: Tensor, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.Muon([w], lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+def _muon(matrices: Tensors, others: Tensors, lr: float) -> list[torch.optim.Optimizer]:
+    muon = torch.optim.Muon(matrices, lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [muon, *(_adamw((), others, lr) if others else [])]
 
 
 def _compressed(compressor: Compressor, noise: float) -> Make:
-    def make(w: Tensor, lr: float) -> torch.optim.Optimizer:
+    def make(matrices: Tensors, others: Tensors, lr: float) -> list[torch.optim.Optimizer]:
+        parameters = [*matrices, *others]
         settings = packsaddle.Compression(compressor, dense_below=0)
-        return CompressedSGD([w], lr, settings, noise=noise / math.sqrt(w.numel()))
+        std = noise / math.sqrt(sum(p.numel() for p in parameters))
+        return [CompressedSGD(parameters, lr, settings, noise=std)]
 
     return make
 
@@ -63,6 +68,11 @@ METHODS = {
     "TopK 1/16, noise": Method(_compressed(TopK(1 / 16), NOISE)),
     "Sign": Method(_compressed(Sign(), 0.0)),
     "Sign, noise": Method(_compressed(Sign(), NOISE)),
+}
+
+# For networks, whose four workers divide the batch of one: training them by the mean gradient is that of one worker.
+NETWORK_METHODS = {name: method for name, method in METHODS.items() if method.workers == 1 or method.local} | {
+    "Muon, 4 workers, local updates": Method(_muon, WORKERS, Identity())
 }
 
 
