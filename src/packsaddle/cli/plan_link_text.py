@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 
-from packsaddle.cli.console import brief, digits, kilobytes, number_table, print_table, short_exchange
+from packsaddle.cli.console import brief, digits, kilobytes, number_table, print_table
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.link import Forecast, Optimizer, Verdict, format_rate
 from packsaddle.plan.local import LocalForecast
@@ -79,7 +79,7 @@ def print_tables(plan: LinkPlan) -> None:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
         name, style = ("dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
-        by = short_exchange(f.exchange)
+        by = f.exchange.removesuffix(" all-reduce")
         table.add_row(name, by, kilobytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
     print(f"Rows: {_ORDER if plan.optimizer else 'shortest step first'}. Sent: per worker and step.")

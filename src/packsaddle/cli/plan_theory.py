@@ -163,11 +163,6 @@ def _out_of_reach(reached: Reach, a: Assumptions) -> str:
     return "\n".join(lines)
 
 
-def _first_order(p: Plan) -> tuple[float, int]:
-    found = first_order_plan(p.assumptions, p.mu)
-    return found.eta, found.steps
-
-
 # The tables of `packsaddle plan theory`: functions that format a plan's cell, by column heading.
 _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
     {
@@ -186,8 +181,8 @@ _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
         "~ improvement": lambda p: f"{p.improvement:,.3g}",
     },
     {
-        "first-order alone: eta": lambda p: f"{_first_order(p)[0]:.2e}",
-        "first-order alone: steps": lambda p: f"{_first_order(p)[1]:.2e}",
+        "first-order alone: eta": lambda p: f"{first_order_plan(p.assumptions, p.mu).eta:.2e}",
+        "first-order alone: steps": lambda p: f"{first_order_plan(p.assumptions, p.mu).steps:.2e}",
     },
 )
 

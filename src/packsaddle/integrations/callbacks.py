@@ -312,11 +312,8 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm.
-
-    Each possible verdict is a number, 1 for the certificate's and 0 for the others: certificate/saddle,
-    certificate/second_order_stationary, certificate/gradient_too_large, certificate/undecided.
-    """
+    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm, and a number for each
+    possible verdict, such as certificate/saddle: 1 for the certificate's, 0 for the others."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

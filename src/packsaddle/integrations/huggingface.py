@@ -50,35 +50,27 @@ class _Attached(Attached, TrainerCallback):
         self._trainer, self._resume_from = trainer, resume_from
         self._resumed: Path | None = None  # the checkpoint passed to `train`
         self._attached: Any = None  # the wrapped model to which `exchange` is attached
-        trainer.train = self._hearing(trainer.train)
-        trainer._save_checkpoint = self._saving(trainer._save_checkpoint)
+        train, save = trainer.train, trainer._save_checkpoint
 
-    def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
-        raise NotImplementedError
-
-    def _hearing(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `train` to record the checkpoint to resume from, which callbacks do not receive."""
-
+        # Callbacks do not receive the checkpoint to resume from: record it.
         @wraps(train)
-        def hearing(resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        def training(resume_from_checkpoint: Any = None, *args: Any, **others: Any) -> Any:
             named = isinstance(resume_from_checkpoint, str | os.PathLike)
             self._resumed = Path(resume_from_checkpoint) if named else None
-            return train(resume_from_checkpoint, *args, **options)
+            return train(resume_from_checkpoint, *args, **others)
 
-        return hearing
-
-    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `_save_checkpoint` to save this worker's state too, since `on_save` is not called after a SIGTERM."""
-
+        # `on_save` is not called after a SIGTERM: save this worker's state after the trainer's.
         @wraps(save)
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
-            trainer = self._trainer
             if self.exchange is not None and not trainer.args.save_only_model:
                 folder = Path(trainer._get_output_dir(trial=trial))  # one folder per trial of a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
-        return saving
+        trainer.train, trainer._save_checkpoint = training, saving
+
+    def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
+        raise NotImplementedError
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach the hook or local updates, and restore their state in a resumed run. Raises errors of attaching."""

@@ -18,7 +18,7 @@ from packsaddle.compressors.registry import describe
 from packsaddle.plan.timing import side_by_side
 
 _SHORT = 4096  # coordinates; for so short a vector the fixed cost of a call dominates
-_LONG = 1 << 25  # coordinates; times of longer vectors are extrapolated
+LONGEST = 1 << 25  # coordinates; times of longer vectors are extrapolated
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure_with_spread(
     """Return the pace, as `measure` does, and the fraction by which an encoding's median time exceeds the minimum.
     Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`."""
     compressor.validate(d)
-    lengths = (min(d, _SHORT), min(d, _LONG))
+    lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
     for n in lengths:
         for name, work in _works(compressor.restrict(n, d), n, device).items():

@@ -7,7 +7,7 @@ need different numbers of steps.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
@@ -170,16 +170,6 @@ class Compressed(Step):
 
 
 @dataclass(frozen=True)
-class Fastest(Step):
-    """The fastest of several kinds of step on the given link."""
-
-    steps: tuple[Step, ...]
-
-    def time(self, link: Link, fleet: Fleet) -> StepTime:
-        return min((step.time(link, fleet) for step in self.steps), key=lambda time: time.total)
-
-
-@dataclass(frozen=True)
 class Dense(Step):
     """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
 
@@ -212,13 +202,13 @@ def compressed(
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
-def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, payload bytes a second, at which `steps` steps of `step` take as long as one `dense` step.
-    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always."""
+def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
+    """Return the rate, payload bytes a second, at which `steps` steps of the fastest of `kinds` take as long as one
+    `dense` step. The latency is that of `link`. Below this rate they are faster. None if they never are, or always."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
-        return steps * step.time(slower, fleet).total < dense.time(slower, fleet).total
+        return steps * min(kind.time(slower, fleet).total for kind in kinds) < dense.time(slower, fleet).total
 
     rates = [10.0**exponent for exponent in range(16)]  # one byte to one petabyte a second
     if not pays(rates[0]):

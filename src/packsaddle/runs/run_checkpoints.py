@@ -101,7 +101,7 @@ class RunCheckpoints:
 
     def __init__(self, folder: RunFolder, policy: CheckpointPolicy, parts: Mapping[str, Any], group: Group) -> None:
         self.policy = policy
-        self._folder, self._parts, self._group = folder, parts, group
+        self._folder, self._path, self._parts, self._group = folder, folder.path / CHECKPOINTS, parts, group
 
     def save(self, step: int, extra: Mapping[str, Any]) -> float:
         before = time.perf_counter()
@@ -143,10 +143,6 @@ class RunCheckpoints:
 
     def remove(self) -> None:
         remove_all(self._path)
-
-    @property
-    def _path(self) -> Path:
-        return self._folder.path / CHECKPOINTS
 
 
 State = Literal["new", "begun", "done"]

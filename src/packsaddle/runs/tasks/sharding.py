@@ -139,9 +139,6 @@ def _begin(
     return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)
 
 
-_BATCH = 500
-
-
 @dataclass(frozen=True)
 class Examples:
     """Chosen examples as an iterable of batches, on a device and in a dtype; may be iterated repeatedly."""
@@ -150,7 +147,7 @@ class Examples:
     index: Tensor  # indices of the examples, int64[n]
     device: torch.device
     dtype: torch.dtype = torch.float32
-    batch_size: int = _BATCH
+    batch_size: int = 500
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(self.index, self.batch_size):
