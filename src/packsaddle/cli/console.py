@@ -46,10 +46,6 @@ def digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
-def kilobytes(count: float) -> str:
-    return digits(count / 1e3)
-
-
 def plain_text(text: str) -> Text:
     """Return `text` for a cell of a rich table, printed literally, without markup; control characters are escaped."""
     return Text(printable(text))

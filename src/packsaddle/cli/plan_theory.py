@@ -9,7 +9,7 @@ from typing import Literal
 from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import kilobytes, number_table, print_table
+from packsaddle.cli.console import digits, number_table, print_table
 from packsaddle.cli.flags import grouped
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, config_errors
@@ -128,7 +128,23 @@ def _show(plans: list[Plan]) -> None:
     print(f"~ escape radius R = {first.radius:.3g}; an escape decreases f by F = {first.decrease:.3g}.")
     if not all(p.proved_for_workers for p in plans):
         print("* Not covered by the proofs, which compress the mean over workers: here each worker compresses.")
-    print(_reliability(plans))
+
+    # Print how reliable the numbers are, which depends on the source of the constants.
+    c = first.constants
+    print("~ Order of magnitude: the theorems hide their constants.")
+    if c.mode == "theory":
+        years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
+        verdict = "Out of reach: at" if years > 1 else "At"
+        print(f"  Used here: those of Jin et al. (2021) for uncompressed SGD; their logarithm is iota = {c.iota:.3g}.")
+        print(f"  {verdict} a million steps a second, the shortest plan takes {years:.1e} years.")
+        print("  The proofs' constants are far from tight; --mode practical has constants that give feasible runs.")
+    else:
+        print(
+            "  Used here: the proved first-order bounds, and twice the predicted median time to escape each saddle of"
+        )
+        print("  curvature -sqrt(rho epsilon), sequentially. This is no guarantee: use the plan as a start for tuning.")
+    print("  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (except coded indices).")
+    print("  Proved: first-order alone, under Assumptions A and B, without noise and resets.")
 
 
 def _out_of_reach(reached: Reach, a: Assumptions) -> str:
@@ -176,7 +192,7 @@ _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
     {
         "k": lambda p: "" if p.k is None else f"{p.k:,}",
         "k of Corollary 3.3": lambda p: "" if _balanced_k(p) is None else f"{_balanced_k(p):,}",
-        "sent kB a step": lambda p: kilobytes(p.sent),
+        "sent kB a step": lambda p: digits(p.sent / 1e3),
         "~ sent MB in all": lambda p: f"{p.total / 1e6:.2e}",
         "~ improvement": lambda p: f"{p.improvement:,.3g}",
     },
@@ -185,31 +201,6 @@ _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
         "first-order alone: steps": lambda p: f"{first_order_plan(p.assumptions, p.mu).steps:.2e}",
     },
 )
-
-
-def _reliability(plans: list[Plan]) -> str:
-    c = plans[0].constants
-    lines = ["~ Order of magnitude: the theorems hide their constants."]
-
-    # Describe the guarantee, which depends on the source of the constants.
-    if c.mode == "theory":
-        years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
-        verdict = "Out of reach: at" if years > 1 else "At"
-        lines += [
-            f"  Used here: those of Jin et al. (2021) for uncompressed SGD; their logarithm is iota = {c.iota:.3g}.",
-            f"  {verdict} a million steps a second, the shortest plan takes {years:.1e} years.",
-            "  The proofs' constants are far from tight; --mode practical has constants that give feasible runs.",
-        ]
-    else:
-        lines += [
-            "  Used here: the proved first-order bounds, and twice the predicted median time to escape each saddle of",
-            "  curvature -sqrt(rho epsilon), sequentially. This is no guarantee: use the plan as a start for tuning.",
-        ]
-    lines += [
-        "  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (except coded indices).",
-        "  Proved: first-order alone, under Assumptions A and B, without noise and resets.",
-    ]
-    return "\n".join(lines)
 
 
 def table(d: int, epsilon: float, json: bool = False) -> None:

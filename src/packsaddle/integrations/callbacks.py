@@ -89,10 +89,8 @@ class WorkerState:
         return self.local.steps
 
     def finish(self) -> None:
-        """Make the model identical on all workers at the end of training; collective. Warns if the flush was rejected.
-
-        Calls `local.flush()`, then broadcasts worker 0's buffers.
-        """
+        """Make the model identical on all workers at the end of training: flush `local`, then broadcast worker 0's
+        buffers; collective. Warns if the flush was rejected."""
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
         with torch.no_grad():

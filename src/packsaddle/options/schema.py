@@ -103,7 +103,15 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
     if kinds := choices(hint):
-        return _convert_choice(kinds, value, where)
+        by_name = {c.__name__: c for c in kinds}
+        names = ", ".join(by_name)
+        if not isinstance(value, Mapping) or "kind" not in value:
+            raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
+        kind, place = value["kind"], (*where, "kind")
+        if not isinstance(kind, str) or kind not in by_name:
+            near = nearest(kind, by_name)
+            raise _about(place, f"{_dotted(place)} must be one of {names}, got {shown(kind)}{near}")
+        return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (a for a in args if a is not type(None))
@@ -142,18 +150,6 @@ def _number(hint: type, value: Any) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return whole(repr(value))
     return float(value) if hint is float and isinstance(value, int) else value
-
-
-def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:
-    by_name = {c.__name__: c for c in kinds}
-    names = ", ".join(by_name)
-    if not isinstance(value, Mapping) or "kind" not in value:
-        raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
-    kind = value["kind"]
-    if not isinstance(kind, str) or kind not in by_name:
-        name = _dotted((*where, "kind"))
-        raise _about((*where, "kind"), f"{name} must be one of {names}, got {shown(kind)}{nearest(kind, by_name)}")
-    return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 
 
 def nearest(word: Any, candidates: Any) -> str:

@@ -1,7 +1,4 @@
-"""Measured speed of compressors on this machine, and the entries of a table of compressors.
-
-Encoding and decoding are timed on vectors of two lengths; times for other lengths lie on the line through these.
-"""
+"""Measured speed of compressors on this machine, and the entries of a table of compressors."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -96,9 +93,6 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     }
 
 
-_REPEATS = 5
-
-
 @dataclass(frozen=True)
 class CompressorEntry:
     """Table entry of one compressor, measured on a Gaussian vector of d coordinates."""
@@ -119,7 +113,7 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
     torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with others
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
-    for step in range(_REPEATS):
+    for step in range(5):
         begin = time.perf_counter()
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)

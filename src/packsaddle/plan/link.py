@@ -1,8 +1,4 @@
-"""The plan for a network link: the compressor with the fastest step, compared with uncompressed training.
-
-Rates are parsed and printed in common notation: 100mbit, 1gbit, 12.5MB/s. `MEASURED` has the steps to the loss of
-uncompressed ("dense") training, by optimizer and compressor, as multiples of the dense steps.
-"""
+"""The plan for a network link: the compressor with the fastest step, compared with uncompressed ("dense") training."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

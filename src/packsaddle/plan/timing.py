@@ -57,7 +57,9 @@ def repeated(
 ) -> Timing:
     """Time `work` at least `least` times, until its three fastest times are within a fraction `within` of each other.
     Stops after `limit` seconds. Other programs on the machine only lengthen a call, so the minimum is reproducible."""
-    return side_by_side({"work": work}, repeats=least, warm_up=warm_up, within=within, limit=limit)["work"]
+    for _ in range(warm_up):
+        work()
+    return side_by_side({"work": work}, repeats=least, warm_up=0, within=within, limit=limit)["work"]
 
 
 def _is_reproduced(seconds: list[float], within: float) -> bool:

@@ -1,7 +1,4 @@
-"""The checkpoints of a run: their schedule and files, stopping and resuming.
-
-Workers agree to save or stop in a step's exchange.
-"""
+"""The checkpoints of a run: their schedule and files, stopping and resuming."""
 
 import json
 import time

@@ -1,8 +1,4 @@
-"""Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text.
-
-A preset is written as a TOML file with the values of a Config and the comments on its fields. The demo trains a deep
-autoencoder on digits from a start where plain SGD stalls at a saddle.
-"""
+"""Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text."""
 
 import dataclasses
 import inspect
