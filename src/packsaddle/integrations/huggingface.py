@@ -42,9 +42,10 @@ class _Attached(Attached, TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule | Compression,
-        resume_from: str | Path | None,
-        options: Mapping[str, Any],
+        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+        *,
+        resume_from: str | Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
@@ -101,16 +102,6 @@ class PacksaddleCallback(_Attached):
     worker it only warns. `hook` is the DDPHook; further calls of `train` keep it.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
-        *,
-        resume_from: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(trainer, compressor, resume_from, options)
-
     def _attach(self, state: TrainerState) -> DDPHook | None:
         trainer = self._trainer  # callbacks receive only the model inside DistributedDataParallel
         options = {"scaler": trainer.accelerator.scaler, **self._options}
@@ -146,7 +137,7 @@ class LocalUpdatesCallback(_Attached):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(trainer, compressor, resume_from, options)
+        super().__init__(trainer, compressor, resume_from=resume_from, **options)
         self._at_anchor = False  # True during training, when evaluation and saving use the anchor
         self._ended_at_best = False
         for name in ("evaluate", "predict", "save_model"):  # wrapped, since callbacks run only after these methods

@@ -194,11 +194,9 @@ class Dense(Step):
 Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operations to seconds
 
 
-def compressed(
-    aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
-) -> Compressed:
-    """Return a step with this aggregator, for d compressed and `dense` uncompressed coordinates of `itemsize` bytes."""
-    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
+def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
+    """Return a step with this aggregator, for d compressed and `dense` uncompressed coordinates in float32."""
+    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, 4)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
