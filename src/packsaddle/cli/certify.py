@@ -107,7 +107,7 @@ def certify(
     drawn = _drawn(run, config) if iterates else []
     names = chain(["certificate"], (f"certificate-{n}" for n in count(2)))
     folder = out or next(run / name for name in names if not (run / name).exists())
-    options, lr = search.apply_to(options), config.sgd_lr()
+    options, lr = replace(options, **search.values), config.sgd_lr()
     questions = Questions(epsilon, hessian_lipschitz, options, spectrum, population, distance, lr, seed, quiet=json)
     size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
     audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)

@@ -78,7 +78,7 @@ def theory(
         return
     _show(plans)
     if reached.out_of_reach:
-        print(_out_of_reach(reached, assumptions))
+        _print_reach(reached, assumptions)
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
@@ -147,36 +147,33 @@ def _show(plans: list[Plan]) -> None:
     print("  Proved: first-order alone, under Assumptions A and B, without noise and resets.")
 
 
-def _out_of_reach(reached: Reach, a: Assumptions) -> str:
-    """Return the text for a target that needs too many steps, with the changes that would reduce them."""
+def _print_reach(reached: Reach, a: Assumptions) -> None:
+    """Print that a target needs too many steps, and the changes that would reduce them."""
     days = MOST_STEPS / _PACE / 86400
-    lines = [
+    print(
         f"OUT OF REACH: the uncompressed plan needs {reached.steps:.1e} steps, over the limit of {MOST_STEPS:.0e} "
-        f"({days:.0f} days at {_PACE:,} steps a second).",
-    ]
+        f"({days:.0f} days at {_PACE:,} steps a second)."
+    )
 
     # Suggest changes: a larger epsilon, or Assumption C.
     if reached.at_twice_epsilon is not None:
         times = reached.steps / reached.at_twice_epsilon
         power = math.log2(times)
-        lines += [
-            f"  Steps grow about as epsilon^-{power:.1f} here: twice the epsilon needs 1/{times:.3g} of the steps."
-        ]
+        print(f"  Steps grow about as epsilon^-{power:.1f} here: twice the epsilon needs 1/{times:.3g} of the steps.")
     if reached.epsilon is None:
-        lines += ["  No epsilon that is valid for this L and rho is within reach."]
+        print("  No epsilon that is valid for this L and rho is within reach.")
     else:
         unit = 10.0 ** (math.floor(math.log10(reached.epsilon)) - 1)
         rounded_up = math.ceil(reached.epsilon / unit) * unit  # to two significant digits
-        lines += [f"  Within reach: about --epsilon {rounded_up:g} and larger."]
+        print(f"  Within reach: about --epsilon {rounded_up:g} and larger.")
     if reached.with_lipschitz_gradient is not None:
-        lines += [
+        print(
             f"  With Lipschitz stochastic gradients (Assumption C, --lipschitz-gradient {a.smoothness:g}): "
-            f"{reached.with_lipschitz_gradient:.1e} steps.",
-        ]
-    lines += [
+            f"{reached.with_lipschitz_gradient:.1e} steps."
+        )
+    print(
         "  The theory is cautious: on small problems 16 to 256 times larger step sizes worked as well (docs/plans.md)."
-    ]
-    return "\n".join(lines)
+    )
 
 
 # The tables of `packsaddle plan theory`: functions that format a plan's cell, by column heading.

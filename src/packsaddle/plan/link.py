@@ -237,7 +237,7 @@ def forecast(
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = []
         choices = [choose(bound, "direct", d=workload.d, dense=workload.dense, workers=fleet.workers)]
-        if choices[0].name == "all-gather" and workload.d >= fleet.workers:  # two-way: a coordinate per worker, or more
+        if choices[0].name == "all-gather" and workload.d >= fleet.workers:  # two-way needs one per worker
             choices += [choose(bound, "two-way", d=workload.d, dense=workload.dense, workers=fleet.workers)]
         for choice in choices:
             coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)

@@ -93,8 +93,8 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
         # Add a legend with the largest number of columns that fits into about 130 letters, filled column by column.
         handles, labels = axes[0][0].get_legend_handles_labels()
 
-        def letters(columns: int) -> int:
-            height = -(-len(labels) // columns)
+        def letters(count: int) -> int:
+            height = -(-len(labels) // count)
             return sum(max(map(len, labels[i : i + height])) + 8 for i in range(0, len(labels), height))
 
         fitting = next((n for n in (4, 3, 2) if n <= len(labels) and letters(n) <= 130), 1)
