@@ -182,7 +182,7 @@ def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyP
         return {"compressed": Timing.of([3.0]), "plain": Timing.of([1.0])}
 
     monkeypatch.setattr(workload, "side_by_side", timed)
-    monkeypatch.setattr(workload, "_LONG", 2000)
+    monkeypatch.setattr(workload, "LONGEST", 2000)
     assert workload.update_seconds(1000, noise=True) == 2.0
     assert workload.update_seconds(5000) == 5.0
 

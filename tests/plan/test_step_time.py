@@ -235,7 +235,7 @@ def test_times_are_equal_at_break_even(coding: float, compute: float, workers: i
     nbytes = 100_000_000
     step = Compressed(RingAllReduce((round(part * nbytes),)).cost(workers), coding)
     dense, fleet, link = Dense(nbytes, overlap), Fleet(workers, compute, 0.1), Link(1e-4, 1.0)
-    rate = break_even(step, dense, link, fleet)
+    rate = break_even([step], dense, link, fleet)
 
     def totals(rate: float) -> tuple[float, float]:
         return tuple(s.time(Link(1e-4, rate), fleet).total for s in (step, dense))  # type: ignore[return-value]
@@ -251,7 +251,7 @@ def test_times_are_equal_at_break_even(coding: float, compute: float, workers: i
 
 def test_no_break_even_with_more_bytes_than_dense() -> None:
     many: Step = Compressed(RingAllGather(1_000_000).cost(100), 0.0)
-    assert break_even(many, Dense(4_000_000), Link(1e-4, 1e9), Fleet(100, 0.1)) is None
+    assert break_even([many], Dense(4_000_000), Link(1e-4, 1e9), Fleet(100, 0.1)) is None
 
 
 def test_links() -> None:

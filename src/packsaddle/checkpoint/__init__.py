@@ -3,13 +3,3 @@
 Start with `save_load`. `files` defines the files of one worker, `parts` the objects that can be saved, `reshard` the
 conversion to another number of workers. Run folders also use `atomic_files` and the lock of `file_lock`.
 """
-
-from packsaddle.checkpoint.files import CheckpointError
-from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "load_checkpoint",
-    "save_checkpoint",
-]

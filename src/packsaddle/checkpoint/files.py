@@ -180,11 +180,6 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
-def newest_of(folder: Path, rank: int) -> int:
-    """Return the newest step for which this worker's manifest exists; -1: none."""
-    return max((step for step in steps_in(folder) if rank in ranks_in(step_folder(folder, step))), default=-1)
-
-
 def rotate(folder: Path, keep: int, had: int) -> None:
     """Remove steps older than both the `keep` newest and `had`, the newest step that all workers saved."""
     oldest = min(steps_in(folder)[-keep:][0], had)

@@ -12,7 +12,6 @@ from packsaddle.checkpoint.files import (
     DamagedError,
     Manifest,
     check_plain,
-    newest_of,
     ranks_in,
     read_content,
     read_manifest,
@@ -101,7 +100,8 @@ def save_checkpoint(
     check_parts(parts)
     collectives = ObjectCollectives(group, device_of(parts))
     content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
-    had = min(collectives.gather(newest_of(folder, group.rank)))
+    saved = [s for s in steps_in(folder) if group.rank in ranks_in(step_folder(folder, s))]
+    had = min(collectives.gather(max(saved, default=-1)))
 
     # Leave tensors equal to worker 0's to worker 0's file.
     common, common_sha256 = paths_in_common(content, collectives)

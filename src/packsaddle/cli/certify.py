@@ -87,6 +87,7 @@ def certify(
         out: New folder for the results; by default certificate/, certificate-2/, ... in the run folder.
         json: Print one JSON document.
     """
+    from packsaddle.curvature.certificate import Share
     from packsaddle.runs.certification import Audit, Questions, certify_in_process_group, new_folder, read_config, write
 
     with config_errors("--"):
@@ -104,8 +105,9 @@ def certify(
     # Validate the input and create the folder before the work.
     require("matplotlib", "plot", "the certificate's picture")
     drawn = _drawn(run, config) if iterates else []
-    folder = out or _numbered(run / "certificate")
-    options, lr = search.apply_to(options), config.sgd_lr()
+    names = chain(["certificate"], (f"certificate-{n}" for n in count(2)))
+    folder = out or next(run / name for name in names if not (run / name).exists())
+    options, lr = replace(options, **search.values), config.sgd_lr()
     questions = Questions(epsilon, hessian_lipschitz, options, spectrum, population, distance, lr, seed, quiet=json)
     size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
     audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)
@@ -113,8 +115,10 @@ def certify(
         findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():
         document: dict[str, Any] = {"points": [finding.to_dict() for finding in findings]}
-        share = _share(findings, drawn) if drawn else None
-        if share is not None:
+        share = None
+        if drawn:
+            verdicts = {f"iterates/{finding.file.name}": finding.certificate.verdict for finding in findings}
+            share = Share.of([verdicts[name] for name in drawn])
             derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
             document["share"] = {**asdict(share), **derived}
         if json:
@@ -154,16 +158,3 @@ def _drawn(run: Path, config: Config) -> list[str]:
         if not (run / name).is_file():
             raise ConfigError(f"{run}: iterate {name} is missing; without it the others are not a uniform sample")
     return names
-
-
-def _share(findings: list[Any], drawn: list[str]) -> Any:
-    from packsaddle.curvature.certificate import Share
-
-    verdicts = {f"iterates/{f.file.name}": f.certificate.verdict for f in findings}
-    return Share.of([verdicts[name] for name in drawn])
-
-
-def _numbered(folder: Path) -> Path:
-    """Return `folder`; if it exists, the first of FOLDER-2, FOLDER-3, ... that does not exist."""
-    siblings = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
-    return next(path for path in chain([folder], siblings) if not path.exists())

@@ -46,10 +46,6 @@ def digits(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
-def kilobytes(count: float) -> str:
-    return digits(count / 1e3)
-
-
 def plain_text(text: str) -> Text:
     """Return `text` for a cell of a rich table, printed literally, without markup; control characters are escaped."""
     return Text(printable(text))
@@ -91,10 +87,6 @@ def print_table(table: Table, uncut: str = "") -> None:
 def brief(compressor: str) -> str:
     """Shorten a compressor's repr by the name of its first argument: "TopK(ratio=0.01)" becomes "TopK(0.01)"."""
     return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
-
-
-def short_exchange(name: str) -> str:
-    return name.removesuffix(" all-reduce")
 
 
 def require_plots(purpose: str) -> None:

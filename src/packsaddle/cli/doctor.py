@@ -145,7 +145,6 @@ _PURPOSES = {
     "digits": "the digits that demo and data.name = digits train on",
     "vision": "MNIST, CIFAR-10 and image folders",
     "fast": "compiled loops on the CPU",
-    "docs": "building the documentation as a site",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
     "torchft": "LocalUpdates(..., workers=): workers that join and leave",

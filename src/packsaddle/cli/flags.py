@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from packsaddle.errors import config_errors
@@ -35,9 +35,6 @@ class Overrides(Generic[T]):
     """Values of those fields of an option class T that are set on the command line; other fields are left out."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-
-    def apply_to(self, base: T) -> T:
-        return replace(base, **self.values)  # type: ignore[type-var]
 
 
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:

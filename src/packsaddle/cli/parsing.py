@@ -122,7 +122,16 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
     words, errors = _joined(command, words), io.StringIO()
     if not {"-h", "--help"} & {*words}:
-        _check_flags(command, words, name)
+        # Raise an error for an unknown flag: tyro would report the argument that the unknown flag displaced.
+        parameters = flags_of(command).values()
+        positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
+        names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
+        flags = [f"--{name.replace('_', '-')}" for name in names]
+        for word in words:
+            flag = word.partition("=")[0]
+            if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
+                other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
+                raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
     # The help is the docstring before "Args:". tyro joins lines that begin with a letter, without wrapping the result.
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
@@ -210,19 +219,6 @@ def _unwrapped(words: Sequence[str]) -> Iterator[None]:
         os.environ.pop("COLUMNS", None)
         if before is not None:
             os.environ["COLUMNS"] = before
-
-
-def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
-    """Raise ConfigError for an unknown flag: tyro would report the argument that the unknown flag displaced."""
-    parameters = flags_of(command).values()
-    positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
-    names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
-    flags = [f"--{name.replace('_', '-')}" for name in names]
-    for word in words:
-        flag = word.partition("=")[0]
-        if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
-            other = " (set keys of the configuration by --set key=value)" if "--set" in flags else " (see --help)"
-            raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
 
 # Patterns of tyro's errors, with replacements. Errors that match none, such as other versions', stay unchanged.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 
-from packsaddle.cli.console import brief, digits, kilobytes, number_table, print_table, short_exchange
+from packsaddle.cli.console import brief, digits, number_table, print_table
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.link import Forecast, Optimizer, Verdict, format_rate
 from packsaddle.plan.local import LocalForecast
@@ -77,10 +77,11 @@ def print_tables(plan: LinkPlan) -> None:
     table = number_table("compressor", "by", *units, *steps, "pays below Mbit/s", words=2)
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
-        cells += [_steps(f)] * len(steps)
+        needed = "unknown" if f.steps is None else f"{'>= ' * f.steps.at_least}{f.steps.factor:.3g}"
+        cells += [needed] * len(steps)
         name, style = ("dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
-        by = short_exchange(f.exchange)
-        table.add_row(name, by, kilobytes(f.sent), *cells, _pays_below(f, verdict), style=style)
+        by = f.exchange.removesuffix(" all-reduce")
+        table.add_row(name, by, digits(f.sent / 1e3), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
     print(f"Rows: {_ORDER if plan.optimizer else 'shortest step first'}. Sent: per worker and step.")
 
@@ -115,10 +116,6 @@ def print_tables(plan: LinkPlan) -> None:
 
 def ms(seconds: float) -> str:
     return digits(1e3 * seconds)
-
-
-def _steps(f: Forecast) -> str:
-    return "unknown" if f.steps is None else f"{'>= ' * f.steps.at_least}{f.steps.factor:.3g}"
 
 
 def _pays_below(f: Forecast, verdict: Verdict) -> str:
@@ -182,7 +179,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     """Print the table of local updates, and compare the fastest with dense training (`dense` seconds per step)."""
     table = number_table("local updates", "every", "fragments", "delay", "sent kB", "step ms", "compute %", "x steps")
     for f in forecasts:
-        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), kilobytes(f.sent), ms(f.step)]
+        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), digits(f.sent / 1e3), ms(f.step)]
         name = brief(describe(f.setting.compressor))
         table.add_row(name, *cells, f"{100 * f.computing:.0f}", f"{f.steps:.3g}")
     print_table(table, _UNCUT)

@@ -9,7 +9,7 @@ from typing import Literal
 from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import kilobytes, number_table, print_table
+from packsaddle.cli.console import digits, number_table, print_table
 from packsaddle.cli.flags import grouped
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, config_errors
@@ -78,7 +78,7 @@ def theory(
         return
     _show(plans)
     if reached.out_of_reach:
-        print(_out_of_reach(reached, assumptions))
+        _print_reach(reached, assumptions)
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
@@ -128,44 +128,52 @@ def _show(plans: list[Plan]) -> None:
     print(f"~ escape radius R = {first.radius:.3g}; an escape decreases f by F = {first.decrease:.3g}.")
     if not all(p.proved_for_workers for p in plans):
         print("* Not covered by the proofs, which compress the mean over workers: here each worker compresses.")
-    print(_reliability(plans))
+
+    # Print how reliable the numbers are, which depends on the source of the constants.
+    c = first.constants
+    print("~ Order of magnitude: the theorems hide their constants.")
+    if c.mode == "theory":
+        years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
+        verdict = "Out of reach: at" if years > 1 else "At"
+        print(f"  Used here: those of Jin et al. (2021) for uncompressed SGD; their logarithm is iota = {c.iota:.3g}.")
+        print(f"  {verdict} a million steps a second, the shortest plan takes {years:.1e} years.")
+        print("  The proofs' constants are far from tight; --mode practical has constants that give feasible runs.")
+    else:
+        print(
+            "  Used here: the proved first-order bounds, and twice the predicted median time to escape each saddle of"
+        )
+        print("  curvature -sqrt(rho epsilon), sequentially. This is no guarantee: use the plan as a start for tuning.")
+    print("  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (except coded indices).")
+    print("  Proved: first-order alone, under Assumptions A and B, without noise and resets.")
 
 
-def _out_of_reach(reached: Reach, a: Assumptions) -> str:
-    """Return the text for a target that needs too many steps, with the changes that would reduce them."""
+def _print_reach(reached: Reach, a: Assumptions) -> None:
+    """Print that a target needs too many steps, and the changes that would reduce them."""
     days = MOST_STEPS / _PACE / 86400
-    lines = [
+    print(
         f"OUT OF REACH: the uncompressed plan needs {reached.steps:.1e} steps, over the limit of {MOST_STEPS:.0e} "
-        f"({days:.0f} days at {_PACE:,} steps a second).",
-    ]
+        f"({days:.0f} days at {_PACE:,} steps a second)."
+    )
 
     # Suggest changes: a larger epsilon, or Assumption C.
     if reached.at_twice_epsilon is not None:
         times = reached.steps / reached.at_twice_epsilon
         power = math.log2(times)
-        lines += [
-            f"  Steps grow about as epsilon^-{power:.1f} here: twice the epsilon needs 1/{times:.3g} of the steps."
-        ]
+        print(f"  Steps grow about as epsilon^-{power:.1f} here: twice the epsilon needs 1/{times:.3g} of the steps.")
     if reached.epsilon is None:
-        lines += ["  No epsilon that is valid for this L and rho is within reach."]
+        print("  No epsilon that is valid for this L and rho is within reach.")
     else:
         unit = 10.0 ** (math.floor(math.log10(reached.epsilon)) - 1)
         rounded_up = math.ceil(reached.epsilon / unit) * unit  # to two significant digits
-        lines += [f"  Within reach: about --epsilon {rounded_up:g} and larger."]
+        print(f"  Within reach: about --epsilon {rounded_up:g} and larger.")
     if reached.with_lipschitz_gradient is not None:
-        lines += [
+        print(
             f"  With Lipschitz stochastic gradients (Assumption C, --lipschitz-gradient {a.smoothness:g}): "
-            f"{reached.with_lipschitz_gradient:.1e} steps.",
-        ]
-    lines += [
+            f"{reached.with_lipschitz_gradient:.1e} steps."
+        )
+    print(
         "  The theory is cautious: on small problems 16 to 256 times larger step sizes worked as well (docs/plans.md)."
-    ]
-    return "\n".join(lines)
-
-
-def _first_order(p: Plan) -> tuple[float, int]:
-    found = first_order_plan(p.assumptions, p.mu)
-    return found.eta, found.steps
+    )
 
 
 # The tables of `packsaddle plan theory`: functions that format a plan's cell, by column heading.
@@ -181,40 +189,15 @@ _TABLES: Sequence[Mapping[str, Callable[[Plan], str]]] = (
     {
         "k": lambda p: "" if p.k is None else f"{p.k:,}",
         "k of Corollary 3.3": lambda p: "" if _balanced_k(p) is None else f"{_balanced_k(p):,}",
-        "sent kB a step": lambda p: kilobytes(p.sent),
+        "sent kB a step": lambda p: digits(p.sent / 1e3),
         "~ sent MB in all": lambda p: f"{p.total / 1e6:.2e}",
         "~ improvement": lambda p: f"{p.improvement:,.3g}",
     },
     {
-        "first-order alone: eta": lambda p: f"{_first_order(p)[0]:.2e}",
-        "first-order alone: steps": lambda p: f"{_first_order(p)[1]:.2e}",
+        "first-order alone: eta": lambda p: f"{first_order_plan(p.assumptions, p.mu).eta:.2e}",
+        "first-order alone: steps": lambda p: f"{first_order_plan(p.assumptions, p.mu).steps:.2e}",
     },
 )
-
-
-def _reliability(plans: list[Plan]) -> str:
-    c = plans[0].constants
-    lines = ["~ Order of magnitude: the theorems hide their constants."]
-
-    # Describe the guarantee, which depends on the source of the constants.
-    if c.mode == "theory":
-        years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
-        verdict = "Out of reach: at" if years > 1 else "At"
-        lines += [
-            f"  Used here: those of Jin et al. (2021) for uncompressed SGD; their logarithm is iota = {c.iota:.3g}.",
-            f"  {verdict} a million steps a second, the shortest plan takes {years:.1e} years.",
-            "  The proofs' constants are far from tight; --mode practical has constants that give feasible runs.",
-        ]
-    else:
-        lines += [
-            "  Used here: the proved first-order bounds, and twice the predicted median time to escape each saddle of",
-            "  curvature -sqrt(rho epsilon), sequentially. This is no guarantee: use the plan as a start for tuning.",
-        ]
-    lines += [
-        "  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (except coded indices).",
-        "  Proved: first-order alone, under Assumptions A and B, without noise and resets.",
-    ]
-    return "\n".join(lines)
 
 
 def table(d: int, epsilon: float, json: bool = False) -> None:

@@ -89,10 +89,8 @@ class WorkerState:
         return self.local.steps
 
     def finish(self) -> None:
-        """Make the model identical on all workers at the end of training; collective. Warns if the flush was rejected.
-
-        Calls `local.flush()`, then broadcasts worker 0's buffers.
-        """
+        """Make the model identical on all workers at the end of training: flush `local`, then broadcast worker 0's
+        buffers; collective. Warns if the flush was rejected."""
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
         with torch.no_grad():
@@ -312,11 +310,8 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm.
-
-    Each possible verdict is a number, 1 for the certificate's and 0 for the others: certificate/saddle,
-    certificate/second_order_stationary, certificate/gradient_too_large, certificate/undecided.
-    """
+    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm, and a number for each
+    possible verdict, such as certificate/saddle: 1 for the certificate's, 0 for the others."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

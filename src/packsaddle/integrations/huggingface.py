@@ -42,43 +42,36 @@ class _Attached(Attached, TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule | Compression,
-        resume_from: str | Path | None,
-        options: Mapping[str, Any],
+        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+        *,
+        resume_from: str | Path | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
         self._resumed: Path | None = None  # the checkpoint passed to `train`
         self._attached: Any = None  # the wrapped model to which `exchange` is attached
-        trainer.train = self._hearing(trainer.train)
-        trainer._save_checkpoint = self._saving(trainer._save_checkpoint)
+        train, save = trainer.train, trainer._save_checkpoint
 
-    def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
-        raise NotImplementedError
-
-    def _hearing(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `train` to record the checkpoint to resume from, which callbacks do not receive."""
-
+        # Callbacks do not receive the checkpoint to resume from: record it.
         @wraps(train)
-        def hearing(resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        def training(resume_from_checkpoint: Any = None, *args: Any, **others: Any) -> Any:
             named = isinstance(resume_from_checkpoint, str | os.PathLike)
             self._resumed = Path(resume_from_checkpoint) if named else None
-            return train(resume_from_checkpoint, *args, **options)
+            return train(resume_from_checkpoint, *args, **others)
 
-        return hearing
-
-    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `_save_checkpoint` to save this worker's state too, since `on_save` is not called after a SIGTERM."""
-
+        # `on_save` is not called after a SIGTERM: save this worker's state after the trainer's.
         @wraps(save)
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
-            trainer = self._trainer
             if self.exchange is not None and not trainer.args.save_only_model:
                 folder = Path(trainer._get_output_dir(trial=trial))  # one folder per trial of a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
-        return saving
+        trainer.train, trainer._save_checkpoint = training, saving
+
+    def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
+        raise NotImplementedError
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach the hook or local updates, and restore their state in a resumed run. Raises errors of attaching."""
@@ -108,16 +101,6 @@ class PacksaddleCallback(_Attached):
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
     worker it only warns. `hook` is the DDPHook; further calls of `train` keep it.
     """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
-        *,
-        resume_from: str | Path | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(trainer, compressor, resume_from, options)
 
     def _attach(self, state: TrainerState) -> DDPHook | None:
         trainer = self._trainer  # callbacks receive only the model inside DistributedDataParallel
@@ -154,7 +137,7 @@ class LocalUpdatesCallback(_Attached):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(trainer, compressor, resume_from, options)
+        super().__init__(trainer, compressor, resume_from=resume_from, **options)
         self._at_anchor = False  # True during training, when evaluation and saving use the anchor
         self._ended_at_best = False
         for name in ("evaluate", "predict", "save_model"):  # wrapped, since callbacks run only after these methods

@@ -6,7 +6,7 @@ does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
 
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,11 @@ from packsaddle.local.updates import LocalUpdates
 class _Attached(Attached, Callback):
     """Base callback: attaches a hook or local updates when training starts, logs metrics, saves and restores state."""
 
-    def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+        **options: Any,
+    ) -> None:
         super().__init__(compressor, options)
         self._saved = False  # True: workers' states were saved next to the loaded checkpoint
 
@@ -98,13 +102,6 @@ class PacksaddleCallback(_Attached):
     DDPHook, or None.
     """
 
-    def __init__(
-        self,
-        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
-        **options: Any,
-    ) -> None:
-        super().__init__(compressor, options)
-
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
         spec = monitored(self._compressor, trainer.log_every_n_steps)
@@ -134,7 +131,7 @@ class LocalUpdatesCallback(_Attached):
         compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
-        super().__init__(compressor, options)
+        super().__init__(compressor, **options)
         self._training = self._evaluating = False
         self._evaluation = ExitStack()  # the entered context `together()` during validation
 

@@ -25,9 +25,6 @@ T = TypeVar("T")
 Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the outermost
 
 
-_INT64 = range(-(2**63), 2**63)
-
-
 def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
@@ -46,7 +43,11 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
             known = f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(fields) or 'none'}"
             hint = f" (now {moved})" if moved else nearest(key, fields) or f" ({known})"
             raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
-    values = {key: _value(fields[key], hints[key], value, (*where, key)) for key, value in data.items()}
+    values = {}
+    for key, value in data.items():
+        # An integer for a fraction is kept, so that the class rejects ratio = 1.
+        is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
+        values[key] = value if is_kept else _convert(hints[key], value, (*where, key))
     for name, f in fields.items():
         if is_required(f) and name not in values:
             raise _about(where, f"missing key {_dotted((*where, name))}")
@@ -61,13 +62,6 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
 
 def _has(data: Any, path: Sequence[str]) -> bool:
     return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
-
-
-def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -> Any:
-    """Convert a value to the type of its field. An integer for a fraction is kept, so the class rejects ratio = 1."""
-    if field.metadata.get("share") and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    return _convert(hint, value, where)
 
 
 def _about(where: Place, message: str) -> ConfigError:
@@ -109,7 +103,15 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
     if kinds := choices(hint):
-        return _convert_choice(kinds, value, where)
+        by_name = {c.__name__: c for c in kinds}
+        names = ", ".join(by_name)
+        if not isinstance(value, Mapping) or "kind" not in value:
+            raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
+        kind, place = value["kind"], (*where, "kind")
+        if not isinstance(kind, str) or kind not in by_name:
+            near = nearest(kind, by_name)
+            raise _about(place, f"{_dotted(place)} must be one of {names}, got {shown(kind)}{near}")
+        return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (a for a in args if a is not type(None))
@@ -129,7 +131,7 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
         return build(hint, value, where)  # type: ignore[arg-type]
 
     # A plain type. A number may be text such as "25M"; a bool is not a number.
-    if isinstance(value, int) and value not in _INT64:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
     if hint in (int, float) and not isinstance(value, bool):
         value = _number(hint, value)
@@ -148,18 +150,6 @@ def _number(hint: type, value: Any) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return whole(repr(value))
     return float(value) if hint is float and isinstance(value, int) else value
-
-
-def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:
-    by_name = {c.__name__: c for c in kinds}
-    names = ", ".join(by_name)
-    if not isinstance(value, Mapping) or "kind" not in value:
-        raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
-    kind = value["kind"]
-    if not isinstance(kind, str) or kind not in by_name:
-        name = _dotted((*where, "kind"))
-        raise _about((*where, "kind"), f"{name} must be one of {names}, got {shown(kind)}{nearest(kind, by_name)}")
-    return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 
 
 def nearest(word: Any, candidates: Any) -> str:

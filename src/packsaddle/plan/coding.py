@@ -1,7 +1,4 @@
-"""Measured speed of compressors on this machine, and the entries of a table of compressors.
-
-Encoding and decoding are timed on vectors of two lengths; times for other lengths lie on the line through these.
-"""
+"""Measured speed of compressors on this machine, and the entries of a table of compressors."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +15,7 @@ from packsaddle.compressors.registry import describe
 from packsaddle.plan.timing import side_by_side
 
 _SHORT = 4096  # coordinates; for so short a vector the fixed cost of a call dominates
-_LONG = 1 << 25  # coordinates; times of longer vectors are extrapolated
+LONGEST = 1 << 25  # coordinates; times of longer vectors are extrapolated
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def measure_with_spread(
     """Return the pace, as `measure` does, and the fraction by which an encoding's median time exceeds the minimum.
     Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`."""
     compressor.validate(d)
-    lengths = (min(d, _SHORT), min(d, _LONG))
+    lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
     for n in lengths:
         for name, work in _works(compressor.restrict(n, d), n, device).items():
@@ -96,9 +93,6 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     }
 
 
-_REPEATS = 5
-
-
 @dataclass(frozen=True)
 class CompressorEntry:
     """Table entry of one compressor, measured on a Gaussian vector of d coordinates."""
@@ -119,7 +113,7 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
     torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with others
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
-    for step in range(_REPEATS):
+    for step in range(5):
         begin = time.perf_counter()
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)

@@ -1,8 +1,4 @@
-"""The plan for a network link: the compressor with the fastest step, compared with uncompressed training.
-
-Rates are parsed and printed in common notation: 100mbit, 1gbit, 12.5MB/s. `MEASURED` has the steps to the loss of
-uncompressed ("dense") training, by optimizer and compressor, as multiples of the dense steps.
-"""
+"""The plan for a network link: the compressor with the fastest step, compared with uncompressed ("dense") training."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +15,7 @@ from packsaddle.compressors import QSGD, Compressor, LowRank, RandomK, Sign, Top
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model import ModelSize
-from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
+from packsaddle.plan.step_time import Dense, Fleet, Link, Step, StepTime, break_even, compressed
 from packsaddle.plan.timing import clocked
 
 _SMALL = 20  # number of all-reduces of one element, to measure the latency
@@ -79,7 +75,9 @@ def _probe_world() -> Link:
 
 
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_PATTERN = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmgt]?)(bit(?:/s|ps)?|bps|b/s)\s*", re.IGNORECASE)
+_PATTERN = re.compile(
+    r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*([kmgt]?)(bit(?:/s|ps)?|bps|b/s)\s*", re.IGNORECASE
+)
 
 
 def parse_rate(text: str) -> float:
@@ -89,10 +87,7 @@ def parse_rate(text: str) -> float:
     Raises ValueError for anything else, such as BPS and B/S, and for a rate of 0.
     """
     match = _PATTERN.fullmatch(text)
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:  # such as two decimal points
-        number = 0.0
+    number = float(match[1]) if match else 0.0
     if match is None or match[3] in ("BPS", "B/S") or not 0 < number < float("inf"):
         raise ValueError(f"rate must be positive and have a unit, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
     byte = match[3] in ("B/s", "Bps")
@@ -241,24 +236,17 @@ def forecast(
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = []
-        for choice in _choices(bound, workload, fleet.workers):
+        choices = [choose(bound, "direct", d=workload.d, dense=workload.dense, workers=fleet.workers)]
+        if choices[0].name == "all-gather" and workload.d >= fleet.workers:  # two-way needs one per worker
+            choices += [choose(bound, "two-way", d=workload.d, dense=workload.dense, workers=fleet.workers)]
+        for choice in choices:
             coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)
             steps.append((choice, replace(coded, compression=coded.compression + update)))
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         ranks = {0, fleet.workers - 1}  # chunks differ by one coordinate at most
         wires = [choice.aggregator.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
         needed = steps_needed(compressor, optimizer)
-        fastest = Fastest(tuple(step for _, step in steps))  # the fastest exchange depends on the rate
-        equal = break_even(fastest, dense, link, fleet, needed.factor if needed else 1.0)
+        kinds = [step for _, step in steps]  # the fastest exchange depends on the rate
+        equal = break_even(kinds, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal, needed))
     return Verdict(tuple(sorted(found, key=lambda f: (not f.is_known, f.seconds))))
-
-
-def _choices(compressor: Compressor, workload: ModelSize, workers: int) -> list[Choice]:
-    """Return the exchanges to compare: "direct", the exact mean of the workers' messages, and perhaps "two-way".
-    "two-way" is included only if "direct" is an all-gather and there is a compressed coordinate per worker."""
-    d, dense = workload.d, workload.dense
-    direct = choose(compressor, "direct", d=d, dense=dense, workers=workers)
-    if direct.name != "all-gather" or d < workers:
-        return [direct]
-    return [direct, choose(compressor, "two-way", d=d, dense=dense, workers=workers)]

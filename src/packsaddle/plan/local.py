@@ -1,7 +1,4 @@
-"""The plan for local updates on a network link: the number of steps between exchanges, the compressor, and the overlap.
-
-Only settings with measured steps to the loss of uncompressed training are considered (experiments/race).
-"""
+"""The plan for local updates on a network link: the steps between exchanges, the compressor, and the overlap."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -14,6 +14,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.options.schema import nearest
+from packsaddle.plan.coding import LONGEST
 from packsaddle.plan.timing import Timing, repeated, side_by_side
 from packsaddle.runs.config import DataConfig, ModelConfig
 from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, resnet
@@ -22,7 +23,6 @@ from packsaddle.runs.training import muon_and_adamw
 from packsaddle.sgd.optimizer import CompressedSGD
 
 StepOptimizer = Literal["sgd", "adamw", "muon"]
-_LONG = 1 << 25  # coordinates; times for longer vectors are extrapolated in proportion to their length
 _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 
@@ -88,7 +88,7 @@ def build_model(name: str) -> nn.Module:
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding:
     those of the error memory and, with `noise`, the noise. Minima over `repeats` on at most 2^25 coordinates."""
-    n = min(d, _LONG)
+    n = min(d, LONGEST)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
 
     def stepper(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:

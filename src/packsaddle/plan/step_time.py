@@ -7,7 +7,7 @@ need different numbers of steps.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
@@ -170,16 +170,6 @@ class Compressed(Step):
 
 
 @dataclass(frozen=True)
-class Fastest(Step):
-    """The fastest of several kinds of step on the given link."""
-
-    steps: tuple[Step, ...]
-
-    def time(self, link: Link, fleet: Fleet) -> StepTime:
-        return min((step.time(link, fleet) for step in self.steps), key=lambda time: time.total)
-
-
-@dataclass(frozen=True)
 class Dense(Step):
     """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
 
@@ -204,21 +194,19 @@ class Dense(Step):
 Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operations to seconds
 
 
-def compressed(
-    aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
-) -> Compressed:
-    """Return a step with this aggregator, for d compressed and `dense` uncompressed coordinates of `itemsize` bytes."""
-    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
+def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
+    """Return a step with this aggregator, for d compressed and `dense` uncompressed coordinates in float32."""
+    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, 4)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
-def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, payload bytes a second, at which `steps` steps of `step` take as long as one `dense` step.
-    The latency is that of `link`. Below this rate `steps` steps are faster. None if they never are, or always."""
+def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
+    """Return the rate, payload bytes a second, at which `steps` steps of the fastest of `kinds` take as long as one
+    `dense` step. The latency is that of `link`. Below this rate they are faster. None if they never are, or always."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
-        return steps * step.time(slower, fleet).total < dense.time(slower, fleet).total
+        return steps * min(kind.time(slower, fleet).total for kind in kinds) < dense.time(slower, fleet).total
 
     rates = [10.0**exponent for exponent in range(16)]  # one byte to one petabyte a second
     if not pays(rates[0]):

@@ -52,14 +52,12 @@ def side_by_side(
     return {name: Timing.of(seconds) for name, seconds in taken.items()}
 
 
-def repeated(
-    work: Callable[[], object], *, least: int = 5, within: float = 0.02, limit: float = 20.0, warm_up: int = 2
-) -> Timing:
-    """Time `work` at least `least` times, until its three fastest times are within a fraction `within` of each other.
-    Stops after `limit` seconds. Other programs on the machine only lengthen a call, so the minimum is reproducible."""
-    for _ in range(warm_up):
+def repeated(work: Callable[[], object], *, least: int = 5, limit: float = 20.0) -> Timing:
+    """Time `work` at least `least` times after two warm-up calls, until its three fastest times are within 2% of each
+    other, or for `limit` seconds. Other programs on the machine only lengthen a call: the minimum is reproducible."""
+    for _ in range(2):
         work()
-    return side_by_side({"work": work}, repeats=least, warm_up=0, within=within, limit=limit)["work"]
+    return side_by_side({"work": work}, repeats=least, warm_up=0, within=0.02, limit=limit)["work"]
 
 
 def _is_reproduced(seconds: list[float], within: float) -> bool:

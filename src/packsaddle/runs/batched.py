@@ -26,9 +26,8 @@ def why_not_batched(config: Config) -> str:
 class BatchedGradients:
     """Gradients of the W workers of a serial simulation by `torch.func.vmap` over their batches, at equal parameters.
 
-    One pass is faster than W of small batches; gradients are equal up to rounding. Batch normalization over all workers
-    shares its running statistics between the workers' models; the ledger of each worker counts the bytes that its
-    exchanges would have sent.
+    They equal those of W passes up to rounding. Batch normalization over all workers shares its running statistics
+    between the workers' models; the ledger of each worker counts the bytes that its exchanges would have sent.
     """
 
     def __init__(

@@ -151,9 +151,7 @@ class CertifyConfig(Search):
 @dataclass(frozen=True)
 class LocalConfig:
     """Local updates: workers step separately and exchange their changes (see `packsaddle.LocalUpdates`).
-
-    A fragment is a set of parameters exchanged together; a round is one exchange of a fragment.
-    """
+    A fragment is a set of parameters exchanged together; a round is one exchange of a fragment."""
 
     every: int = 8  # H, steps between two exchanges
     # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
@@ -292,10 +290,7 @@ def configure(
     data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
 ) -> Config:
     """Build a Config from nested dictionaries, after applying overrides, such as "data.limit=100", to them in place.
-
-    Raises ConfigError, which names the override at fault or, if it is none of them, the key's place: `origin(key)`,
-    such as a line of a file.
-    """
+    Raises ConfigError, naming the override at fault, else the key's place: `origin(key)`, such as a line of a file."""
     given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
     try:
         return build(Config, data)
@@ -311,10 +306,8 @@ def configure(
 
 
 def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
-    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError.
-
-    `key=` removes the key.
-    """
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key; `key=` removes it.
+    Raises ConfigError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set needs key=value, got {shown(assignment)}")

@@ -1,7 +1,4 @@
-"""The lock on a run folder, held by one process and its workers until the last of them has exited.
-
-Workers keep the lock's file, `.lock`, open too, since they save a checkpoint even if their launcher is killed.
-"""
+"""The lock on a run folder, held by one process and its workers until the last of them has exited."""
 
 import os
 import sys

@@ -121,10 +121,19 @@ class Job:
         """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
         Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
         collectives, problem = ObjectCollectives(resolve(None), torch.device("cpu")), None
-        self._check_given(collectives)
-        outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
+        # All workers must have the same configuration.
+        given = collectives.gather([plain(config) for config in self.configs])
+        for worker, configs in enumerate(given):
+            for ours, theirs in zip(given[0], configs, strict=False):
+                if (different := first_difference(theirs, ours)) is not None:
+                    key, his, first = different
+                    raise ConfigError(
+                        f"all workers must have the same configuration, but {key} is {first!r} for worker 0 and "
+                        f"{his!r} for worker {worker}"
+                    )
 
         # Only rank 0 checks, creates folders and acquires locks.
+        outcome: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
         if collectives.group.rank == 0:
             try:
                 with ambient_group(Solo()):  # the check constructs optimizers, which would be collective
@@ -148,18 +157,6 @@ class Job:
             return None
         configs = tuple(replace(build(Config, c), workers=collectives.group.size) for c in outcome["configs"])
         return replace(self, configs=configs, saving=replace(self.saving, resume=outcome["resume"]))
-
-    def _check_given(self, collectives: ObjectCollectives) -> None:
-        """Raise ConfigError on all workers if their configurations differ; collective."""
-        given = collectives.gather([plain(config) for config in self.configs])
-        for worker, configs in enumerate(given):
-            for ours, theirs in zip(given[0], configs, strict=False):
-                if (different := first_difference(theirs, ours)) is not None:
-                    key, his, first = different
-                    raise ConfigError(
-                        f"all workers must have the same configuration, but {key} is {first!r} for worker 0 and "
-                        f"{his!r} for worker {worker}"
-                    )
 
     def train(self, *, batched: bool = False) -> bool:
         """Do the runs in the current group (see `comm.group.resolve`); collective. Return False if stopped."""

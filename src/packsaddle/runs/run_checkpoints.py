@@ -1,7 +1,4 @@
-"""The checkpoints of a run: their schedule and files, stopping and resuming.
-
-Workers agree to save or stop in a step's exchange.
-"""
+"""The checkpoints of a run: their schedule and files, stopping and resuming."""
 
 import json
 import time
@@ -101,7 +98,7 @@ class RunCheckpoints:
 
     def __init__(self, folder: RunFolder, policy: CheckpointPolicy, parts: Mapping[str, Any], group: Group) -> None:
         self.policy = policy
-        self._folder, self._parts, self._group = folder, parts, group
+        self._folder, self._path, self._parts, self._group = folder, folder.path / CHECKPOINTS, parts, group
 
     def save(self, step: int, extra: Mapping[str, Any]) -> float:
         before = time.perf_counter()
@@ -143,10 +140,6 @@ class RunCheckpoints:
 
     def remove(self) -> None:
         remove_all(self._path)
-
-    @property
-    def _path(self) -> Path:
-        return self._folder.path / CHECKPOINTS
 
 
 State = Literal["new", "begun", "done"]

@@ -24,7 +24,7 @@ from packsaddle.curvature.gradient_noise import gradient_noise
 from packsaddle.curvature.hessian import Curvature, NotFiniteError
 from packsaddle.curvature.step_stability import CoordinateStep, largest_overshoot
 from packsaddle.numerics.seeds import Stream, generator
-from packsaddle.runs.config import CertifyConfig, Config
+from packsaddle.runs.config import Config
 from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import Dataset
 from packsaddle.runs.tasks.models import Task, task_loss
@@ -95,7 +95,13 @@ class Inspector:
             rng = generator(self._seed, 0, Stream.CERTIFY, worker=worker)
             chosen.append(mine[torch.randperm(len(mine), generator=rng)[: self._rule.examples]])
         self.examples = Examples(data, torch.cat(chosen), like.device, like.dtype)
-        self._due = certified_steps(self._rule, steps, per_epoch)
+
+        # The steps to certify: every `every` epochs, the epochs `at`, and the end if either is set.
+        due = {round(epoch * per_epoch) for epoch in self._rule.at}
+        if self._rule.every is not None:
+            stride = max(1, round(self._rule.every * per_epoch))
+            due |= {steps, *range(stride, steps, stride)}
+        self._due = {min(max(1, step), steps) for step in due} | ({steps} if due else set())
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
 
     def due(self, step: int) -> bool:
@@ -106,35 +112,22 @@ class Inspector:
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())
         if step in self._due:
-            line = {"step": step, "epoch": step / self._per_epoch, **self._certify(step)}
+            rule, device = self._rule, self.examples.device
+            try:
+                found = certify(
+                    self._task,
+                    task_loss,
+                    self.examples,
+                    epsilon=rule.last_epsilon if rule.last_epsilon and step == self._steps else rule.epsilon,
+                    hessian_lipschitz=rule.hessian_lipschitz,
+                    search=replace(rule, generator=generator(self._seed, step, Stream.CERTIFY, device=device)),
+                    sample_of=self._population,
+                    process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
+                ).to_dict(self._lr)
+            except NotFiniteError:  # a run that diverged continues to its end and reports it
+                found = {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
             if resolve(None).rank == 0:
-                folder.append("certificates.jsonl", line)
-
-    def _certify(self, step: int) -> dict[str, Any]:
-        rule, device = self._rule, self.examples.device
-        try:
-            certificate = certify(
-                self._task,
-                task_loss,
-                self.examples,
-                epsilon=rule.last_epsilon if rule.last_epsilon and step == self._steps else rule.epsilon,
-                hessian_lipschitz=rule.hessian_lipschitz,
-                search=replace(rule, generator=generator(self._seed, step, Stream.CERTIFY, device=device)),
-                sample_of=self._population,
-                process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
-            )
-        except NotFiniteError:  # a run that diverged continues to its end and reports it
-            return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
-        return certificate.to_dict(self._lr)
-
-
-def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
-    """Return the steps to certify: every `rule.every` epochs, the epochs `rule.at`, and the end if either is set."""
-    due = {round(epoch * per_epoch) for epoch in rule.at}
-    if rule.every is not None:
-        stride = max(1, round(rule.every * per_epoch))
-        due |= set(range(stride, steps, stride))
-    return {min(max(1, step), steps) for step in due} | ({steps} if due or rule.every is not None else set())
+                folder.append("certificates.jsonl", {"step": step, "epoch": step / self._per_epoch, **found})
 
 
 def iterate_name(step: int) -> str:

@@ -33,13 +33,7 @@ from packsaddle.version import __version__
 
 Kind = Literal["number", "count", "text", "verdict", "finite number"]
 Fields = tuple[dict[str, Kind], dict[str, Kind]]  # required fields; optional fields, which may be null
-_TYPES: dict[Kind, Any] = {
-    "number": int | float,
-    "count": int,
-    "text": str,
-    "verdict": str,
-    "finite number": int | float,
-}
+_TYPES: dict[Kind, Any] = {"number": int | float, "finite number": int | float, "count": int, "text": str}
 
 _FIELDS: dict[str, Fields] = {
     "config.json": ({}, {"label": "text", "seed": "count", "plateau": "finite number"}),

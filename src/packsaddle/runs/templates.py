@@ -1,8 +1,4 @@
-"""Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text.
-
-A preset is written as a TOML file with the values of a Config and the comments on its fields. The demo trains a deep
-autoencoder on digits from a start where plain SGD stalls at a saddle.
-"""
+"""Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text."""
 
 import dataclasses
 import inspect
@@ -161,32 +157,28 @@ class Task:
     flags: str = ""  # further flags that `packsaddle run` needs, with a leading space
 
 
+_CHARACTERS = Config(
+    data=DataConfig("text"),
+    model=ModelConfig("char-transformer"),
+    lr=0.3,
+    epochs=30.0,
+    batch_size=16,
+    compressor=TopK(0.01),
+    workers=2,
+    plateau=3.25,  # the entropy of a single character
+)
 TASKS: dict[TaskName, Task] = {
     "char-transformer": Task(
         "A small language model over the characters of Python's own reference: no download, some minutes on two cores.",
-        Config(
-            data=DataConfig("text"),
-            model=ModelConfig("char-transformer"),
-            lr=0.3,
-            epochs=30.0,
-            batch_size=16,
-            compressor=TopK(0.01),
-            workers=2,
-            plateau=3.25,  # the entropy of a single character
-        ),
+        _CHARACTERS,
     ),
     "char-transformer-local": Task(
         "The small language model by local updates, for slow links: Muon and AdamW inside, an exchange every 8 steps.",
-        Config(
-            data=DataConfig("text"),
-            model=ModelConfig("char-transformer"),
+        replace(
+            _CHARACTERS,
             lr=0.01,
-            epochs=30.0,
-            batch_size=16,
             compressor=Sign(per_tensor=True),
             weight_decay=0.1,
-            workers=2,
-            plateau=3.25,
             local=LocalConfig(every=8, optimizer="muon", betas=(0.8, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
         ),
     ),

@@ -45,10 +45,8 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`.
-
-    Raises MissingExtraError without tensorboard.
-    """
+    """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`. Raises MissingExtraError without
+    tensorboard."""
 
     def __init__(self, folder: Path) -> None:
         require_tracker("tensorboard")

@@ -1,8 +1,4 @@
-"""The trainer of a configured run on one worker: its setup, training loop, evaluation and counters.
-
-The loop is the same for one process, for torchrun's workers and for a simulation. `run_checkpoints` decides when to
-save, and saves, stops and resumes.
-"""
+"""The trainer of a configured run on one worker, a process or a simulated one: setup, loop, evaluation and counters."""
 
 import math
 import sys
@@ -41,8 +37,7 @@ from packsaddle.runs.training import CompressedTraining, LocalTraining, Training
 
 @dataclass
 class RunCounters:
-    """One worker's counters. Only `step` and `since` are always identical on all workers.
-    `sums` adds up losses and gradient norms since the last line of metrics, `final` the losses of the last epoch."""
+    """One worker's counters. Only `step` and `since` are always identical on all workers."""
 
     step: int = 0  # number of steps done
     since: int = 0  # `step` at the last line of metrics
@@ -172,10 +167,8 @@ class Trainer:
     def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER, count: str = "") -> bool:
         """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize.
 
-        `count`: shown before the run's name on the terminal, such as "run 2 of 4, ".
-
-        Returns False if the run was stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if a
-        checkpoint cannot be written or restored.
+        `count`: shown before the run's name on the terminal, such as "run 2 of 4, ". Returns False if the run was
+        stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if one cannot be written or restored.
         """
         quiet = quiet or self.group.rank != 0
         tally = self.tally
@@ -344,8 +337,33 @@ class Trainer:
                 weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
                 folder.save_tensors(FINAL_WEIGHTS, weights)
             test = self._test()
+
+        # Rank 0 summarizes the run: compression = bytes of float32 gradients / payload of the training exchanges.
         if self.group.rank == 0:
-            self._summarise(folder, test, final_loss)
+            summary, moved, front = self.training.summary(), self.training.moved(), self.training.front
+            dense = self.tally.step * summary["parameters"] * 4
+            training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
+            folder.write_json(
+                "summary.json",
+                {
+                    "label": self.config.label or folder.path.name,
+                    "workers": self.group.size,
+                    "steps": self.calendar.steps,
+                    "final_loss": final_loss,
+                    **test,
+                    **summary,
+                    "rounds": self.training.rounds,
+                    **asdict(sum(moved.values(), Bytes())),
+                    "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
+                    "compression": dense / training if training else math.inf,
+                    "seconds": self.tally.line["seconds"],
+                    "resets": [asdict(reset) for reset in front.resets],
+                    "skipped": front.skipped,
+                    "drifts": [asdict(drift) for drift in front.drifts],
+                    "noise": self.tally.noise,
+                    "warnings": self.warnings,
+                },
+            )
         self._own_group().all_reduce(torch.zeros(1))  # a barrier: the run is done on all workers
 
     def _final_loss(self, tally: RunCounters) -> float:
@@ -355,34 +373,6 @@ class Trainer:
         """Return `totals[:-1]` summed over workers, divided by the summed counts `totals[-1]`, NaN if 0; collective."""
         means = self.training.channel.mean(totals, "metrics")
         return means[:-1] / means[-1]
-
-    def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
-        summary, moved, front = self.training.summary(), self.training.moved(), self.training.front
-
-        # compression = bytes of float32 gradients / payload of the training exchanges.
-        dense = self.tally.step * summary["parameters"] * 4
-        training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
-        folder.write_json(
-            "summary.json",
-            {
-                "label": self.config.label or folder.path.name,
-                "workers": self.group.size,
-                "steps": self.calendar.steps,
-                "final_loss": final_loss,
-                **test,
-                **summary,
-                "rounds": self.training.rounds,
-                **asdict(sum(moved.values(), Bytes())),
-                "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
-                "compression": dense / training if training else math.inf,
-                "seconds": self.tally.line["seconds"],
-                "resets": [asdict(reset) for reset in front.resets],
-                "skipped": front.skipped,
-                "drifts": [asdict(drift) for drift in front.drifts],
-                "noise": self.tally.noise,
-                "warnings": self.warnings,
-            },
-        )
 
     @torch.no_grad()
     def _test(self) -> dict[str, float]:

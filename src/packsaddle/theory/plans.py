@@ -1,8 +1,4 @@
-"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k that costs the fewest.
-
-The contraction mu, k and the bytes of a step (except coded indices) are exact; all other values are orders of magnitude
-(see `packsaddle.theory.bounds`).
-"""
+"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k that costs the fewest."""
 
 import math
 from bisect import bisect_left
@@ -42,8 +38,9 @@ FAMILIES: Mapping[str, Family] = {
 class Plan:
     """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and their cost.
 
-    Orders of magnitude, except mu, k and `sent`. Bytes are those that one worker sends, without the escape check and
-    its resets (an uncompressed all-reduce per commit, so at most d / interval values a step).
+    Orders of magnitude (see `packsaddle.theory.bounds`), except mu, k and `sent` (exact up to coded indices). Bytes are
+    those that one worker sends, without the escape check and its resets (an uncompressed all-reduce per commit, so at
+    most d / interval values a step).
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions

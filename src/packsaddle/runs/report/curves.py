@@ -83,6 +83,7 @@ def _line(y: Sequence[float]) -> tuple[float, float]:
 AXES: tuple[Axis, ...] = ("step", "epoch", "megabytes", "seconds", "rounds")
 QUANTITIES = ("loss", "grad_norm", "test_loss", "test_accuracy")
 _PARTS = ("mean", "low", "high")
+_NAMES = [*AXES, "seeds", *(f"{quantity}_{part}" for quantity in QUANTITIES for part in _PARTS)]
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,13 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
 
 
-def _names() -> list[str]:
-    return [*AXES, "seeds", *(f"{quantity}_{part}" for quantity in QUANTITIES for part in _PARTS)]
-
-
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
     """Write a CSV file with one line per setting and step, to six digits; cells are empty where not measured."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["setting", *_names()])
+        writer.writerow(["setting", *_NAMES])
         for c in curves:
-            for values in zip(*(c.columns[name] for name in _names()), strict=True):
+            for values in zip(*(c.columns[name] for name in _NAMES), strict=True):
                 writer.writerow([cell(c.setting), *(_text(v) for v in values)])
 
 
@@ -160,7 +157,7 @@ def read_curves(path: Path) -> list[Curve]:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 found.setdefault(read_cell(row["setting"]), []).append(row)
-        return [Curve(setting, {n: [_number(r, n) for r in rows] for n in _names()}) for setting, rows in found.items()]
+        return [Curve(setting, {n: [_number(r, n) for r in rows] for n in _NAMES}) for setting, rows in found.items()]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} does not hold curves: {error}") from None
 

@@ -89,7 +89,16 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
             by_verdict = dict(zip(labels, handles, strict=True))
             place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
             axes[-1][0].legend(by_verdict.values(), by_verdict, ncols=4, fontsize=8, columnspacing=1, **place)
-        _add_legend(figure, *axes[0][0].get_legend_handles_labels())
+
+        # Add a legend with the largest number of columns that fits into about 130 letters, filled column by column.
+        handles, labels = axes[0][0].get_legend_handles_labels()
+
+        def letters(count: int) -> int:
+            height = -(-len(labels) // count)
+            return sum(max(map(len, labels[i : i + height])) + 8 for i in range(0, len(labels), height))
+
+        fitting = next((n for n in (4, 3, 2) if n <= len(labels) and letters(n) <= 130), 1)
+        figure.legend(handles, labels, loc="outside upper center", ncols=fitting)
         return figure
 
 
@@ -192,17 +201,6 @@ def thinned(x: Sequence[float], columns: Sequence[Sequence[float]], log: bool) -
 def _positive(*columns: Sequence[float]) -> bool:
     """Return True if a row is positive and finite in all columns, as a log axis needs (none is if runs diverged)."""
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
-
-
-def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Add a legend with the largest number of columns that fits into about 130 letters, filled column by column."""
-
-    def letters(columns: int) -> int:
-        height = -(-len(labels) // columns)
-        return sum(max(map(len, labels[i : i + height])) + 8 for i in range(0, len(labels), height))
-
-    columns = next((n for n in (4, 3, 2) if n <= len(labels) and letters(n) <= 130), 1)
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 # Markers by verdict.

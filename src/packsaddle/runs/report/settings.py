@@ -44,7 +44,8 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
     groups: dict[tuple[str, int], list[Run]] = {}
     times = Counter[tuple[str, int]]()
     for run in runs:
-        identity, seed = _identity(run), run.config.get("seed", 0)
+        identifying = {k: v for k, v in run.config.items() if k not in ("seed", "certify")}
+        identity, seed = json.dumps(identifying, sort_keys=True), run.config.get("seed", 0)
         groups.setdefault((identity, times[identity, seed]), []).append(run)
         times[identity, seed] += 1
     taken: dict[str, int] = {}
@@ -55,11 +56,6 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
         name = label if taken[label] == 1 else f"{label} ({taken[label]})"
         found.append(Setting(name, tuple(sorted(group, key=lambda run: run.config.get("seed", 0)))))
     return found
-
-
-def _identity(run: Run) -> str:
-    """Return the configuration as JSON without `seed` and `certify` (which does not change iterates)."""
-    return json.dumps({k: v for k, v in run.config.items() if k not in ("seed", "certify")}, sort_keys=True)
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:

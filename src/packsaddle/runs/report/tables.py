@@ -172,7 +172,7 @@ def run_table(runs: Sequence[Run]) -> Table:
         written = {name: "-" if v is None else _COLUMNS[name].write(v) for name, v in values.items()}
         if r.left_plateau is False and r.plateau_epochs is not None:
             written["plateau_epochs"] += "+"
-        cells.append((r.run + " (unfinished)" * (not r.finished), _seed(r.seed), *written.values()))
+        cells.append((r.run + " (unfinished)" * (not r.finished), _number(r.seed, "d"), *written.values()))
     return _table(("run", "seed"), shown, cells)
 
 
@@ -188,10 +188,6 @@ def setting_table(settings: Sequence[Setting]) -> Table:
         name = r.setting + (f" ({', '.join(said)})" if said else "")
         cells.append((name, str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown)))
     return _table(("setting", "seeds"), shown, cells)
-
-
-def _seed(seed: int | None) -> str:
-    return "-" if seed is None else str(seed)
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -233,7 +229,7 @@ def certificate_table(runs: Sequence[Run]) -> Table:
             bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
             loss, norm = _number(c["loss"], ".4f"), _number(c.get("grad_norm"), ".2e")
             cells = (f"{c['epoch']:.1f}", c["verdict"], loss, norm, bounds, _number(c.get("threshold"), ".2e"))
-            rows.append((run.label, _seed(run.config.get("seed")), *cells))
+            rows.append((run.label, _number(run.config.get("seed"), "d"), *cells))
     return Table(headings, tuple(rows), _CERTIFICATE_LEGEND)
 
 

@@ -45,23 +45,26 @@ class WorkerBatchNorm2d(nn.Module):
             variance = self.running_square - self.running_mean.square()
             return _normalise(x, self.running_mean, variance.clamp(min=0), self.weight, self.bias)
         if self.over == "worker":
-            return self._apart(x)
+            if self.parts == 1:
+                return self._local(x, self.weight, self.bias)
+            # Normalize each worker's part by its own statistics, by folding workers into the channel dimension.
+            n, c, h, w = x.shape
+            apart = x.view(self.parts, n // self.parts, c, h, w).transpose(0, 1).reshape(n // self.parts, -1, h, w)
+            y = self._local(apart, self.weight.repeat(self.parts), self.bias.repeat(self.parts))
+            return y.view(n // self.parts, self.parts, c, h, w).transpose(0, 1).reshape(x.shape)
+
+        # Statistics over all workers: exchange the moments, unless all workers are in this process.
         channel = self.channel
         if channel is not None and channel.group.size > self.parts:
-            return self._exchanged(x, channel)
+            exact = x.to(self.weight.dtype)  # moments and their difference need more than 16 bits
+            local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
+            mean, square = _mean_over_workers(local, channel).chunk(2)
+            self._run(mean.detach(), square.detach())
+            return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
         if channel is not None and self.parts > 1:  # all workers are here: count the bytes of their exchanges
             for _ in ("forward", "backward"):
                 channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
         return self._local(x, self.weight, self.bias)
-
-    def _apart(self, x: Tensor) -> Tensor:
-        """Normalize each worker's part by its own statistics, by folding workers into the channel dimension."""
-        n, c, h, w = x.shape
-        if self.parts == 1:
-            return self._local(x, self.weight, self.bias)
-        apart = x.view(self.parts, n // self.parts, c, h, w).transpose(0, 1).reshape(n // self.parts, -1, h, w)
-        y = self._local(apart, self.weight.repeat(self.parts), self.bias.repeat(self.parts))
-        return y.view(n // self.parts, self.parts, c, h, w).transpose(0, 1).reshape(x.shape)
 
     def _local(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
@@ -71,13 +74,6 @@ class WorkerBatchNorm2d(nn.Module):
         biased = variance * ((count - 1) / count)
         self._run(mean.detach(), (biased + mean.square()).detach())
         return y
-
-    def _exchanged(self, x: Tensor, channel: Communicator) -> Tensor:
-        exact = x.to(self.weight.dtype)  # moments and their difference need more than 16 bits
-        local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
-        mean, square = _mean_over_workers(local, channel).chunk(2)
-        self._run(mean.detach(), square.detach())
-        return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
 
     @torch.no_grad()
     def _run(self, mean: Tensor, square: Tensor) -> None:
@@ -334,11 +330,8 @@ class Task(nn.Module):
 
 
 def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
-    """Build a task with initial weights that depend on `seed` only; the global random state is restored.
-
-    `shape`: of one input; `parts`: number of workers whose batches are concatenated (see `WorkerBatchNorm2d`). Raises
-    ConfigError if the parameters exceed this machine's memory.
-    """
+    """Build a task whose initial weights depend on `seed` only; the global random state is restored. `shape`: of one
+    input; `parts`: see `WorkerBatchNorm2d`. Raises ConfigError if the parameters exceed this machine's memory."""
     # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
         try:

@@ -121,25 +121,19 @@ def deal(
     repeated or dropped. Raises ConfigError if a worker has no examples.
     """
     rest, first = torch.empty(0, dtype=torch.int64), 0
+
+    def begin(start: int, size: int, worker: int) -> Batches:
+        mine = shard(data, how, worker=worker, workers=size, seed=seed)
+        own = mine[torch.isin(mine, rest)]
+        rng = generator(seed, start, Stream.SHARD, worker=worker)
+        own = own[torch.randperm(len(own), generator=rng)]
+        return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)
+
+    # Compute the rest of each part of the run, in order.
     for (start, size), (stop, _) in pairwise(history):
-        every = [_begin(data, how, batch_size, w, size, seed, start, rest, first) for w in range(size)]
-        left = [batches.left(stop) for batches in every]
+        left = [begin(start, size, w).left(stop) for w in range(size)]
         rest, first = torch.cat([part for part, _ in left]), max(number for _, number in left)
-    start, size = history[-1]
-    return [_begin(data, how, batch_size, w, size, seed, start, rest, first) for w in workers]
-
-
-def _begin(
-    data: Dataset, how: str, batch_size: int, worker: int, workers: int, seed: int, start: int, rest: Tensor, first: int
-) -> Batches:
-    mine = shard(data, how, worker=worker, workers=workers, seed=seed)
-    own = mine[torch.isin(mine, rest)]
-    rng = generator(seed, start, Stream.SHARD, worker=worker)
-    own = own[torch.randperm(len(own), generator=rng)]
-    return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)
-
-
-_BATCH = 500
+    return [begin(*history[-1], w) for w in workers]
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ class Examples:
     index: Tensor  # indices of the examples, int64[n]
     device: torch.device
     dtype: torch.dtype = torch.float32
-    batch_size: int = _BATCH
+    batch_size: int = 500
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(self.index, self.batch_size):

@@ -76,7 +76,15 @@ def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object,
 def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
     """Return the whole text's codes, int16[n], and the vocabulary of all but its last tenth."""
     if data_dir is None:
-        return encode_text(_topics())
+        # The topics of pydoc's help are the parts of the language reference that CPython includes.
+        try:
+            topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        except ImportError:
+            raise ConfigError(
+                "text without --data-dir is read from the module pydoc_data.topics, which is missing in this Python; "
+                "set --data-dir"
+            ) from None
+        return encode_text("\n".join(topics[name] for name in sorted(topics)))
     if not data_dir.is_dir():
         raise ConfigError(f"--data-dir {data_dir} is not a folder")
     files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
@@ -90,29 +98,13 @@ def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
 
 def encode_text(text: str) -> tuple[Tensor, str]:
     """Return a text's codes, int16[n], and their vocabulary, that of all but its last tenth."""
-    # Encode by a table of all code points, which takes 1/1000 of the time of a dictionary.
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
-    vocabulary = frequent(points[: len(points) - len(points) // 10])
+    # The vocabulary is the most frequent code points, in ascending order; ties go to the lower code point.
+    count = torch.bincount(points[: len(points) - len(points) // 10], minlength=_CODE_POINTS)
+    by_count = count.sort(descending=True, stable=True).indices[: _MOST - 1]
+    vocabulary = by_count[count[by_count] >= _LEAST].sort().values
+
+    # Encode by a table of all code points, which takes 1/1000 of the time of a dictionary.
     table = torch.zeros(_CODE_POINTS, dtype=torch.int16)
     table[vocabulary] = torch.arange(1, len(vocabulary) + 1, dtype=torch.int16)
     return table[points], "".join(map(chr, vocabulary.tolist()))
-
-
-def frequent(points: Tensor) -> Tensor:
-    """Return the vocabulary of a text, its most frequent code points in ascending order, int64.
-    They occur at least 5 times; ties go to the lower code point."""
-    count = torch.bincount(points, minlength=_CODE_POINTS)
-    by_count = count.sort(descending=True, stable=True).indices[: _MOST - 1]
-    return by_count[count[by_count] >= _LEAST].sort().values
-
-
-def _topics() -> str:
-    """Return the topics of pydoc's help: parts of the language reference that CPython includes."""
-    try:
-        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    except ImportError:
-        raise ConfigError(
-            "text without --data-dir is read from the module pydoc_data.topics, which is missing in this Python; "
-            "set --data-dir"
-        ) from None
-    return "\n".join(topics[name] for name in sorted(topics))
