@@ -6,6 +6,7 @@ is the workers' own shared one.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -27,13 +28,13 @@ def library_escapes(
     `noise` is the standard deviation of each coordinate of xi_t; the rest of the setting's `deviation` is the oracle's.
     """
     torch.set_num_threads(1)
-    return [
-        packsaddle.simulate(lambda _, seed=seed: _escape(setting, compressor, noise, seed, limit, stride), WORKERS)[0]
-        for seed in seeds
-    ]
+    run = partial(_escape, setting, compressor, noise, limit, stride)
+    return [packsaddle.simulate(partial(run, seed), WORKERS)[0] for seed in seeds]
 
 
-def _escape(setting: Setting, compressor: Compressor, noise: float, seed: int, limit: int, stride: int) -> Escape:
+def _escape(
+    setting: Setting, compressor: Compressor, noise: float, limit: int, stride: int, seed: int, _rank: int
+) -> Escape:
     problem = Cosine(setting.d, setting.width)
     sigma = math.sqrt(WORKERS * setting.d * (setting.deviation**2 - noise**2))
     run = Run(
