@@ -105,12 +105,9 @@ class Identity(Compressor):
     (1.0, True)
     """
 
+    linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     def mu(self, d: int) -> float:
         return 1.0

@@ -82,14 +82,16 @@ class CurvatureSearch:
     def run(self) -> None:
         """Do Lanczos steps from a random start until the verdict is decided, and the direction v and the bounds on
         lambda_max are within their tolerances. Stops at `max_hvps` products or if the Krylov space is exhausted."""
-        goal, measured_at = self.goal, 0
+        goal, most, measured_at = self.goal, self.goal.options.max_hvps, 0
         self.rho = goal.rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, goal.options)
-        for k in range(1, goal.options.max_hvps + 1):
+        for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound, except by rounding
-            self._report(ritz, k, measured_at > 0 or goal.rho is not None)
-            last = k == goal.options.max_hvps or lanczos.exhausted
+            threshold = -math.sqrt(self.rho * goal.epsilon) if measured_at or goal.rho is not None else None
+            low = self.lower, ritz.theta_min + ritz.rounding
+            self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
+            last = k == most or lanczos.exhausted
 
             # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
             if goal.rho is None and not measured_at:
@@ -166,13 +168,6 @@ class CurvatureSearch:
         probability = self.goal.options.failure_probability
         self.lower = ritz.lower_bound(probability)
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
-
-    def _report(self, ritz: Ritz, k: int, rho_is_known: bool) -> None:
-        threshold = -math.sqrt(self.rho * self.goal.epsilon) if rho_is_known else None
-        bounds = self.lower, ritz.theta_min + ritz.rounding
-        self.on_bounds(
-            Bounds(k, self.goal.options.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold)
-        )
 
     def _settled(self, ritz: Ritz) -> bool:
         low, high = self.lambda_max

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packsaddle.feedback.noise import GaussianNoise
+
 
 @dataclass(frozen=True)
 class Shaped:
@@ -93,6 +95,11 @@ class Slice:
     @property
     def shapes(self) -> list[torch.Size]:
         return [place.parameter.shape for place in self._in_order if not place.dense]
+
+    def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
+        """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
+        for first, last, start in self.stretches():
+            noise.add_to(out[first:last], 1.0, start)
 
     def stretches(self) -> Iterator[tuple[int, int, int]]:
         """Yield (start, stop, offset) of each range [start, stop) of this slice that is contiguous in the vector of all

@@ -366,7 +366,11 @@ class CompressedSGD(Optimizer):
             if self._memory.in_gradients:
                 raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
             return
-        self._count(t + 1)
+        # Count the step, and refresh the views in `self.state`, since a step may swap buffers.
+        self._step = t + 1
+        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+            for p, view in zip(self._flat.parameters, views, strict=True):
+                self.state[p][name] = view
         self._skips.reset_streak()
         if self._drift.due(t):
             shared = {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
@@ -376,13 +380,6 @@ class CompressedSGD(Optimizer):
                 return [(kind + p.name, view) for kind, v in vectors.items() for p, view in self._flat.named(v)]
 
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
-
-    def _count(self, steps: int) -> None:
-        """Set the step counter, and refresh the views in `self.state`, since a step may swap buffers."""
-        self._step = steps
-        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
-            for p, view in zip(self._flat.parameters, views, strict=True):
-                self.state[p][name] = view
 
     def reset_skip_streak(self) -> None:
         """Reset the count of consecutive skips, so that training may continue after NonFiniteError."""

@@ -301,7 +301,7 @@ class Membership:
             steps=self.account.since,
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
-            weight=self._weight() if self.joined else 0.0,
+            weight=self.account.weight(self.settings.weight) if self.joined else 0.0,
             idle_weight=self.account.last_weight if self.account.norm or has_more else 0.0,
             seconds=seconds,
             lost=self.account.found_lost,
@@ -316,9 +316,6 @@ class Membership:
     @property
     def _due(self) -> Fragment:
         return self._fragments[self._rounds % len(self._fragments)]
-
-    def _weight(self) -> float:
-        return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
         """Check that arguments, anchors and messages of all workers match; the most frequent, or the first, are right.
@@ -459,7 +456,7 @@ class Membership:
             _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, own.norm)
             for part in self._fragments:
                 part.feedback.reset()
-            own.start_count(self._weight())
+            own.start_count(own.weight(self.settings.weight))
         elif not is_new and self.roster.history not in (*state["roster"]["past"], state["roster"]["history"]):
             own.found_lost += own.sent
             _log.warning(
@@ -475,7 +472,7 @@ class Membership:
             else:
                 part.anchor.move(before)
         if had and taken:
-            own.start_count(self._weight())
+            own.start_count(own.weight(self.settings.weight))
         # A new worker continues at the sender's number of steps, with the state of its inner optimizers.
         if is_new:
             self.steps = state["steps"]
