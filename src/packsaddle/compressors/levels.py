@@ -148,8 +148,23 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 
 
 def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
-    """Decode the output of `_in_layers` to level + top, uint8[d]."""
-    layers, bodies, signs = _split_layers(coded, d, top)
+    """Decode the output of `_in_layers` to level + top, uint8[d]. Raises MessageError if its lengths disagree."""
+    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
+    count, width = int(coded[1]), _width(d)
+    start = 2 + math.ceil(2 * count * width / 8)
+    if count > top or start > len(coded):
+        raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
+    sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
+    going_on, lengths = sizes[::2], sizes[1::2]
+    layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
+    # The gaps of each layer follow, and one sign per nonzero level.
+    nonzero = math.ceil((going_on or [0])[0] / 8)
+    fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
+        layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)
+    )
+    if not fit or start + sum(lengths) + nonzero != len(coded):
+        raise MessageError("levels", f"of layers that fit in {len(coded)} bytes", f"layers of {going_on} in {lengths}")
+    *bodies, signs = torch.split(coded[start:], [*lengths, nonzero])
     codes = coded.new_full((d,), top)
     if not layers:
         return codes
@@ -170,26 +185,6 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
     # One sign per nonzero level, in the order of coordinates; modulo 256, as -1 is 255.
     negative = wire.unpack_bits(signs, len(places)).view(torch.uint8)
     return codes.scatter_(0, places, magnitudes * (1 - 2 * negative) + top)
-
-
-def _split_layers(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Tensor], Tensor]:
-    """Split a code into layer sizes, coded gaps per layer, and sign bits. Raises MessageError if lengths disagree."""
-    count, width = int(coded[1]), _width(d)
-    start = 2 + math.ceil(2 * count * width / 8)
-    if count > top or start > len(coded):
-        raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
-    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
-    sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
-    going_on, lengths = sizes[::2], sizes[1::2]
-    layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
-    signs = math.ceil((going_on or [0])[0] / 8)
-    fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
-        layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)
-    )
-    if not fit or start + sum(lengths) + signs != len(coded):
-        raise MessageError("levels", f"of layers that fit in {len(coded)} bytes", f"layers of {going_on} in {lengths}")
-    *bodies, rest = torch.split(coded[start:], [*lengths, signs])
-    return layers, bodies, rest
 
 
 def _width(d: int) -> int:

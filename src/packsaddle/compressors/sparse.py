@@ -395,9 +395,7 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
         """Return one TopK per section of a vector; their k, estimated from `samples` and `sizes`, add up to its k.
-
-        None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk.
-        """
+        None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
         if self.per_tensor or self.chunk is not None:
             return None
         k = self.count(sum(sizes))

@@ -140,26 +140,21 @@ class CurvatureSearch:
         of the mean of f(x + s v) and f(x - s v). A slope cannot cause that decrease; for the true rho it is at least
         |lambda|^3 / (10 rho^2), at any s from |lambda| / (2 rho) to four times that.
         """
-        losses = (pilot_search or self)._follow(self.v, self.upper, self.rho)
+        search, losses = pilot_search or self, dict[float, tuple[float, float]]()
+        reach, last = max(1.0, search.curvature.size_of_parameters()), (search.curvature.loss, search.curvature.loss)
+        s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
+        for _ in range(_LONGEST_WALK):
+            losses[s] = ahead, behind = search._on_both_sides(self.v, s)
+            # At shorter distances the loss may rise by rounding alone.
+            if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
+                break
+            last, s = (ahead, behind), 4 * s
         if pilot_search is not None:
             chosen = {min(losses, key=lambda s: min(losses[s])), min(losses, key=lambda s: sum(losses[s]))}
             losses = {s: self._on_both_sides(self.v, s) for s in sorted(chosen)}
         sides = [(loss, s * sign) for s, pair in losses.items() for loss, sign in zip(pair, (1, -1), strict=True)]
         lowest, distance = min(sides, key=lambda side: side[0])
         return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
-
-    def _follow(self, v: Tensor, upper: float, rho: float) -> dict[float, tuple[float, float]]:
-        reach = max(1.0, self.curvature.size_of_parameters())
-        s = min(abs(upper) / (2 * rho), 1e-3 * reach)
-        losses: dict[float, tuple[float, float]] = {}
-        last = (self.curvature.loss, self.curvature.loss)
-        for _ in range(_LONGEST_WALK):
-            losses[s] = ahead, behind = self._on_both_sides(v, s)
-            # At shorter distances the loss may rise by rounding alone.
-            if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
-                break
-            last, s = (ahead, behind), 4 * s
-        return losses
 
     def _on_both_sides(self, v: Tensor, s: float) -> tuple[float, float]:
         return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)

@@ -204,9 +204,7 @@ class FSDPHook(GradientHook):
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's error memory by module, float[n], with its part of the owner errors.
-
-        During a backward pass, returns the memory after the previous step.
-        """
+        During a backward pass, returns the memory after the previous step."""
         self._settle()
         return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}
 

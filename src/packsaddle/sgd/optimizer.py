@@ -444,9 +444,7 @@ class CompressedSGD(Optimizer):
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
-
-        None if it depends on the values (see `Compressor.rates`).
-        """
+        None if it depends on the values (see `Compressor.rates`)."""
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -459,9 +457,7 @@ class CompressedSGD(Optimizer):
     @torch.no_grad()
     def error(self) -> Tensor:
         """Return the workers' mean error memory e_t, float[d], in the order of `parameters_to_vector`; collective.
-
-        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not).
-        """
+        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not)."""
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
         e = self._mean_pending()

@@ -138,9 +138,7 @@ class Membership:
 
     def join(self) -> None:
         """Run a round without an update, in which the other workers' state is loaded; then load the memory file.
-
-        Updates in the file that were sent after it was written are not loaded.
-        """
+        Updates in the file that were sent after it was written are not loaded."""
         self.round(uncompressed=False)
         self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
         if self._file is not None:
