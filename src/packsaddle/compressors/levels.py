@@ -66,7 +66,14 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
     # per layer, the gaps, and a sign bit per nonzero level.
     loop, fixed = kernel("count_codes", device=codes.device), math.ceil(d * bits / 8)
     counts = (loop(codes) if loop else torch.bincount(codes, minlength=256).cpu())[: 2 * top + 1]
-    layers, folded = _layers(counts.tolist(), top), _folded(torch.arange(2 * top + 1, dtype=torch.uint8), top).long()
+    numbers, members, layers = counts.tolist(), d, list[Layer]()
+    for m in range(top + 1):
+        going_on = members - numbers[top + m] - (numbers[top - m] if m else 0)
+        if not going_on:
+            break
+        layers.append(Layer(members, going_on))
+        members = going_on
+    folded = _folded(torch.arange(2 * top + 1, dtype=torch.uint8), top).long()
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     in_rice = [int((counts * ((folded >> b) + 1 + b)).sum()) for b in range(MOST_BITS)]
     b = min(range(MOST_BITS), key=in_rice.__getitem__)
@@ -117,18 +124,6 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 def _folded(codes: Tensor, top: int) -> Tensor:
     """Map levels 0, 1, -1, 2, -2, ..., given as codes level + top, to 0, 1, 2, 3, 4, ..., uint8[d]."""
     return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
-
-
-def _layers(counts: Sequence[int], top: int) -> list[Layer]:
-    """Return the sizes of all layers, given the number of each level from -top to top."""
-    members, layers = sum(counts), []
-    for m in range(top + 1):
-        going_on = members - counts[top + m] - (counts[top - m] if m else 0)
-        if not going_on:
-            break
-        layers.append(Layer(members, going_on))
-        members = going_on
-    return layers
 
 
 def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:

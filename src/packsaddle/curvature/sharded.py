@@ -149,11 +149,7 @@ class ShardedCurvature(Curvature):
 
 
 def derivatives(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Any],
-    channel: Communicator,
-    tensor_parallel: Any = None,
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator, tensor_parallel: Any = None
 ) -> Curvature:
     if is_sharded(model):
         return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)

@@ -89,8 +89,8 @@ def register_ddp_hook(
     >>> hook = packsaddle.register_ddp_hook(model, packsaddle.QSGD(127), optimizer=optimizer)
     >>> model(torch.rand(8, 64)).square().mean().backward()
     >>> optimizer.step()
-    >>> hook.steps
-    1
+    >>> hook.steps, hook.skipped, hook.ledger.total.sent, sorted(hook.memory())
+    (1, 0, 0, ['bias', 'weight'])
     >>> dist.destroy_process_group()
     """
     if not isinstance(model, DistributedDataParallel):

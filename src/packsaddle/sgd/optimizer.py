@@ -7,6 +7,7 @@ memory e, over workers as a transaction, and `FlatTarget` applies the mean to th
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar, overload
@@ -81,13 +82,13 @@ class FlatTarget:
         # x may overflow: apply the mean, check, and restore x if it did.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
-        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
+        before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
         rounding = self._move(g)
         if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
             return Applied(rounding=rounding)
         for name, old in before.items():
             moved[name].copy_(old)
-        self._noise.restore(noise)
+        self._noise.outstanding = noise
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:

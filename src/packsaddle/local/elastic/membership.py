@@ -358,8 +358,9 @@ class Membership:
     def _commit(self, attempt: Attempt) -> bool:
         """Commit a round after the vote; return True if all its exchanges are applied."""
         taken = self._close_exchanges()
-        for worker, member in self.roster.missed(attempt.hellos).items():
-            if self._group.rank == 0 and member.norm:
+        names = {hello.worker for hello in attempt.hellos}
+        for worker, member in self.roster.members.items() if self._group.rank == 0 else ():
+            if member.here and member.norm and worker not in names:
                 fate = "waits in its file" if member.keeps else "is lost"
                 _log.warning(
                     "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
