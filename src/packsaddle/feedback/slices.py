@@ -98,22 +98,17 @@ class Slice:
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
         """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
-        for first, last, start in self.stretches():
-            noise.add_to(out[first:last], 1.0, start)
-
-    def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, offset) of each range [start, stop) of this slice that is contiguous in the vector of all
-        parameters, where `offset` is its start."""
+        # Once for each range [first, last) of this slice that is contiguous in that vector, where it starts at `begin`.
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
-                yield first, last, begin
+                noise.add_to(out[first:last], 1.0, begin)
                 first = last
             if last == first:
                 begin = place.start
             last += place.size
         if last > first:
-            yield first, last, begin
+            noise.add_to(out[first:last], 1.0, begin)
 
 
 @dataclass(frozen=True)

@@ -241,10 +241,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
                 "Is the model run as model.module, or wrapped again by a framework? attach to what is really run"
             )
 
-    handles = [
-        last.register_post_accumulate_grad_hook(on_gradient),
-        model.module.register_forward_pre_hook(on_forward),
-    ]
+    handles = [last.register_post_accumulate_grad_hook(on_gradient), model.module.register_forward_pre_hook(on_forward)]
     _guards[model.module] = handles
 
 
