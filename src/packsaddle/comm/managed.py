@@ -36,10 +36,6 @@ class ManagedGroup(Group):
     """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
 
     Raises MissingExtraError if torchft is not installed.
-
-    >>> group = ManagedGroup(manager)  # doctest: +SKIP
-    >>> group.renew()  # doctest: +SKIP
-    >>> group.rank, group.size  # doctest: +SKIP
     """
 
     def __init__(self, manager: Any) -> None:

@@ -53,9 +53,7 @@ _DROPPED: dict[str, Any] = {
 }
 _PENDING = ("state", ANY, "pending")
 _RULES = [
-    Rule(_PENDING, "error"),
-    Rule(("state", ANY, "momentum"), "error"),
-    Rule(("state", ANY, "storm"), "error"),
+    *(Rule(("state", ANY, name), "error") for name in ("pending", "momentum", "storm")),
     Rule(("state", ANY, "owner_error"), "owner", into=[_PENDING]),
     *(Rule(("state", ANY, name), "shared") for name in ("anchor", "mean_estimate", "storm_previous")),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers", "owners")),

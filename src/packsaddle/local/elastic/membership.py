@@ -72,10 +72,6 @@ class Membership:
 
     `inner` are the optimizers of the parameters, `outer` is the optimizer of the anchor, `outcomes` records applied and
     rejected rounds, `arguments` is a text of all values that must be equal on all workers.
-
-    >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
-    >>> local.join()  # doctest: +SKIP
-    >>> local.membership.workers, local.membership.lost  # doctest: +SKIP
     """
 
     def __init__(
@@ -261,26 +257,22 @@ class Membership:
         parts: list[Fragment] = []
         if any(weights):
             parts = list(self._fragments) if dense else [self._due]
-        mean, names = share(weights, self._group.rank), [f"{hello.worker:x}" for hello in hellos]
-        self._energy = sum(self._exchange(part, mean, dense, names) for part in parts)
+        self._energy = 0.0
+        for part in parts:
+            p, norms = part.begin(self.steps, share(weights, self._group.rank), uncompressed=dense), None
+            self._outcomes.register(part, p)
+            assert p.round is not None
+            self._energy += _energy(p.round.v)
+            if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
+                norm_of_all = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
+                norms, p.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
+            part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
+            part.name_workers(p)
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
-
-    def _exchange(self, part: Fragment, weight: float, dense: bool, names: Sequence[str]) -> float:
-        """Exchange v, one fragment's local update plus error memory, without committing it; return norm(v)^2."""
-        p = part.begin(self.steps, weight, uncompressed=dense)
-        self._outcomes.register(part, p)
-        assert p.round is not None
-        energy, norms = _energy(p.round.v), None
-        if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
-            gathered = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
-            norms, p.workers = torch.cat([parts["norm"] for parts in gathered]), names
-        part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
-        part.name_workers(p)
-        return energy
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
