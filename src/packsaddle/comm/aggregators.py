@@ -1,10 +1,11 @@
 """Aggregators: averaging of compressed vectors over workers. Each class here returns the exact mean of the messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -319,7 +320,7 @@ def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
 
 
 class Invalid:
-    """Context manager that suppresses MessageErrors in `with invalid.of(worker):` blocks and records the first one.
+    """Suppresses MessageErrors in `with invalid.of(worker):` blocks and records the first one.
 
     >>> from packsaddle.errors import MessageError
     >>> invalid = Invalid()
@@ -330,22 +331,15 @@ class Invalid:
     """
 
     error: MessageError | None = None
-    _worker: int | None = None
 
-    def of(self, worker: int | None) -> Self:
-        """Set the rank of the worker whose message the block receives; None: the error itself contains the rank."""
-        self._worker = worker
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        if not isinstance(error, MessageError):
-            return False
-        error.worker = self._worker if error.worker is None else error.worker
-        self.error = self.error or error
-        return True
+    @contextmanager
+    def of(self, worker: int | None) -> Iterator[None]:
+        """Context manager of a block that receives a message of `worker`; None: the error itself contains the rank."""
+        try:
+            yield
+        except MessageError as error:
+            error.worker = worker if error.worker is None else error.worker
+            self.error = self.error or error
 
 
 def most_bytes(d: int, parts: Parts) -> int:

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partialmethod
 from types import FrameType
 from typing import Any
 
@@ -161,21 +162,6 @@ def recording_sigterm() -> Iterator[None]:
 
 
 SHUTDOWN_SECONDS = 3.0  # seconds from a worker's failure until SIGTERM for the others, and from there until SIGKILL
-
-
-def _join_sooner(join: Callable[..., Any]) -> Callable[..., Any]:
-    """Return torch's ProcessContext.join with SHUTDOWN_SECONDS as the default time from SIGTERM to SIGKILL.
-
-    After a worker failed, torch waits 30 s for the others to react to SIGTERM, and has no setting for this time.
-    LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
-    """
-
-    def sooner(self: Any, timeout: float | None = None, grace_period: float | None = None) -> Any:
-        return join(self, timeout, SHUTDOWN_SECONDS if grace_period is None else grace_period)
-
-    return sooner
-
-
 ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
 _MOMENT = 2.0  # seconds, enough for the launcher to receive a result
 
@@ -343,7 +329,10 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         with ExitStack() as stack:
             for name in _LOGGERS:
                 stack.enter_context(replaced(logging.getLogger(name), "disabled", True))
-            stack.enter_context(replaced(ProcessContext, "join", _join_sooner(ProcessContext.join)))
+            # After a worker failed, torch waits 30 s for the others to react to SIGTERM, and has no setting for this.
+            # LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
+            join = partialmethod(ProcessContext.join, grace_period=SHUTDOWN_SECONDS)
+            stack.enter_context(replaced(ProcessContext, "join", join))
             stack.enter_context(_restoring_signal_handlers())
             file = stack.enter_context(_local_store())
             # One machine; the system chooses the port. No restarts: a failed worker ends the launch.

@@ -93,15 +93,14 @@ class Ledger:
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
         """Record `moved`, the bytes of a collective for a purpose at a step; steps must not decrease."""
         self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved
-        current = dict(self._spans[-1].by_purpose) if self._spans and self._spans[-1].last == step else {}
-        current[purpose] = current.get(purpose, Bytes()) + moved
-        self._put(step, current)
-
-    def _put(self, step: int, current: Mapping[str, Bytes]) -> None:
+        # Remove this step from the newest span, and add its bytes to a span that ends before it, if they are equal.
+        current: dict[str, Bytes] = {}
         if self._spans and self._spans[-1].last == step:
             last = self._spans.pop()
+            current = dict(last.by_purpose)
             if last.first < step:
                 self._spans.append(Span(last.first, step - 1, last.by_purpose))
+        current[purpose] = current.get(purpose, Bytes()) + moved
         if self._spans and self._spans[-1].last == step - 1 and self._spans[-1].by_purpose == current:
             self._spans[-1] = Span(self._spans[-1].first, step, current)
         else:

@@ -19,14 +19,6 @@ class MachineGroup(Group):
     `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
     `process_group` has one process of each machine. Every process of a machine must call the same collectives with the
     same values.
-
-    >>> import torch.distributed as dist
-    >>> from packsaddle.comm import machine_group
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> group = machine_group(processes=1)
-    >>> dist.get_world_size(group.within)
-    1
-    >>> dist.destroy_process_group()
     """
 
     def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
@@ -75,8 +67,8 @@ def machine_group(processes: int | None = None) -> MachineGroup:
     >>> from packsaddle.comm import machine_group
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> group = machine_group(processes=1)
-    >>> group.rank, group.size
-    (0, 1)
+    >>> group.rank, group.size, dist.get_world_size(group.within)
+    (0, 1, 1)
     >>> dist.destroy_process_group()
     """
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if processes is None else processes

@@ -28,19 +28,14 @@ from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable, also read by torchft
-_dist: Any = dist  # untyped: its type stubs are incomplete
 _AGAIN = 3.0  # seconds between attempts to reach a lighthouse
-_c10d: Any = dist.distributed_c10d
+_c10d: Any = dist.distributed_c10d  # untyped: its type stubs are incomplete
 
 
 class ManagedGroup(Group):
     """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
 
     Raises MissingExtraError if torchft is not installed.
-
-    >>> group = ManagedGroup(manager)  # doctest: +SKIP
-    >>> group.renew()  # doctest: +SKIP
-    >>> group.rank, group.size  # doctest: +SKIP
     """
 
     def __init__(self, manager: Any) -> None:

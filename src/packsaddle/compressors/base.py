@@ -123,9 +123,7 @@ class Compressor(ABC):
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
-
-        Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector.
-        """
+        Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector."""
         self.check_parts(parts, d)
         return Message(parts)
 
@@ -152,9 +150,7 @@ class Compressor(ABC):
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
         """Return (number of coordinates, probability that each is sent) for consecutive ranges that cover v, float[d].
-
-        None if the probability depends on the values of v.
-        """
+        None if the probability depends on the values of v."""
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:

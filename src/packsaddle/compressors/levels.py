@@ -66,7 +66,14 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
     # per layer, the gaps, and a sign bit per nonzero level.
     loop, fixed = kernel("count_codes", device=codes.device), math.ceil(d * bits / 8)
     counts = (loop(codes) if loop else torch.bincount(codes, minlength=256).cpu())[: 2 * top + 1]
-    layers, folded = _layers(counts.tolist(), top), _folded(torch.arange(2 * top + 1, dtype=torch.uint8), top).long()
+    numbers, members, layers = counts.tolist(), d, list[Layer]()
+    for m in range(top + 1):
+        going_on = members - numbers[top + m] - (numbers[top - m] if m else 0)
+        if not going_on:
+            break
+        layers.append(Layer(members, going_on))
+        members = going_on
+    folded = _folded(torch.arange(2 * top + 1, dtype=torch.uint8), top).long()
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     in_rice = [int((counts * ((folded >> b) + 1 + b)).sum()) for b in range(MOST_BITS)]
     b = min(range(MOST_BITS), key=in_rice.__getitem__)
@@ -119,18 +126,6 @@ def _folded(codes: Tensor, top: int) -> Tensor:
     return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
 
 
-def _layers(counts: Sequence[int], top: int) -> list[Layer]:
-    """Return the sizes of all layers, given the number of each level from -top to top."""
-    members, layers = sum(counts), []
-    for m in range(top + 1):
-        going_on = members - counts[top + m] - (counts[top - m] if m else 0)
-        if not going_on:
-            break
-        layers.append(Layer(members, going_on))
-        members = going_on
-    return layers
-
-
 def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
     d, signs, bodies = len(codes), codes[:0], []
     for j, layer in enumerate(layers):
@@ -148,8 +143,23 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 
 
 def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
-    """Decode the output of `_in_layers` to level + top, uint8[d]."""
-    layers, bodies, signs = _split_layers(coded, d, top)
+    """Decode the output of `_in_layers` to level + top, uint8[d]. Raises MessageError if its lengths disagree."""
+    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
+    count, width = int(coded[1]), _width(d)
+    start = 2 + math.ceil(2 * count * width / 8)
+    if count > top or start > len(coded):
+        raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
+    sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
+    going_on, lengths = sizes[::2], sizes[1::2]
+    layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
+    # The gaps of each layer follow, and one sign per nonzero level.
+    nonzero = math.ceil((going_on or [0])[0] / 8)
+    fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
+        layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)
+    )
+    if not fit or start + sum(lengths) + nonzero != len(coded):
+        raise MessageError("levels", f"of layers that fit in {len(coded)} bytes", f"layers of {going_on} in {lengths}")
+    *bodies, signs = torch.split(coded[start:], [*lengths, nonzero])
     codes = coded.new_full((d,), top)
     if not layers:
         return codes
@@ -170,26 +180,6 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
     # One sign per nonzero level, in the order of coordinates; modulo 256, as -1 is 255.
     negative = wire.unpack_bits(signs, len(places)).view(torch.uint8)
     return codes.scatter_(0, places, magnitudes * (1 - 2 * negative) + top)
-
-
-def _split_layers(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Tensor], Tensor]:
-    """Split a code into layer sizes, coded gaps per layer, and sign bits. Raises MessageError if lengths disagree."""
-    count, width = int(coded[1]), _width(d)
-    start = 2 + math.ceil(2 * count * width / 8)
-    if count > top or start > len(coded):
-        raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
-    # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
-    sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
-    going_on, lengths = sizes[::2], sizes[1::2]
-    layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
-    signs = math.ceil((going_on or [0])[0] / 8)
-    fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
-        layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)
-    )
-    if not fit or start + sum(lengths) + signs != len(coded):
-        raise MessageError("levels", f"of layers that fit in {len(coded)} bytes", f"layers of {going_on} in {lengths}")
-    *bodies, rest = torch.split(coded[start:], [*lengths, signs])
-    return layers, bodies, rest
 
 
 def _width(d: int) -> int:

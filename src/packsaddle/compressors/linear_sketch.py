@@ -37,6 +37,7 @@ class LinearSketch(Compressor):
     0.5
     """
 
+    linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
     ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
     columns: int | None = None  # c, number of counters, instead of the ratio
@@ -66,10 +67,6 @@ class LinearSketch(Compressor):
             return 0.0
         c = self.width(d)
         return (d + 1) / c if self.sketch == "gaussian" else (d - (d % c or c)) / c
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     def mu(self, d: int) -> float:
         return 1 / (1 + self.omega(d)) if d else 1.0

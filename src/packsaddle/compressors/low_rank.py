@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,13 +39,10 @@ class LowRank(Compressor):
     64
     """
 
+    aggregation: ClassVar[str] = "low-rank all-reduce"
     matrix_rank: int = 1  # rank of the factors of each tensor
     # Matrix shapes of the tensors in v, from `for_tensors`; empty: v is one nearly square matrix.
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
-
-    @property
-    def aggregation(self) -> str:
-        return "low-rank all-reduce"
 
     def __post_init__(self) -> None:
         check_count("matrix_rank of LowRank", self.matrix_rank)

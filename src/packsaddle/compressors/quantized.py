@@ -67,8 +67,15 @@ class Sign(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         signs, scales, first = message.parts["signs"], message.parts["scales"].to(out.dtype), 0
         for scale, tensor in zip(scales, torch.split(out, self._sizes(len(out))), strict=True):
-            _add_signs(signs, first, alpha * scale, tensor)
-            first += len(tensor)
+            added = alpha * scale
+            if loop := kernel("add_signs", tensor):
+                loop(signs, first, added, tensor)
+                first += len(tensor)
+                continue
+            for slab in torch.split(tensor, _SLAB):
+                bits = wire.unpack_bits(signs[first // 8 :], first % 8 + len(slab))[first % 8 :]
+                slab.add_(torch.where(bits, added, -added))
+                first += len(slab)
 
     def _sizes(self, d: int) -> list[int]:
         return list(self.sizes) if sum(self.sizes) == d and self.sizes else [d]
@@ -81,17 +88,6 @@ def _mean_magnitude(v: Tensor) -> Tensor:
     if loop := kernel("sum_of_magnitudes", v):
         return torch.tensor(loop(v) / len(v), dtype=torch.float64)
     return v.abs().mean(dtype=torch.float64)
-
-
-def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale (bit 1) or -scale (bit 0) to element i of out, float[n], by bit first + i of `signs`."""
-    if loop := kernel("add_signs", out):
-        loop(signs, first, scale, out)
-        return
-    for slab in torch.split(out, _SLAB):
-        bits = wire.unpack_bits(signs[first // 8 :], first % 8 + len(slab))[first % 8 :]
-        slab.add_(torch.where(bits, scale, -scale))
-        first += len(slab)
 
 
 @dataclass(frozen=True)

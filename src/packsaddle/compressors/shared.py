@@ -141,14 +141,11 @@ class SharedTopK(SharedSupport):
     'projected all-reduce'
     """
 
+    aggregation: ClassVar[str] = "projected all-reduce"
     fixed_size: ClassVar[bool] = True
     block_size: int | None = None  # b, consecutive coordinates kept together; by default about 2 r d / k
     projections: int = 2  # r, random projections per block
     half: bool = True  # send projections in bfloat16, else in the vector's dtype
-
-    @property
-    def aggregation(self) -> str:
-        return "projected all-reduce"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,14 +246,11 @@ class SketchTopK(SharedSupport):
     tensor([[17]])
     """
 
+    aggregation: ClassVar[str] = "sketched all-reduce"
     rows: int | None = None  # R, rows of counters; estimates are medians over rows; by default odd, of order log(d / k)
     columns: int | None = None  # c, counters per row; by default 16 k
     oversample: int = _OVERSAMPLE  # P, candidates per kept coordinate; their exact values are sent
     half: bool = True  # send counters in bfloat16, else in the vector's dtype
-
-    @property
-    def aggregation(self) -> str:
-        return "sketched all-reduce"
 
     def __post_init__(self) -> None:
         super().__post_init__()

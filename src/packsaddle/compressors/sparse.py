@@ -105,12 +105,9 @@ class Identity(Compressor):
     (1.0, True)
     """
 
+    linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
-
-    @property
-    def linear(self) -> bool:
-        return True
 
     def mu(self, d: int) -> float:
         return 1.0
@@ -398,9 +395,7 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
         """Return one TopK per section of a vector; their k, estimated from `samples` and `sizes`, add up to its k.
-
-        None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk.
-        """
+        None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
         if self.per_tensor or self.chunk is not None:
             return None
         k = self.count(sum(sizes))

@@ -90,9 +90,7 @@ def check_fields(compressor: Compressor) -> None:
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
     """Check `compressor` on v: 0 < mu <= 1, and E||v - C(v)||^2 <= (1 - mu) ||v||^2, estimated with `seeds` draws.
-
-    Raises AssertionError, which begins with `where`, and ValueError unless seeds is a positive integer.
-    """
+    Raises AssertionError, which begins with `where`, and ValueError unless seeds is a positive integer."""
     check_count("seeds", seeds)
     mu, scale = compressor.mu(len(v)), _largest(v) or 1.0
     assert 0 < mu <= 1, f"{where}: mu must be in (0, 1], got {mu}"
@@ -108,9 +106,7 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
     """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state.
-
-    Errors begin with `where`.
-    """
+    Errors begin with `where`."""
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
     assert torch.equal(torch.random.get_rng_state(), state), f"{where}: uses the global random state"
@@ -120,11 +116,8 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, `fixed_size` is true.
-
-    Errors begin with `where`.
-    """
-    d = len(v)
-    scratch = v.clone()
+    Errors begin with `where`."""
+    d, scratch = len(v), v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
     assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
     scratch.fill_(7.0)  # a message must not be a view of v, which the error memory overwrites
@@ -170,9 +163,7 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
     """Check the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` against C(v), over `seeds` draws.
-
-    Errors begin with `where`.
-    """
+    Errors begin with `where`."""
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
@@ -202,10 +193,8 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
 
 def check_empty(compressor: Compressor) -> None:
     """Check that `compressor` encodes and decodes an empty vector; raises AssertionError."""
-    empty = torch.zeros(0)
-    message = compressor.encode(empty, seed=0, step=0)
     out = torch.zeros(0)
-    compressor.add_decoded(message, out)
+    compressor.add_decoded(compressor.encode(torch.zeros(0), seed=0, step=0), out)
     assert len(out) == 0, f"{compressor!r}: changes an empty vector"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
@@ -47,9 +47,7 @@ class GradientNoise:
 
     def times(self, r: float) -> float:
         """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`; inf if `std` is 0.
-
-        It holds with momentum too: the noise is added to the gradient, so both are accumulated identically.
-        """
+        It holds with momentum too: the noise is added to the gradient, so both are accumulated identically."""
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
@@ -113,19 +111,13 @@ def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -
         for batch in batches:
             n = batch_size(batch)
             grads = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
-            square = _update_mean(mean, grads, n / (seen + n))
+            # Move the mean toward this batch's gradient, and measure their squared distance.
+            square = torch.zeros((), dtype=torch.float64, device=mean[0].device)
+            for m, g in zip(mean, grads, strict=True):
+                apart = -m if g is None else g.detach() - m
+                square += apart.double().square().sum()
+                m.add_(apart, alpha=n / (seen + n))
             if seen:
-                found.append(n * seen / (seen + n) * square)
+                found.append(n * seen / (seen + n) * float(square))
             seen += n
     return found, seen, sum(p.numel() for p in parameters)
-
-
-@torch.no_grad()
-def _update_mean(mean: list[Tensor], grads: tuple[Tensor | None, ...], weight: float) -> float:
-    """Move `mean` toward `grads` by `weight` of their distance, in place; return the square of that distance."""
-    square = torch.zeros((), dtype=torch.float64, device=mean[0].device)
-    for m, g in zip(mean, grads, strict=True):
-        apart = -m if g is None else g.detach() - m
-        square += apart.double().square().sum()
-        m.add_(apart, alpha=weight)
-    return float(square)

@@ -243,31 +243,27 @@ class Curvature:
         pieces = torch.split(v, [p.numel() for p in self.parameters])
         return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
 
+    @sdpa_kernel(SDPBackend.MATH)
     def why_no_double_backward(self) -> str | None:
         """Return torch's error if a worker's first batch has no double backward, None if all have; collective."""
-        reason = self._try_double_backward()
-        if not self.on_any_worker(reason is not None):
-            return None
-        return reason or "another worker's batch has no double backward"
-
-    @sdpa_kernel(SDPBackend.MATH)
-    def _try_double_backward(self) -> str | None:
-        ones = [torch.ones_like(p) for p in self.parameters]
+        reason, ones = None, [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):
-            for batch in self._batches:
+            for batch in islice(self._batches, 1):
                 try:
                     loss = self._loss_of(batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
                     # Torch would omit its second derivative without an error.
                     if any(node.name() == _UNDIFFERENTIABLE for node in graph_nodes(grads)):
-                        return "a function is marked once_differentiable"
-                    self._differentiate_twice(self._loss_of(batch), ones)
+                        reason = "a function is marked once_differentiable"
+                    else:
+                        self._differentiate_twice(self._loss_of(batch), ones)
                 except RuntimeError as error:
                     if not any(text in str(error) for text in _NO_DOUBLE_BACKWARD):
                         raise
-                    return str(error).splitlines()[0]
-                return None
-        return None
+                    reason = str(error).splitlines()[0]
+        if not self.on_any_worker(reason is not None):
+            return None
+        return reason or "another worker's batch has no double backward"
 
     def in_double(self) -> "Curvature | None":
         """Return a `Curvature` in float64 over this worker's batches alone; None without examples. Not collective."""

@@ -82,14 +82,16 @@ class CurvatureSearch:
     def run(self) -> None:
         """Do Lanczos steps from a random start until the verdict is decided, and the direction v and the bounds on
         lambda_max are within their tolerances. Stops at `max_hvps` products or if the Krylov space is exhausted."""
-        goal, measured_at = self.goal, 0
+        goal, most, measured_at = self.goal, self.goal.options.max_hvps, 0
         self.rho = goal.rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, goal.options)
-        for k in range(1, goal.options.max_hvps + 1):
+        for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound, except by rounding
-            self._report(ritz, k, measured_at > 0 or goal.rho is not None)
-            last = k == goal.options.max_hvps or lanczos.exhausted
+            threshold = -math.sqrt(self.rho * goal.epsilon) if measured_at or goal.rho is not None else None
+            low = self.lower, ritz.theta_min + ritz.rounding
+            self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
+            last = k == most or lanczos.exhausted
 
             # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
             if goal.rho is None and not measured_at:
@@ -138,26 +140,21 @@ class CurvatureSearch:
         of the mean of f(x + s v) and f(x - s v). A slope cannot cause that decrease; for the true rho it is at least
         |lambda|^3 / (10 rho^2), at any s from |lambda| / (2 rho) to four times that.
         """
-        losses = (pilot_search or self)._follow(self.v, self.upper, self.rho)
+        search, losses = pilot_search or self, dict[float, tuple[float, float]]()
+        reach, last = max(1.0, search.curvature.size_of_parameters()), (search.curvature.loss, search.curvature.loss)
+        s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
+        for _ in range(_LONGEST_WALK):
+            losses[s] = ahead, behind = search._on_both_sides(self.v, s)
+            # At shorter distances the loss may rise by rounding alone.
+            if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
+                break
+            last, s = (ahead, behind), 4 * s
         if pilot_search is not None:
             chosen = {min(losses, key=lambda s: min(losses[s])), min(losses, key=lambda s: sum(losses[s]))}
             losses = {s: self._on_both_sides(self.v, s) for s in sorted(chosen)}
         sides = [(loss, s * sign) for s, pair in losses.items() for loss, sign in zip(pair, (1, -1), strict=True)]
         lowest, distance = min(sides, key=lambda side: side[0])
         return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
-
-    def _follow(self, v: Tensor, upper: float, rho: float) -> dict[float, tuple[float, float]]:
-        reach = max(1.0, self.curvature.size_of_parameters())
-        s = min(abs(upper) / (2 * rho), 1e-3 * reach)
-        losses: dict[float, tuple[float, float]] = {}
-        last = (self.curvature.loss, self.curvature.loss)
-        for _ in range(_LONGEST_WALK):
-            losses[s] = ahead, behind = self._on_both_sides(v, s)
-            # At shorter distances the loss may rise by rounding alone.
-            if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
-                break
-            last, s = (ahead, behind), 4 * s
-        return losses
 
     def _on_both_sides(self, v: Tensor, s: float) -> tuple[float, float]:
         return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)
@@ -166,13 +163,6 @@ class CurvatureSearch:
         probability = self.goal.options.failure_probability
         self.lower = ritz.lower_bound(probability)
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
-
-    def _report(self, ritz: Ritz, k: int, rho_is_known: bool) -> None:
-        threshold = -math.sqrt(self.rho * self.goal.epsilon) if rho_is_known else None
-        bounds = self.lower, ritz.theta_min + ritz.rounding
-        self.on_bounds(
-            Bounds(k, self.goal.options.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold)
-        )
 
     def _settled(self, ritz: Ritz) -> bool:
         low, high = self.lambda_max

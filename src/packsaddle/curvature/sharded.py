@@ -47,10 +47,9 @@ class ShardedCurvature(Curvature):
 
         # FSDP's passes are collective: all workers process as many batches as the one with most.
         mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=parameters[0].device)
-        first, second = torch.stack(channel.group.all_gather(mine)).T.tolist()
-        if first != second:
+        counts, again = torch.stack(channel.group.all_gather(mine)).T.tolist()
+        if counts != again:
             raise ValueError("batches must be a list or a DataLoader, which can be read again, got an iterator")
-        counts = first
         if not min(counts):
             raise ValueError(f"every worker of a sharded model needs batches, worker {counts.index(0)} has none")
         self._rounds = max(counts)
@@ -150,11 +149,7 @@ class ShardedCurvature(Curvature):
 
 
 def derivatives(
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: Iterable[Any],
-    channel: Communicator,
-    tensor_parallel: Any = None,
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator, tensor_parallel: Any = None
 ) -> Curvature:
     if is_sharded(model):
         return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)

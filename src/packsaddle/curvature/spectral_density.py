@@ -125,11 +125,8 @@ def spectral_density(
         curvature = derivatives(model, loss_fn, batches, channel)
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
-            def quadrature() -> Ritz:
-                process = lanczos_over(products, search)
-                return process.run(steps, lambda _: False, lambda _: progress(curvature.products))
-
-            return products.name, [quadrature() for _ in range(probes)]
+            runs = (lanczos_over(products, search).run for _ in range(probes))
+            return products.name, [run(steps, lambda _: False, lambda _: progress(curvature.products)) for run in runs]
 
         name, ritzes = with_products(choose_products(curvature, search.hvp), search.hvp, quadratures)
 

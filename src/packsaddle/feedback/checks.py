@@ -53,16 +53,13 @@ class Contraction:
 
     def measure(self, step: int, vector: Tensor) -> None:
         """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due."""
-        if self._every.due(step):
-            self._energies.append(self._energy(vector))
-
-    def _energy(self, vector: Tensor) -> Tensor:
+        if not self._every.due(step):
+            return
         if self._slice is None:
-            energies: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64).square().reshape(1)
+            norms = torch.linalg.vector_norm(vector, dtype=torch.float64).reshape(1)
         else:
-            views = [view.reshape(-1) for view in self._slice.views(vector)]
-            energies = torch.stack(torch._foreach_norm(views)).double().square()
-        return energies
+            norms = torch.stack(torch._foreach_norm([view.reshape(-1) for view in self._slice.views(vector)])).double()
+        self._energies.append(norms.square())
 
     def close(self, step: int, *, apply: bool) -> None:
         """End a step: compute mu_t from its measurements; a rejected step (`apply` False) discards them."""

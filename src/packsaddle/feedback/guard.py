@@ -71,9 +71,7 @@ class Skip:
     @classmethod
     def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
         """Make the record of a skipped `step` from `names`, the `Round.name` of each rank ("" for a valid vector).
-
-        `unnamed` replaces the parameter's name if all names are empty; `prefix` is put before a name.
-        """
+        `unnamed` replaces the parameter's name if all names are empty; `prefix` is put before a name."""
         found = {worker: name for worker, name in names.items() if name}
         for name in found.values():
             if (sender := sender_of(name)) is not None:

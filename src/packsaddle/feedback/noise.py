@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from packsaddle.errors import check_not_negative
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys
 
 
@@ -32,10 +33,7 @@ class Ramp:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("std", "final"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} of Ramp must be finite and not negative, got {value}")
+        check_not_negative(**{"std of Ramp": self.std, "final of Ramp": self.final})
         if not 0 <= self.start <= self.stop:
             raise ValueError(f"Ramp needs 0 <= start <= stop, got start={self.start}, stop={self.stop}")
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packsaddle.feedback.noise import GaussianNoise
+
 
 @dataclass(frozen=True)
 class Shaped:
@@ -94,19 +96,19 @@ class Slice:
     def shapes(self) -> list[torch.Size]:
         return [place.parameter.shape for place in self._in_order if not place.dense]
 
-    def stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (start, stop, offset) of each range [start, stop) of this slice that is contiguous in the vector of all
-        parameters, where `offset` is its start."""
+    def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
+        """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
+        # Once for each range [first, last) of this slice that is contiguous in that vector, where it starts at `begin`.
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
-                yield first, last, begin
+                noise.add_to(out[first:last], 1.0, begin)
                 first = last
             if last == first:
                 begin = place.start
             last += place.size
         if last > first:
-            yield first, last, begin
+            noise.add_to(out[first:last], 1.0, begin)
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ def register_ddp_hook(
     >>> hook = packsaddle.register_ddp_hook(model, packsaddle.QSGD(127), optimizer=optimizer)
     >>> model(torch.rand(8, 64)).square().mean().backward()
     >>> optimizer.step()
-    >>> hook.steps
-    1
+    >>> hook.steps, hook.skipped, hook.ledger.total.sent, sorted(hook.memory())
+    (1, 0, 0, ['bias', 'weight'])
     >>> dist.destroy_process_group()
     """
     if not isinstance(model, DistributedDataParallel):
@@ -241,10 +241,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
                 "Is the model run as model.module, or wrapped again by a framework? attach to what is really run"
             )
 
-    handles = [
-        last.register_post_accumulate_grad_hook(on_gradient),
-        model.module.register_forward_pre_hook(on_forward),
-    ]
+    handles = [last.register_post_accumulate_grad_hook(on_gradient), model.module.register_forward_pre_hook(on_forward)]
     _guards[model.module] = handles
 
 

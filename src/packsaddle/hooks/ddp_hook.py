@@ -87,19 +87,6 @@ class DDPHook(GradientHook):
     `places` are the parameters of `module`, the model, and `optimizers` train them, if known. With scope="bucket",
     `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since buckets may differ at
     loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
-
-    >>> import torch
-    >>> import torch.distributed as dist
-    >>> import packsaddle
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
-    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.1))
-    >>> model(torch.rand(8, 64)).square().mean().backward()
-    >>> hook.steps, hook.skipped, hook.ledger.total.sent
-    (1, 0, 0)
-    >>> sorted(hook.memory())
-    ['bias', 'weight']
-    >>> dist.destroy_process_group()
     """
 
     def __init__(

@@ -77,21 +77,6 @@ class FSDPHook(GradientHook):
     """The hook of `register_fsdp_hook`. Every sharded module is averaged separately, with its own error memory.
 
     A backward pass with an invalid gradient is rejected on all replicas of the shard, as in `register_fsdp_hook`.
-
-    >>> import torch
-    >>> import torch.distributed as dist
-    >>> import packsaddle
-    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
-    >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
-    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"), packsaddle.TopK(0.1))
-    >>> model(torch.rand(8, 64)).square().mean().backward()
-    >>> int((hook.memory()[""] == 0).sum())  # of the root module's 4,160 coordinates 10% were sent
-    416
-    >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that all replicas reject
-    >>> hook.steps, hook.skips[0].parameter, bool(model.weight.grad.to_local().isnan().all())
-    (1, 'the root module', True)
-    >>> dist.destroy_process_group()
     """
 
     def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
@@ -204,9 +189,7 @@ class FSDPHook(GradientHook):
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's error memory by module, float[n], with its part of the owner errors.
-
-        During a backward pass, returns the memory after the previous step.
-        """
+        During a backward pass, returns the memory after the previous step."""
         self._settle()
         return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}
 
@@ -262,8 +245,11 @@ def register_fsdp_hook(
     >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
     >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"), packsaddle.TopK(0.1))
     >>> model(torch.rand(8, 64)).square().mean().backward()
-    >>> hook.steps
-    1
+    >>> int((hook.memory()[""] == 0).sum())  # of the root module's 4,160 coordinates 10% were sent
+    416
+    >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that all replicas reject
+    >>> hook.steps, hook.skips[0].parameter, bool(model.weight.grad.to_local().isnan().all())
+    (1, 'the root module', True)
     >>> dist.destroy_process_group()
     """
     modules = sharded_modules(model)

@@ -82,13 +82,8 @@ class BucketUpdate(Update):
                 torch.add(g, e, alpha=factor, out=v)
             else:
                 torch.mul(e, factor, out=v).add_(g, alpha=1 / self.scale)
-        self.perturb(out.flat)
-
-    def perturb(self, out: Tensor) -> None:
-        """Add the noise xi to out, float[n], in place; xi is indexed by the coordinates of the whole model."""
         if self.noise is not None:
-            for first, last, start in self.of.stretches():
-                self.noise.add_to(out[first:last], 1.0, start)
+            self.of.add_noise(out.flat, self.noise)
 
 
 @dataclass(frozen=True)

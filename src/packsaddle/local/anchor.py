@@ -160,13 +160,8 @@ class PseudoGradient(Update):
             out.flat.add_(base.flat, alpha=share)
         if self.of.owed is not None:
             out.flat.add_(self.of.owed)
-        self.perturb(out.flat)
-
-    def perturb(self, out: Tensor) -> None:
-        """Add the shared noise to out, float[n]; it is indexed by the coordinates of the whole model."""
         if self.noise is not None:
-            for first, last, start in self.of.layout.stretches():
-                self.noise.add_to(out[first:last], 1.0, start)
+            self.of.layout.add_noise(out.flat, self.noise)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -325,11 +325,7 @@ def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> di
 
 
 def partition(
-    parameters: Mapping[str, Tensor],
-    options: LocalOptions,
-    channel: Communicator,
-    device: torch.device,
-    agree: Shards,
+    parameters: Mapping[str, Tensor], options: LocalOptions, channel: Communicator, device: torch.device, agree: Shards
 ) -> list[Fragment]:
     """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps.
 

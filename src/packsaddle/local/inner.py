@@ -30,9 +30,7 @@ def names_of(optimizers: Iterable[Optimizer]) -> str:
 
 def follow(optimizer: Any, local: object) -> None:
     """Mark `optimizer` as exchanged by `local`, a `LocalUpdates`: set `optimizer.exchanged_by`, not saved in its state.
-
-    Raises RuntimeError if it is marked already: workers would exchange every change twice.
-    """
+    Raises RuntimeError if it is marked already: workers would exchange every change twice."""
     if getattr(optimizer, "exchanged_by", None) is not None:
         raise RuntimeError(
             f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "

@@ -243,7 +243,7 @@ class LocalOptions(Option):
         # Elastic workers, and fixed ones with weights or sampling, exclude some options.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
-        elif self.is_uneven:
+        elif self.workers.are_uneven:
             self._check_plain("with weight or sample", overlaps=self.workers.sample < 1)
 
     @classmethod
@@ -262,10 +262,6 @@ class LocalOptions(Option):
         alike = isinstance(workers, Workers) and not workers.are_uneven
         compression = Compression.of(compressor, "auto" if alike else "direct")
         return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
-
-    @property
-    def is_uneven(self) -> bool:
-        return isinstance(self.workers, Workers) and self.workers.are_uneven
 
     @property
     def averages_senders(self) -> bool:
@@ -295,5 +291,6 @@ class LocalOptions(Option):
                     f"that fits one set of workers"
                 )
             # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
-            if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
+            uneven = isinstance(self.workers, Workers) and self.workers.are_uneven
+            if uneven and type(aggregator).add_residual is not Aggregator.add_residual:
                 raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')

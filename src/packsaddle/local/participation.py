@@ -38,15 +38,14 @@ class Participation:
         chosen = sample_without_replacement(len(self.weights), self._chosen, seed=self._seed, step=step)
         return sorted(chosen.tolist())
 
-    def share(self, members: Sequence[int] | None = None) -> float:
-        """Return the factor of this worker's update in a mean over `members` (None: all); 0 for a non-member."""
-        if members is None:
-            return share(self.weights, self.rank)
-        return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
+    def share(self) -> float:
+        """Return the factor of this worker's update in a mean over all workers."""
+        return share(self.weights, self.rank)
 
     def share_after(self, step: int) -> float:
         """Return the factor of this worker's update in the exchange after inner step `step`; 0 if it is not sampled."""
-        return self.share(self.members(step)) if self.samples else self.share()
+        members = self.members(step) if self.samples else range(len(self.weights))
+        return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
 
 
 def share(weights: Sequence[float], rank: int) -> float:

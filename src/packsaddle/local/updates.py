@@ -398,9 +398,7 @@ class LocalUpdates(JoinableSteps):
 
     def sit_out(self) -> None:
         """Count the inner steps up to the next exchange without training, then run that exchange; collective.
-
-        Raises RuntimeError with a manager.
-        """
+        Raises RuntimeError with a manager."""
         self._check_here("sit_out()")
         self._check_between_steps("sit_out()")
         if self.membership is not None:
@@ -562,9 +560,7 @@ class LocalUpdates(JoinableSteps):
 
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
-
-        The tensors are at least float32 and have the shapes of this process's shards.
-        """
+        The tensors are at least float32 and have the shapes of this process's shards."""
         self._set_anchor_before_first_step()
         self._unsent.clear()
         found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])

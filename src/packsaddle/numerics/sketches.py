@@ -48,13 +48,12 @@ class RowHash:
     def sketch(self, v: Tensor) -> Tensor:
         """Return the sketch S v, float[c], of v, float[d]. Reads v once."""
         c = self.columns
+        counters = torch.zeros(c, dtype=v.dtype, device=v.device)
         if len(self.rotations) > _MANY:
-            counters = torch.zeros(c, dtype=v.dtype, device=v.device)
             for chunk, rows, signs in self._blocks(v):
                 source = (torch.arange(c, device=v.device) - rows[:, None]).remainder_(c)
                 counters += (chunk * signs[:, None]).gather(1, source).sum(0)
             return counters
-        counters = torch.zeros(c, dtype=v.dtype, device=v.device)
         for chunk, rho, sigma in zip(torch.split(v, c), self.rotations, self.signs, strict=True):
             n = min(len(chunk), c - rho)  # coordinates before the rotation wraps around
             counters[rho : rho + n].add_(chunk[:n], alpha=sigma)

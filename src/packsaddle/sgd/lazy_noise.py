@@ -1,10 +1,8 @@
 """Lazy noise: the noise of a coordinate is drawn when a step sends it, instead of passing through the error memory."""
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,17 +59,8 @@ class OutstandingNoise:
         add_cell_gaussians(out, variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype), key)
 
     @property
-    def std(self) -> float:
-        """An upper bound on the standard deviation outstanding at any coordinate."""
-        return math.sqrt(self.total)
-
-    @property
     def anything(self) -> bool:
         return self.total != 0
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return len(self.kept), self.size
 
     def clear(self) -> None:
         self.total = 0.0
@@ -87,14 +76,7 @@ class Perturber:
     """
 
     def __init__(
-        self,
-        noise: Noise,
-        memory: ErrorMemory,
-        aggregator: Aggregator,
-        *,
-        seed: int,
-        escape: bool,
-        plain: bool,
+        self, noise: Noise, memory: ErrorMemory, aggregator: Aggregator, *, seed: int, escape: bool, plain: bool
     ) -> None:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # step index t of the last draw
@@ -151,13 +133,7 @@ class Perturber:
     @property
     def bound(self) -> float:
         """An upper bound on the change of x by `add_outstanding`: 7 std, since these Gaussians are at most 7."""
-        return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, self.outstanding.std)
-
-    def snapshot(self) -> Any:
-        return copy.deepcopy(self.outstanding)
-
-    def restore(self, snapshot: Any) -> None:
-        self.outstanding = snapshot
+        return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, math.sqrt(self.outstanding.total))
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
         """Return the unsent update `pending`, float[d], plus a draw of the outstanding noise, which is not cleared."""
@@ -174,7 +150,7 @@ class Perturber:
         if saved is None:
             return
         found = replace(saved, kept=saved.kept.to(self._memory.vector.device, torch.float64, copy=True))
-        if here is not None and here.grid == found.grid:
+        if here is not None and (len(here.kept), here.size) == (len(found.kept), found.size):
             self.outstanding = found
         else:
             self._settle(found, step)

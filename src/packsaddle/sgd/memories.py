@@ -202,12 +202,7 @@ class EstimateMemory(ErrorMemory):
 
 
 def make_memory(
-    kind: Memory,
-    flat: FlatParameters,
-    rates: Callable[[], Sequence[float]],
-    *,
-    spare: bool,
-    revocable: bool,
+    kind: Memory, flat: FlatParameters, rates: Callable[[], Sequence[float]], *, spare: bool, revocable: bool
 ) -> ErrorMemory:
     """Return the error memory of this kind; with `spare`, its steps can be rolled back. A large buffer on a CPU is
     rolled back by subtraction, without a spare vector, if its updates are `revocable`."""

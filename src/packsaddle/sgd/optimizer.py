@@ -7,6 +7,7 @@ memory e, over workers as a transaction, and `FlatTarget` applies the mean to th
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar, overload
@@ -52,9 +53,7 @@ _DROPPED: dict[str, Any] = {
 }
 _PENDING = ("state", ANY, "pending")
 _RULES = [
-    Rule(_PENDING, "error"),
-    Rule(("state", ANY, "momentum"), "error"),
-    Rule(("state", ANY, "storm"), "error"),
+    *(Rule(("state", ANY, name), "error") for name in ("pending", "momentum", "storm")),
     Rule(("state", ANY, "owner_error"), "owner", into=[_PENDING]),
     *(Rule(("state", ANY, name), "shared") for name in ("anchor", "mean_estimate", "storm_previous")),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers", "owners")),
@@ -81,13 +80,13 @@ class FlatTarget:
         # x may overflow: apply the mean, check, and restore x if it did.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
-        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
+        before, noise = {name: vector.clone() for name, vector in moved.items()}, deepcopy(self._noise.outstanding)
         rounding = self._move(g)
         if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
             return Applied(rounding=rounding)
         for name, old in before.items():
             moved[name].copy_(old)
-        self._noise.restore(noise)
+        self._noise.outstanding = noise
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:
@@ -366,7 +365,11 @@ class CompressedSGD(Optimizer):
             if self._memory.in_gradients:
                 raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
             return
-        self._count(t + 1)
+        # Count the step, and refresh the views in `self.state`, since a step may swap buffers.
+        self._step = t + 1
+        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+            for p, view in zip(self._flat.parameters, views, strict=True):
+                self.state[p][name] = view
         self._skips.reset_streak()
         if self._drift.due(t):
             shared = {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
@@ -376,13 +379,6 @@ class CompressedSGD(Optimizer):
                 return [(kind + p.name, view) for kind, v in vectors.items() for p, view in self._flat.named(v)]
 
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
-
-    def _count(self, steps: int) -> None:
-        """Set the step counter, and refresh the views in `self.state`, since a step may swap buffers."""
-        self._step = steps
-        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
-            for p, view in zip(self._flat.parameters, views, strict=True):
-                self.state[p][name] = view
 
     def reset_skip_streak(self) -> None:
         """Reset the count of consecutive skips, so that training may continue after NonFiniteError."""
@@ -447,9 +443,7 @@ class CompressedSGD(Optimizer):
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
-
-        None if it depends on the values (see `Compressor.rates`).
-        """
+        None if it depends on the values (see `Compressor.rates`)."""
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -462,9 +456,7 @@ class CompressedSGD(Optimizer):
     @torch.no_grad()
     def error(self) -> Tensor:
         """Return the workers' mean error memory e_t, float[d], in the order of `parameters_to_vector`; collective.
-
-        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not).
-        """
+        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not)."""
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
         e = self._mean_pending()

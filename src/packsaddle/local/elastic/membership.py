@@ -72,10 +72,6 @@ class Membership:
 
     `inner` are the optimizers of the parameters, `outer` is the optimizer of the anchor, `outcomes` records applied and
     rejected rounds, `arguments` is a text of all values that must be equal on all workers.
-
-    >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
-    >>> local.join()  # doctest: +SKIP
-    >>> local.membership.workers, local.membership.lost  # doctest: +SKIP
     """
 
     def __init__(
@@ -138,9 +134,7 @@ class Membership:
 
     def join(self) -> None:
         """Run a round without an update, in which the other workers' state is loaded; then load the memory file.
-
-        Updates in the file that were sent after it was written are not loaded.
-        """
+        Updates in the file that were sent after it was written are not loaded."""
         self.round(uncompressed=False)
         self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
         if self._file is not None:
@@ -263,26 +257,22 @@ class Membership:
         parts: list[Fragment] = []
         if any(weights):
             parts = list(self._fragments) if dense else [self._due]
-        mean, names = share(weights, self._group.rank), [f"{hello.worker:x}" for hello in hellos]
-        self._energy = sum(self._exchange(part, mean, dense, names) for part in parts)
+        self._energy = 0.0
+        for part in parts:
+            p, norms = part.begin(self.steps, share(weights, self._group.rank), uncompressed=dense), None
+            self._outcomes.register(part, p)
+            assert p.round is not None
+            self._energy += _energy(p.round.v)
+            if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
+                norm_of_all = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
+                norms, p.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
+            part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
+            part.name_workers(p)
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
-
-    def _exchange(self, part: Fragment, weight: float, dense: bool, names: Sequence[str]) -> float:
-        """Exchange v, one fragment's local update plus error memory, without committing it; return norm(v)^2."""
-        p = part.begin(self.steps, weight, uncompressed=dense)
-        self._outcomes.register(part, p)
-        assert p.round is not None
-        energy, norms = _energy(p.round.v), None
-        if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
-            gathered = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
-            norms, p.workers = torch.cat([parts["norm"] for parts in gathered]), names
-        part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
-        part.name_workers(p)
-        return energy
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
@@ -301,7 +291,7 @@ class Membership:
             steps=self.account.since,
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
-            weight=self._weight() if self.joined else 0.0,
+            weight=self.account.weight(self.settings.weight) if self.joined else 0.0,
             idle_weight=self.account.last_weight if self.account.norm or has_more else 0.0,
             seconds=seconds,
             lost=self.account.found_lost,
@@ -316,9 +306,6 @@ class Membership:
     @property
     def _due(self) -> Fragment:
         return self._fragments[self._rounds % len(self._fragments)]
-
-    def _weight(self) -> float:
-        return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
         """Check that arguments, anchors and messages of all workers match; the most frequent, or the first, are right.
@@ -363,8 +350,9 @@ class Membership:
     def _commit(self, attempt: Attempt) -> bool:
         """Commit a round after the vote; return True if all its exchanges are applied."""
         taken = self._close_exchanges()
-        for worker, member in self.roster.missed(attempt.hellos).items():
-            if self._group.rank == 0 and member.norm:
+        names = {hello.worker for hello in attempt.hellos}
+        for worker, member in self.roster.members.items() if self._group.rank == 0 else ():
+            if member.here and member.norm and worker not in names:
                 fate = "waits in its file" if member.keeps else "is lost"
                 _log.warning(
                     "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
@@ -459,7 +447,7 @@ class Membership:
             _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, own.norm)
             for part in self._fragments:
                 part.feedback.reset()
-            own.start_count(self._weight())
+            own.start_count(own.weight(self.settings.weight))
         elif not is_new and self.roster.history not in (*state["roster"]["past"], state["roster"]["history"]):
             own.found_lost += own.sent
             _log.warning(
@@ -475,7 +463,7 @@ class Membership:
             else:
                 part.anchor.move(before)
         if had and taken:
-            own.start_count(self._weight())
+            own.start_count(own.weight(self.settings.weight))
         # A new worker continues at the sender's number of steps, with the state of its inner optimizers.
         if is_new:
             self.steps = state["steps"]

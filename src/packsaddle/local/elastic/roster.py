@@ -110,10 +110,6 @@ class Roster:
             self.gone += self.members.pop(oldest).norm
             self.taken.pop(oldest, None)
 
-    def missed(self, hellos: Sequence[Hello]) -> dict[int, Member]:
-        names = {hello.worker for hello in hellos}
-        return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
-
     def fields(self, path: Path) -> list[Value]:
         return [
             *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),

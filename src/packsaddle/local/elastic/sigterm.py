@@ -43,7 +43,7 @@ class Sigterm:
         self._waiting = True
         try:
             if self.asked:
-                self._interrupt()
+                self._interrupt_wait()
             yield
         finally:
             self._waiting = False
@@ -58,19 +58,17 @@ class Sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         self.asked, self._until = True, time.monotonic() + self._grace
-        if self._waiting:
-            self._interrupt()
+        self._interrupt_wait()
         signal.signal(signal.SIGALRM, self._late)
         signal.setitimer(signal.ITIMER_REAL, min(max(self.left, 1e-3), _LONGEST))
 
     def _late(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGALRM, sent at the end of the grace period: interrupt a wait."""
         self._until = 0.0
-        if self._waiting:
-            self._interrupt()
+        self._interrupt_wait()
 
-    def _interrupt(self) -> None:
-        if self._may_leave() or not self.left:
+    def _interrupt_wait(self) -> None:
+        if self._waiting and (self._may_leave() or not self.left):
             self._waiting = False
             raise LeavingError
 
