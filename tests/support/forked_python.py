@@ -62,7 +62,9 @@ def python() -> str:
         listener.bind(str(place))
         listener.listen(64)
         words = [sys.executable, __file__, "serve", str(listener.fileno())]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # Where a fork asks for more threads, they must not spin while they wait: tests share the cores.
+        variables = {**os.environ, **one, "OMP_WAIT_POLICY": "PASSIVE"}
         server = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -288,6 +290,7 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: l
     multiprocessing.util.spawnv_passfds = _spawned
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what runs in the background
     code = 1
     try:
         os.setsid()
