@@ -78,7 +78,7 @@ def _start(interpreter: str, modules: tuple[str, ...]) -> str:
     variables = {**os.environ, **one, "OMP_WAIT_POLICY": "PASSIVE"}
     server = subprocess.Popen(
         [interpreter, __file__, "serve", *modules],
-        stdin=listener,
+        stdin=listener.fileno(),
         stdout=subprocess.DEVNULL,
         env=variables,
         start_new_session=True,

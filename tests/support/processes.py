@@ -86,7 +86,7 @@ def watch() -> None:
 
     # Not sys.addaudithook: Python would call the hook for every id(), which takes a microsecond, and torch has many.
     multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]
-    subprocess.Popen.__init__ = opened  # type: ignore[method-assign, assignment]
+    subprocess.Popen.__init__ = opened  # type: ignore[method-assign]
 
 
 def started() -> list[str]:
