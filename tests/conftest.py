@@ -1,8 +1,10 @@
 """Fixtures: real gloo worker processes, and toy runs shared by several test modules."""
 
 import faulthandler
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from itertools import count
 from typing import Any
@@ -29,7 +31,9 @@ torch.set_num_threads(1)
 processes.watch()
 
 
+_RENEWED = 30.0  # seconds after which a test that begins renews the watch
 _patience = 450.0  # seconds
+_since = -math.inf  # when the watch was last renewed
 _stderr: list[int] = []  # that of the process, which pytest takes away during tests
 
 
@@ -40,7 +44,9 @@ def pytest_configure() -> None:
 
 def _watch() -> None:
     """Have this process print the stacks of all its threads, and end, unless another test begins in time."""
-    faulthandler.dump_traceback_later(_patience, exit=True, file=_stderr[0])
+    global _since
+    _since = time.monotonic()
+    faulthandler.dump_traceback_later(_patience + _RENEWED, exit=True, file=_stderr[0])
 
 
 @pytest.hookimpl(wrapper=True)
@@ -48,8 +54,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     """Guard against what pytest-timeout cannot end: waits in C, for what it has ended, and between tests."""
     global _patience
     marker = item.get_closest_marker("timeout")
-    _patience = 1.5 * float(marker.args[0] if marker else item.config.getini("timeout"))
-    _watch()
+    patience = 1.5 * float(marker.args[0] if marker else item.config.getini("timeout"))
+    # Not for every test: a thread ends and another one starts, and on busy cores the test would wait for both.
+    if patience != _patience or time.monotonic() - _since > _RENEWED:
+        _patience = patience
+        _watch()
     return (yield)
 
 

@@ -46,13 +46,13 @@ def test_a_pulled_cable(tmp_path: Path) -> None:
     assert "rank 1 of 2 lost the others and rank 0's store" in gone
 
 
-@pytest.mark.usefixtures("hosts_here")
+@pytest.mark.usefixtures("forks_on_hosts")
 @pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft is not installed")
 def test_a_pulled_cable_among_workers_that_come_and_go(tmp_path: Path) -> None:
     """Rounds go on without the one behind it; when it is back, it is in them again, and has lost nothing."""
     script = SCRIPT.with_name("elastic.py")
     command = [sys.executable, str(script), "cut", "--out", str(tmp_path / "cut")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "cut").read_text())
     assert found["wrong"] == []

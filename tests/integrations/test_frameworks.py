@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("examples")  # each run once
 EXAMPLES = ROOT / "examples"
 LIBRARIES = {"ddp": "sklearn", "lightning": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
+FRAMEWORKS = ("lightning.pytorch", "transformers.trainer")  # imported once, for all examples
 # What exchanges local updates: the command, the library, its steps, the exchanges among them and at the end.
 LOCAL: dict[str, tuple[list[str], str, int, int]] = {
     "torchrun": (["local_updates.py", "--checkpoint", "local"], "torch", 180, 22 + 1),
@@ -53,7 +54,7 @@ def needs(library: str) -> None:
 
 def run(command: list[Any], folder: Path, **environment: str) -> str:
     """Run a command in a folder and return what it printed."""
-    given = forked_python.environment(**environment)
+    given = forked_python.environment(**{"PYTHON_EXEC": forked_python.python(*FRAMEWORKS), **environment})
     done = subprocess.run([str(c) for c in command], cwd=folder, env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -257,7 +258,7 @@ def test_with_one_worker_nothing_is_sent_and_callbacks_say_so(name: str, tmp_pat
         what = [f"{name}_example.py", *(["--local-updates"] if local else [])]
         if name == "accelerate" and local:
             what = ["accelerate_local_updates.py"]
-        printed = run([sys.executable, EXAMPLES / what[0], *what[1:], *short], tmp_path)
+        printed = run([forked_python.python(*FRAMEWORKS), EXAMPLES / what[0], *what[1:], *short], tmp_path)
         assert "nothing sent" in printed
         said = "its LocalUpdates send nothing" if local else "packsaddle has nothing to do: there is one worker"
         assert printed.count(said) == (name != "accelerate")

@@ -18,14 +18,16 @@ from packsaddle.integrations import load_state, save_state
 
 SCRIPT = Path(__file__).parents[1] / "support" / "resharding.py"
 LIBRARIES = {"lightning": "lightning", "huggingface": "transformers"}
+IMPORTED = {"lightning": "lightning.pytorch", "huggingface": "transformers.trainer"}  # once for all workers
 ROUNDED = {"rtol": 0.0, "atol": 1e-6}  # float32 sums of parameters below 1 and of three workers' updates
 
 
 def train(framework: str, folder: Path, workers: int, steps: int) -> str:
     """Run the script and return its output."""
     command: list[Any] = [SCRIPT, framework, folder, steps]
-    command = forked_python.torchrun(*command, workers=workers) if workers > 1 else [forked_python.python(), *command]
-    environment = forked_python.environment()
+    python = forked_python.python(IMPORTED[framework])
+    command = forked_python.torchrun(*command, workers=workers) if workers > 1 else [python, *command]
+    environment = forked_python.environment(PYTHON_EXEC=python)
     done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

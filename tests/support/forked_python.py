@@ -8,8 +8,8 @@ as the fork ends; where it is killed, so is the fork. A fork has a process id an
 network of that program, and as its `sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how
 the interpreter ends, start real ones.
 
-This file is the server (`python forked_python.py serve SOCKET`), that small program (`... SOCKET ARGUMENTS`), and the
-functions for tests.
+This file is the server (`python forked_python.py serve MODULES`, with a socket as its stdin), that small program
+(`... SOCKET ARGUMENTS`), and the functions for tests.
 """
 
 import array
@@ -30,6 +30,7 @@ MODULES = (
     # What several tests import, in pytest's processes or in the programs that they start.
     "torch.distributed.fsdp",
     "scipy.stats",
+    "sklearn.datasets",
     "matplotlib.figure",
     "jinja2",
     "pytest",
@@ -38,53 +39,59 @@ MODULES = (
 SHARED = "FORKED_PYTHON"  # the variable that names the program
 
 
-def python() -> str:
+def python(*modules: str) -> str:
     """Return the program that stands for `sys.executable`; takes -u, -W, and -m MODULE, -c CODE or SCRIPT.
 
-    Processes that this one starts afterwards have the same.
+    Without modules, processes that this one starts afterwards have the same program. With modules, its forks have
+    imported these too, if they are installed: a second server, itself a fork of the first, imports them once.
     """
-    if not _started and SHARED in os.environ:
-        _started.append(os.environ[SHARED])
-    if not _started:
-        import atexit
-        import subprocess
-        import tempfile
-        from pathlib import Path
-
-        folder = tempfile.TemporaryDirectory(prefix="python-")
-        place, program = Path(folder.name) / "socket", Path(folder.name) / "python-forked"
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {place} "$@"\n')
-        command = Path(folder.name) / "packsaddle"  # where scripts look for it: beside python
-        command.write_text(f'#!/bin/sh\nexec {program} -m packsaddle.cli "$@"\n')
-        for made in (program, command):
-            made.chmod(0o755)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(place))
-        listener.listen(64)
-        words = [sys.executable, __file__, "serve", str(listener.fileno())]
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        server = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[listener.fileno()],
-            env=variables,
-            start_new_session=True,
-        )
-        listener.close()
-
-        def end() -> None:
-            server.kill()
-            server.wait()
-            folder.cleanup()
-
-        atexit.register(end)
-        _started.append(str(program))
-        os.environ[SHARED] = str(program)
-    return _started[0]
+    if SHARED in os.environ:
+        _started.setdefault((), os.environ[SHARED])
+    if modules not in _started:
+        _started[modules] = _start(python() if modules else sys.executable, modules)
+        os.environ.setdefault(SHARED, _started[modules])
+    return _started[modules]
 
 
-_started: list[str] = []
+_started: dict[tuple[str, ...], str] = {}  # by modules
+
+
+def _start(interpreter: str, modules: tuple[str, ...]) -> str:
+    """Start a server that imports these modules too, and return the program that asks it."""
+    import atexit
+    import subprocess
+    import tempfile
+    from pathlib import Path
+
+    folder = tempfile.TemporaryDirectory(prefix="python-")
+    place, program = Path(folder.name) / "socket", Path(folder.name) / "python-forked"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {place} "$@"\n')
+    command = Path(folder.name) / "packsaddle"  # where scripts look for it: beside python
+    command.write_text(f'#!/bin/sh\nexec {program} -m packsaddle.cli "$@"\n')
+    for made in (program, command):
+        made.chmod(0o755)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(place))
+    listener.listen(64)
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # Where a fork asks for more threads, they must not spin while they wait: tests share the cores.
+    variables = {**os.environ, **one, "OMP_WAIT_POLICY": "PASSIVE"}
+    server = subprocess.Popen(
+        [interpreter, __file__, "serve", *modules],
+        stdin=listener.fileno(),
+        stdout=subprocess.DEVNULL,
+        env=variables,
+        start_new_session=True,
+    )
+    listener.close()
+
+    def end() -> None:
+        server.kill()
+        server.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+    return str(program)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -136,14 +143,20 @@ def _ask(place: str, words: list[str]) -> None:
     os._exit(code)
 
 
-def _serve(listener: socket.socket) -> None:
-    """Fork for each that asks, tell it how its fork has ended, and kill the forks of those that have ended."""
+def _serve(modules: list[str]) -> None:
+    """Fork for each that asks, tell it how its fork has ended, and kill the forks of those that have ended.
+
+    stdin is the socket on which they ask.
+    """
     import gc
     import importlib
     import select
     from contextlib import suppress
 
-    for name in MODULES:
+    listener = socket.socket(fileno=os.dup(0))
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    for name in (*MODULES, *modules):
         with suppress(ImportError):
             importlib.import_module(name)
     del sys.modules["torch.distributed.run"]  # runpy warns of one that is there
@@ -288,6 +301,7 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: l
     multiprocessing.util.spawnv_passfds = _spawned
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what runs in the background
     code = 1
     try:
         os.setsid()
@@ -358,6 +372,6 @@ def _run(words: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
-        _serve(socket.socket(fileno=int(sys.argv[2])))
+        _serve(sys.argv[2:])
     else:
         _ask(sys.argv[1], sys.argv[2:])

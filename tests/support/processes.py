@@ -2,9 +2,11 @@
 
 import inspect
 import multiprocessing.process
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import _lru_cache_wrapper, cache
+from os import PathLike
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -70,20 +72,21 @@ def _names(code: CodeType) -> Iterator[str]:
 def watch() -> None:
     """Note each process that is started from here on by multiprocessing, or by a name of `STARTED`."""
     start: Callable[..., Any] = multiprocessing.process.BaseProcess.start
+    popen: Callable[..., None] = subprocess.Popen.__init__
 
     def noted(self: Any) -> Any:
         _started.append(f"{self.name} of multiprocessing")
         return start(self)
 
-    def heard(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "subprocess.Popen":
-            words = arguments[1]
-            first = str(words if isinstance(words, str) else words[0])
-            if first == sys.executable or Path(first).name.startswith(STARTED):
-                _started.append(str(words))
+    def opened(self: Any, args: Any, *more: Any, **options: Any) -> None:
+        first = str(args if isinstance(args, str | PathLike) else args[0])
+        if first == sys.executable or Path(first).name.startswith(STARTED):
+            _started.append(str(args))
+        popen(self, args, *more, **options)
 
+    # Not sys.addaudithook: Python would call the hook for every id(), which takes a microsecond, and torch has many.
     multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]
-    sys.addaudithook(heard)
+    subprocess.Popen.__init__ = opened  # type: ignore[method-assign]
 
 
 def started() -> list[str]:

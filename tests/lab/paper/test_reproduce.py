@@ -9,7 +9,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from commandline import command, refused
+from forked_python import environment, fork_of, python
 from PIL import Image
 
 from experiments.paper import figure1, figure2, table1
@@ -516,22 +516,17 @@ def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Pa
     """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
     arguments = [str(a) for a in study(mnist, tmp_path / "study", "--only", "dense", "randomk", seeds=1)]
     long = [a.replace("epochs=1", "epochs=3") for a in arguments if a != SMALL]
-    program = [sys.executable, "-m"]
     process = subprocess.Popen(
-        [*program, *long],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        [python(), "-m", *long], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
     )
+    group = fork_of(process.pid)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/*/metrics.jsonl")):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(group, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert "Traceback" not in printed
-    assert gone(process.pid)
+    assert gone(group)
     assert command(*long, "--resume") == 0
     assert len(list((tmp_path / "study").glob("runs/*/*/summary.json"))) == 2
