@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.paper.problems import Cosine, Oracle
+from experiments.paper.proof import predicted_escape_time
 from packsaddle import (
     QSGD,
     CompressedSGD,
@@ -30,7 +31,6 @@ from packsaddle import (
 from packsaddle.reference import algorithm1
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
 from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
-from packsaddle.theory.saddle_dynamics import predicted_escape_time
 from packsaddle.theory.table1 import TABLE_1, Row
 
 # Table 1 as printed: (power of d, power of eps) of mu, iterations, communication, improvement. The constant compressor

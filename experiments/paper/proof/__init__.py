@@ -21,6 +21,7 @@ from experiments.paper.proof.escape import (
     octopus_escapes,
     reflect,
 )
+from experiments.paper.proof.saddle_dynamics import growth_rate, predicted_escape_time
 from experiments.paper.proof.trajectory import Localisation, Method, Trajectory, follow, improve_or_localise
 
 __all__ = [
@@ -36,9 +37,11 @@ __all__ = [
     "error_growth",
     "escape_times",
     "follow",
+    "growth_rate",
     "improve_or_localise",
     "negative_curvature",
     "octopus_escapes",
+    "predicted_escape_time",
     "random_k_limit",
     "reflect",
     "residual_gap",

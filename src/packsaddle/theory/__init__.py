@@ -6,7 +6,6 @@ Start with `bounds` (assumptions and constants), then `plans` (parameters of Alg
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, FirstOrderPlan, first_order_plan
 from packsaddle.theory.noise_walk import Walk, rms, suggest_noise
 from packsaddle.theory.plans import Plan, Reach, balanced_k, best_plan, plan, reach
-from packsaddle.theory.saddle_dynamics import growth_rate, predicted_escape_time
 from packsaddle.theory.table1 import TABLE_1
 
 __all__ = [
@@ -21,9 +20,7 @@ __all__ = [
     "balanced_k",
     "best_plan",
     "first_order_plan",
-    "growth_rate",
     "plan",
-    "predicted_escape_time",
     "reach",
     "rms",
     "suggest_noise",

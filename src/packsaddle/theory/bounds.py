@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from packsaddle.errors import check_positive
-from packsaddle.theory.saddle_dynamics import predicted_escape_time
 
 Mode = Literal["practical", "theory"]
+_MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
 _RANGE = (1e-20, 1e20)  # valid constants of a problem, so that products of their powers are within float64
 
 
@@ -138,7 +138,7 @@ class Constants:
         At most a quarter of the gradients are too large: the first two bounds on eta are below `first_order_plan`'s for
         epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), for which
         T = 32 f_max / (eta epsilon^2) provably suffices. At most a quarter of the iterates are near saddles: an escape
-        takes I steps, twice the median of `theory.saddle_dynamics.predicted_escape_time`, and decreases f by F, at
+        takes I steps, twice the predicted median (see `interval_and_steps`), and decreases f by F, at
         least 2/3 sqrt(epsilon^3 / rho) at distance R if the Hessian is rho-Lipschitz; so T = 4 f_max I / F. The factor
         1 of the third bound on eta remains a guess. The logarithm iota is 1.
         """
@@ -186,9 +186,12 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
     if c.patience is None:
         interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
     else:
-        noise = noise_norm(a, c) / math.sqrt(a.d)
-        predicted = predicted_escape_time(eta, a.curvature, noise, radius(a, c))
-        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # predicted is 0 if noise exceeds R
+        # Along the escape direction y is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, gamma the
+        # curvature, so the median time to distance R is the t at which 0.6745 times this is R.
+        noise, gamma = noise_norm(a, c) / math.sqrt(a.d), a.curvature
+        growth = radius(a, c) * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
+        predicted = max(0.0, math.log(growth)) / math.log1p(eta * gamma)  # 0 if the noise exceeds R
+        interval = math.ceil(c.patience * max(predicted, 1 / (eta * gamma)))
     longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
     return interval, math.ceil(a.f_max * longest)
 

@@ -28,9 +28,11 @@ from experiments.paper.proof import (
     error_growth,
     escape_times,
     follow,
+    growth_rate,
     improve_or_localise,
     negative_curvature,
     octopus_escapes,
+    predicted_escape_time,
     random_k_limit,
     reflect,
     residual_gap,
@@ -38,7 +40,6 @@ from experiments.paper.proof import (
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, RandomK, Sign, TopK, simulate
 from packsaddle.feedback.noise import Noise
 from packsaddle.reference import Check, algorithm1
-from packsaddle.theory import growth_rate, predicted_escape_time
 
 ETA, GAMMA, R = 0.05, 0.5, 1e-3
 SADDLE = Quadratic((-GAMMA,) + (1.0,) * 19)

@@ -25,7 +25,7 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     integral, by ln(1 + z) = int_0^inf (1 - exp(-z s)) exp(-s) / s ds (Frullani). Raises ValueError unless eta and gamma
     are positive and mu in (0, 1].
 
-    >>> from packsaddle.theory import growth_rate
+    >>> from experiments.paper.proof import growth_rate
     >>> round(growth_rate(0.1, 1.0), 4), round(growth_rate(0.1, 1.0, mu=0.1), 4)
     (0.0953, 0.0606)
     """
@@ -57,7 +57,7 @@ def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float,
     is the std r of a coordinate, `radius` is R, and `rate` is `growth_rate(eta, gamma, mu)`. Raises ValueError unless
     all are positive.
 
-    >>> from packsaddle.theory import predicted_escape_time
+    >>> from experiments.paper.proof import predicted_escape_time
     >>> round(predicted_escape_time(0.1, 1.0, noise=0.01, radius=0.5), 1)
     60.9
     """
