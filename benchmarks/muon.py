@@ -131,9 +131,14 @@ def train(
     rate: float,
     seed: int,
     on_end: Callable[[nn.Module], object] = lambda network: None,
+    windows: int | None = None,
 ) -> dict[str, object]:
-    """Train one model on this worker's shard, and return its row without the method's name. `on_end` is called with
-    the network after the last exchange."""
+    """Train one model on this worker's shard, and return its row without the method's name.
+
+    Args:
+        on_end: called with the network after the last exchange.
+        windows: number of held-out windows of the last loss, evenly spaced. None: all.
+    """
     setting = replace(setting, steps=round(how.share * setting.steps))
     data, held_out = texts(setting.model.width == 128)
     # This worker's batches; in dense training the batches of all workers.
@@ -170,7 +175,7 @@ def train(
         total = local.ledger.total.sent
     on_end(network)
     with torch.no_grad():
-        found = held_out_loss(network, held_out, torch.arange(len(held_out)))
+        found = held_out_loss(network, held_out, evenly_spaced(len(held_out), windows or len(held_out)))
     last = torch.tensor([statistics.fmean(losses[-max(1, setting.steps // 10) :]) / group.size])
     group.all_reduce(last)
     return {

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.downstream.curvature import measure
-from benchmarks.downstream.finetune import RATES, finetune
+from benchmarks.downstream.finetune import COMMON, RATES, Tuned, best_rate, finetune
 from benchmarks.downstream.pretrain import Run, pretrain
+from benchmarks.downstream.report import draw, tables
+from benchmarks.rows_file import read_rows
 
 SEEDS = range(3)
-PLAN = (("dense", 512), ("Sign", 592), ("DiLoCo", 1024), ("dense", 704), ("dense", 400))  # method, steps
+EQUAL = (("dense", 512), ("Sign", 592), ("DiLoCo", 1024))  # method and steps, for about the same loss
+OTHERS = (Run("dense", 1000, 0), *(Run("dense", 400, seed) for seed in SEEDS))  # for the line
 
 
 def main() -> None:
@@ -26,18 +29,28 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("/tmp/downstream"), help="folder of pretrained weights")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.command == "run":
-        for seed in SEEDS:
-            for method, steps in PLAN:
-                run_all(Run(method, steps, seed), options.out, options.weights)
+    if options.command == "table":
+        print(tables(options.out))
+    elif options.command == "figure":
+        draw(options.out, options.out / "figure.png")
+    else:
+        runs = [Run(method, steps, seed) for seed in SEEDS for method, steps in EQUAL]
+        for run in (*runs, *OTHERS):
+            make(run, options.out, options.weights)
+        for run in runs:
+            measure(run, options.out / "curvature.csv", options.weights)
 
 
-def run_all(run: Run, out: Path, weights: Path) -> None:
-    """Pretrain a model, measure its curvature and fine-tune it at every rate; rate 0 is the model before."""
+def make(run: Run, out: Path, weights: Path) -> None:
+    """Pretrain a model and fine-tune it: seed 0 at every rate, others at its best. Rate 0: before fine-tuning."""
+    rows = out / "finetuning.csv"
     pretrain(run, out / "pretraining.csv", weights)
-    for rate in (0.0, *RATES):
-        finetune(run, "adamw", rate, out / "finetuning.csv", weights)
-    measure(run, out / "curvature.csv", weights)
+    rates = RATES
+    if run.seed:
+        best = best_rate(read_rows(rows, Tuned.of_row, "fine-tuning"), run.method, run.steps)
+        rates = tuple({COMMON, best})
+    for rate in (0.0, *rates):
+        finetune(run, "adamw", rate, rows, weights)
 
 
 if __name__ == "__main__":
