@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.downstream.curvature import measure
-from benchmarks.downstream.finetune import COMMON, RATES, Tuned, best_rate, finetune
-from benchmarks.downstream.pretrain import Run, pretrain
+from benchmarks.downstream.finetune import RATES, finetune
+from benchmarks.downstream.pretrain import EQUAL, Run, pretrain
 from benchmarks.downstream.report import draw, tables
-from benchmarks.rows_file import read_rows
 
 SEEDS = range(3)
-EQUAL = (("dense", 512), ("Sign", 592), ("DiLoCo", 1024))  # method and steps, for about the same loss
-OTHERS = (Run("dense", 1000, 0), *(Run("dense", 400, seed) for seed in SEEDS))  # for the line
+OTHERS = (("dense", 400), ("dense", 1000))  # for the line
 
 
 def main() -> None:
@@ -34,23 +32,17 @@ def main() -> None:
     elif options.command == "figure":
         draw(options.out, options.out / "figure.png")
     else:
-        runs = [Run(method, steps, seed) for seed in SEEDS for method, steps in EQUAL]
-        for run in (*runs, *OTHERS):
+        for run in (Run(*key, seed) for key in (*EQUAL, *OTHERS) for seed in SEEDS):
             make(run, options.out, options.weights)
-        for run in runs:
+        for run in (Run(*key, seed) for key in EQUAL for seed in SEEDS):
             measure(run, options.out / "curvature.csv", options.weights)
 
 
 def make(run: Run, out: Path, weights: Path) -> None:
-    """Pretrain a model and fine-tune it: seed 0 at every rate, others at its best. Rate 0: before fine-tuning."""
-    rows = out / "finetuning.csv"
+    """Pretrain a model and fine-tune it at every rate; rate 0 is the model before fine-tuning."""
     pretrain(run, out / "pretraining.csv", weights)
-    rates = RATES
-    if run.seed:
-        best = best_rate(read_rows(rows, Tuned.of_row, "fine-tuning"), run.method, run.steps)
-        rates = tuple({COMMON, best})
-    for rate in (0.0, *rates):
-        finetune(run, "adamw", rate, rows, weights)
+    for rate in (0.0, *RATES):
+        finetune(run, "adamw", rate, out / "finetuning.csv", weights)
 
 
 if __name__ == "__main__":

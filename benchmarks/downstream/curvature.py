@@ -1,4 +1,4 @@
-"""Certificate and spectral density of pretrained models, on the same windows of the pretraining text for all."""
+"""Certificate, spectral density and norm of pretrained models, on the same windows of the pretraining text for all."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -33,10 +33,11 @@ class Curvature:
     lambda_max: float  # lower bound: the largest Ritz value
     trace: float
     second_moment: float  # mean of the squares of the eigenvalues
+    weight_norm: float  # norm of all parameters
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Curvature":
-        names = ("grad_norm", "lambda_min_upper", "lambda_max_lower", "trace", "second_moment")
+        names = ("grad_norm", "lambda_min_upper", "lambda_max_lower", "trace", "second_moment", "weight_norm")
         return cls(Run.of_row(row), *(float(row[name]) for name in names))
 
 
@@ -69,6 +70,7 @@ def measure(run: Run, rows: Path, folder: Path) -> None:
         "second_moment": sum(moments) / len(moments),
         "below_zero_least": below[0].mean,
         "below_zero_most": below[1].mean,
+        "weight_norm": float(torch.cat([p.detach().flatten() for p in network.parameters()]).norm()),
         "products": certificate.hvps + density.hvps,
         "seconds": certificate.seconds,
     }

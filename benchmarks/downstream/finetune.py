@@ -1,6 +1,6 @@
 """Fine-tuning of pretrained models on the second text: the same recipe for all, over a grid of learning rates."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from packsaddle.runs import DataConfig
 from packsaddle.runs.tasks import Batches, Task, make_task
 
 STEPS, WARM_UP, BATCH = 200, 20, 8
-RATES = (0.001, 0.002, 0.004)  # of seed 0; further seeds have the best of these
-COMMON = 0.002  # rate at which all groups are also compared
+RATES = (0.001, 0.002, 0.004, 0.008)
 WINDOWS = 256  # of the first text's held-out part, for the loss on it
 
 
@@ -36,12 +35,6 @@ class Tuned:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Tuned":
         return cls(Run.of_row(row), row["inner"], *(float(row[name]) for name in ("rate", "loss", "first")))
-
-
-def best_rate(tuned: Iterable[Tuned], method: str, steps: int) -> float:
-    """Return the rate with the lowest loss of seed 0, for one method and length of pretraining."""
-    mine = (t for t in tuned if t.run == Run(method, steps, 0) and t.rate)
-    return min(mine, key=lambda t: t.loss).rate
 
 
 def network_of(run: Run, folder: Path) -> Task:

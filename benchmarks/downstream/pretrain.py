@@ -22,6 +22,7 @@ from benchmarks.rows_file import add_rows, read_rows
 WINDOWS = 4096  # of the 17,095 held-out windows, for the pretraining loss
 SETTING, RATE = SETTINGS["gpt-2"], 0.008
 NAMES = {"dense": "Muon, dense", "Sign": "Muon, local 8, Sign", "DiLoCo": "Muon, DiLoCo 32, 0.9"}  # in benchmarks/muon
+EQUAL = (("dense", 512), ("Sign", 592), ("DiLoCo", 1024))  # method and steps, for about the same loss
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from benchmarks.downstream.curvature import Curvature
-from benchmarks.downstream.finetune import COMMON, RATES, Tuned, best_rate
+from benchmarks.downstream.finetune import RATES, Tuned
 from benchmarks.downstream.line import Line, Point, Residuals
-from benchmarks.downstream.pretrain import Pretrained, Run
+from benchmarks.downstream.pretrain import EQUAL, Pretrained, Run
 from benchmarks.rows_file import read_rows
 
 COLORS = {"dense": "0.25", "Sign": "#d1495b", "DiLoCo": "#2e6f95"}
@@ -33,47 +32,53 @@ class Group:
 
     method: str
     steps: int
-    best: float  # rate of fine-tuning
     models: tuple[Model, ...]
+
+    @property
+    def best(self) -> float:
+        """The rate of fine-tuning with the lowest mean loss, of those that all of the group's models have."""
+        rates = [rate for rate in RATES if all(rate in model.second for model in self.models)]
+        return min(rates, key=lambda rate: fmean(model.second[rate] for model in self.models))
 
     def points(self, y: "Measure") -> list[Point]:
         """Return a measurement of every model against its pretraining loss."""
         return [Point(model.run.seed, model.loss, y(model, self.best)) for model in self.models]
 
 
+BEST = "second text, best rate"
 Measure = Callable[[Model, float], float]  # of a model and the best rate of its group
 MEASURES: dict[str, Measure] = {
-    "second text, best rate": lambda model, best: model.second[best],
-    f"second text, rate {COMMON:g}": lambda model, best: model.second[COMMON],
+    BEST: lambda model, best: model.second[best],
     "second text, before fine-tuning": lambda model, best: model.second[0.0],
-    "first text after fine-tuning, best rate": lambda model, best: model.first[best],
-    f"first text after fine-tuning, rate {COMMON:g}": lambda model, best: model.first[COMMON],
+    "first text, best rate": lambda model, best: model.first[best],
 }
 
 
 def groups(out: Path) -> list[Group]:
     """Return the groups of fine-tuned models, dense ones first, by steps."""
-    tuned = [t for t in read_rows(out / "finetuning.csv", Tuned.of_row, "fine-tuning") if t.inner == "adamw"]
+    tuned = read_rows(out / "finetuning.csv", Tuned.of_row, "fine-tuning")
     curvatures = {found.run: found for found in read_rows(out / "curvature.csv", Curvature.of_row, "certificate")}
     models = []
     for done in read_rows(out / "pretraining.csv", Pretrained.of_row, "pretraining"):
         mine = [t for t in tuned if t.run == done.run]
-        if mine:
-            second, first = {t.rate: t.loss for t in mine}, {t.rate: t.first for t in mine}
+        second, first = {t.rate: t.loss for t in mine}, {t.rate: t.first for t in mine}
+        if len(second) > 1:
             models.append(Model(done.run, done.loss, second, first, curvatures.get(done.run)))
     keys = sorted({(model.run.method, model.run.steps) for model in models}, key=lambda key: (key[0] != "dense", key))
-    return [
-        Group(*key, best_rate(tuned, *key), tuple(m for m in models if (m.run.method, m.run.steps) == key))
-        for key in keys
-    ]
+    return [Group(*key, tuple(m for m in models if (m.run.method, m.run.steps) == key)) for key in keys]
 
 
-def residuals(found: Sequence[Group], measure: Measure) -> dict[tuple[str, int], Residuals]:
-    """Return the residuals of each group of local updates from the line of all dense models."""
+def residuals(found: Sequence[Group], measure: Measure) -> dict[str, Residuals]:
+    """Return the residuals of each method of local updates from the line of all dense models."""
     line = Line.fit([point for group in found if group.method == "dense" for point in group.points(measure)])
-    return {
-        (group.method, group.steps): line.residuals(group.points(measure)) for group in found if group.method != "dense"
-    }
+    return {group.method: line.residuals(group.points(measure)) for group in found if group.method != "dense"}
+
+
+def differences(found: Sequence[Group], rate: float) -> dict[str, list[float]]:
+    """Return the losses after fine-tuning at a rate minus those of the dense models of `EQUAL` with the same seeds."""
+    losses = {(g.method, g.steps): {m.run.seed: m.second[rate] for m in g.models if rate in m.second} for g in found}
+    dense = losses[EQUAL[0]]
+    return {key[0]: [loss - dense[s] for s, loss in losses[key].items() if s in dense] for key in EQUAL[1:]}
 
 
 def tables(out: Path) -> str:
@@ -86,61 +91,77 @@ def tables(out: Path) -> str:
     for group in found:
         cells = [
             *(LABELS[group.method], f"{group.steps:,}", _range([model.loss for model in group.models], 4)),
-            *(_range([m.second[rate] for m in group.models if rate in m.second], 4) for rate in (0.0, *RATES)),
+            *(_range([m.second[r] for m in group.models if r in m.second], 4) for r in (0.0, *RATES)),
             _range([model.first[group.best] for model in group.models], 3),
         ]
         lines.append(f"| {' | '.join(cells)} |")
 
     # Curvature of the models that have it.
-    lines += ["", "| | steps | gradient norm | lambda_min at most | lambda_max at least | trace |", "| --- " * 6 + "|"]
+    lines += [
+        "",
+        "| | steps | gradient norm | lambda_min at most | lambda_max at least | trace | norm |",
+        "| --- " * 7 + "|",
+    ]
     for group in found:
         points = [model.curvature for model in group.models if model.curvature]
         if points:
-            names = ("grad_norm", "lambda_min", "lambda_max", "trace")
+            names = ("grad_norm", "lambda_min", "lambda_max", "trace", "weight_norm")
             cells = [_range([getattr(point, name) for point in points], 3) for name in names]
             lines.append(f"| {LABELS[group.method]} | {group.steps:,} | {' | '.join(cells)} |")
 
-    # Residuals: mean, 95% interval, range over seeds.
-    columns = [(group.method, group.steps) for group in found if group.method != "dense"]
-    lines += ["", "| | " + " | ".join(f"{LABELS[name]}, {steps:,} steps" for name, steps in columns) + " |"]
-    lines.append("| --- " * (len(columns) + 1) + "|")
+    # Residuals with their intervals, and differences at each rate.
+    methods = [method for method, _ in EQUAL[1:]]
+    lines += ["", f"| | {' | '.join(LABELS[method] for method in methods)} |", "| --- " * (len(methods) + 1) + "|"]
     for name, measure in MEASURES.items():
         values = residuals(found, measure)
-        lines.append(f"| {name} | " + " | ".join(str(values[column]) for column in columns) + " |")
+        lines.append(f"| {name} | {' | '.join(str(values[method]) for method in methods)} |")
+    for rate in RATES:
+        values_at = differences(found, rate)
+        lines.append(f"| rate {rate:g} | {' | '.join(_range(values_at[method], 3) for method in methods)} |")
     return "\n".join(lines)
 
 
 def _range(values: Sequence[float], digits: int) -> str:
     """Return mean and range, or the only value."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}g}"
+    if len(values) < 2:
+        return f"{values[0]:.{digits}g}" if values else "-"
     return f"{fmean(values):.{digits}g} ({min(values):.{digits}g} to {max(values):.{digits}g})"
 
 
 def draw(out: Path, path: Path) -> None:
-    """Draw the loss on the second text after fine-tuning and before it, against the pretraining loss."""
+    """Draw the loss on the second text against the rate of fine-tuning, and against the pretraining loss."""
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     found = groups(out)
-    titles = ("after fine-tuning, best rate", "before fine-tuning")
-    names = ("second text, best rate", "second text, before fine-tuning")
-    for axes, title, name in zip(panels, titles, names, strict=True):
-        _panel(axes, found, MEASURES[name])
-        axes.set(title=title, xlabel="loss after pretraining", ylabel="loss on the second text")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
+    # By rate: means and ranges of the models of about equal pretraining loss.
+    for group in found:
+        if (group.method, group.steps) in EQUAL:
+            by_rate = [[model.second[rate] for model in group.models] for rate in RATES]
+            color = COLORS[group.method]
+            left.plot(RATES, [fmean(losses) for losses in by_rate], "o-", color=color, ms=4, label=LABELS[group.method])
+            left.fill_between(
+                RATES, [min(x) for x in by_rate], [max(x) for x in by_rate], color=color, alpha=0.15, lw=0
+            )
+    left.set(xscale="log", xlabel="learning rate of fine-tuning", ylabel="loss on the second text after fine-tuning")
+    left.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    left.minorticks_off()
 
-def _panel(axes: Any, found: Sequence[Group], measure: Measure) -> None:
-    """Draw every model, and the mean of the seeds' lines through dense ones."""
+    # By pretraining loss: every model at the best rate of its group, and the mean of the seeds' lines.
+    measure = MEASURES[BEST]
     for method, color in COLORS.items():
         points = [point for group in found if group.method == method for point in group.points(measure)]
-        axes.plot([p.x for p in points], [p.y for p in points], "o", color=color, ms=5, alpha=0.8, label=LABELS[method])
+        right.plot([p.x for p in points], [p.y for p in points], "o", color=color, ms=5)
         if method == "dense":
             line, ends = Line.fit(points), [min(p.x for p in points), max(p.x for p in points)]
             middle = fmean(line.intercepts.values())
-            axes.plot(ends, [middle + line.slope * x for x in ends], color=color, lw=1)
-    axes.grid(alpha=0.2)
+            right.plot(ends, [middle + line.slope * x for x in ends], color=color, lw=1)
+    right.set(xlabel="loss after pretraining", ylabel="the same at the best rate")
+
+    for axes in (left, right):
+        axes.grid(alpha=0.2)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
