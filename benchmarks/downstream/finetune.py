@@ -18,7 +18,7 @@ from packsaddle.runs import DataConfig
 from packsaddle.runs.tasks import Batches, Task, make_task
 
 STEPS, WARM_UP, BATCH = 200, 20, 8
-RATES = (0.001, 0.002, 0.004, 0.008)
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
 WINDOWS = 256  # of the first text's held-out part, for the loss on it
 
 
