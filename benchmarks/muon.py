@@ -24,7 +24,7 @@ import argparse
 import csv
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rate_search import append, rate_at
+from torch import nn
 
 import packsaddle
 from benchmarks.origin import Origin, check_text
@@ -40,6 +40,7 @@ from benchmarks.race.figures import label_ends
 from benchmarks.race.inner import Half, held_out_loss, make_inner
 from benchmarks.race.target_settings import steps_and_loss
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
+from benchmarks.rate_search import append, rate_at
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.runs import DataConfig, ModelConfig
@@ -124,8 +125,20 @@ def _methods() -> Iterator[tuple[str, Method]]:
 METHODS = dict(_methods())
 
 
-def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, object]:
-    """Train one model on this worker's shard, and return its row without the method's name."""
+def train(
+    setting: Setting,
+    how: Method,
+    rate: float,
+    seed: int,
+    on_end: Callable[[nn.Module], object] = lambda network: None,
+    windows: int | None = None,
+) -> dict[str, object]:
+    """Train one model on this worker's shard, and return its row without the method's name.
+
+    Args:
+        on_end: called with the network after the last exchange.
+        windows: number of held-out windows of the last loss, evenly spaced. None: all.
+    """
     setting = replace(setting, steps=round(how.share * setting.steps))
     data, held_out = texts(setting.model.width == 128)
     # This worker's batches; in dense training the batches of all workers.
@@ -160,8 +173,9 @@ def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, ob
         sent = sum(moved.sent for purpose, moved in local.ledger.by_purpose.items() if purpose != "start")
         local.flush()
         total = local.ledger.total.sent
+    on_end(network)
     with torch.no_grad():
-        found = held_out_loss(network, held_out, torch.arange(len(held_out)))
+        found = held_out_loss(network, held_out, evenly_spaced(len(held_out), windows or len(held_out)))
     last = torch.tensor([statistics.fmean(losses[-max(1, setting.steps // 10) :]) / group.size])
     group.all_reduce(last)
     return {
