@@ -94,7 +94,7 @@ def _methods() -> Iterator[tuple[str, Method]]:
         yield f"{name}, local 4, Sign", replace(sign, every=4)
         yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
         yield f"{name}, local 8, Sign, by owners", replace(sign, exchange="two-way")
-        for every in (8, 16, 32):
+        for every in (4, 8, 16, 32):
             two_bits = replace(base, compressor=TopK(1 / 2, values="int2"), every=every)
             yield f"{name}, local {every}, TopK 1/2 int2", two_bits
             yield f"{name}, local {every}, TopK 1/2 int2, outer 0.7 0.5", replace(two_bits, outer=(0.7, 0.5))
