@@ -40,7 +40,7 @@ from benchmarks.race.figures import label_ends
 from benchmarks.race.inner import Half, held_out_loss, make_inner
 from benchmarks.race.target_settings import steps_and_loss
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
-from benchmarks.rate_search import append, rate_at
+from benchmarks.rate_search import append, climb, rate_at
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.runs import DataConfig, ModelConfig
@@ -247,20 +247,13 @@ class Runs:
 
     def search(self, method: str, target: float | None = None) -> None:
         """Train at neighboring rates until both neighbors of a rate are worse: in loss, or in steps to the target."""
-        at, worse = GRID.index(METHODS[method].start), set[int]()
-        while neighbors := [i for i in (at - 1, at + 1) if i not in worse]:
-            for i in (at, neighbors[0]):
-                self.make(method, GRID[i], 0)
-            if self._quality(method, GRID[neighbors[0]], target) < self._quality(method, GRID[at], target):
-                worse.add(at)
-                at = neighbors[0]
-            else:
-                worse.add(neighbors[0])
 
-    def _quality(self, method: str, rate: float, target: float | None) -> tuple[float, float]:
-        """Return steps to the target and loss of seed 0; less is better."""
-        (row,) = (row for row in self.rows(method) if (float(row["rate"]), row["seed"]) == (rate, "0"))
-        return steps_and_loss(row, target)
+        def quality(i: int) -> tuple[float, float]:
+            self.make(method, GRID[i], 0)
+            (row,) = (row for row in self.rows(method) if (float(row["rate"]), row["seed"]) == (GRID[i], "0"))
+            return steps_and_loss(row, target)
+
+        climb(quality, GRID.index(METHODS[method].start), range(len(GRID)))
 
     def table(self, methods: Sequence[str]) -> str:
         """Return the Markdown table of the methods that have runs, the lowest loss first."""

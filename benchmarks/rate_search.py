@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.origin import Origin
 from benchmarks.race.recipe import share_of_peak
@@ -30,6 +31,19 @@ def append(out: Path, row: dict[str, object], text: str = "") -> None:
     """Add a run to the file with its origin, and print it; `text`: the hash of its training text, if recorded."""
     add_rows(out, [row | asdict(Origin.here(text=text))])
     print(row, flush=True)
+
+
+def climb(quality: Callable[[int], Any], at: int, grid: range) -> int:
+    """Return a place in a grid of rates with worse neighbors, searched from `at`; the less `quality` is, the better."""
+    worse = set[int]()
+    while neighbors := [i for i in (at - 1, at + 1) if i not in worse and i in grid]:
+        there = neighbors[0]
+        if quality(there) < quality(at):
+            worse.add(at)
+            at = there
+        else:
+            worse.add(there)
+    return at
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import packsaddle
-from benchmarks.rate_search import append
+from benchmarks.rate_search import append, climb
 from benchmarks.rows_file import read_rows
 from benchmarks.saddles.methods import EVERY, NETWORK_METHODS, Method, local_settings
 from packsaddle import LocalUpdates, NonFiniteError
@@ -25,7 +25,7 @@ from packsaddle.runs.tasks import Dataset
 SEEDS = range(3)
 REFERENCES = ("SGD", "AdamW", "Muon")  # also trained from the usual initial weights
 CLOSELY = 32  # first steps, at each of which methods without local updates are measured; then every EVERY steps
-SLOWEST, FASTEST = -14, 6  # exponents of the rates 2^exponent
+EXPONENTS = range(-14, 7)  # of the rates 2^exponent
 GUESS = {"AdamW": -7, "Muon": -7, "SGD, momentum": -2, "RandomK": -1}  # where a search begins, by prefix; 1 for others
 
 
@@ -185,25 +185,13 @@ def parse_row(line: Mapping[str, str]) -> Row:
     return Row(line["method"], line["start"], *numbers, left, *end)
 
 
-def climb(loss: Callable[[int], float], at: int) -> int:
-    """Return an exponent whose loss is below that of both neighbors, searched from `at`; inf: the rate is too large."""
-    worse = set[int]()
-    while neighbors := [i for i in (at - 1, at + 1) if i not in worse and SLOWEST <= i <= FASTEST]:
-        there = neighbors[0]
-        if loss(there) < loss(at) or math.isinf(loss(at)):
-            worse.add(at)
-            at = there
-        else:
-            worse.add(there)
-    return at
-
-
 def measure(rows: Rows, methods: Sequence[str]) -> None:
     """Search each method's rate with seed 0 at the first starting point, then run every seed and starting point."""
     first, *others = rows.network.starts
     for method in methods:
         guess = next((i for prefix, i in GUESS.items() if method.startswith(prefix)), 1)
-        best = climb(lambda i, method=method: rows.get(method, first, 2.0**i, 0).loss, guess)  # type: ignore[misc]
+        # Of two rates at which training diverges, the smaller is the better.
+        best = climb(lambda i, method=method: (rows.get(method, first, 2.0**i, 0).loss, i), guess, EXPONENTS)  # type: ignore[misc]
         for seed in SEEDS:
             rows.get(method, first, 2.0**best, seed)
     for seed, start, method in product(SEEDS, others, methods):

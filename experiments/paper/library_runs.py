@@ -15,7 +15,9 @@ from experiments.paper.compiled_runs import Escape, Setting
 from experiments.paper.problems import Cosine, Oracle
 from experiments.paper.proof import Method
 from experiments.paper.proof.trajectory import Run
+from experiments.paper.theorem import stationary
 from packsaddle.compressors import Compressor
+from packsaddle.theory import Assumptions
 
 WORKERS = 2
 
@@ -35,7 +37,7 @@ def library_escapes(
 def _escape(
     setting: Setting, compressor: Compressor, noise: float, limit: int, stride: int, seed: int, _rank: int
 ) -> Escape:
-    problem = Cosine(setting.d, setting.width)
+    problem, known = Cosine(setting.d, setting.width), Assumptions(setting.d, setting.epsilon)
     sigma = math.sqrt(WORKERS * setting.d * (setting.deviation**2 - noise**2))
     run = Run(
         Oracle(problem, sigma, workers=WORKERS, seed=1000 + seed),
@@ -50,8 +52,7 @@ def _escape(
         # Examine x_t (Definition 2.4), the same on both workers.
         if t % stride == 0:
             seen += 1
-            small = float(problem.gradient(run.x).norm()) <= setting.epsilon
-            if small and problem.lambda_min(run.x) >= -math.sqrt(setting.epsilon):
+            if stationary(problem, run.x, known):
                 good += 1
                 first = t if first is None else first
             if seen >= 20 and 2 * good >= seen:

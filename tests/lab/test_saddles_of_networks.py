@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import packsaddle
+from benchmarks.rate_search import climb
 from benchmarks.saddles import network_runs
 from benchmarks.saddles.methods import METHODS, NETWORK_METHODS
 from benchmarks.saddles.network_report import table
-from benchmarks.saddles.network_runs import Point, Row, Rows, Run, climb, draw_batch, gradient, measure, steps_to_leave
+from benchmarks.saddles.network_runs import Point, Row, Rows, Run, draw_batch, gradient, measure, steps_to_leave
 from benchmarks.saddles.plateau import Matrices
 from benchmarks.saddles.symmetric import COPIES, HEADS, UNITS, WIDTH, Across, Symmetric, distance, project
 from packsaddle.comm.select_aggregator import Exchange
@@ -167,7 +168,7 @@ def test_a_search_ends_between_two_worse_rates(best: int) -> None:
     def loss(exponent: int) -> float:
         return tried.setdefault(exponent, math.inf if exponent > best + 2 else abs(exponent - best))
 
-    assert climb(loss, -3) == best
+    assert climb(lambda i: (loss(i), i), -3, network_runs.EXPONENTS) == best
     assert {best - 1, best, best + 1} <= set(tried)
 
 

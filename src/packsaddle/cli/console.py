@@ -89,6 +89,10 @@ def brief(compressor: str) -> str:
     return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
 
 
+def short_exchange(name: str) -> str:
+    return name.removesuffix(" all-reduce")
+
+
 def require_plots(purpose: str) -> None:
     """Raise MissingExtraError if matplotlib or jinja2 is missing. Call before the work, not after it."""
     for module in ("matplotlib", "jinja2"):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
 
-from packsaddle.cli.console import brief, digits, number_table, print_table
+from packsaddle.cli.console import brief, digits, number_table, print_table, short_exchange
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.link import Forecast, Optimizer, Verdict, format_rate
 from packsaddle.plan.local import LocalForecast
@@ -80,7 +80,7 @@ def print_tables(plan: LinkPlan) -> None:
         needed = "unknown" if f.steps is None else f"{'>= ' * f.steps.at_least}{f.steps.factor:.3g}"
         cells += [needed] * len(steps)
         name, style = ("dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
-        by = f.exchange.removesuffix(" all-reduce")
+        by = short_exchange(f.exchange)
         table.add_row(name, by, digits(f.sent / 1e3), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
     print(f"Rows: {_ORDER if plan.optimizer else 'shortest step first'}. Sent: per worker and step.")

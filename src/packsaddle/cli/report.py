@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.cli.console import brief, digits, number_table, print_runs, print_table, require_plots
+from packsaddle.cli.console import brief, digits, number_table, print_runs, print_table, require_plots, short_exchange
 from packsaddle.cli.parsing import HIDE_DEFAULT
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.run_folder import read_runs
@@ -90,8 +90,7 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         return
     table = number_table("compressor", "mu", "kept %", "linear", "exchange", "sent kB", "received kB", "ms")
     for e in (coding_speed.tabulate(compressor, d, workers) for compressor in listed):
-        exchange = e.protocol.removesuffix(" all-reduce")
-        cells = [f"{e.mu:.2g}", f"{100 * e.kept:.1f}", "yes" if e.linear else "no", exchange]
+        cells = [f"{e.mu:.2g}", f"{100 * e.kept:.1f}", "yes" if e.linear else "no", short_exchange(e.protocol)]
         cells += [digits(e.sent / 1e3), digits(e.received / 1e3), f"{e.milliseconds:.1f}"]
         table.add_row(brief(e.compressor), *cells)
     print_table(table, "--json prints it whole")
