@@ -21,7 +21,7 @@ _SAMPLE = 1 << 17  # coordinates to sample, or all of a smaller model
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample of a slice's vector to send: the `values`, float[m], of some of its `size` coordinates."""
+    """Some coordinates of the vector of a slice (parameters compressed together): `values`, float[m], of `size`."""
 
     names: Names  # the names of the slice's parameters
     size: int

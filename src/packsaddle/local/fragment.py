@@ -271,7 +271,7 @@ class Fragment(Slice):
             view.copy_(saved[name])
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator with its residuals, and `Anchor.owed`. Call after loading."""
+        """Restore the aggregator with its residuals, and the unsent change of x, `Anchor.owed`. Call after loading."""
         memory = self.feedback.memory.vector
         before = memory.clone()
         aggregator = typed(SavedAggregator | None, saved["aggregator"])

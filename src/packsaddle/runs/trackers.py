@@ -60,7 +60,7 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def finish(self, outcome: Outcome = "finished") -> None:
-        """Flush and close; event files have no outcome."""
+        """Close the event file, which has no field for the `outcome`."""
         self._writer.close()
 
 
