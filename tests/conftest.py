@@ -39,7 +39,7 @@ _stderr: list[int] = []  # that of the process, which pytest takes away during t
 
 def pytest_configure() -> None:
     _stderr[:] = [os.dup(2)]
-    forked_python.spawn_as_python_does()
+    forked_python.spawn_from_the_server()
 
 
 def _watch() -> None:

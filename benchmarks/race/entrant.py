@@ -21,7 +21,7 @@ from benchmarks.race.inner import make_inner
 from benchmarks.race.recipe import share_of_peak
 from benchmarks.race.target_settings import Method
 from benchmarks.race.workload import Batch
-from packsaddle import LocalUpdates, OuterSGD
+from packsaddle import LocalUpdates, OuterSGD, register_ddp_hook
 from packsaddle.comm import Group, ring_all_reduce
 from packsaddle.runs.tasks import Task
 
@@ -78,9 +78,15 @@ def enter(method: Method, network: Task, lr: float, *, steps: int, warm_up: int)
         torch.optim.lr_scheduler.LambdaLR(each, lambda step: share_of_peak(step, warm_up, steps)) for each in optimizers
     ]
     entrant = Entrant(network, network, optimizers, schedules, sent=int)
-    {"alone": _alone, "dense": _dense, "local": _local, "local-sgd": _local_sgd, "powersgd": _powersgd}[method.kind](
-        method, entrant
-    )
+    kinds = {
+        "alone": _alone,
+        "dense": _dense,
+        "hook": _hook,
+        "local": _local,
+        "local-sgd": _local_sgd,
+        "powersgd": _powersgd,
+    }
+    kinds[method.kind](method, entrant)
     return entrant
 
 
@@ -131,6 +137,13 @@ def _dense(method: Method, entrant: Entrant) -> None:
         model.register_comm_hook(None, fp16_compress_hook)
     entrant.forward = model
     entrant.sent = lambda: entrant.steps * _ring(entrant.network, method.bits // 8)
+
+
+def _hook(method: Method, entrant: Entrant) -> None:
+    model = _wrapped(entrant.network, None)
+    hook = register_ddp_hook(model, method.make_compressor(), optimizer=entrant.optimizers)
+    entrant.forward = model
+    entrant.sent = lambda: hook.ledger.total.sent
 
 
 def _powersgd(method: Method, entrant: Entrant) -> None:

@@ -19,7 +19,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.options import build
 from packsaddle.runs import ModelConfig
 
-Kind = Literal["alone", "dense", "local", "local-sgd", "powersgd"]
+Kind = Literal["alone", "dense", "hook", "local", "local-sgd", "powersgd"]
 Inner = Literal["adamw", "muon"]
 SIMULATED = Path(__file__).parents[2] / "experiments" / "muon"
 _CURVE = 50  # steps between two points of a simulated curve
@@ -29,8 +29,8 @@ _CURVE = 50  # steps between two points of a simulated curve
 class Method:
     """One method of training: `kind` is how workers exchange, `inner` the optimizer of each.
 
-    "alone": no exchange, to time the computing; "dense": DistributedDataParallel; "local": packsaddle's LocalUpdates;
-    "local-sgd": torch's averager of parameters; "powersgd": torch's hook.
+    "alone": no exchange, to time the computing; "dense": DistributedDataParallel; "hook": the same with packsaddle's
+    hook; "local": packsaddle's LocalUpdates; "local-sgd": torch's averager of parameters; "powersgd": torch's hook.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Method:
     lr: float  # used if the row does not exist
     row: str = ""  # method in experiments/muon, whose best rate is used, and whose curves predict the steps
     every: int = 1  # period of exchanges, in steps
-    compressor: str = "Sign(per_tensor=True)"  # for "local"; "Half": float16
+    compressor: str = "Sign(per_tensor=True)"  # for "local" and "hook"; "Half": float16
     overlap: int = 0
     outer: tuple[float, float] | None = None  # rate and Nesterov momentum of DiLoCo's outer optimizer
     keep_unsent: bool = True

@@ -37,6 +37,7 @@ MODULES = (
 )
 
 SHARED = "FORKED_PYTHON"  # the variable that names the program
+KEPT = "FORKED_PYTHON_KEPT"  # the variable with the numbers of further open files for the fork, as JSON
 
 
 def python(*modules: str) -> str:
@@ -119,8 +120,9 @@ def _ask(place: str, words: list[str]) -> None:
     """Have the server fork, and end as the fork does."""
     server = socket.socket(socket.AF_UNIX)
     server.connect(place)
-    request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
-    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+    kept = json.loads(os.environ.pop(KEPT, "[]"))
+    request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid(), kept]).encode()
+    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2, *kept]))]
     server.sendmsg([f"{len(request):>16}".encode()], streams)
     server.sendall(request)
     answers = server.makefile()
@@ -189,8 +191,8 @@ def _serve(modules: list[str]) -> None:
             client, streams = listener.accept()[0], []
             client.settimeout(10.0)  # nobody else is served meanwhile
             try:
-                size, streams, _, _ = socket.recv_fds(client, 16, 3)
-                words, folder, variables, program = json.loads(_received(client, int(size)))
+                size, streams, _, _ = socket.recv_fds(client, 16, 3 + 16)
+                words, folder, variables, program, kept = json.loads(_received(client, int(size)))
             except (OSError, ValueError):  # it was killed before it had asked
                 client.close()
                 for stream in streams:
@@ -201,7 +203,7 @@ def _serve(modules: list[str]) -> None:
             if fork == 0:
                 for other in (listener, heard, woken, client, *clients.values()):
                     other.close()
-                _become(words, folder, variables, streams, program)
+                _become(words, folder, variables, dict(zip((0, 1, 2, *kept), streams, strict=True)), program)
             for stream in streams:
                 os.close(stream)
             with suppress(OSError):
@@ -237,15 +239,26 @@ def _received(client: socket.socket, size: int) -> bytes:
     return found
 
 
-def spawn_as_python_does() -> None:
-    """In a fork: let multiprocessing start its servers as new interpreters, and not as further forks.
+def spawn_from_the_server() -> None:
+    """In a fork: let multiprocessing start its servers as forks of the python that waits, and not as further forks.
 
-    torch.compile behind DistributedDataParallel can hang in forks of forks.
+    torch.compile behind DistributedDataParallel can hang in forks of forks that have computed.
     """
     import multiprocessing.util
 
     now = multiprocessing.util.spawnv_passfds
-    multiprocessing.util.spawnv_passfds = getattr(now, "instead_of", now)
+    start = getattr(now, "instead_of", now)
+
+    def spawned(path: str, words: list[str], passed: list[int]) -> int:
+        if "multiprocessing.forkserver" not in words[-1]:
+            return start(path, words, passed)
+        os.environ[KEPT] = json.dumps([number for number in passed if number > 2])
+        try:
+            return start(os.fsencode(python()), [python(), *words[words.index("-c") :]], passed)
+        finally:
+            del os.environ[KEPT]
+
+    multiprocessing.util.spawnv_passfds = spawned
 
 
 def _spawned(path: str, words: list[str], passed: list[int]) -> int:
@@ -290,9 +303,13 @@ def _enter_network_of(program: int) -> None:
             os.close(there)
 
 
-def _become(words: list[str], folder: str, variables: dict[str, str], streams: list[int], program: int) -> None:
-    """In a fork: run what python would run with these arguments, and end as it would, but for the destructors."""
+def _become(words: list[str], folder: str, variables: dict[str, str], streams: dict[int, int], program: int) -> None:
+    """In a fork: run what python would run with these arguments, and end as it would, but for the destructors.
+
+    streams: the open files to have, by their numbers.
+    """
     import atexit
+    import fcntl
     import multiprocessing.util
     import threading
     import traceback
@@ -305,7 +322,10 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: l
     code = 1
     try:
         os.setsid()
-        for number, stream in enumerate(streams):
+        above = [fcntl.fcntl(stream, fcntl.F_DUPFD, 1 + max(streams)) for stream in streams.values()]
+        for stream in streams.values():
+            os.close(stream)
+        for number, stream in zip(streams, above, strict=True):
             os.dup2(stream, number)
             os.close(stream)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
