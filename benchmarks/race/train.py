@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.hosts import HostFailedError, Hosts, available
+from benchmarks.origin import Origin
 from benchmarks.race.contenders import PEERS
 from benchmarks.race.race import Outcome, Race, finish_rows, in_process_group, step_rows
 from benchmarks.result import Result, machine
@@ -31,7 +32,7 @@ def race_on_workers(race: Race, workers: int) -> list[Result]:
 def described(race: Race) -> dict[str, object]:
     """Return the settings common to all races."""
     workload = race.workload
-    d = sum(p.numel() for p in workload.task().parameters())
+    d, origin = sum(p.numel() for p in workload.task().parameters()), Origin.here(threads=1)
     return {
         "model": workload.network,
         "d": d,
@@ -40,6 +41,8 @@ def described(race: Race) -> dict[str, object]:
         "lr": race.lr,
         "rounds": race.rounds,
         "steps per block": race.block,
+        "date": origin.date,
+        "commit": origin.commit,
     }
 
 

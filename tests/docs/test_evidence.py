@@ -40,18 +40,24 @@ TITLES = {
     "sparseloco-32": "SparseLoCo's algorithm, every 32",
     "diloco-32": "torchft's DiLoCo, every 32",
 }
-# Methods of the race by the clock, ours first.
+# Methods of the races by the clock, without the optimizer inside; ours first.
 OURS = {
-    "Muon, local 8, Sign": f"`LocalUpdates` every 8, `{SIGN}` (the default)",
-    "Muon, local 8, Sign, overlap 4": "the same, `overlap=4`",
-    "Muon, local 8, TopK 1/2 int2": '`LocalUpdates` every 8, `TopK(1/2, values="int2")`',
+    "local 8, Sign": f"`LocalUpdates` every 8, `{SIGN}` (the default)",
+    "local 8, Sign, overlap 2": "the same, `overlap=2`",
+    "local 8, Sign, overlap 4": "the same, `overlap=4`",
+    "local 8, TopK 1/2 int2": '`LocalUpdates` every 8, `TopK(1/2, values="int2")`',
+    "local 4, TopK 1/2 int2": '`LocalUpdates` every 4, `TopK(1/2, values="int2")`',
+    "hook QSGD(127)": "the hook, `QSGD(127)`",
 }
 CLOCK = OURS | {
-    **{f"Muon, local SGD {n}": f"torch's local SGD, every {n}" for n in (8, 32, 64, 128, 256, 512)},
-    **{f"Muon, local SGD {n}, 16 bits": f"local SGD in 16 bits, every {n}" for n in (32, 64, 128)},
-    "Muon, DDP, float16": "DDP, float16",
-    "Muon, DDP": "DDP, float32",
+    **{f"local SGD {n}": f"torch's local SGD, every {n}" for n in (8, 32, 64, 128, 256, 512)},
+    **{f"local SGD {n}, 16 bits": f"local SGD in 16 bits, every {n}" for n in (32, 64, 128, 256)},
+    **{f"DiLoCo {n}, 0.5": f"DiLoCo every {n}, momentum 0.5" for n in (32, 128)},
+    "PowerSGD 4": "torch's PowerSGD, rank 4",
+    "DDP, float16": "DDP, float16",
+    "DDP": "DDP, float32",
 }
+FILES = {"Muon": "settings", "AdamW": "adamw"}  # of the races by the clock, by the optimizer inside
 RATES = ("10", "50", "200", "1000")
 # Numbers that are no measurements: periods, rates of links and of learning, sizes, names, and counts of runs.
 SETTINGS = (
@@ -160,21 +166,34 @@ def losses(race: Race, more: Race) -> Iterator[str]:
 
 def clock() -> Iterator[str]:
     """Seconds from start to target on links, by the clock, and what is predicted from steps and step times."""
-    race = clock_race()
-    runs = [run for run in race.trainings() if run.rate in RATES and run.workers == 2]
+    yield from clock_table("Muon")
+    yield from clock_table("AdamW")
+    over = two([fmean(ours) / limit for ours, _, limit in (best_at("Muon", rate) for rate in RATES)])
+    yield f"takes {over[0]} and {over[2]} times as long as computing dense training's own steps"
+    race, default = clock_race("Muon"), "Muon, local 8, Sign"
+    for rate in ("10", "50", "1000"):
+        found = race.predicted(race.settings.method(default), 2, rate)
+        assert found is not None
+        yield f"{found[0]:.0f} s at {int(rate):,} Mbit/s ({found[1]:.0f} to {found[2]:.0f})"
+    mine = [run for run in race.trainings() if (run.workers, run.rate, run.method) == (2, "10", default)]
+    yield f"without start and flush, which are {fmean(run.start_s + run.flush_s for run in mine):.0f} s at 10 Mbit/s"
+
+
+def clock_table(inner: str) -> Iterator[str]:
+    """The rows of the table of a race with two workers."""
+    runs = [run for run in clock_race(inner).trainings() if run.rate in RATES and run.workers == 2]
     assert all(run.reached for run in runs)
-    of = {(m, rate): [run for run in runs if (run.method, run.rate) == (m, rate)] for m in CLOCK for rate in RATES}
-    assert sum(map(len, of.values())) == len(runs)
-    seconds = {key: [run.total_s for run in mine] for key, mine in of.items() if mine}
     for method, title in CLOCK.items():
-        cells = [_range(seconds.get((method, rate), [])) for rate in RATES]
-        mine = {run.seed: run for run in runs if run.method == method}.values()  # links change neither steps nor bytes
+        mine = [run for run in runs if run.method == f"{inner}, {method}"]
         if not mine:
             continue
-        steps, sent = (fmean(values) for values in zip(*((run.steps, run.with_ends_mb) for run in mine), strict=True))
+        cells = [_range([run.total_s for run in mine if run.rate == rate]) for rate in RATES]
+        by_seed = {run.seed: run for run in mine}.values()  # links change neither steps nor bytes
+        steps, sent = (fmean(values) for values in zip(*((r.steps, r.with_ends_mb) for r in by_seed), strict=True))
         yield f"| {title} | {steps:.0f} | {' | '.join(cells)} | {sent:,.1f} |".replace("  ", " ")  # as `page` does
+    assert {run.method.removeprefix(f"{inner}, ") for run in runs} <= CLOCK.keys()
 
-    best = [best_at(rate) for rate in RATES]
+    best = [best_at(inner, rate) for rate in RATES]
     ratios = []
     for ours, peer, _ in best:
         each = [x / y for x, y in zip(ours, peer, strict=True)]  # by seed
@@ -182,33 +201,26 @@ def clock() -> Iterator[str]:
     yield f"| ours / the best peer's | | {' | '.join(ratios)} | |"
     over = two([fmean(ours) / limit for ours, _, limit in best])
     yield f"| ours / computing dense training's steps | | {' | '.join(over)} | |"
-    yield f"takes {over[0]} and {over[2]} times as long as computing dense training's own steps"
-    for rate in ("10", "50", "1000"):
-        found = race.predicted(race.settings.method("Muon, local 8, Sign"), 2, rate)
-        assert found is not None
-        yield f"{found[0]:.0f} s at {int(rate):,} Mbit/s ({found[1]:.0f} to {found[2]:.0f})"
-    ends = fmean(run.start_s + run.flush_s for run in of["Muon, local 8, Sign", "10"])
-    yield f"without start and flush, which are {ends:.0f} s at 10 Mbit/s"
 
 
-def best_at(rate: str) -> tuple[list[float], list[float], float]:
+def best_at(inner: str, rate: str) -> tuple[list[float], list[float], float]:
     """The seconds by seed of our best method on a link, and of the best peer; and those of computing alone.
 
     The best has the least mean of those with three seeds.
     """
-    race, found = clock_race(), dict[str, list[float]]()
+    race, found = clock_race(inner), dict[str, list[float]]()
     for run in sorted(race.trainings(), key=lambda run: run.seed):
         if (run.rate, run.workers) == (rate, 2):
-            found.setdefault(run.method, []).append(run.total_s)
+            found.setdefault(run.method.removeprefix(f"{inner}, "), []).append(run.total_s)
     whole = {method: seconds for method, seconds in found.items() if len(seconds) == 3}
-    limit = race.limit("muon", 2)
+    limit = race.limit("muon" if inner == "Muon" else "adamw", 2)
     assert limit is not None
     ours, peers = ([seconds for m, seconds in whole.items() if (m in OURS) == mine] for mine in (True, False))
     return min(ours, key=fmean), min(peers, key=fmean), limit
 
 
-def clock_race() -> TargetRace:
-    return TargetRace(TargetSettings.read(TARGET / "settings.toml"), TARGET, (), (2,), RATES, 3)
+def clock_race(inner: str) -> TargetRace:
+    return TargetRace(TargetSettings.read(TARGET / f"{FILES[inner]}.toml"), TARGET, (), (2,), RATES, 3)
 
 
 def trained(setting: str, method: str) -> tuple[float, float]:
@@ -223,7 +235,7 @@ def trained(setting: str, method: str) -> tuple[float, float]:
 
 def four_workers() -> Iterator[str]:
     """One seed with four workers by the clock."""
-    runs = [run for run in clock_race().trainings() if run.workers == 4]
+    runs = [run for run in clock_race("Muon").trainings() if run.workers == 4]
     assert all(run.reached and run.seed == 0 for run in runs)
     slow, fast = ({run.method: f"{run.total_s:.0f} s" for run in runs if run.rate == rate} for rate in ("10", "1000"))
     default, sgd = "Muon, local 8, Sign", "Muon, local SGD"
@@ -338,7 +350,7 @@ def front() -> Iterator[str]:
     yield f"loss {loss:.3f} at {sent:.1f} kB a step; dense AdamW {adamw:.3f} and dense Muon {muon:.3f} at {whole:,.0f}"
     (loss, sent), _, (muon, whole) = (trained("gpt-2", name) for name in names)
     yield f"at a {whole / sent:.0f}rd of its bytes. Dense Muon (gray) is better at equal steps, by {loss - muon:.2f}."
-    ours, peer, limit = best_at("10")
+    ours, peer, limit = best_at("Muon", "10")
     taken = fmean(ours)
     yield f"`LocalUpdates` takes {taken / limit:.2f} times as long as computing dense training's steps, {taken:.0f} s"
     yield f"local SGD takes {fmean(peer):.0f} s at the best of its periods"
