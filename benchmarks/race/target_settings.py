@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from benchmarks.race.inner import Half
 from packsaddle.compressors import Compressor, parse_compressor
@@ -112,11 +112,11 @@ class TargetSettings:
 
     @classmethod
     def read(cls, path: Path) -> "TargetSettings":
-        """Read a TOML file. Raises ConfigError for an unreadable file or invalid settings."""
-        try:
-            return build(cls, tomllib.loads(path.read_text()))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
+        """Read a TOML file; `like`, the name of a file beside it, has the settings that it leaves out, except methods.
+
+        Raises ConfigError for an unreadable file or invalid settings.
+        """
+        return build(cls, _document(path))
 
     def method(self, name: str) -> Method:
         """Return a method by name, also those of `alone`. Raises ConfigError."""
@@ -124,6 +124,17 @@ class TargetSettings:
         if name not in everything:
             raise ConfigError(f"methods must be one of {', '.join(everything)}, got {name!r}")
         return everything[name]
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if "like" in found:
+        base = _document(path.with_name(str(found.pop("like"))))
+        found = {key: value for key, value in base.items() if key != "methods"} | found
+    return found
 
 
 def simulated(method: Method, workers: int, target: float) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from benchmarks.race.target_run import TargetRun, TargetStep, crossing, load_run
 from benchmarks.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Identity
+from packsaddle.errors import ConfigError
 from packsaddle.runs import ModelConfig
 from packsaddle.runs.tasks import Task, make_task
 
@@ -160,6 +161,18 @@ def test_bad_settings(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "settings.toml").write_text(TINY.replace(line, changed.get(line, "warm_up = 0")))
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
         TargetSettings.read(tmp_path / "settings.toml")
+
+
+def test_settings_like_those_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(TINY)
+    (tmp_path / "other.toml").write_text('like = "settings.toml"\ntarget = 3.0\n')
+    method = '[[methods]]\nname = "DDP"\nkind = "dense"\ninner = "muon"\nlr = 0.1\n'
+    (tmp_path / "third.toml").write_text(f'like = "other.toml"\nseeds = 2\n{method}')
+    whole, third = (TargetSettings.read(tmp_path / f"{name}.toml") for name in ("settings", "third"))
+    assert third == replace(whole, target=3.0, seeds=2, methods=(Method("DDP", "dense", "muon", 0.1),))
+    (tmp_path / "other.toml").write_text('like = "nothing.toml"\n')
+    with pytest.raises(ConfigError, match=r"nothing\.toml cannot be read"):
+        TargetSettings.read(tmp_path / "third.toml")
 
 
 def tiny_network() -> Task:
