@@ -183,7 +183,8 @@ def time_steps(jobs: Jobs, texts: tuple[Dataset, Dataset], group: Group) -> list
     """Time blocks of whole periods, from quiet step to quiet step, of all methods in turns; collective."""
     settings = jobs.settings
     batches = _batches(settings, texts[0], 0, group)
-    methods = [alone("adamw"), alone("muon"), *(replace(settings.method(name), start=2) for name in jobs.timed)]
+    timed = [replace(settings.method(name), start=2) for name in jobs.timed]
+    methods = [*map(alone, sorted({method.inner for method in timed})), *timed]
     entrants, lengths, taken = [], list[int](), [list[float]() for _ in methods]
     for method in methods:
         network = _network(settings, texts[0], 0)
