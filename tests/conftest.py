@@ -39,7 +39,8 @@ _stderr: list[int] = []  # that of the process, which pytest takes away during t
 
 def pytest_configure() -> None:
     _stderr[:] = [os.dup(2)]
-    forked_python.spawn_from_the_server()
+    if sys.platform == "linux":
+        forked_python.spawn_from_the_server()
 
 
 def _watch() -> None:

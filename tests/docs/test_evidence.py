@@ -66,8 +66,9 @@ SETTINGS = (
     r"(?:\d[\d,]*(?:, | and ))*\d[\d,]* Mbit/s|\| 50 \| (?:200 \| )?1,000 \|",
     r"600(?:- and 1,200-step)? (?:steps|runs)|600 and 1,200 steps|1,200[ -]steps?|600-",
     r"0\.83 million|10\.7 million|0\.7 million|22\.6 million|ResNet-18|CIFAR-10|TopK 10%|float(?:16|32)",
+    r"best of 0\.001, 0\.002 and 0\.004, which is 0\.002 for all|outer rate 0\.7|from step 100|momentum 0\.5",
     r"0\.001 and 0\.002|0\.002 for all|\(0\.001;|at 0\.0005|Only 0\.002|seed 0|rank (?:of )?4|at rate 1\)|16 bits",
-    r"loss is 1\.6|1,000 scheduled|after 540 steps|aim was 1\.15|2 logical cores|rate of 256",
+    r"loss is 1\.[69]|1,000 scheduled|after 540 steps|aim was 1\.15|2 logical cores|rate of 256",
     r"512 steps|Algorithm 1|Figure 2|\(95% or more counts as 100%|60 cases|15 methods|RandomK 1%",
 )
 
@@ -170,6 +171,14 @@ def clock() -> Iterator[str]:
     yield from clock_table("AdamW")
     over = two([fmean(ours) / limit for ours, _, limit in (best_at("Muon", rate) for rate in RATES)])
     yield f"takes {over[0]} and {over[2]} times as long as computing dense training's own steps"
+    ours, ddp, _ = best_at("AdamW", "1000")
+    assert {run.method for run in clock_race("AdamW").trainings() if run.total_s in ddp} == {"AdamW, DDP, float16"}
+    yield f"with AdamW alone inside DDP in float16 takes {fmean(ddp):.0f} s, `LocalUpdates` {fmean(ours):.0f} s"
+    over = two(sorted(fmean(ours) / limit for ours, _, limit in (best_at("AdamW", rate) for rate in RATES)))
+    mean = {m: steps_of("AdamW", m) for m in ("local 8, Sign", "local 8, Sign, overlap 2", "DDP, float16")}
+    quotient = mean["local 8, Sign"] / mean["DDP, float16"]
+    yield f"where they need {quotient:.2f} times dense training's steps, it takes {over[0]} to {over[-1]} times as long"
+    yield f"and costs {mean['local 8, Sign, overlap 2'] / mean['local 8, Sign']:.2f} times the steps"
     race, default = clock_race("Muon"), "Muon, local 8, Sign"
     for rate in ("10", "50", "1000"):
         found = race.predicted(race.settings.method(default), 2, rate)
@@ -182,18 +191,19 @@ def clock() -> Iterator[str]:
 def clock_table(inner: str) -> Iterator[str]:
     """The rows of the table of a race with two workers."""
     runs = [run for run in clock_race(inner).trainings() if run.rate in RATES and run.workers == 2]
+    rates = [rate for rate in RATES if any(run.rate == rate for run in runs)]
     assert all(run.reached for run in runs)
     for method, title in CLOCK.items():
         mine = [run for run in runs if run.method == f"{inner}, {method}"]
         if not mine:
             continue
-        cells = [_range([run.total_s for run in mine if run.rate == rate]) for rate in RATES]
+        cells = [_range([run.total_s for run in mine if run.rate == rate]) for rate in rates]
         by_seed = {run.seed: run for run in mine}.values()  # links change neither steps nor bytes
         steps, sent = (fmean(values) for values in zip(*((r.steps, r.with_ends_mb) for r in by_seed), strict=True))
         yield f"| {title} | {steps:.0f} | {' | '.join(cells)} | {sent:,.1f} |".replace("  ", " ")  # as `page` does
     assert {run.method.removeprefix(f"{inner}, ") for run in runs} <= CLOCK.keys()
 
-    best = [best_at(inner, rate) for rate in RATES]
+    best = [best_at(inner, rate) for rate in rates]
     ratios = []
     for ours, peer, _ in best:
         each = [x / y for x, y in zip(ours, peer, strict=True)]  # by seed
@@ -217,6 +227,12 @@ def best_at(inner: str, rate: str) -> tuple[list[float], list[float], float]:
     assert limit is not None
     ours, peers = ([seconds for m, seconds in whole.items() if (m in OURS) == mine] for mine in (True, False))
     return min(ours, key=fmean), min(peers, key=fmean), limit
+
+
+def steps_of(inner: str, method: str) -> float:
+    """The mean over seeds of the steps to the target."""
+    runs = [run for run in clock_race(inner).trainings() if (run.workers, run.method) == (2, f"{inner}, {method}")]
+    return fmean({run.seed: run.steps for run in runs}.values())
 
 
 def clock_race(inner: str) -> TargetRace:

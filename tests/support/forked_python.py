@@ -251,10 +251,10 @@ def spawn_from_the_server() -> None:
 
     def spawned(path: str, words: list[str], passed: list[int]) -> int:
         if "multiprocessing.forkserver" not in words[-1]:
-            return start(path, words, passed)
+            return int(start(path, words, passed))
         os.environ[KEPT] = json.dumps([number for number in passed if number > 2])
         try:
-            return start(os.fsencode(python()), [python(), *words[words.index("-c") :]], passed)
+            return int(start(os.fsencode(python()), [python(), *words[words.index("-c") :]], passed))
         finally:
             del os.environ[KEPT]
 

@@ -208,10 +208,12 @@ def test_methods_that_are_the_same_train_the_same(gloo: Callable[..., list[Any]]
     torchs = Method("torch", "local-sgd", inner, 0.01, every=4)
     ours = Method("ours", "local", inner, 0.01, every=4, compressor="Identity", keep_unsent=False)
     half = replace(ours, compressor="Half")
-    first, second = gloo(trained, 2, [torchs, ours, half])
+    dense = Method("dense", "dense", inner, 0.01)
+    hook = replace(dense, kind="hook", compressor="Identity")
+    first, second = gloo(trained, 2, [torchs, ours, half, dense, hook])
     start = parameters_to_vector(tiny_network().parameters()).detach()
     for worker in (first, second):
-        x, sent, y, our_sent, z, half_sent = worker
+        x, sent, y, our_sent, z, half_sent, by_ddp, dense_sent, by_hook, hook_sent = worker
         moved = float((x - start).norm())
         assert float((x - y).norm()) < 1e-3 * moved  # AdamW divides rounding errors of tiny gradients by these
         assert float((x - z).norm()) < 1e-2 * moved
@@ -219,6 +221,9 @@ def test_methods_that_are_the_same_train_the_same(gloo: Callable[..., list[Any]]
         assert int(sent) == 2 * 4 * d  # two averages
         assert int(our_sent) == pytest.approx(2 * 4 * d, abs=1500)  # and the comparison of the start
         assert int(half_sent) == pytest.approx((2 + 4) * d, abs=1500)  # half an average, a float32 flush
+        assert float((by_ddp - by_hook).norm()) < 1e-3 * float((by_ddp - start).norm())
+        assert int(dense_sent) == 6 * 4 * d
+        assert int(hook_sent) == pytest.approx(6 * 4 * d, abs=2500)  # and the comparison of options at the start
     torch.testing.assert_close(first[0], second[0])
 
 
