@@ -19,6 +19,7 @@ from benchmarks.race.curves import load
 from benchmarks.race.target import TargetRace
 from benchmarks.race.target_settings import TargetSettings
 from benchmarks.race.time_to_loss import Entry, computing, entries, load_steps
+from benchmarks.result import shown
 
 ROOT = Path(__file__).parents[2]
 RACE = ROOT / "experiments" / "race"
@@ -359,6 +360,33 @@ def test_evidence() -> None:
     check(page("docs/evidence.md"), claims)
 
 
+def link(name: str) -> dict[str, Any]:
+    """A stored table of `python -m benchmarks.race link`, whose numbers are benchmarks/link.md's."""
+    (table,) = json.loads((RACE / "link" / f"{name}.json").read_text())
+    return dict(table)
+
+
+def link_tables() -> Iterator[str]:
+    """The lines of the tables of benchmarks/link.md."""
+    for name in ("resnet18-100", "mnist-10", "mnist-100", "mnist-1000"):
+        for row in link(name)["rows"]:
+            milliseconds = f"{shown(row['ms'])} ({shown(row['low'])} to {shown(row['high'])})"
+            quotients = f"{row['/ floor']:.2f} | {shown(row['dense / it'])} | {shown(row['allowed'])}"
+            sent = f"{shown(row['kB'])} | {shown(row['counted kB'])}"
+            yield f"| {row['contender']} | {milliseconds} | {shown(row['floor ms'])} | {quotients} | {sent} |"
+
+
+def test_link_page() -> None:
+    text = page("benchmarks/link.md")
+    for line in link_tables():
+        assert line in text, line
+    of = {row["contender"]: row for row in link("mnist-1000")["rows"]}
+    top, random = (of[f"{name}(0.01)"] for name in ("TopK", "RandomK"))
+    fewer = f"a {of['ddp']['kB'] / top['kB']:.0f}th of the bytes"
+    claim = f"TopK 1% is {top['dense / it']:.2f} times as fast as DDP with {fewer}"
+    assert f"{claim}, RandomK 1% {random['dense / it']:.2f} times" in page("docs/slow-links.md")
+
+
 def front() -> Iterator[str]:
     """The README's measurements."""
     names = "Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense"
@@ -371,12 +399,9 @@ def front() -> Iterator[str]:
     yield f"`LocalUpdates` takes {taken / limit:.2f} times as long as computing dense training's steps, {taken:.0f} s"
     yield f"local SGD takes {fmean(peer):.0f} s at the best of its periods"
 
-    # A step over a slow link, from the table of its page, and the bytes of Figure 2.
-    table = (ROOT / "benchmarks" / "link.md").read_text().partition("## ResNet-18")[2].partition("## MNIST")[0]
-    cells = {line.split("|")[1].strip(" *"): line.split("|") for line in table.splitlines() if line.startswith("| ")}
-    step, dense = (float(cells[name][2].split("(")[0].replace(",", "")) for name in ("RandomK(0.01)", "ddp"))
-    longer = step / float(cells["RandomK(0.01)"][3]) - 1
-    yield f"is {dense / step:.0f} times as fast as DDP's, and takes {100 * longer:.0f}% longer"
+    # A step over a slow link, and the bytes of Figure 2.
+    of = {row["contender"]: row for row in link("resnet18-100")["rows"]}["RandomK(0.01)"]
+    yield f"is {of['dense / it']:.0f} times as fast as DDP's, and takes {100 * (of['/ floor'] - 1):.0f}% longer"
     found = summary("figure2")
     whole = found["uncompressed, noise 0.01"]["megabytes"]["mean"]
     few = sorted(100 * found[f"{n} 0.1%, noise 0.01"]["megabytes"]["mean"] / whole for n in ("TopK", "RandomK"))

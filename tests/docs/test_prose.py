@@ -62,7 +62,7 @@ HOMES = {
     r"error\s+memory\s+would\s+keep\s+a\s+NaN": "docs/guards.md",
     r"1/64\s+of\s+the\s+largest\s+number": "docs/guards.md",
     r"16-byte\s+fingerprint": "docs/guards.md",
-    r"\b2\.68\b": "docs/guards.md",
+    r"\b2\.68\b(?! \|)": "docs/guards.md",
     r"step-STEP\.unusable": "docs/checkpoints.md",
     r"59\s+MB\s+instead\s+of\s+135": "docs/checkpoints.md",
     r"`\.lock`": "docs/checkpoints.md",
