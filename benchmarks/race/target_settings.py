@@ -127,6 +127,7 @@ class TargetSettings:
 
 
 def _document(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file and of those that it is `like`; its own methods alone."""
     try:
         found = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
