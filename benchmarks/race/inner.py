@@ -1,10 +1,13 @@
 """Parts of trainings with Muon and AdamW: the inner optimizers, the loss on held-out windows, and a compressor."""
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Message
@@ -27,7 +30,35 @@ def make_inner(
     adamw = torch.optim.AdamW(others, rate, betas=betas, weight_decay=0.1)
     if not matrices:
         return [adamw]
-    return [torch.optim.Muon(matrices, rate, 0.1, momentum, adjust_lr_fn="match_rms_adamw"), adamw]
+    return [Muon(matrices, rate, 0.1, momentum, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, whose steps are as fast on a processor that has no instructions for bfloat16.
+
+    The step multiplies matrices in bfloat16, which torch emulates on such a processor, in ten times the time.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Step as torch's Muon does."""
+        emulated = torch.backends.cpu.get_cpu_capability() == "AVX2"
+        with ProductsInFloat32() if emulated else nullcontext():
+            return super().step(closure)  # type: ignore[no-untyped-call]
+
+
+class ProductsInFloat32(TorchFunctionMode):
+    """Within it, products of bfloat16 matrices are computed in float32 and rounded to bfloat16.
+
+    That is what the instructions for bfloat16 do; only the order of the sums differs.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute one function of torch."""
+        if func not in (Tensor.matmul, Tensor.__matmul__, torch.addmm) or args[0].dtype != torch.bfloat16:
+            return func(*args, **(kwargs or {}))
+        return func(*(a.float() for a in args), **(kwargs or {})).bfloat16()
 
 
 def held_out_loss(network: nn.Module, held_out: Dataset, windows: Tensor) -> float:
