@@ -91,7 +91,9 @@ def _methods() -> Iterator[tuple[str, Method]]:
         for words, share in (("half of the steps", 0.5), ("3/4 of the steps", 0.75)):
             yield f"{name}, dense, {words}", replace(base, share=share)
         sign = replace(base, compressor=Sign(per_tensor=True))
-        yield f"{name}, local 4, Sign", replace(sign, every=4)
+        for every in (2, 4):
+            yield f"{name}, local {every}, Sign", replace(sign, every=every)
+        yield f"{name}, local 2, TopK 1/4 int2", replace(base, compressor=TopK(1 / 4, values="int2"), every=2)
         yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
         yield f"{name}, local 8, Sign, by owners", replace(sign, exchange="two-way")
         for every in (4, 8, 16, 32):
