@@ -80,6 +80,7 @@ class Method:
     momentum: float = 0.95  # Muon's
     exchange: Literal["auto", "direct", "two-way"] = "auto"
     share: float = 1.0  # fraction of the setting's steps
+    dense_below: int = 1024
 
     @property
     def start(self) -> float:
@@ -94,6 +95,7 @@ def _methods() -> Iterator[tuple[str, Method]]:
         for every in (2, 4):
             yield f"{name}, local {every}, Sign", replace(sign, every=every)
         yield f"{name}, local 2, TopK 1/4 int2", replace(base, compressor=TopK(1 / 4, values="int2"), every=2)
+        yield f"{name}, local 8, Sign of all tensors", replace(sign, dense_below=0)
         yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
         yield f"{name}, local 8, Sign, by owners", replace(sign, exchange="two-way")
         for every in (4, 8, 16, 32):
@@ -199,7 +201,7 @@ def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsadd
         return None
     return packsaddle.LocalUpdates(
         optimizers,
-        packsaddle.Compression(how.compressor, exchange=how.exchange, decay=how.decay),
+        packsaddle.Compression(how.compressor, exchange=how.exchange, decay=how.decay, dense_below=how.dense_below),
         every=how.every,
         outer=None if how.outer is None else packsaddle.OuterSGD(*how.outer),
         keep_unsent=how.keep,
