@@ -116,9 +116,13 @@ SELECTING = [
     TopK(0.001),
     TopK(0.1),
     TopK(1 / 64, chunk=4096, values="int2"),
+    TopK(0.5, values="int1"),
+    TopK(0.5, values="int2"),
+    TopK(0.3, values="int3"),
     AdaptiveTopK(0.3),
     AdaptiveTopK(1.0),
     Sign(),
+    Sign(per_tensor=True).for_tensors([torch.Size([D // 3]), torch.Size([0]), torch.Size([D - D // 3])]),
 ]
 
 

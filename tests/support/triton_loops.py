@@ -49,10 +49,11 @@ def check_signs() -> None:
         v[0] = math.nan
         packed = triton_loops.pack_signs(v)
         assert torch.equal(packed, wire.pack_bits(v >= 0))
-        for first in (0, 3):
-            out, scale = torch.zeros(d - min(first, d), device=DEVICE), torch.tensor(0.7, device=DEVICE)
-            triton_loops.add_signs(packed, first, scale, out)
-            assert torch.equal(out, torch.where(v[first:] >= 0, scale, -scale))
+        for sizes in ([d], [min(3, d), d - min(3, d)]):
+            out, scales = torch.zeros(d, device=DEVICE), torch.tensor([0.7, 0.3], device=DEVICE)[: len(sizes)]
+            triton_loops.add_signs(packed, sizes, scales, out)
+            scale = scales.repeat_interleave(torch.tensor(sizes, device=DEVICE))
+            assert torch.equal(out, torch.where(v >= 0, scale, -scale))
 
 
 def check_levels() -> None:

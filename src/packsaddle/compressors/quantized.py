@@ -56,38 +56,37 @@ class Sign(Compressor):
         return self if part == d else replace(self, sizes=())
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        scales = torch.stack([_mean_magnitude(t) for t in torch.split(v, self._sizes(len(v)))])
         loop = kernel("pack_signs", v)
         signs = loop(v) if loop else wire.pack_bits(v >= 0)
-        return Message({"signs": signs, "scales": scales.to(v.dtype)})
+        return Message({"signs": signs, "scales": _mean_magnitudes(v, self._sizes(len(v))).to(v.dtype)})
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         return {"signs": octets(math.ceil(d / 8)), "scales": floats(len(self._sizes(d)))}
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        signs, scales, first = message.parts["signs"], message.parts["scales"].to(out.dtype), 0
-        for scale, tensor in zip(scales, torch.split(out, self._sizes(len(out))), strict=True):
-            added = alpha * scale
-            if loop := kernel("add_signs", tensor):
-                loop(signs, first, added, tensor)
-                first += len(tensor)
-                continue
+        signs, sizes, first = message.parts["signs"], self._sizes(len(out)), 0
+        scales = alpha * message.parts["scales"].to(out.dtype)
+        if loop := kernel("add_signs", out):
+            loop(signs, sizes, scales, out)
+            return
+        for scale, tensor in zip(scales, torch.split(out, sizes), strict=True):
             for slab in torch.split(tensor, _SLAB):
                 bits = wire.unpack_bits(signs[first // 8 :], first % 8 + len(slab))[first % 8 :]
-                slab.add_(torch.where(bits, added, -added))
+                slab.add_(torch.where(bits, scale, -scale))
                 first += len(slab)
 
     def _sizes(self, d: int) -> list[int]:
         return list(self.sizes) if sum(self.sizes) == d and self.sizes else [d]
 
 
-def _mean_magnitude(v: Tensor) -> Tensor:
-    """Return the mean magnitude ||v||_1 / d, float64[]; summed in float64 to avoid overflow; 0 if d is 0."""
-    if not len(v):
-        return v.new_zeros((), dtype=torch.float64)
-    if loop := kernel("sum_of_magnitudes", v):
-        return torch.tensor(loop(v) / len(v), dtype=torch.float64)
-    return v.abs().mean(dtype=torch.float64)
+def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
+    """Return the mean magnitude ||t||_1 / d of each run t of v, of d coordinates in `sizes`, float64[runs]; summed in
+    float64 to avoid overflow; 0 if d is 0."""
+    if loop := kernel("sums_of_magnitudes", v):
+        sums: Tensor = loop(v, sizes)
+    else:
+        sums = torch.stack([t.abs().sum(dtype=torch.float64) for t in torch.split(v, sizes)])
+    return sums / sums.new_tensor(sizes).clamp_min_(1)
 
 
 @dataclass(frozen=True)

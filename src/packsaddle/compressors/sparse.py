@@ -405,7 +405,7 @@ class TopK(_CodedSupport, _OfEachTensor):
     def select(self, v: Tensor) -> Tensor:
         if (chunks := self.chunks(len(v))) is not None:
             return chunks.largest(v)
-        parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
+        parts = [largest(v[at : at + n], KOfD.count(self, n)).add_(at) for at, n in self.tensors(v.numel())]
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:

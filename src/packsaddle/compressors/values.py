@@ -16,6 +16,7 @@ from torch import Tensor
 from packsaddle.compressors.parts import Expected, check_magnitudes, floats, octets
 from packsaddle.compressors.wire import pack, unpack
 from packsaddle.errors import MessageError
+from packsaddle.numerics.kernels import kernel
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
 FORMATS = get_args(ValueFormat)
@@ -37,7 +38,11 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     if not len(values):
         coded = values.to(torch.uint8 if how in _PACKED else _DTYPES[how])
         return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
-    # Divide by the largest magnitude of the block, so that values of any scale fit the format.
+    # In float32 alone, whose sums in float64 do not depend on their order.
+    if how in _HALVINGS and values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
+        packed, levels_of_blocks = loop(values, _HALVINGS[how], VALUE_BLOCK)
+        parts = _scales_to_16_bits(levels_of_blocks.view(-1), values.dtype)
+        return {"values": _counted(packed, len(values)), **parts}
     blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     if how in _HALVINGS:
         # A sign and the number of a level of its block for each value; padding is excluded from the means.
@@ -46,6 +51,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
         codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
         parts = _scales_to_16_bits(torch.cat(levels, 1).view(-1), values.dtype)
         return {"values": _packed(codes.view(-1)[: len(values)].to(torch.int64), _PACKED[how]), **parts}
+    # Divide by the largest magnitude of the block, so that values of any scale fit the format.
     scales = blocks.abs().amax(1)
     parts = {"scales": scales}
     # Divide by the scale as rounded to 16 bits, by which the receiver multiplies.
@@ -104,6 +110,9 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how), _scales_of(parts, dtype)
+    if how in _HALVINGS and (loop := kernel("unpack_levels_of_blocks", scales)):
+        values: Tensor = loop(parts["values"][:-1], k, _HALVINGS[how], VALUE_BLOCK, scales)
+        return values
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:
         numbers = torch.nn.functional.pad(whole, (0, -k % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
@@ -137,7 +146,11 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 def _packed(numbers: Tensor, width: int) -> Tensor:
     """Pack numbers of `width` bits each, and append a byte with their count modulo 8."""
-    return torch.cat([pack(numbers, width), numbers.new_tensor([len(numbers) % 8]).to(torch.uint8)])
+    return _counted(pack(numbers, width), len(numbers))
+
+
+def _counted(packed: Tensor, k: int) -> Tensor:
+    return torch.cat([packed, packed.new_tensor([k % 8])])
 
 
 def value_retention(how: ValueFormat | None) -> float:

@@ -143,16 +143,17 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     k = len(index)
     if k in (0, d):
         return torch.empty(0, dtype=torch.uint8, device=index.device)
-    width, rice = _width(d), pack_gaps(index, k, d, _rice_parameter(d, k))
+    width, b = _width(d), _rice_parameter(d, k)
+    # Without remainders, the Rice codes are the bitmap up to its last one.
+    rice = pack_gaps(index, k, d, b) if b else _bitmap(index, d)[: int(index[-1]) // 8 + 1]
     sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
     code = min(sizes, key=lambda c: sizes[c])
-    if code == _BITMAP:
-        bits = torch.zeros(d, dtype=torch.bool, device=index.device)
-        bits[index] = True
-        body = pack_bits(bits)
-    else:
-        body = pack(index, width) if code == _FIXED else rice
+    body = pack(index, width) if code == _FIXED else _bitmap(index, d) if code == _BITMAP and b else rice
     return torch.cat([torch.tensor([code], dtype=torch.uint8, device=index.device), body])
+
+
+def _bitmap(index: Tensor, d: int) -> Tensor:
+    return pack_bits(torch.zeros(d, dtype=torch.bool, device=index.device).index_fill_(0, index, True))
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Compiled loops that pack and unpack signs, quantizer levels, numbers of few bits, and Rice codes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,26 @@ def _pack_signs(v: Array, out: Array) -> None:
         out[full] = byte
 
 
-def sum_of_magnitudes(v: Tensor) -> float:
-    a = v.numpy()
-    return float(sum(in_parts(len(v), 1, lambda start, stop: _sum_of_magnitudes(a[start:stop]))))
+def sums_of_magnitudes(v: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the sum of the magnitudes of each run of v, float[d], with these lengths, float64[runs]."""
+    a, edges = v.numpy(), _edges(sizes)
+
+    def part(start: int, stop: int) -> Array:
+        sums = np.zeros(len(sizes))
+        _sums_of_magnitudes(a, edges, start, stop, sums)
+        return sums
+
+    return torch.from_numpy(sum(in_parts(len(v), 1, part)))
+
+
+def _edges(sizes: Sequence[int]) -> Array:
+    return np.cumsum([0, *sizes], dtype=np.int64)
+
+
+@compiled_loop
+def _sums_of_magnitudes(v: Array, edges: Array, start: int, stop: int, sums: Array) -> None:
+    for run in range(len(sums)):
+        sums[run] = _sum_of_magnitudes(v[max(start, edges[run]) : max(start, min(stop, edges[run + 1]))])
 
 
 @compiled_sum
@@ -57,12 +75,21 @@ def _sum_of_magnitudes(v: Array) -> float:
     return s
 
 
-def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale or -scale, float[], to element i of out, float[n], where bit first + i of `packed` is 1 or 0."""
-    check_room("signs", packed, -(-(first + len(out)) // 8))
-    p, o = packed.numpy(), out.numpy()
-    s = scalar(float(scale), o)
-    in_parts(len(out), 8, lambda start, stop: _add_signs(p, first + start, s, o[start:stop]))
+def add_signs(packed: Tensor, sizes: Sequence[int], scales: Tensor, out: Tensor) -> None:
+    """Add +scale or -scale to element i of out, float[d], where bit i of `packed` is 1 or 0; `scales`, float[runs], has
+    the scale of each run of out with these lengths."""
+    check_room("signs", packed, -(-len(out) // 8))
+    check_room("scales", scales, len(sizes))
+    p, s, o, edges = packed.numpy(), scales.numpy(), out.numpy(), _edges(sizes)
+    in_parts(len(out), 8, lambda start, stop: _add_signs_of_runs(p, s, o, edges, start, stop))
+
+
+@compiled_loop
+def _add_signs_of_runs(packed: Array, scales: Array, out: Array, edges: Array, start: int, stop: int) -> None:
+    for run in range(len(edges) - 1):
+        first, end = max(start, edges[run]), min(stop, edges[run + 1])
+        if first < end:
+            _add_signs(packed, first, scales[run], out[first:end])
 
 
 @compiled_loop

@@ -4,6 +4,7 @@ Each has the arguments and results of the numba loop of the same name. There is 
 since torch.topk is a radix select. With TRITON_INTERPRET=1 the loops run on CPU tensors.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,8 +99,12 @@ def _pack_signs(v, out, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-de
     tl.store(out + byte, tl.sum(positive << (7 - bit)[None, :], axis=1).to(tl.uint8), mask=byte < n)
 
 
-def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    _launch(_add_signs, -(-len(out) // _AT_ONCE), packed, first, scale, out, len(out), SIZE=_AT_ONCE)
+def add_signs(packed: Tensor, sizes: Sequence[int], scales: Tensor, out: Tensor) -> None:
+    first = 0
+    for run, size in enumerate(sizes):
+        at = (packed, first, scales[run:], out[first : first + size], size)
+        _launch(_add_signs, -(-size // _AT_ONCE), *at, SIZE=_AT_ONCE)
+        first += size
 
 
 @triton.jit
