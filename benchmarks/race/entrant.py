@@ -21,7 +21,7 @@ from benchmarks.race.inner import make_inner
 from benchmarks.race.recipe import share_of_peak
 from benchmarks.race.target_settings import Method
 from benchmarks.race.workload import Batch
-from packsaddle import LocalUpdates, OuterSGD, register_ddp_hook
+from packsaddle import Compression, LocalUpdates, OuterSGD, register_ddp_hook
 from packsaddle.comm import Group, ring_all_reduce
 from packsaddle.runs.tasks import Task
 
@@ -97,7 +97,7 @@ def _alone(method: Method, entrant: Entrant) -> None:
 def _local(method: Method, entrant: Entrant) -> None:
     local = LocalUpdates(
         entrant.optimizers,
-        method.make_compressor(),
+        Compression(method.make_compressor(), dense_below=method.dense_below),
         every=method.every,
         overlap=method.overlap,
         outer=None if method.outer is None else OuterSGD(*method.outer),

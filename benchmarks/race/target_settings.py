@@ -40,6 +40,7 @@ class Method:
     row: str = ""  # method in experiments/muon, whose best rate is used, and whose curves predict the steps
     every: int = 1  # period of exchanges, in steps
     compressor: str = "Sign(per_tensor=True)"  # for "local" and "hook"; "Half": float16
+    dense_below: int = 1024  # for "local"
     overlap: int = 0
     outer: tuple[float, float] | None = None  # rate and Nesterov momentum of DiLoCo's outer optimizer
     keep_unsent: bool = True
