@@ -15,7 +15,9 @@ import torch
 from packsaddle import QSGD, Compressor, Sign, Stages, TopK
 from packsaddle.compressors import describe
 
+TENSORS = 54  # of equal length, for compressors of each tensor
 COMPRESSORS: list[Compressor] = [
+    TopK(1 / 2, values="int2"),
     TopK(1 / 64, values="int2"),
     TopK(1 / 64, values="int2", chunk=4096),
     TopK(1 / 32, values="int2", chunk=4096),
@@ -24,6 +26,7 @@ COMPRESSORS: list[Compressor] = [
     QSGD(127, coded=False),
     QSGD(coded=False),
     Sign(),
+    Sign(per_tensor=True),
     Stages(Sign()),
 ]
 
@@ -48,13 +51,16 @@ def main() -> None:
     copy = milliseconds(lambda: out.copy_(v))
     print(f"d = {d:,}; a copy takes {copy:.1f} ms")
     print(f"{'compressor':60}{'pack ms':>9}{'unpack ms':>11}{'/ copy':>8}{'bits':>8}  of each kept coordinate")
-    for c in COMPRESSORS:
+    for compressor in COMPRESSORS:
+        c = compressor.for_tensors(
+            [torch.Size([d // TENSORS])] * (TENSORS - 1) + [torch.Size([d - d // TENSORS * (TENSORS - 1)])]
+        )
         message = c.encode(v, seed=0, step=0)
         received = c.receive(message.parts, d, seed=0, step=0)
         pack = milliseconds(lambda c=c: c.encode(v, seed=0, step=0))
         unpack = milliseconds(lambda c=c, m=received: c.add_decoded(m, out, 1e-6))
         kept = c.count(d) if isinstance(c, TopK) else d
-        row = f"{describe(c):60}{pack:9.1f}{unpack:11.1f}{(pack + unpack) / copy:8.2f}"
+        row = f"{describe(compressor):60}{pack:9.1f}{unpack:11.1f}{(pack + unpack) / copy:8.2f}"
         print(f"{row}{8 * message.nbytes / kept:8.3f}")
 
 
