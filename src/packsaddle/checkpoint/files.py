@@ -31,19 +31,7 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, t
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be written or read, or does not fit the model, optimizer etc.; the message is one line.
-
-    >>> import tempfile
-    >>> import torch
-    >>> import packsaddle
-    >>> folder = tempfile.mkdtemp()
-    >>> _ = packsaddle.save_checkpoint(folder, {"model": torch.nn.Linear(4, 4)}, step=10)
-    >>> try:
-    ...     packsaddle.load_checkpoint(folder, {"model": torch.nn.Linear(8, 8)})
-    ... except packsaddle.CheckpointError:
-    ...     print("does not fit")
-    does not fit
-    """
+    """A checkpoint cannot be written or read, or does not fit the model, optimizer etc.; the message is one line."""
 
 
 class DamagedError(CheckpointError):

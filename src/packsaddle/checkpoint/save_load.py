@@ -44,16 +44,7 @@ Content = dict[str, Any]  # content of one worker's tensor file
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The step, further state and origin of a checkpoint that was loaded.
-
-    >>> import tempfile
-    >>> import torch
-    >>> import packsaddle
-    >>> model, folder = torch.nn.Linear(4, 4), tempfile.mkdtemp()
-    >>> _ = packsaddle.save_checkpoint(folder, {"model": model}, step=10)
-    >>> packsaddle.load_checkpoint(folder, {"model": model})
-    Checkpoint(step=10, extra={}, workers=1)
-    """
+    """The step, further state and origin of a checkpoint that was loaded."""
 
     step: int  # step after which the checkpoint was saved
     extra: dict[str, Any]  # further state of the run, given to `save_checkpoint`

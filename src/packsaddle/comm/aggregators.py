@@ -320,15 +320,7 @@ def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
 
 
 class Invalid:
-    """Suppresses MessageErrors in `with invalid.of(worker):` blocks and records the first one.
-
-    >>> from packsaddle.errors import MessageError
-    >>> invalid = Invalid()
-    >>> with invalid.of(3):
-    ...     raise MessageError("signs", "uint8[2]", "uint8[1]", "Sign()")
-    >>> str(invalid.error)
-    'signs in a message of Sign() from worker 3 must be uint8[2], got uint8[1]'
-    """
+    """Suppresses MessageErrors in `with invalid.of(worker):` blocks and records the first one."""
 
     error: MessageError | None = None
 

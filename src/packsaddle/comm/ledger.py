@@ -36,17 +36,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive steps, first..last, with equal bytes for each purpose.
-
-    >>> from packsaddle import Bytes, Ledger
-    >>> ledger = Ledger()
-    >>> for step in range(3):
-    ...     ledger.add(step, "values", "all-reduce", Bytes(40, 60, 60))
-    >>> ledger.spans[0].first, ledger.spans[0].last
-    (0, 2)
-    >>> ledger.spans[0].by_purpose
-    {'values': Bytes(payload=40, sent=60, received=60)}
-    """
+    """Consecutive steps, first..last, with equal bytes for each purpose."""
 
     first: int
     last: int

@@ -75,19 +75,6 @@ def largest_overshoot(
     Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
     then computed. So the result is correct for its coordinate, but another one may be less stable. `steps` are in the
     order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
-
-    >>> import torch
-    >>> from packsaddle import Compression, CompressedSGD, RandomK
-    >>> from packsaddle.comm import Communicator, resolve
-    >>> from packsaddle.curvature import CoordinateStep, Curvature, largest_overshoot
-    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Sigmoid(), torch.nn.Linear(32, 64))
-    >>> opt = CompressedSGD(model.named_parameters(), 0.1, Compression(RandomK(0.001), dense_below=0))
-    >>> steps = [CoordinateStep(name, 0.1, wait) for (name, _), wait in zip(model.named_parameters(), opt.waits())]
-    >>> loss_fn = lambda model, x: torch.nn.functional.mse_loss(model(x), x)
-    >>> curvature = Curvature(model, loss_fn, [torch.rand(100, 64)], Communicator(resolve(None), opt.ledger))
-    >>> worst = largest_overshoot(curvature, steps, torch.Generator().manual_seed(0))
-    >>> worst.advice().split(":")[0]
-    'past stability'
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])

@@ -116,40 +116,12 @@ def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 class DriftError(GuardError):
-    """Raised if parameters, learning rates, weight decay or noise differ between workers.
-
-    >>> import torch
-    >>> from packsaddle import Compression, CompressedSGD, DriftError, TopK, simulate
-    >>> def work(rank):
-    ...     weight = torch.nn.Parameter(torch.ones(64, 64))
-    ...     opt = CompressedSGD([weight], 0.1, Compression(TopK(1.0), compare_every=1))
-    ...     weight.data += rank
-    ...     weight.grad = torch.zeros_like(weight)
-    ...     try:
-    ...         opt.step()
-    ...     except DriftError:
-    ...         return "stopped"
-    >>> simulate(work, 2)
-    ['stopped', 'stopped']
-    """
+    """Raised if parameters, learning rates, weight decay or noise differ between workers."""
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A comparison that found workers' parameters to differ.
-
-    >>> import torch
-    >>> from packsaddle import Compression, CompressedSGD, TopK, simulate
-    >>> def work(rank):
-    ...     weight = torch.nn.Parameter(torch.ones(64, 64))
-    ...     opt = CompressedSGD([weight], 0.1, Compression(TopK(1.0), compare_every=1, on_drift="repair"))
-    ...     weight.data += rank  # as faulty memory would
-    ...     weight.grad = torch.zeros_like(weight)
-    ...     opt.step()
-    ...     return opt.drifts
-    >>> simulate(work, 3)[0]
-    [Drift(step=0, name='parameter 0', workers=(1, 2))]
-    """
+    """A comparison that found workers' parameters to differ."""
 
     step: int  # t of the last step before the comparison
     name: str  # the first tensor that differs

@@ -72,18 +72,7 @@ class Escape(EscapeRule):
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8).
-
-    >>> import torch
-    >>> from packsaddle import CompressedSGD, Escape, TopK
-    >>> x = torch.nn.Parameter(torch.ones(64, 64))
-    >>> opt = CompressedSGD([x], 0.1, TopK(1.0), escape=Escape(2, 100.0, lambda: x.square().sum()))
-    >>> for _ in range(3):
-    ...     x.grad = 2 * x.detach()
-    ...     opt.step()
-    >>> [(reset.step, reset.reason, reset.committed) for reset in opt.resets]
-    [(3, 'interval', True)]
-    """
+    """One firing of the escape check, with its reason, the compared losses and the decision (lines 5-8)."""
 
     step: int  # t, at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it

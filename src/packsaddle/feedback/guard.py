@@ -35,33 +35,12 @@ class NonFiniteError(GuardError):
 
     Parameters (unless a hook's optimizer applied NaN gradients) and error memories did not change in these steps. Local
     updates also raise it if a worker's inner optimizer cannot be reset.
-
-    >>> import torch
-    >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
-    >>> weight = torch.nn.Parameter(torch.ones(64, 64))
-    >>> opt = CompressedSGD([weight], 0.1, Compression(TopK(1.0), max_skipped=0))
-    >>> weight.grad = torch.full((64, 64), float("nan"))
-    >>> try:
-    ...     opt.step()
-    ... except NonFiniteError:
-    ...     print("stopped")
-    stopped
     """
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A skipped step, or a rejected round of local updates, with its cause.
-
-    >>> import torch
-    >>> from packsaddle import CompressedSGD, TopK
-    >>> weight = torch.nn.Parameter(torch.ones(64, 64))
-    >>> opt = CompressedSGD([weight], 0.1, TopK(1.0))
-    >>> weight.grad = torch.full((64, 64), float("nan"))
-    >>> opt.step()
-    >>> opt.skips
-    [Skip(step=0, workers=(0,), parameter='parameter 0', message='')]
-    """
+    """A skipped step, or a rejected round of local updates, with its cause."""
 
     step: int  # t; the next step reuses this index
     workers: tuple[int, ...]  # ranks that sent an invalid vector or message; in a hook only those known to this worker

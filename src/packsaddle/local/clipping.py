@@ -16,19 +16,7 @@ _log = logging.getLogger("packsaddle")
 
 @dataclass(frozen=True)
 class Clip:
-    """Record of one worker's update that was scaled down in an applied round, since it was too long (see `Workers`).
-
-    >>> import torch
-    >>> from packsaddle import LocalUpdates, Workers, simulate
-    >>> def work(rank):
-    ...     weight = torch.nn.Parameter(torch.zeros(64, 64))
-    ...     local = LocalUpdates(torch.optim.SGD([weight], lr=1.0), every=1, workers=Workers(clip=2.0))
-    ...     weight.grad = (1, 2, 64)[rank] * torch.arange(4096.0).view(64, 64)
-    ...     local.optimizers[0].step()
-    ...     return local.clips
-    >>> simulate(work, 3)[0]
-    [Clip(step=0, worker='2', factor=0.0625)]
-    """
+    """Record of one worker's update that was scaled down in an applied round, since it was too long (see `Workers`)."""
 
     step: int  # index t of the round, counted per fragment
     worker: str  # rank of the worker; with a manager its name in the log

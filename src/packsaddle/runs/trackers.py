@@ -23,19 +23,7 @@ _FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json
 
 
 class Tracker(Protocol):
-    """Interface of a tracker, which records the metrics of a run on one process.
-
-    >>> class Printer:
-    ...     def log(self, metrics, step):
-    ...         print(step, dict(metrics))
-    ...     def finish(self, outcome="finished"):
-    ...         print(outcome)
-    >>> tracker = Printer()
-    >>> tracker.log({"loss": 0.5}, step=10)
-    10 {'loss': 0.5}
-    >>> tracker.finish()
-    finished
-    """
+    """Interface of a tracker, which records the metrics of a run on one process."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the `metrics` of a step, by name; `step` never decreases between calls."""
