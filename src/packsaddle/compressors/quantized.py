@@ -83,10 +83,9 @@ def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
     """Return the mean magnitude ||t||_1 / d of each run t of v, of d coordinates in `sizes`, float64[runs]; summed in
     float64 to avoid overflow; 0 if d is 0."""
     if loop := kernel("sums_of_magnitudes", v):
-        sums: Tensor = loop(v, sizes)
-    else:
-        sums = torch.stack([t.abs().sum(dtype=torch.float64) for t in torch.split(v, sizes)])
-    return sums / sums.new_tensor(sizes).clamp_min_(1)
+        means: Tensor = loop(v, sizes) / torch.tensor(sizes).clamp_min_(1)
+        return means
+    return torch.stack([t.abs().sum(dtype=torch.float64) / max(1, len(t)) for t in torch.split(v, sizes)])
 
 
 @dataclass(frozen=True)
