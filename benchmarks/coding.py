@@ -15,7 +15,7 @@ import torch
 from packsaddle import QSGD, Compressor, Sign, Stages, TopK
 from packsaddle.compressors import describe
 
-TENSORS = 54  # of equal length, for compressors of each tensor
+TENSORS = 54  # of nearly equal length, for compressors of each tensor
 COMPRESSORS: list[Compressor] = [
     TopK(1 / 2, values="int2"),
     TopK(1 / 64, values="int2"),
@@ -52,9 +52,7 @@ def main() -> None:
     print(f"d = {d:,}; a copy takes {copy:.1f} ms")
     print(f"{'compressor':60}{'pack ms':>9}{'unpack ms':>11}{'/ copy':>8}{'bits':>8}  of each kept coordinate")
     for compressor in COMPRESSORS:
-        c = compressor.for_tensors(
-            [torch.Size([d // TENSORS])] * (TENSORS - 1) + [torch.Size([d - d // TENSORS * (TENSORS - 1)])]
-        )
+        c = compressor.for_tensors([tensor.shape for tensor in v.tensor_split(TENSORS)])
         message = c.encode(v, seed=0, step=0)
         received = c.receive(message.parts, d, seed=0, step=0)
         pack = milliseconds(lambda c=c: c.encode(v, seed=0, step=0))

@@ -38,19 +38,10 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     if not len(values):
         coded = values.to(torch.uint8 if how in _PACKED else _DTYPES[how])
         return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
-    # In float32 alone, whose sums in float64 do not depend on their order.
-    if how in _HALVINGS and values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
-        packed, levels_of_blocks = loop(values, _HALVINGS[how], VALUE_BLOCK)
-        parts = _scales_to_16_bits(levels_of_blocks.view(-1), values.dtype)
-        return {"values": _counted(packed, len(values)), **parts}
-    blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     if how in _HALVINGS:
-        # A sign and the number of a level of its block for each value; padding is excluded from the means.
-        there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
-        codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
-        codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
-        parts = _scales_to_16_bits(torch.cat(levels, 1).view(-1), values.dtype)
-        return {"values": _packed(codes.view(-1)[: len(values)].to(torch.int64), _PACKED[how]), **parts}
+        packed, levels = _split_at_means(values, _HALVINGS[how])
+        return {"values": _counted(packed, len(values)), **_scales_to_16_bits(levels.view(-1), values.dtype)}
+    blocks = _in_blocks(values)
     # Divide by the largest magnitude of the block, so that values of any scale fit the format.
     scales = blocks.abs().amax(1)
     parts = {"scales": scales}
@@ -64,7 +55,27 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     rounded = (unit * _LARGEST[how]).round().clamp_(-_LARGEST[how], _LARGEST[how])
     if how == "int8":
         return {"values": rounded.to(torch.int8), **parts}
-    return {"values": _packed((rounded + 8).to(torch.int64), 4), **parts}
+    return {"values": _counted(pack((rounded + 8).to(torch.int64), 4), len(values)), **parts}
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """Return `values`, [k], as rows of a block each, the last one padded with zeros."""
+    return torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
+
+
+def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
+    """Return a sign and the number of a level of its block for each value, packed, and the levels, float64[blocks,
+    2^halvings]."""
+    # In float32 alone, whose sums in float64 do not depend on their order.
+    if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
+        coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
+        return coded
+    # Padding is excluded from the means.
+    blocks = _in_blocks(values)
+    there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
+    codes, levels = _parted(blocks.abs().double(), there, halvings)
+    codes += (blocks < 0).to(torch.uint8) << halvings
+    return pack(codes.view(-1)[: len(values)].to(torch.int64), halvings + 1), torch.cat(levels, 1)
 
 
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
@@ -115,9 +126,8 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
         return values
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:
-        numbers = torch.nn.functional.pad(whole, (0, -k % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
         levels = scales.view(-1, 1 << _HALVINGS[how])
-        return torch.cat([levels, -levels], 1).gather(1, numbers).view(-1)[:k]
+        return torch.cat([levels, -levels], 1).gather(1, _in_blocks(whole)).view(-1)[:k]
     values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]
@@ -144,12 +154,8 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
     return max(0, most - (most - int(coded[-1].to(torch.uint8))) % 8)
 
 
-def _packed(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers of `width` bits each, and append a byte with their count modulo 8."""
-    return _counted(pack(numbers, width), len(numbers))
-
-
 def _counted(packed: Tensor, k: int) -> Tensor:
+    """Append a byte with the number of packed values modulo 8."""
     return torch.cat([packed, packed.new_tensor([k % 8])])
 
 

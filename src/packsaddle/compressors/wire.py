@@ -144,7 +144,7 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     if k in (0, d):
         return torch.empty(0, dtype=torch.uint8, device=index.device)
     width, b = _width(d), _rice_parameter(d, k)
-    # Without remainders, the Rice codes are the bitmap up to its last one.
+    # Without remainders, the Rice codes are the bitmap up to its last one: of equal length, the bitmap itself.
     rice = pack_gaps(index, k, d, b) if b else _bitmap(index, d)[: int(index[-1]) // 8 + 1]
     sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
     code = min(sizes, key=lambda c: sizes[c])

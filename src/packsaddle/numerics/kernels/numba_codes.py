@@ -64,7 +64,9 @@ def _edges(sizes: Sequence[int]) -> Array:
 @compiled_loop
 def _sums_of_magnitudes(v: Array, edges: Array, start: int, stop: int, sums: Array) -> None:
     for run in range(len(sums)):
-        sums[run] = _sum_of_magnitudes(v[max(start, edges[run]) : max(start, min(stop, edges[run + 1]))])
+        first, end = max(start, edges[run]), min(stop, edges[run + 1])
+        if first < end:
+            sums[run] = _sum_of_magnitudes(v[first:end])
 
 
 @compiled_sum
