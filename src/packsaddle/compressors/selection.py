@@ -82,19 +82,12 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
     n = len(magnitudes)
     if k in (0, n):
         return torch.arange(k)
-    least = int(np.partition(magnitudes.numpy(), n - k)[n - k])
-    kept = torch.from_numpy(np.flatnonzero(magnitudes.numpy() >= least))  # ten times as fast as torch.nonzero
-    return kept if len(kept) == k else _without_last_equal(kept, magnitudes[kept] == least, len(kept) - k)
-
-
-def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
-    """Return `kept`, int64[n], without the last `surplus` of its elements at which `equal`, bool[n], is True."""
-    if surplus == 0:
-        return kept
-    places = equal.nonzero().squeeze(1)
-    stays = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
-    stays[places[len(places) - surplus :]] = False
-    return kept[stays]
+    compared = magnitudes.numpy()  # numpy, since torch.nonzero and masks take ten times as long
+    least = np.partition(compared, n - k)[n - k]
+    reached = compared >= least
+    if surplus := np.count_nonzero(reached) - k:
+        reached[np.flatnonzero(compared == least)[-surplus:]] = False
+    return torch.from_numpy(np.flatnonzero(reached))
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
@@ -150,8 +143,9 @@ def holding(v: Tensor, share: float) -> Tensor:
     # Of the coordinates with this magnitude x, the first ceil(needed / x^2) suffice.
     one = float(v[inside[0]].double() / top) ** 2  # all of `inside` now have the same magnitude
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
-    kept = (magnitudes >= threshold).nonzero().squeeze(1)
-    return reached[_without_last_equal(kept, magnitudes[kept] == threshold, len(inside) - taken)]
+    kept = magnitudes >= threshold
+    kept[(magnitudes == threshold).nonzero().squeeze(1)[taken:]] = False
+    return reached[kept]
 
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:

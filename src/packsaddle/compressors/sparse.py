@@ -65,11 +65,11 @@ class Cells:
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
         """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
-        if self.size == 1:
-            out.index_add_(0, self.index, values, alpha=alpha)
-            return
         if loop := kernel("add_cells", out, values):
             loop(out, self.index, self.size, values, alpha)
+            return
+        if self.size == 1:
+            out.index_add_(0, self.index, values, alpha=alpha)
             return
         whole, rest = self._split(out)
         rows = values.view(-1, self.size)
@@ -337,7 +337,7 @@ class _CodedSupport(Compressor):
         return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        out.index_add_(0, message.context, decode_values(message.parts, self.values, out.dtype), alpha=alpha)
+        Cells(message.context, 1).add_to(out, decode_values(message.parts, self.values, out.dtype), alpha)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,17 @@ def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) 
     """Add alpha * values, float[m b], to out, float[d], at m cells of b consecutive coordinates, in place."""
     check_room("values", values, len(cells) * b)
     scale = scalar(alpha, out.numpy())
-    _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
+    if b == 1:
+        _add_coordinates(out.numpy(), cells.numpy(), values.numpy(), scale)
+    else:
+        _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
+
+
+@compiled_loop
+def _add_coordinates(out: Array, index: Array, values: Array, alpha: float) -> None:
+    for i in range(len(index)):
+        if 0 <= index[i] < len(out):
+            out[index[i]] += alpha * values[i]
 
 
 @compiled_loop
