@@ -1,6 +1,6 @@
 """Parts of trainings with Muon and AdamW: the inner optimizers, the loss on held-out windows, and a compressor."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -33,12 +33,15 @@ def make_inner(
     return [muon(matrices, rate, momentum), adamw]
 
 
-def muon(matrices: list[nn.Parameter], rate: float, momentum: float = 0.95) -> torch.optim.Muon:
-    """Return torch's Muon with weight decay 0.1, whose steps are fast without instructions for bfloat16 as well.
+def muon(
+    matrices: Iterable[Tensor], rate: float, momentum: float = 0.95, weight_decay: float = 0.1
+) -> torch.optim.Muon:
+    """Return torch's Muon, whose steps are fast without instructions for bfloat16 as well.
 
     A step multiplies matrices in bfloat16, which torch emulates on such a processor, in ten times the time.
     """
-    made, entered = torch.optim.Muon(matrices, rate, 0.1, momentum, adjust_lr_fn="match_rms_adamw"), ExitStack()
+    made = torch.optim.Muon(matrices, rate, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
+    entered = ExitStack()
 
     def enter(*step: object) -> None:
         entered.enter_context(ProductsInFloat32())

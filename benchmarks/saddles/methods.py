@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import packsaddle
+from benchmarks.race.inner import muon
 from packsaddle import CompressedSGD, Compression, RandomK, Sign, TopK
 from packsaddle.compressors import Compressor, Identity
 
@@ -37,8 +38,7 @@ def _adamw(matrices: Tensors, others: Tensors, lr: float) -> list[torch.optim.Op
 
 
 def _muon(matrices: Tensors, others: Tensors, lr: float) -> list[torch.optim.Optimizer]:
-    muon = torch.optim.Muon(matrices, lr, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    return [muon, *(_adamw((), others, lr) if others else [])]
+    return [muon(matrices, lr, weight_decay=0.0), *(_adamw((), others, lr) if others else [])]
 
 
 def _compressed(compressor: Compressor, noise: float) -> Make:

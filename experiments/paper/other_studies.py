@@ -91,7 +91,7 @@ _OTHERS: dict[str, tuple[str, AnyCompressor]] = {
 
 
 def language(scale: Scale, data: Data) -> Study:
-    """A small language model (experiments/char-transformer), two workers, with and without noise."""
+    """A small language model, two workers, with and without noise."""
     epochs, limit = (30.0, None) if scale != "smoke" else (1.0, 640)
     settings: dict[str, Config] = {}
     for name, (label, compressor) in {"dense": ("uncompressed", Identity()), **_OTHERS}.items():

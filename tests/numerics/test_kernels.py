@@ -174,6 +174,15 @@ def test_largest_against_a_sort(v: Tensor, k: int) -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_adding_writes_nothing_outside_the_vector(size: int) -> None:
+    held = torch.zeros(12)
+    loop = kernel("add_cells", held)
+    assert loop is not None
+    loop(held[4:8], torch.tensor([1, -1, -3, 2**40, 4, 7]), size, torch.ones(6 * size), 2.0)
+    assert held.nonzero().squeeze(1).tolist() == ([5] if size == 1 else [6, 7])
+
+
 @by_long_vector_and("first", [0, 300_000, D - 1])
 def test_largest_of_blocks_against_a_sort(v: Tensor, first: int) -> None:
     turned = as_integers(v).roll(-first).sort(descending=True, stable=True).indices[:5000]

@@ -118,7 +118,7 @@ class StepsNeeded:
     at_least: bool = False  # True: `factor` is a lower bound, as the measurement ended before the loss was reached
 
 
-# sgd: experiments/char-transformer (30 passes over the data); adamw: experiments/adamw (800 steps, three seeds). Muon
+# sgd: experiments/text (30 passes over the data); adamw: experiments/adamw (800 steps, three seeds). Muon
 # was measured within local updates only.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
