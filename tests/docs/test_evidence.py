@@ -379,13 +379,21 @@ def link(name: str) -> dict[str, Any]:
 
 
 def link_tables() -> Iterator[str]:
-    """The lines of the tables of benchmarks/link.md."""
+    """The lines of the tables of benchmarks/link.md, and its comparison of times to a loss."""
     for name in ("resnet18-100", "mnist-10", "mnist-100", "mnist-1000"):
         for row in link(name)["rows"]:
             milliseconds = f"{shown(row['ms'])} ({shown(row['low'])} to {shown(row['high'])})"
             quotients = f"{row['/ floor']:.2f} | {shown(row['dense / it'])} | {shown(row['allowed'])}"
             sent = f"{shown(row['kB'])} | {shown(row['counted kB'])}"
             yield f"| {row['contender']} | {milliseconds} | {shown(row['floor ms'])} | {quotients} | {sent} |"
+    seeds = json.loads((RACE / "link" / "mnist-10-loss.json").read_text())
+    taken = dict[str, float]()
+    for rows in zip(*(seed["rows"] for seed in seeds), strict=True):
+        name, seconds = rows[0]["contender"], [row["s to target"] for row in rows]
+        taken[name] = fmean(seconds)
+        yield f"| {name} | {_range(seconds)} | {fmean(row['steps'] for row in rows):,.0f} |"
+    best = [min(s for name, s in taken.items() if name.startswith(kind)) for kind in ("TopK", "local-sgd")]
+    yield f"TopK 1% takes {best[0] / best[1]:.2f} times as long as torch's local SGD"
 
 
 def test_link_page() -> None:
@@ -410,6 +418,8 @@ def front() -> Iterator[str]:
     taken = fmean(ours)
     yield f"`LocalUpdates` takes {taken / limit:.2f} times as long as computing dense training's steps, {taken:.0f} s"
     yield f"local SGD takes {fmean(peer):.0f} s at the best of its periods"
+    ours, peer, _ = best_at("Muon", "1000", 4)
+    yield f"it takes {fmean(peer):.0f} s, `LocalUpdates` {fmean(ours):.0f} s"
 
     # A step over a slow link, and the bytes of Figure 2.
     of = {row["contender"]: row for row in link("resnet18-100")["rows"]}["RandomK(0.01)"]
