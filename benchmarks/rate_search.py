@@ -82,7 +82,8 @@ class RateSearch:
         else:
             rates = {method: options.rates or [best_rate(rows, method)] for method in options.methods}
             jobs = [(method, rate, seed) for method in options.methods for rate in rates[method] for seed in (1, 2)]
-        done = {(row["method"], float(row["rate"]), int(row["seed"])) for row in rows}
+        same = [row for row in rows if int(row.get("steps") or options.steps) == options.steps]
+        done = {(row["method"], float(row["rate"]), int(row["seed"])) for row in same}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         make([job for job in jobs if job not in done], options)
 

@@ -1,9 +1,14 @@
 """packsaddle plan link: rates, the link measured, the verdict, and what the command refuses."""
 
+import csv
 import json
 import subprocess
+from math import log2
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commandline import command, refused
@@ -150,6 +155,29 @@ def test_the_steps_were_measured_for_compressors_that_the_command_knows() -> Non
         assert steps_needed(AdaptiveTopK(0.123), optimizer) is None
         assert all(steps_needed(c, optimizer) is found for c, found in measured.items())
     assert steps_needed(Sign(), None) == StepsNeeded(1.0)
+
+
+def test_steps_needed_follow_from_rows() -> None:
+    """On the line through dense trainings of 200 to 800 steps, in log2 of the steps; mean losses at the best rate."""
+    folder = Path(__file__).parents[2] / "experiments" / "adamw"
+    losses: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for name in ("runs", "steps"):
+        with (folder / f"{name}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                by_rate = losses.setdefault((row["method"], int(row["steps"])), {})
+                by_rate.setdefault(row["rate"], []).append(float(row["validation_loss"]))
+
+    def best(method: str, steps: int) -> float:
+        found = losses[method, steps].values()
+        return min(fmean(seeds) for seeds in found if len(seeds) == max(map(len, found)))
+
+    dense = sorted((best("dense", steps), log2(steps)) for method, steps in losses if method == "dense")
+    names = {QSGD(127): "QSGD 127", TopK(0.1): "TopK 10%", LowRank(4): "LowRank 4", TopK(0.01): "TopK 1%"}
+    for compressor, needed in MEASURED["adamw"].items():
+        loss = best(names.get(compressor, type(compressor).__name__ + " 10%" * needed.at_least), 800)
+        steps = 2 ** np.interp(loss, *zip(*dense, strict=True))
+        assert needed.at_least == (loss > dense[-1][0])
+        assert 800 / steps == pytest.approx(needed.factor, rel=0.03)
 
 
 def test_the_exchange_is_the_fastest_one() -> None:
