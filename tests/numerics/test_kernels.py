@@ -177,9 +177,7 @@ def test_largest_against_a_sort(v: Tensor, k: int) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_adding_writes_nothing_outside_the_vector(size: int) -> None:
     held = torch.zeros(12)
-    loop = kernel("add_cells", held)
-    assert loop is not None
-    loop(held[4:8], torch.tensor([1, -1, -3, 2**40, 4, 7]), size, torch.ones(6 * size), 2.0)
+    Cells(torch.tensor([1, -1, -3, 2**40, 4, 7]), size).add_to(held[4:8], torch.ones(6 * size), 2.0)
     assert held.nonzero().squeeze(1).tolist() == ([5] if size == 1 else [6, 7])
 
 

@@ -65,11 +65,14 @@ class Cells:
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
         """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
+        if self.size == 1:
+            if loop := kernel("add_coordinates", out, values):
+                loop(out, self.index, values, alpha)
+            else:
+                out.index_add_(0, self.index, values, alpha=alpha)
+            return
         if loop := kernel("add_cells", out, values):
             loop(out, self.index, self.size, values, alpha)
-            return
-        if self.size == 1:
-            out.index_add_(0, self.index, values, alpha=alpha)
             return
         whole, rest = self._split(out)
         rows = values.view(-1, self.size)

@@ -43,17 +43,7 @@ def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) 
     """Add alpha * values, float[m b], to out, float[d], at m cells of b consecutive coordinates, in place."""
     check_room("values", values, len(cells) * b)
     scale = scalar(alpha, out.numpy())
-    if b == 1:
-        _add_coordinates(out.numpy(), cells.numpy(), values.numpy(), scale)
-    else:
-        _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
-
-
-@compiled_loop
-def _add_coordinates(out: Array, index: Array, values: Array, alpha: float) -> None:
-    for i in range(len(index)):
-        if 0 <= index[i] < len(out):
-            out[index[i]] += alpha * values[i]
+    _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
 
 
 @compiled_loop
@@ -65,6 +55,19 @@ def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) ->
         source = values[i * b : i * b + len(target)]
         for j in range(len(target)):
             target[j] += alpha * source[j]
+
+
+def add_coordinates(out: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
+    """Add alpha * values, float[k], to out, float[d], at indices, int64[k], in place; twice as fast as index_add_."""
+    check_room("values", values, len(index))
+    _add_coordinates(out.numpy(), index.numpy(), values.numpy(), scalar(alpha, out.numpy()))
+
+
+@compiled_loop
+def _add_coordinates(out: Array, index: Array, values: Array, alpha: float) -> None:
+    for i in range(len(index)):
+        if 0 <= index[i] < len(out):
+            out[index[i]] += alpha * values[i]
 
 
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
