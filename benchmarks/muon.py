@@ -16,6 +16,7 @@ matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match
 
     python benchmarks/muon.py char-4 search     # every method, seed 0; makes the missing runs
     python benchmarks/muon.py gpt-2 search --target 1.6     # the rate that reaches this loss in the fewest steps
+    python benchmarks/muon.py gpt-2 refine      # the rates halfway to the neighbors of each method's best
     python benchmarks/muon.py char-4 seeds      # seeds 1 and 2 at each method's best rate
     python benchmarks/muon.py char-4 table
 """
@@ -259,6 +260,13 @@ class Runs:
 
         climb(quality, GRID.index(METHODS[method].start), range(len(GRID)))
 
+    def refine(self, method: str) -> None:
+        """Train at 0.7 and 1.4 times the best rate of seed 0 on the grid."""
+        tried = [row for row in self.rows(method) if row["seed"] == "0" and float(row["rate"]) in GRID]
+        best = float(min(tried, key=lambda row: float(row["validation_loss"]))["rate"])
+        for share in (0.7, 1.4):
+            self.make(method, round(share * best, 6), 0)
+
     def table(self, methods: Sequence[str]) -> str:
         """Return the Markdown table of the methods that have runs, the lowest loss first."""
         dense = 2 * (self.setting.workers - 1) / self.setting.workers * 4 * self.parameters()
@@ -334,8 +342,8 @@ def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("setting", choices=list(SETTINGS))
-    parser.add_argument("command", choices=("search", "seeds", "table", "figure"))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("command", choices=("search", "refine", "seeds", "table", "figure"))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, help="by default experiments/muon/SETTING.csv")
     parser.add_argument("--target", type=float, help="search the rate that reaches this validation loss soonest")
     options = parser.parse_args()
@@ -349,6 +357,8 @@ def main() -> None:
     for method in options.methods:
         if options.command == "search":
             runs.search(method, options.target)
+        elif options.command == "refine":
+            runs.refine(method)
         elif options.command == "seeds":
             for seed in (1, 2):
                 runs.make(method, float(runs.best(method)[0]["rate"]), seed)

@@ -97,7 +97,7 @@ def _alone(method: Method, entrant: Entrant) -> None:
 def _local(method: Method, entrant: Entrant) -> None:
     local = LocalUpdates(
         entrant.optimizers,
-        Compression(method.make_compressor(), dense_below=method.dense_below),
+        Compression(method.make_compressor(), dense_below=method.dense_below, exchange=method.exchange),
         every=method.every,
         overlap=method.overlap,
         outer=None if method.outer is None else OuterSGD(*method.outer),
