@@ -110,13 +110,15 @@ class TargetRace:
         step = timed[-1]
         return steps[0] * step.ms / 1000, steps[1] * step.low / 1000, steps[2] * step.high / 1000
 
-    def limit(self, inner: Inner, workers: int) -> float | None:
+    def limit(self, inner: Inner, workers: int, runs: Sequence[TargetRun] = ()) -> float | None:
         """Return the seconds of computing dense training's own steps to the target, with this optimizer, or None.
 
-        A step alone is as long on every link, so that its time is the mean of those timed on each.
+        A step alone has the mean time of those around `runs`; if they have none, of those timed on any link.
         """
         dense = next((m for m in self.settings.methods if m.kind == "dense" and m.inner == inner), None)
-        timed = [row.ms for row in self.timed() if (row.workers, row.method) == (workers, alone(inner).name)]
+        timed = [run.alone_ms for run in runs if run.alone_ms is not None] or [
+            row.ms for row in self.timed() if (row.workers, row.method) == (workers, alone(inner).name)
+        ]
         steps = self.steps(dense, workers) if dense else None
         return steps[0] * statistics.fmean(timed) / 1000 if steps and timed else None
 
@@ -198,7 +200,7 @@ class TargetRace:
         reached = all(run.reached for run in runs)
         seconds = [run.total_s for run in runs]
         predicted = self.predicted(method, workers, rate) or (None, None, None)
-        limit = self.limit(method.inner, workers)
+        limit = self.limit(method.inner, workers, runs)
         counted = [run.counted_mb for run in runs if run.counted_mb is not None]
         mean = statistics.fmean(seconds) if reached else None
         return {

@@ -32,6 +32,8 @@ from packsaddle.options import build
 from packsaddle.plan import Timing
 from packsaddle.runs.tasks import Batches, Dataset, make_task, shard
 
+_ALONE = 25  # steps of a block without exchanges
+
 
 @dataclass(frozen=True)
 class TargetRun:
@@ -53,6 +55,7 @@ class TargetRun:
     with_ends_mb: float  # the same with start and flush
     counted_mb: float | None  # start, steps and flush as the interface counted them, headers included
     curve: str  # step:seconds:loss of each evaluation
+    alone_ms: float | None = None  # a step without exchanges, by the slowest worker: mean of a block before and after
     origin: Origin = UNKNOWN
 
     @property
@@ -122,6 +125,11 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
     _warm_up(settings, method, texts[0], batches, group)
     network, windows = _network(settings, texts[0], seed), evenly_spaced(len(texts[1]), settings.windows)
 
+    # Time computing alone before and after, since the machine's speed varies between trainings.
+    computing = enter(alone(method.inner), _network(settings, texts[0], seed), 1e-4, steps=settings.steps, warm_up=50)
+    _block(computing, 2, batches, group)
+    blocks = [_block(computing, _ALONE, batches, group)]
+
     # Start, then blocks of steps with an evaluation after each.
     with clock.running(group):
         entrant = enter(method, network, lr, steps=settings.steps, warm_up=settings.warm_up)
@@ -143,6 +151,7 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
     before, rounds = clock.seconds, entrant.sent() - begun
     with clock.running(group):
         entrant.flush()
+    blocks.append(_block(computing, _ALONE, batches, group))
     steps, seconds = crossing(curve, settings.target)
     return TargetRun(
         group.size,
@@ -161,6 +170,7 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
         with_ends_mb=round(entrant.sent() / 1e6, 4),
         counted_mb=round(clock.sent / 1e6, 4) if jobs.interface else None,
         curve=" ".join(f"{step}:{at:.2f}:{loss:.4f}" for step, at, loss in curve),
+        alone_ms=round(1000 * statistics.fmean(blocks) / _ALONE, 3),
         origin=_origin(settings),
     )
 

@@ -27,6 +27,7 @@ from packsaddle import (
     Message,
     RandomK,
     RatioRamp,
+    Rounded,
     SharedTopK,
     Sign,
     SketchTopK,
@@ -637,6 +638,7 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "block_size of RandomK must be 1 with per_tensor, got 4": lambda: RandomK(0.1, block_size=4, per_tensor=True),
     "block_size of RandomK": lambda: RandomK(0.1, block_size=0),
     "values of TopK must be one of float32, bfloat16": lambda: TopK(0.1, values="int5"),  # type: ignore[arg-type]
+    "values of Rounded must be one of float32, bfloat16.* got None": lambda: Rounded(None),  # type: ignore[arg-type]
     r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0.0),
     "rows of SketchTopK must be a positive integer, got 0": lambda: SketchTopK(0.1, rows=0),
     "rows of SketchTopK must be at most 100, got 1000000000000": lambda: SketchTopK(0.1, rows=10**12),

@@ -9,6 +9,7 @@ from torch import Tensor
 from packsaddle.compressors.values import (
     FORMATS,
     ValueFormat,
+    add_values,
     decode_values,
     encode_values,
     value_count,
@@ -133,3 +134,14 @@ def test_no_block_of_levels_loses_more(how: ValueFormat) -> None:
         decoded = decode_values(encode_values(values, how), how, torch.float64)
         worst = min(worst, 1 - float((decoded - values).square().sum() / values.square().sum()))
     assert value_retention(how) <= worst < 0.9
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("k", [0, 1, 6, 255, 257, 1023])
+def test_adding_is_decoding_times_alpha(how: ValueFormat, k: int) -> None:
+    rng = torch.Generator().manual_seed(k)
+    values, before = torch.randn(k, generator=rng), torch.randn(k, generator=rng)
+    parts, out = encode_values(values, how), before.clone()
+    add_values(parts, how, out, -0.3)
+    expected = before.double() - 0.3 * decode_values(parts, how, torch.float32).double()
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-6)

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_loops import torch_only
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, LinearSketch, RandomK, SharedTopK, Sign, SketchTopK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    LinearSketch,
+    RandomK,
+    Rounded,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
@@ -119,6 +130,7 @@ SELECTING = [
     TopK(0.5, values="int1"),
     TopK(0.5, values="int2"),
     TopK(0.3, values="int3"),
+    Rounded(),
     AdaptiveTopK(0.3),
     AdaptiveTopK(1.0),
     Sign(),

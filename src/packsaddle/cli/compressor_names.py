@@ -19,6 +19,7 @@ WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
 FIXED: Mapping[str, Compressor] = {
     "identity": compressors.Identity(),
     "sign": compressors.Sign(),
+    "rounded": compressors.Rounded(),
     "qsgd": compressors.QSGD(),
     "lowrank": compressors.LowRank(),
 }

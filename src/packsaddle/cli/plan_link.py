@@ -150,7 +150,7 @@ def link(
             different rates of sending and receiving (the slower one limits); or "auto" to measure it between
             torchrun's workers, or without torchrun between processes on this machine.
         compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
-            Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
+            Sign, Rounded, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
         optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
             to dense training. sgd, adamw: measured with the DDP hook; only measured compressors are compared, unless

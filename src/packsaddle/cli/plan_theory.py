@@ -50,7 +50,8 @@ def theory(
 
     Args:
         compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
-            these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
+            these, AdaptiveTopK, Sign, Rounded, QSGD, LowRank and Identity, in any case; or a call:
+            'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%, for a single compressor; by default the best
             one.
         mode: "theory" uses the constants and logarithms of a proof, "practical" constants that give feasible runs.

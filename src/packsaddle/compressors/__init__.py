@@ -3,7 +3,7 @@
 from packsaddle.compressors.base import Compressor, Message, RatioRamp
 from packsaddle.compressors.linear_sketch import LinearSketch
 from packsaddle.compressors.low_rank import LowRank
-from packsaddle.compressors.quantized import QSGD, Sign
+from packsaddle.compressors.quantized import QSGD, Rounded, Sign
 from packsaddle.compressors.registry import compressors, describe, identify, parse_compressor
 from packsaddle.compressors.shared import SharedTopK, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
@@ -19,6 +19,7 @@ __all__ = [
     "Message",
     "RandomK",
     "RatioRamp",
+    "Rounded",
     "SharedTopK",
     "Sign",
     "SketchTopK",

@@ -1,4 +1,4 @@
-"""Compressors that quantize every coordinate to a few bits: Sign and QSGD."""
+"""Compressors that quantize every coordinate to a few bits: Sign, Rounded and QSGD."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,15 @@ from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag
 from packsaddle.compressors.levels import MOST_BITS, decode_levels, encode_levels, level_bytes, unpack_levels
 from packsaddle.compressors.parts import Expected, decoding, floats, octets
+from packsaddle.compressors.values import (
+    ValueFormat,
+    add_values,
+    check_format,
+    check_values,
+    encode_values,
+    value_parts,
+    value_retention,
+)
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
@@ -86,6 +95,48 @@ def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
         means: Tensor = loop(v, sizes) / torch.tensor(sizes).clamp_min_(1)
         return means
     return torch.stack([t.abs().sum(dtype=torch.float64) / max(1, len(t)) for t in torch.split(v, sizes)])
+
+
+@dataclass(frozen=True)
+class Rounded(Compressor):
+    """A compressor that sends every coordinate, rounded to nearest in a format of few bits (`compressors.values`).
+
+    The default, "int2", sends a sign and a bit that selects one of two levels in each block of 256 coordinates: the
+    mean of the magnitudes up to their mean, and that of the larger ones. It has 2.1 bits a coordinate; of a Gaussian
+    vector 12% of ||v||^2 remains for the error memory, with `Sign` 36%. Raises ValueError for an unknown format.
+
+    >>> import torch
+    >>> from packsaddle import Rounded
+    >>> Rounded()(torch.tensor([1.0, -3.0, 5.0, 1.0]))
+    tensor([ 1., -4.,  4.,  1.])
+    >>> Rounded().message_bytes(8000)
+    2133
+    """
+
+    fixed_size: ClassVar[bool] = True
+    values: ValueFormat = "int2"  # format of the coordinates
+
+    def __post_init__(self) -> None:
+        check_format("Rounded", self.values)
+
+    def mu(self, d: int) -> float:
+        """Return `value_retention` of the format, a lower bound for every v."""
+        return value_retention(self.values)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return Message(encode_values(v, self.values))
+
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        return value_parts(d, self.values)
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
+        with decoding(self):
+            check_values(parts, self.values)
+        return Message(parts)
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        add_values(message.parts, self.values, out, alpha)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from packsaddle.compressors.base import Compressor
 from packsaddle.compressors.linear_sketch import LinearSketch
 from packsaddle.compressors.low_rank import LowRank
-from packsaddle.compressors.quantized import QSGD, Sign
+from packsaddle.compressors.quantized import QSGD, Rounded, Sign
 from packsaddle.compressors.shared import SharedTopK, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
@@ -34,6 +34,7 @@ SUMMARIES: Mapping[type[Compressor], Summary] = {
     SharedTopK: Summary("K/B >= k/d, in the mean", "projections of each of B blocks, 2 bytes each; K blocks of values"),
     SketchTopK: Summary("k/d", "rows x columns counters of 2 bytes; oversample x k values"),
     Sign: Summary("||v||_1^2 / (d ||v||_2^2)", "a bit for each coordinate, and a scale"),
+    Rounded: Summary("4/256 or better, by format", "a few bits for each coordinate; scales or levels of each 256"),
     QSGD: Summary("1 / (1 + min(b/s^2, sqrt(b)/s))", "levels, in about their entropy; a norm for each bucket"),
     LinearSketch: Summary("c/(c + d - 1) or better", "c counters"),
     LowRank: Summary("matrix_rank / min(n, m), in the mean", "matrix_rank (n + m) values for each matrix"),
@@ -58,6 +59,8 @@ def compressors(ratio: float) -> list[Compressor]:
         LinearSketch(ratio),
         Sign(),
         Stages(Sign()),
+        Rounded(),
+        Rounded("float16"),
         QSGD(),
         QSGD(127),
         LowRank(),

@@ -19,8 +19,8 @@ from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, decoding, floats
 from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
 from packsaddle.compressors.values import (
-    FORMATS,
     ValueFormat,
+    check_format,
     check_values,
     decode_values,
     encode_values,
@@ -233,7 +233,8 @@ class RandomK(_OfEachTensor):
             raise ValueError(f"block_size of RandomK must be a positive integer or None, got {self.block_size!r}")
         if self.per_tensor and self.block_size not in (None, 1):
             raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")
-        _check_values(self, self.values)
+        if self.values is not None:
+            check_format(type(self).__name__, self.values)
 
     @property
     def linear(self) -> bool:
@@ -374,7 +375,8 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_values(self, self.values)
+        if self.values is not None:
+            check_format(type(self).__name__, self.values)
         if self.chunk is None:
             return
         if type(self.chunk) is not int or not 1 <= self.chunk <= _LONGEST_CHUNK:
@@ -457,7 +459,8 @@ class AdaptiveTopK(_CodedSupport):
     def __post_init__(self) -> None:
         check_share("share of AdaptiveTopK", self.share, "it is of ||v||^2; a number of coordinates is TopK's k=")
         object.__setattr__(self, "share", float(self.share))
-        _check_values(self, self.values)
+        if self.values is not None:
+            check_format(type(self).__name__, self.values)
 
     def mu(self, d: int) -> float:
         return self.share * value_retention(self.values)
@@ -467,8 +470,3 @@ class AdaptiveTopK(_CodedSupport):
 
     def select(self, v: Tensor) -> Tensor:
         return holding(v, self.share)
-
-
-def _check_values(compressor: Compressor, how: ValueFormat | None) -> None:
-    if how is not None and how not in FORMATS:
-        raise ValueError(f"values of {type(compressor).__name__} must be one of {', '.join(FORMATS)}, got {how!r}")

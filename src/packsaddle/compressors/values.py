@@ -30,6 +30,12 @@ _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the fu
 _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # largest valid code; a subnormal unit makes it almost 2 units
 
 
+def check_format(owner: str, how: object) -> None:
+    """Raise ValueError, naming `owner`, unless `how` is a format."""
+    if how not in FORMATS:
+        raise ValueError(f"values of {owner} must be one of {', '.join(FORMATS)}, got {how!r}")
+
+
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", a scale per block.
     Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1]."""
@@ -132,6 +138,14 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
     if how in _LARGEST:
         values = values / _LARGEST[how]
     return values * scales.repeat_interleave(VALUE_BLOCK)[:k]
+
+
+def add_values(parts: Mapping[str, Tensor], how: ValueFormat, out: Tensor, alpha: float) -> None:
+    """Add alpha times the values that `decode_values` returns to out, float[k]."""
+    if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", out)):
+        loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, _scales_of(parts, out.dtype).mul_(alpha), out)
+    else:
+        out.add_(decode_values(parts, how, out.dtype), alpha=alpha)
 
 
 def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:

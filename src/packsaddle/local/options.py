@@ -287,8 +287,8 @@ class LocalOptions(Option):
                 name = type(aggregator).__name__
                 raise ValueError(
                     f"compressor and exchange must average messages directly with a manager or a sample of workers "
-                    f"(TopK, RandomK, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep state "
-                    f"that fits one set of workers"
+                    f"(TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep "
+                    f"state that fits one set of workers"
                 )
             # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
             uneven = isinstance(self.workers, Workers) and self.workers.are_uneven

@@ -16,6 +16,7 @@ from packsaddle.compressors import (
     LinearSketch,
     LowRank,
     RandomK,
+    Rounded,
     SharedTopK,
     Sign,
     SketchTopK,
@@ -34,7 +35,7 @@ _EPOCHS = (1e-9, 1e9)  # smallest and largest number of epochs
 _WIDEST = 2**20  # largest number of units in a layer
 
 AnyCompressor = (
-    Identity | RandomK | TopK | AdaptiveTopK | SharedTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
+    Identity | RandomK | TopK | AdaptiveTopK | SharedTopK | SketchTopK | Sign | Rounded | QSGD | LinearSketch | LowRank
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 _LARGE = 1 << 20  # vector length from which `kernel` warns if no compiled loops are available
 _DTYPES = (torch.float32, torch.float64)
 _COMPILERS = {  # by device type: the compiler's package, and the modules with its loops
-    "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes")),
+    "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes", "numba_values")),
     "cuda": ("triton", ("triton_loops",)),
 }
 

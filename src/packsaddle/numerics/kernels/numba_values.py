@@ -1,0 +1,169 @@
+"""Compiled loops that round values to a sign and a level of their block. See `compressors.values`."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
+from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, compiled_sum, in_parts
+
+
+def pack_levels_of_blocks(values: Tensor, halvings: int, block: int) -> tuple[Tensor, Tensor]:
+    """Encode values, float[k], in `halvings` + 1 bits each; return the packed codes, uint8[...], and the levels of each
+    block of `block` values, a multiple of 8, float64[blocks, 2^halvings]. See `compressors.values`."""
+    k, bits = len(values), halvings + 1
+    packed = torch.empty(-(-k * bits // 8), dtype=torch.uint8)
+    levels = torch.empty(-(-k // block), 1 << halvings, dtype=torch.float64)
+    v, p, of_blocks = values.numpy(), packed.numpy(), levels.numpy()
+
+    def part(start: int, stop: int) -> None:
+        coded = p[start * bits // 8 : -(-stop * bits // 8)]
+        if halvings == 1:
+            _pack_two_levels(v[start:stop], block, coded, of_blocks[start // block :])
+        else:
+            _pack_levels_of_blocks(v[start:stop], halvings, block, coded, of_blocks[start // block :])
+
+    in_parts(k, block, part)
+    return packed, levels
+
+
+@compiled_loop
+def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None:
+    split = np.empty(1, v.dtype)
+    for start in range(0, len(v), block):
+        x, of_block = v[start : start + block], levels[start // block]
+        mean = _sum_of_magnitudes(x) / len(x)
+        # The largest float32 that is at most the mean separates the same values, and is compared faster.
+        split[0] = mean
+        if split[0] > mean:
+            split.view(np.int32)[0] -= 1
+        low, high, above = _sums_around(x, split[0])
+        of_block[0], of_block[1] = low / max(len(x) - above, 1.0), high / max(above, 1.0)
+        _pack_two_bits(x, split[0], packed[start // 4 : -(-(start + len(x)) // 4)])
+
+
+@compiled_sum
+def _sum_of_magnitudes(x: Array) -> float:
+    s = 0.0
+    for i in range(len(x)):
+        s += np.float64(abs(x[i]))
+    return s
+
+
+@compiled_sum
+def _sums_around(x: Array, split: float) -> tuple[float, float, float]:
+    """Return the sum of the magnitudes up to `split`, that of the larger ones, and the number of these."""
+    low, high, above = 0.0, 0.0, 0.0
+    for i in range(len(x)):
+        m = abs(x[i])
+        low += np.float64(0.0 if m > split else m)
+        high += np.float64(m if m > split else 0.0)
+        above += 1.0 if m > split else 0.0
+    return low, high, above
+
+
+@compiled_loop
+def _pack_two_bits(x: Array, split: float, packed: Array) -> None:
+    """Pack for each value a bit for x < 0 and one for |x| > split."""
+    for j in range(len(x) // 4):
+        byte = np.uint8(0)
+        for i in range(4):
+            a = x[4 * j + i]
+            byte = np.uint8((byte << 2) | (np.uint8(a < 0) << 1) | np.uint8(abs(a) > split))
+        packed[j] = byte
+    if len(x) % 4:
+        byte = np.uint8(0)
+        for i in range(len(x) // 4 * 4, len(x)):
+            byte |= np.uint8(((np.uint8(x[i] < 0) << 1) | np.uint8(abs(x[i]) > split)) << (6 - 2 * (i % 4)))
+        packed[len(x) // 4] = byte
+
+
+@compiled_loop
+def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, levels: Array) -> None:
+    magnitudes, codes, means = np.empty(block), np.empty(block, np.uint8), np.empty(1 << halvings)
+    for start in range(0, len(v), block):
+        x = v[start : start + block]
+        m, c = magnitudes[: len(x)], codes[: len(x)]
+        codes[:] = 0
+        for i in range(len(x)):
+            m[i] = abs(np.float64(x[i]))
+        # Split each set of magnitudes at its mean: a code gets one more bit.
+        for halving in range(halvings):
+            for code in range(1 << halving):
+                means[code] = _mean_of(m, c, code)
+            for i in range(len(x)):
+                c[i] = np.uint8(2 * c[i] + np.uint8(m[i] > means[c[i]]))
+        for code in range(1 << halvings):
+            levels[start // block, code] = _mean_of(m, c, code)
+        for i in range(len(x)):
+            c[i] |= np.uint8(np.uint8(x[i] < 0) << halvings)
+        pack_codes(codes[: -(-len(x) // 8) * 8], halvings + 1, packed[start * (halvings + 1) // 8 :])
+
+
+@compiled_sum
+def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
+    """Return the mean of the magnitudes that have this code, 0 if there are none."""
+    s, n = 0.0, 0.0
+    for i in range(len(magnitudes)):
+        is_member = codes[i] == code
+        s += magnitudes[i] if is_member else 0.0
+        n += np.float64(is_member)
+    return s / max(n, 1.0)
+
+
+def unpack_levels_of_blocks(packed: Tensor, k: int, halvings: int, block: int, levels: Tensor) -> Tensor:
+    """Decode `pack_levels_of_blocks`: return the values, float[k], in the type of `levels`, float[...]."""
+    check_room("codes", packed, -(-k * (halvings + 1) // 8))
+    check_room("levels", levels, -(-k // block) << halvings)
+    out, bits = torch.empty(k, dtype=levels.dtype), halvings + 1
+    p, of_blocks, o = packed.numpy(), levels.view(-1, 1 << halvings).numpy(), out.numpy()
+
+    def part(start: int, stop: int) -> None:
+        _unpack_levels_of_blocks(p[start * bits // 8 :], halvings, block, of_blocks[start // block :], o[start:stop])
+
+    in_parts(k, block, part)
+    return out
+
+
+@compiled_loop
+def _unpack_levels_of_blocks(packed: Array, halvings: int, block: int, levels: Array, out: Array) -> None:
+    codes, signed = np.empty(block, np.uint8), np.empty(2 << halvings, out.dtype)
+    for start in range(0, len(out), block):
+        x = out[start : start + block]
+        unpack_codes(packed[start * (halvings + 1) // 8 :], halvings + 1, codes[: -(-len(x) // 8) * 8])
+        for code in range(1 << halvings):
+            signed[code] = levels[start // block, code]
+            signed[(1 << halvings) + code] = -levels[start // block, code]
+        for i in range(len(x)):
+            x[i] = signed[codes[i]]
+
+
+def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
+    """Add the values that `unpack_levels_of_blocks` decodes, which it describes, to `out`, float[k]."""
+    check_room("codes", packed, -(-len(out) * (halvings + 1) // 8))
+    check_room("levels", levels, -(-len(out) // block) << halvings)
+    if halvings != 1:
+        out.add_(unpack_levels_of_blocks(packed, len(out), halvings, block, levels))
+        return
+    p, of_blocks, o = packed.numpy(), levels.view(-1, 2).numpy(), out.numpy()
+    in_parts(
+        len(o),
+        block,
+        lambda start, stop: _add_two_levels(p[start // 4 :], block, of_blocks[start // block :], o[start:stop]),
+    )
+
+
+@compiled_loop
+def _add_two_levels(packed: Array, block: int, levels: Array, out: Array) -> None:
+    for start in range(0, len(out), block):
+        x, low, high = out[start : start + block], levels[start // block, 0], levels[start // block, 1]
+        codes = packed[start // 4 :][: -(-len(x) // 4)]
+        for j in range(len(x) // 4):
+            for i in range(4):
+                code = codes[j] >> (6 - 2 * i)
+                m = high if code & 1 else low
+                x[4 * j + i] += -m if code & 2 else m
+        for i in range(len(x) // 4 * 4, len(x)):
+            code = codes[i >> 2] >> (6 - 2 * (i & 3))
+            m = high if code & 1 else low
+            x[i] += -m if code & 2 else m
