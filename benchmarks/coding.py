@@ -12,11 +12,12 @@ from statistics import median
 
 import torch
 
-from packsaddle import QSGD, Compressor, Sign, Stages, TopK
+from packsaddle import QSGD, Compressor, Rounded, Sign, Stages, TopK
 from packsaddle.compressors import describe
 
 TENSORS = 54  # of nearly equal length, for compressors of each tensor
 COMPRESSORS: list[Compressor] = [
+    Rounded(),
     TopK(1 / 2, values="int2"),
     TopK(1 / 64, values="int2"),
     TopK(1 / 64, values="int2", chunk=4096),

@@ -43,7 +43,7 @@ from benchmarks.race.target_settings import steps_and_loss
 from benchmarks.race.workload import LIBRARY, evenly_spaced, load_library
 from benchmarks.rate_search import append, climb, rate_at
 from packsaddle.comm import resolve
-from packsaddle.compressors import Compressor, Identity, Sign, TopK
+from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 from packsaddle.runs import DataConfig, ModelConfig
 from packsaddle.runs.tasks import Batches, Dataset, load_data, make_task, shard
 
@@ -102,6 +102,7 @@ def _methods() -> Iterator[tuple[str, Method]]:
         for every in (4, 8, 16, 32):
             two_bits = replace(base, compressor=TopK(1 / 2, values="int2"), every=every)
             yield f"{name}, local {every}, TopK 1/2 int2", two_bits
+            yield f"{name}, local {every}, Rounded int2", replace(two_bits, compressor=Rounded())
             yield f"{name}, local {every}, TopK 1/2 int2, outer 0.7 0.5", replace(two_bits, outer=(0.7, 0.5))
     yield "AdamW, dense", Method()
     yield "AdamW, dense, beta1 0.8", Method(betas=(0.8, 0.99))

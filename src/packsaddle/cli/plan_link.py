@@ -2,10 +2,9 @@
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +17,7 @@ from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call, importing_from
 from packsaddle.cli.parsing import Seconds
 from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables
+from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
@@ -181,65 +181,77 @@ def _plan(
 ) -> LinkPlan:
     # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
-    bits = None if rate == "auto" else link_planner.slower_rate(rate)
-    workers = _workers(workers)
-    if bits is None and options.latency is not None:
-        raise ConfigError("--latency is measured if RATE is auto: leave it out")
-    link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
-    source, step = "as given", options.training_step()
-    if step is None:
-        workload = ModelSize.of_size(options.d or 0)
-    else:
-        trained = [p for p in step.model.parameters() if p.requires_grad]
-        workload = ModelSize.of_parameters(str(options.model), trained)
-    most = math.inf if options.most_steps is None else options.most_steps
+    given, workers = _given(rate, options.latency), _workers(workers)
+    step = options.training_step()
+    workload = _size(options, step)
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
     settings = measured_with(workers, inner)
+    most = math.inf if options.most_steps is None else options.most_steps
     check_most_steps(most, settings)
-    fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
-    # Measure the link, unless its rate is given.
     with process_group() if under_launcher() else nullcontext() as group:
         device = torch.device("cpu") if group is None else local_device()
         if group is None and step is not None:
             device = next(step.model.parameters()).device
-        if bits is None and group is not None:
-            link, source = probe(group, device), "measured between torchrun's workers"
-        elif bits is None:
-            link, source = probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
+        link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
-        # Measure once: the time of an update, the speed of each compressor, and the compute time unless it is given.
+        # Measure once: the compute time unless it is given, the time of an update, and the speed of each compressor.
         total = len(candidates) + len({s.compressor for s in settings}) * options.local + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
             timing = None
             if options.compute is None and step is not None:
                 timing = _timed(step.to(device), optimizer or "adamw", str(options.model))
-                fleet = replace(fleet, compute=timing.low)
-            update, done = update_seconds(workload.d, noise=options.noise, device=device), count(1)
+            update, pace = update_seconds(workload.d, noise=options.noise, device=device), _Paces(report, device)
 
-            spreads: list[float] = []
-
-            @cache
-            def pace(compressor: Compressor, d: int) -> Pace:
-                report(next(done), f"timing {brief(describe(compressor))}")
-                found, spread = measure_with_spread(compressor, d, repeats=3, device=device)
-                spreads.append(spread)
-                return found
-
-            def forecasts(fleet: Fleet) -> tuple[Verdict, tuple[LocalForecast, ...]]:
+            def forecasts(compute: float) -> tuple[Fleet, Verdict, tuple[LocalForecast, ...]]:
+                fleet = Fleet(workers, compute, options.spread)
                 verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
                 if not options.local:
-                    return verdict, ()
-                return verdict, forecast_local(
-                    workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most
-                )
+                    return fleet, verdict, ()
+                local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
+                return fleet, verdict, local
 
-            verdict, local = forecasts(fleet)
-            slowest = forecasts(replace(fleet, compute=timing.high)) if timing else None
-    return LinkPlan(
-        verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest, max(spreads, default=0.0)
-    )
+            fleet, verdict, local = forecasts(timing.low if timing else options.compute or 0.0)
+            slowest = forecasts(timing.high)[1:] if timing else None
+    return LinkPlan(verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest, pace.spread)
+
+
+def _given(rate: str, latency: float | None) -> Link | None:
+    """Return the link with the given rate and latency; None for "auto". Raises ConfigError."""
+    if rate != "auto":
+        return Link.nominal(link_planner.slower_rate(rate), LATENCY if latency is None else latency)
+    if latency is not None:
+        raise ConfigError("--latency is measured if RATE is auto: leave it out")
+    return None
+
+
+def _size(options: LinkOptions, step: TrainingStep | None) -> ModelSize:
+    if step is None:
+        return ModelSize.of_size(options.d or 0)
+    return ModelSize.of_parameters(str(options.model), [p for p in step.model.parameters() if p.requires_grad])
+
+
+def _measured_link(group: Group | None, device: torch.device, workers: int) -> tuple[Link, str]:
+    """Measure the link between torchrun's workers, else between processes of this machine; return it and its source."""
+    if group is not None:
+        return probe(group, device), "measured between torchrun's workers"
+    return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
+
+
+class _Paces:
+    """Measures the speed of each compressor once; `spread` is the largest of these measurements."""
+
+    def __init__(self, report: Callable[[int, str], object], device: torch.device) -> None:
+        self.spread = 0.0
+        self._report, self._device, self._found = report, device, dict[tuple[Compressor, int], Pace]()
+
+    def __call__(self, compressor: Compressor, d: int) -> Pace:
+        if (compressor, d) not in self._found:
+            self._report(len(self._found) + 1, f"timing {brief(describe(compressor))}")
+            pace, spread = measure_with_spread(compressor, d, repeats=3, device=self._device)
+            self._found[compressor, d], self.spread = pace, max(self.spread, spread)
+        return self._found[compressor, d]
 
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:

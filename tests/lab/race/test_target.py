@@ -275,6 +275,12 @@ def test_tables_of_stored_rows(
     (table,) = json.loads(capsys.readouterr().out)
     assert (table["rows"][0]["predicted"], table["rows"][0]["to"]) == pytest.approx((10 * 0.1, 10 * 0.12))
     assert table["rows"][0]["/ limit"] == pytest.approx(11.0 / (40 * 0.05))
+
+    # The time of computing alone around a method's trainings replaces that of the timed blocks.
+    save(tmp_path / "runs.csv", [replace(a_run("ours", 2, 11.0), alone_ms=40.0)])
+    assert command("benchmarks.race", *asked, "tables", "--json") == 0
+    (table,) = json.loads(capsys.readouterr().out)
+    assert table["rows"][0]["/ limit"] == pytest.approx(12.0 / (40 * 0.04))
     assert command("benchmarks.race", *asked, "plan", "--seeds", 2, "--json") == 0
     (plan,) = json.loads(capsys.readouterr().out)
     missing = [(row["method"], row["seed"]) for row in plan["rows"]]
@@ -298,6 +304,8 @@ def test_a_race_on_local_processes(capsys: pytest.CaptureFixture[str], tmp_path:
     assert [run.method for run in runs] == ["ours", "torch"]
     assert [step.method for step in steps] == ["adamw, alone", "muon, alone", "ours", "torch"]
     for run in runs:
+        assert run.alone_ms is not None
+        assert run.alone_ms > 0
         points = [tuple(map(float, point.split(":"))) for point in run.curve.split()]
         assert run.train_s <= points[-1][1] + 0.01
         assert run.steps <= points[-1][0]
