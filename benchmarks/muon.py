@@ -1,6 +1,6 @@
 """Local updates with AdamW or Muon inside, compared with dense training and other methods that exchange every H steps.
 
-One table for each of four settings, at equal tokens:
+One table for each of five settings, at equal tokens:
 
     char-4   the character transformer of benchmarks/adamw.py, 0.36 million parameters, on the reference of the Python
              language; 800 steps of four workers with 8 windows each
@@ -8,6 +8,7 @@ One table for each of four settings, at equal tokens:
              two workers with 8 windows each
     gpt-4    the same with four workers
     char-8   char-4 with eight workers and 4 windows each: dense training is that of char-4
+    char-16  the same with sixteen workers and 2 windows each
 
 Every method has the same warm-up, cosine and clipping, and its best rate of one grid of powers of two: the search
 goes from a rate to a better neighbor until both neighbors are worse. Workers are simulated in
@@ -64,6 +65,7 @@ SETTINGS = {
     "gpt-2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
     "gpt-4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
     "char-8": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 8, 800, batch=4),
+    "char-16": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 16, 800, batch=2),
 }
 
 
