@@ -60,7 +60,6 @@ def compressors(ratio: float) -> list[Compressor]:
         Sign(),
         Stages(Sign()),
         Rounded(),
-        Rounded("float16"),
         QSGD(),
         QSGD(127),
         LowRank(),
