@@ -120,7 +120,7 @@ class Rounded(Compressor):
         check_format("Rounded", self.values)
 
     def mu(self, d: int) -> float:
-        """Return `value_retention` of the format, a lower bound for every v."""
+        """Return `value_retention` of the format, a lower bound for every v of d coordinates."""
         return value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
