@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from benchmarks.race.inner import Half
-from packsaddle.comm.select_aggregator import Exchange
 from packsaddle.compressors import Compressor, parse_compressor
 from packsaddle.errors import ConfigError
 from packsaddle.options import build
@@ -42,7 +41,7 @@ class Method:
     every: int = 1  # period of exchanges, in steps
     compressor: str = "Sign(per_tensor=True)"  # for "local" and "hook"; "Half": float16
     dense_below: int = 1024  # for "local"
-    exchange: Exchange = "auto"  # for "local"
+    exchange: Literal["auto", "direct", "two-way"] = "auto"  # for "local"
     overlap: int = 0
     outer: tuple[float, float] | None = None  # rate and Nesterov momentum of DiLoCo's outer optimizer
     keep_unsent: bool = True
