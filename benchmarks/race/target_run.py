@@ -126,7 +126,7 @@ def train(jobs: Jobs, training: Training, texts: tuple[Dataset, Dataset], group:
     network, windows = _network(settings, texts[0], seed), evenly_spaced(len(texts[1]), settings.windows)
 
     # Time computing alone before and after, since the machine's speed varies between trainings.
-    computing = enter(alone(method.inner), _network(settings, texts[0], seed), 1e-4, steps=settings.steps, warm_up=50)
+    computing = _enter_to_time(settings, alone(method.inner), texts[0])
     _block(computing, 2, batches, group)
     blocks = [_block(computing, _ALONE, batches, group)]
 
@@ -197,8 +197,7 @@ def time_steps(jobs: Jobs, texts: tuple[Dataset, Dataset], group: Group) -> list
     methods = [*map(alone, sorted({method.inner for method in timed})), *timed]
     entrants, lengths, taken = [], list[int](), [list[float]() for _ in methods]
     for method in methods:
-        network = _network(settings, texts[0], 0)
-        entrant = enter(method, network, 1e-4, steps=settings.steps, warm_up=settings.warm_up)
+        entrant = _enter_to_time(settings, method, texts[0])
         entrants.append(entrant)
 
         # Warm up until PowerSGD compresses, then time one period to choose the length of a block.
@@ -215,6 +214,12 @@ def time_steps(jobs: Jobs, texts: tuple[Dataset, Dataset], group: Group) -> list
         ms, low, high = (round(1000 * each, 3) for each in (timing.median, timing.low, timing.high))
         rows.append(TargetStep(group.size, jobs.rate, method.name, ms, low, high, length, _origin(settings)))
     return rows
+
+
+def _enter_to_time(settings: TargetSettings, method: Method, data: Dataset) -> Entrant:
+    """Set up a method with a network that is thrown away, at a rate at which no method diverges; collective."""
+    network = _network(settings, data, 0)
+    return enter(method, network, 1e-4, steps=settings.steps, warm_up=settings.warm_up)
 
 
 def _block(entrant: Entrant, steps: int, batches: Callable[[int], Batch], group: Group) -> float:
@@ -253,7 +258,7 @@ def _warm_up(
     """Compile loops and open connections, with two steps of a network that is thrown away."""
     local = method.kind in ("local", "local-sgd")
     short = replace(method, every=2 if local else 1, overlap=min(method.overlap, 1), start=2)
-    entrant = enter(short, _network(settings, data, 0), 1e-4, steps=settings.steps, warm_up=settings.warm_up)
+    entrant = _enter_to_time(settings, short, data)
     _block(entrant, 2, batches, group)
     entrant.flush()
 

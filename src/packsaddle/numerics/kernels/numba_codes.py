@@ -16,6 +16,7 @@ from packsaddle.numerics.kernels.numba_common import (
     compiled_sum,
     in_parts,
     scalar,
+    sum_of_magnitudes,
 )
 from packsaddle.numerics.kernels.numba_random import word
 
@@ -66,15 +67,7 @@ def _sums_of_magnitudes(v: Array, edges: Array, start: int, stop: int, sums: Arr
     for run in range(len(sums)):
         first, end = max(start, edges[run]), min(stop, edges[run + 1])
         if first < end:
-            sums[run] = _sum_of_magnitudes(v[first:end])
-
-
-@compiled_sum
-def _sum_of_magnitudes(v: Array) -> float:
-    s = 0.0
-    for i in range(len(v)):
-        s += abs(np.float64(v[i]))
-    return s
+            sums[run] = sum_of_magnitudes(v[first:end])
 
 
 def add_signs(packed: Tensor, sizes: Sequence[int], scales: Tensor, out: Tensor) -> None:

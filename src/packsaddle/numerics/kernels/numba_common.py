@@ -24,6 +24,14 @@ compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=
 T = TypeVar("T")
 
 
+@compiled_sum
+def sum_of_magnitudes(v: Array) -> float:
+    s = 0.0
+    for i in range(len(v)):
+        s += abs(np.float64(v[i]))
+    return s
+
+
 def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
     """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return a list."""
     parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))

@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
-from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, compiled_sum, in_parts
+from packsaddle.numerics.kernels.numba_common import (
+    Array,
+    check_room,
+    compiled_loop,
+    compiled_sum,
+    in_parts,
+    sum_of_magnitudes,
+)
 
 
 def pack_levels_of_blocks(values: Tensor, halvings: int, block: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +39,7 @@ def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None
     split = np.empty(1, v.dtype)
     for start in range(0, len(v), block):
         x, of_block = v[start : start + block], levels[start // block]
-        mean = _sum_of_magnitudes(x) / len(x)
+        mean = sum_of_magnitudes(x) / len(x)
         # The largest float32 that is at most the mean separates the same values, and is compared faster.
         split[0] = mean
         if split[0] > mean:
@@ -40,14 +47,6 @@ def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None
         low, high, above = _sums_around(x, split[0])
         of_block[0], of_block[1] = low / max(len(x) - above, 1.0), high / max(above, 1.0)
         _pack_two_bits(x, split[0], packed[start // 4 : -(-(start + len(x)) // 4)])
-
-
-@compiled_sum
-def _sum_of_magnitudes(x: Array) -> float:
-    s = 0.0
-    for i in range(len(x)):
-        s += np.float64(abs(x[i]))
-    return s
 
 
 @compiled_sum
@@ -113,20 +112,30 @@ def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
 
 def unpack_levels_of_blocks(packed: Tensor, k: int, halvings: int, block: int, levels: Tensor) -> Tensor:
     """Decode `pack_levels_of_blocks`: return the values, float[k], in the type of `levels`, float[...]."""
-    check_room("codes", packed, -(-k * (halvings + 1) // 8))
-    check_room("levels", levels, -(-k // block) << halvings)
-    out, bits = torch.empty(k, dtype=levels.dtype), halvings + 1
-    p, of_blocks, o = packed.numpy(), levels.view(-1, 1 << halvings).numpy(), out.numpy()
-
-    def part(start: int, stop: int) -> None:
-        _unpack_levels_of_blocks(p[start * bits // 8 :], halvings, block, of_blocks[start // block :], o[start:stop])
-
-    in_parts(k, block, part)
+    out = torch.zeros(k, dtype=levels.dtype)
+    add_levels_of_blocks(packed, halvings, block, levels, out)
     return out
 
 
+def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
+    """Decode `pack_levels_of_blocks`, and add the values to out, float[k]; `levels` has the type of `out`."""
+    bits = halvings + 1
+    check_room("codes", packed, -(-len(out) * bits // 8))
+    check_room("levels", levels, -(-len(out) // block) << halvings)
+    p, of_blocks, o = packed.numpy(), levels.view(-1, 1 << halvings).numpy(), out.numpy()
+
+    def part(start: int, stop: int) -> None:
+        codes, mine = p[start * bits // 8 :], of_blocks[start // block :]
+        if halvings == 1:
+            _add_two_levels(codes, block, mine, o[start:stop])
+        else:
+            _add_levels_of_blocks(codes, halvings, block, mine, o[start:stop])
+
+    in_parts(len(o), block, part)
+
+
 @compiled_loop
-def _unpack_levels_of_blocks(packed: Array, halvings: int, block: int, levels: Array, out: Array) -> None:
+def _add_levels_of_blocks(packed: Array, halvings: int, block: int, levels: Array, out: Array) -> None:
     codes, signed = np.empty(block, np.uint8), np.empty(2 << halvings, out.dtype)
     for start in range(0, len(out), block):
         x = out[start : start + block]
@@ -135,22 +144,7 @@ def _unpack_levels_of_blocks(packed: Array, halvings: int, block: int, levels: A
             signed[code] = levels[start // block, code]
             signed[(1 << halvings) + code] = -levels[start // block, code]
         for i in range(len(x)):
-            x[i] = signed[codes[i]]
-
-
-def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
-    """Add the values that `unpack_levels_of_blocks` decodes, which it describes, to `out`, float[k]."""
-    check_room("codes", packed, -(-len(out) * (halvings + 1) // 8))
-    check_room("levels", levels, -(-len(out) // block) << halvings)
-    if halvings != 1:
-        out.add_(unpack_levels_of_blocks(packed, len(out), halvings, block, levels))
-        return
-    p, of_blocks, o = packed.numpy(), levels.view(-1, 2).numpy(), out.numpy()
-    in_parts(
-        len(o),
-        block,
-        lambda start, stop: _add_two_levels(p[start // 4 :], block, of_blocks[start // block :], o[start:stop]),
-    )
+            x[i] += signed[codes[i]]
 
 
 @compiled_loop
