@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,8 @@ def _local(method: Method, entrant: Entrant) -> None:
         outer=None if method.outer is None else OuterSGD(*method.outer),
         keep_unsent=method.keep_unsent,
     )
-    entrant.local, entrant.flush = local, local.flush
+    last = method.make_compressor() if method.flush == "compressed" else None
+    entrant.local, entrant.flush = local, partial(local.flush, last)
     entrant.diverges = not method.keep_unsent and method.outer is None  # local SGD, here with averages in 16 bits
     entrant.sent = lambda: local.ledger.total.sent
 

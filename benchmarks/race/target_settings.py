@@ -45,6 +45,7 @@ class Method:
     overlap: int = 0
     outer: tuple[float, float] | None = None  # rate and Nesterov momentum of DiLoCo's outer optimizer
     keep_unsent: bool = True
+    flush: Literal["whole", "compressed"] = "whole"  # "compressed": with the compressor of the rounds, for "local"
     bits: int = 32  # of a gradient, for "dense"
     rank: int = 4  # of PowerSGD
     start: int = 2  # first compressed step of PowerSGD

@@ -29,6 +29,8 @@ _LOCAL_NOTE = (
     "x steps: measured on a small language model with {}, with 2 or 4 workers (learning rates and seeds: {}). Your "
     "model may differ."
 )
+_FLUSH = "local.flush()  # after the last step"
+_LONG_FLUSH = 10.0  # seconds of an uncompressed flush from which a compressed one is named
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
 
@@ -108,6 +110,9 @@ def print_tables(plan: LinkPlan) -> None:
         use, lines = advice(verdict, plan.local[0], plan.optimizer)
         if lines:
             print("\n    ".join(["Lines for your script:", *lines]))
+        if _FLUSH in lines and (whole := verdict.dense.sent / link.rate) >= _LONG_FLUSH:
+            few = 'flush(packsaddle.Rounded("int8"))'
+            print(f"flush() takes {digits(whole)} s on this link, {few} {digits(whole / 4)} s.")
         if plan.slowest:
             if_slow, _ = advice(plan.slowest[0], plan.slowest[1][0], plan.optimizer)
             print(f"If every step took as long as the slowest measured one, {if_slow.replace('Use:', 'use:', 1)}")
@@ -213,7 +218,7 @@ def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) 
         lines = [
             "import packsaddle",
             f"local = {_call(local, optimizer, 'packsaddle.')}  # and no DistributedDataParallel",
-            "local.flush()  # after the last step",
+            _FLUSH,
         ]
         return f"Use: LocalUpdates, {dense / local.seconds:.3g} times as fast as dense training.", lines
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import is_replicated, local_part
-from packsaddle.compressors import Compressor, Identity
+from packsaddle.compressors import Compressor
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory
@@ -46,7 +46,7 @@ class PendingExchange:
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
     applied: bool | None = None  # True: applied; False: rejected; None: not known yet
-    uncompressed: bool = False  # v is sent without compression and noise
+    flush: Compressor | None = None  # of a flush: compresses v, without noise; None: an ordinary round
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Fragment(Slice):
         """Return the number of inner steps from step n to the next exchange of this fragment, at least 1."""
         return self._options.every - (step + self._offset) % self._options.every
 
-    def begin(self, due: int, share: float, *, later: bool = False, uncompressed: bool = False) -> PendingExchange:
+    def begin(self, due: int, share: float, *, later: bool = False, flush: Compressor | None = None) -> PendingExchange:
         """Begin an exchange: compute the vector to send, v = decay e + (start - x) + noise, from the error memory e.
 
         v is replaced by zeros if it is invalid on any shard of this worker.
@@ -118,17 +118,11 @@ class Fragment(Slice):
             due: the inner step after which the exchange is applied.
             share: the weight of v in the mean; 0: send nothing, and keep the local update.
             later: `due` is a later step, so the changes of the parameters until then are kept.
-            uncompressed: send all of v uncompressed, without noise.
+            flush: send v with this compressor, without noise, and move x to the anchor.
         """
         t, spec = self.rounds, self._options.compression
-        compressor = Identity() if uncompressed else spec.at(t)
-        noise = None if uncompressed else self._options.noise.drawn(seed=self._options.seed, step=t)
-        # Switch to the compressor. The old one's residuals are added to the error memory e; x moves with a - e.
-        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
-        old = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
-        self.use(compressor)
-        if old is not None:
-            self.anchor.owe(memory - old)
+        noise = None if flush else self._options.noise.drawn(seed=self._options.seed, step=t)
+        self.switch_to(flush or spec.at(t))
         self.anchor.subtract_owed()
         # Compute v, and keep the parameters for later.
         kept = [] if share else self.anchor.copy_starts()
@@ -136,8 +130,17 @@ class Fragment(Slice):
         r.correct(PseudoGradient(self.anchor, spec.decay, noise))
         before = [x.clone() for x in self.anchor.tensors()] if later else kept
         norm = None if self._options.workers.clip is None else norm_of(r.v, share)
-        self.current = PendingExchange(due, r, r.invalid, share, before, norm=norm, uncompressed=uncompressed)
+        self.current = PendingExchange(due, r, r.invalid, share, before, norm=norm, flush=flush)
         return self.current
+
+    def switch_to(self, compressor: Compressor) -> None:
+        """Use another compressor from now on. The old one's residuals are added to the error memory e, and the start
+        point moves with a - e, but x does not. Raises ValueError if the exchange does not support the compressor."""
+        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
+        old = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
+        self.use(compressor)
+        if old is not None:
+            self.anchor.owe(memory - old)
 
     def use(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
@@ -221,13 +224,14 @@ class Fragment(Slice):
             assert p.mean is not None
             self.rounds += 1
             # A flush with nothing to exchange must not move the anchor, as an outer momentum would.
-            if not (p.uncompressed and isinstance(p.mean, Tensor) and not p.mean.any()):
+            if not (p.flush and isinstance(p.mean, Tensor) and not p.mean.any()):
                 self.anchor.apply_mean(p.mean, outer)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
-            if p.uncompressed and p.share and not is_clipped:  # a weighted v leaves a residual: its rounding error
+            is_whole = p.flush is not None and p.flush.lossless and not is_clipped  # all of v was sent
+            if is_whole and p.share:  # a weighted v leaves a residual: its rounding error
                 self.feedback.memory.vector.zero_()
             self.anchor.move(p.before, self._options.overlap.blend)
-            if p.uncompressed and p.share and is_clipped:
+            if p.flush and p.share and not is_whole:
                 self.anchor.move_to_anchor()
         elif bool(p.invalid):
             self.anchor.move_to_start()

@@ -22,6 +22,7 @@ Call = Literal[
     "compares anchors",
     "checks its first step",
     "calls average()",
+    "calls flush(compressor)",
 ]
 _CALLS = get_args(Call)
 _ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"

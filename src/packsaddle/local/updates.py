@@ -30,7 +30,7 @@ from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
-from packsaddle.compressors import Compressor, Sign, describe
+from packsaddle.compressors import Compressor, Identity, Sign, describe
 from packsaddle.feedback.background import Background
 from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
@@ -217,8 +217,7 @@ class LocalUpdates(JoinableSteps):
         spec.at(0).validate(d)
         for part in self._fragments:
             part.use(spec.at(0))
-        sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
-        options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
+        self._check_aggregators()
 
         # Set up the work after an exchange: outer step, resets of inner optimizers, comparisons, escape checks.
         self.outer: Optimizer | None = None
@@ -317,13 +316,13 @@ class LocalUpdates(JoinableSteps):
         self._unsent.record(self.steps, exchanged=bool(due))
         return has_work
 
-    def _begin(self, part: Fragment, *, uncompressed: bool = False) -> bool:
+    def _begin(self, part: Fragment, *, flush: Compressor | None = None) -> bool:
         """Begin a round of one fragment; without a delay finish it too. Return False if it is rejected already."""
-        # A flush (`uncompressed`) has no delay, and all workers take part in it.
-        call: Call = "calls flush()" if uncompressed else "exchanges a round"
-        delay = 0 if uncompressed else self.options.overlap.delay
-        share = self._participation.share() if uncompressed else self._participation.share_after(self.steps)
-        p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
+        # A flush has no delay, and all workers take part in it.
+        call: Call = "calls flush()" if flush else "exchanges a round"
+        delay = 0 if flush else self.options.overlap.delay
+        share = self._participation.share() if flush else self._participation.share_after(self.steps)
+        p = part.begin(self.steps + delay, share, later=delay > 0, flush=flush)
         self._outcomes.register(part, p)
         # Without an outer optimizer and a delay, the mean is subtracted from the anchor term by term.
         as_vector = delay > 0 or self.outer is not None
@@ -356,6 +355,12 @@ class LocalUpdates(JoinableSteps):
             finally:
                 part.anchor.move_to_start()
         return True
+
+    def _check_aggregators(self) -> None:
+        """Raise ValueError if these workers do not support the current compressor with its exchange."""
+        sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
+        aggregators = [part.feedback.choice.aggregator for part in self._fragments]
+        self.options.check_aggregators(aggregators, sharded=sharded)
 
     def _escape_check(self, rule: Escape) -> EscapeCheck:
         """Return the saddle escape check, run on the anchor; its `interval` and `every` are numbers of rounds."""
@@ -608,26 +613,53 @@ class LocalUpdates(JoinableSteps):
             }
 
     @torch.no_grad()
-    def flush(self) -> bool:
-        """Exchange all pending updates uncompressed, so that all workers have the same parameters; collective.
+    def flush(self, compressor: Compressor | None = None) -> bool:
+        """Exchange all pending updates, so that all workers have the same parameters; collective.
 
         Call at the end of training. Running exchanges are applied first; then all of the model is exchanged without
-        compression and noise, and error memories become 0 (but keep the excess of clipped updates, see `Workers`).
-        Returns True if all exchanges were applied. With a torchft Manager, this is a round of all present workers, also
-        of those that continue training.
+        noise. Returns True if all exchanges were applied. With a torchft Manager, this is a round of all present
+        workers, also of those that continue training.
+
+        Args:
+            compressor: compresses this exchange, such as Rounded("int8"), with a quarter of the bytes. All workers
+                then have the anchor, and the error memory keeps what was not sent for later rounds. None:
+                uncompressed, after which error memories are 0 (except the excess of clipped updates, see `Workers`).
+
+        Raises TypeError or ValueError for an unsuitable compressor, also if workers pass different ones, and
+        RuntimeError for a compressor with a manager.
         """
+        # Check the call; with a manager, all present workers exchange a round.
         self._check_here("flush()")
         self._check_between_steps("flush()")
         self._set_anchor_before_first_step()
         if self._others is not None:
             self._others.check()
         if self.membership is not None:
+            if compressor is not None:
+                raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
             return self.membership.round(uncompressed=True)
+        if compressor is not None and not isinstance(compressor, Compressor):
+            raise TypeError(
+                f"compressor must be a packsaddle Compressor, such as Rounded(), or None, got {compressor!r}"
+            )
+        # Apply running exchanges, then exchange what is pending.
         self._unsent.clear()
         self._announce()
         applied = [self._finish(part) for part in self._fragments if part.current is not None]
-        applied += [self._begin(part, uncompressed=True) for part in self._fragments]
+        if compressor is not None:
+            self._use_in_flush(compressor)
+        applied += [self._begin(part, flush=compressor or Identity()) for part in self._fragments]
         return all(applied)
+
+    def _use_in_flush(self, compressor: Compressor) -> None:
+        """Switch all fragments to the compressor of a flush, and compare it over workers; collective."""
+        compressor.validate(sum(part.compressed_d for part in self._fragments))
+        for part in self._fragments:
+            part.switch_to(compressor)
+        self._check_aggregators()
+        arguments, device = {"compressor of flush": describe(compressor)}, self._fragments[0].anchor.flat.device
+        check = partial(check_agreement, self._channel, arguments, device)
+        self._lockstep.run("calls flush(compressor)", self.steps, check)
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:

@@ -35,6 +35,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.communicator import Communicator, as_text
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
+from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.feedback.guard import sender_of
@@ -259,7 +260,10 @@ class Membership:
             parts = list(self._fragments) if dense else [self._due]
         self._energy = 0.0
         for part in parts:
-            p, norms = part.begin(self.steps, share(weights, self._group.rank), uncompressed=dense), None
+            p, norms = (
+                part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None),
+                None,
+            )
             self._outcomes.register(part, p)
             assert p.round is not None
             self._energy += _energy(p.round.v)

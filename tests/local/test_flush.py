@@ -1,0 +1,161 @@
+"""A flush with a compressor: all workers get one model, and what it leaves out is sent in later rounds."""
+
+from typing import Any
+
+import pytest
+import torch
+from elastic_fakes import Worker
+from specs import local_options
+from torch import Tensor, nn
+
+from packsaddle import (
+    QSGD,
+    Compressor,
+    Identity,
+    LocalUpdates,
+    LowRank,
+    Overlap,
+    RandomK,
+    Rounded,
+    Sign,
+    TopK,
+    Workers,
+    simulate,
+)
+
+W, LR = 3, 0.1
+COMPRESSORS = [QSGD(127), Rounded(), Sign(per_tensor=True), TopK(0.1), RandomK(0.2), LowRank(2), Identity()]
+
+
+class Run:
+    """Two matrices and a vector, which is sent uncompressed, trained by SGD with random gradients."""
+
+    def __init__(self, worker: int, *, dtype: torch.dtype = torch.float64, **options: Any) -> None:
+        self.worker, rng = worker, torch.Generator().manual_seed(3)
+        shapes = (24, 16), (16, 40), (16,)
+        self.parameters = [nn.Parameter(torch.randn(s, generator=rng, dtype=torch.float64).to(dtype)) for s in shapes]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=LR)
+        options = {"compressor": TopK(0.2), "every": 4, "dense_below": 20} | options
+        self.local = LocalUpdates(self.optimizer, **local_options(**options))
+        self.end = self.x().double()  # where SGD alone would be, without exchanges
+
+    def x(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.parameters])
+
+    def anchor(self) -> Tensor:
+        return torch.cat([a.reshape(-1) for a in self.local.anchor().values()])
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            rng = torch.Generator().manual_seed(1000 * self.worker + self.local.steps)
+            for p in self.parameters:
+                p.grad = torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p.dtype)
+            self.end -= LR * torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_one_model_and_nothing_lost(compressor: Compressor, exchange: str, keep: bool) -> None:
+    """After the flush x is the anchor, on all workers. Training goes on, and a whole flush ends where the mean is."""
+    if isinstance(compressor, LowRank) and exchange == "two-way":
+        pytest.skip("its exchange is its own")
+
+    def work(worker: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        run = Run(worker, exchange=exchange, keep_unsent=keep)
+        run.train(14)
+        assert run.local.flush(compressor)
+        assert torch.equal(run.x(), run.anchor())
+        one, held = run.x().clone(), run.anchor() - run.local.error()
+        middle = run.end.clone()
+        run.train(7)
+        assert run.local.flush()
+        return one, held - middle, run.x(), run.end
+
+    found = simulate(work, W)
+    assert all(torch.equal(one, found[0][0]) for one, *_ in found)
+    held = sum(rest for _, rest, _, _ in found)
+    assert isinstance(held, Tensor)
+    torch.testing.assert_close(held, torch.zeros_like(held), rtol=0, atol=1e-12)
+    mean = torch.stack([end for *_, end in found]).mean(0)
+    for _, _, x, _ in found:
+        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
+
+
+def test_eight_bits_take_a_quarter_of_the_bytes_and_are_close() -> None:
+    def work(worker: int) -> dict[str, tuple[int, Tensor]]:
+        found = {}
+        for name, compressor in (("whole", None), ("8 bits", Rounded("int8"))):
+            run = Run(worker, dtype=torch.float32)
+            run.train(14)
+            before = run.local.ledger.total.sent
+            run.local.flush(compressor)
+            found[name] = run.local.ledger.total.sent - before, run.x()
+        return found
+
+    for found in simulate(work, 2):
+        (whole, x), (few, nearly) = found["whole"], found["8 bits"]
+        assert 0.25 < few / whole < 0.3  # a small model: headers and scales count
+        assert 0 < (nearly - x).norm() < 0.002 * x.norm()
+
+
+def test_a_running_exchange_is_applied_first() -> None:
+    def work(worker: int) -> tuple[Tensor, Tensor, Tensor]:
+        run = Run(worker, overlap=Overlap(3, 2))
+        run.train(14)
+        assert any(part.current is not None for part in run.local._fragments)
+        assert run.local.flush(Rounded())
+        assert torch.equal(run.x(), run.anchor())
+        return run.x(), run.anchor() - run.local.error(), run.end
+
+    found = simulate(work, W)
+    mean = torch.stack([end for *_, end in found]).mean(0)
+    for x, y, _ in found:
+        assert torch.equal(x, found[0][0])
+        torch.testing.assert_close(y, mean, rtol=1e-12, atol=1e-12)
+
+
+def test_sixteen_bit_parameters_are_equal() -> None:
+    def work(worker: int) -> Tensor:
+        run = Run(worker, dtype=torch.bfloat16)
+        run.train(14)
+        assert run.local.flush(QSGD(127))
+        return run.x()
+
+    found = simulate(work, W)
+    assert all(torch.equal(x, found[0]) for x in found)
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ((QSGD(127), Rounded()), r"worker 0 has compressor of flush='QSGD\(levels=127\)' and worker 1 has"),
+        ((QSGD(127), None), r"worker 0 calls flush\(compressor\) after step 5, and worker 1 calls flush\(\)"),
+    ],
+)
+def test_workers_must_agree(pair: tuple[Compressor | None, ...], said: str) -> None:
+    def work(worker: int) -> None:
+        run = Run(worker)
+        run.train(5)
+        with pytest.raises((ValueError, RuntimeError), match=said):
+            run.local.flush(pair[worker])
+
+    simulate(work, 2)
+
+
+def test_unsuitable_compressors() -> None:
+    run = Run(0)
+    with pytest.raises(TypeError, match=r"compressor must be a packsaddle Compressor, such as Rounded\(\), or None"):
+        run.local.flush("sign")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="k"):
+        run.local.flush(TopK(10**6))
+
+    def work(worker: int) -> None:
+        sampled = Run(worker, workers=Workers(sample=0.5))
+        with pytest.raises(ValueError, match="must average messages directly"):
+            sampled.local.flush(LowRank(2))
+
+    simulate(work, 2)
+    with pytest.raises(RuntimeError, match="with a manager, pass none"):
+        Worker(0).local.flush(QSGD(127))
