@@ -49,7 +49,8 @@ from packsaddle.plan.step_time import (
 
 def test_collectives_by_hand() -> None:
     assert RingAllReduce((100, 300)).cost(4) == Cost(6, 0, 600.0)  # 6 hops of a quarter
-    assert RingAllGather(100).cost(4) == Cost(3, 0, 300)
+    assert RingAllGather(10_000).cost(4) == Cost(3, 0, 30_000)
+    assert RingAllGather(100).cost(4) == Cost(1, 2, 300)  # a small one is sent to all at once
     assert RingAllGather(100).cost(2) == Cost(1, 0, 150)  # one connection: half a message, then both ways at once
     assert AllToAll([100, 100]).cost(2) == Cost(1, 0, 200)  # one connection: one way, then the other
     assert AllToAll([100, 100, 100]).cost(3) == Cost(1, 1, 300)  # between 200 and 400
@@ -180,9 +181,12 @@ def test_a_step_by_hand() -> None:
     time = step.time(Link(1e-4, 1e6), Fleet(4, 0.05))
     assert time == StepTime(0.05, 0.0, pytest.approx(0.021), pytest.approx(6e-4), pytest.approx(0.015))
     assert time.total == pytest.approx(0.0866)
-    fan = compressed(choose(TopK(0.1), "two-way", d=8, dense=0, workers=4).aggregator, 8, 0, 4, lambda work: 0.0)
-    assert fan.cost.hops == 2 + 2 * 3
-    assert fan.cost.fan == 2 * 2
+
+    # To the owners at once and back in a ring; or at once, if small. Sizes that differ are sent before each message.
+    for compressor, d, hops, fan in ((Sign(), 10**6, 1 + 3, 2), (Sign(), 8, 2, 4), (TopK(0.1), 10**5, 2 + 1 + 3, 6)):
+        protocol = choose(compressor, "two-way", d=d, dense=0, workers=4).aggregator
+        cost = compressed(protocol, d, 0, 4, lambda work: 0.0).cost
+        assert (cost.hops, cost.fan) == (hops, fan)
 
 
 def schedule(dense: Dense, link: Link, fleet: Fleet, buckets: int) -> float:

@@ -71,25 +71,35 @@ class Communicator:
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 
-    def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None, most: int = _MOST) -> list[Parts]:
+    def gather(
+        self,
+        parts: Parts,
+        *,
+        fixed_size: bool = False,
+        sizes: Sequence[list[int]] | None = None,
+        purpose: str | None = None,
+        most: int = _MOST,
+    ) -> list[Parts]:
         """All-gather messages: return every worker's parts (tensors by name), by rank.
 
-        Names and dtypes must match on all workers, and with `fixed_size` also sizes. Otherwise sizes are gathered
-        first, and shorter messages are padded to the longest. Bytes are recorded under the parts' names, "sizes" and
-        "padding", or all under `purpose`. Raises MessageError on all workers if the sizes that one worker announces do
-        not fit such parts, or exceed `most` bytes in total.
+        Names and dtypes must match on all workers. `sizes` are the bytes of the parts by rank, if all workers know
+        them; with `fixed_size` they are equal. Otherwise they are gathered first. Shorter messages are padded to the
+        longest. Bytes are recorded under the parts' names, "sizes" and "padding", or all under `purpose`. Raises
+        MessageError on all workers if the sizes that one worker announces do not fit such parts, or exceed `most` bytes
+        in total.
         """
-        wire = _join(parts)
-        sizes = [_sizes(parts)] * self.group.size
-        if not fixed_size:
-            announced = self.group.all_gather(torch.tensor(sizes[0], device=wire.device))
+        wire, own = _join(parts), part_sizes(parts)
+        if fixed_size:
+            sizes = [own] * self.group.size
+        elif sizes is None:
+            announced = self.group.all_gather(torch.tensor(own, device=wire.device))
             sizes = [s.tolist() for s in announced]
             for worker, of_worker in enumerate(sizes):
                 check_sizes(of_worker, parts, worker, most)
             self._count(purpose or "sizes", "all-gather", ring_all_gather(8 * len(parts), self.group.size))
         padding = max(map(sum, sizes)) - len(wire)
         gathered = self.group.all_gather(torch.nn.functional.pad(wire, (0, padding)))
-        for name, size in zip((*parts, "padding"), (*_sizes(parts), padding), strict=True):
+        for name, size in zip((*parts, "padding"), (*own, padding), strict=True):
             self._count(purpose or name, "all-gather", ring_all_gather(size, self.group.size))
         return [_split(w, parts, s) for w, s in zip(gathered, sizes, strict=True)]
 
@@ -98,22 +108,26 @@ class Communicator:
         gathered = self.gather(parts, fixed_size=False, purpose=purpose)
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
-    def exchange(self, outgoing: Sequence[Parts | None], like: Parts, *, most: int = _MOST) -> list[Parts]:
+    def exchange(
+        self, outgoing: Sequence[Parts | None], like: Parts, *, fixed_size: bool = False, most: int = _MOST
+    ) -> list[Parts]:
         """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank. `like` has
-        their names and dtypes. Raises MessageError, on this worker only, if sizes do not fit it or exceed `most`."""
-        nothing = [0] * len(like)
-        sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
+        their names and dtypes. With `fixed_size` all messages to one worker have equal sizes, else sizes are sent
+        first. Raises MessageError, on this worker only, if these do not fit `like` or exceed `most`."""
+        nothing, others = [0] * len(like), [r for r in range(self.group.size) if r != self.group.rank]
+        sizes = [nothing if parts is None else part_sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
-        headers = self.group.all_to_all(
-            [torch.tensor(s, device=device).view(torch.uint8) for s in sizes], [8 * len(like)] * self.group.size
-        )
-        incoming = [h.view(torch.int64).tolist() for h in headers]
-        for worker, announced in enumerate(incoming):
-            check_sizes(announced, like, worker, most)
+        incoming = [sizes[self.group.rank]] * self.group.size
+        if not fixed_size:
+            headers = self.group.all_to_all(
+                [torch.tensor(s, device=device).view(torch.uint8) for s in sizes], [8 * len(like)] * self.group.size
+            )
+            incoming = [h.view(torch.int64).tolist() for h in headers]
+            for worker, announced in enumerate(incoming):
+                check_sizes(announced, like, worker, most)
+            self._count("sizes", "all-to-all", Bytes(*(3 * [8 * len(like) * len(others)])))
         wires = [torch.empty(0, dtype=torch.uint8, device=device) if p is None else _join(p) for p in outgoing]
         received = self.group.all_to_all(wires, [sum(s) for s in incoming])
-        others = [r for r in range(self.group.size) if r != self.group.rank]
-        self._count("sizes", "all-to-all", Bytes(*(3 * [8 * len(like) * len(others)])))
         for i, name in enumerate(like):
             sent, got = (sum(s[r][i] for r in others) for s in (sizes, incoming))
             self._count(name, "all-to-all", Bytes(sum(s[i] for s in sizes), sent, got))
@@ -128,7 +142,7 @@ class Communicator:
         """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. `like` has their names and
         dtypes. Raises MessageError if their sizes do not fit `like`, or exceed `most` bytes in total."""
         device = next(iter(like.values())).device
-        sizes = torch.tensor([0] * len(like) if parts is None else _sizes(parts), device=device)
+        sizes = torch.tensor([0] * len(like) if parts is None else part_sizes(parts), device=device)
         self.broadcast(sizes, "sizes")
         check_sizes(sizes.tolist(), like, 0, most)
         wire = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device) if parts is None else _join(parts)
@@ -150,7 +164,8 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
         raise MessageError("sizes", expected, found, "any compressor", worker)
 
 
-def _sizes(parts: Parts) -> list[int]:
+def part_sizes(parts: Parts) -> list[int]:
+    """Return the bytes of each part of a message."""
     return [part.numel() * part.element_size() for part in parts.values()]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packsaddle.comm.communicator import ring_all_gather, ring_all_reduce, star_broadcast
+from packsaddle.comm.group import SMALL
 from packsaddle.comm.ledger import Bytes
 
 
@@ -62,11 +63,13 @@ class RingAllGather(Collective):
     def cost(self, workers: int) -> Cost:
         """Return the critical path: W - 1 sequential messages, or one and a half for two workers.
 
+        Small messages are sent to all workers at once (`TorchGroup.all_gather`).
         Two workers share one connection, on which gloo signals "ready to receive" only after it has sent the first half
         of its own message. So the later worker sends this half before the other one can start.
         """
-        hops = workers - 1 if self.payload else 0
-        return Cost(hops, 0, hops * self.payload * (1.5 if workers == 2 else 1))
+        others = workers - 1 if self.payload else 0
+        hops = 1 if others > 1 and self.payload <= SMALL else others
+        return Cost(hops, others - hops, others * self.payload * (1.5 if workers == 2 else 1))
 
 
 @dataclass(frozen=True)

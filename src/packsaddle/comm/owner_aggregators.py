@@ -21,7 +21,7 @@ from packsaddle.comm.aggregators import (
     most_bytes,
     part_count,
 )
-from packsaddle.comm.communicator import Communicator, Parts
+from packsaddle.comm.communicator import Communicator, Parts, part_sizes
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.compressors import Compressor, Identity, Message
 from packsaddle.numerics.finite import fill_where, is_in_range
@@ -67,9 +67,13 @@ class Owners(Aggregator):
                 own[owner] = Term(part, part.encode(v[a:b], seed=own_seed, step=step), a, b)
         outgoing = [own[j].message.parts if j in own else None for j in range(size)]
         like, invalid = own[min(own)].message.parts, Invalid()
-        received = channel.exchange(outgoing, like, most=most_bytes(len(v), like))
+        is_fixed, most = self.compressor.fixed_size, most_bytes(len(v), like)
+        received = channel.exchange(outgoing, like, fixed_size=is_fixed, most=most)
         reply = self._reply(v, received, chunks[rank], rank, seed, step, invalid) if rank in own else None
-        mean = self._return(channel, reply, v, chunks, seed, step, invalid)
+        # A reply that is compressed as the messages has the size of this worker's message for that chunk.
+        sizes = [part_sizes(own[j].message.parts) if j in own else [0] * len(like) for j in range(size)]
+        known = sizes if is_fixed and self.back == self.compressor else None
+        mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
 
@@ -109,15 +113,17 @@ class Owners(Aggregator):
         seed: int,
         step: int,
         invalid: Invalid,
+        sizes: list[list[int]] | None,
     ) -> tuple[Term, ...]:
-        """Send this owner's reply to all workers; return the replies of all owners as terms of the mean."""
+        """Send this owner's reply to all workers; return the replies of all owners as terms of the mean.
+        `sizes`, the bytes of the replies' parts by owner, are None if they must be exchanged."""
         # Workers without a chunk derive the names and dtypes of the reply's parts by compressing zeros.
         n = next(b - a for a, b in chunks if a < b)
         example = reply or self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step)
         like = example.parts
         mine, gathered, terms = reply.parts if reply else {name: p[:0] for name, p in like.items()}, [], []
         with invalid.of(None):
-            gathered = self._send_back(channel, mine, like, most_bytes(len(v), like))
+            gathered = self._send_back(channel, mine, like, most_bytes(len(v), like), sizes)
         for owner, ((a, b), parts) in enumerate(zip(chunks, gathered, strict=False)):
             with invalid.of(owner):
                 if a < b:
@@ -126,7 +132,9 @@ class Owners(Aggregator):
         return tuple(terms)
 
     @abstractmethod
-    def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
+    def _send_back(
+        self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
+    ) -> list[Parts]:
         """Send this worker's reply to all; return all workers' replies, of at most `most` bytes each, by rank."""
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
@@ -173,7 +181,7 @@ class Owners(Aggregator):
         sizes, both = [b - a for a, b in pairwise(self.bounds(d, workers))], (self.compressor, self.back)
         up, down = ([message_bytes(c.restrict(n, d), n, itemsize) if n else 0 for n in sizes] for c in both)
         header, back_header = (8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in both)
-        announced = AllToAll([header] * workers, to_self=False)
+        announced = AllToAll([0 if self.compressor.fixed_size else header] * workers, to_self=False)
         return [announced, AllToAll(up), *self._sent_back(down, back_header), last]
 
     @abstractmethod
@@ -204,11 +212,15 @@ class TwoWay(Owners):
     def bounds(self, d: int, workers: int) -> list[int]:
         return [j * d // workers for j in range(workers + 1)]
 
-    def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
-        return channel.gather(parts, fixed_size=False, most=most)  # sizes of chunks may differ by one coordinate
+    def _send_back(
+        self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
+    ) -> list[Parts]:
+        # Sizes of chunks may differ by one coordinate.
+        return channel.gather(parts, sizes=sizes, most=most)
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
-        return [RingAllGather(header), RingAllGather(max(down))]  # shorter replies are padded
+        is_known = self.compressor.fixed_size and self.back == self.compressor
+        return [RingAllGather(0 if is_known else header), RingAllGather(max(down))]  # shorter replies are padded
 
 
 class Coordinator(Owners):
@@ -220,7 +232,9 @@ class Coordinator(Owners):
     def bounds(self, d: int, workers: int) -> list[int]:
         return [0] + [d] * workers
 
-    def _send_back(self, channel: Communicator, parts: Parts, like: Parts, most: int) -> list[Parts]:
+    def _send_back(
+        self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
+    ) -> list[Parts]:
         first = channel.group.rank == 0
         nothing = {name: part[:0] for name, part in like.items()}
         reply = channel.broadcast_parts(parts if first else None, like, most=most)
