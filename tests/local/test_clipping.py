@@ -227,7 +227,7 @@ def test_without_an_outlier_nothing_changes(case: str) -> None:
     ):
         assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
         assert clipped == 0
-        assert sent - alone == rounds * 4 * (W - 1)
+        assert sent - alone == (rounds + 1) * 4 * (W - 1)  # and the check of the first step
 
 
 def test_the_median_is_over_the_workers_of_the_round() -> None:

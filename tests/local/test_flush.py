@@ -1,5 +1,6 @@
 """A flush with a compressor: all workers get one model, and what it leaves out is sent in later rounds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +12,22 @@ from torch import Tensor, nn
 from packsaddle import (
     QSGD,
     Compressor,
+    Escape,
     Identity,
     LocalUpdates,
     LowRank,
     Overlap,
     RandomK,
     Rounded,
+    SharedTopK,
     Sign,
     TopK,
     Workers,
     simulate,
 )
+from packsaddle.comm import resolve
 
+Gloo = Callable[..., list[Any]]
 W, LR = 3, 0.1
 COMPRESSORS = [QSGD(127), Rounded(), Sign(per_tensor=True), TopK(0.1), RandomK(0.2), LowRank(2), Identity()]
 
@@ -125,6 +130,78 @@ def test_sixteen_bit_parameters_are_equal() -> None:
 
     found = simulate(work, W)
     assert all(torch.equal(x, found[0]) for x in found)
+
+
+def test_after_an_escape_check_all_workers_have_one_model() -> None:
+    """The check puts x back to its start point, and must put it to the anchor after a flush that leaves a rest."""
+
+    def work(worker: int) -> tuple[Tensor, Tensor, Tensor]:
+        run = Run(worker, escape=Escape(10**6, 1e9, lambda: 0.0))
+        run.train(14)
+        assert run.local.flush(Rounded())
+        return run.x(), run.anchor(), run.anchor() - run.local.error() - run.end
+
+    found = simulate(work, W)
+    for x, anchor, _ in found:
+        assert torch.equal(x, found[0][0])
+        assert torch.equal(x, anchor)
+    rest = torch.stack([rest for *_, rest in found]).mean(0)
+    torch.testing.assert_close(rest, torch.zeros_like(rest), rtol=0, atol=1e-12)
+
+
+def test_what_a_parameter_moved_before_it_was_frozen_is_kept() -> None:
+    """It stays in the error memory, and is exchanged once the parameter is trained again."""
+
+    def work(worker: int) -> tuple[Tensor, Tensor]:
+        run = Run(worker, exchange="direct")
+        run.train(14)
+        run.parameters[0].requires_grad_(False)
+        assert run.local.flush(Rounded())
+        run.parameters[0].requires_grad_(True)
+        run.train(4)
+        assert run.local.flush()
+        return run.x(), run.end
+
+    found = simulate(work, W)
+    mean = torch.stack([end for _, end in found]).mean(0)
+    for x, _ in found:
+        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [LowRank(2), SharedTopK(0.1)])
+def test_a_failed_flush_changes_nothing(wrong: Compressor) -> None:
+    def work(worker: int) -> list[Tensor]:
+        ends = []
+        for fails in (False, True):
+            run = Run(worker, exchange="two-way")
+            run.train(14)
+            if fails:
+                with pytest.raises(ValueError, match="cannot be 'two-way'"):
+                    run.local.flush(wrong)
+            run.train(8)
+            assert run.local.flush()
+            ends.append(run.x())
+        return ends
+
+    for as_if, failed in simulate(work, W):
+        assert torch.equal(as_if, failed)
+
+
+def mismatched(pair: tuple[Compressor | None, ...]) -> str:
+    """What a real process is told if its flush differs from the other's, where norms are exchanged as well."""
+    worker = resolve(None).rank
+    run = Run(worker, workers=Workers(clip=2.0))
+    run.train(5)
+    try:
+        run.local.flush(pair[worker])
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_clipped_workers_must_agree(gloo: Gloo) -> None:
+    for said in gloo(mismatched, 2, (Rounded(), None)):
+        assert "worker 0 calls flush(compressor) after step 5, and worker 1 calls flush() after step 5" in said
 
 
 @pytest.mark.parametrize(

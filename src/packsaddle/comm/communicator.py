@@ -82,8 +82,8 @@ class Communicator:
     ) -> list[Parts]:
         """All-gather messages: return every worker's parts (tensors by name), by rank.
 
-        Names and dtypes must match on all workers. `sizes` are the bytes of the parts by rank, if all workers know
-        them; with `fixed_size` they are equal. Otherwise they are gathered first. Shorter messages are padded to the
+        Names and dtypes must match on all workers. With `fixed_size` sizes are equal; else `sizes` are the bytes of the
+        parts by rank, if all workers know them. Otherwise they are gathered first. Shorter messages are padded to the
         longest. Bytes are recorded under the parts' names, "sizes" and "padding", or all under `purpose`. Raises
         MessageError on all workers if the sizes that one worker announces do not fit such parts, or exceed `most` bytes
         in total.
@@ -112,8 +112,8 @@ class Communicator:
         self, outgoing: Sequence[Parts | None], like: Parts, *, fixed_size: bool = False, most: int = _MOST
     ) -> list[Parts]:
         """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank. `like` has
-        their names and dtypes. With `fixed_size` all messages to one worker have equal sizes, else sizes are sent
-        first. Raises MessageError, on this worker only, if these do not fit `like` or exceed `most`."""
+        their names and dtypes. With `fixed_size` all messages to one worker have equal sizes. Otherwise sizes are sent
+        first, and MessageError is raised, on this worker only, if these do not fit `like` or exceed `most`."""
         nothing, others = [0] * len(like), [r for r in range(self.group.size) if r != self.group.rank]
         sizes = [nothing if parts is None else part_sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device

@@ -105,11 +105,10 @@ class ErrorFeedback:
         Raises ValueError if the exchange does not support the compressor.
         """
         if not self.uses(compressor):
-            n = self.slice.compressed_d
-            self._by_size = self._restricted(compressor)
+            n, by_size = self.slice.compressed_d, self._restricted(compressor)
             back = self._back if exchange in ("two-way", "coordinator") else None
             choice = choose(
-                self._by_size,
+                by_size,
                 exchange,
                 d=n,
                 dense=self.guard.numbers(self.slice.d - n),
@@ -118,6 +117,7 @@ class ErrorFeedback:
                 back=None if back is None else self._restricted(back),
             )
             self._replace(choice, compressor)
+            self._by_size = by_size
         assert self._by_size is not None
         # The budget may change in each step; `adopt` keeps the owner errors.
         self.choice.aggregator.adopt(allotted or self._by_size)

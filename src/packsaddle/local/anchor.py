@@ -86,13 +86,14 @@ class Anchor:
                 x.copy_(a - e)
 
     def move_to_anchor(self) -> None:
-        """Set x from its start point to the anchor a; `owed` records the change, so that no update is lost."""
-        starts = self.copy_starts()
+        """Set x, except frozen parameters, from its start point to the anchor a; `owed` records the change, so that no
+        update is lost."""
+        before = [x.clone() for x in self.tensors()]
         self.set_parameters(self.views)
         if self.keeps:
             change = self.layout.zeros()
-            for view, x, start in zip(change.views, self.tensors(), starts, strict=True):
-                view.copy_(x).sub_(start.to(view))
+            for view, x, old in zip(change.views, self.tensors(), before, strict=True):
+                view.copy_(x).sub_(old.to(view))
             self.owed = change.flat
 
     def set_parameters(self, values: Sequence[Tensor]) -> None:

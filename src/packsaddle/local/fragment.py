@@ -47,6 +47,7 @@ class PendingExchange:
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
     applied: bool | None = None  # True: applied; False: rejected; None: not known yet
     flush: Compressor | None = None  # of a flush: compresses v, without noise; None: an ordinary round
+    leaves_rest: bool = False  # a flush that has not sent all of v: x is at the anchor, not at the start point
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Fragment(Slice):
             due: the inner step after which the exchange is applied.
             share: the weight of v in the mean; 0: send nothing, and keep the local update.
             later: `due` is a later step, so the changes of the parameters until then are kept.
-            flush: send v with this compressor, without noise, and move x to the anchor.
+            flush: send v with this compressor and without noise; afterwards x is the anchor.
         """
         t, spec = self.rounds, self._options.compression
         noise = None if flush else self._options.noise.drawn(seed=self._options.seed, step=t)
@@ -227,11 +228,11 @@ class Fragment(Slice):
             if not (p.flush and isinstance(p.mean, Tensor) and not p.mean.any()):
                 self.anchor.apply_mean(p.mean, outer)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
-            is_whole = p.flush is not None and p.flush.lossless and not is_clipped  # all of v was sent
-            if is_whole and p.share:  # a weighted v leaves a residual: its rounding error
+            p.leaves_rest = p.flush is not None and bool(p.share) and (is_clipped or not p.flush.lossless)
+            if p.flush and p.share and not p.leaves_rest:  # a weighted v leaves a residual: its rounding error
                 self.feedback.memory.vector.zero_()
             self.anchor.move(p.before, self._options.overlap.blend)
-            if p.flush and p.share and not is_whole:
+            if p.leaves_rest:
                 self.anchor.move_to_anchor()
         elif bool(p.invalid):
             self.anchor.move_to_start()

@@ -31,10 +31,13 @@ HEADER = 16  # bytes of the header that the check gathers: call and number of st
 
 class Lockstep:
     """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
-    "guard" in the ledger. `background` runs collectives that overlap with inner steps; None: nothing overlaps."""
+    "guard" in the ledger. `background` runs collectives that overlap with inner steps; None: nothing overlaps.
+    `norms`: every check has room for a norm, so that checks of all calls have one size."""
 
-    def __init__(self, channel: Communicator, device: torch.device, background: Background | None) -> None:
-        self._channel, self._device, self._background = channel, device, background
+    def __init__(
+        self, channel: Communicator, device: torch.device, background: Background | None, *, norms: bool = False
+    ) -> None:
+        self._channel, self._device, self._background, self._norms = channel, device, background, norms
         self._has_warned = False
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
@@ -87,8 +90,8 @@ class Lockstep:
     def _gather(self, call: Call, steps: int, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Gather all workers' calls and numbers of steps, int64[W, 2], and norms, [float32[W]] or []; collective."""
         mine = {"header": torch.tensor([_CALLS.index(call), steps], device=self._device)}
-        if norm is not None:
-            mine["norm"] = norm
+        if self._norms:
+            mine["norm"] = torch.zeros(1, device=self._device) if norm is None else norm
         self._channel.step = max(self._channel.step, steps - 1)
         try:
             gathered = self._channel.gather(mine, fixed_size=True, purpose="guard")

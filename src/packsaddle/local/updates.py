@@ -205,7 +205,8 @@ class LocalUpdates(JoinableSteps):
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         self.ledger = Ledger()
         self._channel = Communicator(apart or group, self.ledger)
-        self._lockstep = Lockstep(self._channel, device, Background(device) if apart is not None else None)
+        behind = Background(device) if apart is not None else None
+        self._lockstep = Lockstep(self._channel, device, behind, norms=options.workers.clip is not None)
         self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
 
         # Make the fragments (parameters exchanged together), and set the compressor of each.
@@ -354,6 +355,8 @@ class LocalUpdates(JoinableSteps):
                     self._resets.append(reset)
             finally:
                 part.anchor.move_to_start()
+                if p.leaves_rest:
+                    part.anchor.move_to_anchor()
         return True
 
     def _check_aggregators(self) -> None:
@@ -621,12 +624,13 @@ class LocalUpdates(JoinableSteps):
         workers, also of those that continue training.
 
         Args:
-            compressor: compresses this exchange, such as Rounded("int8"), with a quarter of the bytes. All workers
-                then have the anchor, and the error memory keeps what was not sent for later rounds. None:
-                uncompressed, after which error memories are 0 (except the excess of clipped updates, see `Workers`).
+            compressor: compresses this exchange, such as Rounded("int8"): a quarter of the bytes, but with
+                exchange="direct", weights or samples W / 8 of them. All workers then have the anchor, and the error
+                memory keeps what was not sent for later rounds. None: uncompressed, after which error memories are 0
+                (except the excess of clipped updates, see `Workers`).
 
-        Raises TypeError or ValueError for an unsuitable compressor, also if workers pass different ones, and
-        RuntimeError for a compressor with a manager.
+        Parameters frozen since the last exchange keep their values. Raises TypeError or ValueError for an unsuitable
+        compressor, also if workers pass different ones, and RuntimeError for a compressor with a manager.
         """
         # Check the call; with a manager, all present workers exchange a round.
         self._check_here("flush()")
@@ -638,28 +642,31 @@ class LocalUpdates(JoinableSteps):
             if compressor is not None:
                 raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
             return self.membership.round(uncompressed=True)
-        if compressor is not None and not isinstance(compressor, Compressor):
-            raise TypeError(
-                f"compressor must be a packsaddle Compressor, such as Rounded(), or None, got {compressor!r}"
-            )
-        # Apply running exchanges, then exchange what is pending.
-        self._unsent.clear()
+        # Compare the compressors, apply running exchanges, and exchange what is pending.
         self._announce()
+        if compressor is not None:
+            self._check_flush(compressor)
+        self._unsent.clear()
         applied = [self._finish(part) for part in self._fragments if part.current is not None]
         if compressor is not None:
-            self._use_in_flush(compressor)
+            for part in self._fragments:
+                part.switch_to(compressor)
+            self._check_aggregators()
         applied += [self._begin(part, flush=compressor or Identity()) for part in self._fragments]
         return all(applied)
 
-    def _use_in_flush(self, compressor: Compressor) -> None:
-        """Switch all fragments to the compressor of a flush, and compare it over workers; collective."""
+    def _check_flush(self, compressor: Compressor) -> None:
+        """Compare the compressor of a flush over workers, and check it; collective."""
+        is_one = isinstance(compressor, Compressor)
+        arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
+        device = self._fragments[0].anchor.flat.device
+        compare = partial(check_agreement, self._channel, arguments, device)
+        self._lockstep.run("calls flush(compressor)", self.steps, compare)
+        if not is_one:
+            raise TypeError(
+                f"compressor must be a packsaddle Compressor, such as Rounded(), or None, got {compressor!r}"
+            )
         compressor.validate(sum(part.compressed_d for part in self._fragments))
-        for part in self._fragments:
-            part.switch_to(compressor)
-        self._check_aggregators()
-        arguments, device = {"compressor of flush": describe(compressor)}, self._fragments[0].anchor.flat.device
-        check = partial(check_agreement, self._channel, arguments, device)
-        self._lockstep.run("calls flush(compressor)", self.steps, check)
 
     @torch.no_grad()
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:

@@ -260,13 +260,11 @@ class Membership:
             parts = list(self._fragments) if dense else [self._due]
         self._energy = 0.0
         for part in parts:
-            p, norms = (
-                part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None),
-                None,
-            )
+            p = part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None)
             self._outcomes.register(part, p)
             assert p.round is not None
             self._energy += _energy(p.round.v)
+            norms = None
             if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
                 norm_of_all = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
                 norms, p.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
