@@ -10,7 +10,7 @@ from statistics import mean
 
 import pytest
 
-from packsaddle import Identity, Sign, TopK
+from packsaddle import Identity, Rounded, Sign
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.local import Setting, forecast_local, measured_with
@@ -69,7 +69,7 @@ def test_the_multiples_are_those_of_the_races_rows() -> None:
 
 
 MUON = {2: "gpt-2.csv", 4: "char-4.csv"}
-METHODS = {Sign(per_tensor=True): "Sign", TopK(1 / 2, values="int2"): "TopK 1/2 int2"}
+METHODS = {Sign(per_tensor=True): "Sign", Rounded(): "Rounded int2"}
 
 
 def muon_loss(rows: list[dict[str, str]], method: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from packsaddle.comm.aggregators import Work
 from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Identity, Sign, TopK
+from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.local.lockstep import HEADER
 from packsaddle.plan.coding import Pace
@@ -26,7 +26,7 @@ class Setting:
     delay: int = 0
 
 
-_TWO_BITS = TopK(1 / 2, values="int2")
+_TWO_BITS = Rounded()
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
 # Steps to reach the loss of uncompressed ("dense") training, relative to its steps, by number of workers; the learning
 # rate of each setting was tuned on one grid. Factors grow with the number of workers, since dense training gains more
