@@ -105,7 +105,7 @@ class Communicator:
 
     def gather_text(self, text: str, device: torch.device, purpose: str | None = None) -> list[str]:
         parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)}
-        gathered = self.gather(parts, fixed_size=False, purpose=purpose)
+        gathered = self.gather(parts, purpose=purpose)
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
     def exchange(

@@ -48,6 +48,11 @@ class Owners(Aggregator):
             self.back = compressor
         super().adopt(compressor)
 
+    @property
+    def _knows_replies(self) -> bool:
+        """True if a reply for a chunk has the size of any worker's message for it, so that sizes are not sent."""
+        return self.compressor.fixed_size and self.back == self.compressor
+
     @abstractmethod
     def bounds(self, d: int, workers: int) -> list[int]:
         """Return the chunk boundaries, W + 1 integers: worker j owns the coordinates [bounds[j], bounds[j + 1])."""
@@ -70,9 +75,8 @@ class Owners(Aggregator):
         is_fixed, most = self.compressor.fixed_size, most_bytes(len(v), like)
         received = channel.exchange(outgoing, like, fixed_size=is_fixed, most=most)
         reply = self._reply(v, received, chunks[rank], rank, seed, step, invalid) if rank in own else None
-        # A reply that is compressed as the messages has the size of this worker's message for that chunk.
         sizes = [part_sizes(own[j].message.parts) if j in own else [0] * len(like) for j in range(size)]
-        known = sizes if is_fixed and self.back == self.compressor else None
+        known = sizes if self._knows_replies else None
         mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
@@ -219,8 +223,8 @@ class TwoWay(Owners):
         return channel.gather(parts, sizes=sizes, most=most)
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
-        is_known = self.compressor.fixed_size and self.back == self.compressor
-        return [RingAllGather(0 if is_known else header), RingAllGather(max(down))]  # shorter replies are padded
+        sizes = RingAllGather(0 if self._knows_replies else header)
+        return [sizes, RingAllGather(max(down))]  # shorter replies are padded
 
 
 class Coordinator(Owners):

@@ -65,7 +65,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """Return `values`, [k], as rows of a block each, the last one padded with zeros."""
+    """Return `values`, [k], reshaped to rows of one block each; the last row is padded with zeros."""
     return torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
 
 

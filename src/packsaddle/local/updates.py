@@ -648,11 +648,11 @@ class LocalUpdates(JoinableSteps):
             self._check_flush(compressor)
         self._unsent.clear()
         applied = [self._finish(part) for part in self._fragments if part.current is not None]
-        if compressor is not None:
-            for part in self._fragments:
-                part.switch_to(compressor)
-            self._check_aggregators()
-        applied += [self._begin(part, flush=compressor or Identity()) for part in self._fragments]
+        last = compressor or Identity()
+        for part in self._fragments:
+            part.switch_to(last)
+        self._check_aggregators()
+        applied += [self._begin(part, flush=last) for part in self._fragments]
         return all(applied)
 
     def _check_flush(self, compressor: Compressor) -> None:

@@ -358,7 +358,7 @@ class CompressedSGD(Optimizer):
             text = torch.tensor(list(name.encode()), dtype=torch.uint8)
             row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
             parts = {"name": text.to(device), "row": row.to(device)}
-            gathered = self.channel.gather(parts, fixed_size=False, purpose="guard")
+            gathered = self.channel.gather(parts, purpose="guard")
             names = {worker: bytes(p["name"].tolist()).decode() for worker, p in enumerate(gathered)}
             self._skips.record(Skip.of(t, names, THE_MEAN))
             self._skips.check(max(int(p["row"]) for p in gathered))
