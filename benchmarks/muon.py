@@ -92,7 +92,7 @@ class Method:
 
 def _methods() -> Iterator[tuple[str, Method]]:
     for name, base in (("Muon", Method("muon")), ("AdamW", Method(betas=(0.8, 0.99)))):
-        for words, share in (("half of the steps", 0.5), ("3/4 of the steps", 0.75)):
+        for words, share in (("half of the steps", 0.5), ("quarter of the steps", 0.25)):
             yield f"{name}, dense, {words}", replace(base, share=share)
         sign = replace(base, compressor=Sign(per_tensor=True))
         for every in (2, 4):

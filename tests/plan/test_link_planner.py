@@ -384,8 +384,8 @@ def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     assert verdict.best.exchange == "two-way"
     (local,) = forecast_local(size, link, fleet, lambda c, d: free, measured={Setting(1, Identity()): 100.0})
-    line, _ = advice(verdict, local, "adamw")
-    assert line.startswith('Use: register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
+    found = advice(verdict, local, "adamw")
+    assert found.use.startswith('register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
 
 
 @pytest.mark.parametrize(

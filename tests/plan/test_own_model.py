@@ -220,7 +220,7 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     settings = {Setting(8, Sign(per_tensor=True), keep_unsent=True, delay=4): steps, Setting(1, Identity()): 2 * steps}
     local = forecast_local(size, link, fleet, lambda c, d: free, measured=settings)[0]
-    _, lines = advice(verdict, local, "adamw")
+    lines = advice(verdict, local, "adamw").lines
     model = nn.Linear(64, 64)
     names: dict[str, Any] = {"torch": torch, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     exec("\n".join(line.strip() for line in lines), names)

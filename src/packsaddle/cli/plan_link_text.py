@@ -8,7 +8,7 @@ from json import dumps
 from packsaddle.cli.console import brief, digits, number_table, print_table, short_exchange
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.link import Forecast, Optimizer, Verdict, format_rate
-from packsaddle.plan.local import LocalForecast
+from packsaddle.plan.local import Inner, LocalForecast, measured_workers
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import FRAMING, Fleet, Link
 from packsaddle.plan.timing import Timing
@@ -26,10 +26,9 @@ _STEPS_NOTE = (
     "at its best learning rate (docs/choosing.md). Your model may differ."
 )
 _LOCAL_NOTE = (
-    "x steps: measured on a small language model with {}, with 2 or 4 workers (learning rates and seeds: {}). Your "
-    "model may differ."
+    "x steps: measured on a small language model with {}, with {} workers (learning rates and seeds: {}). Your model "
+    "may differ."
 )
-_FLUSH = "local.flush()  # after the last step"
 _LONG_FLUSH = 10.0  # seconds of an uncompressed flush from which a compressed one is named
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
@@ -106,17 +105,17 @@ def print_tables(plan: LinkPlan) -> None:
         print(f"{'Gradients: ' * bool(plan.local)}{_sentence(verdict, link, counted=plan.optimizer is not None)}")
         print(_NOTE if plan.optimizer is None else _STEPS_NOTE.format(plan.optimizer))
     if plan.local:
-        _print_local(verdict.dense.seconds, plan.local, plan.optimizer or "adamw")
-        use, lines = advice(verdict, plan.local[0], plan.optimizer)
-        if lines:
-            print("\n    ".join(["Lines for your script:", *lines]))
-        if _FLUSH in lines and (whole := verdict.dense.sent / link.rate) >= _LONG_FLUSH:
+        _print_local(verdict.dense.seconds, plan.local, fleet.workers, "muon" if plan.optimizer == "muon" else "adamw")
+        best = advice(verdict, plan.local[0], plan.optimizer)
+        if best.lines:
+            print("\n    ".join(["Lines for your script:", *best.lines]))
+        if best.is_local and (whole := verdict.dense.sent / link.rate) >= _LONG_FLUSH:
             few = 'flush(packsaddle.Rounded("int8"))'
             print(f"flush() takes {digits(whole)} s on this link, {few} {digits(whole / 4)} s.")
         if plan.slowest:
-            if_slow, _ = advice(plan.slowest[0], plan.slowest[1][0], plan.optimizer)
-            print(f"If every step took as long as the slowest measured one, {if_slow.replace('Use:', 'use:', 1)}")
-        print(use)
+            if_slow = advice(plan.slowest[0], plan.slowest[1][0], plan.optimizer)
+            print(f"If every step took as long as the slowest measured one, use: {if_slow.use}")
+        print(f"Use: {best.use}")
 
 
 def ms(seconds: float) -> str:
@@ -180,7 +179,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     return f"{'Best' if counted else 'Shortest step'}: {how}: {gain}{doubt}.{until}"
 
 
-def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
+def _print_local(dense: float, forecasts: Sequence[LocalForecast], workers: int, optimizer: Inner) -> None:
     """Print the table of local updates, and compare the fastest with dense training (`dense` seconds per step)."""
     table = number_table("local updates", "every", "fragments", "delay", "sent kB", "step ms", "compute %", "x steps")
     for f in forecasts:
@@ -196,7 +195,11 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
     print(f"{_call(best, optimizer)}: {took}: {verdict}; {best.computing:.0%} of the time is computing.")
-    print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
+    inner, where = _MEASURED_IN[optimizer]
+    *fewer, most = measured_workers(optimizer)
+    print(_LOCAL_NOTE.format(inner, f"{', '.join(map(str, fewer))} or {most}", where))
+    if workers > most:
+        print(f"With {workers} workers, more steps are needed than with {most}: exchange more often, with more bits.")
 
 
 def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "") -> str:
@@ -208,19 +211,28 @@ def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "") -> s
     return f"{package}LocalUpdates({inner}, {setting})"
 
 
-def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> tuple[str, list[str]]:
-    """Return the line that recommends the fastest method, and the lines of a script that apply it; none for plain DDP.
-    Dense training is recommended unless the hook or local updates are faster by more than the error of a forecast."""
+@dataclass(frozen=True)
+class Advice:
+    """The fastest method of training, in words, and the lines of a script that apply it."""
+
+    use: str
+    lines: list[str]  # empty for plain DDP
+    is_local: bool = False  # it is local updates, whose training ends with `flush`
+
+
+def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> Advice:
+    """Return the fastest method: dense training, unless the hook or local updates are faster by more than the error of
+    a forecast."""
     dense, hook = verdict.dense.seconds, verdict.best
     if dense < min(hook.seconds, local.seconds) * (1 + _ERROR):
-        return "Use: DistributedDataParallel as it is.", []
+        return Advice("DistributedDataParallel as it is.", [])
     if local.seconds <= hook.seconds:
         lines = [
             "import packsaddle",
             f"local = {_call(local, optimizer, 'packsaddle.')}  # and no DistributedDataParallel",
-            _FLUSH,
+            "local.flush()  # after the last step",
         ]
-        return f"Use: LocalUpdates, {dense / local.seconds:.3g} times as fast as dense training.", lines
+        return Advice(f"LocalUpdates, {_faster(dense, local.seconds)}", lines, is_local=True)
 
     # The hook: a two-way exchange is not its default.
     argument = hook.compressor
@@ -232,4 +244,8 @@ def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) 
         "model = torch.nn.parallel.DistributedDataParallel(model)",
         f"hook = packsaddle.register_ddp_hook(model, {compressor}, optimizer=optimizer)",
     ]
-    return f"Use: register_ddp_hook with {argument}, {dense / hook.seconds:.3g} times as fast as dense training.", lines
+    return Advice(f"register_ddp_hook with {argument}, {_faster(dense, hook.seconds)}", lines)
+
+
+def _faster(dense: float, seconds: float) -> str:
+    return f"{dense / seconds:.3g} times as fast as dense training."

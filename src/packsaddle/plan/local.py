@@ -26,6 +26,7 @@ class Setting:
     delay: int = 0
 
 
+Inner = Literal["adamw", "muon"]
 _TWO_BITS = Rounded()
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
 # Steps to reach the loss of uncompressed ("dense") training, relative to its steps, by number of workers; the learning
@@ -71,9 +72,19 @@ _MUON: Mapping[int, Mapping[Setting, float]] = {
 Inner = Literal["adamw", "muon"]
 
 
+_MEASURED: Mapping[Inner, Mapping[int, Mapping[Setting, float]]] = {"adamw": _ADAMW, "muon": _MUON}
+
+
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return each setting's steps relative to uncompressed training, measured with 2 workers, or with 4 for more."""
-    return (_MUON if optimizer == "muon" else _ADAMW)[2 if workers <= 2 else 4]
+    """Return each setting's steps relative to uncompressed training, measured with this number of workers, or else with
+    the next larger one, or with the largest."""
+    by_workers = _MEASURED[optimizer]
+    return by_workers[min((w for w in by_workers if w >= workers), default=max(by_workers))]
+
+
+def measured_workers(optimizer: Inner = "adamw") -> list[int]:
+    """Return the numbers of workers with which steps were measured, the smallest first."""
+    return sorted(_MEASURED[optimizer])
 
 
 @dataclass(frozen=True)
