@@ -84,6 +84,7 @@ class Method:
     exchange: Literal["auto", "direct", "two-way"] = "auto"
     share: float = 1.0  # fraction of the setting's steps
     dense_below: int = 1024
+    mean_momentum: float = 0.0
 
     @property
     def start(self) -> float:
@@ -97,6 +98,11 @@ def _methods() -> Iterator[tuple[str, Method]]:
         sign = replace(base, compressor=Sign(per_tensor=True))
         for every in (2, 4):
             yield f"{name}, local {every}, Sign", replace(sign, every=every)
+        for every in (2, 4, 8, 32):
+            mixed = replace(sign, every=every, mean_momentum=0.5)
+            yield f"{name}, local {every}, Sign, mean momentum 0.5", mixed
+            two_bits = replace(mixed, compressor=Rounded())
+            yield f"{name}, local {every}, Rounded int2, mean momentum 0.5", two_bits
         yield f"{name}, local 2, TopK 1/4 int2", replace(base, compressor=TopK(1 / 4, values="int2"), every=2)
         yield f"{name}, local 8, Sign of all tensors", replace(sign, dense_below=0)
         yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
@@ -208,6 +214,7 @@ def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsadd
         packsaddle.Compression(how.compressor, exchange=how.exchange, decay=how.decay, dense_below=how.dense_below),
         every=how.every,
         outer=None if how.outer is None else packsaddle.OuterSGD(*how.outer),
+        mean_momentum=how.mean_momentum,
         keep_unsent=how.keep,
     )
 

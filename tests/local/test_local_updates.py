@@ -57,12 +57,15 @@ CASES = [
     Case(every=3, compressor=TopK(0.1), keep=True),
     Case(every=4, compressor=QSGD(), fragments=3, delay=3, keep=True, outer="nesterov", decay=0.9),
     Case(every=3, compressor=Sign(), keep=True, bad={5: 0}, steps=20),
+    Case(every=3, compressor=Sign(), keep=True, mean_momentum=0.5, bad={5: 0}, steps=20),
+    Case(every=8, compressor=TopK(0.2), fragments=3, delay=2, outer="nesterov", mean_momentum=1.0),
 ]
 
 
 def named(case: Case) -> str:
     rest = f"P{case.fragments}-delay{case.delay}-{case.inner}-{case.outer}-{case.decay}-{case.noise}"
-    return f"{case.compressor}-H{case.every}-{rest}{'-kept' if case.keep else ''}"
+    rest += f"-{case.mean_momentum}{'-kept' if case.keep else ''}"
+    return f"{case.compressor}-H{case.every}-{rest}"
 
 
 def check(case: Case, workers: int, found: list[tuple[list[Tensor], dict[str, Tensor]]]) -> Twin:

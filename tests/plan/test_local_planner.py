@@ -68,7 +68,7 @@ def test_the_multiples_are_those_of_the_races_rows() -> None:
             assert stated == pytest.approx(found, abs=0.00501), (workers, setting)
 
 
-MUON = {2: "gpt-2.csv", 4: "char-4.csv"}
+MUON = {2: "gpt-2.csv", 4: "char-4.csv", 8: "char-8.csv"}
 METHODS = {Sign(per_tensor=True): "Sign", Rounded(): "Rounded int2"}
 
 
@@ -79,16 +79,24 @@ def muon_loss(rows: list[dict[str, str]], method: str) -> float:
     return mean(float(row["validation_loss"]) for row in mine if row["rate"] == best["rate"])
 
 
+def muon_rows(name: str) -> list[dict[str, str]]:
+    with (EXPERIMENTS / "muon" / name).open() as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.mark.parametrize("workers", MUON)
 def test_the_multiples_of_muon_are_those_of_its_rows(workers: int) -> None:
-    """On the line in log2 of the steps through dense training of all the steps and of half of them."""
-    with (EXPERIMENTS / "muon" / MUON[workers]).open() as file:
-        rows = list(csv.DictReader(file))
-    full, half = (muon_loss(rows, f"Muon, dense{rest}") for rest in ("", ", half of the steps"))
+    """On lines in log2 of the steps through dense training of all the steps, of half of them, and of a quarter."""
+    dense = muon_rows("gpt-2.csv" if workers == 2 else "char-4.csv")
+    words = ("", ", half of the steps", ", quarter of the steps")
+    losses = [muon_loss(dense, f"Muon, dense{w}") for w in words if any(w in row["method"] for row in dense)]
     for setting, stated in measured_with(workers, "muon").items():
-        how = METHODS.get(setting.compressor, "")
-        name = f"Muon, local {setting.every}, {how}" if how else f"Muon, local SGD {setting.every}"
-        assert stated == pytest.approx(2 ** ((muon_loss(rows, name) - full) / (half - full)), abs=0.00501), name
+        name = f"Muon, local {setting.every}, {METHODS[setting.compressor]}"
+        loss = muon_loss(muon_rows(MUON[workers]), name)
+        halvings = max(i for i, low in enumerate(losses[:-1]) if loss >= low)
+        halvings += (loss - losses[halvings]) / (losses[halvings + 1] - losses[halvings])
+        assert halvings <= len(losses) - 1, name  # no loss is above those of dense training
+        assert stated == pytest.approx(2**halvings, abs=0.00501), name
 
 
 def test_a_delay_costs_steps() -> None:
@@ -203,3 +211,9 @@ def test_more_workers_need_more_steps() -> None:
     assert measured_with(100) is four
     assert {setting for setting in two if not setting.delay} == {setting for setting in four if not setting.delay}
     assert all(multiple > two[setting] > 1 for setting, multiple in four.items())
+    few, some, many = (measured_with(workers, "muon") for workers in (2, 4, 8))
+    assert measured_with(5, "muon") is measured_with(100, "muon") is many
+    for less, more in ((few, some), (some, many)):
+        both = less.keys() & more.keys()
+        assert both
+        assert all(1 < less[setting] < more[setting] for setting in both)

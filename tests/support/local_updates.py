@@ -40,6 +40,7 @@ class Case:
     decay: float = 1.0
     noise: float = 0.0
     keep: bool = False  # x begins again at a - e
+    mean_momentum: float = 0.0
     steps: int = 17
     seed: int = 5
     bad: dict[int, int] = field(default_factory=dict)  # inner step (from 1) after which which worker's x gets a NaN
@@ -75,6 +76,7 @@ def made(case: Case, **options: Any) -> tuple[dict[str, Any], torch.optim.Optimi
         overlap=Overlap(case.delay, case.fragments),
         noise=case.noise,
         keep_unsent=case.keep,
+        mean_momentum=case.mean_momentum,
         seed=case.seed,
         **options,
     )
@@ -136,7 +138,7 @@ def twin(case: Case, workers: int, ends: Sequence[int] | None = None) -> Twin:
         with torch.no_grad():
             for p, names in enumerate(case.cut()):
                 if (n, p) in landing:
-                    _land(landing.pop((n, p)), names, leaves, outer, xs, inners, e if case.keep else None)
+                    _land(case, landing.pop((n, p)), names, leaves, outer, xs, inners, e)
             for p, names in enumerate(case.cut()):
                 if (n + p * case.every // case.fragments) % case.every:
                     continue
@@ -147,7 +149,7 @@ def twin(case: Case, workers: int, ends: Sequence[int] | None = None) -> Twin:
                 if case.delay:
                     landing[n + case.delay, p] = flight
                 else:
-                    _land(flight, names, leaves, outer, xs, inners, e if case.keep else None)
+                    _land(case, flight, names, leaves, outer, xs, inners, e)
         for i in range(workers):
             seen[i].append(flat(xs[i]))
     return Twin(seen, {name: leaf.detach() for name, leaf in leaves.items()}, e)
@@ -194,15 +196,17 @@ def _exchange(
 
 
 def _land(
+    case: Case,
     flight: Any,
     names: list[str],
     leaves: dict[str, Any],
     outer: Any,
     xs: Sequence[dict[str, Any]],
     inners: Sequence[Any],
-    kept: list[dict[str, Tensor]] | None,
+    e: list[dict[str, Tensor]],
 ) -> None:
     mean, before, bad = flight
+    kept = e if case.keep else None
     if mean is None:
         for i, (x, inner) in enumerate(zip(xs, inners, strict=True)):
             if bad[i]:
@@ -222,6 +226,11 @@ def _land(
         for name in names:
             since = 0.0 if before is None else x[name] - before[i][name]
             x[name].copy_(leaves[name] - (kept[i][name] if kept else 0.0) + since)
+            if case.mean_momentum and mean[name].any():
+                state = inners[i].state[x[name]]
+                m, d = state["exp_avg"], state["exp_avg_sq"] ** 0.5 * mean[name]
+                c = case.mean_momentum
+                state["exp_avg"].copy_((1 - c) * m + c * m.norm() / d.norm() * d)
 
 
 def _forget(inner: torch.optim.Optimizer) -> None:

@@ -150,7 +150,7 @@ class Fragment(Slice):
         """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
 
         It may run in another thread. `norms`, float32[W], are the workers' norms of v, from which v is clipped. With
-        `as_vector`, and always with exchange "senders", `PendingExchange.mean` is a vector.
+        `as_vector`, and always with exchange "senders" or a `mean_momentum`, `PendingExchange.mean` is a vector.
         """
         assert p.round is not None
         self.feedback.channel.step = step
@@ -159,7 +159,8 @@ class Fragment(Slice):
         g = p.round.exchange(weight=p.share, clip=self._own_factor(p))
         if p.share:
             p.round.absorb()
-        p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
+        as_vector = as_vector or self._options.averages_senders or self._options.mean_momentum > 0
+        p.mean = self._mean(g) if as_vector else g
         # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
         if p.invalid.device.type == "cpu":
             self.name_workers(p)

@@ -214,6 +214,7 @@ class LocalOptions(Option):
     compression: Compression
     every: int
     outer: Outer | None = own(None)  # not compared between workers; the optimizer that it returns is
+    mean_momentum: float = 0.0
     overlap: Overlap = Overlap()
     workers: Workers | Elastic = Workers()
     noise: Noise = Noise()  # noqa: RUF009 -- immutable
@@ -234,6 +235,8 @@ class LocalOptions(Option):
             raise ValueError(
                 f"delay must be below every = {self.every} steps, so that rounds do not meet, got {overlap.delay}"
             )
+        if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
+            raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
         if not spec.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")
         if spec.memory != "buffer":

@@ -103,6 +103,9 @@ class LocalUpdates(JoinableSteps):
         outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that returns a torch optimizer of the
             anchor's tensors, float32 or wider. Its gradient is the workers' mean update. None: the mean update is
             subtracted from the anchor.
+        mean_momentum: fraction, in [0, 1], of the first moments of Adam, AdamW and others with `exp_avg` and
+            `exp_avg_sq` that is replaced by the direction of the workers' mean update after each exchange, at equal
+            norm; 0.5 was best with AdamW. It sends nothing, and does not change Muon and SGD. 0: none.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         workers: the process group of the workers, or `Workers` with weights, a sample of them or a limit on their
             updates; or a torchft Manager or `Elastic`, for workers that join and leave. None: the default group, or
@@ -158,6 +161,7 @@ class LocalUpdates(JoinableSteps):
         *,
         every: int = 8,
         outer: Outer | None = None,
+        mean_momentum: float = 0.0,
         overlap: int | Overlap = 0,
         workers: Any = None,
         noise: float | Callable[[int], float] | Noise = 0.0,
@@ -177,6 +181,7 @@ class LocalUpdates(JoinableSteps):
             *(compressor, overlap, workers, noise),
             every=every,
             outer=outer,
+            mean_momentum=mean_momentum,
             escape=escape,
             keep_unsent=keep_unsent,
             offload=offload,
@@ -228,7 +233,8 @@ class LocalUpdates(JoinableSteps):
             if not isinstance(self.outer, Optimizer):
                 made = type(self.outer).__name__
                 raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
-        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
+        most, mixed = spec.max_skipped, options.mean_momentum
+        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, most, group.rank, mixed)
         self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
         self._escape = self._escape_check(escape) if escape is not None else None
         self._resets: list[Reset] = []  # records of the escape check's firings

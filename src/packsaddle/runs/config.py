@@ -163,6 +163,8 @@ class LocalConfig:
     schedule: Literal["constant", "cosine"] = "constant"  # lr after the warm-up; cosine: down to a tenth at the end
     clip: float | None = None  # maximum gradient norm; larger gradients are scaled down; by default no limit
     keep_unsent: bool = True  # after a round, start from the anchor minus the worker's error memory; false: the anchor
+    # after a round, the fraction of AdamW's first moments that is replaced by the direction of the mean update
+    mean_momentum: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
     outer: OuterSGD | None = None
 
@@ -185,7 +187,9 @@ class LocalConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
             raise ValueError(f"betas are only for adamw and muon, not sgd, got {list(self.betas)}")
-        LocalOptions(Compression(Identity()), self.every, overlap=self.overlap)
+        if self.optimizer == "sgd" and self.mean_momentum:
+            raise ValueError(f"mean_momentum is only for adamw and muon, not sgd, got {self.mean_momentum}")
+        LocalOptions(Compression(Identity()), self.every, mean_momentum=self.mean_momentum, overlap=self.overlap)
 
 
 @dataclass(frozen=True, kw_only=True)

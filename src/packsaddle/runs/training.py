@@ -209,6 +209,7 @@ class LocalTraining(Training):
                 replace(config.compression(), monitor_every=max(1, config.log_every // local.every)),
                 every=local.every,
                 outer=local.outer,
+                mean_momentum=local.mean_momentum,
                 overlap=local.overlap,
                 workers=elastic,
                 noise=self._noise or config.noise.std,
