@@ -531,6 +531,11 @@ def test_refusals() -> None:
         "delay must be an integer of at least 0": lambda: make(delay=-1),
         "decay must be in (0, 1] for local updates, got 0": lambda: make(decay=0),
         "decay must be in [0, 1], got nan": lambda: make(decay=float("nan")),
+        "mean_momentum must be in [0, 1], got 1.5": lambda: make(mean_momentum=1.5),
+        "mean_momentum must be in [0, 1], got nan": lambda: make(mean_momentum=float("nan")),
+        "mean_momentum needs an optimizer with Adam's moments, state exp_avg and exp_avg_sq, and SGD has none": (
+            lambda: make(mean_momentum=0.5)
+        ),
         "blend needs a delay": lambda: make(blend=0.5),
         "blend must be None or in [0, 1], got 2": lambda: make(blend=2, delay=1),
         "exchange must be one of direct, auto": lambda: make(exchange="median"),

@@ -21,7 +21,7 @@ from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.local.fragment import Fragment, PendingExchange
 from packsaddle.local.inner import live_objects, names_of
-from packsaddle.local.moments import mix_moments
+from packsaddle.local.moments import MeanMomentum
 from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
@@ -32,8 +32,8 @@ class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
     More than `most` consecutive rejected rounds raise an error. The steps of reset optimizers are checked until all
-    local updates are finite again. `agree` reduces a bool[] with OR over the shards of this worker. `mean_momentum` is
-    that of `LocalUpdates`.
+    local updates are finite again. `agree` reduces a bool[] with OR over the shards of this worker. `momentum` changes
+    the optimizers after an applied round; None: nothing does.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Outcomes:
         agree: Callable[[Tensor], Tensor],
         most: int | None,
         rank: int,
-        mean_momentum: float,
+        momentum: MeanMomentum | None,
     ) -> None:
         self._optimizers, self._fragments, self._agree = optimizers, fragments, agree
-        self._mean_momentum = mean_momentum
+        self._momentum = momentum
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._skipped = set[Fragment]()  # fragments whose last round was rejected; identical on all workers
@@ -71,15 +71,16 @@ class Outcomes:
     def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
         """Record the outcome of a fragment's round t; return True if it was applied.
         Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset; and
-        ValueError if `mean_momentum` is set and no inner optimizer has Adam's moments."""
+        ValueError if `momentum` finds no moments (see `MeanMomentum.mix`)."""
         # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
         # parameters may zero the updates of other fragments, which are then valid.
         if exchange.applied:
             self._skipped.discard(part)
             if not self._skipped:
                 self.skips.reset_streak()
-            if self._mean_momentum and not exchange.flush:
-                self._mix_moments(part, exchange)
+            if self._momentum is not None and not exchange.flush:
+                assert isinstance(exchange.mean, Tensor)
+                self._momentum.mix(part.parameters, part.views(exchange.mean))
             return True
         self._skipped.add(part)
         # On a worker with an invalid update, clear non-finite optimizer state, and make the parameters finite.
@@ -100,19 +101,6 @@ class Outcomes:
                 )
         self.skips.check(self.skips.in_a_row)
         return False
-
-    def _mix_moments(self, part: Fragment, exchange: PendingExchange) -> None:
-        assert isinstance(exchange.mean, Tensor)
-        mixed = mix_moments(self._optimizers, part.parameters, part.views(exchange.mean), self._mean_momentum)
-        if not (mixed or self._has_moments()):
-            raise ValueError(
-                f"mean_momentum needs an optimizer with Adam's moments (state exp_avg and exp_avg_sq), and "
-                f"{names_of(self._optimizers)} has none: set mean_momentum=0"
-            )
-
-    def _has_moments(self) -> bool:
-        """Return True if the optimizers have Adam's moments for any parameter, also of another fragment."""
-        return any("exp_avg_sq" in entry for optimizer in self._optimizers for entry in optimizer.state.values())
 
     def check_step(self) -> None:
         """Clear and reload state dicts if parameters are non-finite after an inner step with finite gradients.

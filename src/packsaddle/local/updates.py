@@ -53,6 +53,7 @@ from packsaddle.local.inner import (
     names_of,
 )
 from packsaddle.local.lockstep import Call, Lockstep
+from packsaddle.local.moments import MeanMomentum
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
@@ -233,8 +234,8 @@ class LocalUpdates(JoinableSteps):
             if not isinstance(self.outer, Optimizer):
                 made = type(self.outer).__name__
                 raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
-        most, mixed = spec.max_skipped, options.mean_momentum
-        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, most, group.rank, mixed)
+        momentum = MeanMomentum(self.optimizers, mean_momentum) if mean_momentum else None
+        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank, momentum)
         self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
         self._escape = self._escape_check(escape) if escape is not None else None
         self._resets: list[Reset] = []  # records of the escape check's firings

@@ -69,7 +69,6 @@ _MUON: Mapping[int, Mapping[Setting, float]] = {
     2: {Setting(8, _SIGN, keep_unsent=True): 1.15, Setting(8, _TWO_BITS, keep_unsent=True): 1.06},
     4: {Setting(8, _SIGN, keep_unsent=True): 1.39, Setting(8, _TWO_BITS, keep_unsent=True): 1.18},
 }
-Inner = Literal["adamw", "muon"]
 
 
 _MEASURED: Mapping[Inner, Mapping[int, Mapping[Setting, float]]] = {"adamw": _ADAMW, "muon": _MUON}

@@ -89,7 +89,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "two-way": {"every": 3, "fragments": 1, "exchange": "two-way"},
         "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2, values="int2")},
         "private": {"every": 2, "fragments": 1, "delay": 1, "compressor": QSGD(), "offload": True},
-        "from the anchor": {"delay": 3, "keep_unsent": False},
+        "from the anchor": {"delay": 3, "keep_unsent": False, "inner": adamw, "mean_momentum": 0.5},
         "senders": {"every": 3, "fragments": 1, "delay": 1, "exchange": "senders"},
     },
     "elastic": {"outer": {"inner": adamw, "outer": nesterov}},
