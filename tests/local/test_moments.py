@@ -8,6 +8,7 @@ from torch import Tensor
 
 from packsaddle import Compression, Elastic, Identity, LocalUpdates, simulate
 from packsaddle.comm import resolve
+from packsaddle.local.inner import Shards
 from packsaddle.local.moments import MeanMomentum
 
 WHOLE = Compression(Identity(), dense_below=0)
@@ -32,7 +33,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def test_with_all_of_it_a_step_goes_along_the_mean_update(options: dict[str, object]) -> None:
     p, optimizer, state = stepped(**options)
     update, before = torch.arange(12.0).view(4, 3) - 5, state["exp_avg"].clone()
-    MeanMomentum([optimizer], 1.0).mix([p], [update.view(-1)])
+    MeanMomentum([optimizer], 1.0, Shards([p])).mix([p], [update.flatten().clone()])
     v = state["max_exp_avg_sq" if "amsgrad" in options else "exp_avg_sq"]
     assert cosine(state["exp_avg"] / v.sqrt(), update) == pytest.approx(1, abs=1e-4)
     assert float(state["exp_avg"].double().norm()) == pytest.approx(float(before.double().norm()), rel=1e-2)
@@ -42,7 +43,7 @@ def test_a_fraction_is_between() -> None:
     p, optimizer, state = stepped()
     update, m = torch.ones(4, 3), state["exp_avg"].clone()
     d = state["exp_avg_sq"].sqrt()
-    MeanMomentum([optimizer], 0.25).mix([p], [update])
+    MeanMomentum([optimizer], 0.25, Shards([p])).mix([p], [update])
     torch.testing.assert_close(state["exp_avg"], 0.75 * m + 0.25 * m.norm() / d.norm() * d)
 
 
@@ -50,7 +51,7 @@ def test_nothing_changes_without_an_update_or_without_moments() -> None:
     p, optimizer, state = stepped()
     q, other, muon = stepped(torch.optim.Muon)
     before = [state["exp_avg"].clone(), muon["momentum_buffer"].clone()]
-    both = MeanMomentum([other, optimizer], 0.5)
+    both = MeanMomentum([other, optimizer], 0.5, Shards([p, q]))
     both.mix([p, q], [torch.zeros(4, 3), torch.ones(4, 3)])
     assert torch.equal(state["exp_avg"], before[0])
     assert torch.equal(muon["momentum_buffer"], before[1])
@@ -72,7 +73,7 @@ def test_other_optimizers_are_refused_when_their_state_is_known() -> None:
 
     p = torch.nn.Parameter(torch.ones(3))
     lion = Lion([p], 0.1)
-    momentum = MeanMomentum([lion], 0.5)
+    momentum = MeanMomentum([lion], 0.5, Shards([p]))
     momentum.mix([p], [torch.ones(3)])
     p.grad = torch.ones(3)
     lion.step()

@@ -92,7 +92,7 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 class Shards:
-    """OR-reduction of a flag over the processes that have shards of one worker's DTensors."""
+    """Reductions over the processes that have shards of one worker's DTensors."""
 
     def __init__(self, parameters: Iterable[Any]) -> None:
         meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
@@ -106,6 +106,12 @@ class Shards:
         for group in self._groups:
             group.all_reduce(found)
         return found[0] > 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return `values` summed over these processes, in place; collective over them."""
+        for group in self._groups:
+            group.all_reduce(values)
+        return values
 
 
 def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:

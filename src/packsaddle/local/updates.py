@@ -234,7 +234,7 @@ class LocalUpdates(JoinableSteps):
             if not isinstance(self.outer, Optimizer):
                 made = type(self.outer).__name__
                 raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
-        momentum = MeanMomentum(self.optimizers, mean_momentum) if mean_momentum else None
+        momentum = MeanMomentum(self.optimizers, mean_momentum, agree) if mean_momentum else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank, momentum)
         self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
         self._escape = self._escape_check(escape) if escape is not None else None
