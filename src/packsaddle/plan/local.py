@@ -63,14 +63,25 @@ _ADAMW: Mapping[int, Mapping[Setting, float]] = {
     },
 }
 
-
 # The same for Muon, relative to dense training with Muon: experiments/muon.
 _MUON: Mapping[int, Mapping[Setting, float]] = {
-    2: {Setting(8, _SIGN, keep_unsent=True): 1.15, Setting(8, _TWO_BITS, keep_unsent=True): 1.06},
-    4: {Setting(8, _SIGN, keep_unsent=True): 1.39, Setting(8, _TWO_BITS, keep_unsent=True): 1.18},
+    2: {
+        Setting(8, _SIGN, keep_unsent=True): 1.15,
+        Setting(8, _TWO_BITS, keep_unsent=True): 1.06,
+        Setting(32, _SIGN, keep_unsent=True): 1.33,
+    },
+    4: {
+        Setting(8, _SIGN, keep_unsent=True): 1.39,
+        Setting(8, _TWO_BITS, keep_unsent=True): 1.18,
+        Setting(32, _SIGN, keep_unsent=True): 2.49,
+        Setting(32, _TWO_BITS, keep_unsent=True): 2.05,
+    },
+    8: {
+        Setting(4, _TWO_BITS, keep_unsent=True): 1.36,
+        Setting(8, _SIGN, keep_unsent=True): 2.16,
+        Setting(8, _TWO_BITS, keep_unsent=True): 1.64,
+    },
 }
-
-
 _MEASURED: Mapping[Inner, Mapping[int, Mapping[Setting, float]]] = {"adamw": _ADAMW, "muon": _MUON}
 
 
