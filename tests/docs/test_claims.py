@@ -58,6 +58,8 @@ def test_local_updates_of_muon() -> None:
     """The guide's table, and the bytes on the front pages, are those of the rows."""
     methods = {
         "AdamW, dense gradients, every step": "AdamW, dense, beta1 0.8",
+        "AdamW, `LocalUpdates(mean_momentum=0.5)`, every 8, 1 bit": "AdamW, local 8, Sign, mean momentum 0.5",
+        "AdamW, `LocalUpdates(mean_momentum=0.5)`, every 2, 1 bit": "AdamW, local 2, Sign, mean momentum 0.5",
         "Muon and AdamW, dense gradients, every step": "Muon, dense",
         "Muon and AdamW, `LocalUpdates`, every 8, 2 bits": "Muon, local 8, TopK 1/2 int2",
         "Muon and AdamW, `LocalUpdates`, every 8, 1 bit (the default)": "Muon, local 8, Sign",
@@ -69,13 +71,20 @@ def test_local_updates_of_muon() -> None:
         cells = [cell.strip() for cell in line.split("|")[2:6]]
         expected = [text for loss, sent in (four[method], two[method]) for text in (kilobytes(sent), f"{loss:.3f}")]
         assert cells == expected, name
+    # What a mean momentum gains with AdamW, and loses with Muon.
+    sign, mixed = "local 8, Sign", "local 8, Sign, mean momentum 0.5"
+    compared = (f"AdamW, {mixed}", f"AdamW, {sign}", f"Muon, {mixed}", f"Muon, {sign}")
+    said = r"has ([\d.]+) instead\s+of ([\d.]+) with four workers.*?Muon \(([\d.]+), ([\d.]+)"
+    gain = re.search(said, guide, re.DOTALL)
+    assert gain
+    assert list(gain.groups()) == [f"{four[method][0]:.3f}" for method in compared]
     losses = [f"{four[m][0]:.3f}" for m in ("Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense")]
-    said = re.search(
+    front = re.search(
         r"loss ([\d.]+) at 11\.4 kB a step; dense AdamW ([\d.]+) and dense Muon ([\d.]+) at 2,168 kB",
         (DOCS.parent / "README.md").read_text(),
     )
-    assert said
-    assert list(said.groups()) == losses
+    assert front
+    assert list(front.groups()) == losses
     times = round(two["Muon, dense"][1] / two["Muon, local 8, Sign"][1])
     assert two["Muon, local 8, Sign"][0] < two["AdamW, dense, beta1 0.8"][0]
     assert round(two["Muon, local 8, Sign"][0] - two["Muon, dense"][0], 2) == 0.04

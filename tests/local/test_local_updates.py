@@ -533,7 +533,7 @@ def test_refusals() -> None:
         "decay must be in [0, 1], got nan": lambda: make(decay=float("nan")),
         "mean_momentum must be in [0, 1], got 1.5": lambda: make(mean_momentum=1.5),
         "mean_momentum must be in [0, 1], got nan": lambda: make(mean_momentum=float("nan")),
-        "mean_momentum needs an optimizer with Adam's moments, state exp_avg and exp_avg_sq, and SGD has none": (
+        "mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and SGD has none": (
             lambda: make(mean_momentum=0.5)
         ),
         "blend needs a delay": lambda: make(blend=0.5),

@@ -1,20 +1,26 @@
 """First moments mixed with the mean update: the formula by hand, what is left as it is, and where moments are missing.
 Whole runs are compared with the twin in test_local_updates."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from elastic_fakes import FakeGroup, FakeManager
 from torch import Tensor
+from torch.optim import AdamW
 
 from packsaddle import Compression, Elastic, Identity, LocalUpdates, simulate
-from packsaddle.comm import resolve
+from packsaddle.comm import Solo, resolve
 from packsaddle.local.inner import Shards
 from packsaddle.local.moments import MeanMomentum
 
+Gloo = Callable[..., list[Any]]
 WHOLE = Compression(Identity(), dense_below=0)
 
 
-def stepped(optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: object) -> tuple:  # type: ignore[type-arg]
+def stepped(optimizer_class: type[torch.optim.Optimizer] = AdamW, **options: object) -> tuple:  # type: ignore[type-arg]
     """A parameter, float32[4, 3], with the optimizer that has made three steps on it, and the state's entry."""
     rng = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(4, 3, generator=rng).to(options.pop("dtype", torch.float32)))  # type: ignore[arg-type]
@@ -58,8 +64,22 @@ def test_nothing_changes_without_an_update_or_without_moments() -> None:
     both.mix([torch.nn.Parameter(torch.ones(3))], [torch.ones(3)])  # which has not been trained yet
 
 
-def test_other_optimizers_are_refused_when_their_state_is_known() -> None:
-    """Not while they have none: a GradScaler may have skipped all steps."""
+def test_what_is_not_finite_or_not_of_the_parameters_shape_stays_as_it_is() -> None:
+    """An infinite second moment only stops its coordinate in AdamW; low-rank moments are of another basis."""
+    p, optimizer, state = stepped()
+    state["exp_avg_sq"][0, 0] = float("inf")
+    m, update = state["exp_avg"].clone(), torch.ones(4, 3)
+    momentum = MeanMomentum([optimizer], 0.5, Shards([p]))
+    momentum.mix([p], [update])
+    assert torch.equal(state["exp_avg"], m)
+    state["exp_avg_sq"] = torch.ones(4)
+    momentum.mix([p], [update])
+    assert torch.equal(state["exp_avg"], m)
+    assert bool((update == 1).all())  # an outer optimizer may have kept it
+
+
+def test_other_optimizers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In the log, since they may have states later; not where torch's own have moments."""
 
     class Lion(torch.optim.Optimizer):
         """One moment, without a second."""
@@ -67,25 +87,60 @@ def test_other_optimizers_are_refused_when_their_state_is_known() -> None:
         def __init__(self, parameters: object, lr: float) -> None:
             super().__init__(parameters, {"lr": lr})  # type: ignore[arg-type]
 
-        def step(self, closure: object = None) -> None:  # type: ignore[override]
-            for p in self.param_groups[0]["params"]:
-                self.state[p]["exp_avg"] = p.grad.clone()
-
     p = torch.nn.Parameter(torch.ones(3))
-    lion = Lion([p], 0.1)
-    momentum = MeanMomentum([lion], 0.5, Shards([p]))
-    momentum.mix([p], [torch.ones(3)])
-    p.grad = torch.ones(3)
-    lion.step()
-    with pytest.raises(ValueError, match=r"mean_momentum needs an optimizer with Adam's moments, .* and Lion has none"):
-        momentum.mix([p], [torch.ones(3)])
+    for optimizers in ([Lion([p], 0.1)], [torch.optim.Muon([torch.nn.Parameter(torch.ones(2, 2))]), AdamW([p])]):
+        momentum = MeanMomentum(optimizers, 0.5, Shards([p]))
+        for _ in range(2):
+            momentum.mix([p], [torch.ones(3)])
+    assert [r.message for r in caplog.records] == ["mean_momentum has no effect: Lion has no exp_avg and exp_avg_sq"]
+
+
+def without_moments_on_a_shard() -> tuple[int, int]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def shards(whole: Tensor) -> Tensor:
+        return distribute_tensor(whole, mesh, [Shard(0)])
+
+    mesh, rng = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    p, q = (torch.nn.Parameter(shards(torch.ones(4, 3))) for _ in range(2))
+    optimizer = AdamW([p, q], lr=0.1)
+    local = LocalUpdates(optimizer, WHOLE, every=1, mean_momentum=0.5, workers=Solo())
+    for n in range(4):
+        of_p = torch.randn(4, 3, generator=rng)
+        if n == 1:
+            of_p[0, 0] = float("nan")  # the first shard's state of p is cleared
+        p.grad = shards(of_p) if n != 2 else None  # and not made again at once
+        q.grad = shards(torch.randn(4, 3, generator=rng))
+        optimizer.step()
+    return local.rounds, local.skipped
+
+
+def test_a_shard_may_have_lost_its_moments(gloo: Gloo) -> None:
+    assert gloo(without_moments_on_a_shard, 2) == [(3, 1)] * 2
+
+
+def counted() -> list[float]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 6), torch.nn.LayerNorm(6))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    return Shards(model.parameters()).total(torch.eye(4)[dist.get_rank()].clone()).tolist()  # type: ignore[no-any-return]
+
+
+def test_each_process_of_two_meshes_counts_once(gloo: Gloo) -> None:
+    assert gloo(counted, 4) == [[1.0] * 4] * 4
 
 
 def trained(worker: int, elastic: bool) -> tuple[list[Tensor], list[Tensor]]:
     """First moments after each of five steps, two of them rounds, and after a flush; the anchor's change in rounds."""
     rng = torch.Generator().manual_seed(worker)
     p = torch.nn.Parameter(torch.ones(4, 3))
-    optimizer = torch.optim.AdamW([p], lr=0.1)
+    optimizer = AdamW([p], lr=0.1)
     manager = FakeManager(resolve(None)) if elastic else None
     workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False) if elastic else None
     local = LocalUpdates(optimizer, WHOLE, every=2, mean_momentum=1.0, workers=workers)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -95,8 +96,10 @@ class Shards:
     """Reductions over the processes that have shards of one worker's DTensors."""
 
     def __init__(self, parameters: Iterable[Any]) -> None:
-        meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
-        self._groups = [resolve(mesh.get_group(i)) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
+        # In the order of the parameters, which is that of all processes, and each group of processes once.
+        meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
+        groups = [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
+        self._groups = [resolve(g) for g in {tuple(dist.get_process_group_ranks(g)): g for g in groups}.values()]
 
     def __call__(self, bad: Tensor) -> Tensor:
         """Return `bad`, bool[], reduced with OR over these processes; collective over them."""

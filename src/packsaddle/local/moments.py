@@ -9,7 +9,8 @@ where v is the second moment, so that a step m / sqrt(v) continues along u. Noth
 measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,55 +19,65 @@ from torch.optim import Optimizer
 from packsaddle.comm.sharding import local_part
 from packsaddle.local.inner import Shards, names_of
 
-_MOMENTS = {"exp_avg", "exp_avg_sq"}  # Adam's m and v in an optimizer's state
-_WITH_MOMENTS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
+_log = logging.getLogger("packsaddle")
+_WITH_MOMENTS = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "NAdam", "RAdam", "SparseAdam"))
 
 
 class MeanMomentum:
     """Mixes the mean update into first moments; `fraction` is c, and `shards` sums norms over a worker's processes.
-    Raises ValueError if all optimizers are torch's and none has Adam's moments."""
+    Raises ValueError if all optimizers are torch's, and none is Adam or a variant of it with an elementwise v."""
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._optimizers, self._fraction, self._shards = optimizers, fraction, shards
-        are_known = all(type(o).__module__.startswith("torch.optim.") for o in optimizers)
-        if are_known and not any(isinstance(o, _WITH_MOMENTS) for o in optimizers):
-            raise ValueError(self._lacking())
+        self._has_mixed = any(isinstance(optimizer, _WITH_MOMENTS) for optimizer in optimizers)
+        if not self._has_mixed and all(type(o).__module__.startswith("torch.optim.") for o in optimizers):
+            raise ValueError(
+                f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(optimizers)} has "
+                f"none: set mean_momentum=0"
+            )
 
-    def _lacking(self) -> str:
-        return (
-            f"mean_momentum needs an optimizer with Adam's moments, state exp_avg and exp_avg_sq, and "
-            f"{names_of(self._optimizers)} has none: set mean_momentum=0"
-        )
+    def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
+        """Mix the mean update of each parameter into its first moment, in place.
 
-    def mix(self, parameters: Iterable[Tensor], updates: Iterable[Tensor]) -> None:
-        """Mix the mean update of each parameter into its first moment, in place; overwrites `updates`.
-
-        No-op for a parameter without moments, or whose mean update is 0. Collective over the shards of this worker.
-        Raises ValueError if the optimizers have states, and none has Adam's moments.
+        No-op for a parameter without moments of its shape, with an infinite one, or whose mean update is 0. Collective
+        over the shards of this worker. Logs a warning the first time that no parameter has moments, unless an
+        optimizer is one of torch's with them.
         """
-        # Compute d in at least float32, and the norms of m and d, without waiting for a GPU.
-        moments, directions, norms = list[Tensor](), list[Tensor](), list[Tensor]()
-        for p, update in zip(parameters, updates, strict=True):
-            state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
-            if not state.keys() >= _MOMENTS:
-                continue
-            m = local_part(state["exp_avg"])
-            v = local_part(state.get("max_exp_avg_sq", state["exp_avg_sq"]))  # the former with amsgrad
-            dtype = torch.promote_types(m.dtype, torch.float32)
-            d = update.to(m.device, dtype).view_as(m).mul_(v.to(dtype).sqrt())
-            moments.append(m)
-            directions.append(d)
-            norms += [torch.linalg.vector_norm(x, dtype=dtype) for x in (m, d)]
-        if not moments:
-            self._check_states()
-            return
-        # Mix. A parameter that a shard does not have counts there as 0, and a replicated one in both norms as often.
-        of_m, of_d = self._shards.total(torch.stack(norms).square()).sqrt().view(-1, 2).unbind(1)
-        scales = torch.where(of_d > 0, of_m / of_d, 0.0)
-        for m, d, scale, is_any in zip(moments, directions, scales, of_d > 0, strict=True):
-            m.copy_(torch.lerp(m.to(d), d.mul_(scale), (self._fraction * is_any).to(d)))
+        # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
+        moments = [self._moments(p) for p in parameters]
+        norms = torch.zeros(2 * len(moments), dtype=torch.float64, device=local_part(parameters[0]).device)
+        for i, (found, update) in enumerate(zip(moments, updates, strict=True)):
+            if found is not None:
+                m, v = found
+                norms[2 * i] = torch.linalg.vector_norm(m, dtype=_wide(m))
+                norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
+        of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
+        # Mix, without waiting for a GPU.
+        scales = torch.where((of_d > 0) & of_d.isfinite(), of_m / of_d, torch.nan)
+        for found, update, scale in zip(moments, updates, scales, strict=True):
+            if found is not None:
+                m, v = found
+                d = _direction(m, v, update).mul_(scale)
+                m.copy_(torch.where(scale.isfinite(), torch.lerp(m.to(d), d, self._fraction), m))
+                self._has_mixed = True
+        if not self._has_mixed:
+            self._has_mixed = True
+            _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
-    def _check_states(self) -> None:
-        states = [state for o in self._optimizers for state in o.state.values()]
-        if states and not any(state.keys() >= _MOMENTS for state in states):
-            raise ValueError(self._lacking())
+    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the local parts of m and v of a parameter; None if it has none, or of another shape."""
+        state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
+        v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the former with amsgrad
+        if "exp_avg" not in state or v is None:
+            return None
+        found = local_part(state["exp_avg"]), local_part(v)
+        return found if all(x.shape == local_part(p).shape for x in found) else None
+
+
+def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
+    """Return d in at least float32, on the device of m."""
+    return v.to(_wide(m)).sqrt() * update.to(m.device, _wide(m)).view_as(m)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -237,6 +237,7 @@ class LocalOptions(Option):
             )
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
+        object.__setattr__(self, "mean_momentum", float(self.mean_momentum))  # 1 and 1.0 are equal on workers
         if not spec.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")
         if spec.memory != "buffer":

@@ -70,8 +70,7 @@ class Outcomes:
 
     def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
         """Record the outcome of a fragment's round t; return True if it was applied.
-        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset; and
-        ValueError if `momentum` finds no moments (see `MeanMomentum.mix`)."""
+        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset."""
         # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
         # parameters may zero the updates of other fragments, which are then valid.
         if exchange.applied:

@@ -163,8 +163,8 @@ class LocalConfig:
     schedule: Literal["constant", "cosine"] = "constant"  # lr after the warm-up; cosine: down to a tenth at the end
     clip: float | None = None  # maximum gradient norm; larger gradients are scaled down; by default no limit
     keep_unsent: bool = True  # after a round, start from the anchor minus the worker's error memory; false: the anchor
-    # after a round, the fraction of AdamW's first moments that is replaced by the direction of the mean update; 0.5 is
-    # best for adamw
+    # after a round, the fraction of AdamW's first moments that is replaced by the direction of the mean update; try 0.5
+    # with adamw
     mean_momentum: float = 0.0
     overlap: Overlap = field(default_factory=Overlap)
     outer: OuterSGD | None = None
