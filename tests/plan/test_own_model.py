@@ -231,3 +231,26 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
         assert isinstance(names["hook"], DDPHook)
     else:
         assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "optimizer", "expected"),
+    [
+        (Setting(2, Sign(per_tensor=True), keep_unsent=True), "adamw", True),
+        (Setting(8, Sign(per_tensor=True), keep_unsent=True), "muon", False),
+        (Setting(8, Sign(per_tensor=True), keep_unsent=True, delay=2), "adamw", False),
+        (Setting(8, Identity()), "adamw", False),
+    ],
+    ids=["AdamW", "Muon", "delay", "uncompressed"],
+)
+def test_the_lines_have_a_mean_momentum_where_it_was_measured(setting: Setting, optimizer: Any, expected: bool) -> None:
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    size, fleet, link = ModelSize.of_size(10_000_000), Fleet(2, 0.5), Link(1e-5, 1e5)
+    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
+    local = forecast_local(size, link, fleet, lambda c, d: free, measured={setting: 1.0})[0]
+    lines = advice(verdict, local, optimizer).lines
+    assert ("mean_momentum=0.5" in lines[1]) == expected
+    names: dict[str, Any] = {"optimizer": torch.optim.AdamW(nn.Linear(64, 64).parameters())}
+    if expected:
+        exec("\n".join(line.strip() for line in lines), names)
+        assert names["local"].options.mean_momentum == 0.5
