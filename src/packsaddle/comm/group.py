@@ -171,6 +171,11 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
 
 
+def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[Group]:
+    """Return one group for each set of processes, in the order in which these come first."""
+    return [TorchGroup(group) for group in {tuple(dist.get_process_group_ranks(g)): g for g in process_groups}.values()]
+
+
 def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
     """Return the group to train in, as `resolve` does. Raises RuntimeError if a launcher started several processes
     (WORLD_SIZE) but torch.distributed has no process group. An explicit `Solo()` is accepted."""

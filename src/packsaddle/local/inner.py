@@ -7,12 +7,11 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from packsaddle.comm.group import Group, is_averaged_by_ddp, resolve
+from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.slices import check_no_shared_memory
@@ -98,8 +97,7 @@ class Shards:
     def __init__(self, parameters: Iterable[Any]) -> None:
         # In the order of the parameters, which is that of all processes, and each group of processes once.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
-        groups = [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
-        self._groups = [resolve(g) for g in {tuple(dist.get_process_group_ranks(g)): g for g in groups}.values()]
+        self._groups = distinct_groups(m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1)
 
     def __call__(self, bad: Tensor) -> Tensor:
         """Return `bad`, bool[], reduced with OR over these processes; collective over them."""
