@@ -67,7 +67,7 @@ class Anchor:
             self.move_to_start()
             return
         where = zip(self.tensors(), self.starts(), before, strict=True)
-        starts = ((x, a.to(x.device, x.dtype).to(_wide(x)), s) for x, a, s in where)
+        starts = ((x, a.to(x.device, x.dtype).to(wide_dtype(x)), s) for x, a, s in where)
         if blend is None:
             self._set((x.to(start.dtype) - s).add_(start) for x, start, s in starts)
         else:
@@ -110,12 +110,12 @@ class Anchor:
         if self.owed is None:
             return
         pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None
-        self._set(x.to(_wide(x)) - part.to(x.device, _wide(x)) for x, part in pairs)
+        self._set(x.to(wide_dtype(x)) - part.to(x.device, wide_dtype(x)) for x, part in pairs)
 
     def _set(self, values: Iterable[Tensor]) -> None:
         """Set parameters, except frozen ones, to `values`, at least float32; add their rounding error to `owed`."""
         xs = self.tensors()
-        rounds = any(x.dtype != _wide(x) for x in xs)
+        rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
             self.owed = self.layout.zeros().flat
         owed = self.layout.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
@@ -165,6 +165,6 @@ class PseudoGradient(Update):
             self.of.layout.add_noise(out.flat, self.noise)
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype, at least float32, in which x is computed before rounding to its own dtype."""
     return torch.promote_types(x.dtype, torch.float32)

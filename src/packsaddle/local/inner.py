@@ -103,10 +103,7 @@ class Shards:
         """Return `bad`, bool[], reduced with OR over these processes; collective over them."""
         if not self._groups:
             return bad
-        found = bad.to(torch.int32).reshape(1)
-        for group in self._groups:
-            group.all_reduce(found)
-        return found[0] > 0
+        return self.total(bad.to(torch.int32).reshape(1))[0] > 0
 
     def total(self, values: Tensor) -> Tensor:
         """Return `values` summed over these processes, in place; collective over them."""

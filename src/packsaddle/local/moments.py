@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import local_part
+from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
 
 _log = logging.getLogger("packsaddle")
-_WITH_MOMENTS = tuple(getattr(torch.optim, name) for name in ("Adam", "AdamW", "NAdam", "RAdam", "SparseAdam"))
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
 
 
 class MeanMomentum:
@@ -29,8 +30,8 @@ class MeanMomentum:
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._optimizers, self._fraction, self._shards = optimizers, fraction, shards
-        self._has_mixed = any(isinstance(optimizer, _WITH_MOMENTS) for optimizer in optimizers)
-        if not self._has_mixed and all(type(o).__module__.startswith("torch.optim.") for o in optimizers):
+        self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in optimizers)
+        if self._may_warn and all(type(o).__module__.startswith("torch.optim.") for o in optimizers):
             raise ValueError(
                 f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(optimizers)} has "
                 f"none: set mean_momentum=0"
@@ -49,7 +50,7 @@ class MeanMomentum:
         for i, (found, update) in enumerate(zip(moments, updates, strict=True)):
             if found is not None:
                 m, v = found
-                norms[2 * i] = torch.linalg.vector_norm(m, dtype=_wide(m))
+                norms[2 * i] = torch.linalg.vector_norm(m, dtype=wide_dtype(m))
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
         of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
         # Mix, without waiting for a GPU.
@@ -59,9 +60,9 @@ class MeanMomentum:
                 m, v = found
                 d = _direction(m, v, update).mul_(scale)
                 m.copy_(torch.where(scale.isfinite(), torch.lerp(m.to(d), d, self._fraction), m))
-                self._has_mixed = True
-        if not self._has_mixed:
-            self._has_mixed = True
+                self._may_warn = False
+        if self._may_warn:
+            self._may_warn = False
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -76,8 +77,4 @@ class MeanMomentum:
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
     """Return d in at least float32, on the device of m."""
-    return v.to(_wide(m)).sqrt() * update.to(m.device, _wide(m)).view_as(m)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return v.to(wide_dtype(m)).sqrt() * update.to(m.device, wide_dtype(m)).view_as(m)
