@@ -91,7 +91,7 @@ def train(fault: str, clip: float | None, seed: int, data_dir: Path) -> dict[str
     others = len(local.clips) - len(factors)
     pending = torch.tensor([float(local.pending().norm()) if is_faulty else 0.0])
     resolve(None).all_reduce(pending)
-    local.flush()
+    local.flush(packsaddle.Identity())
     with torch.no_grad():
         inputs, targets = test.batch(torch.arange(len(test)), CPU)
         outputs = network(inputs)

@@ -159,7 +159,7 @@ class Exchange:
     def end(self) -> None:
         """Set all workers to one model: exchange pending updates uncompressed; these bytes are not counted."""
         if self._local is not None:
-            self._local.flush()
+            self._local.flush(packsaddle.Identity())
 
 
 def training_bytes(ledger: packsaddle.Ledger) -> int:

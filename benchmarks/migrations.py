@@ -128,7 +128,7 @@ class Local(Method):
         self.sent = sum(moved.sent for purpose, moved in self.local.ledger.by_purpose.items() if purpose != "start")
 
     def finish(self) -> None:
-        self.local.flush()
+        self.local.flush(packsaddle.Identity())
 
 
 METHODS: dict[str, Callable[..., Method]] = {

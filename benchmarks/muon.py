@@ -79,6 +79,7 @@ class Method:
     outer: tuple[float, float] | None = None  # rate and momentum
     decay: float = 1.0
     keep: bool = True
+    flush: bool = True  # False: ends with the anchor, without what is still to be sent
     betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.95  # Muon's
     exchange: Literal["auto", "direct", "two-way"] = "auto"
@@ -126,7 +127,8 @@ def _methods() -> Iterator[tuple[str, Method]]:
             yield f"{name}, local SGD {every}", exact
             for momentum in (0.9, 0.5, 0.0):
                 yield f"{name}, DiLoCo {every}, {momentum:g}", replace(exact, outer=(0.7, momentum))
-            yield f"{name}, SparseLoCo {every}", replace(exact, compressor=sparse, outer=(1.0, 0.0), decay=0.95)
+            published = replace(exact, compressor=sparse, outer=(1.0, 0.0), decay=0.95, flush=False)
+            yield f"{name}, SparseLoCo {every}", published
         exact = replace(base, compressor=Identity(), keep=False)
         for every in (64, 128, 256, 512):
             yield f"{name}, local SGD {every}", replace(exact, every=every)
@@ -183,13 +185,18 @@ def train(
     # Bytes of the rounds, and of rounds, start and flush. A dense step counts as a ring all-reduce.
     payload = sum(p.numel() * p.element_size() for p in network.parameters())
     sent = total = setting.steps * payload * 2 * (workers - 1) / workers
+
+    def loss_now() -> float:
+        with torch.no_grad():
+            return held_out_loss(network, held_out, evenly_spaced(len(held_out), windows or len(held_out)))
+
+    ends = {}
     if local is not None:
         sent = sum(moved.sent for purpose, moved in local.ledger.by_purpose.items() if purpose != "start")
-        local.flush()
-        total = local.ledger.total.sent
+        total, ends = _end(local, how, loss_now)
     on_end(network)
-    with torch.no_grad():
-        found = held_out_loss(network, held_out, evenly_spaced(len(held_out), windows or len(held_out)))
+    with nullcontext() if local is None or how.flush else local.at_anchor():
+        found = loss_now()
     last = torch.tensor([statistics.fmean(losses[-max(1, setting.steps // 10) :]) / group.size])
     group.all_reduce(last)
     return {
@@ -198,11 +205,29 @@ def train(
         "steps": setting.steps,
         "validation_loss": round(found, 4),
         "training_loss": round(float(last), 4),
+        **{name: round(loss, 4) for name, loss in ends.items()},
         "kB_a_step": round(sent / setting.steps / 1e3, 2),
         "total_kB": round(total / 1e3),
         "curve": " ".join(f"{loss:.4f}" for loss in curve),
         "s": round(taken, 1),
     }
+
+
+def _end(local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], float]) -> tuple[int, dict[str, float]]:
+    """Exchange what is pending, uncompressed. Returns all bytes sent, and with lossy rounds and no outer optimizer the
+    losses of two cheaper ends: at the anchor without an exchange, and after one of two bits a value."""
+    before, ends = local.ledger.total.sent, {}
+    if not how.flush:
+        return before, ends
+    assert how.compressor is not None
+    if how.outer is None and not how.compressor.lossless:
+        with local.at_anchor():
+            ends["anchor_loss"] = loss_now()
+        local.flush(Rounded())
+        ends["two_bits_loss"] = loss_now()
+    cheaper = local.ledger.total.sent
+    local.flush(Identity())
+    return before + local.ledger.total.sent - cheaper, ends
 
 
 def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsaddle.LocalUpdates | None:

@@ -50,7 +50,7 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
 
-    local.flush()  # exchanges everything that is pending: all processes have one model
+    local.flush()  # exchanges what is pending: all processes have one model
     report(dist.get_rank(), model, local, arguments.steps, losses)
     dist.barrier()  # a worker that leaves early takes its connections away from the others
     dist.destroy_process_group()

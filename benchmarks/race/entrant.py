@@ -22,7 +22,7 @@ from benchmarks.race.inner import make_inner
 from benchmarks.race.recipe import share_of_peak
 from benchmarks.race.target_settings import Method
 from benchmarks.race.workload import Batch
-from packsaddle import Compression, LocalUpdates, OuterSGD, register_ddp_hook
+from packsaddle import Compression, Identity, LocalUpdates, OuterSGD, register_ddp_hook
 from packsaddle.comm import Group, ring_all_reduce
 from packsaddle.runs.tasks import Task
 
@@ -104,7 +104,7 @@ def _local(method: Method, entrant: Entrant) -> None:
         outer=None if method.outer is None else OuterSGD(*method.outer),
         keep_unsent=method.keep_unsent,
     )
-    last = method.make_compressor() if method.flush == "compressed" else None
+    last = method.make_compressor() if method.flush == "compressed" else Identity()
     entrant.local, entrant.flush = local, partial(local.flush, last)
     entrant.diverges = not method.keep_unsent and method.outer is None  # local SGD, here with averages in 16 bits
     entrant.sent = lambda: local.ledger.total.sent

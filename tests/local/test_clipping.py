@@ -95,7 +95,7 @@ def test_what_is_clipped_stays_in_the_memory(case: str) -> None:
             run.train(steps)
             laws.append((run.anchor() - run.local.error(), run.moved.clone()))
         clips = run.local.clips
-        assert run.local.flush()
+        assert run.local.flush(Identity())
         assert run.local.clipped == run.local.rounds
         return {
             "start": start,
@@ -154,7 +154,7 @@ def test_sixteen_bits(dtype: torch.dtype, keep: bool) -> None:
             found.append((run.anchor() - run.local.error() - y, clipped > 0))
             run.train(3)
             y = run.anchor() - run.local.error()
-        assert run.local.flush()
+        assert run.local.flush(Identity())
         found.append((run.anchor() - run.local.error() - y, True))
         return found
 

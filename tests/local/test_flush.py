@@ -75,7 +75,7 @@ def test_one_model_and_nothing_lost(compressor: Compressor, exchange: str, keep:
         one, held = run.x().clone(), run.anchor() - run.local.error()
         middle = run.end.clone()
         run.train(7)
-        assert run.local.flush()
+        assert run.local.flush(Identity())
         return one, held - middle, run.x(), run.end
 
     found = simulate(work, W)
@@ -88,10 +88,50 @@ def test_one_model_and_nothing_lost(compressor: Compressor, exchange: str, keep:
         torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
 
 
+def test_by_default_two_bits_are_sent_and_the_rest_is_kept() -> None:
+    def work(worker: int) -> dict[str, tuple[int, Tensor, Tensor]]:
+        found = {}
+        for name, given in (("whole", [Identity()]), ("two bits", [Rounded()]), ("default", [])):
+            run = Run(worker, dtype=torch.float32, compressor=Sign(per_tensor=True))
+            run.train(14)
+            before = run.local.ledger.total.sent
+            assert run.local.flush(*given)
+            found[name] = run.local.ledger.total.sent - before, run.x(), run.local.pending()
+        return found
+
+    for found in simulate(work, 2):
+        sent, x, rest = zip(*(found[name] for name in ("whole", "two bits", "default")), strict=True)
+        assert sent[2] < sent[1] < sent[0] / 9  # a given compressor is compared first
+        assert torch.equal(x[2], x[1])
+        assert torch.equal(rest[2], rest[1])
+        assert rest[2].any()
+        assert not rest[0].any()
+
+
+@pytest.mark.parametrize(
+    ("workers", "compressor"), [(2, Identity()), (2, lambda t: Sign() if t < 3 else Identity()), (1, Sign())]
+)
+def test_by_default_nothing_is_left_where_rounds_leave_nothing(workers: int, compressor: Any) -> None:
+    """Uncompressed rounds, also those to come of a schedule (after three rounds and after four), and one worker."""
+
+    def work(worker: int) -> tuple[Tensor, Tensor, Tensor]:
+        run = Run(worker, compressor=compressor, overlap=Overlap(fragments=2))
+        run.train(14)
+        assert run.local.rounds == 7
+        assert run.local.flush()
+        return run.x(), run.end, run.local.pending()
+
+    found = simulate(work, workers)
+    mean = torch.stack([end for _, end, _ in found]).mean(0)
+    for x, _, rest in found:
+        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
+        assert not rest.any()
+
+
 def test_eight_bits_take_a_quarter_of_the_bytes_and_are_close() -> None:
     def work(worker: int) -> dict[str, tuple[int, Tensor]]:
         found = {}
-        for name, compressor in (("whole", None), ("8 bits", Rounded("int8"))):
+        for name, compressor in (("whole", Identity()), ("8 bits", Rounded("int8"))):
             run = Run(worker, dtype=torch.float32)
             run.train(14)
             before = run.local.ledger.total.sent
@@ -159,7 +199,7 @@ def test_what_a_parameter_moved_before_it_was_frozen_is_kept() -> None:
         assert run.local.flush(Rounded())
         run.parameters[0].requires_grad_(True)
         run.train(4)
-        assert run.local.flush()
+        assert run.local.flush(Identity())
         return run.x(), run.end
 
     found = simulate(work, W)
@@ -179,7 +219,7 @@ def test_a_failed_flush_changes_nothing(wrong: Compressor) -> None:
                 with pytest.raises(ValueError, match="cannot be 'two-way'"):
                     run.local.flush(wrong)
             run.train(8)
-            assert run.local.flush()
+            assert run.local.flush(Identity())
             ends.append(run.x())
         return ends
 
@@ -236,3 +276,24 @@ def test_unsuitable_compressors() -> None:
     simulate(work, 2)
     with pytest.raises(RuntimeError, match="with a manager, pass none"):
         Worker(0).local.flush(QSGD(127))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"exchange": how} for how in ("direct", "two-way", "coordinator", "senders")),
+        *({"workers": workers} for workers in (Workers(sample=0.5), Workers(weight=2.0), Workers(clip=1.0))),
+    ],
+    ids=repr,
+)
+def test_by_default_all_have_one_model_however_they_exchange(options: dict[str, Any]) -> None:
+    def work(worker: int) -> tuple[Tensor, Tensor]:
+        run = Run(worker, **options)
+        run.train(14)
+        assert run.local.flush()
+        return run.x(), run.anchor()
+
+    found = simulate(work, W)
+    for x, anchor in found:
+        assert torch.equal(x, anchor)
+        assert torch.equal(x, found[0][0])

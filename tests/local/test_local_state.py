@@ -11,7 +11,18 @@ from specs import local_options
 from torch import Tensor, nn
 
 import packsaddle
-from packsaddle import QSGD, CheckpointError, Compression, Escape, LocalUpdates, LowRank, RandomK, TopK, simulate
+from packsaddle import (
+    QSGD,
+    CheckpointError,
+    Compression,
+    Escape,
+    Identity,
+    LocalUpdates,
+    LowRank,
+    RandomK,
+    TopK,
+    simulate,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"every": 4, "compressor": Compression(TopK(0.2), dense_below=1, compare_every=2)},
@@ -135,7 +146,7 @@ def test_y_stays_for_another_number_of_workers(new: int, delay: int, keep: bool,
             assert packsaddle.load_checkpoint(tmp_path, one.parts) is not None
         error = one.local.error()
         found = nn.utils.parameters_to_vector(one.local.anchor().values()) - error
-        assert one.local.flush()
+        assert one.local.flush(Identity())
         return error, found, nn.utils.parameters_to_vector(one.net.parameters()).detach()
 
     (error, before, _), *_ = simulate(lambda rank: y(rank, 10), 3)  # an exchange began after step 8

@@ -154,7 +154,7 @@ def flushed(worker: int, exchange: Any, change: str) -> tuple[Tensor, Tensor, bo
         moved -= 0.1 * x.grad
         optimizer.step()
     y = local.anchor()["parameter 0"].flatten() - local.error()
-    assert local.flush()
+    assert local.flush(Identity())
     assert not local.pending().any()
     torch.testing.assert_close(y, x.detach().flatten(), rtol=1e-12, atol=1e-12)
     return x.detach(), moved, bool(local.rounds)
@@ -178,7 +178,7 @@ def test_at_the_anchor_nothing_looks_at_this_workers_own_changes() -> None:
         for call in (local.flush, local.error, local.pending, local.sit_out):
             with pytest.raises(RuntimeError, match=rf"{call.__name__}\(\) within at_anchor\(\)"):
                 call()
-    assert local.flush()
+    assert local.flush(Identity())
 
 
 def exact(worker: int, n: int) -> Tensor:
@@ -249,7 +249,7 @@ def test_flush_leaves_nothing_behind() -> None:
             moved -= 0.1 * torch.cat([x.grad.reshape(-1) for x in parameters.values()])  # type: ignore[union-attr]
         assert any(part.current is not None for part in local._fragments)
         y = torch.cat([a.reshape(-1) for a in local.anchor().values()]) - local.error()
-        assert local.flush()
+        assert local.flush(Identity())
         assert not local.error().any()
         return torch.cat([p.detach().reshape(-1) for p in parameters.values()]), y, moved
 

@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import QSGD, Compression, Elastic, Escape, LocalUpdates, RandomK, Sign, TopK, Workers, simulate
+from packsaddle import (
+    QSGD,
+    Compression,
+    Elastic,
+    Escape,
+    Identity,
+    LocalUpdates,
+    RandomK,
+    Sign,
+    TopK,
+    Workers,
+    simulate,
+)
 from packsaddle.comm import Solo, machine_group
 
 Gloo = Callable[..., list[Any]]
@@ -113,7 +125,7 @@ def epochs(delay: int, weighted: bool) -> tuple[Tensor, Tensor, int]:
                 step(case, n, worker, parameters, optimizer)
                 change -= 0.1 * torch.cat([parameters[name].grad.reshape(-1) for name in ORDER])
     dist.all_reduce(change.mul_((0.25, 0.75)[worker] if weighted else 0.5))
-    assert local.flush()
+    assert local.flush(Identity())
     return flat(parameters), start + change, local.steps
 
 

@@ -354,12 +354,12 @@ class Run:
             else:
                 self.inner.step()
         if last in self.how.flush:
-            self.part.flush()
+            self.part.flush(packsaddle.Identity())
 
     def _begin(self, t: int) -> None:
         """Do what the setting has before step t."""
         if t in self.how.flush:
-            self.part.flush()
+            self.part.flush(packsaddle.Identity())
         if t in self.how.rates:
             for group, lr in zip(self.inner.param_groups, self.how.rates[t], strict=False):
                 group["lr"] = lr

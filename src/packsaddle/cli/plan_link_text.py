@@ -30,7 +30,6 @@ _LOCAL_NOTE = (
     "x steps: measured on a small language model with {}, with {} workers (learning rates and seeds: {}). Your model "
     "may differ."
 )
-_LONG_FLUSH = 10.0  # seconds of an uncompressed flush from which a compressed one is named
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
 
@@ -110,9 +109,6 @@ def print_tables(plan: LinkPlan) -> None:
         best = advice(verdict, plan.local[0], plan.optimizer)
         if best.lines:
             print("\n    ".join(["Lines for your script:", *best.lines]))
-        if best.is_local and (whole := verdict.dense.sent / link.rate) >= _LONG_FLUSH:
-            few = 'flush(packsaddle.Rounded("int8"))'
-            print(f"flush() takes {digits(whole)} s on this link, {few} {digits(whole / 4)} s.")
         if plan.slowest:
             if_slow = advice(plan.slowest[0], plan.slowest[1][0], plan.optimizer)
             print(f"If every step took as long as the slowest measured one, use: {if_slow.use}")
@@ -218,7 +214,6 @@ class Advice:
 
     use: str
     lines: list[str]  # empty for plain DDP
-    is_local: bool = False  # it is local updates, whose training ends with `flush`
 
 
 def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> Advice:
@@ -237,7 +232,7 @@ def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) 
             f"local = {_call(local, optimizer, 'packsaddle.', more)}  # and no DistributedDataParallel",
             "local.flush()  # after the last step",
         ]
-        return Advice(f"LocalUpdates, {_faster(dense, local.seconds)}", lines, is_local=True)
+        return Advice(f"LocalUpdates, {_faster(dense, local.seconds)}", lines)
 
     # The hook: a two-way exchange is not its default.
     argument = hook.compressor
