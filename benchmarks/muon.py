@@ -215,7 +215,7 @@ def train(
 
 def _end(local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], float]) -> tuple[int, dict[str, float]]:
     """Exchange what is pending, uncompressed. Returns all bytes sent, and with lossy rounds and no outer optimizer the
-    losses of two cheaper ends: at the anchor without an exchange, and after one of two bits a value."""
+    losses of two cheaper ends: at the anchor without an exchange, and after `flush()`, of four bits a value."""
     before, ends = local.ledger.total.sent, {}
     if not how.flush:
         return before, ends
@@ -223,8 +223,8 @@ def _end(local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], flo
     if how.outer is None and not how.compressor.lossless:
         with local.at_anchor():
             ends["anchor_loss"] = loss_now()
-        local.flush(Rounded())
-        ends["two_bits_loss"] = loss_now()
+        local.flush()
+        ends["flush_loss"] = loss_now()
     cheaper = local.ledger.total.sent
     local.flush(Identity())
     return before + local.ledger.total.sent - cheaper, ends

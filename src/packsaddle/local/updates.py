@@ -633,9 +633,9 @@ class LocalUpdates(JoinableSteps):
         continue training.
 
         Args:
-            compressor: compresses this exchange. None: Rounded(), two bits a value, or as the rounds if they are
-                uncompressed. Identity(): uncompressed, 16 times the bytes, after which error memories are 0 (except the
-                excess of clipped updates, see `Workers`).
+            compressor: compresses this exchange. None: Rounded("int4"), an eighth of the bytes, or uncompressed if the
+                rounds are. Identity(): uncompressed, after which error memories are 0 (except the excess of clipped
+                updates, see `Workers`).
 
         Parameters frozen since the last exchange keep their values. Raises TypeError or ValueError for an unsuitable
         compressor, also if workers pass different ones, and RuntimeError for a compressor with a manager.
@@ -666,7 +666,7 @@ class LocalUpdates(JoinableSteps):
     def _last_compressor(self, part: Fragment) -> Compressor:
         """Return the compressor of a flush to which none was given."""
         is_whole = self._channel.group.size == 1 or self.options.compression.at(part.rounds).lossless
-        return Identity() if is_whole else Rounded()
+        return Identity() if is_whole else Rounded("int4")
 
     def _check_flush(self, compressor: Compressor) -> None:
         """Compare the compressor of a flush over workers, and check it; collective."""
