@@ -145,7 +145,7 @@ CERTIFICATE = (
 )
 PURPOSES = (
     _of("start", "rank 0's parameters (behind a hook DDP sends them), and the comparison of the workers' arguments"),
-    _of("values indices", "the sent coordinates and their positions; of LocalUpdates.flush all pending updates"),
+    _of("values indices", "the sent coordinates and their positions; of LocalUpdates.flush the pending updates"),
     _of("scales unit", "of rounded values: the scale of each block, and the largest scale"),
     _of("signs levels sketch left right", "messages of Sign, QSGD, sketches and projections, and LowRank"),
     _of("sizes padding", "lengths of messages of variable length, and padding to equal length"),

@@ -100,7 +100,7 @@ def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> 
             assert found[name, "fused"]["final_loss"] == pytest.approx(found[name, "serial"]["final_loss"], rel=1e-6)
     assert len({summary["final_loss"] for (_, how), summary in found.items() if how == "serial"}) == len(variants)
     sent = {name: found[name, "serial"]["bytes_by_purpose"]["values"]["payload"] for name in variants}
-    everything = found["local", "serial"]["compressed_parameters"] / 2 + 1  # at the end: four bits each, and a header
+    everything = 8 * found["local", "serial"]["compressed_parameters"]  # at the end, since rounds send 6.4 bits a value
     assert (sent["local"] - everything) * 4 == sent["plain"] == sent["momentum"]
 
 

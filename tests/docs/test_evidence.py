@@ -158,7 +158,7 @@ def losses(race: Race, more: Race) -> Iterator[str]:
     assert race.loss(hook) / dense < 1.01
     assert round(race.sent("ddp") / race.sent(hook), 0) in (6, 7)
     yield f"within 1% of dense training at a sixth of the bytes ({race.sent(hook):.0f} of {race.sent('ddp'):,.0f} kB)"
-    yield f"`flush()` ({race.sent('ddp'):,.0f} kB)"
+    yield f"`flush(Identity())` ({race.sent('ddp'):,.0f} kB)"
     for method in TITLES:
         if method in {m for m, steps in race.entries if steps == 600}:
             title = TITLES[method].replace("`CompressedSGD`,", "`CompressedSGD` (plain SGD at rate 1),")
@@ -176,8 +176,9 @@ def losses(race: Race, more: Race) -> Iterator[str]:
     yield (
         f"at a 25th of its bytes. Every 32 steps they have {race.loss(f'{SIGN} every=32') / race.loss(peer):.2f} times "
         f"DiLoCo's loss; with `TopK(1/48)` {race.loss(sparse) / race.loss(peer):.3f} (also with four workers), at a "
-        f"{times:.0f}th of its bytes in rounds, and a {flushed:.0f}th of them if the flush at the end of these 600 "
-        f"steps counts. DiLoCo's momentum of 0.9 has {-(-600 // 32)} rounds here, too few; after 1,200 steps it has "
+        f"{times:.0f}th of its bytes in rounds, and a {flushed:.0f}th of them if an uncompressed flush at the "
+        f"end of these 600 steps counts. DiLoCo's momentum of 0.9 has {-(-600 // 32)} rounds here, too few; after "
+        f"1,200 steps it has "
         f"{race.loss(peer, 1200):.3f}, `TopK(1/48)` every 32 steps {race.loss(sparse, 1200):.3f}"
     )
     memory = {m: min(c.peak_mb for c in race.entry(m).curves) for m in (f"{TOPK} every=8", "ddp")}

@@ -9,6 +9,7 @@ from elastic_fakes import Worker
 from specs import local_options
 from torch import Tensor, nn
 
+import packsaddle
 from packsaddle import (
     QSGD,
     Compressor,
@@ -108,24 +109,83 @@ def test_by_default_four_bits_are_sent_and_the_rest_is_kept() -> None:
         assert not rest[0].any()
 
 
-@pytest.mark.parametrize(
-    ("workers", "compressor"), [(2, Identity()), (2, lambda t: Sign() if t < 3 else Identity()), (1, Sign())]
-)
-def test_by_default_nothing_is_left_where_rounds_leave_nothing(workers: int, compressor: Any) -> None:
-    """Uncompressed rounds, also those to come of a schedule (after three rounds and after four), and one worker."""
+SENT_WHOLE: dict[str, dict[str, Any]] = {
+    "uncompressed rounds": {"compressor": Identity()},
+    "a schedule that ends with the rounds": {"compressor": {i: Sign() if i < 3 else Identity() for i in range(4)}.get},
+    "eight bits": {"compressor": Rounded("int8")},
+    "direct": {"exchange": "direct"},
+    "all-reduce": {"compressor": RandomK(0.2), "exchange": "all-reduce"},
+    "coordinator": {"exchange": "coordinator"},
+    "senders": {"exchange": "senders"},
+    "another compressor back": {"exchange": "two-way", "back": TopK(0.1)},
+    "samples": {"workers": Workers(sample=0.5)},
+    "outer": {"outer": packsaddle.OuterSGD()},
+}
+IN_FOUR_BITS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "two-way": {"exchange": "two-way"},
+    "delay": {"overlap": Overlap(3, 2)},
+    "schedule": {"compressor": {i: Sign() if i < 3 else Rounded() for i in range(4)}.get},
+    "clip": {"workers": Workers(clip=1.0)},
+    "four bits": {"compressor": Rounded("int4")},
+}
 
-    def work(worker: int) -> tuple[Tensor, Tensor, Tensor]:
-        run = Run(worker, compressor=compressor, overlap=Overlap(fragments=2))
+
+@pytest.mark.parametrize("what", [*SENT_WHOLE, *IN_FOUR_BITS])
+def test_what_a_flush_without_a_compressor_sends(what: str) -> None:
+    """All workers have the anchor, bit for bit as by the compressor that is named; whole, nothing is left for later."""
+    is_whole = what in SENT_WHOLE
+    options = {"compressor": Sign(per_tensor=True)} | (SENT_WHOLE | IN_FOUR_BITS)[what]
+
+    def work(worker: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        ends = []
+        for given in ([], [Identity() if is_whole else Rounded("int4")]):
+            run = Run(worker, **options)
+            run.train(16)
+            assert run.local.flush(*given)
+            ends.append(run.x())
+        assert torch.equal(ends[0], run.anchor())
+        return ends, run.local.pending(), ends[0] - run.local.error()
+
+    found = simulate(work, W)
+    rest = torch.stack([pending for _, pending, _ in found])
+    assert bool(rest.any()) != is_whole
+    for ends, _, _ in found:
+        assert torch.equal(ends[0], ends[1])
+        assert torch.equal(ends[0], found[0][0][0])
+
+
+def test_one_worker_keeps_its_parameters() -> None:
+    run = Run(0, compressor=Sign())
+    run.train(14)
+    before = run.x().clone()
+    assert run.local.flush()
+    torch.testing.assert_close(run.x(), before, rtol=0, atol=1e-12)
+
+
+def test_what_a_flush_has_left_out_is_sent_later_also_after_a_resume() -> None:
+    """The mean over workers is where SGD alone would be, of the run and of one that loads its state and parameters."""
+
+    def work(worker: int) -> list[tuple[Tensor, Tensor]]:
+        run, other = Run(worker, compressor=Sign()), Run(worker, compressor=Sign())
         run.train(14)
-        assert run.local.rounds == 7
         assert run.local.flush()
-        return run.x(), run.end, run.local.pending()
+        assert run.local.pending().any()
+        for p, q in zip(other.parameters, run.parameters, strict=True):
+            p.data.copy_(q)
+        other.local.load_state_dict(run.local.state_dict())
+        other.end = run.end.clone()
+        for each in (run, other):
+            each.train(6)
+            assert each.local.flush(Identity())
+        return [(each.x(), each.end) for each in (run, other)]
 
-    found = simulate(work, workers)
-    mean = torch.stack([end for _, end, _ in found]).mean(0)
-    for x, _, rest in found:
-        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
-        assert not rest.any()
+    found = simulate(work, W)
+    for i in (0, 1):
+        mean = torch.stack([ends[i][1] for ends in found]).mean(0)
+        for ends in found:
+            torch.testing.assert_close(ends[i][0], mean, rtol=1e-12, atol=1e-12)
+            assert torch.equal(ends[i][0], found[0][0][0])
 
 
 def test_eight_bits_take_a_quarter_of_the_bytes_and_are_close() -> None:
@@ -276,24 +336,3 @@ def test_unsuitable_compressors() -> None:
     simulate(work, 2)
     with pytest.raises(RuntimeError, match="with a manager, pass none"):
         Worker(0).local.flush(QSGD(127))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *({"exchange": how} for how in ("direct", "two-way", "coordinator", "senders")),
-        *({"workers": workers} for workers in (Workers(sample=0.5), Workers(weight=2.0), Workers(clip=1.0))),
-    ],
-    ids=repr,
-)
-def test_by_default_all_have_one_model_however_they_exchange(options: dict[str, Any]) -> None:
-    def work(worker: int) -> tuple[Tensor, Tensor]:
-        run = Run(worker, **options)
-        run.train(14)
-        assert run.local.flush()
-        return run.x(), run.anchor()
-
-    found = simulate(work, W)
-    for x, anchor in found:
-        assert torch.equal(x, anchor)
-        assert torch.equal(x, found[0][0])

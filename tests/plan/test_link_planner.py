@@ -431,12 +431,20 @@ def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:
         assert out.splitlines()[-1].startswith(verdict)
 
 
-def test_more_workers_than_steps_were_measured_with_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_long_flush_and_more_workers_than_steps_were_measured_with_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A ring all-reduce of 4 d bytes by two workers sends 4 d bytes; the link carries 95.6% of its nominal rate."""
     asked = ("plan", "link", "1mbit", "--local", "--compute", 0.05)
-    assert command(*asked, "--workers", 2, "--d", 1_000_000) == 0
-    assert "more steps are needed" not in capsys.readouterr().out
+    assert command(*asked, "--workers", 2, "--d", 4_000_000) == 0
+    said = capsys.readouterr().out
+    assert "more steps are needed" not in said
+    (line,) = (line for line in said.splitlines() if line.startswith("flush()"))
+    (seconds,) = (float(word) for word in line.split() if word.replace(".", "").isdigit())
+    assert seconds == pytest.approx(4e6 / 2 * 8 / 1e6 / 0.957, rel=0.01)
     assert command(*asked, "--workers", 16, "--d", 100_000) == 0
     said = capsys.readouterr().out
+    assert "flush()" not in said.replace("local.flush()", "")
     assert "with 2 or 4 workers" in said
     assert "With 16 workers, more steps are needed than with 4" in said
 

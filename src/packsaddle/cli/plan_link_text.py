@@ -30,6 +30,7 @@ _LOCAL_NOTE = (
     "x steps: measured on a small language model with {}, with {} workers (learning rates and seeds: {}). Your model "
     "may differ."
 )
+_LONG_FLUSH = 10.0  # seconds of a flush from which it is named
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
 
@@ -109,6 +110,8 @@ def print_tables(plan: LinkPlan) -> None:
         best = advice(verdict, plan.local[0], plan.optimizer)
         if best.lines:
             print("\n    ".join(["Lines for your script:", *best.lines]))
+        if best.is_local and (seconds := verdict.dense.sent / 8 / link.rate) >= _LONG_FLUSH:
+            print(f"flush(), in four bits a value, takes {digits(seconds)} s on this link.")
         if plan.slowest:
             if_slow = advice(plan.slowest[0], plan.slowest[1][0], plan.optimizer)
             print(f"If every step took as long as the slowest measured one, use: {if_slow.use}")
@@ -214,6 +217,7 @@ class Advice:
 
     use: str
     lines: list[str]  # empty for plain DDP
+    is_local: bool = False  # it is local updates, whose training ends with `flush`
 
 
 def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> Advice:
@@ -232,7 +236,7 @@ def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) 
             f"local = {_call(local, optimizer, 'packsaddle.', more)}  # and no DistributedDataParallel",
             "local.flush()  # after the last step",
         ]
-        return Advice(f"LocalUpdates, {_faster(dense, local.seconds)}", lines)
+        return Advice(f"LocalUpdates, {_faster(dense, local.seconds)}", lines, is_local=True)
 
     # The hook: a two-way exchange is not its default.
     argument = hook.compressor

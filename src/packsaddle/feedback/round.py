@@ -98,6 +98,12 @@ class ErrorFeedback:
         """Return True if `use` with this compressor of the whole vector would keep the current aggregator."""
         return compressor == self._compressor
 
+    def sends_no_more_than(self, compressor: Compressor) -> bool:
+        """Return True if the current compressor's messages are predicted to be as small as those of another one."""
+        n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
+        used = self._by_size
+        return used is not None and used.message_bytes(n, itemsize) <= compressor.message_bytes(n, itemsize)
+
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
         """Switch to a compressor, and add the residuals that the old aggregator keeps to the error memory.
 

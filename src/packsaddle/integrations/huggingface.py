@@ -118,7 +118,7 @@ class LocalUpdatesCallback(_Attached):
     contraction is measured in every round, or as set by a `Compression`.
 
     During training the trainer evaluates, predicts with and saves the anchor: the parameters last agreed on, identical
-    on all workers. At the end all pending updates are exchanged, and every worker has the anchor. With
+    on all workers. At the end pending updates are exchanged (`LocalUpdates.flush`): every worker has the anchor. With
     `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as

@@ -116,7 +116,7 @@ class LocalUpdatesCallback(_Attached):
     contraction is measured in every round, or as set by a `Compression`.
 
     Validation during `fit` and checkpoints use the anchor: the parameters last agreed on, identical on all workers. At
-    the end all pending updates are exchanged, and every worker has the anchor.
+    the end pending updates are exchanged (`LocalUpdates.flush`), and every worker has the anchor.
 
     Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
     `PacksaddleCallback`. One worker sends nothing, with a warning. A run may resume on another number of workers:

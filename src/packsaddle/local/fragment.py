@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import is_replicated, local_part
-from packsaddle.compressors import Compressor
+from packsaddle.compressors import Compressor, Identity, Rounded
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory
@@ -145,6 +145,14 @@ class Fragment(Slice):
 
     def use(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
+
+    def last_compressor(self) -> Compressor:
+        """Return the compressor of a flush to which none is given: four bits a value where rounds send no more, and the
+        exchange may be any or the two-way one without a compressor of its own for the mean. An outer optimizer would
+        make a step of the rest at every further flush."""
+        spec, four, workers = self._options.compression, Rounded("int4"), self.feedback.channel.group.size
+        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None and self._options.outer is None
+        return four if workers > 1 and is_usual and self.feedback.sends_no_more_than(four) else Identity()
 
     def exchange(self, p: PendingExchange, step: int, norms: Tensor | None = None, *, as_vector: bool) -> None:
         """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.

@@ -30,7 +30,7 @@ from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
-from packsaddle.compressors import Compressor, Identity, Rounded, Sign, describe
+from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
 from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
@@ -625,17 +625,18 @@ class LocalUpdates(JoinableSteps):
 
     @torch.no_grad()
     def flush(self, compressor: Compressor | None = None) -> bool:
-        """Exchange pending updates once more, so that all workers have the same parameters, the anchor; collective.
+        """Exchange pending updates, so that all workers have the same parameters, those of the anchor; collective.
 
-        Call at the end of training. Running exchanges are applied first; then all of the model is exchanged without
-        noise. What compression leaves out stays in the error memories for later rounds. Returns True if all exchanges
-        were applied. With a torchft Manager, this is an uncompressed round of all present workers, also of those that
-        continue training.
+        Call at the end of training. Running exchanges are applied first; then pending updates of the whole model are
+        exchanged without noise. Updates that compression leaves out stay in the error memories for later rounds.
+        Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round of all present
+        workers, also of those that continue training.
 
         Args:
-            compressor: compresses this exchange. None: Rounded("int4"), an eighth of the bytes, or uncompressed if the
-                rounds are. Identity(): uncompressed, after which error memories are 0 (except the excess of clipped
-                updates, see `Workers`).
+            compressor: compresses this exchange. None: Rounded("int4"), an eighth of the bytes, where rounds send no
+                more than that, by exchange "auto" (the default) or "two-way", without `back` and `outer`; elsewhere
+                uncompressed. Identity(): uncompressed, after which error memories are 0 (except the excess of clipped
+                updates, see `Workers`): use it before you freeze parameters.
 
         Parameters frozen since the last exchange keep their values. Raises TypeError or ValueError for an unsuitable
         compressor, also if workers pass different ones, and RuntimeError for a compressor with a manager.
@@ -656,17 +657,12 @@ class LocalUpdates(JoinableSteps):
             self._check_flush(compressor)
         self._unsent.clear()
         applied = [self._finish(part) for part in self._fragments if part.current is not None]
-        last = [(part, compressor or self._last_compressor(part)) for part in self._fragments]
+        last = [(part, compressor or part.last_compressor()) for part in self._fragments]
         for part, each in last:
             part.switch_to(each)
         self._check_aggregators()
         applied += [self._begin(part, flush=each) for part, each in last]
         return all(applied)
-
-    def _last_compressor(self, part: Fragment) -> Compressor:
-        """Return the compressor of a flush to which none was given."""
-        is_whole = self._channel.group.size == 1 or self.options.compression.at(part.rounds).lossless
-        return Identity() if is_whole else Rounded("int4")
 
     def _check_flush(self, compressor: Compressor) -> None:
         """Compare the compressor of a flush over workers, and check it; collective."""

@@ -218,7 +218,7 @@ class LocalTraining(Training):
                 seed=config.seed,
             )
         self.channel = Communicator(resolve(None), Ledger())
-        self._mu: dict[str, Any] = {}  # measured contraction before `finish`, whose exchange is uncompressed
+        self._mu: dict[str, Any] = {}  # measured contraction before `finish`, whose exchange has another compressor
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         # Compute gradients, and clip them if configured.
@@ -253,7 +253,7 @@ class LocalTraining(Training):
         return peak * (_LAST_FRACTION + (1 - _LAST_FRACTION) * (1 + math.cos(math.pi * passed)) / 2)
 
     def finish(self) -> None:
-        """Exchange all pending updates. If that is rejected, exchange again: only valid updates remain then."""
+        """Exchange pending updates. If that is rejected, exchange again: only valid updates remain then."""
         self._mu = self.contraction()
         if not self.front.flush():
             self.front.flush()
