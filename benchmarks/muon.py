@@ -214,8 +214,8 @@ def train(
 
 
 def _end(local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], float]) -> tuple[int, dict[str, float]]:
-    """Exchange what is pending, uncompressed. Returns all bytes sent, and with lossy rounds and no outer optimizer the
-    losses of two cheaper ends: at the anchor without an exchange, and after `flush()`, of four bits a value."""
+    """Exchange what is pending, uncompressed, if the method has a flush. Returns all bytes sent, and with lossy rounds
+    and no outer optimizer the losses of two cheaper ends: at the anchor without an exchange, and after `flush()`."""
     before, ends = local.ledger.total.sent, {}
     if not how.flush:
         return before, ends

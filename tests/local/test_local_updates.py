@@ -178,7 +178,7 @@ def test_at_the_anchor_nothing_looks_at_this_workers_own_changes() -> None:
         for call in (local.flush, local.error, local.pending, local.sit_out):
             with pytest.raises(RuntimeError, match=rf"{call.__name__}\(\) within at_anchor\(\)"):
                 call()
-    assert local.flush(Identity())
+    assert local.flush()
 
 
 def exact(worker: int, n: int) -> Tensor:

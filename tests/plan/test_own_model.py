@@ -13,7 +13,7 @@ from commandline import command, refused
 from torch import Tensor, nn
 
 from packsaddle import QSGD, Identity, LocalUpdates, Sign
-from packsaddle.cli.plan_link_text import advice, coding_spread, spread
+from packsaddle.cli.plan_link_text import advice, coding_spread, flush_seconds, spread
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
@@ -254,3 +254,15 @@ def test_the_lines_have_a_mean_momentum_where_it_was_measured(setting: Setting, 
     if expected:
         exec("\n".join(line.strip() for line in lines), names)
         assert names["local"].options.mean_momentum == 0.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "bits"), [(Setting(8, Sign(per_tensor=True), keep_unsent=True), 4), (Setting(8, Identity()), 32)]
+)
+def test_the_flush_of_uncompressed_rounds_takes_longer(setting: Setting, bits: int) -> None:
+    """A ring all-reduce by two workers sends each value once."""
+    free, size, rate = Pace(Line(0, 0), Line(0, 0), Line(0, 0)), ModelSize.of_size(10_000_000), 1e5
+    fleet, link = Fleet(2, 0.5), Link(1e-5, rate)
+    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
+    local = forecast_local(size, link, fleet, lambda c, d: free, measured={setting: 1.0})[0]
+    assert flush_seconds(verdict, local, rate) == pytest.approx(10_000_000 * bits / 8 / rate, rel=0.01)

@@ -110,8 +110,8 @@ def print_tables(plan: LinkPlan) -> None:
         best = advice(verdict, plan.local[0], plan.optimizer)
         if best.lines:
             print("\n    ".join(["Lines for your script:", *best.lines]))
-        if best.is_local and (seconds := verdict.dense.sent / 8 / link.rate) >= _LONG_FLUSH:
-            print(f"flush(), in four bits a value, takes {digits(seconds)} s on this link.")
+        if best.is_local and (seconds := flush_seconds(verdict, plan.local[0], link.rate)) >= _LONG_FLUSH:
+            print(f"flush() takes {digits(seconds)} s on this link.")
         if plan.slowest:
             if_slow = advice(plan.slowest[0], plan.slowest[1][0], plan.optimizer)
             print(f"If every step took as long as the slowest measured one, use: {if_slow.use}")
@@ -218,6 +218,12 @@ class Advice:
     use: str
     lines: list[str]  # empty for plain DDP
     is_local: bool = False  # it is local updates, whose training ends with `flush`
+
+
+def flush_seconds(verdict: Verdict, local: LocalForecast, rate: float) -> float:
+    """Return the seconds of `LocalUpdates.flush` at a rate in bytes a second: four bits a value, or 32 as rounds."""
+    bits = 32 if local.setting.compressor.lossless else 4
+    return verdict.dense.sent * bits / 32 / rate
 
 
 def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) -> Advice:

@@ -196,7 +196,7 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
 
 
 def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Return the sum of `values` in each section of a vector; `index` has their positions in the joined samples."""
+    """Return the sum of `values` within each sample; `index` has their positions in the concatenated samples."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
     sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)

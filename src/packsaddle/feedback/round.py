@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.aggregators import Averaged, message_bytes
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import Compressor, identify
@@ -99,10 +99,11 @@ class ErrorFeedback:
         return compressor == self._compressor
 
     def sends_no_more_than(self, compressor: Compressor) -> bool:
-        """Return True if the current compressor's messages are predicted to be as small as those of another one."""
+        """Return True if the current compressor sends messages, predicted to be no larger than those of another one."""
+        if self._by_size is None:
+            return False
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
-        used = self._by_size
-        return used is not None and used.message_bytes(n, itemsize) <= compressor.message_bytes(n, itemsize)
+        return 0 < message_bytes(self._by_size, n, itemsize) <= message_bytes(compressor, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
         """Switch to a compressor, and add the residuals that the old aggregator keeps to the error memory.

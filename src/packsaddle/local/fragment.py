@@ -147,9 +147,11 @@ class Fragment(Slice):
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
 
     def last_compressor(self) -> Compressor:
-        """Return the compressor of a flush to which none is given: four bits a value where rounds send no more, and the
-        exchange may be any or the two-way one without a compressor of its own for the mean. An outer optimizer would
-        make a step of the rest at every further flush."""
+        """Return the compressor of a flush to which none is given: four bits a value, or Identity.
+
+        Identity where rounds send more bits; where the exchange would send more bytes, or lose more in `back`, than
+        Identity; and with an outer optimizer, which each further flush would step again with what the last one left.
+        """
         spec, four, workers = self._options.compression, Rounded("int4"), self.feedback.channel.group.size
         is_usual = spec.exchange in ("auto", "two-way") and spec.back is None and self._options.outer is None
         return four if workers > 1 and is_usual and self.feedback.sends_no_more_than(four) else Identity()

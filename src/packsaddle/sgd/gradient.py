@@ -82,7 +82,7 @@ class Gradient:
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale * u to out, float[d], in place. Return False, with out unchanged up to rounding, if non-finite."""
+        """Add scale * u to out, float[d], in place. If the sum is not finite, undo it up to rounding, return False."""
         squares = add_if_finite(self._sums(out, scales, extras))
         if squares is None:
             return False
