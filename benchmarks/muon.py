@@ -58,10 +58,11 @@ class Setting:
     workers: int
     steps: int
     batch: int = 8  # windows of a worker in a step
+    compares_ends: bool = False  # measure the losses of cheaper last exchanges too, which takes two more evaluations
 
 
 SETTINGS = {
-    "char-4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800),
+    "char-4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800, compares_ends=True),
     "gpt-2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
     "gpt-4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
     "char-8": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 8, 800, batch=4),
@@ -193,7 +194,7 @@ def train(
     ends = {}
     if local is not None:
         sent = sum(moved.sent for purpose, moved in local.ledger.by_purpose.items() if purpose != "start")
-        total, ends = _end(local, how, loss_now)
+        total, ends = _end(local, how, loss_now, compares=setting.compares_ends)
     on_end(network)
     with nullcontext() if local is None or how.flush else local.at_anchor():
         found = loss_now()
@@ -213,14 +214,17 @@ def train(
     }
 
 
-def _end(local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], float]) -> tuple[int, dict[str, float]]:
-    """Exchange what is pending, uncompressed, if the method has a flush. Returns all bytes sent, and with lossy rounds
-    and no outer optimizer the losses of two cheaper ends: at the anchor without an exchange, and after `flush()`."""
+def _end(
+    local: packsaddle.LocalUpdates, how: Method, loss_now: Callable[[], float], *, compares: bool
+) -> tuple[int, dict[str, float]]:
+    """Exchange what is pending, uncompressed, if the method has a flush. Returns all bytes sent, and if it `compares`,
+    with lossy rounds and no outer optimizer, the losses of two cheaper ends: at the anchor without an exchange, and
+    after `flush()`."""
     before, ends = local.ledger.total.sent, {}
     if not how.flush:
         return before, ends
     assert how.compressor is not None
-    if how.outer is None and not how.compressor.lossless:
+    if compares and how.outer is None and not how.compressor.lossless:
         with local.at_anchor():
             ends["anchor_loss"] = loss_now()
         local.flush()

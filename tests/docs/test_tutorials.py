@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -64,7 +65,8 @@ def test_scripts_print_what_their_pages_say(script: Path, tmp_path: Path) -> Non
     if script.stem in LONG and "PACKSADDLE_ALL_TUTORIALS" not in os.environ:
         pytest.skip("a minute of processes that other tests start too: see `make test-integrations`")
     words = [python(), str(MAKER), "--out", str(tmp_path), str(script)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment(), cwd=ROOT)
+    commands = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # torchrun is not beside python()
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment(PATH=commands), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     new, old = (
         maker.printed_in(script, (where / f"{script.stem}.md").read_text()) for where in (tmp_path, maker.PAGES)
