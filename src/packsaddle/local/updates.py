@@ -193,7 +193,8 @@ class LocalUpdates(JoinableSteps):
         spec.at(0)
 
         # Collect the trained parameters, and the other tensors of the model.
-        self._parameters = {name: p for name, p in named_parameters(self.optimizers).items() if p.requires_grad}
+        named = named_parameters(self.optimizers, model)
+        self._parameters = {name: p for name, p in named.items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
@@ -576,7 +577,10 @@ class LocalUpdates(JoinableSteps):
 
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
-        The tensors are at least float32 and have the shapes of this process's shards."""
+
+        Names are those in the optimizers, as by AdamW(model.named_parameters()), or in `model`; without either,
+        "parameter 0", .... The tensors are at least float32 and have the shapes of this process's shards.
+        """
         self._set_anchor_before_first_step()
         self._unsent.clear()
         found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
