@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import resolve
-from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, certifying, with_examples
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
-from packsaddle.curvature.search import Bounds, CurvatureSearch, Goal, Walk, pilot
+from packsaddle.curvature.search import Bounds, CurvatureSearch, Walk, pilot
 from packsaddle.curvature.sharded import derivatives
 from packsaddle.errors import check_positive
 
@@ -66,10 +63,9 @@ def certify(
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
-    channel = Communicator(resolve(process_group), Ledger())
     if not is_sharded(model):  # workers of a sharded model run every batch together
         batches = with_examples(batches)
-    with certifying(model, channel):
+    with certifying(model, process_group) as channel:
         # Evaluate loss and gradient at the point, and choose the method of Hessian-vector products.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)
@@ -86,13 +82,13 @@ def certify(
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         precision = torch.finfo(curvature.parameters[0].dtype).eps
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
-        goal = Goal(grad_norm, epsilon, hessian_lipschitz, search)
+        settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
             """Prove a saddle by a direction found on a subset of the examples; if that fails, search on all."""
-            full, pilot_search = CurvatureSearch(products, goal, progress), None
+            full, pilot_search = CurvatureSearch(products, *settings), None
             if grad_norm <= epsilon and math.isinf(search.tolerance) and math.isinf(search.sharpness):
-                pilot_search = pilot(products, goal, batches, of, progress)
+                pilot_search = pilot(full, batches, of)
             if pilot_search is None or not full.proves(pilot_search.v, pilot_search.error):
                 pilot_search = None
                 full.run()

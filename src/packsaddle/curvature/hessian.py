@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import Solo
+from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import local_part
 from packsaddle.curvature.custom_functions import graph_nodes
@@ -183,9 +183,9 @@ class Curvature:
         """
         spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
 
-        def derivative(loss: Tensor, n: int) -> tuple[Tensor | None, ...]:
-            grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            spread[0] += n * sum(g.double().square().sum() for g in grads if g is not None)
+        def derivative(loss: Tensor, n: int) -> tuple[Tensor, ...]:
+            grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+            spread[0] += n * sum(g.double().square().sum() for g in grads)
             spread[1] += 1
             return grads
 
@@ -208,19 +208,19 @@ class Curvature:
         self.passes += 2
         vs = self._shaped(v)
 
-        def derivative(loss: Tensor, _: int) -> tuple[Tensor | None, ...]:
+        def derivative(loss: Tensor, _: int) -> tuple[Tensor, ...]:
             inspect(loss)
             return self._differentiate_twice(loss, vs)
 
         return self._mean(derivative)
 
-    def _differentiate_twice(self, loss: Tensor, vs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def _differentiate_twice(self, loss: Tensor, vs: list[Tensor]) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         pairs = [(g, u) for g, u in zip(grads, vs, strict=True) if g is not None and g.requires_grad]
         if not pairs:
-            return tuple(None for _ in self.parameters)
+            return tuple(torch.zeros_like(p) for p in self.parameters)
         inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
-        return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
+        return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, materialize_grads=True)
 
     @sdpa_kernel(SDPBackend.MATH)
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
@@ -230,14 +230,10 @@ class Curvature:
 
     def gradient_of_batch(self, batch: Any) -> Tensor:
         with differentiating(self._model):
-            return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, allow_unused=True))
+            return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, materialize_grads=True))
 
-    def _flat(self, parts: tuple[Tensor | None, ...]) -> Tensor:
-        flat = [
-            torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
-            for g, p in zip(parts, self.parameters, strict=True)
-        ]
-        return torch.cat(flat).double()
+    def _flat(self, parts: tuple[Tensor, ...]) -> Tensor:
+        return torch.cat([g.detach().reshape(-1) for g in parts]).double()
 
     def _shaped(self, v: Tensor) -> list[Tensor]:
         pieces = torch.split(v, [p.numel() for p in self.parameters])
@@ -280,7 +276,7 @@ class Curvature:
             return self._mean_gradient()
 
     def _mean_gradient(self) -> Tensor:
-        return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return a Gaussian vector, float64[d], identical on all workers; collective.
@@ -303,17 +299,19 @@ class Curvature:
         return math.sqrt(self.dot(a, a))
 
     def size_of_parameters(self) -> float:
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
+        return self.norm(torch.cat([t.reshape(-1).double() for t in self._tensors]))
 
-    def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
+    def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor, ...]]) -> Tensor:
         """Average a derivative of each batch's mean loss over all examples of all workers, float64[d]; collective."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with differentiating(self._model):
             for batch, n in self.read():
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
-        mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
-        if not torch.isfinite(mean).all():  # identical on all workers, so that all raise
+        return self._finite(self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples))
+
+    def _finite(self, mean: Tensor) -> Tensor:
+        if not math.isfinite(self.dot(mean, mean)):  # identical on all workers, so that all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 
@@ -363,14 +361,18 @@ def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
+def certifying(model: nn.Module, process_group: Any) -> Iterator[Communicator]:
     """Context manager that gives every worker rank 0's buffers (batch normalization statistics); collective.
-    On exit each worker's own buffers are restored, and torch's generator, from which a DataLoader draws its seeds."""
+
+    Yields a communicator of the group. On exit each worker's own buffers are restored, and torch's generator, from
+    which a DataLoader draws its seeds.
+    """
+    channel = Communicator(resolve(process_group), Ledger())
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
     with torch.random.fork_rng(devices=()), _restored(buffers):
         for b in buffers:
             channel.broadcast(b, "certificate")
-        yield
+        yield channel
 
 
 @contextmanager

@@ -26,9 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
-from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Verdict, for_json, judge, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, certifying, every_nth, with_examples
 from packsaddle.curvature.lanczos import Ritz
@@ -145,10 +143,9 @@ def certify_population(
     from scipy.special import stdtrit  # slow to import, and only certificates need it
 
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
-    channel = Communicator(resolve(process_group), Ledger())
     delta = search.failure_probability / _STATEMENTS
     batches = with_examples(batches)
-    with certifying(model, channel):
+    with certifying(model, process_group) as channel:
         curvature = derivatives(model, loss_fn, batches, channel)
         count = check_population(model, batches, process_group)
         chosen = choose_products(curvature, search.hvp)
@@ -215,10 +212,9 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
     """Return the number of batches of all workers; collective. Raises ValueError for a sharded model or below 8."""
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
-    channel = Communicator(resolve(process_group), Ledger())
-    device = next(model.parameters()).device
-    mine = torch.tensor([sum(1 for _ in batches)], dtype=torch.float64, device=device)
-    count = round(float(channel.mean(mine, "certificate")) * channel.group.size)
+    mine = torch.tensor([sum(1 for _ in batches)], device=next(model.parameters()).device)
+    resolve(process_group).all_reduce(mine)
+    count = int(mine)
     if count < _FEWEST_BATCHES:
         raise ValueError(f"batches must be {_FEWEST_BATCHES} or more, on all workers together, got {count}")
     return count

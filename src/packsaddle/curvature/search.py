@@ -44,24 +44,17 @@ OnBounds = Callable[[Bounds], None]
 Walk = tuple[float, float, float]  # distance s, loss f(x + s v), and the largest f(x) - [f(x + s v) + f(x - s v)] / 2
 
 
-@dataclass(frozen=True)
-class Goal:
-    """The gradient norm and thresholds that a verdict depends on, and the limits of a search."""
-
-    grad_norm: float
-    epsilon: float
-    rho: float | None  # Lipschitz constant of the Hessian; None: measured along the direction found
-    options: Search
-
-
 @dataclass
 class CurvatureSearch:
-    """A search for negative curvature by Lanczos, up to a goal; its fields are the results of `run` or `proves`."""
+    """A search for negative curvature by Lanczos; its fields from `rho` on are the results of `run` or `proves`."""
 
     products: Products
-    goal: Goal
+    grad_norm: float
+    epsilon: float
+    given_rho: float | None  # Lipschitz constant of the Hessian; None: measured along the direction found
+    options: Search  # limits of the search
     on_bounds: OnBounds
-    rho: float = field(init=False)
+    rho: float = 0.0
     lower: float = -math.inf
     lambda_max: tuple[float, float] = (-math.inf, math.inf)
     lanczos: Lanczos | None = None
@@ -72,9 +65,6 @@ class CurvatureSearch:
     residual: float = math.inf
     verdict: Verdict = Verdict.UNDECIDED
 
-    def __post_init__(self) -> None:
-        self.rho = self.goal.rho or 0.0
-
     @property
     def curvature(self) -> Curvature:
         return self.products.curvature
@@ -82,25 +72,25 @@ class CurvatureSearch:
     def run(self) -> None:
         """Do Lanczos steps from a random start until the verdict is decided, and the direction v and the bounds on
         lambda_max are within their tolerances. Stops at `max_hvps` products or if the Krylov space is exhausted."""
-        goal, most, measured_at = self.goal, self.goal.options.max_hvps, 0
-        self.rho = goal.rho or 0.0
-        self.lanczos = lanczos = lanczos_over(self.products, goal.options)
+        most, measured_at = self.options.max_hvps, 0
+        self.rho = self.given_rho or 0.0
+        self.lanczos = lanczos = lanczos_over(self.products, self.options)
         for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound, except by rounding
-            threshold = -math.sqrt(self.rho * goal.epsilon) if measured_at or goal.rho is not None else None
+            threshold = -math.sqrt(self.rho * self.epsilon) if measured_at or self.given_rho is not None else None
             low = self.lower, ritz.theta_min + ritz.rounding
             self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
             last = k == most or lanczos.exhausted
 
             # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
-            if goal.rho is None and not measured_at:
-                if not (last or goal.grad_norm > goal.epsilon or ritz.is_settling):
+            if self.given_rho is None and not measured_at:
+                if not (last or self.grad_norm > self.epsilon or ritz.is_settling):
                     continue
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
-            if goal.rho is None and measured_at < k:  # measure rho along the final v too
+            if self.given_rho is None and measured_at < k:  # measure rho along the final v too
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
@@ -120,8 +110,7 @@ class CurvatureSearch:
         quotient, error = self._measure_quotient()
         self.error = max(error, rounding)
         self.upper = quotient + self.error
-        if self.goal.rho is None:
-            self.rho = self.products.rho(v)
+        self.rho = self.given_rho or self.products.rho(v)
         self.verdict = self._judged(self.upper)
         return self.verdict is Verdict.SADDLE
 
@@ -160,16 +149,16 @@ class CurvatureSearch:
         return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)
 
     def _bound(self, ritz: Ritz) -> None:
-        probability = self.goal.options.failure_probability
+        probability = self.options.failure_probability
         self.lower = ritz.lower_bound(probability)
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
 
     def _settled(self, ritz: Ritz) -> bool:
         low, high = self.lambda_max
-        if high - low > self.goal.options.sharpness * max(abs(low), abs(high)):
+        if high - low > self.options.sharpness * max(abs(low), abs(high)):
             return False
         verdict = self._judged(ritz.theta_min + ritz.rounding)
-        if verdict is Verdict.SADDLE and ritz.residual > self.goal.options.tolerance * abs(ritz.theta_min):
+        if verdict is Verdict.SADDLE and ritz.residual > self.options.tolerance * abs(ritz.theta_min):
             return False
         return verdict is not Verdict.UNDECIDED
 
@@ -194,35 +183,31 @@ class CurvatureSearch:
         return quotient, error
 
     def _judged(self, upper: float) -> Verdict:
-        norm, epsilon = self.goal.grad_norm, self.goal.epsilon
-        return judge(norm, norm, epsilon, -math.sqrt(self.rho * epsilon), upper, self.lower)
+        norm, threshold = self.grad_norm, -math.sqrt(self.rho * self.epsilon)
+        return judge(norm, norm, self.epsilon, threshold, upper, self.lower)
 
 
 def pilot(
-    full: Products,
-    goal: Goal,
-    batches: Iterable[Any],
-    derivatives: Callable[[Iterable[Any]], Curvature],
-    on_bounds: OnBounds,
+    full: CurvatureSearch, batches: Iterable[Any], derivatives: Callable[[Iterable[Any]], Curvature]
 ) -> CurvatureSearch | None:
     """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
 
     Returns the search if it found a saddle of the mean loss over these examples, else None. Also returns None if all
     examples are fewer than eight times as many, or in too few batches to skip seven of eight. The products use the
-    method of `full`, and cost at most about as much as two over all examples.
+    method of `full`, a search not begun, and cost at most about as much as two over all examples.
     """
-    curvature, search = full.curvature, goal.options
+    curvature, search = full.curvature, full.options
     examples = search.pilot_examples
     stride = curvature.examples // examples if examples else 0
     if stride < _PILOT_SHARE or _PILOT_SHARE * curvature.examples_of_every(stride) > curvature.examples:
         return None
     part = derivatives(every_nth(batches, stride))
     most = max(1, _PILOT_COST * curvature.examples // part.examples)
-    goal = replace(goal, options=replace(search, max_hvps=min(search.max_hvps, most)))
-    pilot_search = CurvatureSearch(full.of(part), goal, on_bounds)
+    fewer = replace(search, max_hvps=min(search.max_hvps, most))
+    pilot_search = replace(full, products=full.products.of(part), options=fewer)
     try:
         pilot_search.run()
     finally:
         curvature.passes += part.passes * part.examples / curvature.examples
-    full.copy_estimates(pilot_search.products)
+    full.products.copy_estimates(pilot_search.products)
     return pilot_search if pilot_search.verdict is Verdict.SADDLE else None

@@ -7,7 +7,6 @@ has no double backward. As its passes are collective, workers with fewer batches
 Workers of one tensor-parallel group process equal batches, which count once.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import is_sharded, local_part
-from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, NotFiniteError, batch_size, differentiating
+from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, batch_size, differentiating
 
 
 class ShardedCurvature(Curvature):
@@ -60,25 +59,22 @@ class ShardedCurvature(Curvature):
     def gradient(self) -> tuple[Tensor, float]:
         """Return this worker's part of the gradient, float64[n], and the gradient's standard error; collective.
         In the standard error, the batches that workers process at the same time count as one."""
+        squares: list[float] = []
+
+        def look(part: Tensor, examples: int) -> None:
+            seen = self.sum_of(examples) / self._alike
+            squares.append(self.dot(part, part) / seen)
+
         self.passes += 1
-        spread, rounds = 0.0, 0
+        mean = self._mean_gradient(look)
+        return mean, self._standard_error(sum(squares), self.dot(mean, mean), len(squares))
+
+    def _mean_gradient(self, look: Callable[[Tensor, int], None] = lambda part, examples: None) -> Tensor:
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         for part, examples in self._backward():
             total += part
-            seen = self.sum_of(examples) / self._alike
-            spread += self.dot(part, part) / seen
-            rounds += 1
-        mean = self._finite(total.div_(self.examples))
-        return mean, self._standard_error(spread, self.dot(mean, mean), rounds)
-
-    def _mean_gradient(self) -> Tensor:
-        total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
-        for part, _ in self._backward():
-            total += part
+            look(part, examples)
         return self._finite(total.div_(self.examples))
-
-    def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        raise NotImplementedError("a sharded model has no double backward")
 
     def why_no_double_backward(self) -> str | None:
         return "parameters are sharded"
@@ -88,10 +84,6 @@ class ShardedCurvature(Curvature):
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
-    def size_of_parameters(self) -> float:
-        pieces = zip(self._tensors, self._copies, strict=True)
-        return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
-
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return this worker's part of an unsharded model's random vector, drawn whole for one parameter at a time."""
         rng = self._shared_generator(generator)
@@ -100,11 +92,6 @@ class ShardedCurvature(Curvature):
             vector = torch.randn(p.shape.numel(), generator=rng, dtype=torch.float64).view(p.shape)
             parts.append(part_of(vector, p).reshape(-1).to(self.device))
         return torch.cat(parts)
-
-    def _finite(self, vector: Tensor) -> Tensor:
-        if not math.isfinite(self.dot(vector, vector)):
-            raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
-        return vector
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
         """Yield, for one batch of every worker at a time, this worker's part of the gradient of the losses summed over
@@ -225,8 +212,4 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _local_gradient(p: Any, local: Tensor) -> Tensor:
     if p.grad is None:
         return torch.zeros_like(local)
-    if not hasattr(p, "placements"):
-        plain: Tensor = p.grad
-        return plain
-    part: Tensor = p.grad.redistribute(placements=p.placements).to_local()
-    return part
+    return local_part(p.grad.redistribute(placements=p.placements) if hasattr(p, "placements") else p.grad)

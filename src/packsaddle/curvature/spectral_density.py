@@ -19,9 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import resolve
-from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import LossFn, certifying
 from packsaddle.curvature.lanczos import Ritz
 from packsaddle.curvature.options import Search
@@ -120,8 +117,7 @@ def spectral_density(
     check_positive(width=width)
 
     # Nodes theta_j and weights tau_j of each probe's Gauss quadrature.
-    channel = Communicator(resolve(process_group), Ledger())
-    with certifying(model, channel):
+    with certifying(model, process_group) as channel:
         curvature = derivatives(model, loss_fn, batches, channel)
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
