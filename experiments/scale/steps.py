@@ -23,7 +23,6 @@ from packsaddle import CompressedSGD, Compression, Compressor, RandomK, Sign, Sk
 from packsaddle.comm import Group, process_group
 from packsaddle.compressors import describe
 from packsaddle.plan import (
-    MODELS,
     Fleet,
     Link,
     ModelSize,
@@ -84,11 +83,8 @@ def found(forecast: Any) -> dict[str, Any]:
 
 def training(name: str, batch: int, compressor: Compressor | None, how: str) -> Callable[[], None]:
     """Return one step of training on random examples; without a compressor, DDP's with SGD."""
-    build, shape = MODELS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build()
-    examples = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
+    step = TrainingStep.of_model(name, batch)
+    model, examples = step.model, step.batch
     optimizer: torch.optim.Optimizer
     if compressor is None:
         model = torch.nn.parallel.DistributedDataParallel(model)

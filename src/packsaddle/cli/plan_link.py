@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, chosen
 from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call, importing_from
@@ -264,13 +264,12 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
         raise ConfigError(f"{name} failed on its batch: {first_line(error)}") from None
 
 
-def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
-    """Return the compressors to compare: the one called `name`; for "best" all that were measured with `optimizer`,
-    or all lossy ones without an optimizer."""
-    if "(" in name:
-        return [called(name, ratio)]
-    name = name.lower()
-    check_name(name)
+def _candidates(text: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
+    """Return the compressors to compare: the one that `text` names or makes; for "best" all that were measured with
+    `optimizer`, or all lossy ones without an optimizer."""
+    name = chosen(text, ratio)
+    if isinstance(name, Compressor):
+        return [name]
     if optimizer is not None and name == "best" and ratio is None:
         return list(MEASURED[optimizer])
     if ratio is not None and name in FIXED:

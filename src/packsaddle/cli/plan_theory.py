@@ -8,10 +8,10 @@ from typing import Literal
 
 from rich.table import Table
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, chosen
 from packsaddle.cli.console import digits, number_table, print_table
 from packsaddle.cli.flags import grouped
-from packsaddle.compressors import Identity
+from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, first_order_plan
 from packsaddle.theory.plans import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, plan, reach
@@ -82,13 +82,11 @@ def theory(
         _print_reach(reached, assumptions)
 
 
-def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
-    """Return the plans for the compressor `name` and `ratio` of the command line, except the uncompressed plan."""
-    if "(" in name:
-        return [plan(a, called(name, ratio), constants=constants, workers=workers)]
-    name = name.lower()
-    check_name(name)
-
+def _asked_for(a: Assumptions, constants: Constants, workers: int, text: str, ratio: float | None) -> list[Plan]:
+    """Return the plans for the compressor and `ratio` of the command line, except the uncompressed plan."""
+    name = chosen(text, ratio)
+    if isinstance(name, Compressor):
+        return [plan(a, name, constants=constants, workers=workers)]
     # A compressor with this ratio; without a ratio one with its best k, or one that has no ratio.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")

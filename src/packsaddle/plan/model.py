@@ -1,12 +1,12 @@
 """A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packsaddle.comm.group import Solo
 from packsaddle.compressors import Compressor, RandomK
@@ -17,7 +17,7 @@ from packsaddle.options.schema import nearest
 from packsaddle.plan.coding import LONGEST
 from packsaddle.plan.timing import Timing, repeated, side_by_side
 from packsaddle.runs.config import DataConfig, ModelConfig
-from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, resnet
+from packsaddle.runs.tasks.models import make_task
 from packsaddle.runs.tasks.text import load_text
 from packsaddle.runs.training import muon_and_adamw
 from packsaddle.sgd.optimizer import CompressedSGD
@@ -59,30 +59,21 @@ class ModelSize:
         return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes))
 
 
-def _char_transformer() -> CharTransformer:
-    """Return the character transformer of `packsaddle init`, with the character set of Python's reference manual."""
-    classes = load_text(DataConfig("text"), None, train=True).classes
-    defaults = ModelConfig("char-transformer")
-    return CharTransformer(
-        classes, DataConfig.context, width=defaults.width, depth=defaults.depth, heads=defaults.heads
-    )
-
-
-# Constructor of a model, and the shape of one example; the ResNets are packsaddle's variants for small images.
-MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
-    "char-transformer": (_char_transformer, (DataConfig.context,)),
-    "resnet18": (partial(resnet, 18, 10), (3, 32, 32)),
-    "resnet34": (partial(resnet, 34, 10), (3, 32, 32)),
-    "resnet50": (partial(resnet, 50, 10), (3, 32, 32)),
+# The shape of one example by model; the ResNets are packsaddle's variants for small images.
+MODELS: Mapping[str, tuple[int, ...]] = {
+    "mnist-autoencoder": (1, 28, 28),
+    "char-transformer": (DataConfig.context,),
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), (3, 32, 32)),
 }
 
 
 def build_model(name: str) -> nn.Module:
+    """Return a model of `packsaddle init` with seed 0; texts have the character set of Python's reference manual."""
     if name not in MODELS:
         raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
-    with torch.random.fork_rng(devices=[]):  # layers initialize their weights from the global generator
-        return MODELS[name][0]()
+    classes = load_text(DataConfig("text"), None, train=True).classes if name == "char-transformer" else 10
+    config: Any = ModelConfig
+    return make_task(config(name), torch.Size(MODELS[name]), classes, 0).network
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
@@ -133,13 +124,13 @@ class TrainingStep:
     @classmethod
     def of_model(cls, name: str, batch: int) -> "TrainingStep":
         """Return the step of a model by its `name` in `MODELS`, on `batch` random examples. Raises ConfigError."""
-        model = build_model(name)
-        shape = MODELS[name][1]
-        return cls(model, random_batch(model, shape, batch, tokens=isinstance(model, CharTransformer)))
+        model, shape = build_model(name), MODELS[name]
+        return cls(model, random_batch(model, shape, batch, tokens=len(shape) == 1))
 
     def to(self, device: torch.device | str) -> "TrainingStep":
         """Return the step with model and batch on a `device`."""
-        return TrainingStep(self.model.to(device), _moved(self.batch, device))
+        batch = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch  # the tree functions know dict
+        return TrainingStep(self.model.to(device), tree_map_only(Tensor, lambda t: t.to(device), batch))
 
     def loss(self) -> Tensor:
         """Return the loss on the batch. Raises ConfigError if no output of the model depends on its parameters."""
@@ -147,7 +138,8 @@ class TrainingStep:
             output = self.model(**self.batch)
         else:
             output = self.model(*(self.batch if isinstance(self.batch, tuple) else (self.batch,)))
-        found = [t for t in _tensors(output) if t.requires_grad]
+        output = dict(output) if isinstance(output, Mapping) else output
+        found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not found:
             raise ConfigError(f"the model must return a loss, or tensors with gradients, got {type(output).__name__}")
         squares = torch.stack([t.float().square().mean() for t in found]).sum()
@@ -178,22 +170,6 @@ def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens
     if not sizes:
         raise ConfigError("int64 inputs are for a model with an nn.Embedding, and this one has none")
     return torch.randint(min(sizes), (batch, *shape), generator=rng)
-
-
-def _moved(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: _moved(part, device) for name, part in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_moved(part, device) for part in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(part)
 
 
 def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:

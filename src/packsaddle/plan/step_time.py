@@ -6,7 +6,6 @@ need different numbers of steps.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -150,27 +149,20 @@ class StepTime:
         return self.compute + self.waiting + self.compression + self.exchange
 
 
-class Step(ABC):
-    """A kind of training step, whose time depends on the link and the workers."""
-
-    @abstractmethod
-    def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Predict the time of one step of the workers in `fleet` on `link`."""
-
-
 @dataclass(frozen=True)
-class Compressed(Step):
+class Compressed:
     """A step of `CompressedSGD`: compute, coding and exchange, sequentially."""
 
     cost: Cost  # critical path of the exchange
     compression: float  # seconds of encoding, decoding and the optimizer's other work
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
+        """Predict the time of one step of the workers in `fleet` on `link`."""
         return StepTime(fleet.compute, fleet.waiting, self.compression, *link.parts(self.cost))
 
 
 @dataclass(frozen=True)
-class Dense(Step):
+class Dense:
     """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
 
     nbytes: int
@@ -191,6 +183,7 @@ class Dense(Step):
         return StepTime(fleet.compute, fleet.waiting, 0.0, latency * share, bandwidth * share)
 
 
+Step = Compressed | Dense
 Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operations to seconds
 
 
