@@ -9,7 +9,7 @@ import tyro
 
 from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import grouped
-from packsaddle.cli.own_function import call, importing_from
+from packsaddle.cli.own_function import call
 from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, check_positive, config_errors, require
@@ -77,7 +77,6 @@ def certify_script(
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
-        importing_from(Path.cwd()),
     ):
         finding = _certify(function, checkpoint, questions)
     if is_first():

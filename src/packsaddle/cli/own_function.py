@@ -1,8 +1,6 @@
 """Import and call functions of a user's script, which the command line names as MODULE:FUNCTION."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,22 +9,13 @@ from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
 
 
-@contextmanager
-def importing_from(folder: Path) -> Iterator[None]:
-    """Context manager that adds `folder` to sys.path. Call the functions within it too, since they may import."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            sys.path.remove(str(folder))
-
-
 def call(function: str, *arguments: Any) -> Any:
-    """Import and call MODULE:FUNCTION; return its result. Raises ConfigError if the import or the call fails."""
+    """Import MODULE:FUNCTION, also from the current folder, and call it; return its result. Raises ConfigError if the
+    import or the call fails."""
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
+    sys.path.insert(0, str(Path.cwd()))  # for the rest of the command, since what it returns may import later
     # Hide the command line of packsaddle from a script that parses its arguments when it is imported.
     arguments_here, sys.argv = sys.argv, [module]
     try:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import textwrap
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, make_dataclass
@@ -25,7 +26,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
 from packsaddle.options.numerals import DURATION, real, seconds, whole
 from packsaddle.options.schema import nearest
-from packsaddle_command import Entry, asked_for_help, overview
+from packsaddle_command import asked_for_help, overview
 
 # Parsers for numbers on the command line, which may be written 1e6, 25M or 1%.
 NUMBERS = tyro.constructors.ConstructorRegistry()
@@ -75,24 +76,15 @@ class Group:
     commands: Mapping[str, "Command | Group"]
 
 
-class ImportedCommands(Mapping[str, "Command | Group"]):
+class ImportedCommands(UserDict[str, Any]):
     """The commands of the console script's table, by name; looking up a command imports its module."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
-        self._entries = entries
-
     def __getitem__(self, word: str) -> "Command | Group":
-        about, target = self._entries[word]
+        about, target = super().__getitem__(word)
         if not isinstance(target, str):
             return Group(about, ImportedCommands(target))
         command: Command = getattr(import_module(target), word.replace("-", "_"))
         return command
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def summary(command: Command | Group) -> str:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -14,7 +13,7 @@ import tyro
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, chosen
 from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
-from packsaddle.cli.own_function import call, importing_from
+from packsaddle.cli.own_function import call
 from packsaddle.cli.parsing import Seconds
 from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables
 from packsaddle.comm.group import Group
@@ -99,7 +98,7 @@ class LinkOptions:
             return None
         if not self.is_own:
             return TrainingStep.of_model(self.model, batch)
-        with importing_from(Path.cwd()), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             model = call(self.model)
             if not isinstance(model, torch.nn.Module):
                 raise ConfigError(f"{self.model} must return a torch.nn.Module, got {type(model).__name__}")

@@ -54,19 +54,22 @@ class Attached:
         """The `LocalUpdates` object; None before training, or with a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
+    def _make(
+        self, wrapped: nn.Module, model: nn.Module, optimizers: list[Optimizer], scaler: Any, log_every: int
+    ) -> "DDPHook | WorkerState | None":
+        """Attach local updates, or with several workers a hook that measures the contraction every `log_every` steps.
 
-def attach_among_workers(
-    model: nn.Module,
-    compressor: Compressor | Schedule | Compression,
-    optimizers: list[Optimizer],
-    **options: Any,
-) -> DDPHook | None:
-    """Call `packsaddle.attach`, and raise its errors; with one worker warn and return None. Raises RuntimeError if a
-    launcher started several processes but there is no process group."""
-    if training_group(None).size == 1:
-        warnings.warn(NOTHING_TO_DO, stacklevel=3)
-        return None
-    return attach(model, compressor, optimizer=optimizers, **options)
+        `wrapped` is the model as wrapped by the framework. With one worker a hook has nothing to do: warns and returns
+        None. Raises the errors of attaching, and RuntimeError if a launcher started several processes but there is no
+        process group.
+        """
+        options = {"scaler": scaler, **self._options}
+        if self._makes is LocalUpdates:
+            return attach_local_updates(wrapped, model, optimizers, self._compressor, **options)
+        if training_group(None).size == 1:
+            warnings.warn(NOTHING_TO_DO, stacklevel=3)
+            return None
+        return attach(wrapped, monitored(self._compressor, log_every), optimizer=optimizers, **options)
 
 
 class WorkerState:

@@ -20,17 +20,13 @@ from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.integrations.callbacks import (
     Attached,
     WorkerState,
-    attach_among_workers,
-    attach_local_updates,
     certificate_line,
     certificate_scalars,
     load_state,
     measures,
-    monitored,
     save_state,
 )
 from packsaddle.local.updates import LocalUpdates
@@ -70,14 +66,13 @@ class _Attached(Attached, TrainerCallback):
 
         trainer.train, trainer._save_checkpoint = training, saving
 
-    def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
-        raise NotImplementedError
-
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach the hook or local updates, and restore their state in a resumed run. Raises errors of attaching."""
-        if self._trainer.model_wrapped is not self._attached:  # further calls of train() keep it
-            self._attached = self._trainer.model_wrapped
-            self.exchange = self._attach(state)
+        trainer = self._trainer
+        if trainer.model_wrapped is not self._attached:  # further calls of train() keep it
+            self._attached = trainer.model_wrapped  # callbacks receive only the model inside DistributedDataParallel
+            scaler, every = trainer.accelerator.scaler, int(state.logging_steps)
+            self.exchange = self._make(self._attached, trainer.model, [trainer.optimizer], scaler, every)
         if state.global_step:
             newest = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             load_state(self.exchange, self._resume_from or self._resumed or newest)
@@ -101,12 +96,6 @@ class PacksaddleCallback(_Attached):
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
     worker it only warns. `hook` is the DDPHook; further calls of `train` keep it.
     """
-
-    def _attach(self, state: TrainerState) -> DDPHook | None:
-        trainer = self._trainer  # callbacks receive only the model inside DistributedDataParallel
-        options = {"scaler": trainer.accelerator.scaler, **self._options}
-        spec = monitored(self._compressor, int(state.logging_steps))
-        return attach_among_workers(self._attached, spec, [trainer.optimizer], **options)
 
 
 class LocalUpdatesCallback(_Attached):
@@ -142,11 +131,6 @@ class LocalUpdatesCallback(_Attached):
         self._ended_at_best = False
         for name in ("evaluate", "predict", "save_model"):  # wrapped, since callbacks run only after these methods
             setattr(trainer, name, self._inside(getattr(trainer, name)))
-
-    def _attach(self, state: TrainerState) -> WorkerState:
-        trainer = self._trainer
-        options = {"scaler": trainer.accelerator.scaler, **self._options}
-        return attach_local_updates(self._attached, trainer.model, [trainer.optimizer], self._compressor, **options)
 
     def _inside(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)

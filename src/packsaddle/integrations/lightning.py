@@ -22,17 +22,13 @@ from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.integrations.callbacks import (
     Attached,
     WorkerState,
-    attach_among_workers,
-    attach_local_updates,
     certificate_line,
     certificate_scalars,
     load_state,
     measures,
-    monitored,
     save_state,
 )
 from packsaddle.local.updates import LocalUpdates
@@ -49,9 +45,6 @@ class _Attached(Attached, Callback):
         super().__init__(compressor, options)
         self._saved = False  # True: workers' states were saved next to the loaded checkpoint
 
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | WorkerState | None:
-        raise NotImplementedError
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
@@ -62,7 +55,9 @@ class _Attached(Attached, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hook or local updates, and restore their state. Raises the errors of attaching."""
-        self.exchange = self._attach(trainer, pl_module)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        wrapped, every = trainer.strategy.model, trainer.log_every_n_steps
+        self.exchange = self._make(wrapped, pl_module, trainer.optimizers, scaler, every)
         if self._saved:
             load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
@@ -102,11 +97,6 @@ class PacksaddleCallback(_Attached):
     DDPHook, or None.
     """
 
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | None:
-        options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
-        spec = monitored(self._compressor, trainer.log_every_n_steps)
-        return attach_among_workers(trainer.strategy.model, spec, trainer.optimizers, **options)
-
 
 class LocalUpdatesCallback(_Attached):
     """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
@@ -135,9 +125,8 @@ class LocalUpdatesCallback(_Attached):
         self._training = self._evaluating = False
         self._evaluation = ExitStack()  # the entered context `together()` during validation
 
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState:
-        options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
-
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach local updates, and restore their state. Raises ValueError before a callback that averages weights."""
         # Later callbacks must not replace the agreed parameters with this worker's own average.
         names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
@@ -147,10 +136,8 @@ class LocalUpdatesCallback(_Attached):
                     f"LocalUpdatesCallback must come after {type(callback).__name__} in callbacks: otherwise every "
                     f"worker ends with an average of its own"
                 )
-        strategy = trainer.strategy
-        found = attach_local_updates(strategy.model, pl_module, trainer.optimizers, self._compressor, **options)
+        super().on_train_start(trainer, pl_module)
         self._training = True
-        return found
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the parameters to the anchor, identical on all workers. No-op in `trainer.validate` outside of `fit`."""

@@ -39,9 +39,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     # Report unknown keys before checking any value.
     for key in data:
         if key not in fields:
-            moved = getattr(cls, "moved_keys", {}).get(key)
             known = f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(fields) or 'none'}"
-            hint = f" (now {moved})" if moved else nearest(key, fields) or f" ({known})"
+            hint = nearest(key, fields) or f" ({known})"
             raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
     values = {}
     for key, value in data.items():
@@ -166,21 +165,6 @@ def _dotted(where: Place) -> str:
 
     parts = (f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" for part in where)
     return shortened("".join(parts).removeprefix("."))
-
-
-_DEEPEST = 100  # nesting levels of lists, tables and dotted keys; tomllib's time is quadratic in them
-_ATOMS = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL)
-
-
-def is_too_deep(text: str) -> bool:
-    """Return True if a TOML text has over _DEEPEST nested brackets or dots in a key; in linear time."""
-    depth = dots = 0
-    for mark in re.findall(r"[.\[\]{},=\n]", _ATOMS.sub("", text)):  # without strings and comments
-        dots = dots + 1 if mark == "." else 0
-        depth += (mark in "[{") - (mark in "]}")
-        if max(depth, dots) > _DEEPEST:
-            return True
-    return False
 
 
 Key = tuple[str, ...]

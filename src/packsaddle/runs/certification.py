@@ -306,5 +306,4 @@ def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -
                 directions["sharpest_direction"] = finding.certificate.sharpest_direction
             if not finding.sharded:
                 writer.save_tensors(f"{name}.direction.pt", directions)
-            figure = draw_certificate(point, point["profile"], point["sharpest_profile"], point["spectrum"])
-            figures.save(figure, folder, name)
+            figures.save(draw_certificate(point), folder, name)

@@ -4,10 +4,10 @@ The comments on fields are written into the file of `packsaddle init` (see `temp
 """
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from packsaddle.compressors import (
     QSGD,
@@ -28,7 +28,7 @@ from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
 from packsaddle.messages import shortened, shown
-from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
+from packsaddle.options.schema import build, line_of, syntax_error
 from packsaddle.sgd.gradient import Storm
 
 _EPOCHS = (1e-9, 1e9)  # smallest and largest number of epochs
@@ -169,17 +169,6 @@ class LocalConfig:
     overlap: Overlap = field(default_factory=Overlap)
     outer: OuterSGD | None = None
 
-    # Keys of earlier versions, with their replacements.
-    moved_keys: ClassVar[Mapping[str, str]] = {
-        "outer_lr": "local.outer.lr",
-        "outer_momentum": "local.outer.momentum",
-        "outer_nesterov": "local.outer.nesterov",
-        "decay": "decay",
-        "fragments": "local.overlap.fragments",
-        "delay": "local.overlap.delay",
-        "reduction": 'exchange = "senders"',
-    }
-
     def __post_init__(self) -> None:
         check_positive(every=self.every, clip=self.clip)
         _at_most(self, every=10**6)
@@ -278,8 +267,6 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark, which Windows editors add
-        if is_too_deep(text):
-            raise RecursionError
         data = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
@@ -318,8 +305,6 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     if not equals or not name:
         raise ConfigError(f"--set needs key=value, got {shown(assignment)}")
     try:
-        if is_too_deep(text):
-            raise RecursionError
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string

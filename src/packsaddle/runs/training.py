@@ -94,17 +94,17 @@ class Training(ABC):
     def at_anchor(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    @abstractmethod
     def parts(self) -> dict[str, Any]:
         """Return the stateful objects to checkpoint in addition to the model, by name."""
+        return {"optimizer": self.front}
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state at the end of a run, for its file in the run folder."""
+        return self.front.state_dict()
 
-    @abstractmethod
     def moved(self) -> Mapping[str, Bytes]:
         """Return the bytes that this worker sent and received, by purpose; collective."""
+        return self.front.ledger.by_purpose
 
     @abstractmethod
     def contraction(self) -> dict[str, Any]:
@@ -115,9 +115,9 @@ class Training(ABC):
         """Return the constant entries of the run's summary, such as numbers of parameters, as plain types."""
 
     @property
-    @abstractmethod
     def rounds(self) -> int:
         """The number of applied exchanges; with local updates, each is of one fragment of the parameters."""
+        return self.front.steps
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter; None if unknown."""
@@ -153,15 +153,6 @@ class CompressedTraining(Training):
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.stack([loss, torch.nn.utils.get_total_norm(gradients)])
 
-    def parts(self) -> dict[str, Any]:
-        return {"optimizer": self.front}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.front.state_dict()
-
-    def moved(self) -> Mapping[str, Bytes]:
-        return self.front.ledger.by_purpose
-
     def contraction(self) -> dict[str, Any]:
         return {"mu": self.front.monitor.whole, "mu_by_tensor": self.front.monitor.by_tensor}
 
@@ -173,10 +164,6 @@ class CompressedTraining(Training):
             "exchange": self.front.choice.name,
             "exchange_reason": self.front.choice.reason,
         }
-
-    @property
-    def rounds(self) -> int:
-        return self.front.steps
 
     def waits(self) -> list[float] | None:
         return self.front.waits()

@@ -9,22 +9,17 @@ _LEAST_SHARE = 1e-9  # lower end of the logarithmic axis of shares
 _LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the maximum
 
 
-def draw_certificate(
-    certificate: dict[str, Any],
-    escape: dict[str, Any],
-    sharpest: dict[str, Any] | None = None,
-    spectrum: dict[str, Any] | None = None,
-) -> Any:
-    """Return a figure of a certificate (`Certificate.to_dict`).
+def draw_certificate(certificate: dict[str, Any]) -> Any:
+    """Return a figure of a certificate (`Finding.to_dict`).
 
-    Panels: the loss along the `escape` direction and, if given, the `sharpest` direction (fields of a `Profile`); the
-    spectrum, with bounds on the extreme eigenvalues: Ritz values, or the density in `spectrum` (fields of a
-    `SpectralDensity`).
+    Panels: the loss along the escape direction and, if measured, the sharpest direction; the spectrum, with bounds on
+    the extreme eigenvalues: the density if measured, else Ritz values.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
     random = len(certificate["ritz_values"]) == 1  # one product: v is the start vector, and there is no spectrum
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
 
@@ -32,13 +27,12 @@ def draw_certificate(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-        bend = certificate["lambda_min_upper"]
         name = "a random direction v" if random else "the escape direction v"
-        _draw_profile(axes[0], certificate, escape, name, certificate["slope"], bend)
+        _draw_profile(axes[0], certificate, certificate["profile"], name, has_model=True)
         if sharpest is not None:
             pilot = certificate["pilot_examples"]
             whose = "" if pilot is None else f", of {pilot:,} examples"
-            _draw_profile(axes[1], certificate, sharpest, f"the sharpest direction w{whose}")
+            _draw_profile(axes[1], certificate, sharpest, f"the sharpest direction w{whose}", has_model=False)
         if spectrum is not None:
             _draw_density(axes[-1], certificate, spectrum)
         elif not random:
@@ -48,12 +42,7 @@ def draw_certificate(
 
 
 def _draw_profile(
-    axis: Any,
-    certificate: dict[str, Any],
-    profile: dict[str, Any],
-    along: str,
-    slope: float | None = None,
-    bend: float | None = None,
+    axis: Any, certificate: dict[str, Any], profile: dict[str, Any], along: str, *, has_model: bool
 ) -> None:
     s, losses = profile["distances"], profile["losses"]
     letter = along.split("direction ")[1][0]
@@ -65,7 +54,8 @@ def _draw_profile(
 
     # The quadratic model f(x) + slope s + bend s^2 / 2.
     here = losses[len(losses) // 2]
-    if slope is not None and bend is not None and here is not None:
+    if has_model and here is not None:
+        slope, bend = certificate["slope"], certificate["lambda_min_upper"]
         model = [here + slope * x + bend * x**2 / 2 for x in s]
         axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
     low, high = min(finite), max(finite)
