@@ -24,7 +24,7 @@ def measure(compressor: Compressor) -> dict[str, str]:
     """Encode and decode once; what the first call costs anyway (code, pools) is paid on a short vector before."""
     torch.set_num_threads(1)
     short = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0))
-    compressor.restrict(len(short), D)(short)
+    compressor.restrict(0, len(short), D)(short)
     v, out = torch.randn(D, generator=torch.Generator().manual_seed(0)), torch.zeros(D)
     out.fill_(1.0)
     before = peak()

@@ -320,6 +320,23 @@ def test_columns_and_scales_go_with_the_chunk() -> None:
     assert torch.allclose(decode(averaged.mean, 40), v)
 
 
+def test_owners_chunks_keep_the_tensors() -> None:
+    """Tensors of 10, 3 and 27, chunks of 13, 13 and 14: a scale, and a quarter of the coordinates, for each part of a
+    tensor in a chunk."""
+    sizes, parts, workers, d = (10, 3, 27), (10, 3, 13, 14), 3, 40
+    shapes = [torch.Size((n,)) for n in sizes]
+    signs = exchange_once(Sign(per_tensor=True).for_tensors(shapes), "two-way", Identity(), d, 0, workers)
+    kept = exchange_once(TopK(0.25, per_tensor=True).for_tensors(shapes), "two-way", Identity(), d, 0, workers)
+    for v, one, few in zip(vectors(d, workers), signs, kept, strict=True):
+        for part, found, largest in zip(*(t.split(parts) for t in (v, one["own"], few["own"])), strict=True):
+            assert torch.allclose(found, part.abs().mean() * torch.where(part >= 0, 1.0, -1.0))
+            threshold = part.abs().sort(descending=True).values[max(1, round(0.25 * len(part))) - 1]
+            assert torch.equal(largest, torch.where(part.abs() >= threshold, part, 0.0))
+        assert one["bytes"].sent == one["predicted"].sent
+    assert torch.allclose(signs[0]["mean"], sum(r["own"] for r in signs) / workers, atol=1e-6)
+    assert LowRank(2).for_tensors(shapes).restrict(0, 13, d).shapes == ()
+
+
 def test_mu_counts_both_ways() -> None:
     """Equal magnitudes, TopK with a ratio that rounds in each chunk: the stated share is the measured one."""
     c = TopK(0.0118)

@@ -230,7 +230,7 @@ def test_numbers_of_other_libraries() -> None:
 
 def test_few_of_no_coordinates() -> None:
     for compressor in (TopK(k=5), RandomK(k=5), Stages(TopK(k=5))):
-        assert compressor.restrict(0, 10) == compressor
+        assert compressor.restrict(0, 0, 10) == compressor
         assert compressor.message_bytes(0) == 0
 
 

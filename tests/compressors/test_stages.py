@@ -97,7 +97,7 @@ def test_what_follows_from_the_compressor() -> None:
         assert not c.linear
         assert not c.lossless
         assert c.aggregation == "all-gather"
-        assert c.restrict(50, 600).compressor == inner.restrict(50, 600)
+        assert c.restrict(100, 150, 600).compressor == inner.restrict(100, 150, 600)
         assert part_count(c, 600) == 3 * part_count(inner, 600)
         if inner.fixed_size:
             assert c.message_bytes(600) == 3 * inner.message_bytes(600) == c.encode(V, seed=0, step=0).nbytes

@@ -311,7 +311,7 @@ class LowRankAllReduce(Aggregator):
 @cache
 def part_count(compressor: Compressor, d: int) -> int:
     part = min(d, 1 << 20)  # without allocating a huge vector
-    return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
+    return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
 @cache

@@ -68,7 +68,7 @@ class Owners(Aggregator):
         own = {}
         for owner, (a, b) in enumerate(chunks):
             if a < b:
-                part, own_seed = self.compressor.restrict(b - a, len(v)), mix(self._seed_of(rank, seed), owner)
+                part, own_seed = self.compressor.restrict(a, b, len(v)), mix(self._seed_of(rank, seed), owner)
                 own[owner] = Term(part, part.encode(v[a:b], seed=own_seed, step=step), a, b)
         outgoing = [own[j].message.parts if j in own else None for j in range(size)]
         like, invalid = own[min(own)].message.parts, Invalid()
@@ -87,7 +87,7 @@ class Owners(Aggregator):
         """Return the owner's reply, its compressed sum of mean and owner error; set the owner error to the residual.
         If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
         a, b = chunk
-        up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
+        up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
         # v <- e + the mean of C(v_i), where e is the owner error.
         error = self.vectors(v)["owner_error"][a:b]
         corrected = error.clone()
@@ -122,8 +122,9 @@ class Owners(Aggregator):
         """Send this owner's reply to all workers; return the replies of all owners as terms of the mean.
         `sizes`, the bytes of the replies' parts by owner, are None if they must be exchanged."""
         # Workers without a chunk derive the names and dtypes of the reply's parts by compressing zeros.
-        n = next(b - a for a, b in chunks if a < b)
-        example = reply or self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step)
+        first, last = next((a, b) for a, b in chunks if a < b)
+        empty = v.new_zeros(last - first)
+        example = reply or self.back.restrict(first, last, len(v)).encode(empty, seed=seed, step=step)
         like = example.parts
         mine, gathered, terms = reply.parts if reply else {name: p[:0] for name, p in like.items()}, [], []
         with invalid.of(None):
@@ -131,7 +132,7 @@ class Owners(Aggregator):
         for owner, ((a, b), parts) in enumerate(zip(chunks, gathered, strict=False)):
             with invalid.of(owner):
                 if a < b:
-                    back = self.back.restrict(b - a, len(v))
+                    back = self.back.restrict(a, b, len(v))
                     terms.append(Term(back, back.receive(parts, b - a, seed=mix(seed, owner, 1), step=step), a, b))
         return tuple(terms)
 
@@ -169,22 +170,26 @@ class Owners(Aggregator):
 
     def mu(self, d: int, workers: int) -> float:
         """Return the mean over chunks, weighted by size, of the product of both compressors' contraction mu."""
-        parts = [(n, self.compressor.restrict(n, d), self.back.restrict(n, d)) for n in self._sizes(d, workers)]
+        chunks = self._chunks(d, workers)
+        parts = [(b - a, self.compressor.restrict(a, b, d), self.back.restrict(a, b, d)) for a, b in chunks]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
-        for n in set(self._sizes(d, workers)):
+        for a, b in self._chunks(d, workers):
             for compressor in (self.compressor, self.back):
                 compressor.validate(d)
-                compressor.restrict(n, d).validate(n)
+                compressor.restrict(a, b, d).validate(b - a)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         last = RingAllReduce((dense * itemsize,))
         if not d:
             return [last]
-        sizes, both = [b - a for a, b in pairwise(self.bounds(d, workers))], (self.compressor, self.back)
-        up, down = ([message_bytes(c.restrict(n, d), n, itemsize) if n else 0 for n in sizes] for c in both)
-        header, back_header = (8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in both)
+        chunks, both = list(pairwise(self.bounds(d, workers))), (self.compressor, self.back)
+        up, down = (
+            [message_bytes(c.restrict(a, b, d), b - a, itemsize) if a < b else 0 for a, b in chunks] for c in both
+        )
+        a, b = self._chunks(d, workers)[-1]
+        header, back_header = (8 * part_count(c.restrict(a, b, d), b - a) for c in both)
         announced = AllToAll([0 if self.compressor.fixed_size else header] * workers, to_self=False)
         return [announced, AllToAll(up), *self._sent_back(down, back_header), last]
 
@@ -194,17 +199,17 @@ class Owners(Aggregator):
 
     def work(self, d: int, workers: int) -> list[Work]:
         """Return an owner's operations: it decodes every worker's message for its chunk, and every owner's reply."""
-        sizes = self._sizes(d, workers)
         if not d:
             return []
-        n, owners = max(sizes), len(sizes)
+        chunks = self._chunks(d, workers)
+        (a, b), owners = chunks[-1], len(chunks)  # the last chunk is a largest one
         return [
-            Work(self.compressor.restrict(n, d), n, encode=owners, decode=workers, add=owners),
-            Work(self.back.restrict(n, d), n, encode=1, decode=owners, add=1),
+            Work(self.compressor.restrict(a, b, d), b - a, encode=owners, decode=workers, add=owners),
+            Work(self.back.restrict(a, b, d), b - a, encode=1, decode=owners, add=1),
         ]
 
-    def _sizes(self, d: int, workers: int) -> list[int]:
-        return [b - a for a, b in pairwise(self.bounds(d, workers)) if a < b]
+    def _chunks(self, d: int, workers: int) -> list[Chunk]:
+        return [(a, b) for a, b in pairwise(self.bounds(d, workers)) if a < b]
 
 
 class TwoWay(Owners):

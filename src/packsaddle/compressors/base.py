@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -144,8 +145,9 @@ class Compressor(ABC):
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose
         """Raise ValueError if this compressor does not support vectors of d coordinates."""
 
-    def restrict(self, part: int, d: int) -> "Compressor":
-        """Return the compressor for a chunk with `part` of the d coordinates of a vector: a fixed k is scaled down."""
+    def restrict(self, start: int, stop: int, d: int) -> "Compressor":
+        """Return the compressor for the chunk [start, stop) of a vector of d coordinates: a fixed k is scaled down, and
+        tensors are cut at the chunk's ends."""
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
@@ -184,7 +186,7 @@ class Compressor(ABC):
             return sum(e.nbytes(itemsize) for e in expected.values())
         dtype, part = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize], min(d, _PART)
         v = torch.randn(part, generator=torch.Generator().manual_seed(0)).to(dtype)
-        return self.restrict(part, d).encode(v, seed=0, step=0).nbytes * (d / part if d else 1)
+        return self.restrict(0, part, d).encode(v, seed=0, step=0).nbytes * (d / part if d else 1)
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
         """Return C(v) as a full vector, float[d], for a flat floating-point tensor v, at (seed, step).
@@ -196,6 +198,15 @@ class Compressor(ABC):
         out = torch.zeros_like(v)
         self.add_decoded(self.encode(v, seed=seed, step=step), out)
         return out
+
+
+def cut_sizes(sizes: Sequence[int], start: int, stop: int, d: int) -> tuple[int, ...]:
+    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation, of d
+    coordinates; () if `sizes`, the tensors' lengths, are of another vector."""
+    if sum(sizes) != d:
+        return ()
+    parts = (min(stop, end) - max(start, end - n) for n, end in zip(sizes, accumulate(sizes), strict=True))
+    return tuple(n for n in parts if n > 0)
 
 
 @lru_cache(maxsize=256)

@@ -54,8 +54,10 @@ class LinearSketch(Compressor):
         if self.sketch not in ("count", "gaussian"):
             raise ValueError(f'sketch of LinearSketch must be "count" or "gaussian", got {self.sketch!r}')
 
-    def restrict(self, part: int, d: int) -> "LinearSketch":
-        return self if self.columns is None else replace(self, columns=max(1, round(self.columns * part / d)))
+    def restrict(self, start: int, stop: int, d: int) -> "LinearSketch":
+        if self.columns is None:
+            return self
+        return replace(self, columns=max(1, round(self.columns * (stop - start) / d)))
 
     def width(self, d: int) -> int:
         """Return c, the number of counters for d coordinates."""

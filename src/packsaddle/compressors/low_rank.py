@@ -50,8 +50,8 @@ class LowRank(Compressor):
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":
         return replace(self, shapes=tuple((s[0], math.prod(s[1:])) if len(s) > 1 else (s.numel(), 1) for s in shapes))
 
-    def restrict(self, part: int, d: int) -> "LowRank":
-        return self if part == d else replace(self, shapes=())
+    def restrict(self, start: int, stop: int, d: int) -> "LowRank":
+        return self if stop - start == d else replace(self, shapes=())
 
     def matrices(self, v: Tensor) -> list[Tensor]:
         """Return the tensors concatenated in v, float[d], as views of v, one matrix float[n, m] each."""

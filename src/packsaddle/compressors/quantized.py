@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_count, check_flag
+from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, cut_sizes
 from packsaddle.compressors.levels import MOST_BITS, decode_levels, encode_levels, level_bytes, unpack_levels
 from packsaddle.compressors.parts import Expected, decoding, floats, octets
 from packsaddle.compressors.values import (
@@ -60,9 +60,8 @@ class Sign(Compressor):
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "Sign":
         return replace(self, sizes=tuple(s.numel() for s in shapes)) if self.per_tensor else self
 
-    def restrict(self, part: int, d: int) -> "Sign":
-        # Chunks do not end at tensor boundaries, so a chunk has a single scale.
-        return self if part == d else replace(self, sizes=())
+    def restrict(self, start: int, stop: int, d: int) -> "Sign":
+        return replace(self, sizes=cut_sizes(self.sizes, start, stop, d))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         loop = kernel("pack_signs", v)

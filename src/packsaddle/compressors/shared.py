@@ -261,9 +261,9 @@ class SketchTopK(SharedSupport):
             raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
         check_flag("half of SketchTopK", self.half)
 
-    def restrict(self, part: int, d: int) -> "SketchTopK":
-        columns = None if self.columns is None else max(1, round(self.columns * part / d))
-        return replace(self, columns=columns, k=super().restrict(part, d).k)
+    def restrict(self, start: int, stop: int, d: int) -> "SketchTopK":
+        columns = None if self.columns is None else max(1, round(self.columns * (stop - start) / d))
+        return replace(self, columns=columns, k=super().restrict(start, stop, d).k)
 
     def shape(self, d: int) -> tuple[int, int, int]:
         """Return (rows, columns, candidates) of the sketch of d coordinates; (0, 0, d) if all values are sent."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share
+from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share, cut_sizes
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, decoding, floats
 from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
@@ -147,7 +147,8 @@ class KOfD(Compressor):
         if self.k is not None and self.k > d > 0:
             raise ValueError(f"k of {type(self).__name__} must be at most d = {d} (the coordinates), got {self.k}")
 
-    def restrict(self, part: int, d: int) -> "KOfD":
+    def restrict(self, start: int, stop: int, d: int) -> "KOfD":
+        part = stop - start
         return replace(self, k=min(part, max(1, round(self.k * part / d)))) if self.k is not None and part else self
 
     def count(self, d: int) -> int:
@@ -178,9 +179,8 @@ class _OfEachTensor(KOfD):
     def for_tensors(self, shapes: Sequence[torch.Size]) -> Self:
         return replace(self, sizes=tuple(shape.numel() for shape in shapes)) if self.per_tensor else self
 
-    def restrict(self, part: int, d: int) -> KOfD:
-        """Return the compressor for a chunk, without tensor sizes: chunks do not end at tensor boundaries."""
-        return KOfD.restrict(replace(self, sizes=self.sizes if part == d else ()), part, d)
+    def restrict(self, start: int, stop: int, d: int) -> KOfD:
+        return KOfD.restrict(replace(self, sizes=cut_sizes(self.sizes, start, stop, d)), start, stop, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
         """Return (start, size) of each range of d coordinates with its own k: a tensor if `per_tensor`, else all d."""

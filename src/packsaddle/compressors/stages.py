@@ -65,8 +65,8 @@ class Stages(Compressor):
     def validate(self, d: int) -> None:
         self.compressor.validate(d)
 
-    def restrict(self, part: int, d: int) -> "Stages":
-        return replace(self, compressor=self.compressor.restrict(part, d))
+    def restrict(self, start: int, stop: int, d: int) -> "Stages":
+        return replace(self, compressor=self.compressor.restrict(start, stop, d))
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "Stages":
         return replace(self, compressor=self.compressor.for_tensors(shapes))

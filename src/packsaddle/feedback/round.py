@@ -131,7 +131,7 @@ class ErrorFeedback:
 
     def _restricted(self, compressor: Compressor) -> Compressor:
         n = self.slice.compressed_d
-        restricted = compressor if n == self._whole else compressor.restrict(n, self._whole)
+        restricted = compressor if n == self._whole else compressor.restrict(0, n, self._whole)
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:

@@ -68,7 +68,7 @@ def measure_with_spread(
     lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
     for n in lengths:
-        for name, work in _works(compressor.restrict(n, d), n, device).items():
+        for name, work in _works(compressor.restrict(0, n, d), n, device).items():
             works[f"{name} {n}"] = work
     times = side_by_side(works, repeats=repeats, within=0.1, limit=5.0)
     lines = {
