@@ -73,7 +73,7 @@ class Compressor(ABC):
     with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. Override also
     - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
       length does not depend on v;
-    - `receive` if messages have a context, or contents to validate; call `check_parts` first;
+    - `context_of` if messages have a context, or contents to validate;
     - `expected_parts`, so that a truncated or corrupted message raises MessageError;
     - `private = True` if the randomness should differ between workers (as for unbiased rounding);
     - `fixed_size = True` if the size of every part depends on d alone; sizes are then not exchanged;
@@ -126,7 +126,13 @@ class Compressor(ABC):
         """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
         Raises MessageError if the parts do not match `expected_parts`, or do not encode a vector."""
         self.check_parts(parts, d)
-        return Message(parts)
+        with decoding(self):
+            return Message(parts, self.context_of(parts, d, seed=seed, step=step))
+
+    def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Any:
+        """Return the context of a message with these `parts`, which have passed `check_parts`; default: None.
+        Raises MessageError if they do not encode a vector of d coordinates."""
+        return None
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
         """Return the expected dtype and length of each part for d coordinates; None: parts are not checked."""

@@ -85,9 +85,8 @@ class LinearSketch(Compressor):
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         return {"sketch": floats(self.width(d) if d else 0)}
 
-    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        self.check_parts(parts, d)
-        return Message(parts, (seed, step))
+    def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> tuple[int, int]:
+        return seed, step
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         d, (seed, step), scale = len(out), message.context, alpha / (1 + self.omega(len(out)))

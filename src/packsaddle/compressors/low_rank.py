@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_count
-from packsaddle.compressors.parts import Expected, check_magnitudes, decoding, floats
+from packsaddle.compressors.parts import Expected, check_magnitudes, floats
 from packsaddle.numerics.seeds import Stream, generator
 
 _LARGEST_OF_BASIS = 1 + 2.0**-6  # bound on the entries of an orthonormal basis rounded to 16 bits
@@ -91,11 +91,8 @@ class LowRank(Compressor):
         left, right = self.factor_sizes(d)
         return {"left": floats(left), "right": floats(right)}
 
-    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        self.check_parts(parts, d)
-        with decoding(self):
-            check_magnitudes("left", parts["left"], _LARGEST_OF_BASIS)
-        return Message(parts)
+    def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> None:
+        check_magnitudes("left", parts["left"], _LARGEST_OF_BASIS)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         left, right = message.parts["left"].to(out.dtype), message.parts["right"].to(out.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, cut_sizes
 from packsaddle.compressors.levels import MOST_BITS, decode_levels, encode_levels, level_bytes, unpack_levels
-from packsaddle.compressors.parts import Expected, decoding, floats, octets
+from packsaddle.compressors.parts import Expected, floats, octets
 from packsaddle.compressors.values import (
     ValueFormat,
     add_values,
@@ -128,11 +128,8 @@ class Rounded(Compressor):
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         return value_parts(d, self.values)
 
-    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        self.check_parts(parts, d)
-        with decoding(self):
-            check_values(parts, self.values)
-        return Message(parts)
+    def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> None:
+        check_values(parts, self.values)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         add_values(message.parts, self.values, out, alpha)
@@ -227,16 +224,11 @@ class QSGD(Compressor):
         norms = floats(math.ceil(d / self._width(d)), torch.float32, torch.float64)
         return {"levels": levels, "scales": norms}
 
-    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        self.check_parts(parts, d)
-        with decoding(self):
-            return Message(parts, self._unpacked(parts, d))
-
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         norms, d = message.parts["scales"], len(out)
         scale = alpha / (self.levels * (1 + self.omega(d)))
         # `receive` stored the decoded levels in the context; a message from `encode` has no context.
-        codes, some = message.context or self._unpacked(message.parts, d)
+        codes, some = message.context or self.context_of(message.parts, d, seed=0, step=0)
         if some is None:
             self._add(codes, norms, self._width(d), out, scale)
             return
@@ -244,7 +236,9 @@ class QSGD(Compressor):
         self._add(codes, norms[some.index], some.width, found, scale)
         some.add(found, out)
 
-    def _unpacked(self, parts: Mapping[str, Tensor], d: int) -> "tuple[Tensor, _Buckets | None]":
+    def context_of(
+        self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int
+    ) -> "tuple[Tensor, _Buckets | None]":
         """Unpack the codes, level + `levels`, of n coordinates, uint8[n] or int32[n]; also return the buckets that have
         them (None: all). Raises MessageError. On a GPU, codes of up to 8 bits stay packed, for the Triton kernel."""
         coded = parts["levels"]

@@ -98,10 +98,9 @@ class SharedSupport(KOfD):
         numbers, values = self.sizes(d)
         return {"sketch": floats(numbers, *[torch.bfloat16] * self.half), "values": floats(values)}
 
-    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        self.check_parts(parts, d)
+    def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Kept:
         places = self.places(parts["sketch"], self.draw(d, seed=seed, step=step), d)
-        return Message(parts, self.keep(places, parts["values"], d))
+        return self.keep(places, parts["values"], d)
 
     def support_of(self, message: Message, d: int) -> Tensor:
         kept: Kept = message.context

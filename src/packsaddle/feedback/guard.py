@@ -15,6 +15,7 @@ from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.errors import GuardError, MessageError
+from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
@@ -120,6 +121,38 @@ class Skips:
 
     def _resume(self, total: int) -> None:
         self.count, self.list = total, []
+
+
+class Records:
+    """What a front records of its exchanges: skipped steps (in local updates rejected rounds), and drifts."""
+
+    _skips: Skips
+    _drift: DriftGuard
+
+    def _settle(self) -> None:
+        """Read the outcomes of finished exchanges, which hooks do on demand."""
+
+    @property
+    def skips(self) -> list[Skip]:
+        """The skipped steps since construction or loading (see `Compression.max_skipped`); in local updates the
+        rejected rounds. A hook names this worker's invalid parameter only."""
+        self._settle()
+        return self._skips.list
+
+    @property
+    def skipped(self) -> int:
+        """The number of skipped steps, or rejected rounds, in total."""
+        self._settle()
+        return self._skips.count
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """The comparisons at which workers differed (see `Compression.compare_every`)."""
+        return self._drift.found
+
+    def reset_skip_streak(self) -> None:
+        """Reset the count of consecutive skips, so that training may continue after NonFiniteError."""
+        self._skips.reset_streak()
 
 
 @dataclass

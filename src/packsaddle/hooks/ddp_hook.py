@@ -104,6 +104,7 @@ class DDPHook(GradientHook):
         # Functions that return further fields of the saved state, by name of the object that has them.
         self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
         self._module, self.places, self.rates, self._scaler = module, places, Rates(optimizers, places), scaler
+        self._of_pass.append(self.rates)
         self._named = {id(place.parameter): place for place in places}
         self._sizes = {place.name: place.parameter.nbytes for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
@@ -178,9 +179,6 @@ class DDPHook(GradientHook):
         self._factors = self.rates.factors()
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
-
-    def _end_pass(self, *, apply: bool) -> None:
-        self.rates.close(apply=apply)
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
         """Return the error feedback of these parameters, with the old error memories if DDP has rebuilt its buckets."""

@@ -23,7 +23,7 @@ from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import check_integers
 from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
+from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
@@ -124,7 +124,7 @@ RULES = [
 ]
 
 
-class GradientHook(ABC):
+class GradientHook(Records, ABC):
     """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The outcome is
     read on demand or in the next pass, so that no pass waits for a GPU. `d`: number of compressed coordinates."""
 
@@ -133,6 +133,7 @@ class GradientHook(ABC):
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
         self.rules, self._allocation = rules, Allocation(d)
+        self._of_pass: list[Any] = [self._allocation]  # further objects that are closed at the end of a pass
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -170,18 +171,6 @@ class GradientHook(ABC):
         """The number of applied backward passes, not counting `skipped` ones."""
         self._settle()
         return self._steps
-
-    @property
-    def skipped(self) -> int:
-        """The number of steps skipped because a worker's gradient, or the mean, was invalid."""
-        self._settle()
-        return self._skips.count
-
-    @property
-    def skips(self) -> list[Skip]:
-        """The skipped steps since construction or loading; each worker names its own invalid parameter."""
-        self._settle()
-        return self._skips.list
 
     @property
     def uncompressed(self) -> Bytes:
@@ -297,10 +286,8 @@ class GradientHook(ABC):
             rejected = [code for code in codes if code != 0]
             applied = self._complete and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code >= UNLIKE]
-            self._end_pass(apply=applied)
-            self._allocation.close(apply=applied)
-            for r in self._pass:
-                r.close(apply=applied)
+            for part in (*self._of_pass, *self._pass):
+                part.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
             # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.
             if applied:
@@ -320,9 +307,6 @@ class GradientHook(ABC):
                     f"replicas must use the same modules in a backward pass, in one order, but while this one reduced "
                     f"{unlike[0] or 'the root module'}, another reduced another module of its size"
                 )
-
-    def _end_pass(self, *, apply: bool) -> None:  # noqa: B027 -- FSDP's has none
-        """Commit or roll back the state of a subclass at the end of a pass."""
 
     @property
     @abstractmethod

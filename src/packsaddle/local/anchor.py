@@ -152,11 +152,7 @@ class PseudoGradient(Update):
         elif self.of.keeps:  # start is rounded to x's dtype, so e cannot be combined with it
             starts = self.of.starts()
         for x, start, v in zip(xs, starts, out.views, strict=True):
-            x = x.to(start.device)
-            if x.dtype == start.dtype:
-                torch.sub(start, x, out=v)
-            else:
-                torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
+            torch.sub(start.to(x.dtype).to(start.dtype), x.to(start.device), out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
         if self.of.owed is not None:

@@ -35,7 +35,7 @@ from packsaddle.feedback.background import Background
 from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
-from packsaddle.feedback.guard import Skip
+from packsaddle.feedback.guard import Records
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
@@ -86,7 +86,7 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
     ]
 
 
-class LocalUpdates(JoinableSteps):
+class LocalUpdates(Records, JoinableSteps):
     """Local training with any torch optimizers: workers' parameter changes are compressed and averaged every few steps.
 
     The training loop does not change: hooks on `optimizer.step()` count steps, and after every `every`-th step they
@@ -238,6 +238,7 @@ class LocalUpdates(JoinableSteps):
                 raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
         momentum = MeanMomentum(self.optimizers, mean_momentum, agree) if mean_momentum else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank, momentum)
+        self._skips = self._outcomes.skips
         self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
         self._escape = self._escape_check(escape) if escape is not None else None
         self._resets: list[Reset] = []  # records of the escape check's firings
@@ -460,16 +461,6 @@ class LocalUpdates(JoinableSteps):
         return sum(part.rounds for part in self._fragments)
 
     @property
-    def skips(self) -> list[Skip]:
-        """The rounds rejected because of a worker's invalid update, since construction or `load_state_dict`."""
-        return self._outcomes.skips.list
-
-    @property
-    def skipped(self) -> int:
-        """The number of rejected rounds in total."""
-        return self._outcomes.skips.count
-
-    @property
     def clips(self) -> list[Clip]:
         """The updates of all workers that `Workers.clip` scaled down since construction or `load_state_dict`."""
         return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
@@ -478,11 +469,6 @@ class LocalUpdates(JoinableSteps):
     def clipped(self) -> int:
         """The number of clipped updates in total, of all workers."""
         return sum(part.clips.count for part in self._fragments)
-
-    @property
-    def drifts(self) -> list[Drift]:
-        """The comparisons that found different anchors on workers, with their rounds (`Compression.compare_every`)."""
-        return self._drift.found
 
     @property
     def resets(self) -> list[Reset]:
@@ -525,10 +511,6 @@ class LocalUpdates(JoinableSteps):
         if self.membership is not None:
             return self.membership.exchanged
         return any(part.is_due(self.steps) for part in self._fragments)
-
-    def reset_skip_streak(self) -> None:
-        """Reset the count of consecutive rejected rounds, after the cause of a NonFiniteError was corrected."""
-        self._outcomes.skips.reset_streak()
 
     # The anchor (parameters last agreed on by all workers), and updates that it does not include.
 

@@ -25,7 +25,7 @@ from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
-from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Skip, Skips
+from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Records, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
@@ -95,7 +95,7 @@ class FlatTarget:
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
-class CompressedSGD(Optimizer):
+class CompressedSGD(Records, Optimizer):
     """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
     It replaces your optimizer. To train with AdamW or Muon, see `LocalUpdates` and `register_ddp_hook`.
@@ -380,10 +380,6 @@ class CompressedSGD(Optimizer):
 
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
-    def reset_skip_streak(self) -> None:
-        """Reset the count of consecutive skips, so that training may continue after NonFiniteError."""
-        self._skips.reset_streak()
-
     def _check_escape(self) -> None:
         """Run the escape check (lines 4-8). If it fires, clear the memory; if it rolls x back, the direction too."""
         if self._escape is None:
@@ -402,24 +398,9 @@ class CompressedSGD(Optimizer):
         return self._step
 
     @property
-    def skips(self) -> list[Skip]:
-        """The skipped steps since construction or loading (see `Compression.max_skipped`)."""
-        return self._skips.list
-
-    @property
-    def skipped(self) -> int:
-        """The number of skipped steps in total."""
-        return self._skips.count
-
-    @property
     def spare_bytes(self) -> int:
         """Bytes of the vectors that exist only to roll a step back, which `max_skipped=None` saves."""
         return self._memory.spare_bytes + self._direction.spare_bytes
-
-    @property
-    def drifts(self) -> list[Drift]:
-        """The comparisons at which workers differed (see `Compression.compare_every`)."""
-        return self._drift.found
 
     @property
     def mu(self) -> float:
