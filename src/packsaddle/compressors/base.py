@@ -130,8 +130,8 @@ class Compressor(ABC):
             return Message(parts, self.context_of(parts, d, seed=seed, step=step))
 
     def context_of(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Any:
-        """Return the context of a message with these `parts`, which have passed `check_parts`; default: None.
-        Raises MessageError if they do not encode a vector of d coordinates."""
+        """Return the context of a message with these `parts`, which have passed `check_parts`; by default None. `seed`
+        and `step` are those of `encode`. Raises MessageError if the parts do not encode a vector of d coordinates."""
         return None
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
