@@ -239,8 +239,8 @@ class QSGD(Compressor):
     def context_of(
         self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int
     ) -> "tuple[Tensor, _Buckets | None]":
-        # The codes, level + `levels`, of n coordinates, uint8[n] or int32[n], and the buckets that have them (None: all).
-        # On a GPU, codes of up to 8 bits stay packed, for the Triton kernel.
+        # Codes are level + `levels`, uint8[n] or int32[n], of the n coordinates of these buckets (None: all). On a GPU,
+        # codes of up to 8 bits stay packed, for the Triton kernel.
         coded = parts["levels"]
         if not self.fixed_size:
             some = self._not_zero(parts["scales"], d)
