@@ -318,12 +318,12 @@ class Runs:
             losses = sorted(float(row["validation_loss"]) for row in best)
             sent = 1e3 * float(best[0]["kB_a_step"])
             few = f"1/{dense / sent:.0f}" if sent < 0.99 * dense else "1"
+            spread = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
             tried = sorted((row for row in self.rows(method) if row["seed"] == "0"), key=lambda row: float(row["rate"]))
             by_rate = ", ".join(f"{float(row['rate']):g}: {float(row['validation_loss']):.3f}" for row in tried)
             lines.append(
                 f"| {method} | {sent / 1e3:,.4g} | {few} | {float(best[0]['total_kB']) / 1e3:,.4g} | "
-                f"{float(best[0]['rate']):g} | {_mean(best):.3f} | {losses[0]:.3f} to {losses[-1]:.3f}, "
-                f"{len(losses)} | {by_rate} |"
+                f"{float(best[0]['rate']):g} | {_mean(best):.3f} | {spread} | {by_rate} |"
             )
         return "\n".join(lines)
 

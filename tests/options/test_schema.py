@@ -2,12 +2,13 @@
 
 import json
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle.options.schema import Key, key_lines
+from packsaddle.options.schema import line_of
 
 TRAPS = '''# a = 1
 a = """
@@ -30,30 +31,26 @@ k = 1
 p = 1
 [[many]]
 q = 2
-[many.sub]
-r = 3
-[[one]]
-p = 1
 '''
 
 
+def line(key: tuple[str, ...], text: str) -> int | None:
+    words = line_of(key, Path("f.toml"), text).removeprefix("f.toml").removeprefix(", line ")
+    return int(words) if words else None
+
+
 def test_what_looks_like_a_key_but_is_none() -> None:
-    lines = key_lines(TRAPS)
-    assert {key: lines[key] for key in (("a",), ("x", "y"), ("x", "z.w"), ("d",))} == {
-        ("a",): 2,
-        ("x", "y"): 6,
-        ("x", "z.w"): 7,
-        ("d",): 11,
-    }
-    assert (lines["t", "u"], lines["t", "u", "k", "n", "o"], lines[("t",)], lines["t", "k"]) == (13, 14, 16, 17)
-    assert (lines[("many",)], lines["one", "p"]) == (18, 25)
-    assert ("b",) not in lines
-    assert ("c",) not in lines
-    assert not {key for key in lines if key[:1] == ("many",)} - {("many",)}
+    keys = [("a",), ("x", "y"), ("x", "z.w"), ("d",), ("t", "u"), ("t", "u", "k", "n", "o"), ("t", "k"), ("many",)]
+    assert [line(key, TRAPS) for key in keys] == [2, 6, 7, 11, 13, 14, 17, 18]
+    assert line(("t",), TRAPS) == 13  # by [t.u], above [t]
+    assert line(("t", "none"), TRAPS) == 13
+    assert line(("many", "p"), TRAPS) == 18  # of an array's tables no key has a line
+    assert (line(("b",), TRAPS), line(("c",), TRAPS), line((), TRAPS)) == (None, None, None)
 
 
 def test_lines_may_end_in_the_way_of_windows() -> None:
-    assert key_lines('a = """\r\n"""\r\nb = 1\r\n') == {("a",): 1, ("b",): 3}
+    text = 'a = """\r\n"""\r\nb = 1\r\n'
+    assert (line(("a",), text), line(("b",), text)) == (1, 3)
 
 
 words = st.text("abc", min_size=1, max_size=2)
@@ -85,19 +82,21 @@ statements = (
 
 
 @given(st.lists(statements, max_size=12))
-def test_a_key_is_not_there_before_its_line_and_is_after_its_statement(drawn: list[str]) -> None:
-    """Statements that make the text invalid are left out of it, so that tomllib takes every prefix of the others."""
+def test_a_keys_line_is_that_of_its_first_mention(drawn: list[str]) -> None:
+    """It is not there before that line, and is after the statement. Statements that make the text invalid are left out
+    of it, so that tomllib takes every prefix of the others."""
     kept: list[str] = []
     for statement in drawn:
         if parsed("\n".join([*kept, statement])) is not None:
             kept.append(statement)
     text = "\n".join(kept)
     starts = {1 + sum(s.count("\n") + 1 for s in kept[:i]): i for i in range(len(kept))}
-    for key, line in key_lines(text).items():
-        i = starts[line]
-        assert find(key, parsed("\n".join(kept[: i + 1])))
-        header = kept[i].startswith(f"[{' . '.join(map(shown, key))}]")  # of a table that was named before
-        assert header or not find(key, parsed("\n".join(kept[:i])))
+    for key in paths(parsed(text)):
+        found = line(key, text)
+        assert found is not None
+        i = starts[found]
+        assert key in paths(parsed("\n".join(kept[: i + 1])))
+        assert key not in paths(parsed("\n".join(kept[:i])))
 
 
 def parsed(text: str) -> dict[str, Any] | None:
@@ -107,24 +106,7 @@ def parsed(text: str) -> dict[str, Any] | None:
         return None
 
 
-def find(key: Key, table: Any) -> bool:
-    """Whether a key is given; of the tables of an array, in any of them."""
-    if not key or isinstance(table, list):
-        return not key or any(find(key, item) for item in table)
-    return isinstance(table, dict) and key[0] in table and find(key[1:], table[key[0]])
-
-
-@given(st.lists(statements, min_size=1, max_size=8))
-def test_every_key_outside_repeated_tables_has_a_line(drawn: list[str]) -> None:
-    """So that none is missed: the keys of a text without arrays of tables are the keys that have lines."""
-    kept: list[str] = []
-    for statement in drawn:
-        if not statement.startswith("[[") and parsed("\n".join([*kept, statement])) is not None:
-            kept.append(statement)
-    assert {*key_lines("\n".join(kept))} == {*paths(parsed("\n".join(kept)))}
-
-
-def paths(table: Any) -> list[Key]:
+def paths(table: Any) -> list[tuple[str, ...]]:
     if not isinstance(table, dict):
         return []
     return [key for name, value in table.items() for key in ((name,), *((name, *rest) for rest in paths(value)))]

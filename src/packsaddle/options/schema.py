@@ -1,6 +1,6 @@
 """Frozen dataclasses from plain dictionaries and TOML, with errors that name the key and the nearest valid one.
 
-tomllib reads values but keeps no positions, so `key_lines` finds the line of each key for the messages.
+tomllib reads values but keeps no positions, so `line_of` finds the line of a key for the messages.
 """
 
 import dataclasses
@@ -10,8 +10,7 @@ import math
 import re
 import tomllib
 import types
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -167,16 +166,29 @@ def _dotted(where: Place) -> str:
     return shortened("".join(parts).removeprefix("."))
 
 
-Key = tuple[str, ...]
 _LONGEST = 300  # most lines of one statement: all of them are parsed again for each added line
 
 
-def line_of(key: Key, path: Path, text: str) -> str:
-    """Return "FILE, line N" for a key, else for the innermost enclosing table whose line is known, else "FILE"."""
-    lines = key_lines(text)
-    while key and key not in lines:
-        key = key[:-1]
-    return f"{path}, line {lines[key]}" if key else str(path)
+def line_of(key: Sequence[str], path: Path, text: str) -> str:
+    """Return "FILE, line N" of a key in a TOML text, else of the innermost table around it with a line, else "FILE".
+
+    A table's line is that of its first mention. Lines are accumulated until tomllib parses them after the last header:
+    then they are one statement, since no part of one is valid alone. Stops at a statement of over _LONGEST lines.
+    """
+    header, statement, start, depth, found = "", "", 1, 0, 0
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(), which splits at more characters than TOML
+        statement += line + "\n"
+        try:
+            table = tomllib.loads(header + statement)
+        except (ValueError, RecursionError):
+            if number - start < _LONGEST:
+                continue
+            break
+        while depth < len(key) and _has(table, key[: depth + 1]):
+            depth, found = depth + 1, start
+        header = statement if statement.lstrip().startswith("[") else header
+        start, statement = number + 1, ""
+    return f"{path}, line {found}" if found else str(path)
 
 
 def syntax_error(path: Path, error: ValueError) -> str:
@@ -186,51 +198,6 @@ def syntax_error(path: Path, error: ValueError) -> str:
     found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
     reason, position = found.groups() if found else (str(error), None)
     return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"
-
-
-def key_lines(text: str) -> dict[Key, int]:
-    """Return the line number, from 1, of each key and each table of a TOML text.
-
-    Lines are accumulated until tomllib parses them: then they are one statement, since no part of one is valid alone. A
-    table's line is that of its header; without one, that of its first key. Keys within a table of an array ([[x]]) are
-    omitted if the array has several. Parsing stops at a statement of over _LONGEST lines.
-    """
-    lines: dict[Key, int] = {}
-    table: Key = ()
-    arrays: Counter[Key] = Counter()
-    start, statement = 1, ""
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(), which splits at more characters than TOML
-        statement += line + "\n"
-        try:
-            given = list(_keys(tomllib.loads(statement)))
-        except (ValueError, RecursionError):
-            if number - start < _LONGEST:
-                continue
-            break
-
-        # Keys below a table's header are relative to it.
-        brackets = re.match(r"\s*(\[*)", statement)
-        depth = len(brackets[1]) if brackets else 0  # 1: the header of a table, 2: of a table of an array
-        for key in given:
-            lines.setdefault(key if depth else (*table, *key), start)
-        if depth:
-            table = given[-1]
-            arrays[table] += depth - 1
-            lines[table] = start if depth == 1 else lines[table]
-        start, statement = number + 1, ""
-    repeated = [key for key, count in arrays.items() if count > 1]
-    return {key: n for key, n in lines.items() if not any(key[: len(a)] == a != key for a in repeated)}
-
-
-def _keys(table: dict[str, Any]) -> Iterator[Key]:
-    """Yield the paths of all keys, outer before inner, except in lists. Without recursion, which would limit depth."""
-    waiting: list[tuple[Key, dict[str, Any]]] = [((), table)]
-    while waiting:
-        path, table = waiting.pop()
-        for name, value in table.items():
-            yield (*path, name)
-            if isinstance(value, dict):
-                waiting.append(((*path, name), value))
 
 
 def first_difference(
