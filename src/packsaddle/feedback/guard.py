@@ -124,7 +124,7 @@ class Skips:
 
 
 class Records:
-    """What a front records of its exchanges: skipped steps (in local updates rejected rounds), and drifts."""
+    """Records of exchanges: skipped steps (in local updates rejected rounds), and differences between workers."""
 
     _skips: Skips
     _drift: DriftGuard
