@@ -55,24 +55,6 @@ def test_what_is_frozen_starts_from_rank_0(with_model: bool, everything: bool) -
     assert sent - equal == expected
 
 
-@pytest.mark.parametrize("given", ["optimizer", "model", "a model without them", "nothing"])
-def test_names_of_parameters(given: str) -> None:
-    """The optimizer's, else the model's, also of two optimizers, else numbers."""
-    net = Net(1.0)
-    trained = {f"own {i}": p for i, p in enumerate(net.adapter.parameters())} if given == "optimizer" else {}
-    whole = [torch.optim.SGD(trained.items() if trained else net.adapter.parameters(), lr=0.1)]
-    pair = [torch.optim.SGD([p], lr=0.1) for p in (net.adapter.bias, net.adapter.weight)]
-    model = net if given in ("model", "optimizer") else nn.Linear(2, 2).requires_grad_(False)
-    local, swapped = (
-        LocalUpdates(optimizers, WHOLE, model=None if given == "nothing" else model) for optimizers in (whole, pair)
-    )
-    expected = {"optimizer": ["own 0", "own 1"], "model": ["adapter.weight", "adapter.bias"]}
-    assert list(local.anchor()) == expected.get(given, ["parameter 0", "parameter 1"])
-    assert list(local.state_dict()["fragments"][0]["anchor"]) == list(local.anchor())
-    if given == "model":
-        assert list(swapped.anchor()) == ["adapter.bias", "adapter.weight"]
-
-
 def test_frozen_tensors_must_be_of_one_shape() -> None:
     def body(worker: int) -> None:
         frozen = nn.Parameter(torch.zeros(3 + worker), requires_grad=False)

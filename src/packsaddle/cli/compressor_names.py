@@ -16,9 +16,9 @@ WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
 FIXED: Mapping[str, Compressor] = {name: kind() for name, kind in _KINDS.items() if name not in WITH_RATIO}
 
 
-def chosen(text: str, ratio: float | None) -> Compressor | str:
-    """Return the compressor that a call such as "TopK(0.01)" makes, or a name in lower case: one of these, or "best".
-    Raises ConfigError if it is neither, and for a call with a ratio."""
+def read_compressor(text: str, ratio: float | None) -> Compressor | str:
+    """Return the compressor of a call such as "TopK(0.01)", or a name in lower case: of WITH_RATIO, FIXED, or "best".
+    Raises ConfigError for another text, and for a call with a ratio."""
     if "(" in text:
         if ratio is not None:
             raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")

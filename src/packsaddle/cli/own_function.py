@@ -15,7 +15,8 @@ def call(function: str, *arguments: Any) -> Any:
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
-    sys.path.insert(0, str(Path.cwd()))  # for the rest of the command, since what it returns may import later
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # for the rest of the command, since what it returns may import later
     # Hide the command line of packsaddle from a script that parses its arguments when it is imported.
     arguments_here, sys.argv = sys.argv, [module]
     try:

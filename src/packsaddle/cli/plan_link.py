@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, chosen
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, read_compressor
 from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call
@@ -266,7 +266,7 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
 def _candidates(text: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
     """Return the compressors to compare: the one that `text` names or makes; for "best" all that were measured with
     `optimizer`, or all lossy ones without an optimizer."""
-    name = chosen(text, ratio)
+    name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [name]
     if optimizer is not None and name == "best" and ratio is None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.table import Table
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, chosen
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, read_compressor
 from packsaddle.cli.console import digits, number_table, print_table
 from packsaddle.cli.flags import grouped
 from packsaddle.compressors import Compressor, Identity
@@ -84,7 +84,7 @@ def theory(
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, text: str, ratio: float | None) -> list[Plan]:
     """Return the plans for the compressor and `ratio` of the command line, except the uncompressed plan."""
-    name = chosen(text, ratio)
+    name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [plan(a, name, constants=constants, workers=workers)]
     # A compressor with this ratio; without a ratio one with its best k, or one that has no ratio.

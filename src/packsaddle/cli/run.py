@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.cli.console import dated, is_first, print_runs, require_plots
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.parsing import Seconds
@@ -319,10 +318,17 @@ def init(
     except UnicodeEncodeError:
         raise ConfigError(f"{printable(str(file))} cannot be written in UTF-8 text; choose another name") from None
 
-    if file.exists():
-        raise ConfigError(f"{file} already exists; choose another name")
+    # Mode x overwrites no file; a partly written one is removed.
     try:
-        write_whole(file, lambda new: new.write(content))
+        with file.open("xb") as new:
+            try:
+                new.write(content)
+                new.flush()
+            except OSError:
+                file.unlink()
+                raise
+    except FileExistsError:
+        raise ConfigError(f"{file} already exists; choose another name") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
     print(f"{chosen.about}\n{file}, every key with a comment. Train with: packsaddle run {file}{chosen.flags}")

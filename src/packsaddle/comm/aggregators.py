@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -105,6 +105,11 @@ class Aggregator(ABC):
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
+
+    def most_sent(self, d: int, dense: int, workers: int, itemsize: int) -> int:
+        """Return the bytes that the busiest worker sends in one exchange."""
+        collectives = self.collectives(d, dense, workers, itemsize)
+        return max(sum(c.wire(rank, workers).sent for c in collectives) for rank in range(workers))
 
     def work(self, d: int, workers: int) -> list[Work]:
         """Return the operation counts of the busiest worker in one exchange, including those that apply the mean."""
@@ -308,13 +313,13 @@ class LowRankAllReduce(Aggregator):
         self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
 
 
-@cache
+@lru_cache(maxsize=4096)
 def part_count(compressor: Compressor, d: int) -> int:
     part = min(d, 1 << 20)  # without allocating a huge vector
     return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
     return round(compressor.message_bytes(d, itemsize)) if d else 0
 

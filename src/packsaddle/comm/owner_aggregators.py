@@ -34,7 +34,8 @@ class Owners(Aggregator):
     """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
     An owner replies with B(mean + owner error), where B is the compressor `back` and the owner error is the residual of
-    its last reply. k= or columns= of a compressor is divided among chunks in proportion to their sizes.
+    its last reply. k= or columns= of a compressor is divided among chunks in proportion to their sizes, and with
+    `per_tensor` each piece of a tensor in a chunk counts as a tensor.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
@@ -123,8 +124,8 @@ class Owners(Aggregator):
         `sizes`, the bytes of the replies' parts by owner, are None if they must be exchanged."""
         # Workers without a chunk derive the names and dtypes of the reply's parts by compressing zeros.
         first, last = next((a, b) for a, b in chunks if a < b)
-        empty = v.new_zeros(last - first)
-        example = reply or self.back.restrict(first, last, len(v)).encode(empty, seed=seed, step=step)
+        zeros = v.new_zeros(last - first)
+        example = reply or self.back.restrict(first, last, len(v)).encode(zeros, seed=seed, step=step)
         like = example.parts
         mine, gathered, terms = reply.parts if reply else {name: p[:0] for name, p in like.items()}, [], []
         with invalid.of(None):
@@ -224,7 +225,7 @@ class TwoWay(Owners):
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
     ) -> list[Parts]:
-        # Sizes of chunks may differ by one coordinate.
+        # Messages for two chunks may differ in size.
         return channel.gather(parts, sizes=sizes, most=most)
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:

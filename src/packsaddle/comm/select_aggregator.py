@@ -90,8 +90,7 @@ def choose(
         candidates: dict[str, Aggregator] = {name: direct}
         if name == "all-gather" and d >= workers:
             candidates["two-way"] = TwoWay(compressor)
-        ranks = range(workers)
-        costs = {n: max(p.wire(d, dense, r, workers, itemsize).sent for r in ranks) for n, p in candidates.items()}
+        costs = {n: p.most_sent(d, dense, workers, itemsize) for n, p in candidates.items()}
         best = min(costs, key=lambda n: costs[n] * (_CLEARLY_LESS if n == name else 1.0))
         others = ", ".join(f"{n} {costs[n]:,}" for n in costs if n != best) or "nothing else applies"
         reason = f"{costs[best]:,} bytes sent per step by the busiest worker; {others}"

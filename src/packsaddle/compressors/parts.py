@@ -1,7 +1,7 @@
 """Validation of received messages: names, dtypes and lengths of their parts are checked before decoding.
 
-The decoders, in `Compressor.receive`, detect invalid contents (indices out of order, truncated codes). Compiled loops
-never index out of bounds, and return None for an invalid message; their callers then raise MessageError.
+The decoders, in `Compressor.context_of`, detect invalid contents (indices out of order, truncated codes). Compiled
+loops never index out of bounds, and return None for an invalid message; their callers then raise MessageError.
 """
 
 from collections.abc import Mapping

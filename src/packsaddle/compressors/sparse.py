@@ -44,8 +44,10 @@ class Cells:
 
     def coordinates(self, d: int) -> Tensor:
         """Return the indices below d of the coordinates in these cells, int64[at most m size]."""
-        places, are_inside = self._places(d)
-        return self.index if self.size == 1 else places[are_inside]
+        if self.size == 1:
+            return self.index
+        runs = self.index[:, None] * self.size + torch.arange(self.size, device=self.index.device)
+        return runs[runs < d]
 
     def gather(self, v: Tensor) -> Tensor:
         """Return the values of v, float[d], at these cells, float[m size]."""
@@ -54,8 +56,12 @@ class Cells:
         if loop := kernel("gather_cells", v):
             values: Tensor = loop(v, self.index, self.size)
             return values
-        places, are_inside = self._places(len(v))
-        return torch.where(are_inside, v.index_select(0, places), 0.0)
+        whole, rest = self._split(v)
+        values = whole.index_select(0, self.index.clamp_max(len(whole) - 1))
+        if len(rest):
+            padded = torch.nn.functional.pad(rest, (0, self.size - len(rest)))
+            values = torch.where(self._is_rest(whole), padded, values)
+        return values.view(-1)
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
         """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
@@ -64,16 +70,26 @@ class Cells:
                 loop(out, self.index, values, alpha)
             else:
                 out.index_add_(0, self.index, values, alpha=alpha)
-        elif loop := kernel("add_cells", out, values):
+            return
+        if loop := kernel("add_cells", out, values):
             loop(out, self.index, self.size, values, alpha)
-        else:
-            places, are_inside = self._places(len(out))
-            out.index_add_(0, places, torch.where(are_inside, values, 0.0), alpha=alpha)
+            return
+        whole, rest = self._split(out)
+        rows = values.view(-1, self.size)
+        if len(rest):
+            is_rest, zero = self._is_rest(whole), torch.zeros_like(rows)
+            rest.add_(torch.where(is_rest, rows, zero).sum(0)[: len(rest)], alpha=alpha)
+            rows = torch.where(is_rest, zero, rows)
+        whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows, alpha=alpha)
 
-    def _places(self, d: int) -> tuple[Tensor, Tensor]:
-        """Return these cells' coordinates, int64[m size], those from d on as d - 1, and a mask that is False there."""
-        places = (self.index[:, None] * self.size + torch.arange(self.size, device=self.index.device)).view(-1)
-        return places.clamp_max(d - 1), places < d
+    def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return views of the n full cells of v, float[n, size], and of the shorter last cell, which may be empty."""
+        n = len(v) // self.size
+        return v[: n * self.size].view(n, self.size), v[n * self.size :]
+
+    def _is_rest(self, whole: Tensor) -> Tensor:
+        """Return a mask, bool[m, 1], True for the shorter last cell of the vector; does not synchronize with a GPU."""
+        return (self.index == len(whole))[:, None]
 
 
 _MOST_TOGETHER = 128  # coordinates; largest default cell, since longer runs are hardly copied faster

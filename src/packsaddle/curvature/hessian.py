@@ -299,7 +299,7 @@ class Curvature:
         return math.sqrt(self.dot(a, a))
 
     def size_of_parameters(self) -> float:
-        return self.norm(torch.cat([t.reshape(-1).double() for t in self._tensors]))
+        return math.sqrt(sum(float(t.double().square().sum()) for t in self._tensors))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor, ...]]) -> Tensor:
         """Average a derivative of each batch's mean loss over all examples of all workers, float64[d]; collective."""
@@ -310,8 +310,11 @@ class Curvature:
                 total.add_(self._flat(parts), alpha=n)
         return self._finite(self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples))
 
+    def _is_finite(self, vector: Tensor) -> bool:
+        return bool(torch.isfinite(vector).all())
+
     def _finite(self, mean: Tensor) -> Tensor:
-        if not math.isfinite(self.dot(mean, mean)):  # identical on all workers, so that all raise
+        if not self._is_finite(mean):  # identical on all workers, so that all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 

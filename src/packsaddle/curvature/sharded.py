@@ -7,6 +7,7 @@ has no double backward. As its passes are collective, workers with fewer batches
 Workers of one tensor-parallel group process equal batches, which count once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -83,6 +84,13 @@ class ShardedCurvature(Curvature):
         """Return the inner product <a, b> of two sharded vectors, given this worker's parts; collective, one double."""
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
+
+    def size_of_parameters(self) -> float:
+        pieces = zip(self._tensors, self._copies, strict=True)
+        return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
+
+    def _is_finite(self, vector: Tensor) -> bool:
+        return math.isfinite(self.dot(vector, vector))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return this worker's part of an unsharded model's random vector, drawn whole for one parameter at a time."""

@@ -130,7 +130,7 @@ class Records:
     _drift: DriftGuard
 
     def _settle(self) -> None:
-        """Read the outcomes of finished exchanges, which hooks do on demand."""
+        """No-op; hooks override it, to read the outcomes of finished exchanges."""
 
     @property
     def skips(self) -> list[Skip]:

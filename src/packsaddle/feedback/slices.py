@@ -98,9 +98,17 @@ class Slice:
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
         """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
-        for place, offset in zip(self.places, self._offsets, strict=True):
-            if place.size:
-                noise.add_to(out[offset : offset + place.size], 1.0, place.start)
+        # Once for each range [first, last) of this slice that is contiguous in that vector, where it starts at `begin`.
+        first = last = begin = 0
+        for place in self._in_order:
+            if last > first and place.start != begin + last - first:
+                noise.add_to(out[first:last], 1.0, begin)
+                first = last
+            if last == first:
+                begin = place.start
+            last += place.size
+        if last > first:
+            noise.add_to(out[first:last], 1.0, begin)
 
 
 @dataclass(frozen=True)

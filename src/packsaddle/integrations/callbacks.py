@@ -67,7 +67,7 @@ class Attached:
         if self._makes is LocalUpdates:
             return attach_local_updates(wrapped, model, optimizers, self._compressor, **options)
         if training_group(None).size == 1:
-            warnings.warn(NOTHING_TO_DO, stacklevel=3)
+            warnings.warn(NOTHING_TO_DO, stacklevel=2)
             return None
         return attach(wrapped, monitored(self._compressor, log_every), optimizer=optimizers, **options)
 

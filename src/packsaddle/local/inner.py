@@ -39,15 +39,11 @@ def follow(optimizer: Any, local: object) -> None:
     optimizer.exchanged_by = local
 
 
-def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None) -> dict[str, Tensor]:
-    """Return the optimizers' parameters by their names there, else in the model, else as "parameter 0", ...; from the
-    first of these in which all have different names."""
+def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Return the optimizers' parameters by name, or as "parameter 0", ... unless all have different names."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = parameters_of(optimizers)
-    if len(set(names)) < len(parameters) and model is not None:
-        of = {id(p): name for name, p in model.named_parameters()}
-        names = [of[id(p)] for p in parameters if id(p) in of]
     if len(set(names)) < len(parameters):
         names = [f"parameter {i}" for i in range(len(parameters))]
     return dict(zip(names, parameters, strict=True))

@@ -193,8 +193,7 @@ class LocalUpdates(Records, JoinableSteps):
         spec.at(0)
 
         # Collect the trained parameters, and the other tensors of the model.
-        named = named_parameters(self.optimizers, model)
-        self._parameters = {name: p for name, p in named.items() if p.requires_grad}
+        self._parameters = {name: p for name, p in named_parameters(self.optimizers).items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
@@ -560,7 +559,7 @@ class LocalUpdates(Records, JoinableSteps):
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
 
-        Names are those in the optimizers, as by AdamW(model.named_parameters()), or in `model`; without either,
+        Names are those in the optimizers, if they have different ones, as by AdamW(model.named_parameters()); else
         "parameter 0", .... The tensors are at least float32 and have the shapes of this process's shards.
         """
         self._set_anchor_before_first_step()

@@ -243,10 +243,9 @@ def forecast(
             coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)
             steps.append((choice, replace(coded, compression=coded.compression + update)))
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
-        ranks = {0, fleet.workers - 1}  # chunks differ by one coordinate at most
-        wires = [choice.aggregator.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
+        sent = choice.aggregator.most_sent(workload.d, workload.dense, fleet.workers, 4)
         needed = steps_needed(compressor, optimizer)
         kinds = [step for _, step in steps]  # the fastest exchange depends on the rate
         equal = break_even(kinds, dense, link, fleet, needed.factor if needed else 1.0)
-        found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal, needed))
+        found.append(Forecast(describe(compressor), choice.name, sent, step.time(link, fleet), equal, needed))
     return Verdict(tuple(sorted(found, key=lambda f: (not f.is_known, f.seconds))))

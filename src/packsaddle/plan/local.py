@@ -199,7 +199,7 @@ def _forecast(
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
-    wire = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4)
-    sent = wire.sent + header.wire(0, fleet.workers).sent
+    exchanged = choice.aggregator.most_sent(workload.d, workload.dense + 1, fleet.workers, 4)
+    sent = exchanged + header.wire(0, fleet.workers).sent
     coding = (coded.compression + update) / every
     return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)
