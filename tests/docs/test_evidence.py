@@ -450,9 +450,9 @@ def front() -> Iterator[str]:
     yield f"loss {loss:.3f} at {sent:.1f} kB a step; dense AdamW {adamw:.3f} and dense Muon {muon:.3f} at {whole:,.0f}"
     (loss, sent), _, (muon, whole) = (trained("gpt-2", name) for name in names)
     yield f"at a {whole / sent:.0f}rd of its bytes. Dense Muon (gray) is better at equal steps, by {loss - muon:.2f}."
-    plain, mixed = (trained("char-4", f"AdamW, local 8, Sign{how}")[0] for how in ("", ", mean momentum 0.5"))
+    plain, mean = (trained("char-4", f"AdamW, local 8, Sign{how}")[0] for how in ("", ", mean momentum 0.5"))
     often = trained("char-4", "AdamW, local 2, Sign, mean momentum 0.5", seeds=1)[0]
-    yield f"{plain:.3f}, with `mean_momentum=0.5` {mixed:.3f}; every 2 steps so {often:.3f}, one seed (dense {adamw:.3f}"
+    yield f"{plain:.3f}, with `mean_momentum=0.5` {mean:.3f}; every 2 steps so {often:.3f}, one seed (dense {adamw:.3f}"
     ours, peer, limit = best_at("Muon", "10")
     taken = fmean(ours)
     more, _, more_limit = best_at("Muon", "10", 4)
