@@ -333,6 +333,8 @@ def test_owners_chunks_keep_the_tensors() -> None:
             threshold = part.abs().sort(descending=True).values[max(1, round(0.25 * len(part))) - 1]
             assert torch.equal(largest, torch.where(part.abs() >= threshold, part, 0.0))
         assert one["bytes"].sent == one["predicted"].sent
+    busiest = max(one["bytes"].sent for one in signs)
+    assert signs[0]["protocol"].most_sent(d, 0, workers, 4) == busiest > min(one["bytes"].sent for one in signs)
     assert torch.allclose(signs[0]["mean"], sum(r["own"] for r in signs) / workers, atol=1e-6)
     assert LowRank(2).for_tensors(shapes).restrict(0, 13, d).shapes == ()
 

@@ -68,7 +68,7 @@ def test_a_bad_batch_leaves_no_trace(front: str, way: str, on_workers: Callable[
         assert twin == {"steps": 7, "skips": [], "skipped": 0}
 
 
-def gives_up(front: str, way: str) -> tuple[str, bool, int]:
+def gives_up(front: str, way: str) -> tuple[str, bool, int, bool]:
     one = made(front, compressor=TopK(0.1), max_skipped=2)
     every = 1 if front in WAYS else 7  # steps in which local updates have a round at least; no exchange is pending
     for t in range(2 * every):
@@ -80,13 +80,21 @@ def gives_up(front: str, way: str) -> tuple[str, bool, int]:
     except RuntimeError as error:
         message = str(error)
         one.end()
-    return message, torch.equal(one.x(), x), one.engine.skipped
+    same, skipped = torch.equal(one.x(), x), one.engine.skipped
+    one.engine.reset_skip_streak()
+    assert one.engine.drifts == []
+    if front == "FSDP":  # a model whose backward pass has raised keeps whole parameters
+        return message, same, skipped, True
+    for t in range(9 * every, 11 * every):
+        one.step(t)
+    return message, same, skipped, not torch.equal(one.x(), x)
 
 
 @parameters_of({front: ["TopK"] for front in FRONTS})
 def test_too_many_in_a_row_stop_all_workers(front: str, way: str, on_workers: Callable[..., list[Any]]) -> None:
     """With x as it was, or the anchor."""
-    for message, same, skipped in on_workers(gives_up, front, way):
+    for message, same, skipped, moves_on in on_workers(gives_up, front, way):
         assert "max_skipped=2" in message
         assert same or front == "local overlapped"  # whose other fragment has rounds of its error memory between
         assert skipped >= 3
+        assert moves_on
