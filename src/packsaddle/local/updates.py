@@ -106,8 +106,8 @@ class LocalUpdates(Records, JoinableSteps):
             subtracted from the anchor.
         mean_momentum: c in [0, 1]. After a round with the compressed mean update u, AdamW's first moments m (state
             `exp_avg`; v is `exp_avg_sq`) become (1 - c) m + c ||m|| d / ||d||, d = sqrt(v) u, so that the next steps
-            continue along u. It sends nothing. With AdamW 0.5 lowered the loss of language models (betas 0.8 and
-            0.99); with [muon, adamw] it raised it. 0: m stays the worker's own.
+            continue along u. It sends nothing. With AdamW 0.5 lowered the loss of language models (betas 0.8 or
+            0.9, and 0.99); with [muon, adamw] it raised it. 0: m stays the worker's own.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         workers: the process group of the workers, or `Workers` with weights, a sample of them or a limit on their
             updates; or a torchft Manager or `Elastic`, for workers that join and leave. None: the default group, or
