@@ -74,8 +74,8 @@ def test_local_updates_of_muon() -> None:
     # What a mean momentum gains with AdamW, and loses with Muon.
     sign, mixed = "local 8, Sign", "local 8, Sign, mean momentum 0.5"
     first = muon("char-4", seeds="0")
-    said = r"has ([\d.]+)\s+instead\s+of\s+([\d.]+)\s+with\s+four\s+workers.*?Muon\s+\(([\d.]+),\s+([\d.]+)\s+without,\s+seed\s+0"
-    gain = re.search(said, guide, re.DOTALL)
+    said = r"has ([\d.]+) instead of ([\d.]+) with four workers.*?Muon \(([\d.]+), ([\d.]+) without, seed 0"
+    gain = re.search(said, re.sub(r"\s+", " ", guide))
     assert gain
     losses = [four[f"AdamW, {how}"][0] for how in (mixed, sign)] + [first[f"Muon, {how}"][0] for how in (mixed, sign)]
     assert list(gain.groups()) == [f"{loss:.3f}" for loss in losses]
