@@ -69,6 +69,7 @@ _MUON: Mapping[int, Mapping[Setting, float]] = {
         Setting(8, _SIGN, keep_unsent=True): 1.15,
         Setting(8, _TWO_BITS, keep_unsent=True): 1.06,
         Setting(32, _SIGN, keep_unsent=True): 1.33,
+        Setting(32, _TWO_BITS, keep_unsent=True): 1.23,
     },
     4: {
         Setting(8, _SIGN, keep_unsent=True): 1.39,
