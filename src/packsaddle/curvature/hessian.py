@@ -26,6 +26,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import local_part
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
+from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.seeds import Stream, generator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -311,7 +312,7 @@ class Curvature:
         return self._finite(self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples))
 
     def _is_finite(self, vector: Tensor) -> bool:
-        return bool(torch.isfinite(vector).all())
+        return bool(is_finite(vector))
 
     def _finite(self, mean: Tensor) -> Tensor:
         if not self._is_finite(mean):  # identical on all workers, so that all raise

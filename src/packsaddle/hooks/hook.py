@@ -133,7 +133,7 @@ class GradientHook(Records, ABC):
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
         self.rules, self._allocation = rules, Allocation(d)
-        self._of_pass: list[Any] = [self._allocation]  # further objects that are closed at the end of a pass
+        self._of_pass: list[Any] = [self._allocation]  # closed at the end of each pass, before its rounds
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)

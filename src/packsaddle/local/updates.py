@@ -735,7 +735,7 @@ class LocalUpdates(Records, JoinableSteps):
             attribute(("steps",), self, "steps", int),
             *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
             *(() if self._escape is None else self._escape.fields()),
-            *self._outcomes.skips.fields(),
+            *self._skips.fields(),
             attribute(("resets",), self, "_resets", list[Reset]),
             attribute(("drifts",), self._drift, "found", list[Drift]),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),

@@ -67,7 +67,8 @@ MODELS: Mapping[str, tuple[int, ...]] = {
 
 
 def build_model(name: str) -> nn.Module:
-    """Return a model of `packsaddle init` with seed 0; texts have the character set of Python's reference manual."""
+    """Return a model of `packsaddle init` with seed 0; the transformer has the characters of Python's reference manual.
+    Raises ConfigError for a name that is not in `MODELS`."""
     if name not in MODELS:
         raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
     classes = load_text(DataConfig("text"), None, train=True).classes if name == "char-transformer" else 10
