@@ -46,6 +46,25 @@ def test_processes_equal_the_simulation(gloo: Callable[..., list[Any]], workers:
             assert bool(run["resets"]) == (case[1] != "off")
 
 
+DTYPES = (torch.int16, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.bfloat16, torch.int64)
+
+
+def broadcast_dtypes() -> list[list[complex]]:
+    """What this worker has of rank 0's numbers, 0-dimensional, empty, with gaps, and of each dtype."""
+    group, found = resolve(None), []
+    for dtype in DTYPES:
+        for tensor in (torch.tensor(1.0), torch.ones(0), torch.ones(3, 4)[:, ::2]):
+            mine = (tensor * (1 - group.rank)).to(dtype)
+            group.broadcast(mine)
+            found.append(mine.to(torch.complex64).reshape(-1).tolist())
+    return found
+
+
+def test_every_dtype_is_broadcast(gloo: Callable[..., list[Any]]) -> None:
+    for found in gloo(broadcast_dtypes, 2):
+        assert found == [[1.0], [], [1.0] * 6] * len(DTYPES)
+
+
 def network_run(compressor: Compressor) -> dict[str, Any]:
     """A float32 network with dense and compressed parts, a sketched norm, and starts that differ over workers."""
     group = resolve(None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from packsaddle import LocalUpdates, LowRank
 from packsaddle.feedback.slices import FlatParameters, check_no_shared_memory
 
 
@@ -39,6 +40,19 @@ def test_channels_last_is_kept() -> None:
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(conv.weight, weight)
     assert torch.equal(flat.in_order(flat.x), torch.cat([weight.reshape(-1), conv.bias]))
+
+
+def test_low_rank_matrices_are_as_in_memory() -> None:
+    """Of a transposed matrix the transpose, which is compressed as well: rank 1 keeps an update of rank 1."""
+    contiguous = torch.outer(torch.arange(1.0, 41), torch.arange(1.0, 61))
+    for update in (contiguous, contiguous.t().contiguous().t()):
+        x = torch.nn.Parameter(torch.empty_like(update).copy_(update))
+        local = LocalUpdates(torch.optim.SGD([x], lr=1.0), LowRank(1), every=1)
+        for _ in range(3):  # each is a power iteration
+            x.grad = update.clone()
+            local.optimizers[0].step()
+        assert x.stride() == update.stride()
+        assert float(local.pending().norm()) < 1e-3 * float(update.norm())
 
 
 def test_parameters_with_gaps_become_contiguous() -> None:

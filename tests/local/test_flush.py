@@ -55,7 +55,8 @@ class Run:
         for _ in range(steps):
             rng = torch.Generator().manual_seed(1000 * self.worker + self.local.steps)
             for p in self.parameters:
-                p.grad = torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p.dtype)
+                grad = torch.randn(p.shape, generator=rng, dtype=torch.float64).to(p.dtype)
+                p.grad = grad if p.requires_grad else torch.zeros_like(grad)
             self.end -= LR * torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
             self.optimizer.step()
 
@@ -119,7 +120,6 @@ SENT_WHOLE: dict[str, dict[str, Any]] = {
     "senders": {"exchange": "senders"},
     "another compressor back": {"exchange": "two-way", "back": TopK(0.1)},
     "samples": {"workers": Workers(sample=0.5)},
-    "outer": {"outer": OuterSGD()},
 }
 IN_FOUR_BITS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -127,6 +127,7 @@ IN_FOUR_BITS: dict[str, dict[str, Any]] = {
     "delay": {"overlap": Overlap(3, 2)},
     "schedule": {"compressor": {i: Sign() if i < 3 else Rounded() for i in range(4)}.get},
     "clip": {"workers": Workers(clip=1.0)},
+    "outer": {"outer": OuterSGD()},
     "four bits": {"compressor": Rounded("int4")},
 }
 
@@ -188,6 +189,45 @@ def test_what_a_flush_has_left_out_is_sent_later_also_after_a_resume() -> None:
             assert torch.equal(ends[i][0], found[0][0][0])
 
 
+@pytest.mark.parametrize("before", [Identity(), Rounded("int8"), TopK(0.01)], ids=repr)
+def test_an_earlier_flush_does_not_change_what_the_next_one_sends(before: Compressor) -> None:
+    """Four bits a value, since the rounds send one, also after a flush with a larger or smaller compressor."""
+
+    def work(worker: int) -> list[Tensor]:
+        ends = []
+        for last in ([], [Rounded("int4")], [Identity()]):
+            run = Run(worker, compressor=Sign(per_tensor=True))
+            run.train(6)
+            run.local.flush(before)
+            run.train(1)
+            run.local.flush(*last)
+            ends.append(run.x())
+        return ends
+
+    for found, four_bits, whole in simulate(work, 2):
+        assert torch.equal(found, four_bits)
+        assert not torch.equal(found, whole)
+
+
+def test_with_an_outer_optimizer_it_is_the_mean_of_the_workers_models() -> None:
+    """Two steps after a round, the outer momentum would move the anchor by that of whole rounds."""
+
+    def work(worker: int) -> tuple[Tensor, Tensor, Tensor]:
+        run = Run(worker, compressor=Identity(), keep_unsent=False, outer=OuterSGD())
+        run.train(14)
+        before = run.x()
+        assert run.local.flush()
+        once = run.x()
+        assert run.local.flush()
+        return before, once, run.x()
+
+    found = simulate(work, W)
+    mean = torch.stack([before for before, *_ in found]).mean(0)
+    for _, once, twice in found:
+        torch.testing.assert_close(once, mean, rtol=1e-12, atol=1e-12)
+        assert torch.equal(once, twice)
+
+
 def test_eight_bits_take_a_quarter_of_the_bytes_and_are_close() -> None:
     def work(worker: int) -> dict[str, tuple[int, Tensor]]:
         found = {}
@@ -232,6 +272,40 @@ def test_sixteen_bit_parameters_are_equal() -> None:
     assert all(torch.equal(x, found[0]) for x in found)
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_is_lost_with_sixteen_bits(dtype: torch.dtype, resumes: bool) -> None:
+    """anchor - error() moves as x does. Owners keep residuals, which each flush, with another compressor, adds to the
+    error memory: by less than the distance of two numbers of 16 bits."""
+
+    def made() -> tuple[nn.Parameter, torch.optim.SGD, LocalUpdates]:
+        rng = torch.Generator().manual_seed(0)
+        x = nn.Parameter((1 + torch.rand(64, 64, generator=rng)).to(dtype))
+        optimizer = torch.optim.SGD([x], lr=2**-7)
+        return x, optimizer, LocalUpdates(optimizer, every=1)
+
+    def work(worker: int) -> tuple[Tensor, Tensor]:
+        (x, optimizer, local), rng = made(), torch.Generator().manual_seed(worker)
+        start, moved = x.detach().float().clone(), torch.zeros(64, 64)
+        for n in range(16):
+            x.grad = (torch.rand(64, 64, generator=rng) < 0.3).to(dtype) * (worker - 1 or 2)
+            moved += x.detach().float() - (x.detach() - 2**-7 * x.grad).float()
+            optimizer.step()
+            if n % 4 == 3:
+                local.flush()
+            if n == 7 and resumes:
+                state, old = local.state_dict(), x.detach()
+                x, optimizer, local = made()
+                x.data.copy_(old)
+                local.load_state_dict(state)
+        return start - (local.anchor()["parameter 0"].float() - local.error().view(64, 64)), moved
+
+    found = simulate(work, W)
+    path = torch.stack([moved for _, moved in found]).mean(0)
+    for y, _ in found:
+        assert (y - path).norm() < 1e-4 * path.norm()
+
+
 def test_after_an_escape_check_all_workers_have_one_model() -> None:
     """The check puts x back to its start point, and must put it to the anchor after a flush that leaves a rest."""
 
@@ -266,6 +340,26 @@ def test_what_a_parameter_moved_before_it_was_frozen_is_kept() -> None:
     mean = torch.stack([end for _, end in found]).mean(0)
     for x, _ in found:
         torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("outer", [None, OuterSGD()])
+@pytest.mark.parametrize("compressor", [Sign(), Rounded(), Identity()], ids=repr)
+def test_the_anchor_of_a_frozen_parameter_stays(compressor: Compressor, outer: OuterSGD | None, keep: bool) -> None:
+    """An outer momentum would move it, and C(0), which is not 0 for Sign()."""
+
+    def work(worker: int) -> list[Tensor]:
+        run = Run(worker, compressor=compressor, outer=outer, keep_unsent=keep)
+        run.train(14)
+        assert run.local.flush(Identity())
+        run.parameters[1].requires_grad_(False)
+        before = run.parameters[1].detach().clone()
+        run.train(12)
+        return [before, run.parameters[1].detach(), run.local.anchor()["parameter 1"]]
+
+    for before, x, anchor in simulate(work, W):
+        assert torch.equal(before, x)
+        assert torch.equal(before, anchor)
 
 
 @pytest.mark.parametrize("wrong", [LowRank(2), SharedTopK(0.1)])

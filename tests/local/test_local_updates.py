@@ -1,6 +1,7 @@
 """LocalUpdates: equal to a naive twin; its invariants; bad rounds; state; what it refuses."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,11 @@ def test_at_the_anchor_nothing_looks_at_this_workers_own_changes() -> None:
     with local.at_anchor():
         with local.at_anchor():  # as a callback that saves while another evaluates
             pass
-        for call in (local.flush, local.error, local.pending, local.sit_out):
+        state = LocalUpdates(torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))]), compressor=WHOLE).state_dict()
+        calls: list[Callable[..., Any]] = [local.flush, local.error, local.pending, local.sit_out, local.state_dict]
+        for call, *given in (*((call,) for call in calls), (local.load_state_dict, state), (local.average, [x])):
             with pytest.raises(RuntimeError, match=rf"{call.__name__}\(\) within at_anchor\(\)"):
-                call()
+                call(*given)
     assert local.flush()
 
 
@@ -554,10 +557,30 @@ def test_refusals() -> None:
         "optimizer must be a torch optimizer, got Linear": lambda: LocalUpdates(torch.nn.Linear(2, 2)),  # type: ignore[arg-type]
         "CompressedSGD exchanges by itself": lambda: LocalUpdates(CompressedSGD([x], 0.1)),
         "scaler must be a torch.amp.GradScaler": lambda: make(scaler=3),
+        "outer must be a function of the anchor's tensors that returns a torch optimizer": lambda: make(outer=OuterSGD),
+        "such as OuterSGD(), or None, got 5": lambda: make(outer=5),
+        "outer must return an optimizer of the tensors that it is given": (
+            lambda: make(outer=lambda anchors: torch.optim.SGD([a.detach().clone() for a in anchors]))
+        ),
+        "escape must be an Escape or None, got 3": lambda: make(escape=3),
+        "model must be a torch Module or None, got 5": lambda: make(model=5),
+        "noise must be a number, or a function of the step that returns one, got 'a'": lambda: make(noise="a"),
+        "blend must be None or in [0, 1], got 'a'": lambda: make(blend="a", delay=1),
+        "momentum must be in [0, 1), got 'a'": lambda: OuterSGD(momentum="a"),  # type: ignore[arg-type]
+        "workers must be a process group, Workers or Elastic, got 'x'": lambda: make(workers="x"),
+        "keep_unsent must be True or False, got 'no'": lambda: make(keep_unsent="no"),
+        "offload must be True or False, got 'no'": lambda: make(offload="no"),
     }
     for message, call in cases.items():
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             call()
+    optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(40, 40))]) for _ in range(2)]
+    with pytest.raises(TypeError, match="scaler"):
+        LocalUpdates(optimizers[0], scaler=5)  # type: ignore[arg-type]
+    LocalUpdates(optimizers[1])
+    with pytest.raises(RuntimeError, match="optimizer has LocalUpdates already"):
+        LocalUpdates(optimizers)
+    LocalUpdates(optimizers[0])  # which a constructor that has failed has not marked
     with pytest.warns(UserWarning, match="nothing will be compressed"):
         make([torch.nn.Parameter(torch.zeros(3))])
 
@@ -603,6 +626,29 @@ def test_the_exchange_follows_the_number_of_workers(workers: int, options: dict[
 
     for sent in simulate(body, workers):
         assert sent / (256 * 256 / 8) == pytest.approx(messages, rel=0.06)
+
+
+def test_a_repaired_drift_is_not_sent() -> None:
+    """A wrong number that came with the mean is in worker 1's anchor and parameters; both become worker 0's."""
+
+    def work(rank: int) -> list[float]:
+        x, found = torch.nn.Parameter(torch.zeros(64, 64)), []
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        spec = Compression(Identity(), "direct", compare_every=1, on_drift="repair")
+        local = LocalUpdates(optimizer, spec, every=2)
+        rng = torch.Generator().manual_seed(rank)
+        for t in range(1, 9):
+            x.grad = 1e-4 * torch.randn(64, 64, generator=rng)
+            optimizer.step()
+            if t == 4 and rank == 1:
+                local._fragments[0].anchor.views[0][0, 0] += 100.0
+                x.data[0, 0] += 100.0
+            found.append(float(local.anchor()["parameter 0"][0, 0]))
+        assert len(local.drifts) == 1
+        return [*found[5:], float(x.detach()[0, 0])]
+
+    for found in simulate(work, 4):
+        assert max(map(abs, found)) < 1e-3
 
 
 def test_a_flush_with_nothing_to_exchange_moves_nothing() -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -538,6 +539,26 @@ def test_a_place_where_no_memory_can_be_written_is_refused_at_the_start(tmp_path
         ConfigError, match=r"the memory cannot be written to .*file/memory: (Not a directory|File exists)"
     ):
         Worker(settings={"memory_file": tmp_path / "file" / "memory"})
+
+
+def test_a_worker_with_frozen_parameters_leaves() -> None:
+    """Nothing of theirs can be sent, so it is not waited for."""
+
+    def run(rank: int) -> tuple[bool, float]:
+        worker = Worker(_group(), settings={"grace": 2.0})
+        worker.local.join()
+        worker.train(7)
+        worker.parameters[0].requires_grad_(False)
+        for _ in range(6):
+            worker.gradients()
+            worker.parameters[0].grad = None
+            worker.optimizer.step()
+        start = time.monotonic()
+        return worker.local.leave(), time.monotonic() - start
+
+    for left, seconds in simulate(run, 2):
+        assert left
+        assert seconds < 1.5  # of the grace
 
 
 def test_leaving_without_a_file_is_a_round_of_all_that_is_pending() -> None:

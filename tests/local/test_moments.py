@@ -62,6 +62,9 @@ def test_nothing_changes_without_an_update_or_without_moments() -> None:
     assert torch.equal(state["exp_avg"], before[0])
     assert torch.equal(muon["momentum_buffer"], before[1])
     both.mix([torch.nn.Parameter(torch.ones(3))], [torch.ones(3)])  # which has not been trained yet
+    p.requires_grad_(False)
+    both.mix([p], [torch.ones(4, 3)])
+    assert torch.equal(state["exp_avg"], before[0])
 
 
 def test_what_is_not_finite_or_not_of_the_parameters_shape_stays_as_it_is() -> None:
@@ -76,6 +79,44 @@ def test_what_is_not_finite_or_not_of_the_parameters_shape_stays_as_it_is() -> N
     momentum.mix([p], [update])
     assert torch.equal(state["exp_avg"], m)
     assert bool((update == 1).all())  # an outer optimizer may have kept it
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_outer_momentum_does_not_change_the_mean_update(foreach: bool) -> None:
+    """torch's foreach Nesterov, the default on a GPU, adds the momentum to its gradients in place."""
+
+    def work(worker: int) -> list[float]:
+        rng, p = torch.Generator().manual_seed(worker), torch.nn.Parameter(torch.ones(40, 3))
+        optimizer = AdamW([p], lr=0.1)
+
+        def outer(anchors: list[Any]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True, foreach=foreach)
+
+        local = LocalUpdates(optimizer, WHOLE, every=2, outer=outer, mean_momentum=1.0, keep_unsent=False)
+        found = []
+        for n in range(8):
+            before = p.detach().clone()
+            p.grad = torch.randn(40, 3, generator=rng)
+            optimizer.step()
+            if n % 2 == 0:
+                start, anchor = before, local.anchor()["parameter 0"]
+                assert torch.equal(start, anchor)
+            else:  # u, the mean of start - x, follows from the outer step: a' = a - 0.7 (u + 0.9 b'), b' = 0.9 b + u
+                state = optimizer.state[p]
+                step, b = anchor - local.anchor()["parameter 0"], found[-1][1] if found else torch.zeros(40, 3)
+                u = (step / 0.7 - 0.81 * b) / 1.9
+                found.append((cosine(state["exp_avg"] / state["exp_avg_sq"].sqrt(), u), 0.9 * b + u))
+        return [cos for cos, _ in found]
+
+    for found in simulate(work, 2):
+        assert found == pytest.approx([1.0] * 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
+def test_torchs_optimizers_without_moments_are_refused(name: str) -> None:
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(ValueError, match=f"mean_momentum needs Adam's moments, .* and {name} has none"):
+        LocalUpdates(getattr(torch.optim, name)([p], lr=0.1), WHOLE, mean_momentum=0.5)
 
 
 def test_other_optimizers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:

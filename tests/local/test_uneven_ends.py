@@ -139,6 +139,28 @@ def test_epochs_and_flush(delay: int, weighted: bool, gloo: Gloo) -> None:
         assert steps == 13 + 9
 
 
+def clipped() -> list[float]:
+    """Worker 1 ends after 16 of 64 steps, each of which moves all coordinates of x by about 1."""
+    worker, rng = dist.get_rank(), torch.Generator().manual_seed(dist.get_rank())
+    x = nn.Parameter(torch.zeros(64, 64))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    local = LocalUpdates(optimizer, Compression(Identity(), "direct"), every=4, workers=Workers(clip=2.0))
+    means = []
+    with Join([local]):
+        for _ in range((64, 16)[worker]):
+            x.grad = torch.randn(64, 64, generator=rng) * 0.1 - 1
+            optimizer.step()
+            means.append(float(local.anchor()["parameter 0"].mean()))
+    local.flush()
+    return [means[15], means[-1], float(x.mean())]
+
+
+def test_workers_that_have_ended_do_not_limit_the_others(gloo: Gloo) -> None:
+    """Their norms, 0, are not in the median to which `clip` compares."""
+    first, _ = gloo(clipped, 2)
+    assert first == pytest.approx([16.0, 40.0, 40.0], abs=0.2)
+
+
 def call_inside(call: str) -> str:
     """Worker 0 has ended after 10 steps when worker 1 calls a collective function within `Join`."""
     worker = dist.get_rank()

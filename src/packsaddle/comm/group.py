@@ -117,8 +117,9 @@ class TorchGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         whole = tensor.contiguous()  # gloo ignores the strides of its output
+        data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no numbers of 8 bits
         with self.naming_lost_workers():
-            dist.broadcast(whole, src=self.ranks[0], group=self._group)
+            dist.broadcast(data, src=self.ranks[0], group=self._group)
         if whole is not tensor:
             tensor.copy_(whole)
 

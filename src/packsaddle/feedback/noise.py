@@ -98,7 +98,12 @@ class Noise:
 
     def at_step(self, step: int) -> float:
         """Return the noise std r at `step`. Raises ValueError if it is negative or not finite."""
-        r = float(self.std(step)) if callable(self.std) else float(self.std)
+        given = self.std(step) if callable(self.std) else self.std
+        try:
+            r = float(given)
+        except (TypeError, ValueError):
+            expected = "a number, or a function of the step that returns one"
+            raise ValueError(f"noise must be {expected}, got {given!r} at step {step}") from None
         if not (math.isfinite(r) and r >= 0):
             raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
         return r

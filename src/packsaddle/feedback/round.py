@@ -98,12 +98,10 @@ class ErrorFeedback:
         """Return True if `use` with this compressor of the whole vector would keep the current aggregator."""
         return compressor == self._compressor
 
-    def sends_no_more_than(self, compressor: Compressor) -> bool:
-        """Return True if the current compressor sends messages, predicted to be no larger than those of another one."""
-        if self._by_size is None:
-            return False
+    def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
+        """Return True if `one` sends messages, predicted to be no larger than those of `other`."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
-        return 0 < message_bytes(self._by_size, n, itemsize) <= message_bytes(compressor, n, itemsize)
+        return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
         """Switch to a compressor, and add the residuals that the old aggregator keeps to the error memory.

@@ -94,7 +94,13 @@ class Slice:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        return [place.parameter.shape for place in self._in_order if not place.dense]
+        """Shapes of the compressed parameters, dimensions in the order of memory: n x m for a transposed m x n."""
+        strides, found = dict(zip(self.names, self._strides, strict=True)), []
+        for place in self._in_order:
+            if not place.dense:
+                order = sorted(range(place.parameter.ndim), key=lambda i, s=strides[place.name]: -s[i])  # type: ignore[misc]
+                found.append(torch.Size(place.parameter.shape[i] for i in order))
+        return found
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
         """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""

@@ -5,7 +5,8 @@ exchange a worker continues from its start point: a, or a - e with `keep_unsent`
 update is start - x.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +49,9 @@ class Anchor:
             a.copy_(x)
 
     def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None) -> None:
-        """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11)."""
+        """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11).
+        Frozen parameters keep their anchor: an outer momentum and C(0), which may be nonzero, would move it."""
+        frozen = [(view, view.clone()) for view in self.layout.frozen(self.flat)]
         if isinstance(mean, Averaged):
             self._memory.apply_mean(self.flat, mean)
         elif outer is None:
@@ -59,6 +62,8 @@ class Anchor:
             outer.step()
             for leaf in self.leaves:
                 leaf.grad = None
+        for view, old in frozen:
+            view.copy_(old)
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
         """Move the parameters x after the anchor changed: x <- start + (x - before), with one tensor of `before` per
@@ -101,9 +106,28 @@ class Anchor:
             if p.requires_grad:
                 x.copy_(value)
 
-    def owe(self, change: Tensor) -> None:
-        """Add `change`, float[n], to `owed`: e grew by it, so the start point a - e moved, but x did not."""
-        self.owed = change if self.owed is None else self.owed.add_(change)
+    @property
+    def is_rounded(self) -> bool:
+        """True if a parameter's dtype is narrower than the anchor's, so that its start point is rounded."""
+        return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
+
+    @contextmanager
+    def fixed_update(self) -> Iterator[None]:
+        """Within the context the error memory e may change: the start point a - e moves, but x and the local update do
+        not, since `owed` records the difference."""
+        before = self._moving_start() if self.keeps else None
+        yield
+        if before is not None and (change := before.sub_(self._moving_start())).any():
+            self.owed = change if self.owed is None else self.owed.add_(change)
+
+    def _moving_start(self) -> Tensor:
+        """Return the part of the start point that e moves, float[n]: -e, or a - e if it is rounded to x's dtype."""
+        if not self.is_rounded:
+            return -self._memory.vector
+        found = self.layout.zeros()
+        for view, x, start in zip(found.views, self.tensors(), self.starts(), strict=True):
+            view.copy_(start.to(x.dtype))
+        return found.flat
 
     def subtract_owed(self) -> None:
         """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""
@@ -147,10 +171,10 @@ class PseudoGradient(Update):
         share, xs = self.decay, self.of.tensors()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views
-        if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
-            share -= 1.0
-        elif self.of.keeps:  # start is rounded to x's dtype, so e cannot be combined with it
+        if self.of.keeps and self.of.is_rounded:  # to x's dtype, so e cannot be combined with the start point
             starts = self.of.starts()
+        elif self.of.keeps:
+            share -= 1.0
         for x, start, v in zip(xs, starts, out.views, strict=True):
             torch.sub(start.to(x.dtype).to(start.dtype), x.to(start.device), out=v)
         if share:

@@ -7,6 +7,7 @@ last two.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,11 +138,9 @@ class Fragment(Slice):
     def switch_to(self, compressor: Compressor) -> None:
         """Use another compressor from now on. The old one's residuals are added to the error memory e, and the start
         point moves with a - e, but x does not. Raises ValueError if the exchange does not support the compressor."""
-        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
-        old = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
-        self.use(compressor)
-        if old is not None:
-            self.anchor.owe(memory - old)
+        changes = not self.feedback.uses(compressor) and self.feedback.owner_errors()
+        with self.anchor.fixed_update() if changes else nullcontext():
+            self.use(compressor)
 
     def use(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
@@ -149,12 +148,13 @@ class Fragment(Slice):
     def last_compressor(self) -> Compressor:
         """Return the compressor of a flush to which none is given: four bits a value, or Identity.
 
-        Identity where rounds send more bits; where the exchange would send more bytes, or lose more in `back`, than
-        Identity; and with an outer optimizer, which each further flush would step again with what the last one left.
+        Identity where rounds send more bits, and where the exchange would send more bytes, or lose more in `back`, than
+        Identity.
         """
         spec, four, workers = self._options.compression, Rounded("int4"), self.feedback.channel.group.size
-        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None and self._options.outer is None
-        return four if workers > 1 and is_usual and self.feedback.sends_no_more_than(four) else Identity()
+        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
+        of_rounds = spec.at(max(0, self.rounds - 1))
+        return four if workers > 1 and is_usual and self.feedback.sends_no_more(of_rounds, four) else Identity()
 
     def exchange(self, p: PendingExchange, step: int, norms: Tensor | None = None, *, as_vector: bool) -> None:
         """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
@@ -235,9 +235,11 @@ class Fragment(Slice):
         if applied:
             assert p.mean is not None
             self.rounds += 1
-            # A flush with nothing to exchange must not move the anchor, as an outer momentum would.
-            if not (p.flush and isinstance(p.mean, Tensor) and not p.mean.any()):
-                self.anchor.apply_mean(p.mean, outer)
+            # A flush has less than a round's steps, or none: an outer momentum would move the anchor beyond them.
+            outer, mean = None if p.flush else outer, p.mean
+            if outer is not None and self._options.mean_momentum and isinstance(mean, Tensor):
+                mean = mean.clone()  # torch's foreach SGD changes its gradients, and the mean is still needed
+            self.anchor.apply_mean(mean, outer)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
             p.leaves_rest = p.flush is not None and bool(p.share) and (is_clipped or not p.flush.lossless)
             if p.flush and p.share and not p.leaves_rest:  # a weighted v leaves a residual: its rounding error
@@ -288,19 +290,19 @@ class Fragment(Slice):
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Restore the aggregator with its residuals, and the unsent change of x, `Anchor.owed`. Call after loading."""
-        memory = self.feedback.memory.vector
-        before = memory.clone()
-        aggregator = typed(SavedAggregator | None, saved["aggregator"])
+        aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
+        if saved["owed"]:
+            self.anchor.owed = self.zeros().flat
+            for name, view in self._named(self.anchor.owed).items():
+                view.copy_(saved["owed"][name])
+        # If another aggregator saved a residual, e grows by it, so the start point a - e moves, but x does not.
         if aggregator is not None:
-            self.use(self._options.compression.at(max(0, self.rounds - 1)))
-            self.feedback.restore(aggregator, saved["owner_error"] or {})
-        # If another aggregator saved a residual, e grew by it, so the start point a - e moved, but x did not. A delayed
-        # exchange will move x to the start point, so nothing is owed then.
-        owed = memory.sub(before).mul_(float(self.anchor.keeps))
-        for place, view in self.named(owed) if saved["owed"] else ():
-            view.add_(saved["owed"][place.name].to(view))
-        moves = self.current is not None and self.current.applied
-        self.anchor.owed = owed if not moves and owed.any() else None
+            with self.anchor.fixed_update():
+                self.use(self._options.compression.at(max(0, self.rounds - 1)))
+                self.feedback.restore(aggregator, saved["owner_error"] or {})
+        # A delayed exchange will move x to the start point, so nothing is owed then.
+        if self.current is not None and self.current.applied:
+            self.anchor.owed = None
 
     def _saved_exchange(self) -> SavedExchange | None:
         p = self.current

@@ -28,15 +28,15 @@ def names_of(optimizers: Iterable[Optimizer]) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
-def follow(optimizer: Any, local: object) -> None:
-    """Mark `optimizer` as exchanged by `local`, a `LocalUpdates`: set `optimizer.exchanged_by`, not saved in its state.
-    Raises RuntimeError if it is marked already: workers would exchange every change twice."""
-    if getattr(optimizer, "exchanged_by", None) is not None:
-        raise RuntimeError(
-            f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
-            f"{type(optimizer).__name__} anew"
-        )
-    optimizer.exchanged_by = local
+def check_not_followed(optimizers: Iterable[Optimizer]) -> None:
+    """Raise RuntimeError if a `LocalUpdates` exchanges one of them already: workers would exchange each change twice.
+    The attribute `exchanged_by` of an optimizer is its `LocalUpdates`, and is not saved in its state."""
+    for optimizer in optimizers:
+        if getattr(optimizer, "exchanged_by", None) is not None:
+            raise RuntimeError(
+                f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
+                f"{type(optimizer).__name__} anew"
+            )
 
 
 def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
@@ -228,6 +228,12 @@ class JoinedOptimizer(Optimizer):
         for member in self.members:
             member.step()
         return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raise RuntimeError: no member would step `param_group`."""
+        if len(self.param_groups) == sum(self._sizes):
+            raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load `state_dict`, which this class saved, into all members."""

@@ -31,7 +31,7 @@ class MeanMomentum:
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._optimizers, self._fraction, self._shards = optimizers, fraction, shards
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in optimizers)
-        if self._may_warn and all(type(o).__module__.startswith("torch.optim.") for o in optimizers):
+        if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in optimizers):
             raise ValueError(
                 f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(optimizers)} has "
                 f"none: set mean_momentum=0"
@@ -40,9 +40,9 @@ class MeanMomentum:
     def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
         """Mix the mean update of each parameter into its first moment, in place.
 
-        No-op for a parameter without moments of its shape, with an infinite one, or whose mean update is 0. Collective
-        over the shards of this worker. Logs a warning the first time that no parameter has moments, unless an
-        optimizer is one of torch's with them.
+        No-op for a parameter that is frozen, without moments of its shape, with an infinite one, or whose mean update
+        is 0. Collective over the shards of this worker. Logs a warning the first time that no parameter has moments,
+        unless an optimizer is one of torch's with them.
         """
         # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
         moments = [self._moments(p) for p in parameters]
@@ -66,10 +66,10 @@ class MeanMomentum:
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the local parts of m and v of a parameter; None if it has none, or of another shape."""
+        """Return the local parts of m and v of a parameter; None if it is frozen, or has none or of another shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
         v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the former with amsgrad
-        if "exp_avg" not in state or v is None:
+        if not p.requires_grad or "exp_avg" not in state or v is None:
             return None
         found = local_part(state["exp_avg"]), local_part(v)
         return found if all(x.shape == local_part(p).shape for x in found) else None

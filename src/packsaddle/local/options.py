@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
+from packsaddle.comm.group import resolve
 from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
@@ -60,7 +61,7 @@ class Overlap(Option):
     def __post_init__(self) -> None:
         check_integers(0, delay=self.delay)
         check_integers(1, fragments=self.fragments)
-        if self.blend is not None and not 0 <= self.blend <= 1:
+        if self.blend is not None and not (_is_number(self.blend) and 0 <= self.blend <= 1):
             raise ValueError(f"blend must be None or in [0, 1], got {self.blend!r}")
         if self.blend is not None and not self.delay:
             raise ValueError("blend needs a delay above 0: without one there is nothing to blend with")
@@ -197,7 +198,7 @@ class OuterSGD(Option):
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr)
-        if not 0 <= self.momentum < 1:
+        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
@@ -238,6 +239,16 @@ class LocalOptions(Option):
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
         object.__setattr__(self, "mean_momentum", float(self.mean_momentum))  # 1 and 1.0 are equal on workers
+        # Types: another object would fail later, or be used as True.
+        for name in ("keep_unsent", "offload"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not (self.escape is None or isinstance(self.escape, Escape)):
+            raise TypeError(f"escape must be an Escape or None, got {self.escape!r}")
+        outer: Any = self.outer
+        if not (outer is None or callable(outer)) or outer is OuterSGD:
+            expected = "a function of the anchor's tensors that returns a torch optimizer, such as OuterSGD()"
+            raise TypeError(f"outer must be {expected}, or None, got {outer!r}")
         if not spec.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")
         if spec.memory != "buffer":
@@ -262,6 +273,10 @@ class LocalOptions(Option):
                 f"workers must be a process group, Workers or Elastic, got {workers!r}: the launcher sets their number"
             )
         elif not isinstance(workers, Workers | Elastic):
+            try:
+                resolve(workers)
+            except TypeError:
+                raise TypeError(f"workers must be a process group, Workers or Elastic, got {workers!r}") from None
             workers = Workers(workers)
         alike = isinstance(workers, Workers) and not workers.are_uneven
         compression = Compression.of(compressor, "auto" if alike else "direct")

@@ -13,6 +13,7 @@ With every=1, x <- a, inner SGD and no outer optimizer, this is the paper's Algo
 Algorithm 1).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,7 +38,7 @@ from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.guard import Records
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import Attempts, as_optimizers
+from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
@@ -47,8 +48,8 @@ from packsaddle.local.inner import (
     Shards,
     check_covers,
     check_no_others,
+    check_not_followed,
     check_parameters,
-    follow,
     named_parameters,
     names_of,
 )
@@ -179,6 +180,10 @@ class LocalUpdates(Records, JoinableSteps):
             if hasattr(each, "channel"):
                 name = type(each).__name__
                 raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
+        check_not_followed(self.optimizers)
+        check_scaler(scaler)
+        if not (model is None or isinstance(model, torch.nn.Module)):
+            raise TypeError(f"model must be a torch Module or None, got {model!r}")
         self.options = options = LocalOptions.of(
             *(compressor, overlap, workers, noise),
             every=every,
@@ -202,6 +207,7 @@ class LocalUpdates(Records, JoinableSteps):
         self._with_others = Bytes()  # correction of `uncompressed` for steps with another number of workers
         self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
+        self._has_ended = False  # in torch's Join: this worker has no more data
 
         # Set up the process group. Exchanges with a delay run in the background if the group supports it.
         elastic = options.workers if isinstance(options.workers, Elastic) else None
@@ -235,6 +241,8 @@ class LocalUpdates(Records, JoinableSteps):
             if not isinstance(self.outer, Optimizer):
                 made = type(self.outer).__name__
                 raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
+            if {id(p) for p in parameters_of([self.outer])} != {id(leaf) for leaf in leaves.values()}:
+                raise ValueError("outer must return an optimizer of the tensors that it is given, and has others")
         momentum = MeanMomentum(self.optimizers, mean_momentum, agree) if mean_momentum else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank, momentum)
         self._skips = self._outcomes.skips
@@ -265,7 +273,7 @@ class LocalUpdates(Records, JoinableSteps):
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
         for each in (*self.optimizers, *([self.outer] if self.outer else [])):
-            follow(each, self)
+            each.exchanged_by = self  # type: ignore[attr-defined]
         warns = elastic is None and group.size > 1 and group.rank == 0 and group.sends
         self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
@@ -301,6 +309,7 @@ class LocalUpdates(Records, JoinableSteps):
             self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
+        self._has_ended = has_ended
         self.steps += 1
         self._outcomes.check_step()
         # With a manager, the workers present decide when a round is due.
@@ -333,6 +342,8 @@ class LocalUpdates(Records, JoinableSteps):
         delay = 0 if flush else self.options.overlap.delay
         share = self._participation.share() if flush else self._participation.share_after(self.steps)
         p = part.begin(self.steps + delay, share, later=delay > 0, flush=flush)
+        if p.norm is not None and self._has_ended:  # it has no local update whose norm could limit the others'
+            p.norm.fill_(math.nan)
         self._outcomes.register(part, p)
         # Without an outer optimizer and a delay, the mean is subtracted from the anchor term by term.
         as_vector = delay > 0 or self.outer is not None
@@ -353,8 +364,13 @@ class LocalUpdates(Records, JoinableSteps):
                 return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
 
             anchors = [f.anchor.flat for f in self._fragments]
+            before = [f.anchor.copy_starts() for f in self._fragments]
             step = p.due - self.options.overlap.delay
             self._lockstep.run("compares anchors", step, partial(self._drift.compare, t, anchors, named))
+            # The parameters move with a repaired anchor; else the difference would be sent as a local update.
+            for f, starts in zip(self._fragments, before, strict=True):
+                if not all(map(torch.equal, starts, f.anchor.copy_starts())):
+                    f.anchor.move(starts)
         # Lines 4-8 of Algorithm 1, at the anchor.
         if self._escape is not None:
             try:
@@ -613,15 +629,16 @@ class LocalUpdates(Records, JoinableSteps):
         """Exchange pending updates, so that all workers have the same parameters, those of the anchor; collective.
 
         Call at the end of training. Running exchanges are applied first; then pending updates of the whole model are
-        exchanged without noise. Updates that compression leaves out stay in the error memories for later rounds.
+        exchanged without noise, and their mean is subtracted from the anchor, also with an outer optimizer, whose
+        momentum is of whole rounds. Updates that compression leaves out stay in the error memories for later rounds.
         Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round of all present
         workers, also of those that continue training.
 
         Args:
             compressor: compresses this exchange. None: Rounded("int4"), an eighth of the bytes, where rounds send no
-                more than that, by exchange "auto" (the default) or "two-way", without `back` and `outer`; elsewhere
-                uncompressed. Identity(): uncompressed, after which error memories are 0 (except the excess of clipped
-                updates, see `Workers`): use it before you freeze parameters.
+                more than that, by exchange "auto" (the default) or "two-way", without `back`; elsewhere uncompressed.
+                Identity(): uncompressed, after which error memories are 0 (except the excess of clipped updates, see
+                `Workers`): use it before you freeze parameters.
 
         Parameters frozen since the last exchange keep their values. Raises TypeError or ValueError for an unsuitable
         compressor, also if workers pass different ones, and RuntimeError for a compressor with a manager.
@@ -681,6 +698,7 @@ class LocalUpdates(Records, JoinableSteps):
         True
         >>> local.average(ema)
         """
+        self._check_here("average()")
         if self.membership is not None:
             raise RuntimeError("average is for a fixed set of workers; with a manager, evaluate the anchor")
         if isinstance(tensors, torch.nn.Module):
@@ -706,6 +724,7 @@ class LocalUpdates(Records, JoinableSteps):
         Parameters and inner optimizers' states differ between workers, and must be saved separately, on every worker.
         Raises RuntimeError if one optimizer has made the current step and another has not.
         """
+        self._check_here("state_dict()")
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
         self.wait()
@@ -719,6 +738,7 @@ class LocalUpdates(Records, JoinableSteps):
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
+        self._check_here("load_state_dict()")
         self.saved_state.load(state)
         self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):

@@ -279,9 +279,8 @@ class Membership:
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
         compared = every > 0 and self._rounds % every == 0
-        # A worker that has not joined only receives (weight 0). One without steps since its last round has an
-        # `idle_weight` if it has an error memory, or unsent updates of fragments that were not in that round.
-        has_more = len(self._fragments) > 1 and not self.account.since and self._has_pending()
+        # A worker that has not joined only receives (weight 0). One without steps since its last round has its
+        # `idle_weight` where all pending updates are sent, so that theirs have the weights of ordinary rounds.
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
@@ -294,7 +293,7 @@ class Membership:
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
             weight=self.account.weight(self.settings.weight) if self.joined else 0.0,
-            idle_weight=self.account.last_weight if self.account.norm or has_more else 0.0,
+            idle_weight=self.account.last_weight if self.joined else 0.0,
             seconds=seconds,
             lost=self.account.found_lost,
         )
@@ -542,7 +541,12 @@ class Membership:
         return False
 
     def _has_pending(self) -> bool:
-        return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
+        """Return True if a round would send updates: those of frozen parameters stay."""
+        pending = [part.unapplied() for part in self._fragments]
+        for part, vector in zip(self._fragments, pending, strict=True):
+            for view in part.frozen(vector):
+                view.zero_()
+        return self.joined and any(bool(vector.any()) for vector in pending)
 
     def _exit(self) -> NoReturn:
         end_process(0 if self.leave() else 1)
