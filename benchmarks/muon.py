@@ -83,7 +83,7 @@ class Method:
     flush: bool = True  # False: ends with the anchor, without what is still to be sent
     betas: tuple[float, float] = (0.9, 0.99)
     momentum: float = 0.95  # Muon's
-    exchange: Literal["auto", "direct", "two-way"] = "auto"
+    exchange: Literal["auto", "direct", "two-way", "senders"] = "auto"
     share: float = 1.0  # fraction of the setting's steps
     dense_below: int = 1024
     mean_momentum: float = 0.0
@@ -117,19 +117,26 @@ def _methods() -> Iterator[tuple[str, Method]]:
     yield "AdamW, dense", Method()
     yield "AdamW, dense, beta1 0.8", Method(betas=(0.8, 0.99))
     yield "Muon, dense", Method("muon")
-    sign, top, sparse = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(64 / 4096, chunk=4096, values="int2")
+    sign, top = Sign(per_tensor=True), TopK(1 / 16, values="int2")
     for name, base in (("Muon", Method("muon")), ("AdamW", Method(betas=(0.8, 0.99)))):
         for every in (8, 32):
             for how, compressor in (("Sign", sign), ("TopK 1/16 int2", top)):
                 plain = replace(base, compressor=compressor, every=every)
                 yield f"{name}, local {every}, {how}", plain
                 yield f"{name}, local {every}, {how}, outer 0.7 0.5", replace(plain, outer=(0.7, 0.5))
+            by_senders = replace(base, compressor=top, every=every, exchange="senders")
+            yield f"{name}, local {every}, TopK 1/16 int2, by senders", by_senders
             exact = replace(base, compressor=Identity(), every=every, keep=False)
             yield f"{name}, local SGD {every}", exact
             for momentum in (0.9, 0.5, 0.0):
                 yield f"{name}, DiLoCo {every}, {momentum:g}", replace(exact, outer=(0.7, momentum))
-            published = replace(exact, compressor=sparse, outer=(1.0, 0.0), decay=0.95, flush=False)
-            yield f"{name}, SparseLoCo {every}", published
+            # As in its code, each coordinate is averaged over the workers that sent it; nothing is sent at the end.
+            published = replace(exact, exchange="senders", outer=(1.0, 0.0), decay=0.95, flush=False)
+            for k, words in ((64, ""), (256, ", 256 of 4096")):
+                sparse = TopK(k / 4096, chunk=4096, values="int2")
+                yield f"{name}, SparseLoCo {every}{words}", replace(published, compressor=sparse)
+        four_bits = replace(base, compressor=Rounded("int4"), every=32, outer=(0.7, 0.5))
+        yield f"{name}, local 32, Rounded int4, outer 0.7 0.5", four_bits
         exact = replace(base, compressor=Identity(), keep=False)
         for every in (64, 128, 256, 512):
             yield f"{name}, local SGD {every}", replace(exact, every=every)
@@ -137,6 +144,9 @@ def _methods() -> Iterator[tuple[str, Method]]:
             yield f"{name}, local SGD {every}, 16 bits", replace(exact, compressor=Half(), every=every)
         for momentum in (0.9, 0.5, 0.0):
             yield f"{name}, DiLoCo 128, {momentum:g}", replace(exact, every=128, outer=(0.7, momentum))
+        for outer in ((0.3, 0.9), (0.9, 0.5)):
+            words = f"{name}, DiLoCo 32, {outer[1]:g}, outer rate {outer[0]:g}"
+            yield words, replace(exact, every=32, outer=outer)
 
 
 METHODS = dict(_methods())
@@ -373,7 +383,7 @@ FIGURE = {
     "AdamW, local 8, Sign": ("AdamW, LocalUpdates", "#e8871e"),
     "Muon, local 8, Sign": ("Muon, LocalUpdates", "#d1495b"),
     "Muon, local SGD 8": ("Muon, torch's local SGD", "#6a994e"),
-    "Muon, DiLoCo 32, 0.9": ("Muon, DiLoCo", "#2e6f95"),
+    "Muon, DiLoCo 32, 0.5": ("Muon, DiLoCo", "#2e6f95"),
 }
 
 

@@ -154,8 +154,11 @@ def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
 
 
 def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
-    """Set up SparseLoCo (Sarfi et al. 2025, algorithm 1): sends the largest entries of 0.95 e + (a - x) in 2 bits."""
-    compression = Compression(TopK(64 / 4096, chunk=4096, values="int2"), decay=0.95)
+    """Set up SparseLoCo (Sarfi et al. 2025, algorithm 1): sends the largest entries of 0.95 e + (a - x) in 2 bits.
+
+    As in its code, a coordinate of the mean is averaged over the workers that sent it.
+    """
+    compression = Compression(TopK(64 / 4096, chunk=4096, values="int2"), exchange="senders", decay=0.95)
     outer = OuterSGD(1.0, momentum=0.0)
     local = LocalUpdates(sgd, compression, every=contender.number, outer=outer, keep_unsent=False)
     return Racer(task, task, sgd, _counted(local))
