@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from packsaddle import LocalUpdates, LowRank
-from packsaddle.feedback.slices import FlatParameters, check_no_shared_memory
+from packsaddle.feedback.slices import FlatParameters, Place, Slice, check_no_shared_memory
 
 
 def flatten(module: nn.Module, dense_below: int = 0) -> FlatParameters:
@@ -53,6 +53,21 @@ def test_low_rank_matrices_are_as_in_memory() -> None:
             local.optimizers[0].step()
         assert x.stride() == update.stride()
         assert float(local.pending().norm()) < 1e-3 * float(update.norm())
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shape"),
+    [
+        (torch.ones(4, 6), (4, 6)),
+        (torch.ones(6, 4).t(), (6, 4)),
+        (torch.ones(1, 64, 32).permute(1, 2, 0), (64, 32, 1)),  # the stride of the 1 is the largest
+        (torch.ones(8, 4, 3, 3).contiguous(memory_format=torch.channels_last), (8, 3, 3, 4)),
+        (torch.ones(8, 4, 1, 1).contiguous(memory_format=torch.channels_last), (8, 4, 1, 1)),
+    ],
+)
+def test_shapes_are_in_the_order_of_memory(parameter: torch.Tensor, shape: tuple[int, ...]) -> None:
+    one = Slice([Place("x", torch.nn.Parameter(parameter), dense=False, start=0)], torch.device("cpu"))
+    assert [tuple(s) for s in one.shapes] == [shape]
 
 
 def test_parameters_with_gaps_become_contiguous() -> None:

@@ -237,6 +237,16 @@ def test_the_median_is_over_the_workers_of_the_round() -> None:
     assert factors_of(torch.tensor([0.0, 0.0, 5.0]), 2.0).tolist() == [1.0, 1.0, 0.0]
     assert factors_of(torch.tensor([1.0, 1.0, float("inf")]), 2.0).tolist() == [1.0, 1.0, 0.0]
     assert factors_of(torch.zeros(3), 2.0).tolist() == [1.0] * 3
+    # Negative, of a worker that has ended: limited, but not counted, nor is a zero.
+    assert factors_of(torch.tensor([1.0, -0.0, -0.0, 8.0, -8.0, 1.0, -1.0]), 2.0).tolist() == [
+        1,
+        1,
+        1,
+        0.25,
+        0.25,
+        1,
+        1,
+    ]
     assert factors_of(torch.full((3,), nan), 2.0).tolist() == [1.0] * 3
 
 

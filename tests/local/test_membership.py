@@ -16,7 +16,19 @@ from elastic_fakes import COMPRESSION, FakeManager, Worker
 from torch import Tensor
 
 import packsaddle
-from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, LowRank, RandomK, TopK, simulate
+from packsaddle import (
+    Compression,
+    Compressor,
+    Elastic,
+    Escape,
+    Identity,
+    LocalUpdates,
+    LowRank,
+    RandomK,
+    Sign,
+    TopK,
+    simulate,
+)
 from packsaddle.comm import Group, PeerLostError, Solo, connect
 from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
@@ -539,6 +551,44 @@ def test_a_place_where_no_memory_can_be_written_is_refused_at_the_start(tmp_path
         ConfigError, match=r"the memory cannot be written to .*file/memory: (Not a directory|File exists)"
     ):
         Worker(settings={"memory_file": tmp_path / "file" / "memory"})
+
+
+@pytest.mark.parametrize("compressor", [Sign(), Identity()], ids=repr)
+def test_a_second_flush_sends_nothing(compressor: Compressor) -> None:
+    def run(rank: int) -> tuple[int, int, int]:
+        worker = Worker(_group(), compressor=Compression(compressor, dense_below=0))
+        worker.local.join()
+        worker.train(7)
+        sent = [worker.local.ledger.total.sent]
+        for _ in range(2):
+            assert worker.local.flush()
+            sent.append(worker.local.ledger.total.sent)
+        return sent[1] - sent[0], sent[2] - sent[1], worker.local.rounds
+
+    for first, second, rounds in simulate(run, 3):
+        assert second < first - 200  # of 30 numbers, float64, of two workers
+        assert rounds == 3
+
+
+def test_a_newcomer_without_updates_is_not_in_a_flush() -> None:
+    """It has been in no round with an update, so nothing that the others have to send is divided by three."""
+
+    def run(rank: int) -> tuple[Tensor, Tensor]:
+        worker = Worker(_group(), compressor=Compression(Sign(), dense_below=0))
+        worker.local.join()
+        start = worker.anchor()
+        if rank < 2:
+            worker.train(6)
+        else:
+            for _ in range(2):
+                worker.local.membership.round(uncompressed=False)  # type: ignore[union-attr]
+        assert worker.local.flush()
+        return start - worker.anchor(), worker.moved
+
+    found = simulate(run, 3)
+    mean = (found[0][1] + found[1][1]) / 2
+    for moved, _ in found:
+        torch.testing.assert_close(moved, mean, rtol=1e-12, atol=1e-12)
 
 
 def test_a_worker_with_frozen_parameters_leaves() -> None:

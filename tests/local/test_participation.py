@@ -168,7 +168,9 @@ def test_rounds_are_drawn_evenly() -> None:
     assert members != [Participation(None, 0.4, 5, 0, seed=2).members(step) for step in range(2000)]
 
 
-@pytest.mark.parametrize(("sample", "workers", "drawn"), [(0.07, 100, 7), (0.28, 25, 7), (0.3, 4, 2), (0.01, 3, 1)])
+@pytest.mark.parametrize(
+    ("sample", "workers", "drawn"), [(0.07, 100, 7), (0.28, 25, 7), (0.3, 4, 2), (0.01, 3, 1), (1e-12, 2, 1)]
+)
 def test_the_number_drawn_is_rounded_up(sample: float, workers: int, drawn: int) -> None:
     """Not that of a product such as 0.07 * 100, which is above 7."""
     assert len(Participation(None, sample, workers, 0, seed=1).members(0)) == drawn

@@ -98,8 +98,10 @@ class Slice:
         strides, found = dict(zip(self.names, self._strides, strict=True)), []
         for place in self._in_order:
             if not place.dense:
-                order = sorted(range(place.parameter.ndim), key=lambda i, s=strides[place.name]: -s[i])  # type: ignore[misc]
-                found.append(torch.Size(place.parameter.shape[i] for i in order))
+                # Dimensions of size 1, whose strides mean nothing, come last.
+                shape, stride = place.parameter.shape, strides[place.name]
+                sizes = sorted(zip((size == 1 for size in shape), (-step for step in stride), shape, strict=True))
+                found.append(torch.Size(size for _, _, size in sizes))
         return found
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:

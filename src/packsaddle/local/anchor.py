@@ -49,9 +49,7 @@ class Anchor:
             a.copy_(x)
 
     def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None) -> None:
-        """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11).
-        Frozen parameters keep their anchor: an outer momentum and C(0), which may be nonzero, would move it."""
-        frozen = [(view, view.clone()) for view in self.layout.frozen(self.flat)]
+        """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11)."""
         if isinstance(mean, Averaged):
             self._memory.apply_mean(self.flat, mean)
         elif outer is None:
@@ -62,8 +60,6 @@ class Anchor:
             outer.step()
             for leaf in self.leaves:
                 leaf.grad = None
-        for view, old in frozen:
-            view.copy_(old)
 
     def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
         """Move the parameters x after the anchor changed: x <- start + (x - before), with one tensor of `before` per

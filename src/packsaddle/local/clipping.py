@@ -58,8 +58,10 @@ def norm_of(v: Tensor, share: float) -> Tensor:
 
 def factors_of(norms: Tensor, most: float) -> Tensor:
     """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W]. m
-    is the median without NaNs; of an even number the lower middle one, which half of the workers cannot raise."""
+    is the median without NaNs and negative norms, whose updates are limited but not counted; of an even number the
+    lower middle one, which half of the workers cannot raise."""
     wide = norms.double()
-    limit = most * wide.nanmedian()
+    limit = most * wide.masked_fill(wide.signbit(), math.nan).nanmedian()
+    wide = wide.abs()
     factors: Tensor = torch.where(wide > limit, limit / wide, 1.0)
     return factors

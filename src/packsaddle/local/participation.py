@@ -24,7 +24,7 @@ class Participation:
         self.rank, self._seed = rank, mix(seed, _OF_ROUNDS)
         self.weights, self._mine = [1.0] * workers, weight
         self.samples = sample < 1
-        self._chosen = math.ceil(sample * workers - 1e-9)  # without rounding errors: 0.07 of 100 are 7
+        self._chosen = max(1, math.ceil(sample * workers - 1e-9))  # without rounding errors: 0.07 of 100 are 7
 
     def exchange(self, channel: Communicator, device: torch.device) -> None:
         """Gather the weights of all workers; collective. No-op for equal weights."""

@@ -13,7 +13,6 @@ With every=1, x <- a, inner SGD and no outer optimizer, this is the paper's Algo
 Algorithm 1).
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -242,7 +241,7 @@ class LocalUpdates(Records, JoinableSteps):
                 made = type(self.outer).__name__
                 raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
             if {id(p) for p in parameters_of([self.outer])} != {id(leaf) for leaf in leaves.values()}:
-                raise ValueError("outer must return an optimizer of the tensors that it is given, and has others")
+                raise ValueError("outer must return an optimizer of all tensors that it is given, and of no others")
         momentum = MeanMomentum(self.optimizers, mean_momentum, agree) if mean_momentum else None
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank, momentum)
         self._skips = self._outcomes.skips
@@ -342,8 +341,8 @@ class LocalUpdates(Records, JoinableSteps):
         delay = 0 if flush else self.options.overlap.delay
         share = self._participation.share() if flush else self._participation.share_after(self.steps)
         p = part.begin(self.steps + delay, share, later=delay > 0, flush=flush)
-        if p.norm is not None and self._has_ended:  # it has no local update whose norm could limit the others'
-            p.norm.fill_(math.nan)
+        if p.norm is not None and self._has_ended:  # it has no local update with which others' could be compared
+            p.norm.neg_()
         self._outcomes.register(part, p)
         # Without an outer optimizer and a delay, the mean is subtracted from the anchor term by term.
         as_vector = delay > 0 or self.outer is not None
@@ -359,17 +358,18 @@ class LocalUpdates(Records, JoinableSteps):
             return False
         # The anchors must be equal on all workers.
         if self._drift.due(t) and part is self._fragments[-1]:
+            before = list[list[Tensor]]()  # the start points, if anchors differ
 
             def named() -> list[tuple[str, Tensor]]:
+                before.extend(f.anchor.copy_starts() for f in self._fragments)
                 return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
 
             anchors = [f.anchor.flat for f in self._fragments]
-            before = [f.anchor.copy_starts() for f in self._fragments]
             step = p.due - self.options.overlap.delay
             self._lockstep.run("compares anchors", step, partial(self._drift.compare, t, anchors, named))
             # The parameters move with a repaired anchor; else the difference would be sent as a local update.
-            for f, starts in zip(self._fragments, before, strict=True):
-                if not all(map(torch.equal, starts, f.anchor.copy_starts())):
+            for f, starts in zip(self._fragments, before, strict=False):
+                if f.current is None:  # else a running exchange will move them
                     f.anchor.move(starts)
         # Lines 4-8 of Algorithm 1, at the anchor.
         if self._escape is not None:
@@ -698,7 +698,6 @@ class LocalUpdates(Records, JoinableSteps):
         True
         >>> local.average(ema)
         """
-        self._check_here("average()")
         if self.membership is not None:
             raise RuntimeError("average is for a fixed set of workers; with a manager, evaluate the anchor")
         if isinstance(tensors, torch.nn.Module):

@@ -254,9 +254,9 @@ class Membership:
         self._check(hellos, mine)
         # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
         dense = any(hello.dense for hello in hellos)
-        weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
-        parts: list[Fragment] = []
-        if any(weights):
+        weights, parts = [0.0] * len(hellos), list[Fragment]()
+        if any(h.weight or (dense and h.idle_weight > 0) for h in hellos):
+            weights = [h.weight or abs(h.idle_weight) if dense else h.weight for h in hellos]
             parts = list(self._fragments) if dense else [self._due]
         self._energy = 0.0
         for part in parts:
@@ -279,8 +279,12 @@ class Membership:
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
         compared = every > 0 and self._rounds % every == 0
-        # A worker that has not joined only receives (weight 0). One without steps since its last round has its
-        # `idle_weight` where all pending updates are sent, so that theirs have the weights of ordinary rounds.
+        # A worker that has not joined only receives (weight 0). One without steps since its last round has the
+        # `idle_weight` of ordinary rounds where all pending updates are sent: an error memory, or unsent updates of
+        # fragments that were not in that round. Without any its zeros count with others' updates (negative).
+        own = self.account
+        has_more = len(self._fragments) > 1 and not own.since and self._has_pending()
+        idle_weight = own.last_weight if self.joined and (own.counted or own.norm) else 0.0
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
@@ -293,7 +297,7 @@ class Membership:
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
             weight=self.account.weight(self.settings.weight) if self.joined else 0.0,
-            idle_weight=self.account.last_weight if self.joined else 0.0,
+            idle_weight=idle_weight if own.norm or has_more else -idle_weight,
             seconds=seconds,
             lost=self.account.found_lost,
         )

@@ -38,7 +38,7 @@ class Hello:
     dense: int  # 1: requests a round that sends all pending updates
     keeps: int  # 1: its file has its error memory as of its last round
     weight: float  # its weight in the mean; 0: it only receives
-    idle_weight: float  # its weight in a round with dense = 1, if `weight` is 0
+    idle_weight: float  # its weight in a round with dense = 1, if `weight` is 0; negative: it has nothing to send
     seconds: float  # seconds per inner step; 0: unknown
     lost: float  # norm of error memories that it found to be lost
 
