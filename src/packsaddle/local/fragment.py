@@ -153,8 +153,13 @@ class Fragment(Slice):
         """
         spec, four, workers = self._options.compression, Rounded("int4"), self.feedback.channel.group.size
         is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
-        of_rounds = spec.at(max(0, self.rounds - 1))
-        return four if workers > 1 and is_usual and self.feedback.sends_no_more(of_rounds, four) else Identity()
+        sends_less = self.feedback.sends_no_more(self._of_last_round, four)
+        return four if workers > 1 and is_usual and sends_less else Identity()
+
+    @property
+    def _of_last_round(self) -> Compressor:
+        """The compressor of the last round, which is not that of a flush; before the first round, its compressor."""
+        return self._options.compression.at(max(0, self.rounds - 1))
 
     def exchange(self, p: PendingExchange, step: int, norms: Tensor | None = None, *, as_vector: bool) -> None:
         """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
@@ -285,20 +290,18 @@ class Fragment(Slice):
 
     def _load_error(self, saved: Mapping[str, Tensor]) -> None:
         self.feedback.drop_aggregator()
-        for name, view in self._named(self.feedback.memory.vector).items():
-            view.copy_(saved[name])
+        self._fill(self.feedback.memory.vector, saved)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Restore the aggregator with its residuals, and the unsent change of x, `Anchor.owed`. Call after loading."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
         if saved["owed"]:
             self.anchor.owed = self.zeros().flat
-            for name, view in self._named(self.anchor.owed).items():
-                view.copy_(saved["owed"][name])
+            self._fill(self.anchor.owed, saved["owed"])
         # If another aggregator saved a residual, e grows by it, so the start point a - e moves, but x does not.
         if aggregator is not None:
             with self.anchor.fixed_update():
-                self.use(self._options.compression.at(max(0, self.rounds - 1)))
+                self.use(self._of_last_round)
                 self.feedback.restore(aggregator, saved["owner_error"] or {})
         # A delayed exchange will move x to the start point, so nothing is owed then.
         if self.current is not None and self.current.applied:
@@ -324,8 +327,7 @@ class Fragment(Slice):
         if saved is None:
             return
         mean = self.zeros().flat if saved.applied else None
-        for name, view in self._named(mean).items():
-            view.copy_(saved.mean[name])
+        self._fill(mean, saved.mean)
         here = self.anchor.tensors()
         before = [saved.start[place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
         invalid = torch.tensor(saved.invalid, device=self.anchor.flat.device)
@@ -335,6 +337,11 @@ class Fragment(Slice):
 
     def _named(self, flat: Tensor | None) -> dict[str, Tensor]:
         return {} if flat is None else self.by_name(flat)
+
+    def _fill(self, flat: Tensor | None, saved: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors, by parameter, into a vector, float[n]; None: no-op."""
+        for name, view in self._named(flat).items():
+            view.copy_(saved[name])
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:
