@@ -10,6 +10,8 @@ from rich.table import Table
 from packsaddle.cli.console import brief, print_table
 from packsaddle.cli.doctor import examine
 
+pytestmark = pytest.mark.usefixtures("first_timings")  # the form of tables does not depend on them
+
 
 def test_long_cells_are_wrapped_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("compressor", "exchange", "bytes")

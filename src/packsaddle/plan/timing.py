@@ -39,9 +39,10 @@ def side_by_side(
     each function are within this fraction of each other, or for `limit` seconds.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
+    fastest: dict[str, list[float]] = {name: [] for name in works}  # three of each
+    spent = 0.0
     for attempt in count():
-        times = list(taken.values())
-        is_settled = all(_is_reproduced(each, within) for each in times) or sum(map(sum, times)) >= limit
+        is_settled = all(_is_reproduced(each, within) for each in fastest.values()) or spent >= limit
         if attempt >= warm_up + repeats and is_settled:
             break
         for name, work in works.items():
@@ -49,6 +50,8 @@ def side_by_side(
             seconds = clocked(work)
             if attempt >= warm_up:
                 taken[name].append(seconds)
+                fastest[name] = sorted([*fastest[name], seconds])[:3]
+                spent += seconds
     return {name: Timing.of(seconds) for name, seconds in taken.items()}
 
 
@@ -60,8 +63,7 @@ def repeated(work: Callable[[], object], *, least: int = 5, limit: float = 20.0)
     return side_by_side({"work": work}, repeats=least, warm_up=0, within=0.02, limit=limit)["work"]
 
 
-def _is_reproduced(seconds: list[float], within: float) -> bool:
-    fastest = sorted(seconds)[:3]
+def _is_reproduced(fastest: list[float], within: float) -> bool:
     return not fastest or math.isinf(within) or fastest[-1] <= (1 + within) * fastest[0]
 
 
