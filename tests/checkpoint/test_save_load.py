@@ -240,6 +240,16 @@ def test_local_updates_may_not_be_left_out(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {**parts, "local": local}, step=1)
 
 
+def test_all_optimizers_of_local_updates_or_none(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    muon, adamw = torch.optim.Muon([model.weight]), torch.optim.AdamW([model.bias])
+    parts: dict[str, Any] = {"model": model, "local": LocalUpdates([muon, adamw], every=2), "muon": muon}
+    for act in (partial(save_checkpoint, step=1), load_checkpoint):
+        with pytest.raises(CheckpointError, match="part 'local' is LocalUpdates, and its AdamW must be a part as well"):
+            act(tmp_path, parts)
+    save_checkpoint(tmp_path, {**parts, "adamw": adamw}, step=1)
+
+
 class Late:
     """A part that finds out only when it is filled."""
 

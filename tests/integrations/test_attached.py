@@ -24,6 +24,12 @@ def test_an_unknown_argument_is_refused_at_construction(kind: type[Attached], na
         kind(packsaddle.TopK(0.1), {name: 3})
 
 
+@pytest.mark.parametrize("name", ["optimizer", "model"])
+def test_what_the_framework_has_is_refused_at_construction(name: str) -> None:
+    with pytest.raises(TypeError, match=f"OfLocalUpdates takes {name} from the framework; several optimizers"):
+        OfLocalUpdates(packsaddle.TopK(0.1), {name: []})
+
+
 def names_in_state(wrapped: bool) -> list[str]:
     model: torch.nn.Module = torch.nn.Linear(64, 64)
     local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=4)

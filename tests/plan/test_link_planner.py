@@ -415,6 +415,8 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     for words, message in refused.items():
         assert command("plan", "link", *words, *asked) == 2
         assert message in capsys.readouterr().err
+    assert command("plan", "link", "1gbit", "--optimizer", "muon", "--most-steps", 1.1, *asked) == 0
+    assert {f["steps"] for f in json.loads(capsys.readouterr().out)["local"]} == {1.06}
 
 
 def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:

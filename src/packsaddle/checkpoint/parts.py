@@ -28,7 +28,8 @@ Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError for invalid `parts`, or for an optimizer whose `LocalUpdates` is not a part."""
+    """Raise CheckpointError for invalid `parts`, for an optimizer whose `LocalUpdates` is not a part, and for a
+    `LocalUpdates` of which only some optimizers are."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():
@@ -39,6 +40,11 @@ def check_parts(parts: Parts) -> None:
             raise CheckpointError(
                 f'part {name!r} is an optimizer with LocalUpdates, which must be a part as well: "local": local'
             )
+        optimizers = getattr(part, "optimizers", ()) if getattr(part, "trains_apart", False) else ()
+        held = {id(each) for other in parts.values() for each in (other, getattr(other, "optimizer", None))}
+        missing = [type(optimizer).__name__ for optimizer in optimizers if id(optimizer) not in held]
+        if 0 < len(missing) < len(optimizers):
+            raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
 
 def modules(parts: Parts) -> list[str]:

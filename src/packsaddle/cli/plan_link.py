@@ -30,6 +30,7 @@ from packsaddle.plan.model import ModelSize, TrainingStep, random_batch, update_
 from packsaddle.plan.step_time import LATENCY, Fleet, Link
 from packsaddle.plan.timing import Timing
 from packsaddle.runs.progress import countdown
+from packsaddle.runs.training import hidden_matrices
 
 _BATCH = 32
 
@@ -42,7 +43,8 @@ class LinkOptions:
         d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
         model: Network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images). For your own model
-            MODULE:FUNCTION, which is imported from the current folder and called without arguments; implies --local.
+            MODULE:FUNCTION, which is imported from the current folder and called without arguments; implies --local
+            except with --optimizer sgd.
         data: MODULE:FUNCTION that returns a batch for your own model, called with the number of examples. A batch is
             the model's argument, a tuple of its arguments, or a dict of keyword arguments.
         input: Shape of one example for your own model, instead of --data: 3x224x224 for random numbers, int64:1024 for
@@ -78,8 +80,6 @@ class LinkOptions:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
         if self.compute is not None and self.batch is not None:
             raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
-        if self.most_steps is not None and not (self.local or self.is_own):
-            raise ValueError("most_steps is for local updates: it needs --local")
         example = (self.data is not None) + (self.input is not None)
         if example and not self.is_own:
             raise ValueError(f"{'input' if self.data is None else 'data'} is for --model MODULE:FUNCTION")
@@ -163,6 +163,8 @@ def link(
     with config_errors():
         if optimizer == "muon" or (options.is_own and optimizer != "sgd"):
             options = replace(options, local=True)
+        if options.most_steps is not None and not options.local:
+            raise ConfigError("--most-steps is for local updates: it needs --local")
         chosen = optimizer or ("adamw" if options.local else None)
         plan = _plan(rate, options, compressor, ratio, chosen, workers)
     if is_first():
@@ -183,10 +185,13 @@ def _plan(
     given, workers = _given(rate, options.latency), _workers(workers)
     step = options.training_step()
     workload = _size(options, step)
+    if optimizer == "muon" and step is not None:
+        hidden_matrices(step.model)  # raises ConfigError if Muon would have none
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
     settings = measured_with(workers, inner)
     most = math.inf if options.most_steps is None else options.most_steps
-    check_most_steps(most, settings)
+    if options.local:
+        check_most_steps(most, settings)
 
     with process_group() if under_launcher() else nullcontext() as group:
         device = torch.device("cpu") if group is None else local_device()

@@ -52,7 +52,7 @@ class Attempts:
 
     `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. Raises TypeError if `scaler` is not a GradScaler.
+    only. Raises TypeError if `scaler` is not a GradScaler, and RuntimeError for a step that is not the scaler's.
     """
 
     def __init__(
@@ -66,8 +66,16 @@ class Attempts:
         self._optimizers, self._after = optimizers, after
         self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
+        self._scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
+
+        def begin(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            if scaler is not None and not self._in_scaler:
+                name = type(optimizer).__name__
+                raise RuntimeError(f"{name} was stepped without the GradScaler given as scaler: call scaler.step(...)")
+            before(optimizer)
+
         for optimizer in optimizers:
-            optimizer.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before(optimizer)))
+            optimizer.register_step_pre_hook(outside(begin))
             if scaler is None:
                 optimizer.register_step_post_hook(outside(lambda optimizer, args, kwargs: self._attempted(optimizer)))
         if scaler is None:
@@ -76,7 +84,11 @@ class Attempts:
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            result = step(optimizer, *args, **kwargs)
+            self._in_scaler = True
+            try:
+                result = step(optimizer, *args, **kwargs)
+            finally:
+                self._in_scaler = False
             if (inner := innermost(optimizer)) in self._optimizers:
                 self._attempted(inner)
             return result
@@ -85,9 +97,10 @@ class Attempts:
 
     def _attempted(self, optimizer: Optimizer) -> None:
         if optimizer in self._stepped:
+            hint = "" if self._scaler is not None else ", and pass scaler= if a GradScaler skips steps"
             raise RuntimeError(
                 f"{type(optimizer).__name__} has stepped twice and {self.missing()} not: a step counts when all "
-                f"optimizers have taken theirs, so step each of them every time"
+                f"optimizers have taken theirs, so step each of them every time{hint}"
             )
         self._stepped.append(optimizer)
         if len(self._stepped) == len(self._optimizers):

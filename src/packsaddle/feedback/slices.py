@@ -7,7 +7,7 @@ parameters of an optimizer, which become views of one tensor x, so that an updat
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ class Shaped:
     views: list[Tensor]
 
 
+class Trainable(Protocol):
+    """A parameter, or what tells whether it is trained."""
+
+    @property
+    def requires_grad(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Place:
     """A parameter and its position in the vector of all parameters."""
@@ -32,11 +39,15 @@ class Place:
     dense: bool  # sent uncompressed
     start: int  # offset in the vector of all parameters
     group: int = 0  # index of its parameter group
-    trained: Tensor | None = None  # the parameter whose requires_grad may become False; None: never frozen
+    trained: Trainable | None = None  # its requires_grad may become False; None: never frozen
 
     @property
     def size(self) -> int:
         return self.parameter.numel()
+
+    @property
+    def is_frozen(self) -> bool:
+        return self.trained is not None and not self.trained.requires_grad
 
 
 class Slice:
@@ -84,13 +95,13 @@ class Slice:
 
     @property
     def has_frozen(self) -> bool:
-        return any(place.trained is not None and not place.trained.requires_grad for place in self.places)
+        return any(place.is_frozen for place in self.places)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
         """Return the views of a vector, float[d], that belong to parameters frozen since construction."""
         if not self.has_frozen:
             return []
-        return [view for p, view in self.named(flat) if p.trained is not None and not p.trained.requires_grad]
+        return [view for place, view in self.named(flat) if place.is_frozen]
 
     @property
     def shapes(self) -> list[torch.Size]:

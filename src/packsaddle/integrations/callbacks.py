@@ -39,6 +39,11 @@ class Attached:
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
         known = signature(self._makes).parameters
+        if given := [name for name in ("optimizer", "optimizers", "model") if name in options]:
+            raise TypeError(
+                f"{type(self).__name__} takes {given[0]} from the framework; several optimizers for a framework that "
+                f"accepts one are a JoinedOptimizer"
+            )
         if unknown := [name for name in options if name not in known]:
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}")
         self._compressor, self._options = compressor, options

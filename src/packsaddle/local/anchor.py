@@ -80,10 +80,11 @@ class Anchor:
         if not self.keeps:
             self.set_parameters(self.views)
             return
-        for p, x, a, e in zip(self._parameters, self.tensors(), self.views, self._memory.views, strict=True):
-            if p.requires_grad and x.dtype == a.dtype and x.device == a.device:
+        where = zip(self.layout.places, self.tensors(), self.views, self._memory.views, strict=True)
+        for place, x, a, e in where:
+            if not place.is_frozen and x.dtype == a.dtype and x.device == a.device:
                 torch.sub(a, e, out=x)
-            elif p.requires_grad:
+            elif not place.is_frozen:
                 x.copy_(a - e)
 
     def move_to_anchor(self) -> None:
@@ -98,8 +99,8 @@ class Anchor:
             self.owed = change.flat
 
     def set_parameters(self, values: Sequence[Tensor]) -> None:
-        for p, x, value in zip(self._parameters, self.tensors(), values, strict=True):
-            if p.requires_grad:
+        for place, x, value in zip(self.layout.places, self.tensors(), values, strict=True):
+            if not place.is_frozen:
                 x.copy_(value)
 
     @property
@@ -139,8 +140,8 @@ class Anchor:
         if rounds and self.owed is None:
             self.owed = self.layout.zeros().flat
         owed = self.layout.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
-        for p, x, value, lost in zip(self._parameters, xs, values, owed, strict=True):
-            if p.requires_grad:
+        for place, x, value, lost in zip(self.layout.places, xs, values, owed, strict=True):
+            if not place.is_frozen:
                 x.copy_(value)
                 if lost is not None:
                     lost.add_((x.to(value.dtype) - value).to(lost))

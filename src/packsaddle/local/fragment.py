@@ -29,6 +29,7 @@ from packsaddle.local.anchor import Anchor, PseudoGradient
 from packsaddle.local.clipping import Clips, factors_of, norm_of
 from packsaddle.local.inner import Shards
 from packsaddle.local.options import Elastic, LocalOptions
+from packsaddle.local.trained import Trained
 
 
 @dataclass
@@ -89,7 +90,8 @@ class Fragment(Slice):
         offset: int,
         d: int,
     ) -> None:
-        super().__init__([replace(place, trained=parameters[place.name]) for place in places], device)
+        self.trained = [Trained(parameters[place.name]) for place in places]
+        super().__init__([replace(p, trained=t) for p, t in zip(places, self.trained, strict=True)], device)
         self._options, self._offset = options, offset
         self.parameters = [parameters[place.name] for place in self.places]
         memory, spec = ErrorMemory(self, spare=True), options.compression
@@ -102,6 +104,10 @@ class Fragment(Slice):
         self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
         self.rounds = 0  # t: applied exchanges
         self.current: PendingExchange | None = None
+
+    @property
+    def trained_parameters(self) -> list[Tensor]:
+        return [each.parameter for each in self.trained if each.requires_grad]
 
     def is_due(self, step: int) -> bool:
         """Return True if an exchange begins after inner step n, counted from 1: (n + offset) % every = 0."""
@@ -126,6 +132,8 @@ class Fragment(Slice):
         noise = None if flush else self._options.noise.drawn(seed=self._options.seed, step=t)
         self.switch_to(flush or spec.at(t))
         self.anchor.subtract_owed()
+        for each in self.trained:
+            each.begin_exchange()
         # Compute v, and keep the parameters for later.
         kept = [] if share else self.anchor.copy_starts()
         r = self.feedback.round(t)
@@ -220,6 +228,9 @@ class Fragment(Slice):
         p.round.close(apply=commit)
         if commit:
             self.anchor.owed = None  # it was part of the vector v that was sent
+        else:
+            for each in self.trained:
+                each.cancel_exchange()
         if p.applied and p.factors is not None:
             self.clips.record(p.round.step, p.factors, p.workers)
         self.contraction.close(p.round.step, apply=commit)

@@ -1,7 +1,7 @@
 """The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -28,10 +28,17 @@ def names_of(optimizers: Iterable[Optimizer]) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
+def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """Yield each optimizer, and after a `JoinedOptimizer` its members."""
+    for optimizer in optimizers:
+        yield optimizer
+        yield from getattr(optimizer, "members", ())
+
+
 def check_not_followed(optimizers: Iterable[Optimizer]) -> None:
     """Raise RuntimeError if a `LocalUpdates` exchanges one of them already: workers would exchange each change twice.
     The attribute `exchanged_by` of an optimizer is its `LocalUpdates`, and is not saved in its state."""
-    for optimizer in optimizers:
+    for optimizer in with_members(optimizers):
         if getattr(optimizer, "exchanged_by", None) is not None:
             raise RuntimeError(
                 f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
@@ -187,55 +194,3 @@ def _watch_steps() -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-class JoinedOptimizer(Optimizer):
-    """Several optimizers of different parameters as one optimizer, with all their groups and states.
-
-    For frameworks that accept only one: transformers' Trainer, Lightning's automatic mode. `members` are the
-    optimizers; `step` steps them in that order.
-
-    >>> import torch
-    >>> from packsaddle.integrations import JoinedOptimizer
-    >>> model = torch.nn.Linear(64, 64)
-    >>> optimizer = JoinedOptimizer([torch.optim.Muon([model.weight]), torch.optim.AdamW([model.bias])])
-    >>> [type(member).__name__ for member in optimizer.members], len(optimizer.param_groups)
-    (['Muon', 'AdamW'], 2)
-    """
-
-    def __init__(self, members: Sequence[Optimizer]) -> None:
-        self.members = list(members)
-        self._sizes = [len(member.param_groups) for member in members]
-        super().__init__([group for member in members for group in member.param_groups], {})
-        for member in members:
-            self.state.update(member.state)
-        self._share()
-
-    def _share(self) -> None:
-        start = 0
-        for member, size in zip(self.members, self._sizes, strict=True):
-            member.param_groups = self.param_groups[start : start + size]
-            member.state = self.state
-            start += size
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Call the closure, if any, then step all members. Returns the value of the closure."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for member in self.members:
-            member.step()
-        return loss
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError: no member would step `param_group`."""
-        if len(self.param_groups) == sum(self._sizes):
-            raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
-        super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load `state_dict`, which this class saved, into all members."""
-        super().load_state_dict(state_dict)
-        self._share()

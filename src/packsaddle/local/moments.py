@@ -29,26 +29,29 @@ class MeanMomentum:
     Raises ValueError if all optimizers are torch's, and none is Adam or a variant of it with an elementwise v."""
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
-        self._optimizers, self._fraction, self._shards = optimizers, fraction, shards
-        self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in optimizers)
-        if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in optimizers):
+        self._fraction, self._shards = fraction, shards
+        # Those that a JoinedOptimizer consists of, in place of it.
+        apart = [each for optimizer in optimizers for each in getattr(optimizer, "members", [optimizer])]
+        self._optimizers: list[Optimizer] = apart
+        self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
+        if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):
             raise ValueError(
-                f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(optimizers)} has "
+                f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(apart)} has "
                 f"none: set mean_momentum=0"
             )
 
-    def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
-        """Mix the mean update of each parameter into its first moment, in place.
+    def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> None:
+        """Mix the mean update of each parameter, None if it is frozen, into its first moment, in place.
 
         No-op for a parameter that is frozen, without moments of its shape, with an infinite one, or whose mean update
         is 0. Collective over the shards of this worker. Logs a warning the first time that no parameter has moments,
         unless an optimizer is one of torch's with them.
         """
         # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
-        moments = [self._moments(p) for p in parameters]
+        moments = [None if u is None else self._moments(p) for p, u in zip(parameters, updates, strict=True)]
         norms = torch.zeros(2 * len(moments), dtype=torch.float64, device=local_part(parameters[0]).device)
         for i, (found, update) in enumerate(zip(moments, updates, strict=True)):
-            if found is not None:
+            if found is not None and update is not None:
                 m, v = found
                 norms[2 * i] = torch.linalg.vector_norm(m, dtype=wide_dtype(m))
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
@@ -56,7 +59,7 @@ class MeanMomentum:
         # Mix, without waiting for a GPU.
         scales = torch.where((of_d > 0) & of_d.isfinite(), of_m / of_d, torch.nan)
         for found, update, scale in zip(moments, updates, scales, strict=True):
-            if found is not None:
+            if found is not None and update is not None:
                 m, v = found
                 d = _direction(m, v, update).mul_(scale)
                 m.copy_(torch.where(scale.isfinite(), torch.lerp(m.to(d), d, self._fraction), m))
@@ -66,10 +69,10 @@ class MeanMomentum:
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the local parts of m and v of a parameter; None if it is frozen, or has none or of another shape."""
+        """Return the local parts of m and v of a parameter; None if it has none or of another shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
         v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the former with amsgrad
-        if not p.requires_grad or "exp_avg" not in state or v is None:
+        if "exp_avg" not in state or v is None:
             return None
         found = local_part(state["exp_avg"]), local_part(v)
         return found if all(x.shape == local_part(p).shape for x in found) else None

@@ -79,7 +79,8 @@ class Outcomes:
                 self.skips.reset_streak()
             if self._momentum is not None and not exchange.flush:
                 assert isinstance(exchange.mean, Tensor)
-                self._momentum.mix(part.parameters, part.views(exchange.mean))
+                updates = [None if place.is_frozen else update for place, update in part.named(exchange.mean)]
+                self._momentum.mix(part.parameters, updates)
             return True
         self._skipped.add(part)
         # On a worker with an invalid update, clear non-finite optimizer state, and make the parameters finite.
@@ -109,7 +110,7 @@ class Outcomes:
         """
         if not self._rejected or self._failed:
             return
-        trained = [p for part in self._fragments for p in part.parameters if p.requires_grad]
+        trained = [p for part in self._fragments for p in part.trained_parameters]
         gradients = [p.grad for p in trained if p.grad is not None]
         if not self._are_finite(gradients) or self._are_finite(trained):
             return
@@ -138,7 +139,7 @@ class Outcomes:
     def _restore(self) -> None:
         """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
         for part in self._fragments:
-            if not self._are_finite(p for p in part.parameters if p.requires_grad):
+            if not self._are_finite(part.trained_parameters):
                 # Use the values at the beginning of the current exchange if those are valid, else the start point.
                 p = part.current
                 if p is not None and p.before and not bool(p.invalid):

@@ -51,6 +51,7 @@ from packsaddle.local.inner import (
     check_parameters,
     named_parameters,
     names_of,
+    with_members,
 )
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.moments import MeanMomentum
@@ -225,6 +226,7 @@ class LocalUpdates(Records, JoinableSteps):
         agree = Shards(self._parameters.values())
         with torch.no_grad():
             self._fragments = partition(self._parameters, options, self._channel, device, agree)
+        self._trained = {id(each.parameter): each for part in self._fragments for each in part.trained}
         d = sum(part.compressed_d for part in self._fragments)
         warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=2)
         spec.at(0).validate(d)
@@ -271,7 +273,7 @@ class LocalUpdates(Records, JoinableSteps):
         # Register hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
-        for each in (*self.optimizers, *([self.outer] if self.outer else [])):
+        for each in with_members((*self.optimizers, *([self.outer] if self.outer else []))):
             each.exchanged_by = self  # type: ignore[attr-defined]
         warns = elastic is None and group.size > 1 and group.rank == 0 and group.sends
         self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
@@ -292,6 +294,9 @@ class LocalUpdates(Records, JoinableSteps):
     def _before_step(self, optimizer: Optimizer) -> None:
         self._check_here("optimizer.step()")
         check_no_others(optimizer, self._parameters.values())
+        for p in parameters_of([optimizer]):
+            if id(p) in self._trained:
+                self._trained[id(p)].note_step()
         self._set_anchor_before_first_step()
         self._has_begun = True
         if self.membership is not None and not self.membership.joined:
@@ -640,8 +645,9 @@ class LocalUpdates(Records, JoinableSteps):
                 Identity(): uncompressed, after which error memories are 0 (except the excess of clipped updates, see
                 `Workers`): use it before you freeze parameters.
 
-        Parameters frozen since the last exchange keep their values. Raises TypeError or ValueError for an unsuitable
-        compressor, also if workers pass different ones, and RuntimeError for a compressor with a manager.
+        Parameters that were frozen at all steps since the last exchange keep their values. Raises TypeError or
+        ValueError for an unsuitable compressor, also if workers pass different ones, and RuntimeError for a compressor
+        with a manager.
         """
         # Check the call; with a manager, all present workers exchange a round.
         self._check_here("flush()")
@@ -740,6 +746,8 @@ class LocalUpdates(Records, JoinableSteps):
         self._check_here("load_state_dict()")
         self.saved_state.load(state)
         self._attempts.restart()
+        for each in self._trained.values():
+            each.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.resume(saved)
         self._drift.resume(self._fragments[-1].rounds)

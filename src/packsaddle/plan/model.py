@@ -52,9 +52,15 @@ class ModelSize:
 
     @classmethod
     def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
-        """Return the size of the `trained` parameters of a model called `name`."""
+        """Return the size of the `trained` parameters of a model called `name`. Raises ConfigError if none would
+        be compressed."""
         parameters = list(trained)
+        if not parameters:
+            raise ConfigError(f"model {name} has no parameters that require gradients")
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
+        if not flat.compressed_d:
+            few = f"every tensor is a vector or below {_DENSE_BELOW:,} elements"
+            raise ConfigError(f"model {name} has nothing to compress: {few}")
         return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes))
 
 

@@ -15,11 +15,11 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.errors import config_errors
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Ramp
 from packsaddle.feedback.slices import is_sent_uncompressed
-from packsaddle.local.inner import JoinedOptimizer
+from packsaddle.local.joined import JoinedOptimizer
 from packsaddle.local.options import Elastic
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.options.schema import plain
@@ -315,14 +315,25 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
 def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[Optimizer]:
     """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
 
-    Hidden are all matrices except embeddings and the weight of the last linear layer, as torch's documentation of Muon
-    recommends. An optimizer without parameters is left out.
+    AdamW is left out if it has no parameters. Raises ConfigError if Muon has none.
     """
+    hidden = hidden_matrices(model)
+    muons = {id(p) for _, p in hidden}
+    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in muons]
+    return [torch.optim.Muon(hidden, **muon), *([torch.optim.AdamW(others, **adamw)] if others else [])]
+
+
+def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the trained parameters for Muon, with their names: all matrices except embeddings and the weight of the
+    last linear layer, as torch's documentation of Muon recommends. Raises ConfigError if there are none."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     ends = [*linear[-1:], *(module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))]
     apart = {id(module.weight) for module in ends}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in apart]
-    others = [(name, p) for name, p in named if p.ndim != 2 or id(p) in apart]
-    made: list[Optimizer] = [torch.optim.Muon(hidden, **muon)] if hidden else []
-    return [*made, torch.optim.AdamW(others, **adamw)] if others else made
+    found = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in apart]
+    if not found:
+        raise ConfigError(
+            "muon is for matrices of hidden layers, and the model has none besides embeddings and its last layer: use "
+            "adamw"
+        )
+    return found
