@@ -177,3 +177,83 @@ def test_mean_momentum_looks_at_the_members(order: tuple[int, int], caplog: pyte
     _, muon, _ = made()
     with pytest.raises(ValueError, match=r"mean_momentum needs Adam's moments, .* and Muon has none"):
         LocalUpdates(JoinedOptimizer([muon]), WHOLE, mean_momentum=0.5)
+
+
+class Wrapper(Optimizer):
+    """Steps an optimizer, and then halves its parameters; its state has an entry that is of no parameter."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        super().__init__(optimizer.param_groups, {})
+        self.state["all"] = {"steps": 0}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step()
+        self.state["all"]["steps"] += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.5)
+
+
+def test_a_wrapper_is_a_member_itself() -> None:
+    """With entries of its state that are of no parameter."""
+    a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+
+    def joined() -> JoinedOptimizer:
+        return JoinedOptimizer([Wrapper(torch.optim.SGD([a], lr=1.0)), torch.optim.SGD([b], lr=1.0)])
+
+    first = joined()
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    a.data.fill_(5.0)
+    first.step()
+    assert a.tolist() == [2.0] * 2
+    assert b.tolist() == [0.0] * 2
+    second = joined()
+    second.load_state_dict(first.state_dict())
+    assert second.members[0].state["all"] == {"steps": 1}
+
+
+def test_keys_of_parameters_may_be_names() -> None:
+    """As torch.distributed.checkpoint has them."""
+    net, *members = made()
+    step(net, joined := JoinedOptimizer(members))
+    saved = joined.state_dict()
+    names = {i: f"name {i}" for i in saved["state"]}
+    for group in saved["param_groups"]:
+        group["params"] = [names[i] for i in group["params"]]
+    saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
+    other = JoinedOptimizer(made()[1:])
+    other.load_state_dict(saved)
+    for p, q in zip(joined.state, other.state, strict=True):
+        for name, value in joined.state[p].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[q][name]))
+
+
+def test_frameworks_write_states_and_groups() -> None:
+    net, muon, adamw = made()
+    step(net, joined := JoinedOptimizer([muon, adamw]))
+    joined.state[net[0].bias] = {"exp_avg": torch.ones(8)}
+    assert adamw.state[net[0].bias]["exp_avg"].tolist() == [1.0] * 8
+    joined.state = {net[0].weight: {"momentum_buffer": torch.zeros(8, 6)}}
+    assert (len(muon.state), len(adamw.state), len(joined.state)) == (1, 0, 1)
+    assert net[0].weight in joined.state
+    assert net[0].bias not in joined.state
+    joined.param_groups = [{**group, "lr": 0.5} for group in joined.param_groups]
+    assert [group["lr"] for each in (muon, adamw) for group in each.param_groups] == [0.5] * 3
+    with pytest.raises(ValueError, match="the state has 2 parameter groups, and there are 3"):
+        joined.param_groups = joined.param_groups[:2]
+
+
+def test_hooks_of_states_are_called() -> None:
+    called = []
+    _, *members = made()
+    joined = JoinedOptimizer(members)
+    joined.register_state_dict_pre_hook(lambda o: called.append("save"))
+    joined.register_state_dict_post_hook(lambda o, state: {**state, "seen": True})
+    joined.register_load_state_dict_pre_hook(lambda o, state: {k: v for k, v in state.items() if k != "seen"})
+    joined.register_load_state_dict_post_hook(lambda o: called.append("loaded"))
+    saved = joined.state_dict()
+    assert saved["seen"]
+    joined.load_state_dict(saved)
+    assert called == ["save", "loaded"]

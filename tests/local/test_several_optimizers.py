@@ -236,11 +236,12 @@ def step_beside_the_scaler(net: nn.Module, pair: tuple[Optimizer, Optimizer]) ->
     scaler.scale(net(torch.ones(3, 6)).sum()).backward()
     scaler.step(pair[0])
     pair[1].step()
+    pair[1].step()
 
 
 MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = {
     "twice": (step_one_twice, RuntimeError, r"Muon has stepped twice and AdamW not: .* every time, and pass scaler="),
-    "scaler": (step_beside_the_scaler, RuntimeError, r"AdamW was stepped without the GradScaler given as scaler"),
+    "scaler": (step_beside_the_scaler, RuntimeError, r"AdamW steps without the GradScaler given as scaler"),
     "alone": (one_of_them_alone, RuntimeError, r"AdamW trains parameters .* not exchange: 0\.bias, 2\.bias\. They"),
     "flush": (flush_within_a_step, RuntimeError, r"flush\(\) must come between two steps, and Muon has still to"),
     "save": (save_within_a_step, RuntimeError, r"state_dict\(\) must come between two steps, and Muon has still to"),

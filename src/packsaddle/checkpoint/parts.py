@@ -1,6 +1,6 @@
 """The parts of a checkpoint, objects with a state_dict: their validation, and loading of all parts or none."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -41,10 +41,17 @@ def check_parts(parts: Parts) -> None:
                 f'part {name!r} is an optimizer with LocalUpdates, which must be a part as well: "local": local'
             )
         optimizers = getattr(part, "optimizers", ()) if getattr(part, "trains_apart", False) else ()
-        held = {id(each) for other in parts.values() for each in (other, getattr(other, "optimizer", None))}
+        held = {id(each) for other in parts.values() for each in _unwrapped(other)}
         missing = [type(optimizer).__name__ for optimizer in optimizers if id(optimizer) not in held]
         if 0 < len(missing) < len(optimizers):
             raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
+
+
+def _unwrapped(part: Any) -> Iterator[Any]:
+    """Yield a part, and the optimizers that it wraps."""
+    while part is not None:
+        yield part
+        part = getattr(part, "optimizer", None)
 
 
 def modules(parts: Parts) -> list[str]:

@@ -94,18 +94,14 @@ class ErrorMemory:
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
         """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
-        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory. Frozen
-        parameters keep their memory, or lose it if there is no second vector."""
+        `sent` is this worker's C(v). `rounding`, float[n], the rounding error of x, is added to the memory."""
         residual = self._next.flat
         for term in sent:
             term.add_to(residual, -1.0)
         residual[self.compressed_d :].zero_()
         if rounding is not None:
             residual.add_(rounding)
-        if self.is_deferrable:
-            self.keep([i for i, place in enumerate(self.slice.places) if place.is_frozen])
-        else:
-            self._clear_frozen(residual)
+        self._clear_frozen(residual)
 
     def keep(self, which: Collection[int]) -> None:
         """Restore the old error memory of the parameters with these indices. Call after `absorb`."""

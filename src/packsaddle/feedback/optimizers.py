@@ -1,6 +1,6 @@
 """Hooks on the steps of one or several torch optimizers, including steps made by a framework or a GradScaler."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,22 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
+def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if one does not fit."""
+
+    def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+        return [len(group["params"]) for group in groups]
+
+    if len(states) != len(optimizers):
+        raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        here, saved = sizes(optimizer.param_groups), sizes(state.get("param_groups", optimizer.param_groups))
+        if here != saved:
+            raise ValueError(f"{type(optimizer).__name__} has groups of {here} parameters, and the state of {saved}")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(dict(state))
+
+
 def check_scaler(scaler: object) -> None:
     if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
@@ -52,7 +68,7 @@ class Attempts:
 
     `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. Raises TypeError if `scaler` is not a GradScaler, and RuntimeError for a step that is not the scaler's.
+    only. Raises TypeError if `scaler` is not a GradScaler, and RuntimeError at an optimizer's second step without it.
     """
 
     def __init__(
@@ -67,11 +83,15 @@ class Attempts:
         self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
         self._scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
+        beside = list[Optimizer]()  # those that stepped once without the scaler
 
         def begin(optimizer: Optimizer, args: object, kwargs: object) -> None:
             if scaler is not None and not self._in_scaler:
-                name = type(optimizer).__name__
-                raise RuntimeError(f"{name} was stepped without the GradScaler given as scaler: call scaler.step(...)")
+                # One step is torch.distributed.checkpoint's, which so creates an optimizer's state.
+                if optimizer in beside:
+                    name = type(optimizer).__name__
+                    raise RuntimeError(f"{name} steps without the GradScaler given as scaler: call scaler.step(...)")
+                beside.append(optimizer)
             before(optimizer)
 
         for optimizer in optimizers:

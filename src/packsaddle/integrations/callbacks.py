@@ -21,10 +21,10 @@ from packsaddle.comm.group import resolve, training_group
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.optimizers import load_states
 from packsaddle.feedback.state import check_tensor
 from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.hooks.ddp_hook import DDPHook
-from packsaddle.local.inner import load_states
 from packsaddle.local.start import persistent_buffers
 from packsaddle.local.updates import LocalUpdates
 

@@ -131,9 +131,9 @@ class Fragment(Slice):
         t, spec = self.rounds, self._options.compression
         noise = None if flush else self._options.noise.drawn(seed=self._options.seed, step=t)
         self.switch_to(flush or spec.at(t))
-        self.anchor.subtract_owed()
         for each in self.trained:
             each.begin_exchange()
+        self.anchor.subtract_owed()
         # Compute v, and keep the parameters for later.
         kept = [] if share else self.anchor.copy_starts()
         r = self.feedback.round(t)
@@ -292,12 +292,20 @@ class Fragment(Slice):
             *self.shared_fields(path),
             *self.contraction.fields((*path, "contraction")),
             attribute((*path, "clipped"), self.clips, "count", int),
+            Value((*path, "trained"), dict[str, list[bool | None]], self._saved_trained, self._load_trained),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "owner_error", ANY), compressed, feedback.owner_errors_by_name, skip, optional=True),
             Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),
             Value((*path, "aggregator"), SavedAggregator | None, feedback.aggregator_state, skip),
             exchange,
         ]
+
+    def _saved_trained(self) -> dict[str, list[bool | None]]:
+        return {place.name: each.state() for place, each in zip(self.places, self.trained, strict=True)}
+
+    def _load_trained(self, saved: Mapping[str, Sequence[bool | None]]) -> None:
+        for place, each in zip(self.places, self.trained, strict=True):
+            each.load(saved[place.name])
 
     def _load_error(self, saved: Mapping[str, Tensor]) -> None:
         self.feedback.drop_aggregator()

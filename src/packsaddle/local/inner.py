@@ -1,7 +1,7 @@
 """The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,6 +15,7 @@ from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.slices import check_no_shared_memory
+from packsaddle.local.joined import with_members
 
 T = TypeVar("T")
 
@@ -26,13 +27,6 @@ def live_objects(kind: type[T]) -> list[T]:
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
-
-
-def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
-    """Yield each optimizer, and after a `JoinedOptimizer` its members."""
-    for optimizer in optimizers:
-        yield optimizer
-        yield from getattr(optimizer, "members", ())
 
 
 def check_not_followed(optimizers: Iterable[Optimizer]) -> None:
@@ -54,22 +48,6 @@ def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     if len(set(names)) < len(parameters):
         names = [f"parameter {i}" for i in range(len(parameters))]
     return dict(zip(names, parameters, strict=True))
-
-
-def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if one does not fit."""
-
-    def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-        return [len(group["params"]) for group in groups]
-
-    if len(states) != len(optimizers):
-        raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
-    for optimizer, state in zip(optimizers, states, strict=True):
-        here, saved = sizes(optimizer.param_groups), sizes(state.get("param_groups", optimizer.param_groups))
-        if here != saved:
-            raise ValueError(f"{type(optimizer).__name__} has groups of {here} parameters, and the state of {saved}")
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(dict(state))
 
 
 def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:

@@ -1,15 +1,14 @@
 """Several optimizers as one, for frameworks that accept one."""
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.feedback.optimizers import as_optimizers, parameters_of
-from packsaddle.local.inner import load_states
+from packsaddle.feedback.optimizers import as_optimizers, load_states, parameters_of
 
 
 class JoinedOptimizer(Optimizer):
@@ -29,7 +28,8 @@ class JoinedOptimizer(Optimizer):
     """
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
-        self.members = list(as_optimizers(list(members)))
+        as_optimizers(list(members))  # raises for other objects, and for parameters of two members
+        self.members = list(members)
         self._steps_members = self._is_made = False
         super().__init__(parameters_of(self.members), {})
         self._is_made = True
@@ -53,17 +53,25 @@ class JoinedOptimizer(Optimizer):
         return [group for member in self.members for group in member.param_groups]
 
     @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Do nothing: torch sets it at construction."""
+    def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Set the members' groups, as many as they have. Raises ValueError for another number."""
+        if self._is_made:  # torch sets it at construction
+            _check_number(groups, self.param_groups)
+            for member, mine in zip(self.members, _divided(groups, self.members), strict=True):
+                member.param_groups = mine
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The states of all parameters; those of a member are in its own `state`."""
-        return defaultdict(dict, {p: entry for member in self.members for p, entry in member.state.items()})
+    def state(self) -> Any:  # a mapping, and not torch's defaultdict
+        """The states of all parameters, which are in the members' own `state`."""
+        return _States(self.members)
 
     @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        """Do nothing: torch sets it at construction."""
+    def state(self, state: Any) -> None:
+        """Replace the members' states."""
+        if self._is_made:
+            entries = dict(state)
+            self.state.clear()
+            self.state.update(entries)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise RuntimeError: no member would step `param_group`."""
@@ -86,40 +94,46 @@ class JoinedOptimizer(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the members' state dicts as one. What a member has besides "state" and "param_groups" is in a list
-        "members"."""
-        states: dict[int, Any] = {}
-        groups: list[dict[str, Any]] = []
-        others = []
-        start = 0
+        """Return the members' state dicts as one. What a member has in addition to the states of parameters and
+        "param_groups" is in a list "members"."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        result: dict[str, Any] = {"state": {}, "param_groups": []}
+        others, start = [], 0
         for member in self.members:
             saved = dict(member.state_dict())
-            states |= {start + i: entry for i, entry in saved.pop("state").items()}
-            mine = saved.pop("param_groups")
-            groups += [{**group, "params": [start + i for i in group["params"]]} for group in mine]
-            others.append(saved)
-            start += len(parameters_of([member]))
-        return {"state": states, "param_groups": groups} | ({"members": others} if any(others) else {})
+            states, groups = saved.pop("state"), saved.pop("param_groups")
+            n = sum(len(group["params"]) for group in groups)
+            mine = {i: entry for i, entry in states.items() if isinstance(i, int) and 0 <= i < n}
+            result["state"] |= {start + i: entry for i, entry in mine.items()}
+            result["param_groups"] += [{**g, "params": [start + i for i in g["params"]]} for g in groups]
+            rest = {key: entry for key, entry in states.items() if key not in mine}
+            others.append(saved | ({"state": rest} if rest else {}))
+            start += n
+        if any(others):
+            result["members"] = others
+        for after in self._optimizer_state_dict_post_hooks.values():
+            result = after(self, result) or result
+        return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load `state_dict`, which this class saved, into all members. Raises ValueError, with nothing changed, if
         their groups are others."""
-        groups, others = state_dict["param_groups"], state_dict.get("members") or [{} for _ in self.members]
-        if len(groups) != len(self.param_groups):
-            raise ValueError(f"the state has {len(groups)} parameter groups, and there are {len(self.param_groups)}")
-        states, first, start = [], 0, 0
-        for member, other in zip(self.members, others, strict=True):
-            mine = groups[first : first + len(member.param_groups)]
-            n = sum(len(group["params"]) for group in mine)
-            states.append(
-                {
-                    **other,
-                    "state": {i - start: e for i, e in state_dict["state"].items() if start <= i < start + n},
-                    "param_groups": [{**group, "params": [i - start for i in group["params"]]} for group in mine],
-                }
-            )
-            first, start = first + len(mine), start + n
-        load_states(self.members, states)
+        state: Any = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state = before(self, state) or state
+        groups, others = state["param_groups"], state.get("members") or [{} for _ in self.members]
+        _check_number(groups, self.param_groups)
+        # The keys of parameters need not be numbers: torch.distributed.checkpoint has names.
+        parts = []
+        for mine, other in zip(_divided(groups, self.members), others, strict=True):
+            index = {key: i for i, key in enumerate(key for group in mine for key in group["params"])}
+            states = {index[key]: entry for key, entry in state["state"].items() if key in index}
+            renamed = [{**group, "params": [index[key] for key in group["params"]]} for group in mine]
+            parts.append({**other, "state": states | other.get("state", {}), "param_groups": renamed})
+        load_states(self.members, parts)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"defaults": self.defaults, "members": self.members, "_is_made": True, "_steps_members": False}
@@ -127,3 +141,53 @@ class JoinedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch_members()
+
+
+def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """Yield each optimizer, and after a `JoinedOptimizer` its members."""
+    for optimizer in optimizers:
+        yield optimizer
+        if isinstance(optimizer, JoinedOptimizer):
+            yield from optimizer.members
+
+
+def _check_number(groups: Sequence[object], here: Sequence[object]) -> None:
+    if len(groups) != len(here):
+        raise ValueError(f"the state has {len(groups)} parameter groups, and there are {len(here)}")
+
+
+def _divided(groups: Sequence[dict[str, Any]], members: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
+    """Return the groups of each member."""
+    rest = iter(groups)
+    return [list(islice(rest, len(member.param_groups))) for member in members]
+
+
+class _States(MutableMapping[Tensor, Any]):
+    """The states of several optimizers as one mapping; an entry is read and written in that of its parameter's."""
+
+    def __init__(self, members: Sequence[Optimizer]) -> None:
+        self._members = members
+        self._of = {id(p): member.state for member in members for p in parameters_of([member])}
+
+    def _owner(self, p: Any) -> Any:
+        if id(p) in self._of:
+            return self._of[id(p)]
+        return next((member.state for member in self._members if p in member.state), self._members[0].state)
+
+    def __getitem__(self, p: Tensor) -> Any:
+        return self._owner(p)[p]
+
+    def __setitem__(self, p: Tensor, entry: Any) -> None:
+        self._owner(p)[p] = entry
+
+    def __delitem__(self, p: Tensor) -> None:
+        del self._owner(p)[p]
+
+    def __contains__(self, p: object) -> bool:
+        return any(p in member.state for member in self._members)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (p for member in self._members for p in list(member.state))
+
+    def __len__(self) -> int:
+        return sum(len(member.state) for member in self._members)

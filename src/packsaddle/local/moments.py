@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.sharding import local_part
 from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
+from packsaddle.local.joined import JoinedOptimizer, with_members
 
 _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
@@ -30,9 +31,9 @@ class MeanMomentum:
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
-        # Those that a JoinedOptimizer consists of, in place of it.
-        apart = [each for optimizer in optimizers for each in getattr(optimizer, "members", [optimizer])]
-        self._optimizers: list[Optimizer] = apart
+        # The members of a JoinedOptimizer, in place of it.
+        apart = [each for each in with_members(optimizers) if not isinstance(each, JoinedOptimizer)]
+        self._optimizers = apart
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
         if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):
             raise ValueError(

@@ -1,28 +1,25 @@
-"""Whether a parameter is trained, as seen at the steps of its own optimizer."""
+"""Frozen and trained parameters, told apart at the steps of their own optimizers."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 
 class Trained:
-    """Whether a parameter is trained: if it required a gradient at a step of its optimizer since the last exchange.
+    """A parameter that counts as frozen if it was so at all steps of its optimizer since the last exchange, and is now.
 
-    An exchange cannot ask the parameter itself: it runs in another optimizer's step, during which GANs freeze what that
-    one does not train (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`). Without a step since the last
-    exchange the parameter is as it was.
+    An exchange cannot ask the parameter alone: it runs in another optimizer's step, during which GANs freeze what that
+    one does not train (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
     """
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self.restart()
+        self._before = parameter.requires_grad  # at a step up to the last exchange
+        self._since: bool | None = None  # at a step since then; None: there was none
 
     @property
     def requires_grad(self) -> bool:
-        return self._before or bool(self._since)
-
-    def restart(self) -> None:
-        """Take the parameter's own `requires_grad`, for example after loading a state."""
-        self._before = self.parameter.requires_grad  # at the steps up to the last exchange
-        self._since: bool | None = None  # at a step since then; None: there was none
+        return self.parameter.requires_grad or self._before or bool(self._since)
 
     def note_step(self) -> None:
         """Note `requires_grad` at a step of the parameter's optimizer."""
@@ -36,3 +33,9 @@ class Trained:
         """Go on with the steps up to an exchange that was rejected, or without this worker."""
         if self._before:
             self._since = True
+
+    def state(self) -> list[bool | None]:
+        return [self._before, self._since]
+
+    def load(self, saved: Sequence[bool | None]) -> None:
+        self._before, self._since = bool(saved[0]), saved[1]

@@ -51,8 +51,8 @@ from packsaddle.local.inner import (
     check_parameters,
     named_parameters,
     names_of,
-    with_members,
 )
+from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.moments import MeanMomentum
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
@@ -79,6 +79,7 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         Rule((*part, "exchange", "start", ANY), "error"),
         Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
+        Rule((*part, "trained"), "own"),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
@@ -746,8 +747,6 @@ class LocalUpdates(Records, JoinableSteps):
         self._check_here("load_state_dict()")
         self.saved_state.load(state)
         self._attempts.restart()
-        for each in self._trained.values():
-            each.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.resume(saved)
         self._drift.resume(self._fragments[-1].rounds)

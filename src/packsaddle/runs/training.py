@@ -333,7 +333,6 @@ def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     found = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in apart]
     if not found:
         raise ConfigError(
-            "muon is for matrices of hidden layers, and the model has none besides embeddings and its last layer: use "
-            "adamw"
+            "muon is for matrices of hidden layers, and the model has none but embeddings and its last layer: use adamw"
         )
     return found

@@ -39,12 +39,12 @@ from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.feedback.guard import sender_of
+from packsaddle.feedback.optimizers import load_states
 from packsaddle.feedback.state import Rule, State, Value, Vector, attribute
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
-from packsaddle.local.inner import load_states
 from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import share
