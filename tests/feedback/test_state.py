@@ -42,7 +42,8 @@ LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*
 owner: fragments.*.owner_error.*
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.clipped, uncompressed, fragments.*.contraction.whole, ledger, skips.consecutive, skips.total
+    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, skips.consecutive,
+    skips.total
 constant: fragments.*.exchange.invalid, identity.rank, identity.workers
 shared: drifts, escape.anchor, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.names,

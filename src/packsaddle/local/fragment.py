@@ -292,7 +292,7 @@ class Fragment(Slice):
             *self.shared_fields(path),
             *self.contraction.fields((*path, "contraction")),
             attribute((*path, "clipped"), self.clips, "count", int),
-            Value((*path, "trained"), dict[str, list[bool | None]], self._saved_trained, self._load_trained),
+            self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "owner_error", ANY), compressed, feedback.owner_errors_by_name, skip, optional=True),
             Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),
@@ -300,12 +300,19 @@ class Fragment(Slice):
             exchange,
         ]
 
-    def _saved_trained(self) -> dict[str, list[bool | None]]:
-        return {place.name: each.state() for place, each in zip(self.places, self.trained, strict=True)}
+    def _trained_field(self, path: Path) -> Value:
+        by_name = dict(zip(self.names, self.trained, strict=True))
 
-    def _load_trained(self, saved: Mapping[str, Sequence[bool | None]]) -> None:
-        for place, each in zip(self.places, self.trained, strict=True):
-            each.load(saved[place.name])
+        def check(saved: Mapping[str, object]) -> None:
+            if saved.keys() != by_name.keys():
+                raise ValueError(f"trained must be of {', '.join(by_name)}, found {', '.join(saved)}")
+
+        def load(saved: Mapping[str, tuple[bool, bool | None]]) -> None:
+            for name, each in by_name.items():
+                each.load(saved[name])
+
+        hint = dict[str, tuple[bool, bool | None]]
+        return Value(path, hint, lambda: {name: each.state() for name, each in by_name.items()}, load, check)
 
     def _load_error(self, saved: Mapping[str, Tensor]) -> None:
         self.feedback.drop_aggregator()

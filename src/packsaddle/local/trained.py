@@ -1,7 +1,5 @@
 """Frozen and trained parameters, told apart at the steps of their own optimizers."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 
@@ -34,8 +32,8 @@ class Trained:
         if self._before:
             self._since = True
 
-    def state(self) -> list[bool | None]:
-        return [self._before, self._since]
+    def state(self) -> tuple[bool, bool | None]:
+        return self._before, self._since
 
-    def load(self, saved: Sequence[bool | None]) -> None:
-        self._before, self._since = bool(saved[0]), saved[1]
+    def load(self, saved: tuple[bool, bool | None]) -> None:
+        self._before, self._since = saved
