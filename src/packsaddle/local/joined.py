@@ -98,6 +98,7 @@ class JoinedOptimizer(Optimizer):
         "param_groups" is in a list "members"."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
+        # Number the parameters of all members in one sequence.
         result: dict[str, Any] = {"state": {}, "param_groups": []}
         others, start = [], 0
         for member in self.members:
@@ -107,6 +108,7 @@ class JoinedOptimizer(Optimizer):
             mine = {i: entry for i, entry in states.items() if isinstance(i, int) and 0 <= i < n}
             result["state"] |= {start + i: entry for i, entry in mine.items()}
             result["param_groups"] += [{**g, "params": [start + i for i in g["params"]]} for g in groups]
+            # A member may have more: entries of its state that are of no parameter, and other keys.
             rest = {key: entry for key, entry in states.items() if key not in mine}
             others.append(saved | ({"state": rest} if rest else {}))
             start += n
@@ -119,14 +121,15 @@ class JoinedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load `state_dict`, which this class saved, into all members. Raises ValueError, with nothing changed, if
         their groups are others."""
+        # Check the groups, and number each member's parameters from 0.
         state: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state = before(self, state) or state
         groups, others = state["param_groups"], state.get("members") or [{} for _ in self.members]
         _check_number(groups, self.param_groups)
-        # The keys of parameters need not be numbers: torch.distributed.checkpoint has names.
         parts = []
         for mine, other in zip(_divided(groups, self.members), others, strict=True):
+            # The keys need not be numbers: torch.distributed.checkpoint has names.
             index = {key: i for i, key in enumerate(key for group in mine for key in group["params"])}
             states = {index[key]: entry for key, entry in state["state"].items() if key in index}
             renamed = [{**group, "params": [index[key] for key in group["params"]]} for group in mine]

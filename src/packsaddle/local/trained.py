@@ -4,7 +4,8 @@ from torch import Tensor
 
 
 class Trained:
-    """A parameter that counts as frozen if it was so at all steps of its optimizer since the last exchange, and is now.
+    """A parameter, which an exchange takes as frozen only if it is, and was at all steps of its optimizer since the
+    last exchange.
 
     An exchange cannot ask the parameter alone: it runs in another optimizer's step, during which GANs freeze what that
     one does not train (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
