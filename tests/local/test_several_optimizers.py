@@ -240,7 +240,11 @@ def step_beside_the_scaler(net: nn.Module, pair: tuple[Optimizer, Optimizer]) ->
 
 
 MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = {
-    "twice": (step_one_twice, RuntimeError, r"Muon has stepped twice and AdamW not: .* every time, and pass scaler="),
+    "twice": (
+        step_one_twice,
+        RuntimeError,
+        r"Muon has stepped twice and AdamW not: a step counts when all .*, and pass scaler=",
+    ),
     "scaler": (step_beside_the_scaler, RuntimeError, r"AdamW steps without the GradScaler given as scaler"),
     "alone": (one_of_them_alone, RuntimeError, r"AdamW trains parameters .* not exchange: 0\.bias, 2\.bias\. They"),
     "flush": (flush_within_a_step, RuntimeError, r"flush\(\) must come between two steps, and Muon has still to"),

@@ -1,6 +1,6 @@
 """The parts of a checkpoint, objects with a state_dict: their validation, and loading of all parts or none."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -40,11 +40,16 @@ def check_parts(parts: Parts) -> None:
             raise CheckpointError(
                 f'part {name!r} is an optimizer with LocalUpdates, which must be a part as well: "local": local'
             )
-        optimizers = getattr(part, "optimizers", ()) if getattr(part, "trains_apart", False) else ()
-        held = {id(each) for other in parts.values() for each in _unwrapped(other)}
-        missing = [type(optimizer).__name__ for optimizer in optimizers if id(optimizer) not in held]
-        if 0 < len(missing) < len(optimizers):
-            raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
+        if getattr(part, "trains_apart", False):
+            _check_optimizers(name, getattr(part, "optimizers", ()), parts)
+
+
+def _check_optimizers(name: str, optimizers: Sequence[object], parts: Parts) -> None:
+    """Raise CheckpointError if some of the optimizers of a `LocalUpdates`, but not all, are parts."""
+    held = {id(each) for part in parts.values() for each in _unwrapped(part)}
+    missing = [type(optimizer).__name__ for optimizer in optimizers if id(optimizer) not in held]
+    if 0 < len(missing) < len(optimizers):
+        raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
 
 def _unwrapped(part: Any) -> Iterator[Any]:

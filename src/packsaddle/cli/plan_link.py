@@ -190,8 +190,7 @@ def _plan(
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
     settings = measured_with(workers, inner)
     most = math.inf if options.most_steps is None else options.most_steps
-    if options.local:
-        check_most_steps(most, settings)
+    check_most_steps(most, settings)
 
     with process_group() if under_launcher() else nullcontext() as group:
         device = torch.device("cpu") if group is None else local_device()

@@ -24,7 +24,7 @@ class Shaped:
 
 
 class Trainable(Protocol):
-    """A parameter, or what tells whether it is trained."""
+    """A parameter, or an object that says in its place whether it is trained."""
 
     @property
     def requires_grad(self) -> bool: ...

@@ -93,7 +93,7 @@ class Fragment(Slice):
         self.trained = [Trained(parameters[place.name]) for place in places]
         super().__init__([replace(p, trained=t) for p, t in zip(places, self.trained, strict=True)], device)
         self._options, self._offset = options, offset
-        self.parameters = [parameters[place.name] for place in self.places]
+        self.parameters = [each.parameter for each in self.trained]
         memory, spec = ErrorMemory(self, spare=True), options.compression
         self.anchor = Anchor(self, self.parameters, memory, keeps=options.keep_unsent)
         self.contraction = Contraction(spec.monitor_every)

@@ -1,7 +1,7 @@
 """The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -50,9 +50,8 @@ def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     return dict(zip(names, parameters, strict=True))
 
 
-def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise RuntimeError if `optimizer` trains a parameter that is not in `parameters`, so is not exchanged."""
-    known = {id(p) for p in parameters}
+def check_no_others(optimizer: Optimizer, known: Container[int]) -> None:
+    """Raise RuntimeError if `optimizer` trains a parameter whose id is not in `known`, so is not exchanged."""
     for i, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
             if p.requires_grad and id(p) not in known:

@@ -27,10 +27,11 @@ class JoinedOptimizer(Optimizer):
     (['Muon', 'AdamW'], 2)
     """
 
+    _is_made = _steps_members = False  # constructed; within `step`
+
     def __init__(self, members: Sequence[Optimizer]) -> None:
         as_optimizers(list(members))  # raises for other objects, and for parameters of two members
         self.members = list(members)
-        self._steps_members = self._is_made = False
         super().__init__(parameters_of(self.members), {})
         self._is_made = True
         self._watch_members()
@@ -139,7 +140,7 @@ class JoinedOptimizer(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"defaults": self.defaults, "members": self.members, "_is_made": True, "_steps_members": False}
+        return {"defaults": self.defaults, "members": self.members, "_is_made": True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

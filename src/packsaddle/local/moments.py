@@ -49,19 +49,19 @@ class MeanMomentum:
         unless an optimizer is one of torch's with them.
         """
         # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
-        moments = [None if u is None else self._moments(p) for p, u in zip(parameters, updates, strict=True)]
+        moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
         norms = torch.zeros(2 * len(moments), dtype=torch.float64, device=local_part(parameters[0]).device)
-        for i, (found, update) in enumerate(zip(moments, updates, strict=True)):
-            if found is not None and update is not None:
-                m, v = found
+        for i, found in enumerate(moments):
+            if found is not None:
+                m, v, update = found
                 norms[2 * i] = torch.linalg.vector_norm(m, dtype=wide_dtype(m))
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
         of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
         # Mix, without waiting for a GPU.
         scales = torch.where((of_d > 0) & of_d.isfinite(), of_m / of_d, torch.nan)
-        for found, update, scale in zip(moments, updates, scales, strict=True):
-            if found is not None and update is not None:
-                m, v = found
+        for found, scale in zip(moments, scales, strict=True):
+            if found is not None:
+                m, v, update = found
                 d = _direction(m, v, update).mul_(scale)
                 m.copy_(torch.where(scale.isfinite(), torch.lerp(m.to(d), d, self._fraction), m))
                 self._may_warn = False
@@ -69,14 +69,15 @@ class MeanMomentum:
             self._may_warn = False
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
-    def _moments(self, p: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the local parts of m and v of a parameter; None if it has none or of another shape."""
+    def _moments(self, p: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return the local parts of m and v of a parameter, and its update; None if it is frozen, without an update, or
+        has no moments or of another shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
         v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the former with amsgrad
-        if "exp_avg" not in state or v is None:
+        if update is None or "exp_avg" not in state or v is None:
             return None
-        found = local_part(state["exp_avg"]), local_part(v)
-        return found if all(x.shape == local_part(p).shape for x in found) else None
+        m, v = local_part(state["exp_avg"]), local_part(v)
+        return (m, v, update) if m.shape == v.shape == local_part(p).shape else None
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
         Rule((*part, "exchange", "start", ANY), "error"),
         Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
-        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction", "clipped")),
-        Rule((*part, "trained"), "own"),
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator")),
+        *(Rule((*part, name), "own") for name in ("contraction", "clipped", "trained")),
         *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
@@ -294,7 +294,7 @@ class LocalUpdates(Records, JoinableSteps):
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer) -> None:
         self._check_here("optimizer.step()")
-        check_no_others(optimizer, self._parameters.values())
+        check_no_others(optimizer, self._trained)
         for p in parameters_of([optimizer]):
             if id(p) in self._trained:
                 self._trained[id(p)].note_step()
