@@ -492,6 +492,17 @@ def test_an_anchor_can_be_evaluated() -> None:
     assert local.steps == 1
 
 
+def test_a_step_at_the_anchor_is_refused_if_a_scaler_skips_it_too() -> None:
+    x = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer, scaler = torch.optim.SGD([x], lr=1.0), torch.amp.GradScaler("cpu", init_scale=2.0)
+    local = LocalUpdates(optimizer, every=1, compressor=WHOLE, scaler=scaler)
+    scaler.scale(torch.ones(()))
+    x.grad = torch.full_like(x, torch.inf)
+    with local.at_anchor(), pytest.raises(RuntimeError, match=r"optimizer.step\(\) within at_anchor\(\)"):
+        scaler.step(optimizer)
+    assert local.steps == local.rounds == 0
+
+
 def test_an_evaluation_at_the_anchor() -> None:
     """As a decorator, in each call."""
     x = torch.nn.Parameter(torch.zeros(4, 4))

@@ -310,6 +310,7 @@ class LocalUpdates(Records, JoinableSteps):
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
         Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
         # Count the step, and check it.
+        self._check_here("optimizer.step()")  # a step that a scaler skips has no `_before_step`
         if self._others is not None:
             self._others.check()
         self._set_anchor_before_first_step()
