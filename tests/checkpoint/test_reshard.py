@@ -120,7 +120,7 @@ def test_what_only_some_workers_have_is_not_lost(
 
 
 def test_an_optimizer_that_has_not_stepped_all_on_one_worker(tmp_path: Path) -> None:
-    """Between exchanges of local updates a layer may have had no gradient on a worker."""
+    """Between exchanges of local updates a layer may have had no gradient on a worker: the mean is over the others."""
 
     def made() -> tuple[torch.nn.ModuleList, dict[str, Any]]:
         layers = torch.nn.ModuleList([torch.nn.Linear(40, 40), torch.nn.Linear(40, 40)])
@@ -136,10 +136,37 @@ def test_an_optimizer_that_has_not_stepped_all_on_one_worker(tmp_path: Path) -> 
         packsaddle.save_checkpoint(tmp_path, parts, step=1)
 
     simulate(save, 2)
-    with pytest.raises(
-        CheckpointError, match=r"optimizer: state\.2\.\w+ is missing, or has another shape, in the state of one"
-    ):
-        simulate(lambda rank: load_checkpoint(tmp_path, made()[1]), 3)
+
+    def load(rank: int) -> dict[int, dict[str, Any]]:
+        _, parts = made()
+        load_checkpoint(tmp_path, parts)
+        return parts["optimizer"].state_dict()["state"]  # type: ignore[no-any-return]
+
+    with pytest.warns(UserWarning, match="saved by 2 workers and is loaded by 3"):
+        states = simulate(load, 3)
+    for state in states:
+        for i, gradients in enumerate([(1.0, 2.0), (1.0, 2.0), (2.0,), (2.0,)]):
+            assert float(state[i]["step"]) == 1
+            mean = torch.full_like(state[i]["exp_avg"], 0.1 * sum(gradients) / len(gradients))
+            torch.testing.assert_close(state[i]["exp_avg"], mean)
+
+
+def test_an_optimizer_state_that_is_of_another_kind_on_one_worker(tmp_path: Path) -> None:
+    def made(amsgrad: bool) -> dict[str, Any]:
+        layer = torch.nn.Linear(40, 40)
+        optimizer = torch.optim.AdamW(layer.parameters(), 1e-3, amsgrad=amsgrad)
+        return {"model": layer, "optimizer": optimizer, "local": packsaddle.LocalUpdates(optimizer, every=4)}
+
+    def save(rank: int) -> None:
+        parts = made(rank == 1)
+        for p in list(parts["model"].parameters())[rank:]:
+            p.grad = torch.ones_like(p)
+        parts["optimizer"].step()
+        packsaddle.save_checkpoint(tmp_path, parts, step=1)
+
+    simulate(save, 2)
+    with pytest.raises(CheckpointError, match=r"optimizer: state\.1\.\w+ is missing, or has another shape"):
+        simulate(lambda rank: load_checkpoint(tmp_path, made(False)), 3)
 
 
 def test_extra_is_averaged_where_all_have_it(tmp_path: Path) -> None:
@@ -180,3 +207,63 @@ def test_each_worker_its_own_disk(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "disk-1")
     with pytest.warns(UserWarning, match="the files of worker 1 of 3 are missing"):
         simulate(lambda rank: load_checkpoint(tmp_path / f"disk-{2 * rank}", Small().parts), 2)
+
+
+def test_pending_updates_are_averaged_with_the_workers_weights(tmp_path: Path) -> None:
+    def made(weight: float) -> tuple[torch.nn.Parameter, dict[str, Any]]:
+        x = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        workers = packsaddle.Workers(weight=weight)
+        local = packsaddle.LocalUpdates(optimizer, packsaddle.Sign(), every=4, workers=workers)
+        return x, {"model": torch.nn.ParameterList([x]), "optimizer": optimizer, "local": local}
+
+    def save(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, parts = made(10.0**rank)
+        for n in range(6):
+            x.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(100 * rank + n))
+            parts["optimizer"].step()
+        packsaddle.save_checkpoint(tmp_path, parts, step=6)
+        return parts["local"].error(), x.detach()
+
+    def load(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, parts = made(1.0 + rank)
+        load_checkpoint(tmp_path, parts)
+        return parts["local"].error(), x.detach()
+
+    saved = simulate(save, 3)
+    mean = sum(weight * x for weight, (_, x) in zip((1, 10, 100), saved, strict=True)) / 111
+    with pytest.warns(UserWarning, match="saved by 3 workers and is loaded by 2"):
+        loaded = simulate(load, 2)
+    for error, x in loaded:
+        torch.testing.assert_close(error, saved[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x, mean)
+
+
+def test_the_smallest_scale_of_the_workers_scalers_is_loaded(tmp_path: Path) -> None:
+    """Each has its own with local updates: one overflow on one worker halves that of this worker alone."""
+
+    def made() -> dict[str, Any]:
+        layer = torch.nn.Linear(40, 40)
+        optimizer, scaler = torch.optim.SGD(layer.parameters(), 1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+        local = packsaddle.LocalUpdates(optimizer, every=8, scaler=scaler)
+        return {"model": layer, "optimizer": optimizer, "scaler": scaler, "local": local}
+
+    def save(rank: int) -> None:
+        parts = made()
+        for n in range(3):
+            value = torch.inf if (n, rank) == (1, 1) else 1.0 + rank
+            parts["scaler"].scale(value * parts["model"](torch.ones(40)).sum()).backward()
+            parts["scaler"].step(parts["optimizer"])
+            parts["scaler"].update()
+            parts["optimizer"].zero_grad()
+        packsaddle.save_checkpoint(tmp_path, parts, step=3)
+
+    def load(rank: int) -> tuple[float, int]:
+        parts = made()
+        load_checkpoint(tmp_path, parts)
+        state = parts["scaler"].state_dict()
+        return state["scale"], state["_growth_tracker"]
+
+    simulate(save, 2)
+    with pytest.warns(UserWarning, match="saved by 2 workers and is loaded by 3"):
+        assert simulate(load, 3) == [(4.0, 1)] * 3

@@ -1,6 +1,7 @@
 """`LocalUpdates.average`: what follows each worker's own parameters, made equal on all of them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -156,3 +157,26 @@ def test_a_call_of_one_worker_alone_is_an_error() -> None:
     simulate(body, 2)
     with pytest.raises(RuntimeError, match="average is for a fixed set of workers"):
         Worker().local.average([torch.zeros(2)])
+
+
+def test_workers_average_tensors_of_the_same_shapes() -> None:
+    """Those of one size in another order would be mixed, and those of another size end the process."""
+    given: dict[str, Callable[[int], Any]] = {
+        r"tensors\[0\]='\[2, 3\] torch.float32' and worker 1 has tensors\[0\]='\[3, 2\]": lambda w: [
+            torch.ones(3, 2) if w else torch.ones(2, 3)
+        ],
+        r"number of tensors=1 and worker 1 has number of tensors=2": lambda w: [torch.ones(4)] * (1 + w),
+        r"tensors\[0\]='\[4\] torch.float32' and worker 1 has tensors\[0\]='\[4\] torch.int64'": lambda w: [
+            torch.ones(4, dtype=torch.int64 if w else None)
+        ],
+    }
+
+    def body(worker: int, found: str) -> None:
+        local = LocalUpdates(torch.optim.SGD(network().parameters(), lr=0.1), Sign())
+        with pytest.raises(ValueError, match=found):
+            local.average(given[found](worker))
+        with pytest.raises(TypeError, match="tensors must be a module or tensors, and one is of type tuple"):
+            local.average(network().named_parameters())  # type: ignore[arg-type]
+
+    for found in given:
+        simulate(partial(body, found=found), 2)

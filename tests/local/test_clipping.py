@@ -26,6 +26,7 @@ from packsaddle import (
     simulate,
 )
 from packsaddle.comm import Solo, resolve
+from packsaddle.comm.aggregators import AllGather
 from packsaddle.integrations import measures
 from packsaddle.local.clipping import factors_of
 from packsaddle.local.options import LocalOptions
@@ -328,9 +329,9 @@ def test_a_limit_is_at_least_one(value: Any) -> None:
 
 def test_shards_are_refused() -> None:
     options = LocalOptions.of(TopK(0.2), 0, Workers(clip=2.0), 0.0, every=4)
-    options.check_aggregators([], sharded=False)
+    options.check_aggregator(AllGather(TopK(0.2)), sharded=False)
     with pytest.raises(ValueError, match="clip must be None with DTensors"):
-        options.check_aggregators([], sharded=True)
+        options.check_aggregator(AllGather(TopK(0.2)), sharded=True)
 
 
 def test_one_worker_is_never_clipped() -> None:

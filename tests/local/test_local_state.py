@@ -1,5 +1,7 @@
 """State of local updates: resumed bit for bit, also with an exchange under way; carried to other numbers of workers."""
 
+import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from packsaddle import (
     QSGD,
     CheckpointError,
     Compression,
+    Compressor,
     Escape,
     Identity,
     LocalUpdates,
     LowRank,
     RandomK,
+    Rounded,
+    Sign,
     TopK,
     simulate,
 )
@@ -204,7 +209,7 @@ def test_a_state_that_does_not_fit() -> None:
         (
             lambda: one.local,
             {**state, "format": 1},
-            "has format 1, .* reads format 3: finish the run",
+            "has format 1, .* reads format 4: finish the run",
         ),
         (lambda: one.local, {}, r"the state has no format; was it saved by LocalUpdates\?"),
     ]
@@ -230,3 +235,116 @@ def test_what_x_begins_at_is_part_of_a_state() -> None:
     one.train(0, 3)
     with pytest.raises(ValueError, match="keep_unsent is False here, but the state was saved with keep_unsent True"):
         other.local.load_state_dict(one.local.state_dict())
+
+
+@pytest.mark.parametrize("given", [(), (Rounded("int2"),)], ids=["default", "other compressor"])
+def test_a_run_resumed_after_a_flush_is_the_one_that_went_on(given: tuple[Compressor, ...]) -> None:
+    """With three workers, whose owners keep residuals of the means; there is no round between the two flushes."""
+
+    def body(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        spec = Compression(Sign(per_tensor=True), exchange="two-way", dense_below=1)
+        one, other = (Training(rank, {"every": 4, "compressor": spec}) for _ in range(2))
+        one.train(0, 6)
+        assert one.local.flush(*given)
+        saved = {name: copy.deepcopy(part.state_dict()) for name, part in one.parts.items()}
+        assert one.local.pending().any()
+        for name, part in other.parts.items():
+            part.load_state_dict(saved[name])
+        for each in (one, other):
+            each.train(6, 7)
+            assert each.local.flush(*given)
+        anchors = one.local.anchor(), other.local.anchor(), saved["local"]["fragments"][0]["anchor"]
+        first, second, before = (torch.cat([a.flatten() for a in anchor.values()]) for anchor in anchors)
+        return first, second, before
+
+    for went_on, resumed, before in simulate(body, 3):
+        assert torch.equal(went_on, resumed)
+        assert not torch.equal(went_on, before)
+
+
+def slow_exchange(local: LocalUpdates) -> threading.Event:
+    """Have the next exchange wait for the event that is returned."""
+    (part,), may_end = local._fragments, threading.Event()
+    exchange = part.exchange
+
+    def waits(*args: Any, **options: Any) -> None:
+        assert may_end.wait(30)
+        exchange(*args, **options)
+
+    part.exchange = waits  # type: ignore[method-assign]
+    return may_end
+
+
+def rolled_back() -> tuple[Tensor, Tensor]:
+    """Load an earlier state while an exchange runs in the background, and train on; beside a run that had none."""
+    rank, found = torch.distributed.get_rank(), []
+    for runs in (True, False):
+        one = Training(rank, {"every": 4, "delay": 3})
+        one.train(0, 1)
+        saved = {name: copy.deepcopy(part.state_dict()) for name, part in one.parts.items()}
+        if runs:
+            may_end = slow_exchange(one.local)
+            one.train(1, 5)
+            threading.Timer(0.2, may_end.set).start()
+        for name, part in one.parts.items():
+            part.load_state_dict(saved[name])
+        one.train(1, 10)
+        found.append(torch.cat([one.local.pending(), flat(dict(one.net.named_parameters()))]))
+    return found[0], found[1]
+
+
+def test_a_state_is_loaded_while_an_exchange_runs(gloo: Callable[..., list[Any]]) -> None:
+    for one, other in gloo(rolled_back, 2):
+        assert torch.equal(one, other)
+
+
+class Apart(torch.optim.SGD):
+    """SGD with a momentum that is outside of `state`, as some optimizers have it."""
+
+    buffer: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        (x,) = self.param_groups[0]["params"]
+        self.buffer = x.grad.clone() if self.buffer is None else 0.9 * self.buffer + x.grad
+        x.sub_(0.1 * self.buffer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "buffer": None if self.buffer is None else self.buffer.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.buffer = state_dict["buffer"]
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "buffer"})
+
+
+def test_a_run_resumed_after_a_rejected_round_is_the_one_that_went_on() -> None:
+    """The optimizer of worker 1 is reset in the step after it, by its state dict."""
+
+    def made() -> tuple[torch.nn.Parameter, Apart, LocalUpdates]:
+        x = torch.nn.Parameter(torch.ones(4, 4))
+        optimizer = Apart([x], lr=0.1)
+        return x, optimizer, LocalUpdates(optimizer, Identity(), every=4)
+
+    def train(x: Tensor, optimizer: Apart, rank: int, first: int, last: int) -> None:
+        for n in range(first, last):
+            x.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(100 * rank + n))
+            if (n, rank) == (2, 1):
+                x.grad[0, 0] = torch.nan
+            optimizer.step()
+
+    def body(rank: int) -> tuple[Tensor, Tensor, list[int]]:
+        x, optimizer, local = made()
+        train(x, optimizer, rank, 0, 4)
+        saved = copy.deepcopy((x.detach(), optimizer.state_dict(), local.state_dict()))
+        train(x, optimizer, rank, 4, 16)
+        y, other, resumed = made()
+        with torch.no_grad():
+            y.copy_(saved[0])
+        other.load_state_dict(saved[1])
+        resumed.load_state_dict(saved[2])
+        train(y, other, rank, 4, 16)
+        return x.detach(), y.detach(), [local.rounds, resumed.rounds]
+
+    for went_on, resumed, rounds in simulate(body, 2):
+        assert torch.equal(went_on, resumed)
+        assert rounds == [3, 3]

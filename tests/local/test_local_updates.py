@@ -577,6 +577,7 @@ def test_refusals() -> None:
         "model must be a torch Module or None, got 5": lambda: make(model=5),
         "noise must be a number, or a function of the step that returns one, got 'a'": lambda: make(noise="a"),
         "blend must be None or in [0, 1], got 'a'": lambda: make(blend="a", delay=1),
+        "nesterov must be True, False or None, got 3": lambda: OuterSGD(nesterov=3),  # type: ignore[arg-type]
         "momentum must be in [0, 1), got 'a'": lambda: OuterSGD(momentum="a"),  # type: ignore[arg-type]
         "workers must be a process group, Workers or Elastic, got 'x'": lambda: make(workers="x"),
         "keep_unsent must be True or False, got 'no'": lambda: make(keep_unsent="no"),

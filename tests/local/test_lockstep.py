@@ -2,13 +2,27 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from specs import local_options
 
-from packsaddle import Compression, Compressor, Identity, LocalUpdates, Sign, TopK, simulate
+from packsaddle import (
+    QSGD,
+    Compression,
+    Compressor,
+    Identity,
+    LocalUpdates,
+    Rounded,
+    Sign,
+    TopK,
+    load_checkpoint,
+    save_checkpoint,
+    simulate,
+)
+from packsaddle.compressors import describe
 
 Gloo = Callable[..., list[Any]]
 
@@ -163,3 +177,50 @@ def test_a_header_is_16_bytes() -> None:
         return local.ledger.by_purpose["guard"].sent
 
     assert simulate(body, 3) == [2 * 16 * (1 + 3)] * 3  # before the check of the first step, and each of three rounds
+
+
+def unlike_schedules(later: Compressor, first: int) -> str:
+    """Worker 1 has another compressor from a round on."""
+    worker = torch.distributed.get_rank()
+
+    def run() -> None:
+        x = torch.nn.Parameter(torch.zeros(64, 64))
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        schedule = Compression(lambda t: later if worker == 1 and t >= first else QSGD(7), exchange="direct")
+        LocalUpdates(optimizer, schedule, every=2)
+        train(8, x, optimizer, worker)
+
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        run()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("later", [QSGD(3), Rounded()], ids=["other levels", "other size"])
+def test_schedules_that_differ(later: Compressor, gloo: Gloo) -> None:
+    """Messages of other levels would be averaged wrongly, and those of another size end the process."""
+    for worker, found in enumerate(gloo(unlike_schedules, 2, later, 1)):
+        assert "workers 0 and 1 have different compressors in the exchange after step 4, on worker" in found
+        assert f"on worker {worker} {describe(later if worker else QSGD(7))}: a schedule must depend" in found
+    for found in gloo(unlike_schedules, 2, later, 0):
+        assert "the same arguments, but worker 0 has compressor of round 0='QSGD()' and worker 1" in found
+
+
+@pytest.mark.parametrize("call", ["saves", "loads"])
+def test_a_checkpoint_on_one_worker_alone(call: str, tmp_path: Path) -> None:
+    """As by `if rank == 0: save_checkpoint(...)`. Its collectives would meet those of the other's round."""
+
+    def body(worker: int) -> str:
+        x, optimizer, local = made(2)
+        parts, sent = {"optimizer": optimizer, "local": local}, local.ledger.total.sent
+        save_checkpoint(tmp_path, parts, step=0)
+        assert local.ledger.total.sent == sent
+
+        def run() -> None:
+            if worker == 0:
+                save_checkpoint(tmp_path, parts, step=1) if call == "saves" else load_checkpoint(tmp_path, parts)
+            train(2, x, optimizer, worker)
+
+        return message(run)
+
+    for found in simulate(body, 2):
+        assert f"worker 0 {call} a checkpoint after step 0, and worker 1 checks its first step after step 1" in found

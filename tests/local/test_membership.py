@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from elastic_fakes import COMPRESSION, FakeManager, Worker
+from elastic_fakes import COMPRESSION, FakeGroup, FakeManager, Worker
 from torch import Tensor
 
 import packsaddle
@@ -360,6 +360,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert path.stat().st_size < 4000  # the vector, of 240 bytes, once
     pending = left.local.pending()
     back = Worker(settings={"memory_file": path})
+    before = MemoryFile.read(path, _shapes(back)).attempt
     back.manager.before_quorum = lambda: back.manager.load(state)
     back.local.join()
     assert torch.equal(back.local.pending(), pending)
@@ -367,7 +368,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     torch.testing.assert_close(back.x(), back.anchor() - pending, rtol=1e-12, atol=1e-12)
     back.manager.before_quorum = lambda: None
     back.train(3)  # after which the file is that of the new round
-    assert MemoryFile.read(path, _shapes(back)).attempt > MemoryFile.read(path, _shapes(back)).format
+    assert MemoryFile.read(path, _shapes(back)).attempt > before
     back.local.leave()
     again = Worker(settings={"memory_file": path})
     again.manager.before_quorum = lambda: again.manager.load(back.manager.save())
@@ -720,6 +721,30 @@ def test_a_worker_that_starts_elsewhere_is_told() -> None:
 
     with pytest.raises(ConfigError, match="workers must begin at the same parameters"):
         simulate(run, 2)
+
+
+def test_a_worker_with_other_frozen_parameters_is_refused() -> None:
+    """No round would make them equal: a newcomer receives the anchor, which has the trained ones only."""
+
+    def run(rank: int) -> str:
+        model = torch.nn.ModuleDict({"fixed": torch.nn.Linear(2, 2), "trained": torch.nn.Linear(2, 2)})
+        model["fixed"].requires_grad_(False)
+        with torch.no_grad():
+            for i, p in enumerate(model.parameters()):
+                p.fill_(i + float(rank == 2))
+        optimizer, manager = torch.optim.SGD(model["trained"].parameters(), lr=0.1), FakeManager(_group())
+        workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False, patience=1e-3)
+        local = LocalUpdates(optimizer, workers=workers, model=model, compressor=Identity())
+        try:
+            local.join()
+        except (ConfigError, PeerLostError) as error:
+            return str(error)
+        return ""
+
+    said = simulate(run, 3)
+    assert "given the same arguments, but worker" in said[2]
+    assert "has checksum of fixed.weight=" in said[2]
+    assert all("no round has come about" in each for each in said[:2])
 
 
 @pytest.mark.parametrize(

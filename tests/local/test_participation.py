@@ -1,6 +1,7 @@
 """Weights of workers and samples of them: against federated averaging written out, and a naive twin with memories."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,3 +223,43 @@ def test_weights_are_of_all_workers_or_of_none() -> None:
 
     with pytest.raises(ValueError, match="workers must be given the same arguments, but worker 0 has weight"):
         simulate(run, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "later", "message"),
+    [
+        ({"weight": 2.0}, Compression(TopK(0.1), exchange="two-way"), 'exchange must be "direct" with weight'),
+        ({"sample": 0.5}, Compression(SketchTopK(0.1)), "must average messages directly with a manager or a sample"),
+    ],
+)
+def test_later_compressors_of_a_schedule_are_refused_too(
+    options: dict[str, Any], later: Compression, message: str
+) -> None:
+    x = nn.Parameter(torch.zeros(50, 50))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    schedule = replace(later, compressor=lambda t: later.at(t) if t else Identity())
+    LocalUpdates(optimizer, schedule, every=1, workers=Workers(**options))
+    x.grad = torch.ones(50, 50)
+    optimizer.step()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"weight": 2.0}, {"sample": 0.5}], ids=["weight", "sample"])
+def test_a_flush_needs_no_owners(options: dict[str, Any]) -> None:
+    """It is uncompressed; elsewhere, after rounds that send less than four bits a value, it has four."""
+
+    def run(rank: int) -> Tensor:
+        x = nn.Parameter(torch.zeros(50, 50))
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        spec = Compression(RandomK(0.1), exchange="auto")
+        local = LocalUpdates(optimizer, spec, every=4, workers=Workers(**options))
+        x.grad = torch.randn(50, 50, generator=torch.Generator().manual_seed(rank))
+        optimizer.step()
+        assert local.flush()
+        assert not local.pending().any()
+        return x.detach()
+
+    first, *others = simulate(run, 4)
+    for x in others:
+        assert torch.equal(x, first)

@@ -230,6 +230,25 @@ def save_within_a_step(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> Non
     local.state_dict()
 
 
+def one_beside_the_scaler(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
+    """The second one steps through the scaler, and then the first one by itself."""
+    scaler = torch.amp.GradScaler("cpu")
+    LocalUpdates(pair, compressor=WHOLE, scaler=scaler)
+    scaler.scale(net(torch.ones(3, 6)).sum()).backward()
+    for _ in range(2):
+        scaler.step(pair[1])
+        pair[0].step()
+        scaler.update()
+        scaler.scale(net(torch.ones(3, 6)).sum()).backward()
+
+
+def flush_after_a_skipped_step(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
+    """A scaler that was not given skips the first one."""
+    local = LocalUpdates(pair, compressor=WHOLE)
+    pair[1].step()
+    local.flush()
+
+
 def step_beside_the_scaler(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
     scaler = torch.amp.GradScaler("cpu")
     LocalUpdates(pair, compressor=WHOLE, scaler=scaler)
@@ -246,6 +265,23 @@ MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = 
         r"Muon has stepped twice and AdamW not: a step counts when all .*, and pass scaler=",
     ),
     "scaler": (step_beside_the_scaler, RuntimeError, r"AdamW steps without the GradScaler given as scaler"),
+    "beside the scaler": (one_beside_the_scaler, RuntimeError, r"Muon steps without the GradScaler given as scaler"),
+    "skipped": (
+        flush_after_a_skipped_step,
+        RuntimeError,
+        r"Muon has still .* own; if a GradScaler has skipped it, pass",
+    ),
+    "two arguments": (
+        lambda net, pair: LocalUpdates(*pair),
+        TypeError,
+        r"must be given as a list: LocalUpdates\(\[muon, adamw\]\)",
+    ),
+    "generator": (
+        lambda net, pair: LocalUpdates(each for each in pair),
+        TypeError,
+        r"optimizers must be in a list, such as \[muon, adamw\], got a generator",
+    ),
+    "dictionary": (lambda net, pair: LocalUpdates(dict(enumerate(pair))), TypeError, r"in a list, .*, got a dict"),
     "alone": (one_of_them_alone, RuntimeError, r"AdamW trains parameters .* not exchange: 0\.bias, 2\.bias\. They"),
     "flush": (flush_within_a_step, RuntimeError, r"flush\(\) must come between two steps, and Muon has still to"),
     "save": (save_within_a_step, RuntimeError, r"state_dict\(\) must come between two steps, and Muon has still to"),
@@ -274,3 +310,18 @@ def test_misuses(name: str) -> None:
             misuse(net, muon_and_adamw(net))
 
     simulate(body, 2)
+
+
+@pytest.mark.parametrize("named", ["by the model", "by one optimizer", "by none"])
+def test_parameters_have_the_models_names(named: str) -> None:
+    net = network()
+    inside = nn.ModuleDict({"module": net})  # as DistributedDataParallel names it
+    pair = muon_and_adamw(net)
+    if named == "by one optimizer":
+        others = [(f"of its own {i}", p) for i, p in enumerate(pair[1].param_groups[0]["params"])]
+        pair = pair[0], torch.optim.AdamW(others)
+    local = LocalUpdates(list(pair), compressor=WHOLE, model=None if named == "by none" else inside)
+    expected = {id(p): name for name, p in net.named_parameters()}
+    order = [id(p) for optimizer in pair for p in optimizer.param_groups[0]["params"]]
+    numbered = [f"parameter {i}" for i in range(len(order))]
+    assert list(local.anchor()) == (numbered if named == "by none" else [expected[i] for i in order])

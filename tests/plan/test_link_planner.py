@@ -416,7 +416,13 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
         assert command("plan", "link", *words, *asked) == 2
         assert message in capsys.readouterr().err
     assert command("plan", "link", "1gbit", "--optimizer", "muon", "--most-steps", 1.1, *asked) == 0
-    assert {f["steps"] for f in json.loads(capsys.readouterr().out)["local"]} == {1.06}
+    document = json.loads(capsys.readouterr().out)
+    assert {f["steps"] for f in document["local"]} == {1.06}
+    assert (document["use"], document["lines"]) == ("DistributedDataParallel as it is.", [])
+    assert command("plan", "link", "1mbit", "--optimizer", "muon", *asked) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["use"].startswith("LocalUpdates, ")
+    assert document["lines"][1].startswith("local = packsaddle.LocalUpdates([muon, adamw], every=")
 
 
 def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,7 +454,7 @@ def test_a_long_flush_and_more_workers_than_steps_were_measured_with_are_named(
     said = capsys.readouterr().out
     assert "flush()" not in said.replace("local.flush()", "")
     assert "with 2 or 4 workers" in said
-    assert "With 16 workers, more steps are needed than with 4" in said
+    assert "With 16 workers, more steps are needed than with 4, whose numbers these are: gains are smaller" in said
 
 
 def test_milliseconds_have_no_powers_of_ten() -> None:

@@ -251,7 +251,8 @@ def test_the_lines_have_a_mean_momentum_where_it_was_measured(setting: Setting, 
     local = forecast_local(size, link, fleet, lambda c, d: free, measured={setting: 1.0})[0]
     lines = advice(verdict, local, optimizer).lines
     assert ("mean_momentum=0.5" in lines[1]) == expected
-    names: dict[str, Any] = {"optimizer": torch.optim.AdamW(nn.Linear(64, 64).parameters())}
+    model = nn.Linear(64, 64)
+    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     if expected:
         exec("\n".join(line.strip() for line in lines), names)
         assert names["local"].options.mean_momentum == 0.5

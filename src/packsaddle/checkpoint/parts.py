@@ -52,6 +52,14 @@ def _check_optimizers(name: str, optimizers: Sequence[object], parts: Parts) -> 
         raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
 
+def check_calls(parts: Parts, call: str) -> None:
+    """Raise RuntimeError if workers that train apart make unlike calls, such as a save on rank 0 alone; collective."""
+    part: Any
+    for part in parts.values():
+        if getattr(part, "trains_apart", False):
+            part.check_call(call)
+
+
 def _unwrapped(part: Any) -> Iterator[Any]:
     """Yield a part, and the optimizers that it wraps."""
     while part is not None:

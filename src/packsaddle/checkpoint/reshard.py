@@ -7,7 +7,8 @@ a joint fingerprint, which detects a worker-0 file of another save.
 For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
 parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
 each worker. Owner errors, the residuals of a two-way exchange's mean, are added to the error memories. If workers train
-separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too.
+separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too, with
+the weights of that part ("share" in its state), and the smallest scale of their GradScalers is used.
 """
 
 import copy
@@ -111,7 +112,11 @@ def resharded(
     converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
-    apart = any(getattr(part, "trains_apart", False) for part in parts.values())
+    local = [name for name, part in parts.items() if getattr(part, "trains_apart", False)]
+    shares = [content["parts"][local[0]].get("share", 1.0) if local else 1.0 for content in contents]
+    for name, part in parts.items():
+        if local and isinstance(part, Optimizer):
+            _share_states([one["parts"][name] for one in (template, *contents)], workers, collectives)
     splits = {}
     for name, part in parts.items():
         try:
@@ -130,7 +135,10 @@ def resharded(
         # Average floats that differ: in buffers and, with local updates, in parameters and optimizer states.
         different = _different(split, mine, collectives)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-        own = apart and isinstance(part, nn.Module | Optimizer)  # these differ between workers with local updates
+        own = bool(local) and isinstance(part, nn.Module | Optimizer)  # these differ between workers with local updates
+        least: dict[Path, Any] = {}
+        if local and isinstance(part, torch.amp.GradScaler):
+            least, different = _least(different, mine, collectives), []
         for path in different:
             value = split.equal[path]
             has_mean = isinstance(value, Tensor) and value.is_floating_point()
@@ -145,7 +153,7 @@ def resharded(
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
-        for path, value in {**_mean(means, sums, workers, collectives), **replaced}.items():
+        for path, value in {**_mean(means, sums, shares, workers, collectives), **least, **replaced}.items():
             *outer, key = path
             if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
@@ -164,26 +172,56 @@ def _mean_of_extra(
     everywhere = map(all, zip(*collectives.gather(list(map(all, here))), strict=True))
     like = {(k,): extra[k] for k, found in zip(candidates, everywhere, strict=True) if found}
     mine = [{path: content["extra"][path[0]] for path in like} for content in contents]
-    return extra | {path[0]: t for path, t in _mean(like, mine, workers, collectives).items()}
+    return extra | {path[0]: t for path, t in _mean(like, mine, [1.0] * len(mine), workers, collectives).items()}
 
 
 def _mean(
     like: Mapping[Path, Tensor],
     mine: Sequence[Mapping[Path, Tensor | None]],
+    shares: Sequence[float],
     workers: int,
     collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
-    """Return the mean of each tensor over all workers that saved the checkpoint, accumulated in float64; collective."""
+    """Return the mean of each tensor over all `workers` that have it, of which this one has read `mine`, accumulated in
+    float64; collective. `shares` are the factors of `mine`, 1 in the mean."""
     found = {}
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=collectives.device)
-        for one in mine:
+        for one, share in zip(mine, shares, strict=True):
             value = one[path]
             assert value is not None
-            total += value.to(collectives.device, torch.float64)
+            total.add_(value.to(collectives.device, torch.float64), alpha=share)
         collectives.group.all_reduce(total)
         found[path] = total.div_(workers).to(tensor.dtype).cpu()
     return found
+
+
+def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectCollectives) -> dict[Path, Any]:
+    found = collectives.gather([[one.equal[path] for path in paths] for one in mine])
+    return dict(zip(paths, map(min, zip(*(values for part in found for values in part), strict=True)), strict=True))
+
+
+def _share_states(states: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives) -> None:
+    """Give workers whose optimizer has no state of a parameter the mean of the others' states of it; collective.
+
+    A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
+    are the template and the state dicts that this worker has read.
+    """
+    first, *mine = [state["state"] for state in states]
+    held = collectives.gather([key for entries in mine for key in entries])  # by current worker
+    for key in dict.fromkeys(key for keys in held for key in keys):
+        if (n := sum(keys.count(key) for keys in held)) == workers:
+            continue
+        here = [entries[key] for entries in mine if key in entries]
+        example = collectives.send(here[0] if here else None, next(i for i, keys in enumerate(held) if key in keys))
+        like = {path: t for path, t in _leaves(example).items() if isinstance(t, Tensor) and t.is_floating_point()}
+        leaves = [_leaves(entry) for entry in here]
+        # Entries of unequal layout are left as they are, which `_missing` reports.
+        fits = all(_layout(found.get(path)) == _layout(t) for found in leaves for path, t in like.items())
+        if all(collectives.gather(fits)):
+            entry = _replaced(example, _mean(like, leaves, [1.0] * len(leaves), n, collectives))
+            for entries in (first, *mine):
+                entries.setdefault(key, copy.deepcopy(entry))
 
 
 def _layout(value: Any) -> Any:

@@ -23,6 +23,7 @@ from packsaddle.checkpoint.files import (
 )
 from packsaddle.checkpoint.parts import (
     Parts,
+    check_calls,
     check_fit,
     check_names,
     check_parts,
@@ -89,6 +90,7 @@ def save_checkpoint(
     """
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
+    check_calls(parts, "saves a checkpoint")
     collectives = ObjectCollectives(group, device_of(parts))
     content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
     saved = [s for s in steps_in(folder) if group.rank in ranks_in(step_folder(folder, s))]
@@ -174,6 +176,7 @@ def restore(
     """Do what `load_checkpoint` does, with warnings in `notes`; step is -1 if only a first, unfinished step exists."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
+    check_calls(parts, "loads a checkpoint")
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
 
 

@@ -67,8 +67,10 @@ def print_json(plan: LinkPlan) -> None:
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
         "forecasts": verdict.plain(),
-        **({"local": [f.plain() for f in plan.local]} if plan.local else {}),
     }
+    if plan.local:
+        best = advice(verdict, plan.local[0], plan.optimizer)
+        document |= {"local": [f.plain() for f in plan.local], "use": best.use, "lines": best.lines}
     print(dumps(document, indent=2))
 
 
@@ -199,7 +201,10 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], workers: int,
     *fewer, most = measured_workers(optimizer)
     print(_LOCAL_NOTE.format(inner, f"{', '.join(map(str, fewer))} or {most}", where))
     if workers > most:
-        print(f"With {workers} workers, more steps are needed than with {most}: exchange more often, with more bits.")
+        print(
+            f"With {workers} workers, more steps are needed than with {most}, whose numbers these are: gains are "
+            f"smaller, and rows with few steps (x steps) lose the least."
+        )
 
 
 def _call(f: LocalForecast, optimizer: Optimizer | None, package: str = "", more: str = "") -> str:
@@ -236,7 +241,7 @@ def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) 
         # With it the loss was lower than in the forecast's measurements: experiments/muon, every 2 and every 8 steps.
         setting = local.setting
         is_measured = setting.compressor == Sign(per_tensor=True) and not setting.delay and optimizer != "muon"
-        more = ", mean_momentum=0.5" if is_measured else ""
+        more = ", mean_momentum=0.5, model=model" if is_measured else ", model=model"
         lines = [
             "import packsaddle",
             f"local = {_call(local, optimizer, 'packsaddle.', more)}  # and no DistributedDataParallel",

@@ -22,6 +22,8 @@ def innermost(optimizer: Any) -> Optimizer:
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:
     """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers. Raises
     TypeError for another object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
+    if isinstance(given, Iterable) and not isinstance(given, list | tuple):
+        raise TypeError(f"optimizers must be in a list, such as [muon, adamw], got a {type(given).__name__}")
     found = tuple(innermost(optimizer) for optimizer in (given if isinstance(given, list | tuple) else [given]))
     if not found:
         raise ValueError("optimizer must be a torch optimizer or a list of them, and the list is empty")
@@ -63,6 +65,9 @@ def check_scaler(scaler: object) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
+_BESIDE = "{} steps without the GradScaler given as scaler: call scaler.step(...)"
+
+
 class Attempts:
     """Counts the steps of one or several optimizers: calls `after` once each of them has attempted a step.
 
@@ -82,16 +87,15 @@ class Attempts:
         self._optimizers, self._after = optimizers, after
         self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
-        self._scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
-        beside = list[Optimizer]()  # those that stepped once without the scaler
+        self.scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
+        self._beside = list[Optimizer]()  # those that stepped once without the scaler
 
         def begin(optimizer: Optimizer, args: object, kwargs: object) -> None:
             if scaler is not None and not self._in_scaler:
                 # One step is torch.distributed.checkpoint's, which so creates an optimizer's state.
-                if optimizer in beside:
-                    name = type(optimizer).__name__
-                    raise RuntimeError(f"{name} steps without the GradScaler given as scaler: call scaler.step(...)")
-                beside.append(optimizer)
+                if optimizer in self._beside:
+                    raise RuntimeError(_BESIDE.format(type(optimizer).__name__))
+                self._beside.append(optimizer)
             before(optimizer)
 
         for optimizer in optimizers:
@@ -117,7 +121,10 @@ class Attempts:
 
     def _attempted(self, optimizer: Optimizer) -> None:
         if optimizer in self._stepped:
-            hint = "" if self._scaler is not None else ", and pass scaler= if a GradScaler skips steps"
+            for other in self._beside:
+                if other not in self._stepped:
+                    raise RuntimeError(_BESIDE.format(type(other).__name__))
+            hint = "" if self.scaler is not None else ", and pass scaler= if a GradScaler skips steps"
             raise RuntimeError(
                 f"{type(optimizer).__name__} has stepped twice and {self.missing()} not: a step counts when all "
                 f"optimizers have taken theirs, so step each of them every time{hint}"

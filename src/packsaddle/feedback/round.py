@@ -85,7 +85,7 @@ class ErrorFeedback:
         self.memory, self.channel, self.guard, self.contraction = memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
         self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
-        self._compressor: Compressor | None = None  # the compressor of the whole vector
+        self.compressor: Compressor | None = None  # the compressor of the whole vector
         self._by_size: Compressor | None = None  # the compressor of this slice, with a budget proportional to its size
         self._choice: Choice | None = None
 
@@ -96,7 +96,7 @@ class ErrorFeedback:
 
     def uses(self, compressor: Compressor) -> bool:
         """Return True if `use` with this compressor of the whole vector would keep the current aggregator."""
-        return compressor == self._compressor
+        return compressor == self.compressor
 
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
         """Return True if `one` sends messages, predicted to be no larger than those of `other`."""
@@ -140,7 +140,7 @@ class ErrorFeedback:
         if self._choice is not None:
             residual = self._choice.aggregator.add_residual(self.memory.vector, self.channel.group.size)
             self.memory.vector.copy_(residual)
-        self._choice, self._compressor = choice, compressor
+        self._choice, self.compressor = choice, compressor
         self.owner_errors()  # allocates them, with the memory's length
 
     def round(self, step: int) -> "Round":
@@ -169,14 +169,14 @@ class ErrorFeedback:
         return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
     def aggregator_state(self) -> SavedAggregator | None:
-        if self._compressor is None:
+        if self.compressor is None:
             return None
-        return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
+        return SavedAggregator(identify(self.compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
         """Restore the aggregator's state after `use`; return False, with nothing restored, for another compressor."""
-        assert self._compressor is not None
-        fits = saved.compressor == identify(self._compressor)
+        assert self.compressor is not None
+        fits = saved.compressor == identify(self.compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
         return fits
 

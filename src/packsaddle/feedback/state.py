@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-FORMAT = 3  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
+FORMAT = 4  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
 ANY = "*"  # in a path: any key
 Path = tuple[Any, ...]  # keys, outermost first
 Kind = Literal["shared", "error", "owner", "own", "constant"]

@@ -41,8 +41,8 @@ class Attached:
         known = signature(self._makes).parameters
         if given := [name for name in ("optimizer", "optimizers", "model") if name in options]:
             raise TypeError(
-                f"{type(self).__name__} takes {given[0]} from the framework; several optimizers for a framework that "
-                f"accepts one are a JoinedOptimizer"
+                f"{type(self).__name__} takes {given[0]} from the framework; several optimizers are returned from "
+                f"configure_optimizers or, for one that accepts only one, joined in a JoinedOptimizer"
             )
         if unknown := [name for name in options if name not in known]:
             raise TypeError(f"{type(self).__name__} has no argument {unknown[0]!r}")

@@ -104,6 +104,8 @@ class Fragment(Slice):
         self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
         self.rounds = 0  # t: applied exchanges
         self.current: PendingExchange | None = None
+        self.was_rejected = False  # the last round; identical on all workers
+        self.was_invalid = False  # this worker's last local update
 
     @property
     def trained_parameters(self) -> list[Tensor]:
@@ -152,6 +154,14 @@ class Fragment(Slice):
 
     def use(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
+        sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
+        self._options.check_aggregator(self.feedback.choice.aggregator, sharded=sharded)
+
+    def end_flush(self) -> None:
+        """Add the residuals that a flush's compressor has left with this worker to the error memory; x does not move.
+        A saved state could not restore them, since the next round's compressor is another one."""
+        with self.anchor.fixed_update() if self.feedback.owner_errors() else nullcontext():
+            self.feedback.drop_aggregator()
 
     def last_compressor(self) -> Compressor:
         """Return the compressor of a flush to which none is given: four bits a value, or Identity.
@@ -160,7 +170,7 @@ class Fragment(Slice):
         Identity.
         """
         spec, four, workers = self._options.compression, Rounded("int4"), self.feedback.channel.group.size
-        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
+        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None and self._options.are_alike
         sends_less = self.feedback.sends_no_more(self._of_last_round, four)
         return four if workers > 1 and is_usual and sends_less else Identity()
 
@@ -292,6 +302,8 @@ class Fragment(Slice):
             *self.shared_fields(path),
             *self.contraction.fields((*path, "contraction")),
             attribute((*path, "clipped"), self.clips, "count", int),
+            attribute((*path, "rejected"), self, "was_rejected", bool),
+            attribute((*path, "invalid"), self, "was_invalid", bool),
             self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
             Vector((*path, "owner_error", ANY), compressed, feedback.owner_errors_by_name, skip, optional=True),

@@ -40,12 +40,16 @@ def check_not_followed(optimizers: Iterable[Optimizer]) -> None:
             )
 
 
-def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
-    """Return the optimizers' parameters by name, or as "parameter 0", ... unless all have different names."""
+def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return the optimizers' parameters by the names that all have in the optimizers, else by those in the model, else
+    as "parameter 0", .... Prefixes of DistributedDataParallel and torch.compile are removed."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = parameters_of(optimizers)
     if len(set(names)) < len(parameters):
+        known = {} if model is None else {id(p): name for name, p in model.named_parameters()}
+        names = [known.get(id(p), "").replace("_orig_mod.", "").removeprefix("module.") for p in parameters]
+    if len({name for name in names if name}) < len(parameters):
         names = [f"parameter {i}" for i in range(len(parameters))]
     return dict(zip(names, parameters, strict=True))
 

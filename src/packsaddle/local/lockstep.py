@@ -1,8 +1,10 @@
 """Collectives of local updates run in one order, after a check that all workers make the same call at the same step.
+In rounds with a schedule of compressors the check compares these too.
 
 If workers made different calls, collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.failures import PeerLostError
+from packsaddle.compressors import Compressor, describe, identify
 from packsaddle.feedback.background import Background
 
 _log = logging.getLogger("packsaddle")
@@ -23,10 +26,13 @@ Call = Literal[
     "checks its first step",
     "calls average()",
     "calls flush(compressor)",
+    "saves a checkpoint",
+    "loads a checkpoint",
 ]
 _CALLS = get_args(Call)
+_ROOM = 256  # above the number of calls: a header's first number is a call + _ROOM x the hash of a compressor
 _ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"
-HEADER = 16  # bytes of the header that the check gathers: call and number of steps, int64[2]
+HEADER = 16  # bytes of the header that the check gathers: call with compressor, and number of steps, int64[2]
 
 
 class Lockstep:
@@ -52,12 +58,13 @@ class Lockstep:
         work: Callable[..., object],
         result: Tensor | None = None,
         norm: Tensor | None = None,
+        compressor: Compressor | None = None,
     ) -> Callable[[], None]:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
         That function raises the errors that `run` would raise. On a GPU, with a `result`, the workers' calls are
         compared only there, so that the host does not wait here. `norm`, float32[1], is gathered together with the
-        check, and `work` is called with all workers' norms, float32[W].
+        check, and `work` is called with all workers' norms, float32[W]. A `compressor` is compared too.
         """
         is_late = result is not None and self._device.type != "cpu"
         unchecked: list[Tensor] = []
@@ -66,11 +73,11 @@ class Lockstep:
             if self._channel.group.size == 1:
                 work(*([] if norm is None else [norm]))
                 return
-            headers, norms = self._gather(call, steps, norm)
+            headers, norms = self._gather(call, steps, norm, compressor)
             if is_late:
                 unchecked.append(headers)
             else:
-                self._check(headers)
+                self._check(headers, compressor)
             work(*norms)
 
         promise = None if self._background is None else self._background.promise()
@@ -83,13 +90,16 @@ class Lockstep:
             if promise is not None:
                 promise.future.wait()
             for headers in unchecked:
-                self._check(headers)
+                self._check(headers, compressor)
 
         return wait
 
-    def _gather(self, call: Call, steps: int, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather all workers' calls and numbers of steps, int64[W, 2], and norms, [float32[W]] or []; collective."""
-        mine = {"header": torch.tensor([_CALLS.index(call), steps], device=self._device)}
+    def _gather(
+        self, call: Call, steps: int, norm: Tensor | None, compressor: Compressor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Gather all workers' headers, int64[W, 2], and norms, [float32[W]] or []; collective."""
+        code = _CALLS.index(call) + _ROOM * (0 if compressor is None else _hash(compressor))
+        mine = {"header": torch.tensor([code, steps], device=self._device)}
         if self._norms:
             mine["norm"] = torch.zeros(1, device=self._device) if norm is None else norm
         self._channel.step = max(self._channel.step, steps - 1)
@@ -101,27 +111,37 @@ class Lockstep:
         norms = [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
         return torch.stack([parts["header"] for parts in gathered]), norms
 
-    def _check(self, headers: Tensor) -> None:
-        """Compare the workers' calls and numbers of steps, `headers`, int64[W, 2]. Raises RuntimeError as `run` does.
+    def _check(self, headers: Tensor, compressor: Compressor | None) -> None:
+        """Compare the workers' `headers`, int64[W, 2]. Raises RuntimeError as `run` does.
         If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
-        # Find the first worker whose call differs from worker 0's, else one whose number of steps differs.
-        rows = headers.tolist()
-        call, steps = rows[0]
-        unlike = [worker for worker, row in enumerate(rows) if row[0] != call]
-        unlike = unlike or [worker for worker, row in enumerate(rows) if row[1] != steps]
+        # Find the first worker whose call differs from worker 0's, else number of steps, else compressor.
+        rows = [(code % _ROOM, steps, code) for code, steps in headers.tolist()]
+        unlike = [worker for i in range(3) for worker, row in enumerate(rows) if row[i] != rows[0][i]]
         if not unlike:
             return
-        their_call, their_steps = rows[unlike[0]]
+        call, steps, code = rows[0]
+        their_call, their_steps, their_code = rows[unlike[0]]
         found = (
             f"worker 0 {_CALLS[call]} after step {steps}, and worker {unlike[0]} {_CALLS[their_call]} after step "
             f"{their_steps}"
         )
-        if call != their_call or _CALLS[call] == "exchanges a round":
+        if call != their_call or (_CALLS[call] == "exchanges a round" and steps != their_steps):
             raise RuntimeError(
                 f"{found}: all workers must make the same calls after the same number of optimizer steps. If their "
                 f"data have different lengths, {_ADVICE}; pass scaler= if a GradScaler skips steps"
+            )
+        if code != their_code:
+            assert compressor is not None
+            raise RuntimeError(
+                f"workers 0 and {unlike[0]} have different compressors in the exchange after step {steps}, on worker "
+                f"{self._channel.group.rank} {describe(compressor)}: a schedule must depend on the round alone"
             )
         # Only the steps differ: the collectives still match, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)
+
+
+def _hash(compressor: Compressor) -> int:
+    """Return a hash of a compressor's class and fields, below 2^48, that is the same in all processes."""
+    return int.from_bytes(hashlib.sha256(repr(identify(compressor)).encode()).digest()[:6])

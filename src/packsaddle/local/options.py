@@ -1,7 +1,7 @@
 """Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the outer optimizer."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -200,6 +200,8 @@ class OuterSGD(Option):
         check_positive(lr=self.lr)
         if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
+        if not (self.nesterov is None or isinstance(self.nesterov, bool)):
+            raise ValueError(f"nesterov must be True, False or None, got {self.nesterov!r}")
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
 
@@ -283,6 +285,11 @@ class LocalOptions(Option):
         return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
 
     @property
+    def are_alike(self) -> bool:
+        """Workers are fixed, have equal weights and take part in all rounds, so owners may keep residuals of means."""
+        return isinstance(self.workers, Workers) and not self.workers.are_uneven
+
+    @property
     def averages_senders(self) -> bool:
         return self.compression.exchange == "senders"
 
@@ -294,22 +301,20 @@ class LocalOptions(Option):
         if overlaps and self.overlap.delay:
             raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
-    def check_aggregators(self, aggregators: Iterable[Aggregator], *, sharded: bool) -> None:
+    def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
         """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
         if isinstance(self.workers, Elastic) and sharded:
             raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
         if self.workers.clip is not None and sharded:
             raise ValueError("clip must be None with DTensors: a process has the norm of its shard only")
         direct = isinstance(self.workers, Elastic) or self.workers.sample < 1
-        for aggregator in aggregators:
-            if direct and not isinstance(aggregator, AllReduce | AllGather):
-                name = type(aggregator).__name__
-                raise ValueError(
-                    f"compressor and exchange must average messages directly with a manager or a sample of workers "
-                    f"(TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep "
-                    f"state that fits one set of workers"
-                )
-            # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
-            uneven = isinstance(self.workers, Workers) and self.workers.are_uneven
-            if uneven and type(aggregator).add_residual is not Aggregator.add_residual:
-                raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
+        if direct and not isinstance(aggregator, AllReduce | AllGather):
+            name = type(aggregator).__name__
+            raise ValueError(
+                f"compressor and exchange must average messages directly with a manager or a sample of workers "
+                f"(TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep "
+                f"state that fits one set of workers"
+            )
+        # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
+        if not self.are_alike and type(aggregator).add_residual is not Aggregator.add_residual:
+            raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
 from packsaddle.feedback.optimizers import parameters_of
+from packsaddle.feedback.state import Value, attribute
 from packsaddle.local.fragment import Fragment, PendingExchange
 from packsaddle.local.inner import live_objects, names_of
 from packsaddle.local.moments import MeanMomentum
@@ -49,17 +50,24 @@ class Outcomes:
         self._momentum = momentum
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
-        self._skipped = set[Fragment]()  # fragments whose last round was rejected; identical on all workers
-        self._rejected = set[Fragment]()  # fragments in which this worker's last local update was invalid
         self._reloaded = False  # state dicts were cleared and loaded back after an invalid update
         self._failed = False  # after the reload, a step with finite gradients made parameters non-finite
+
+    def fields(self) -> list[Value]:
+        own = ("reset", "reloaded"), ("reset", "failed")
+        return [*self.skips.fields(), *(attribute(path, self, f"_{path[1]}", bool) for path in own)]
+
+    @property
+    def _waits(self) -> bool:
+        """True from an invalid local update of this worker to the next valid one of that fragment."""
+        return any(part.was_invalid for part in self._fragments)
 
     def register(self, part: Fragment, exchange: PendingExchange) -> None:
         """Record a fragment's update as valid again, if that of its new exchange is.
         After a failed reset, add a mark to the name of the invalid parameter, which all workers receive."""
-        if self._rejected and not bool(exchange.invalid):
-            self._rejected.discard(part)
-            if not self._rejected:
+        if self._waits and not bool(exchange.invalid):
+            part.was_invalid = False
+            if not self._waits:
                 self._reloaded = self._failed = False
         elif self._failed:
             named = zip(part.places, part.anchor.tensors(), strict=True)
@@ -74,19 +82,19 @@ class Outcomes:
         # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
         # parameters may zero the updates of other fragments, which are then valid.
         if exchange.applied:
-            self._skipped.discard(part)
-            if not self._skipped:
+            part.was_rejected = False
+            if not any(each.was_rejected for each in self._fragments):
                 self.skips.reset_streak()
             if self._momentum is not None and not exchange.flush:
                 assert isinstance(exchange.mean, Tensor)
                 updates = [None if place.is_frozen else update for place, update in part.named(exchange.mean)]
                 self._momentum.mix(part.parameters, updates)
             return True
-        self._skipped.add(part)
+        part.was_rejected = True
         # On a worker with an invalid update, clear non-finite optimizer state, and make the parameters finite.
         if bool(exchange.invalid):
             self._clear()
-            self._rejected.add(part)
+            part.was_invalid = True
             self._restore()
         # Count the rejected round, and raise errors on all workers.
         self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, "the local update of "))
@@ -108,7 +116,7 @@ class Outcomes:
         If it happens again, the reset has failed. No-op unless this worker's last local update was rejected. Collective
         over the processes that have shards of this worker.
         """
-        if not self._rejected or self._failed:
+        if not self._waits or self._failed:
             return
         trained = [p for part in self._fragments for p in part.trained_parameters]
         gradients = [p.grad for p in trained if p.grad is not None]

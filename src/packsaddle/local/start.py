@@ -36,7 +36,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[tuple[str, Tensor]]:
     """Return pairs (name, tensor) of frozen parameters of the optimizers and the model, and of persistent buffers."""
-    named = list(named_parameters(optimizers).items())
+    named = list(named_parameters(optimizers, model).items())
     if model is not None:
         known = {id(p) for _, p in named}
         named += [(name, p) for name, p in model.named_parameters() if id(p) not in known]

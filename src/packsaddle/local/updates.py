@@ -32,13 +32,13 @@ from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.checks import Drift, DriftGuard
+from packsaddle.feedback.checks import Drift, DriftGuard, fingerprint
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.guard import Records
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
-from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, skip
 from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.fragment import Fragment, by_parameter, partition
@@ -78,11 +78,13 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
         Rule((*part, "exchange", "start", ANY), "error"),
         Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
+        Rule((*part, "invalid"), "constant", value=False),
+        Rule(("reset",), "constant", value=False),
         *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator")),
         *(Rule((*part, name), "own") for name in ("contraction", "clipped", "trained")),
-        *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
+        *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "membership")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "share", "membership")),
         *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]
@@ -125,8 +127,9 @@ class LocalUpdates(Records, JoinableSteps):
         seed: seed of all shared randomness; identical on all workers.
         scaler: the GradScaler that steps the optimizer, so that the steps it skips on one worker are counted too.
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
-            rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers.
-            Without it, RuntimeError is raised once another optimizer has stepped with parameters of the same module.
+            rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers. With a
+            manager they are not set: ConfigError is raised when a worker joins whose frozen parameters differ. Without
+            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module.
 
     A round in which a worker's parameters are not finite is rejected on all workers, and recorded in `skips`. That
     worker resets its parameters to their values after the last exchange, and clears non-finite entries of its
@@ -176,6 +179,8 @@ class LocalUpdates(Records, JoinableSteps):
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
     ) -> None:
+        if isinstance(compressor, Optimizer):
+            raise TypeError("several optimizers must be given as a list: LocalUpdates([muon, adamw])")
         self.optimizers = as_optimizers(optimizer)
         for each in self.optimizers:
             if hasattr(each, "channel"):
@@ -199,7 +204,8 @@ class LocalUpdates(Records, JoinableSteps):
         spec.at(0)
 
         # Collect the trained parameters, and the other tensors of the model.
-        self._parameters = {name: p for name, p in named_parameters(self.optimizers).items() if p.requires_grad}
+        named = named_parameters(self.optimizers, model)
+        self._parameters = {name: p for name, p in named.items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
@@ -221,6 +227,8 @@ class LocalUpdates(Records, JoinableSteps):
         self._channel = Communicator(apart or group, self.ledger)
         behind = Background(device) if apart is not None else None
         self._lockstep = Lockstep(self._channel, device, behind, norms=options.workers.clip is not None)
+        uncounted = Communicator(self._channel.group, Ledger())
+        self._checks = Lockstep(uncounted, device, behind, norms=options.workers.clip is not None)
         self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
 
         # Make the fragments (parameters exchanged together), and set the compressor of each.
@@ -233,7 +241,6 @@ class LocalUpdates(Records, JoinableSteps):
         spec.at(0).validate(d)
         for part in self._fragments:
             part.use(spec.at(0))
-        self._check_aggregators()
 
         # Set up the work after an exchange: outer step, resets of inner optimizers, comparisons, escape checks.
         self.outer: Optimizer | None = None
@@ -257,6 +264,7 @@ class LocalUpdates(Records, JoinableSteps):
         # Check that arguments are equal on all workers, and set their parameters to rank 0's.
         same: dict[str, object] = {} if elastic else {"weight": fixed.weight is not None}
         same |= agreement(options) | {"kernels": compiler(device)}
+        same["compressor of round 0"] = describe(spec.at(0))
         same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
             for i, (name, p) in enumerate(tensors):
@@ -268,8 +276,14 @@ class LocalUpdates(Records, JoinableSteps):
             share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
             self._set_anchor_before_first_step()
         else:
+
+            def arguments() -> str:
+                frozen = [(name, t) for name, t in untrained if isinstance(t, torch.nn.Parameter)]
+                values = {f"checksum of {name}": int(fingerprint(local_part(t))) for name, t in frozen}
+                return as_text(same | values)
+
             settings = (options, self._fragments, self._channel)
-            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, as_text(same))
+            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, arguments)
 
         # Register hooks that count the optimizers' steps.
         watches = model is None and (group.size > 1 or elastic is not None)
@@ -355,7 +369,11 @@ class LocalUpdates(Records, JoinableSteps):
         as_vector = delay > 0 or self.outer is not None
         exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
         assert p.round is not None
-        p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v if delay else None, p.norm)
+        # Workers that have a schedule may not have the same compressor.
+        has_schedule = not isinstance(self.options.compression.compressor, Compressor)
+        compressor = part.feedback.compressor if has_schedule else None
+        result = p.round.v if delay else None
+        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor)
         return delay > 0 or self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:
@@ -391,12 +409,6 @@ class LocalUpdates(Records, JoinableSteps):
                     part.anchor.move_to_anchor()
         return True
 
-    def _check_aggregators(self) -> None:
-        """Raise ValueError if these workers do not support the current compressor with its exchange."""
-        sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
-        aggregators = [part.feedback.choice.aggregator for part in self._fragments]
-        self.options.check_aggregators(aggregators, sharded=sharded)
-
     def _escape_check(self, rule: Escape) -> EscapeCheck:
         """Return the saddle escape check, run on the anchor; its `interval` and `every` are numbers of rounds."""
         if len(self._fragments) > 1 or self.options.overlap.delay:
@@ -426,7 +438,8 @@ class LocalUpdates(Records, JoinableSteps):
 
     def _check_between_steps(self, call: str) -> None:
         if missing := self._attempts.missing():
-            raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
+            hint = "" if self._attempts.scaler else "; if a GradScaler has skipped it, pass scaler="
+            raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own{hint}")
 
     # Workers that skip a round, join and leave.
 
@@ -582,8 +595,9 @@ class LocalUpdates(Records, JoinableSteps):
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
 
-        Names are those in the optimizers, if they have different ones, as by AdamW(model.named_parameters()); else
-        "parameter 0", .... The tensors are at least float32 and have the shapes of this process's shards.
+        Names are those in the optimizers, if they have different ones, as by AdamW(model.named_parameters()), else
+        those in `model`, if it was given, else "parameter 0", .... The tensors are at least float32 and have the shapes
+        of this process's shards.
         """
         self._set_anchor_before_first_step()
         self._unsent.clear()
@@ -670,8 +684,9 @@ class LocalUpdates(Records, JoinableSteps):
         last = [(part, compressor or part.last_compressor()) for part in self._fragments]
         for part, each in last:
             part.switch_to(each)
-        self._check_aggregators()
         applied += [self._begin(part, flush=each) for part, each in last]
+        for part in self._fragments:
+            part.end_flush()
         return all(applied)
 
     def _check_flush(self, compressor: Compressor) -> None:
@@ -693,8 +708,9 @@ class LocalUpdates(Records, JoinableSteps):
 
         For tensors computed from each worker's own parameters, which differ between workers even after `flush`: a
         module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
-        schedule-free optimizer. Tensors that are not floating point are set to worker 0's. Raises RuntimeError with a
-        manager.
+        schedule-free optimizer. Tensors that are not floating point are set to worker 0's. Raises TypeError for
+        anything else than tensors, ValueError, naming the first difference, if workers pass other shapes or dtypes, and
+        RuntimeError with a manager.
 
         >>> import torch
         >>> from packsaddle import LocalUpdates
@@ -710,10 +726,17 @@ class LocalUpdates(Records, JoinableSteps):
             raise RuntimeError("average is for a fixed set of workers; with a manager, evaluate the anchor")
         if isinstance(tensors, torch.nn.Module):
             tensors = [*tensors.parameters(), *tensors.buffers()]
+        tensors = list(tensors)
+        for t in tensors:
+            if not isinstance(t, Tensor):
+                raise TypeError(f"tensors must be a module or tensors, and one is of type {type(t).__name__}")
         parts = [local_part(t) for t in tensors]
         means = [part for part in parts if part.is_floating_point()]
+        same: dict[str, object] = {"number of tensors": len(parts)}
+        same |= {f"tensors[{i}]": f"{list(part.shape)} {part.dtype}" for i, part in enumerate(parts)}
 
         def exchange() -> None:
+            check_agreement(self._channel, same, self._fragments[0].anchor.flat.device)
             self._channel.average(means, "average", weight=self._participation.share())
             for part in parts:
                 if not part.is_floating_point():
@@ -744,8 +767,10 @@ class LocalUpdates(Records, JoinableSteps):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
+        """Restore `state`, this worker's `state_dict`; collective if an exchange is in progress.
+        Raises ValueError, with nothing changed, if it is invalid."""
         self._check_here("load_state_dict()")
+        self.wait()
         self.saved_state.load(state)
         self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
@@ -762,11 +787,12 @@ class LocalUpdates(Records, JoinableSteps):
             attribute(("steps",), self, "steps", int),
             *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
             *(() if self._escape is None else self._escape.fields()),
-            *self._skips.fields(),
+            *self._outcomes.fields(),
             attribute(("resets",), self, "_resets", list[Reset]),
             attribute(("drifts",), self._drift, "found", list[Drift]),
             Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
             Value(("uncompressed",), Bytes, lambda: self.uncompressed, self._load_uncompressed),
+            Value(("share",), float, self._participation.share, skip),
             *(() if self.membership is None else self.membership.fields()),
         ]
 
@@ -780,6 +806,12 @@ class LocalUpdates(Records, JoinableSteps):
         if options.workers.sample < 1:
             same["sample"] = options.workers.sample
         return same | {"rank": group.rank, "workers": group.size}
+
+    def check_call(self, call: Call) -> None:
+        """Raise RuntimeError, on all workers, if others make another call; collective, and not in the ledger. No-op
+        with a manager."""
+        if self.membership is None:
+            self._checks.run(call, self.steps, lambda: None)
 
     trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
 

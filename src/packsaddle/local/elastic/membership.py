@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,7 +72,7 @@ class Membership:
     """Runs this worker's rounds in a run whose workers join and leave, coordinated by a torchft Manager.
 
     `inner` are the optimizers of the parameters, `outer` is the optimizer of the anchor, `outcomes` records applied and
-    rejected rounds, `arguments` is a text of all values that must be equal on all workers.
+    rejected rounds. `arguments` returns a text of all values that must be equal on all workers, when this one joins.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Membership:
         inner: Sequence[Optimizer],
         outer: Optimizer | None,
         outcomes: Outcomes,
-        arguments: str,
+        arguments: Callable[[], str],
     ) -> None:
         settings = options.workers
         assert isinstance(settings, Elastic)
@@ -91,7 +91,7 @@ class Membership:
         self.settings, self._channel, self._group = settings, channel, channel.group
         self._fragments, self._inner, self._outer, self._outcomes = fragments, inner, outer, outcomes
         self._compression = options.compression
-        self._arguments, self._arguments_hash = arguments, _hash(arguments)
+        self._arguments_now, self._arguments, self._arguments_hash = arguments, "", 0
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
         self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker per round
@@ -175,6 +175,9 @@ class Membership:
         `uncompressed`: send all pending updates. Raises PeerLostError if no round is committed in `patience` seconds,
         and ConfigError if this worker's arguments differ from the others'.
         """
+        if not self.joined:
+            self._arguments = self._arguments_now()
+            self._arguments_hash = _hash(self._arguments)
         # Measure the time of an inner step: `_commit` reduces the steps of slower workers by it.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
