@@ -239,6 +239,53 @@ def test_pending_updates_are_averaged_with_the_workers_weights(tmp_path: Path) -
         torch.testing.assert_close(x, mean)
 
 
+def test_workers_of_unlike_weights(tmp_path: Path) -> None:
+    """A worker's momentum counts by its weight in its own LocalUpdates; where it has none, the others' count."""
+
+    def made(weight: float | None) -> tuple[list[torch.nn.Parameter], dict[str, Any]]:
+        xs = [torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
+        parts: dict[str, Any] = {}
+        for i, (x, own) in enumerate(zip(xs, (None, weight), strict=True)):
+            parts[f"optimizer {i}"] = torch.optim.SGD([x], lr=1.0, momentum=0.9)
+            workers = packsaddle.Workers(weight=own)
+            parts[f"local {i}"] = packsaddle.LocalUpdates(parts[f"optimizer {i}"], every=4, workers=workers)
+        return xs, parts
+
+    def save(rank: int) -> None:
+        xs, parts = made((1.0, 2.0, 97.0)[rank])
+        for i, x in enumerate(xs):
+            if (i, rank) != (1, 0):
+                x.grad = torch.full_like(x, 1.0 + rank)
+            parts[f"optimizer {i}"].step()
+        packsaddle.save_checkpoint(tmp_path, parts, step=1)
+
+    def load(rank: int) -> list[float]:
+        _, parts = made(1.0)
+        load_checkpoint(tmp_path, parts)
+        moments = [parts[f"optimizer {i}"].state_dict()["state"][0]["momentum_buffer"] for i in range(2)]
+        return [float(m.mean()) for m in moments]
+
+    simulate(save, 3)
+    with pytest.warns(UserWarning, match="saved by 3 workers and is loaded by 2"):
+        loaded = simulate(load, 2)
+    assert loaded == [pytest.approx([2.0, (2 * 2 + 97 * 3) / 99])] * 2
+
+
+def test_a_module_of_workers_with_two_weights_has_no_mean(tmp_path: Path) -> None:
+    def made(weight: float) -> dict[str, Any]:
+        model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40))
+        parts: dict[str, Any] = {"model": model}
+        for i, own in enumerate((None, weight)):
+            parts[f"optimizer {i}"] = torch.optim.SGD(model[i].parameters(), lr=1.0)
+            workers = packsaddle.Workers(weight=own)
+            parts[f"local {i}"] = packsaddle.LocalUpdates(parts[f"optimizer {i}"], every=4, workers=workers)
+        return parts
+
+    simulate(lambda rank: packsaddle.save_checkpoint(tmp_path, made(1.0 + rank), step=1), 3)
+    with pytest.raises(CheckpointError, match="model: local 0 and local 1 have unlike weights of the workers"):
+        simulate(lambda rank: load_checkpoint(tmp_path, made(1.0)), 2)
+
+
 def test_the_smallest_scale_of_the_workers_scalers_is_loaded(tmp_path: Path) -> None:
     """Each has its own with local updates: one overflow on one worker halves that of this worker alone."""
 

@@ -298,6 +298,36 @@ def test_a_state_is_loaded_while_an_exchange_runs(gloo: Callable[..., list[Any]]
         assert torch.equal(one, other)
 
 
+def loaded_after_a_failure() -> str:
+    """An exchange fails in the background; then an earlier state is loaded."""
+    one = Training(torch.distributed.get_rank(), {"every": 4, "delay": 3})
+    saved = copy.deepcopy(one.local.state_dict())
+    (part,) = one.local._fragments
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise KeyError("of the exchange")
+
+    part.exchange, exchange = fails, part.exchange  # type: ignore[method-assign]
+    one.train(0, 5)
+    one.local.load_state_dict(saved)
+    part.exchange = exchange  # type: ignore[method-assign]
+    one.train(0, 9)
+    return f"{one.local.rounds} round"
+
+
+def test_a_state_is_loaded_after_a_failed_exchange(gloo: Callable[..., list[Any]]) -> None:
+    assert gloo(loaded_after_a_failure, 2) == ["1 round"] * 2
+
+
+def test_a_state_with_other_names_of_parameters() -> None:
+    model = nn.Linear(4, 4)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2)]
+    numbered = LocalUpdates(optimizers[0], Identity())
+    named = LocalUpdates(optimizers[1], Identity(), model=model)
+    with pytest.raises(ValueError, match="parameters is by name here, but the state was saved with parameters by numb"):
+        named.load_state_dict(numbered.state_dict())
+
+
 class Apart(torch.optim.SGD):
     """SGD with a momentum that is outside of `state`, as some optimizers have it."""
 

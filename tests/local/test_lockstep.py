@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,26 @@ def test_schedules_that_differ(later: Compressor, gloo: Gloo) -> None:
         assert f"on worker {worker} {describe(later if worker else QSGD(7))}: a schedule must depend" in found
     for found in gloo(unlike_schedules, 2, later, 0):
         assert "the same arguments, but worker 0 has compressor of round 0='QSGD()' and worker 1" in found
+
+
+@dataclass(frozen=True)
+class Scaled(Sign):
+    """A compressor of one's own, with a field that has no plain value."""
+
+    scale: Callable[[float], float] = float
+
+
+def own_schedule() -> int:
+    x = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    local = LocalUpdates(optimizer, lambda t: Scaled(scale=lambda value: t * value), every=2)
+    train(4, x, optimizer, torch.distributed.get_rank())
+    return local.rounds
+
+
+def test_a_schedule_of_ones_own_compressors(gloo: Gloo) -> None:
+    """A function's repr has its address, which is another one in each process."""
+    assert gloo(own_schedule, 2) == [2, 2]
 
 
 @pytest.mark.parametrize("call", ["saves", "loads"])

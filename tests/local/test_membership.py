@@ -723,25 +723,37 @@ def test_a_worker_that_starts_elsewhere_is_told() -> None:
         simulate(run, 2)
 
 
-def test_a_worker_with_other_frozen_parameters_is_refused() -> None:
-    """No round would make them equal: a newcomer receives the anchor, which has the trained ones only."""
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None:
+    """No round would make them equal: a newcomer receives the anchor, which has the trained ones only.
+    Those that are `changed` on all workers after they have joined, such as a teacher's, may go on."""
 
     def run(rank: int) -> str:
         model = torch.nn.ModuleDict({"fixed": torch.nn.Linear(2, 2), "trained": torch.nn.Linear(2, 2)})
         model["fixed"].requires_grad_(False)
         with torch.no_grad():
             for i, p in enumerate(model.parameters()):
-                p.fill_(i + float(rank == 2))
+                p.fill_(i + float(rank == 2 and not changed))
         optimizer, manager = torch.optim.SGD(model["trained"].parameters(), lr=0.1), FakeManager(_group())
         workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False, patience=1e-3)
         local = LocalUpdates(optimizer, workers=workers, model=model, compressor=Identity())
         try:
             local.join()
+            if changed:
+                model["fixed"].weight.data.add_(1.0)
+                assert local.membership is not None
+                local.membership.joined = rank != 2  # as if worker 2 joined only now
+                assert local.flush()
+                local.membership.joined = True
+                assert local.flush()
         except (ConfigError, PeerLostError) as error:
             return str(error)
         return ""
 
     said = simulate(run, 3)
+    if changed:
+        assert said == [""] * 3
+        return
     assert "given the same arguments, but worker" in said[2]
     assert "has checksum of fixed.weight=" in said[2]
     assert all("no round has come about" in each for each in said[:2])

@@ -265,7 +265,11 @@ MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = 
         r"Muon has stepped twice and AdamW not: a step counts when all .*, and pass scaler=",
     ),
     "scaler": (step_beside_the_scaler, RuntimeError, r"AdamW steps without the GradScaler given as scaler"),
-    "beside the scaler": (one_beside_the_scaler, RuntimeError, r"Muon steps without the GradScaler given as scaler"),
+    "beside the scaler": (
+        one_beside_the_scaler,
+        RuntimeError,
+        r"AdamW has stepped twice and Muon not: .*; Muon steps without the GradScaler given as scaler: call scaler",
+    ),
     "skipped": (
         flush_after_a_skipped_step,
         RuntimeError,

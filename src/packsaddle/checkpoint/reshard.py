@@ -113,10 +113,11 @@ def resharded(
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
     local = [name for name, part in parts.items() if getattr(part, "trains_apart", False)]
-    shares = [content["parts"][local[0]].get("share", 1.0) if local else 1.0 for content in contents]
+    shares = _shares(parts, local, contents, collectives)
     for name, part in parts.items():
         if local and isinstance(part, Optimizer):
-            _share_states([one["parts"][name] for one in (template, *contents)], workers, collectives)
+            states = [one["parts"][name] for one in (template, *contents)]
+            _complete_states(states, shares[name], workers, collectives)
     splits = {}
     for name, part in parts.items():
         try:
@@ -153,7 +154,7 @@ def resharded(
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
-        for path, value in {**_mean(means, sums, shares, workers, collectives), **least, **replaced}.items():
+        for path, value in {**_mean(means, sums, shares[name], workers, collectives), **least, **replaced}.items():
             *outer, key = path
             if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
@@ -179,11 +180,11 @@ def _mean(
     like: Mapping[Path, Tensor],
     mine: Sequence[Mapping[Path, Tensor | None]],
     shares: Sequence[float],
-    workers: int,
+    total_share: float,
     collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
-    """Return the mean of each tensor over all `workers` that have it, of which this one has read `mine`, accumulated in
-    float64; collective. `shares` are the factors of `mine`, 1 in the mean."""
+    """Return the mean of each tensor over all workers that have it, accumulated in float64; collective. This worker has
+    read `mine`, which count by `shares`; `total_share` is the sum over all workers."""
     found = {}
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=collectives.device)
@@ -192,7 +193,7 @@ def _mean(
             assert value is not None
             total.add_(value.to(collectives.device, torch.float64), alpha=share)
         collectives.group.all_reduce(total)
-        found[path] = total.div_(workers).to(tensor.dtype).cpu()
+        found[path] = total.div_(total_share).to(tensor.dtype).cpu()
     return found
 
 
@@ -201,25 +202,49 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
     return dict(zip(paths, map(min, zip(*(values for part in found for values in part), strict=True)), strict=True))
 
 
-def _share_states(states: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives) -> None:
+def _shares(
+    parts: Mapping[str, Any], local: Sequence[str], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
+) -> dict[str, list[float]]:
+    """Return by part the factors of the workers in means, 1 on average: those of its `LocalUpdates`, one of `local`.
+    Raises CheckpointError, on every worker, for a module if several have unlike weights."""
+    found = {}
+    for name, part in parts.items():
+        of = part if name in local else getattr(part, "exchanged_by", None)
+        keys = [key for key in local if parts[key] is of] or local
+        each = [[content["parts"][key]["share"] for content in contents] for key in keys]
+        if any(collectives.gather(any(shares != each[0] for shares in each))):
+            raise CheckpointError(
+                f"{name}: {' and '.join(keys)} have unlike weights of the workers, so it has no mean, and cannot be "
+                f"loaded by another number of workers"
+            )
+        found[name] = each[0] if each else [1.0] * len(contents)
+    return found
+
+
+def _complete_states(
+    states: Sequence[dict[str, Any]], shares: Sequence[float], workers: int, collectives: ObjectCollectives
+) -> None:
     """Give workers whose optimizer has no state of a parameter the mean of the others' states of it; collective.
 
     A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
-    are the template and the state dicts that this worker has read.
+    are the template, and the state dicts that this worker has read, which count by `shares`.
     """
     first, *mine = [state["state"] for state in states]
-    held = collectives.gather([key for entries in mine for key in entries])  # by current worker
-    for key in dict.fromkeys(key for keys in held for key in keys):
-        if (n := sum(keys.count(key) for keys in held)) == workers:
+    # The keys and shares of all workers, by the worker that has read them.
+    held = collectives.gather([(key, share) for one, share in zip(mine, shares, strict=True) for key in one])
+    for key in dict.fromkeys(key for pairs in held for key, _ in pairs):
+        found = [share for pairs in held for other, share in pairs if other == key]
+        if len(found) == workers:
             continue
-        here = [entries[key] for entries in mine if key in entries]
-        example = collectives.send(here[0] if here else None, next(i for i, keys in enumerate(held) if key in keys))
+        here = [(_leaves(one[key]), share) for one, share in zip(mine, shares, strict=True) if key in one]
+        holder = next(i for i, pairs in enumerate(held) if any(other == key for other, _ in pairs))
+        example = collectives.send(next((one[key] for one in mine if key in one), None), holder)
         like = {path: t for path, t in _leaves(example).items() if isinstance(t, Tensor) and t.is_floating_point()}
-        leaves = [_leaves(entry) for entry in here]
         # Entries of unequal layout are left as they are, which `_missing` reports.
-        fits = all(_layout(found.get(path)) == _layout(t) for found in leaves for path, t in like.items())
+        fits = all(_layout(leaves.get(path)) == _layout(t) for leaves, _ in here for path, t in like.items())
         if all(collectives.gather(fits)):
-            entry = _replaced(example, _mean(like, leaves, [1.0] * len(leaves), n, collectives))
+            leaves, factors = [one for one, _ in here], [share for _, share in here]
+            entry = _replaced(example, _mean(like, leaves, factors, sum(found), collectives))
             for entries in (first, *mine):
                 entries.setdefault(key, copy.deepcopy(entry))
 

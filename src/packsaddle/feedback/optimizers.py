@@ -121,10 +121,8 @@ class Attempts:
 
     def _attempted(self, optimizer: Optimizer) -> None:
         if optimizer in self._stepped:
-            for other in self._beside:
-                if other not in self._stepped:
-                    raise RuntimeError(_BESIDE.format(type(other).__name__))
             hint = "" if self.scaler is not None else ", and pass scaler= if a GradScaler skips steps"
+            hint += "".join(f"; {_BESIDE.format(type(o).__name__)}" for o in self._beside if o not in self._stepped)
             raise RuntimeError(
                 f"{type(optimizer).__name__} has stepped twice and {self.missing()} not: a step counts when all "
                 f"optimizers have taken theirs, so step each of them every time{hint}"

@@ -7,7 +7,7 @@ last two.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,6 +94,7 @@ class Fragment(Slice):
         super().__init__([replace(p, trained=t) for p, t in zip(places, self.trained, strict=True)], device)
         self._options, self._offset = options, offset
         self.parameters = [each.parameter for each in self.trained]
+        self._is_sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
         memory, spec = ErrorMemory(self, spare=True), options.compression
         self.anchor = Anchor(self, self.parameters, memory, keeps=options.keep_unsent)
         self.contraction = Contraction(spec.monitor_every)
@@ -154,12 +155,11 @@ class Fragment(Slice):
 
     def use(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
-        sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
-        self._options.check_aggregator(self.feedback.choice.aggregator, sharded=sharded)
+        self._options.check_aggregator(self.feedback.choice.aggregator, sharded=self._is_sharded)
 
     def end_flush(self) -> None:
-        """Add the residuals that a flush's compressor has left with this worker to the error memory; x does not move.
-        A saved state could not restore them, since the next round's compressor is another one."""
+        """Drop the aggregator of a flush, with its residuals added to the error memory; x does not move. A saved state
+        could not restore it, since the next round's compressor may be another one."""
         with self.anchor.fixed_update() if self.feedback.owner_errors() else nullcontext():
             self.feedback.drop_aggregator()
 
@@ -245,6 +245,13 @@ class Fragment(Slice):
             self.clips.record(p.round.step, p.factors, p.workers)
         self.contraction.close(p.round.step, apply=commit)
         p.round = None
+
+    def abandon(self) -> None:
+        """Wait for the current exchange, and roll it back, whatever came of it."""
+        if self.current is not None:
+            with suppress(Exception):  # it may have failed long ago
+                self.current.wait()
+            self.roll_back()
 
     def roll_back(self) -> None:
         """Cancel the current exchange and roll back the error memory, unless already committed."""

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.communicator import Communicator, as_text
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.compressors import Compressor, describe, identify
 from packsaddle.feedback.background import Background
@@ -63,10 +63,10 @@ class Lockstep:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
         That function raises the errors that `run` would raise. On a GPU, with a `result`, the workers' calls are
-        compared only there, so that the host does not wait here. `norm`, float32[1], is gathered together with the
-        check, and `work` is called with all workers' norms, float32[W]. A `compressor` is compared too.
+        compared only there, so that the host does not wait here, unless a `compressor` is compared too. `norm`,
+        float32[1], is gathered together with the check, and `work` is called with all workers' norms, float32[W].
         """
-        is_late = result is not None and self._device.type != "cpu"
+        is_late = result is not None and compressor is None and self._device.type != "cpu"
         unchecked: list[Tensor] = []
 
         def checked() -> None:
@@ -144,4 +144,4 @@ class Lockstep:
 
 def _hash(compressor: Compressor) -> int:
     """Return a hash of a compressor's class and fields, below 2^48, that is the same in all processes."""
-    return int.from_bytes(hashlib.sha256(repr(identify(compressor)).encode()).digest()[:6])
+    return int.from_bytes(hashlib.sha256(as_text(identify(compressor)).encode()).digest()[:6])

@@ -129,7 +129,8 @@ class LocalUpdates(Records, JoinableSteps):
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers. With a
             manager they are not set: ConfigError is raised when a worker joins whose frozen parameters differ. Without
-            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module.
+            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module. Saved
+            states have its names of parameters: a run that resumes needs `model` if it was given before, else none.
 
     A round in which a worker's parameters are not finite is rejected on all workers, and recorded in `skips`. That
     worker resets its parameters to their values after the last exchange, and clears non-finite entries of its
@@ -767,10 +768,11 @@ class LocalUpdates(Records, JoinableSteps):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`; collective if an exchange is in progress.
-        Raises ValueError, with nothing changed, if it is invalid."""
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
         self._check_here("load_state_dict()")
-        self.wait()
+        self.saved_state.validate(state)
+        for part in self._fragments:
+            part.abandon()
         self.saved_state.load(state)
         self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
@@ -801,6 +803,7 @@ class LocalUpdates(Records, JoinableSteps):
         same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
         same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
         same |= {"outer": options.outer is not None, "escape": options.escape is not None}
+        same["parameters"] = "by number" if any(n.startswith("parameter ") for n in self._parameters) else "by name"
         if isinstance(options.workers, Elastic):
             return same | {"elastic": True}
         if options.workers.sample < 1:

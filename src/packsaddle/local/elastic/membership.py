@@ -91,7 +91,7 @@ class Membership:
         self.settings, self._channel, self._group = settings, channel, channel.group
         self._fragments, self._inner, self._outer, self._outcomes = fragments, inner, outer, outcomes
         self._compression = options.compression
-        self._arguments_now, self._arguments, self._arguments_hash = arguments, "", 0
+        self._arguments, self._arguments_hash = arguments, 0
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
         self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker per round
@@ -176,8 +176,7 @@ class Membership:
         and ConfigError if this worker's arguments differ from the others'.
         """
         if not self.joined:
-            self._arguments = self._arguments_now()
-            self._arguments_hash = _hash(self._arguments)
+            self._arguments_hash = _hash(self._arguments())
         # Measure the time of an inner step: `_commit` reduces the steps of slower workers by it.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
@@ -321,10 +320,13 @@ class Membership:
         Raises RoundFailedError on workers that have the right ones, and ConfigError on workers with other arguments or
         messages, or if the first round has different anchors. Later, a worker with another anchor loads the others'.
         """
-        self._compare("be given the same arguments", [h.arguments for h in hellos], self._arguments, hellos)
+        hashes = [h.arguments for h in hellos]
+        self._compare("be given the same arguments", hashes, self._arguments, hellos)
+        if len(set(hashes)) > 1:  # frozen parameters have changed, equally on all workers, after some had joined
+            self._arguments_hash = _hash(self._arguments())
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
-            self._compare("send messages of one kind", [h.message for h in hellos], self._message(), hellos)
+            self._compare("send messages of one kind", [h.message for h in hellos], self._message, hellos)
             return
         if not self.roster.past:
             raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
@@ -333,18 +335,20 @@ class Membership:
             self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark this worker as behind
         raise RoundFailedError("workers have different anchors")
 
-    def _compare(self, must: str, hashes: Sequence[int], text: str, hellos: Sequence[Hello]) -> None:
-        """Raise an error if the workers' `hashes` of a text differ; it names a worker, and the first line that differs.
+    def _compare(self, must: str, hashes: Sequence[int], text: Callable[[], str], hellos: Sequence[Hello]) -> None:
+        """Raise an error if the workers' `hashes` and texts differ; it names a worker, and the first line that differs.
 
-        `text` is the text of this worker's hash; texts are gathered only if hashes differ. Raises ConfigError on a
-        worker whose text is not the most frequent one, RoundFailedError on the others.
+        `text` returns this worker's text; texts are gathered only if hashes differ. Raises ConfigError on a worker
+        whose text is not the most frequent one, RoundFailedError on the others.
         """
-        usual, mine = most(hashes), self._group.rank
         if len(set(hashes)) == 1:
             return
-        texts = self._channel.gather_text(text, self._device, "members")
-        other = mine if hashes[mine] != usual else next(i for i, found in enumerate(hashes) if found != usual)
-        pairs = zip_longest(texts[other].split("\n"), texts[hashes.index(usual)].split("\n"), fillvalue="nothing more")
+        texts, mine = self._channel.gather_text(text(), self._device, "members"), self._group.rank
+        usual = most(texts)
+        if len(set(texts)) == 1:
+            return
+        other = mine if texts[mine] != usual else next(i for i, found in enumerate(texts) if found != usual)
+        pairs = zip_longest(texts[other].split("\n"), usual.split("\n"), fillvalue="nothing more")
         here, there = next(pair for pair in pairs if pair[0] != pair[1])
         error = f"workers must {must}, but worker {hellos[other].worker:x} has {here} and the others have {there}"
         raise ConfigError(error) if other == mine else RoundFailedError(error)
