@@ -42,13 +42,14 @@ LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*
 owner: fragments.*.owner_error.*
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, skips.consecutive,
-    skips.total
-constant: fragments.*.exchange.invalid, identity.rank, identity.workers
+    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, share,
+    skips.consecutive, skips.total
+constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
+    reset.reloaded
 shared: drifts, escape.anchor, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.names,
-    fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments, identity.keep_unsent,
-    identity.outer, identity.seed, outer, resets, steps
+    fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
+    identity.keep_unsent, identity.outer, identity.parameters, identity.seed, outer, resets, steps
 """
 
 

@@ -247,7 +247,7 @@ class Fragment(Slice):
         p.round = None
 
     def abandon(self) -> None:
-        """Wait for the current exchange, and roll it back, whatever came of it."""
+        """Wait for the current exchange, and roll it back, also if it failed."""
         if self.current is not None:
             with suppress(Exception):  # it may have failed long ago
                 self.current.wait()
