@@ -85,7 +85,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     error, state = opt.error(), opt.state_dict()
     (group,) = state["param_groups"]
     older = (
-        "has format 1, .* reads format 3: finish the run with the packsaddle that saved it, or load the weights alone"
+        "has format 1, .* reads format 4: finish the run with the packsaddle that saved it, or load the weights alone"
     )
     with pytest.raises(ValueError, match=f"the state {older}"):
         opt.load_state_dict(state | {"param_groups": [group | {"format": 1}]})

@@ -265,7 +265,9 @@ class LocalUpdates(Records, JoinableSteps):
         # Check that arguments are equal on all workers, and set their parameters to rank 0's.
         same: dict[str, object] = {} if elastic else {"weight": fixed.weight is not None}
         same |= agreement(options) | {"kernels": compiler(device)}
-        same["compressor of round 0"] = describe(spec.at(0))
+        self._has_schedule = not isinstance(spec.compressor, Compressor)
+        if self._has_schedule:  # workers may have other compressors, with one function
+            same["compressor of round 0"] = describe(spec.at(0))
         same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
             for i, (name, p) in enumerate(tensors):
@@ -370,9 +372,7 @@ class LocalUpdates(Records, JoinableSteps):
         as_vector = delay > 0 or self.outer is not None
         exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
         assert p.round is not None
-        # Workers that have a schedule may not have the same compressor.
-        has_schedule = not isinstance(self.options.compression.compressor, Compressor)
-        compressor = part.feedback.compressor if has_schedule else None
+        compressor = part.feedback.compressor if self._has_schedule else None
         result = p.round.v if delay else None
         p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor)
         return delay > 0 or self._finish(part)
