@@ -271,6 +271,27 @@ def test_workers_of_unlike_weights(tmp_path: Path) -> None:
     assert loaded == [pytest.approx([2.0, (2 * 2 + 97 * 3) / 99])] * 2
 
 
+def test_a_state_of_an_earlier_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> dict[str, Any]:
+        layer = torch.nn.Linear(40, 40)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        return {"model": layer, "optimizer": optimizer, "local": packsaddle.LocalUpdates(optimizer, every=4)}
+
+    now = packsaddle.LocalUpdates.state_dict
+
+    def earlier(local: packsaddle.LocalUpdates) -> dict[str, Any]:
+        return {key: value for key, value in now(local).items() if key != "share"} | {"format": 3}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packsaddle.LocalUpdates, "state_dict", earlier)
+        simulate(lambda rank: packsaddle.save_checkpoint(tmp_path, made(), step=1), 3)
+    for workers in (2, 3):
+        with pytest.raises(
+            CheckpointError, match="local: the state has format 3, and this version of packsaddle reads"
+        ):
+            simulate(lambda rank: load_checkpoint(tmp_path, made()), workers)
+
+
 def test_a_module_of_workers_with_two_weights_has_no_mean(tmp_path: Path) -> None:
     def made(weight: float) -> dict[str, Any]:
         model = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 40))

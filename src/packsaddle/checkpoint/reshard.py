@@ -211,7 +211,8 @@ def _shares(
     for name, part in parts.items():
         of = part if name in local else getattr(part, "exchanged_by", None)
         keys = [key for key in local if parts[key] is of] or local
-        each = [[content["parts"][key]["share"] for content in contents] for key in keys]
+        # A state of an earlier format, which `State.split` refuses, has no share.
+        each = [[content["parts"][key].get("share", 1.0) for content in contents] for key in keys]
         if any(collectives.gather(any(shares != each[0] for shares in each))):
             raise CheckpointError(
                 f"{name}: {' and '.join(keys)} have unlike weights of the workers, so it has no mean, and cannot be "
@@ -229,7 +230,7 @@ def _complete_states(
     A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
     are the template, and the state dicts that this worker has read, which count by `shares`.
     """
-    first, *mine = [state["state"] for state in states]
+    first, *mine = [state.get("state", {}) for state in states]
     # The keys and shares of all workers, by the worker that has read them.
     held = collectives.gather([(key, share) for one, share in zip(mine, shares, strict=True) for key in one])
     for key in dict.fromkeys(key for pairs in held for key, _ in pairs):
