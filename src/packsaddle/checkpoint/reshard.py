@@ -207,18 +207,21 @@ def _shares(
 ) -> dict[str, list[float]]:
     """Return by part the factors of the workers in means, 1 on average: those of its `LocalUpdates`, one of `local`.
     Raises CheckpointError, on every worker, for a module if several have unlike weights."""
-    found = {}
+    if not local:
+        return {name: [1.0] * len(contents) for name in parts}
+    found, unlike = {}, []
     for name, part in parts.items():
         of = part if name in local else getattr(part, "exchanged_by", None)
         keys = [key for key in local if parts[key] is of] or local
         # A state of an earlier format, which `State.split` refuses, has no share.
         each = [[content["parts"][key].get("share", 1.0) for content in contents] for key in keys]
-        if any(collectives.gather(any(shares != each[0] for shares in each))):
-            raise CheckpointError(
-                f"{name}: {' and '.join(keys)} have unlike weights of the workers, so it has no mean, and cannot be "
-                f"loaded by another number of workers"
-            )
-        found[name] = each[0] if each else [1.0] * len(contents)
+        unlike += [name] if any(shares != each[0] for shares in each) else []
+        found[name] = each[0]
+    if refused := [name for names in collectives.gather(unlike) for name in names]:
+        raise CheckpointError(
+            f"{refused[0]}: {' and '.join(local)} have unlike weights of the workers, so it has no mean, and cannot be "
+            f"loaded by another number of workers"
+        )
     return found
 
 

@@ -241,7 +241,7 @@ def advice(verdict: Verdict, local: LocalForecast, optimizer: Optimizer | None) 
         # With it the loss was lower than in the forecast's measurements: experiments/muon, every 2 and every 8 steps.
         setting = local.setting
         is_measured = setting.compressor == Sign(per_tensor=True) and not setting.delay and optimizer != "muon"
-        more = ", mean_momentum=0.5, model=model" if is_measured else ", model=model"
+        more = f"{', mean_momentum=0.5' if is_measured else ''}, model=model"
         lines = [
             "import packsaddle",
             f"local = {_call(local, optimizer, 'packsaddle.', more)}  # and no DistributedDataParallel",

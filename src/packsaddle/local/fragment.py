@@ -170,9 +170,10 @@ class Fragment(Slice):
         Identity.
         """
         spec, four, workers = self._options.compression, Rounded("int4"), self.feedback.channel.group.size
-        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None and self._options.are_alike
+        is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
         sends_less = self.feedback.sends_no_more(self._of_last_round, four)
-        return four if workers > 1 and is_usual and sends_less else Identity()
+        is_uneven = self._options.workers.are_uneven
+        return four if workers > 1 and is_usual and sends_less and not is_uneven else Identity()
 
     @property
     def _of_last_round(self) -> Compressor:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -158,6 +158,8 @@ class Elastic(Option):
     clip: float | None = None
     group: Any = own(None)
 
+    are_uneven: ClassVar[bool] = True  # as `Workers.are_uneven`: they may be absent
+
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
             raise TypeError(f"manager must be a torchft Manager, got {type(self.manager).__name__}")
@@ -280,14 +282,8 @@ class LocalOptions(Option):
             except TypeError:
                 raise TypeError(f"workers must be a process group, Workers or Elastic, got {workers!r}") from None
             workers = Workers(workers)
-        alike = isinstance(workers, Workers) and not workers.are_uneven
-        compression = Compression.of(compressor, "auto" if alike else "direct")
+        compression = Compression.of(compressor, "direct" if workers.are_uneven else "auto")
         return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
-
-    @property
-    def are_alike(self) -> bool:
-        """Workers are fixed, have equal weights and take part in all rounds, so owners may keep residuals of means."""
-        return isinstance(self.workers, Workers) and not self.workers.are_uneven
 
     @property
     def averages_senders(self) -> bool:
@@ -316,5 +312,5 @@ class LocalOptions(Option):
                 f"state that fits one set of workers"
             )
         # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
-        if not self.are_alike and type(aggregator).add_residual is not Aggregator.add_residual:
+        if self.workers.are_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
             raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')

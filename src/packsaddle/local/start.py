@@ -8,17 +8,15 @@ import logging
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.local.inner import named_parameters
 
 _log = logging.getLogger("packsaddle")
 _PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
@@ -34,9 +32,10 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.detach() for name, b in model.named_buffers() if name not in passing}
 
 
-def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Return pairs (name, tensor) of frozen parameters of the optimizers and the model, and of persistent buffers."""
-    named = list(named_parameters(optimizers, model).items())
+def untrained_tensors(parameters: Mapping[str, Tensor], model: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """Return pairs (name, tensor) of frozen parameters of the optimizers (`parameters`) and the model, and of
+    persistent buffers."""
+    named = list(parameters.items())
     if model is not None:
         known = {id(p) for _, p in named}
         named += [(name, p) for name, p in model.named_parameters() if id(p) not in known]

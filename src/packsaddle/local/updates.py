@@ -210,7 +210,7 @@ class LocalUpdates(Records, JoinableSteps):
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
-        untrained = untrained_tensors(self.optimizers, model)
+        untrained = untrained_tensors(named, model)
         self.steps = 0  # inner steps, including those that a scaler skipped
         self._with_others = Bytes()  # correction of `uncompressed` for steps with another number of workers
         self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
