@@ -63,6 +63,7 @@ class Setting:
 
 SETTINGS = {
     "char-4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800, compares_ends=True),
+    "char-2": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 2, 800, batch=16),
     "gpt-2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
     "gpt-4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
     "char-8": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 8, 800, batch=4),

@@ -126,8 +126,12 @@ def test_a_stopped_worker_is_killed_soon_after_another_failed(tmp_path: Path, mo
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By SIGTERM on the command, though they would have none after a failure; and then they end by themselves."""
+@pytest.mark.parametrize("when", ["started", "starting"])
+def test_workers_that_are_told_to_end_have_time_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """By SIGTERM on the command, though they would have none after a failure; and then they end by themselves. Also
+    while the launcher is still in the start of a worker."""
     monkeypatch.setattr(launching, "SHUTDOWN_SECONDS", 0.0)
     sent, kill = [], os.kill
 
@@ -142,12 +146,21 @@ def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypa
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def start_and_tell(self: BaseProcess) -> None:
+        start(self)
+        started.append(self)
+        if len(started) == 2:
+            tell()
+
+    start: Callable[[BaseProcess], None] = BaseProcess.start
+    started: list[BaseProcess] = []
+    if when == "starting":
+        monkeypatch.setattr(BaseProcess, "start", start_and_tell)
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
+    if when == "started":
+        threading.Thread(target=tell, daemon=True).start()
     with pytest.raises(TerminatedError):
         launching.launch(launched.save_when_told, (tmp_path,), 2)
-    thread.join()
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     assert sent == [signal.SIGTERM] * 3  # the launcher, and by it its workers

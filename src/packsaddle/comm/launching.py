@@ -310,6 +310,40 @@ def _restoring_signal_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def _holding_signals_at_start() -> Iterator[None]:
+    """Context manager: a signal that arrives while torch's launcher starts workers is handled once all are started. In
+    torch it ends the launcher before it knows its workers, which nobody then tells to save or to end."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
+
+    start, handle = LocalElasticAgent._start_workers, getattr(api, "_terminate_process_handler", None)
+    starting, held = False, []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if starting:
+            held.append(number)
+        elif handle is not None:
+            handle(number, frame)
+
+    def start_all(agent: LocalElasticAgent, group: Any) -> Any:
+        nonlocal starting
+        starting = True
+        try:
+            ids = start(agent, group)
+        finally:
+            starting = False
+        if held:
+            hold(held[0], None)
+        return ids
+
+    if handle is None:  # a version of torch with another handler: signals end the launcher as they would without this
+        yield
+        return
+    with replaced(api, "_terminate_process_handler", hold), replaced(LocalElasticAgent, "_start_workers", start_all):
+        yield
+
+
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
@@ -334,6 +368,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
             join = partialmethod(ProcessContext.join, grace_period=SHUTDOWN_SECONDS)
             stack.enter_context(replaced(ProcessContext, "join", join))
             stack.enter_context(_restoring_signal_handlers())
+            stack.enter_context(_holding_signals_at_start())
             file = stack.enter_context(_local_store())
             # One machine; the system chooses the port. No restarts: a failed worker ends the launch.
             config = LaunchConfig(
