@@ -223,6 +223,34 @@ def test_bad_batches_are_not_taken_for_state() -> None:
     assert simulate(body, 2) == [(2, 8), (2, 8)]
 
 
+def test_rounds_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Where a step would be named, of an optimizer that exchanges each of its steps."""
+
+    def body(worker: int) -> str:
+        net = network()
+        optimizer = SGD(net.parameters(), lr=0.1)
+        local = LocalUpdates(optimizer, every=2, compressor=Compression(Identity(), dense_below=0, max_skipped=1))
+
+        def steps() -> None:
+            for n in range(1, 21):
+                backward(net, worker, n, bad=n > 4 and worker == 1)
+                optimizer.step()
+
+        with pytest.raises(NonFiniteError) as raised:
+            steps()
+        assert (local.steps, local.rounds) == (8, 2)
+        return str(raised.value)
+
+    one, two = simulate(body, 2)
+    assert one == two
+    found = "round 2: the local update of parameter 0 is not finite on worker 1; "
+    assert one.startswith(found + "2 consecutive rounds rejected, more than max_skipped=1. The anchor and the error")
+    assert [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()] == [
+        found + "the round is rejected",
+        found + "the round is rejected (2 in a row)",
+    ]
+
+
 def test_values_of_groups() -> None:
     """They become the defaults, as of optimizers that estimate their rate; infinite settings stay."""
     x = nn.Parameter(torch.ones(2))

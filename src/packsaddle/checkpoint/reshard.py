@@ -125,42 +125,49 @@ def resharded(
         except ValueError as error:  # on all workers, since all have the template
             raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
-        state, split = template["parts"][name], splits[name]
         mine = [_split(part, content["parts"][name], workers) for content in contents]
-        if (missing := _missing(split, mine, collectives)) is not None:
+        if (missing := _missing(splits[name], mine, collectives)) is not None:
             raise CheckpointError(
                 f"{name}: {'.'.join(map(str, missing))} is missing, or has another shape, in the state of "
                 f"one of the {workers} workers that saved it, so it cannot be loaded by another number of workers"
             )
+        different = _different(splits[name], mine, collectives)
+        means, least = _reductions(name, part, splits[name], different, workers, apart=bool(local))
 
-        # Average floats that differ: in buffers and, with local updates, in parameters and optimizer states.
-        different = _different(split, mine, collectives)
-        buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-        own = bool(local) and isinstance(part, nn.Module | Optimizer)  # these differ between workers with local updates
-        least: dict[Path, Any] = {}
-        if local and isinstance(part, torch.amp.GradScaler):
-            least, different = _least(different, mine, collectives), []
-        for path in different:
-            value = split.equal[path]
-            has_mean = isinstance(value, Tensor) and value.is_floating_point()
-            if not (has_mean and (own or path[0] in buffers)):
-                where = ".".join(map(str, path))
-                raise CheckpointError(
-                    f"{name}: {where} differs between the {workers} workers that saved it, and its mean would "
-                    f"have no meaning, so it cannot be loaded by another number of workers"
-                )
-
-        # Average over the workers that saved the checkpoint: each file was read by exactly one current worker.
-        means = split.means | {path: split.equal[path] for path in different}
+        # Reduce over the workers that saved the checkpoint: each file was read by exactly one current worker.
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
+        found = _mean(means, sums, shares[name], workers, collectives) | _least(least, mine, collectives)
+        state = template["parts"][name]
         replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
-        for path, value in {**_mean(means, sums, shares[name], workers, collectives), **least, **replaced}.items():
+        for path, value in (found | replaced).items():
             *outer, key = path
             if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value
         result["parts"][name] = state
     return result
+
+
+def _reductions(
+    name: str, part: Any, split: Split, different: Sequence[Path], workers: int, *, apart: bool
+) -> tuple[dict[Path, Tensor], list[Path]]:
+    """Return worker 0's tensors to average, and the paths of values of which the least is used.
+
+    In addition to `Split.means`, tensors are averaged that are `different` on workers: in buffers and, if workers train
+    `apart`, in parameters and optimizer states. Raises CheckpointError if another value is different.
+    """
+    if apart and isinstance(part, torch.amp.GradScaler):
+        return split.means, list(different)
+    buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
+    is_own = apart and isinstance(part, nn.Module | Optimizer)  # such a part differs between workers that train apart
+    for path in different:
+        value = split.equal[path]
+        if not (isinstance(value, Tensor) and value.is_floating_point() and (is_own or path[0] in buffers)):
+            raise CheckpointError(
+                f"{name}: {'.'.join(map(str, path))} differs between the {workers} workers that saved it, and its "
+                f"mean would have no meaning, so it cannot be loaded by another number of workers"
+            )
+    return split.means | {path: split.equal[path] for path in different}, []
 
 
 def _mean_of_extra(

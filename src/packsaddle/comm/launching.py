@@ -312,8 +312,8 @@ def _restoring_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _holding_signals_at_start() -> Iterator[None]:
-    """Context manager: a signal that arrives while torch's launcher starts workers is handled once all are started. In
-    torch it ends the launcher before it knows its workers, which nobody then tells to save or to end."""
+    """Context manager: a signal that arrives while torch's launcher starts workers is handled once all are started. By
+    itself torch would raise before the launcher knows these workers, so it could not pass the signal on to them."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
 

@@ -47,22 +47,26 @@ class Skip:
     workers: tuple[int, ...]  # ranks that sent an invalid vector or message; in a hook only those known to this worker
     parameter: str  # the first invalid parameter of the first of these workers
     message: str = ""  # error of an invalid message, from workers[0]; "": a vector is invalid
+    is_round: bool = False  # a round of local updates; `step` is its index, of rounds
 
     @classmethod
-    def of(cls, step: int, names: Mapping[int, str], unnamed: str, prefix: str = "") -> "Skip":
+    def of(cls, step: int, names: Mapping[int, str], unnamed: str, *, is_round: bool = False) -> "Skip":
         """Make the record of a skipped `step` from `names`, the `Round.name` of each rank ("" for a valid vector).
-        `unnamed` replaces the parameter's name if all names are empty; `prefix` is put before a name."""
+        `unnamed` replaces the parameter's name if all names are empty; `is_round`: `step` is the index of a round."""
         found = {worker: name for worker, name in names.items() if name}
         for name in found.values():
             if (sender := sender_of(name)) is not None:
-                return cls(step, (sender,), "", name.partition(": ")[2])
-        return cls(step, tuple(found), next((prefix + name for name in found.values()), unnamed))
+                return cls(step, (sender,), "", name.partition(": ")[2], is_round)
+        prefix = "the local update of " if is_round else ""
+        named = next((prefix + name for name in found.values()), unnamed)
+        return cls(step, tuple(found), named, is_round=is_round)
 
     def __str__(self) -> str:
+        index = f"{'round' if self.is_round else 'step'} {self.step}"
         if self.message:
-            return f"step {self.step}: {self.message}"
+            return f"{index}: {self.message}"
         where = f" on {numbered('worker', self.workers)}" if self.workers else ""
-        return f"step {self.step}: {self.parameter} is not finite{where}"
+        return f"{index}: {self.parameter} is not finite{where}"
 
 
 _BLAME = "message of worker "
@@ -96,7 +100,8 @@ class Skips:
         is_mine = skip.message or skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
         if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
             row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
-            _log.warning("%s; %s%s", skip, "the step is skipped" if self.protected else _UNPROTECTED, row)
+            outcome = "the round is rejected" if skip.is_round else "the step is skipped"
+            _log.warning("%s; %s%s", skip, outcome if self.protected else _UNPROTECTED, row)
 
     def reset_streak(self) -> None:
         self.in_a_row = 0
@@ -107,8 +112,11 @@ class Skips:
             same = "Parameters, error memories and step count are unchanged."
             if not self.protected:
                 same = f"Error memories and step count are unchanged, but {_UNPROTECTED}."
+            one, done = "step", "skipped"
+            if self.list[-1].is_round:
+                same, one, done = "The anchor and the error memories are unchanged.", "round", "rejected"
             raise NonFiniteError(
-                f"{self.list[-1]}; {in_a_row} consecutive step{'s' * (in_a_row > 1)} skipped, more than "
+                f"{self.list[-1]}; {in_a_row} consecutive {one}{'s' * (in_a_row > 1)} {done}, more than "
                 f"max_skipped={self.most}. "
                 f"{same} {'Check the memory and the network of that worker' if self.list[-1].message else _ADVICE}"
             )

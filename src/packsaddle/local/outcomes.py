@@ -97,7 +97,7 @@ class Outcomes:
             part.was_invalid = True
             self._restore()
         # Count the rejected round, and raise errors on all workers.
-        self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, "the local update of "))
+        self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, is_round=True))
         for worker, name in enumerate(exchange.names):
             if name.endswith(_FAILED):
                 raise NonFiniteError(
