@@ -1,12 +1,13 @@
 """Local updates with AdamW or Muon inside, compared with dense training and other methods that exchange every H steps.
 
-One table for each of five settings, at equal tokens:
+One table for each of six settings, at equal tokens:
 
     char-4   the character transformer of benchmarks/adamw.py, 0.36 million parameters, on the reference of the Python
              language; 800 steps of four workers with 8 windows each
     gpt-2    the GPT of the race, 0.83 million parameters, on the source of Python's standard library; 1,000 steps of
              two workers with 8 windows each
     gpt-4    the same with four workers
+    char-2   char-4 with two workers and 16 windows each: dense training is that of char-4
     char-8   char-4 with eight workers and 4 windows each: dense training is that of char-4
     char-16  the same with sixteen workers and 2 windows each
 
@@ -20,6 +21,7 @@ matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match
     python benchmarks/muon.py gpt-2 refine      # the rates halfway to the neighbors of each method's best
     python benchmarks/muon.py char-4 seeds      # seeds 1 and 2 at each method's best rate
     python benchmarks/muon.py char-4 table
+    python benchmarks/muon.py all compare       # one table of the methods that char-4, gpt-2 and gpt-4 have in common
 """
 
 import argparse
@@ -370,6 +372,37 @@ class Runs:
         figure.savefig(path, dpi=130)
 
 
+def compare(folder: Path) -> str:
+    """Return the Markdown table of `COMPARED` in three settings, with each optimizer inside: mean losses over seeds."""
+    settings = {name: Runs(name, folder / f"{name}.csv") for name in ("char-4", "gpt-2", "gpt-4")}
+    columns = [(inner, name) for inner in ("Muon", "AdamW") for name in settings]
+    lines = [
+        "| | of dense | " + " | ".join(f"{inner}, {name}" for inner, name in columns) + " |",
+        "| --- " * (2 + len(columns)) + "|",
+    ]
+    for words in COMPARED:
+        cells = []
+        for inner, name in columns:
+            runs, method = settings[name], f"{inner}, {words}"
+            if method == "AdamW, dense":
+                method += ", beta1 0.8"
+            best = runs.best(method) if runs.rows(method) else []
+            cells.append(f"{_mean(best):.3f}" + f" ({len(best)})" * (len(best) < 3) if best else "")
+        # With four workers of the small model; Muon's bytes are AdamW's.
+        runs = settings["char-4"]
+        share = float(runs.best("Muon, dense")[0]["kB_a_step"]) / float(runs.best(f"Muon, {words}")[0]["kB_a_step"])
+        lines.append(f"| {words} | {f'1/{share:.0f}' if share > 1 else 1} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+COMPARED = (
+    *("dense", "local SGD 8", "local 8, Sign", "local 8, Sign, outer 0.7 0.5", "local 8, TopK 1/16 int2"),
+    *("local SGD 32", "DiLoCo 32, 0.9", "DiLoCo 32, 0.5", "DiLoCo 32, 0", "SparseLoCo 32"),
+    *("local 32, Rounded int2", "local 32, TopK 1/2 int2, outer 0.7 0.5"),
+    *("local 32, Sign", "local 32, Sign, outer 0.7 0.5", "local 32, TopK 1/16 int2"),
+)
+
+
 def _mean(rows: Sequence[dict[str, str]]) -> float:
     return statistics.fmean(float(row["validation_loss"]) for row in rows)
 
@@ -391,12 +424,17 @@ FIGURE = {
 def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("setting", choices=list(SETTINGS))
-    parser.add_argument("command", choices=("search", "refine", "seeds", "table", "figure"))
+    parser.add_argument("setting", choices=[*SETTINGS, "all"])
+    parser.add_argument("command", choices=("search", "refine", "seeds", "table", "figure", "compare"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--out", type=Path, help="by default experiments/muon/SETTING.csv")
+    parser.add_argument("--out", type=Path, help="by default experiments/muon/SETTING.csv; with compare the folder")
     parser.add_argument("--target", type=float, help="search the rate that reaches this validation loss soonest")
     options = parser.parse_args()
+    if (options.setting == "all") != (options.command == "compare"):
+        parser.error("setting must be all with compare, and one setting with other commands")
+    if options.command == "compare":
+        print(compare(options.out or Path("experiments/muon")))
+        return
     out = options.out or Path(f"experiments/muon/{options.setting}.csv")
     out.parent.mkdir(parents=True, exist_ok=True)
     runs = Runs(options.setting, out)

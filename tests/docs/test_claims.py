@@ -7,6 +7,7 @@ from statistics import mean
 
 import torch
 
+from benchmarks.muon import COMPARED, compare
 from packsaddle import SketchTopK, TopK
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -91,3 +92,11 @@ def test_local_updates_of_muon() -> None:
     assert round(two["Muon, local 8, Sign"][0] - two["Muon, dense"][0], 2) == 0.04
     for page in (DOCS.parent / "README.md", DOCS / "index.md"):
         assert re.search(rf"lower\s+loss than dense AdamW, at a {times}rd of its\s+bytes", page.read_text()), page
+
+
+def test_all_methods_inside_muon_and_adamw() -> None:
+    """The table of all methods is the command's."""
+    folder = DOCS.parent / "experiments" / "muon"
+    table = compare(folder)
+    assert table.count("\n") == 1 + len(COMPARED)
+    assert table in (folder / "README.md").read_text()
