@@ -136,7 +136,8 @@ def resharded(
 
         # Reduce over the workers that saved the checkpoint: each file was read by exactly one current worker.
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
-        found = _mean(means, sums, shares[name], workers, collectives) | _least(least, mine, collectives)
+        found: dict[Path, Any] = _mean(means, sums, shares[name], workers, collectives)
+        found |= _least(least, mine, collectives) if least else {}
         state = template["parts"][name]
         replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
         for path, value in (found | replaced).items():

@@ -317,13 +317,16 @@ def _holding_signals_at_start() -> Iterator[None]:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
 
-    start, handle = LocalElasticAgent._start_workers, getattr(api, "_terminate_process_handler", None)
-    starting, held = False, []
+    handle = getattr(api, "_terminate_process_handler", None)
+    if handle is None:  # a version of torch with another handler, whose signals are not held
+        yield
+        return
+    start, starting, held = LocalElasticAgent._start_workers, False, list[int]()
 
     def hold(number: int, frame: FrameType | None) -> None:
         if starting:
             held.append(number)
-        elif handle is not None:
+        else:
             handle(number, frame)
 
     def start_all(agent: LocalElasticAgent, group: Any) -> Any:
@@ -334,12 +337,9 @@ def _holding_signals_at_start() -> Iterator[None]:
         finally:
             starting = False
         if held:
-            hold(held[0], None)
+            handle(held[0], None)
         return ids
 
-    if handle is None:  # a version of torch with another handler: signals end the launcher as they would without this
-        yield
-        return
     with replaced(api, "_terminate_process_handler", hold), replaced(LocalElasticAgent, "_start_workers", start_all):
         yield
 
