@@ -17,9 +17,8 @@ test: .venv/.installed
 types: .venv/.installed
 	$(BIN)/mypy
 
-# One process more than cores: many tests wait for processes, time limits and disks.
 tests: .venv/.installed
-	$(BIN)/pytest -q -n $$($(BIN)/python -c "import os; print(os.cpu_count() + 1)") --dist loadgroup --max-worker-restart 0
+	$(BIN)/pytest -q -n auto --dist loadgroup --max-worker-restart 0
 
 # Lint, types, and the tests that start no process and take no more than half a second: to be run while working.
 quick: .venv/.installed

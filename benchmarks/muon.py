@@ -330,13 +330,13 @@ class Runs:
         for method, best in sorted(found.items(), key=lambda item: _mean(item[1])):
             losses = sorted(float(row["validation_loss"]) for row in best)
             sent = 1e3 * float(best[0]["kB_a_step"])
-            few = f"1/{dense / sent:.0f}" if sent < 0.99 * dense else "1"
             spread = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
             tried = sorted((row for row in self.rows(method) if row["seed"] == "0"), key=lambda row: float(row["rate"]))
             by_rate = ", ".join(f"{float(row['rate']):g}: {float(row['validation_loss']):.3f}" for row in tried)
             lines.append(
-                f"| {method} | {sent / 1e3:,.4g} | {few} | {float(best[0]['total_kB']) / 1e3:,.4g} | "
-                f"{float(best[0]['rate']):g} | {_mean(best):.3f} | {spread} | {by_rate} |"
+                f"| {method} | {sent / 1e3:,.4g} | {_fraction(sent, dense)} | "
+                f"{float(best[0]['total_kB']) / 1e3:,.4g} | {float(best[0]['rate']):g} | "
+                f"{_mean(best):.3f} | {spread} | {by_rate} |"
             )
         return "\n".join(lines)
 
@@ -389,9 +389,8 @@ def compare(folder: Path) -> str:
             best = runs.best(method) if runs.rows(method) else []
             cells.append(f"{_mean(best):.3f}" + f" ({len(best)})" * (len(best) < 3) if best else "")
         # With four workers of the small model; Muon's bytes are AdamW's.
-        runs = settings["char-4"]
-        share = float(runs.best("Muon, dense")[0]["kB_a_step"]) / float(runs.best(f"Muon, {words}")[0]["kB_a_step"])
-        lines.append(f"| {words} | {f'1/{share:.0f}' if share > 1 else 1} | {' | '.join(cells)} |")
+        sent, dense = (float(settings["char-4"].best(f"Muon, {m}")[0]["kB_a_step"]) for m in (words, "dense"))
+        lines.append(f"| {words} | {_fraction(sent, dense)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -401,6 +400,10 @@ COMPARED = (
     *("local 32, Rounded int2", "local 32, TopK 1/2 int2, outer 0.7 0.5"),
     *("local 32, Sign", "local 32, Sign, outer 0.7 0.5", "local 32, TopK 1/16 int2"),
 )
+
+
+def _fraction(sent: float, dense: float) -> str:
+    return f"1/{dense / sent:.0f}" if sent < 0.99 * dense else "1"
 
 
 def _mean(rows: Sequence[dict[str, str]]) -> float:
