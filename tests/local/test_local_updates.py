@@ -414,18 +414,21 @@ def test_parameters_that_come_later_are_refused(added: bool) -> None:
     first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     if not added:
         first.requires_grad_(False)
-    optimizer = torch.optim.SGD([*second.parameters(), *([] if added else first.parameters())], lr=0.1)
+    named = list(first.named_parameters()) if added else list(first.parameters())
+    others = list(second.named_parameters("second")) if added else list(second.parameters())
+    optimizer = torch.optim.SGD([*others, *([] if added else named)], lr=0.1)
     local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
     for part, n in ((second, 0), (second.requires_grad_(False), 1)):
         for p in part.parameters():
             p.grad = torch.ones_like(p) if n == 0 else None
         optimizer.step()
     if added:
-        optimizer.add_param_group({"params": list(first.parameters())})
+        optimizer.add_param_group({"params": named})
     before = [p.detach().clone() for p in first.requires_grad_(True).parameters()]
     for p in first.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match=rf"shape \[4, 4\] in group {int(added)} .* was added or unfrozen after"):
+    which = r"\[4, 4\] \(weight\) in group 1" if added else r"\[4, 4\] in group 0"
+    with pytest.raises(RuntimeError, match=rf"shape {which} .* was added or unfrozen after"):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(first.parameters(), before, strict=True))
     assert local.steps == 2

@@ -293,7 +293,12 @@ MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = 
     "common": (
         lambda net, pair: LocalUpdates([*pair, SGD([net[0].bias], lr=0.1)]),
         ValueError,
-        r"no parameter in common, but AdamW and SGD have one of \[8\]",
+        r"no parameter in common, but AdamW and SGD have one of \[8\]$",
+    ),
+    "common, with names": (
+        lambda net, pair: LocalUpdates([*pair, SGD([("0.bias", net[0].bias)], lr=0.1)]),
+        ValueError,
+        r"no parameter in common, but AdamW and SGD have one of \[8\] \(0\.bias\)$",
     ),
     "missing": (
         lambda net, pair: LocalUpdates([pair[0]], model=net),

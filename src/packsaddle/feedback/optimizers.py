@@ -32,12 +32,20 @@ def as_optimizers(given: object) -> tuple[Optimizer, ...]:
             raise ValueError(f"optimizers must be different, and one {type(optimizer).__name__} is given twice")
     whose: dict[int, Optimizer] = {}
     for optimizer in found:
-        for p in parameters_of([optimizer]):
-            other = whose.setdefault(id(p), optimizer)
-            if other is not optimizer:
-                both = f"{type(other).__name__} and {type(optimizer).__name__}"
-                raise ValueError(f"optimizers must have no parameter in common, but {both} have one of {list(p.shape)}")
+        for group in optimizer.param_groups:
+            for i, p in enumerate(group["params"]):
+                other = whose.setdefault(id(p), optimizer)
+                if other is not optimizer:
+                    both = f"{type(other).__name__} and {type(optimizer).__name__}"
+                    one = shape_and_name(group, i)
+                    raise ValueError(f"optimizers must have no parameter in common, but {both} have one of {one}")
     return found
+
+
+def shape_and_name(group: Mapping[str, Any], i: int) -> str:
+    """Return the shape of the i-th parameter of an optimizer's group, and its name in brackets if the group has one."""
+    names = group.get("param_names")
+    return f"{list(group['params'][i].shape)}" + (f" ({names[i]})" if names else "")
 
 
 def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
 from packsaddle.comm.sharding import local_part
-from packsaddle.feedback.optimizers import parameters_of
+from packsaddle.feedback.optimizers import parameters_of, shape_and_name
 from packsaddle.feedback.slices import check_no_shared_memory
 from packsaddle.local.joined import with_members
 
@@ -29,14 +29,20 @@ def names_of(optimizers: Iterable[Optimizer]) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
-def check_not_followed(optimizers: Iterable[Optimizer]) -> None:
-    """Raise RuntimeError if a `LocalUpdates` exchanges one of them already: workers would exchange each change twice.
-    The attribute `exchanged_by` of an optimizer is its `LocalUpdates`, and is not saved in its state."""
+def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
+    """Raise TypeError for an optimizer that exchanges by itself, and RuntimeError if a `LocalUpdates` exchanges one of
+    them already: workers would exchange each change twice.
+
+    The attribute `exchanged_by` of an optimizer is its `LocalUpdates`, and is not saved in its state.
+    """
     for optimizer in with_members(optimizers):
+        name = type(optimizer).__name__
+        if hasattr(optimizer, "channel"):
+            raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
         if getattr(optimizer, "exchanged_by", None) is not None:
             raise RuntimeError(
                 f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
-                f"{type(optimizer).__name__} anew"
+                f"{name} anew"
             )
 
 
@@ -57,12 +63,12 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = 
 def check_no_others(optimizer: Optimizer, known: Container[int]) -> None:
     """Raise RuntimeError if `optimizer` trains a parameter whose id is not in `known`, so is not exchanged."""
     for i, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
+        for j, p in enumerate(group["params"]):
             if p.requires_grad and id(p) not in known:
                 raise RuntimeError(
-                    f"a parameter of shape {list(p.shape)} in group {i} of the optimizer was added or unfrozen after "
-                    f"LocalUpdates was made, which would not exchange it: have all that will ever be trained when it "
-                    f"is made, and freeze (requires_grad_(False)) afterwards what is to wait"
+                    f"a parameter of shape {shape_and_name(group, j)} in group {i} of the optimizer was added or "
+                    f"unfrozen after LocalUpdates was made, which would not exchange it: have all that will ever be "
+                    f"trained when it is made, and freeze (requires_grad_(False)) afterwards what is to wait"
                 )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
-from packsaddle.comm.group import training_group
+from packsaddle.comm.group import Group, training_group
 from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
@@ -47,7 +47,7 @@ from packsaddle.local.inner import (
     Shards,
     check_covers,
     check_no_others,
-    check_not_followed,
+    check_not_exchanged,
     check_parameters,
     named_parameters,
     names_of,
@@ -55,7 +55,7 @@ from packsaddle.local.inner import (
 from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.moments import MeanMomentum
-from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
+from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers, make_outer
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
 from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
@@ -88,6 +88,11 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]
+
+
+def _with_checksums(same: dict[str, object], frozen: Mapping[str, Tensor]) -> str:
+    """Return arguments as text, with checksums of the frozen parameters."""
+    return as_text(same | {f"checksum of {name}": int(fingerprint(local_part(t))) for name, t in frozen.items()})
 
 
 class LocalUpdates(Records, JoinableSteps):
@@ -180,14 +185,11 @@ class LocalUpdates(Records, JoinableSteps):
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
     ) -> None:
+        # Check the arguments.
         if isinstance(compressor, Optimizer):
             raise TypeError("several optimizers must be given as a list: LocalUpdates([muon, adamw])")
         self.optimizers = as_optimizers(optimizer)
-        for each in self.optimizers:
-            if hasattr(each, "channel"):
-                name = type(each).__name__
-                raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
-        check_not_followed(self.optimizers)
+        check_not_exchanged(self.optimizers)
         check_scaler(scaler)
         if not (model is None or isinstance(model, torch.nn.Module)):
             raise TypeError(f"model must be a torch Module or None, got {model!r}")
@@ -201,8 +203,7 @@ class LocalUpdates(Records, JoinableSteps):
             offload=offload,
             seed=as_seed(seed),
         )
-        spec = options.compression
-        spec.at(0)
+        options.compression.at(0)
 
         # Collect the trained parameters, and the other tensors of the model.
         named = named_parameters(self.optimizers, model)
@@ -217,54 +218,96 @@ class LocalUpdates(Records, JoinableSteps):
         self._at_anchor = 0  # number of open `at_anchor` contexts, which may be nested
         self._has_ended = False  # in torch's Join: this worker has no more data
 
-        # Set up the process group. Exchanges with a delay run in the background if the group supports it.
-        elastic = options.workers if isinstance(options.workers, Elastic) else None
-        fixed = options.workers if isinstance(options.workers, Workers) else Workers()
-        group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
+        # Set up the group, the fragments (parameters exchanged together), the outer optimizer, and what a round does.
+        is_elastic = isinstance(options.workers, Elastic)
         device = torch.device("cpu") if offload else local_part(next(iter(self._parameters.values()))).device
-        super().__init__(group, device, elastic=elastic is not None)
+        group = self._training_group()
+        super().__init__(group, device, elastic=is_elastic)
+        self._connect(group, device)
+        agree = Shards(self._parameters.values())
+        self._make_fragments(device, agree)
+        self.outer: Optimizer | None = None
+        if outer is not None:
+            leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
+            self.outer = make_outer(outer, [leaves[name] for name in self._parameters])
+        self._set_up_rounds(agree)
+
+        # Compare the arguments of all workers, and set the parameters to rank 0's; with a manager, on joining.
+        same = self._equal_arguments(untrained)
+        self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
+        if is_elastic:
+            settings = (options, self._fragments, self._channel)
+            frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
+            compared = partial(_with_checksums, same, frozen)
+            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, compared)
+        else:
+            check_agreement(self._channel, same, device)
+            self._participation.exchange(self._channel, device)
+            share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
+            self._set_anchor_before_first_step()
+
+        # Register hooks that count the optimizers' steps.
+        watches = model is None and (group.size > 1 or is_elastic)
+        self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
+        for each in with_members((*self.optimizers, *([self.outer] if self.outer else []))):
+            each.exchanged_by = self  # type: ignore[attr-defined]
+        warns = not is_elastic and group.size > 1 and group.rank == 0 and group.sends
+        self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
+        self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
+
+    def _training_group(self) -> Group:
+        """Return the group of the workers, or the manager's."""
+        workers = self.options.workers
+        if isinstance(workers, Elastic):
+            return workers.group or ManagedGroup(workers.manager)
+        return training_group(workers.group)
+
+    def _connect(self, group: Group, device: torch.device) -> None:
+        """Set up communication. Exchanges with a delay run in the background if the group supports it."""
+        options = self.options
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
+        behind = Background(device) if apart is not None else None
+        has_norms = options.workers.clip is not None
         self.ledger = Ledger()
         self._channel = Communicator(apart or group, self.ledger)
-        behind = Background(device) if apart is not None else None
-        self._lockstep = Lockstep(self._channel, device, behind, norms=options.workers.clip is not None)
+        self._lockstep = Lockstep(self._channel, device, behind, norms=has_norms)
         uncounted = Communicator(self._channel.group, Ledger())
-        self._checks = Lockstep(uncounted, device, behind, norms=options.workers.clip is not None)
+        self._checks = Lockstep(uncounted, device, behind, norms=has_norms)
+        fixed = options.workers if isinstance(options.workers, Workers) else Workers()
         self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
 
-        # Make the fragments (parameters exchanged together), and set the compressor of each.
-        agree = Shards(self._parameters.values())
+    def _make_fragments(self, device: torch.device, agree: Shards) -> None:
+        """Divide the parameters into fragments, and set the compressor of each."""
+        spec = self.options.compression
         with torch.no_grad():
-            self._fragments = partition(self._parameters, options, self._channel, device, agree)
+            self._fragments = partition(self._parameters, self.options, self._channel, device, agree)
         self._trained = {id(each.parameter): each for part in self._fragments for each in part.trained}
         d = sum(part.compressed_d for part in self._fragments)
-        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=2)
+        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=3)
         spec.at(0).validate(d)
         for part in self._fragments:
             part.use(spec.at(0))
 
-        # Set up the work after an exchange: outer step, resets of inner optimizers, comparisons, escape checks.
-        self.outer: Optimizer | None = None
-        if outer is not None:
-            leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
-            self.outer = outer([leaves[name] for name in self._parameters])
-            if not isinstance(self.outer, Optimizer):
-                made = type(self.outer).__name__
-                raise TypeError(f"outer must be a function that returns a torch optimizer, got {made}")
-            if {id(p) for p in parameters_of([self.outer])} != {id(leaf) for leaf in leaves.values()}:
-                raise ValueError("outer must return an optimizer of all tensors that it is given, and of no others")
-        momentum = MeanMomentum(self.optimizers, mean_momentum, agree) if mean_momentum else None
-        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank, momentum)
+    def _set_up_rounds(self, agree: Shards) -> None:
+        """Set up what follows an exchange: outcomes and resets, comparisons, escape checks, and the saved state."""
+        spec, rule = self.options.compression, self.options.escape
+        c = self.options.mean_momentum
+        momentum = MeanMomentum(self.optimizers, c, agree) if c else None
+        rank = self._channel.group.rank
+        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, rank, momentum)
         self._skips = self._outcomes.skips
-        self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
-        self._escape = self._escape_check(escape) if escape is not None else None
+        is_elastic = isinstance(self.options.workers, Elastic)
+        self._drift = DriftGuard(0 if is_elastic else spec.compare_every, spec.on_drift, self._channel)
+        self._escape = self._escape_check(rule) if rule is not None else None
         self._resets: list[Reset] = []  # records of the escape check's firings
-        rules = _rules(keep_unsent=keep_unsent)
+        rules = _rules(keep_unsent=self.options.keep_unsent)
         self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
-        # Check that arguments are equal on all workers, and set their parameters to rank 0's.
-        same: dict[str, object] = {} if elastic else {"weight": fixed.weight is not None}
-        same |= agreement(options) | {"kernels": compiler(device)}
+    def _equal_arguments(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
+        """Return the arguments that must be equal on all workers, by name."""
+        spec, workers = self.options.compression, self.options.workers
+        same: dict[str, object] = {"weight": workers.weight is not None} if isinstance(workers, Workers) else {}
+        same |= agreement(self.options) | {"kernels": compiler(self.join_device)}
         self._has_schedule = not isinstance(spec.compressor, Compressor)
         if self._has_schedule:  # workers may have other compressors, with one function
             same["compressor of round 0"] = describe(spec.at(0))
@@ -272,30 +315,7 @@ class LocalUpdates(Records, JoinableSteps):
         for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
             for i, (name, p) in enumerate(tensors):
                 same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
-        self.membership: Membership | None = None  # the rounds of workers that join and leave; None: no manager
-        if elastic is None:
-            check_agreement(self._channel, same, device)
-            self._participation.exchange(self._channel, device)
-            share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
-            self._set_anchor_before_first_step()
-        else:
-
-            def arguments() -> str:
-                frozen = [(name, t) for name, t in untrained if isinstance(t, torch.nn.Parameter)]
-                values = {f"checksum of {name}": int(fingerprint(local_part(t))) for name, t in frozen}
-                return as_text(same | values)
-
-            settings = (options, self._fragments, self._channel)
-            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, arguments)
-
-        # Register hooks that count the optimizers' steps.
-        watches = model is None and (group.size > 1 or elastic is not None)
-        self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
-        for each in with_members((*self.optimizers, *([self.outer] if self.outer else []))):
-            each.exchanged_by = self  # type: ignore[attr-defined]
-        warns = elastic is None and group.size > 1 and group.rank == 0 and group.sends
-        self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
-        self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
+        return same
 
     def __repr__(self) -> str:
         compressor = describe(self.options.compression.at(self.rounds))
