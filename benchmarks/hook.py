@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.plan import copy_bandwidth, side_by_side
+from benchmarks.bandwidth import copy_bandwidth
+from packsaddle.plan import side_by_side
 
 _PASSES = 7
 

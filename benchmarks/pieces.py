@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.bandwidth import copy_bandwidth
 from benchmarks.result import Question, Result, machine
 from packsaddle import CompressedSGD, Compression
 from packsaddle.cli import Group as Commands
@@ -19,7 +20,7 @@ from packsaddle.cli import serve
 from packsaddle.comm import Communicator, Group, Ledger, choose, launch, process_group, resolve, ring_all_reduce
 from packsaddle.compressors import Compressor, RandomK, SketchTopK, TopK, compressors, describe
 from packsaddle.compressors.selection import largest
-from packsaddle.plan import Timing, copy_bandwidth, side_by_side
+from packsaddle.plan import Timing, side_by_side
 
 
 def _check_repeats(repeats: int) -> None:

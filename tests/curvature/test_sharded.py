@@ -11,8 +11,8 @@ from searches import arguments
 from torch import Tensor, nn
 
 from packsaddle import certify
+from packsaddle.comm.sharding import part_of
 from packsaddle.curvature import Search, spectral_density
-from packsaddle.curvature.sharded import part_of
 
 EXACT = ("verdict", "examples", "hvps")  # the search for a step depends on rounding, and so do backward passes
 MEASURED = ("loss", "grad_norm", "lambda_min_upper", "lambda_min_lower", "lambda_max_upper", "escape_loss")

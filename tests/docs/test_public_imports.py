@@ -12,7 +12,6 @@ import packsaddle
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["packsaddle"] + [p.name for p in pkgutil.walk_packages(packsaddle.__path__, "packsaddle.") if p.ispkg]
-LAZY = ["packsaddle.runs"]
 ALLOWED = {
     "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
@@ -54,18 +53,7 @@ def test_what_a_package_exports_is_there(package: str) -> None:
         found = getattr(module, name)
         assert not isinstance(found, type(packsaddle)), f"{package}.{name} is a module"
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
-        module.missing  # noqa: B018 -- the packages that import lazily, too
-
-
-@pytest.mark.parametrize("package", LAZY)
-def test_names_that_are_imported_lazily_are_all_declared_for_type_checkers(package: str) -> None:
-    module = importlib.import_module(package)
-    (block,) = [n for n in ast.parse(Path(str(module.__file__)).read_text()).body if isinstance(n, ast.If)]
-    declared = {
-        (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    assert declared == {(name, f"{package}.{home}") for home, names in module._FILES.items() for name in names.split()}
-    assert {name for name, _ in declared} == set(module.__all__)
+        module.missing  # noqa: B018
 
 
 def test_the_package_lists_its_public_names_alone() -> None:

@@ -204,12 +204,6 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
     return False
 
 
-def group_like(model: DistributedDataParallel) -> Group:
-    """Return a new group with the workers and timeout of a DDP model's process group; collective.
-    The new group's collectives can overlap those of the model."""
-    return TorchGroup(same_workers(model.process_group, next(model.parameters()).device))
-
-
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
     """Return a new process group with the workers and timeout of another; collective."""
     timeout = process_group._get_backend(device).options._timeout

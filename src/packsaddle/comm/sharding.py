@@ -19,3 +19,15 @@ def local_part(tensor: Any) -> Tensor:
     """Return the local shard of a DTensor, or another tensor itself; detached, sharing memory."""
     here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return here.detach()
+
+
+def part_of(tensor: Tensor, p: Any) -> Tensor:
+    """Return this worker's part of a whole tensor, under the placements of the parameter p (all of it for a plain p).
+    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others."""
+    placements = list(enumerate(getattr(p, "placements", ())))
+    for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
+        if hasattr(placement, "dim"):
+            chunks = tensor.chunk(p.device_mesh.size(i), placement.dim)
+            place = p.device_mesh.get_coordinate()[i]
+            tensor = chunks[place] if place < len(chunks) else tensor.narrow(placement.dim, 0, 0)
+    return tensor

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.sharding import local_part
+from packsaddle.comm.sharding import local_part, part_of
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.finite import is_finite
@@ -280,11 +280,11 @@ class Curvature:
         return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return a Gaussian vector, float64[d], identical on all workers; collective.
-        It is drawn from rank 0's generator; None: seeded by the operating system."""
+        """Return a Gaussian vector, float64[d], identical on all workers; collective. For a sharded model, return this
+        worker's part of it. It is drawn from rank 0's generator; None: seeded by the operating system."""
         rng = self._shared_generator(generator)
-        parts = [torch.randn(p.numel(), generator=rng, dtype=torch.float64) for p in self.parameters]
-        return torch.cat(parts).to(self.device)
+        parts = (part_of(torch.randn(p.shape, generator=rng, dtype=torch.float64), p) for p in self.parameters)
+        return torch.cat([part.reshape(-1) for part in parts]).to(self.device)
 
     def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
         """Return a CPU generator, seeded on all workers by one draw from rank 0's generator; collective."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.sharding import is_sharded, local_part
+from packsaddle.comm.sharding import is_sharded, local_part, part_of
 from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, batch_size, differentiating
 
 
@@ -91,15 +91,6 @@ class ShardedCurvature(Curvature):
 
     def _is_finite(self, vector: Tensor) -> bool:
         return math.isfinite(self.dot(vector, vector))
-
-    def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return this worker's part of an unsharded model's random vector, drawn whole for one parameter at a time."""
-        rng = self._shared_generator(generator)
-        parts = []
-        for p in self.parameters:
-            vector = torch.randn(p.shape.numel(), generator=rng, dtype=torch.float64).view(p.shape)
-            parts.append(part_of(vector, p).reshape(-1).to(self.device))
-        return torch.cat(parts)
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
         """Yield, for one batch of every worker at a time, this worker's part of the gradient of the losses summed over
@@ -186,18 +177,6 @@ def _copies(p: Any, workers: int) -> int:
         if hasattr(placement, "dim"):  # a shard
             shards *= p.device_mesh.size(i)
     return workers // shards
-
-
-def part_of(tensor: Tensor, p: Any) -> Tensor:
-    """Return this worker's part of a whole tensor, under the placements of the parameter p (all of it for a plain p).
-    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others."""
-    placements = list(enumerate(getattr(p, "placements", ())))
-    for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
-        if hasattr(placement, "dim"):
-            chunks = tensor.chunk(p.device_mesh.size(i), placement.dim)
-            place = p.device_mesh.get_coordinate()[i]
-            tensor = chunks[place] if place < len(chunks) else tensor.narrow(placement.dim, 0, 0)
-    return tensor
 
 
 def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import group_like, training_group
+from packsaddle.comm.group import TorchGroup, same_workers, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import QSGD, Compressor
@@ -107,7 +107,8 @@ def register_ddp_hook(
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
     # The backward pass does lines 9-12 of Algorithm 1; lines 4-8 follow the optimizer's step.
-    channel = Communicator(group_like(model), Ledger())
+    device = next(model.parameters()).device
+    channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
     hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
     if escape is not None:
         if len(optimizers) > 1:

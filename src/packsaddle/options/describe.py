@@ -13,8 +13,8 @@ from typing import Any, get_args, get_type_hints
 def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     """Return the description of each argument of a function, or of each field of a dataclass.
 
-    A field's description is its entry in the class's "Args:", else its comment, else the string below it. A function's
-    descriptions include those of the fields of its arguments that are option classes.
+    A field's description is its entry in the class's "Args:", else its comment. A function's descriptions include those
+    of the fields of its arguments that are option classes.
     """
     if isinstance(of, type):
         return {**comments(of), **arguments(of)}
@@ -43,7 +43,7 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass, on its line or above; else the string below it; else ""."""
+    """Return the comment of each field of a dataclass, on its line or above; else ""."""
     found = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -52,17 +52,12 @@ def comments(cls: type) -> dict[str, str]:
         lines = source.splitlines()
         (tree,) = ast.parse(source).body
         assert isinstance(tree, ast.ClassDef)
-        for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+        for node in tree.body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 # Comments above the field, then the one on its line.
                 above, at = "", node.lineno - 2
                 while lines[at].startswith("    # "):
                     above, at = f"{lines[at].strip(' #')} {above}", at - 1
                 aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
-                text = f"{above}{aside}".strip()
-
-                # A string below the field, as tyro reads it.
-                if not text and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                    text = " ".join(str(after.value.value).split())
-                found[node.target.id] = text
+                found[node.target.id] = f"{above}{aside}".strip()
     return found

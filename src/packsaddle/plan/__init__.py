@@ -9,7 +9,7 @@ from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
 from packsaddle.plan.model import MODELS, ModelSize, TrainingStep, update_seconds
 from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
-from packsaddle.plan.timing import Timing, clocked, copy_bandwidth, repeated, side_by_side
+from packsaddle.plan.timing import Timing, clocked, repeated, side_by_side
 
 __all__ = [
     "LATENCY",
@@ -31,7 +31,6 @@ __all__ = [
     "Verdict",
     "clocked",
     "compressed",
-    "copy_bandwidth",
     "expected_maximum",
     "forecast",
     "forecast_local",

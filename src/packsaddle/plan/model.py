@@ -1,11 +1,12 @@
 """A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packsaddle.comm.group import Solo
 from packsaddle.compressors import Compressor, RandomK
@@ -135,7 +136,8 @@ class TrainingStep:
 
     def to(self, device: torch.device | str) -> "TrainingStep":
         """Return the step with model and batch on a `device`."""
-        return TrainingStep(self.model.to(device), _moved(self.batch, device))
+        batch = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch
+        return TrainingStep(self.model.to(device), tree_map_only(Tensor, lambda t: t.to(device), batch))
 
     def loss(self) -> Tensor:
         """Return the loss on the batch. Raises ConfigError if no output of the model depends on its parameters."""
@@ -143,7 +145,8 @@ class TrainingStep:
             output = self.model(**self.batch)
         else:
             output = self.model(*(self.batch if isinstance(self.batch, tuple) else (self.batch,)))
-        found = [t for t in _tensors(output) if t.requires_grad]
+        output = dict(output) if isinstance(output, Mapping) else output
+        found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not found:
             raise ConfigError(f"the model must return a loss, or tensors with gradients, got {type(output).__name__}")
         squares = torch.stack([t.float().square().mean() for t in found]).sum()
@@ -174,22 +177,6 @@ def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens
     if not sizes:
         raise ConfigError("int64 inputs are for a model with an nn.Embedding, and this one has none")
     return torch.randint(min(sizes), (batch, *shape), generator=rng)
-
-
-def _moved(batch: Any, device: torch.device | str) -> Any:
-    if isinstance(batch, Mapping):
-        return {name: _moved(part, device) for name, part in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_moved(part, device) for part in batch)
-    return batch.to(device) if isinstance(batch, Tensor) else batch
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(part)
 
 
 def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:

@@ -79,9 +79,3 @@ def clocked(work: Callable[[], object]) -> float:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def copy_bandwidth(numel: int, *, repeats: int = 7, device: torch.device | str = "cpu") -> float:
-    """Measure the memory bandwidth in bytes a second by copying float32[numel]; each element is read and written."""
-    source, target = (torch.ones(numel, device=device) for _ in range(2))
-    return 8 * numel / side_by_side({"copy": lambda: target.copy_(source)}, repeats=repeats)["copy"].median
