@@ -50,6 +50,11 @@ def check_integers(least: int, **values: object) -> None:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_counts(**values: int | None) -> None:
+    """Raise ValueError, with the argument's name, unless each value is an integer of at least 1, or None."""
+    check_integers(1, **{name: value for name, value in values.items() if value is not None})
+
+
 def check_positive(**values: float | None) -> None:
     """Raise ValueError, with the argument's name, for a value that is not positive and finite. None is accepted."""
     for name, value in values.items():

@@ -379,7 +379,7 @@ def test_choice() -> None:
     assert pick(TopK(0.01), 8, "direct") == "all-gather"
     assert pick(TopK(k=1), 8, d=3) == "all-gather"
     reason = choose(TopK(0.01), "auto", d=10_000, dense=0, workers=8).reason
-    assert "bytes sent per step by the busiest worker; all-gather" in reason
+    assert "bytes sent per exchange by the busiest worker; all-gather" in reason
 
 
 def test_refusals() -> None:

@@ -542,9 +542,9 @@ def test_refusals() -> None:
         "every must be an integer of at least 1, got 0": lambda: make(every=0),
         "every must be an integer of at least 1, got 2.5": lambda: make(every=2.5),
         "fragments must be an integer of at least 1": lambda: make(fragments=0),
-        "fragments must be at most every = 3": lambda: make(every=3, fragments=4),
+        "overlap.fragments must be at most every = 3": lambda: make(every=3, fragments=4),
         "fragments must be at most the number of parameters, 1, got 2": lambda: make(fragments=2),
-        "delay must be below every = 3": lambda: make(every=3, delay=3),
+        "overlap.delay must be below every = 3": lambda: make(every=3, delay=3),
         "delay must be an integer of at least 0": lambda: make(delay=-1),
         "decay must be in (0, 1] for local updates, got 0": lambda: make(decay=0),
         "decay must be in [0, 1], got nan": lambda: make(decay=float("nan")),
@@ -573,6 +573,7 @@ def test_refusals() -> None:
         "scaler must be a torch.amp.GradScaler": lambda: make(scaler=3),
         "outer must be a function of the anchor's tensors that returns a torch optimizer": lambda: make(outer=OuterSGD),
         "such as OuterSGD(), or None, got 5": lambda: make(outer=5),
+        "such as OuterSGD(), or None, got an optimizer, SGD": lambda: make(outer=torch.optim.SGD([x], 0.7)),
         "outer must return an optimizer of all tensors that it is given, and of no others": (
             lambda: make(outer=lambda anchors: torch.optim.SGD([a.detach().clone() for a in anchors]))
         ),

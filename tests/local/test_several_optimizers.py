@@ -283,9 +283,13 @@ MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = 
     "generator": (
         lambda net, pair: LocalUpdates(each for each in pair),
         TypeError,
-        r"optimizers must be in a list, such as \[muon, adamw\], got a generator",
+        r"optimizer must be a torch optimizer, or a list of them such as \[muon, adamw\], got a generator",
     ),
-    "dictionary": (lambda net, pair: LocalUpdates(dict(enumerate(pair))), TypeError, r"in a list, .*, got a dict"),
+    "dictionary": (
+        lambda net, pair: LocalUpdates(dict(enumerate(pair))),
+        TypeError,
+        r"or a list of them such as .*, got a dict",
+    ),
     "alone": (one_of_them_alone, RuntimeError, r"AdamW trains parameters .* not exchange: 0\.bias, 2\.bias\. They"),
     "flush": (flush_within_a_step, RuntimeError, r"flush\(\) must come between two steps, and Muon has still to"),
     "save": (save_within_a_step, RuntimeError, r"state_dict\(\) must come between two steps, and Muon has still to"),

@@ -334,8 +334,9 @@ def test_plan_link_auto_under_torchrun() -> None:
 
 LINK = ("1gbit",)
 REFUSALS = {
-    LINK: "--model or --d must be given, not both; got model=None and d=None",
-    (*LINK, "--d", "5", "--model", "resnet18"): "--model or --d must be given, not both; got model=resnet18 and d=5",
+    LINK: "--model NAME or --d NUMBER must be given, the model to plan for",
+    ("100mbits",): "rate must be",
+    (*LINK, "--d", "5", "--model", "resnet18"): "--model resnet18 and --d 5 exclude each other: give one of them",
     (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
@@ -410,7 +411,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
         ("1gbit", "--local", "--optimizer", "sgd"): "--local was measured with adamw and muon only",
         ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
         ("1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
-        ("1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
+        ("1gbit", "--local", "--most-steps", 0.5): "--most-steps must be at least",
     }
     for words, message in refused.items():
         assert command("plan", "link", *words, *asked) == 2

@@ -163,7 +163,7 @@ def test_a_plan_takes_the_quickest_number_of_fragments_and_counts_the_delays_ste
 
 def test_bounds_on_the_steps() -> None:
     link, fleet, size = Link(1e-3, 1e6), Fleet(4, 0.1), ModelSize.of_size(1_000_000)
-    with pytest.raises(ValueError, match=r"most-steps must be at least [0-9.]+, the least measured, got 1"):
+    with pytest.raises(ValueError, match=r"most_steps must be at least [0-9.]+, the least measured, got 1"):
         forecast_local(size, link, fleet, lambda compressor, d: FREE, most_steps=1.0)
     least = min(measured_with(4).values())
     few = forecast_local(size, link, fleet, lambda compressor, d: FREE, most_steps=least)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from commandline import command, refused
 from torch import Tensor, nn
 
-from packsaddle import QSGD, Identity, LocalUpdates, Sign
+from packsaddle import QSGD, Identity, LocalUpdates, OuterSGD, Rounded, Sign
 from packsaddle.cli.plan_link_text import advice, coding_spread, flush_seconds, spread
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
@@ -237,25 +237,39 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
 @pytest.mark.parametrize(
     ("setting", "optimizer", "expected"),
     [
-        (Setting(2, Sign(per_tensor=True), keep_unsent=True), "adamw", True),
-        (Setting(8, Sign(per_tensor=True), keep_unsent=True), "muon", False),
-        (Setting(8, Sign(per_tensor=True), keep_unsent=True, delay=2), "adamw", False),
-        (Setting(8, Identity()), "adamw", False),
+        (Setting(2, Sign(per_tensor=True), keep_unsent=True), "adamw", "mean_momentum=0.5"),
+        (Setting(8, Sign(per_tensor=True), keep_unsent=True), "muon", None),
+        (Setting(32, Sign(per_tensor=True), keep_unsent=True), "muon", "outer=packsaddle.OuterSGD(momentum=0.5)"),
+        (Setting(32, Rounded(), keep_unsent=True), "muon", "outer=packsaddle.OuterSGD(momentum=0.5)"),
+        (Setting(8, Sign(per_tensor=True), keep_unsent=True, delay=2), "adamw", None),
+        (Setting(8, Identity()), "adamw", None),
     ],
-    ids=["AdamW", "Muon", "delay", "uncompressed"],
+    ids=["AdamW", "Muon", "Muon, every 32", "Muon, two bits every 32", "delay", "uncompressed"],
 )
-def test_the_lines_have_a_mean_momentum_where_it_was_measured(setting: Setting, optimizer: Any, expected: bool) -> None:
+def test_the_lines_have_a_momentum_where_it_was_measured(
+    setting: Setting, optimizer: Any, expected: str | None
+) -> None:
     free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
     size, fleet, link = ModelSize.of_size(10_000_000), Fleet(2, 0.5), Link(1e-5, 1e5)
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     local = forecast_local(size, link, fleet, lambda c, d: free, measured={setting: 1.0})[0]
     lines = advice(verdict, local, optimizer).lines
-    assert ("mean_momentum=0.5" in lines[1]) == expected
+    momenta = [text for text in ("mean_momentum=0.5", "outer=packsaddle.OuterSGD(momentum=0.5)") if text in lines[1]]
+    assert momenta == ([expected] if expected else [])
     model = nn.Linear(64, 64)
-    names: dict[str, Any] = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
-    if expected:
-        exec("\n".join(line.strip() for line in lines), names)
-        assert names["local"].options.mean_momentum == 0.5
+    adamw = torch.optim.AdamW([model.bias] if optimizer == "muon" else model.parameters())
+    names: dict[str, Any] = {
+        "model": model,
+        "optimizer": adamw,
+        "adamw": adamw,
+        "muon": torch.optim.Muon([model.weight]),
+    }
+    exec("\n".join(line.strip() for line in lines), names)
+    options = names["local"].options
+    assert (options.mean_momentum, options.outer) == (
+        0.5 if expected == "mean_momentum=0.5" else 0.0,
+        OuterSGD(momentum=0.5) if expected and "outer" in expected else None,
+    )
 
 
 @pytest.mark.parametrize(

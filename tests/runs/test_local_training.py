@@ -45,9 +45,9 @@ REFUSED = {
     "momentum=0.5": '--set momentum=0.5: momentum is only for local.optimizer = "sgd" and "muon"',
     "escape={interval=2, radius=1.0}": "escape needs local.overlap.fragments = 1 and delay = 0",
     "local_steps=4": "--set local_steps=4: unknown key local_steps (did you mean local?)",
-    "local.every=0": "--set local.every=0: local: every must be positive and finite, got 0",
-    "local.overlap=6": "--set local.overlap=6: local: delay must be below every = 6 steps, so that rounds do not",
-    "local.overlap.fragments=7": "local: fragments must be at most every = 6",
+    "local.every=0": "--set local.every=0: local: every must be an integer of at least 1, got 0",
+    "local.overlap=6": "--set local.overlap=6: local: overlap.delay must be below every = 6 steps, so that",
+    "local.overlap.fragments=7": "local: overlap.fragments must be at most every = 6",
     "local.overlap.fragments=true": "local.overlap.fragments must be of type int, got True",
     "local.overlap.dela=1": "unknown key local.overlap.dela (did you mean delay?)",
     "local.overlap=fast": "local.overlap.delay must be of type int, got 'fast'",
@@ -202,6 +202,8 @@ def test_muon_is_for_matrices(path: Path) -> None:
         make_inner(config, config.local, nn.Linear(4, 4))
     (muon, _) = make_inner(load(path, ["local.optimizer=muon"]), config.local, nets[0]).param_groups
     assert (muon["momentum"], muon["nesterov"]) == (0.95, True)  # Muon's own, where the configuration has none
+    (muon, _) = make_inner(load(path, ["local.optimizer=muon", "momentum=0.0"]), config.local, nets[0]).param_groups
+    assert (muon["momentum"], muon["nesterov"]) == (0.0, False)
 
 
 class Poisoned(Trainer):

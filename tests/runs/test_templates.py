@@ -12,6 +12,7 @@ from commandline import command, refused
 
 from experiments.paper.other_studies import language
 from packsaddle.compressors import TopK
+from packsaddle.feedback.compression import Compression
 from packsaddle.local.options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import build, settable
@@ -105,6 +106,16 @@ def test_every_field_has_a_comment_in_the_code(cls: type[Any]) -> None:
     described = descriptions(cls)
     tables: dict[type, Any] = {Config: TABLES, LocalConfig: INNER["local"]}
     assert {f.name for f in settable(cls) if not described[f.name]} == {*tables.get(cls, ())}
+
+
+def test_a_class_describes_its_fields_before_its_base_classes() -> None:
+    """A configuration's `max_skipped` counts rounds too; what it does not describe itself, Compression does."""
+    of, inherited = descriptions(Config), descriptions(Compression)
+    assert of["max_skipped"] == "maximum number of consecutive steps (with [local]: of rounds) skipped because of " + (
+        "non-finite gradients"
+    )
+    assert inherited["max_skipped"].startswith("maximum number of consecutive steps skipped on all workers")
+    assert of["compare_every"] == inherited["compare_every"] != ""
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

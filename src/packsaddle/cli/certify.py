@@ -13,7 +13,7 @@ from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import Overrides, grouped
 from packsaddle.comm.launching import under_launcher
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError, check_positive, config_errors, require
+from packsaddle.errors import ConfigError, check_counts, check_positive, config_errors, require
 from packsaddle.runs.config import Config
 from packsaddle.runs.run_folder import read_runs
 
@@ -92,7 +92,7 @@ def certify(
 
     with config_errors("--"):
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
-        check_positive(batch_size=batch_size, workers=workers)
+        check_counts(batch_size=batch_size, workers=workers)
 
     # Use the run's options for those not given, except pilot_examples, which applies to certificates during training.
     config = read_config(run)

@@ -74,9 +74,9 @@ class LinkOptions:
     most_steps: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.d is None) == (self.model is None):
-            raise ValueError(f"model or --d must be given, not both; got model={self.model} and d={self.d}")
-        if self.compute is None and self.model is None:
+        if self.d is not None and self.model is not None:
+            raise ValueError(f"model {self.model} and --d {self.d} exclude each other: give one of them")
+        if self.d is not None and self.compute is None:
             raise ValueError("d needs --compute SECONDS (a --model is measured)")
         if self.compute is not None and self.batch is not None:
             raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
@@ -183,6 +183,8 @@ def _plan(
     # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     given, workers = _given(rate, options.latency), _workers(workers)
+    if options.d is None and options.model is None:
+        raise ConfigError("--model NAME or --d NUMBER must be given, the model to plan for")
     step = options.training_step()
     workload = _size(options, step)
     if optimizer == "muon" and step is not None:
@@ -190,7 +192,8 @@ def _plan(
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
     settings = measured_with(workers, inner)
     most = math.inf if options.most_steps is None else options.most_steps
-    check_most_steps(most, settings)
+    with config_errors("--"):
+        check_most_steps(most, settings)
 
     with process_group() if under_launcher() else nullcontext() as group:
         device = torch.device("cpu") if group is None else local_device()

@@ -93,7 +93,7 @@ def choose(
         costs = {n: p.most_sent(d, dense, workers, itemsize) for n, p in candidates.items()}
         best = min(costs, key=lambda n: costs[n] * (_CLEARLY_LESS if n == name else 1.0))
         others = ", ".join(f"{n} {costs[n]:,}" for n in costs if n != best) or "nothing else applies"
-        reason = f"{costs[best]:,} bytes sent per step by the busiest worker; {others}"
+        reason = f"{costs[best]:,} bytes sent per exchange by the busiest worker; {others}"
         choice = Choice(candidates[best], best, reason)
     choice.aggregator.validate(d, workers)
     return choice

@@ -37,7 +37,7 @@ class Compression(Option):
             then must not be cleared, clipped or scaled between steps (see `GradientMemory`); or "ef21", a running
             estimate of the gradient instead (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
         max_skipped: maximum number of consecutive steps skipped on all workers because a worker's vector is invalid;
-            one more raises NonFiniteError. None does not check vectors; in local updates it is no limit.
+            one more raises NonFiniteError. None: vectors are not validated; in local updates they are, without a limit.
         compare_every: steps between comparisons of the workers' parameters, learning rates and noise, by 16 bytes of
             fingerprints; 0 never compares.
         on_drift: action if parameters differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.

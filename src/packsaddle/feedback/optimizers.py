@@ -23,7 +23,8 @@ def as_optimizers(given: object) -> tuple[Optimizer, ...]:
     """Return one optimizer or a list of them as a tuple of torch optimizers, without a framework's wrappers. Raises
     TypeError for another object, and ValueError for an empty list, a duplicate, or a parameter in two optimizers."""
     if isinstance(given, Iterable) and not isinstance(given, list | tuple):
-        raise TypeError(f"optimizers must be in a list, such as [muon, adamw], got a {type(given).__name__}")
+        kind = type(given).__name__
+        raise TypeError(f"optimizer must be a torch optimizer, or a list of them such as [muon, adamw], got a {kind}")
     found = tuple(innermost(optimizer) for optimizer in (given if isinstance(given, list | tuple) else [given]))
     if not found:
         raise ValueError("optimizer must be a torch optimizer or a list of them, and the list is empty")

@@ -247,11 +247,13 @@ class LocalOptions(Option):
         overlap, spec = self.overlap, self.compression
         if overlap.fragments > self.every:
             raise ValueError(
-                f"fragments must be at most every = {self.every}, so that each has a step, got {overlap.fragments}"
+                f"overlap.fragments must be at most every = {self.every}, so that no two are exchanged after one step, "
+                f"got {overlap.fragments}"
             )
         if overlap.delay >= self.every:
             raise ValueError(
-                f"delay must be below every = {self.every} steps, so that rounds do not meet, got {overlap.delay}"
+                f"overlap.delay must be below every = {self.every} steps, so that an exchange ends before the next one "
+                f"begins, got {overlap.delay}"
             )
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
@@ -265,7 +267,8 @@ class LocalOptions(Option):
         outer: Any = self.outer
         if not (outer is None or callable(outer)) or outer is OuterSGD:
             expected = "a function of the anchor's tensors that returns a torch optimizer, such as OuterSGD()"
-            raise TypeError(f"outer must be {expected}, or None, got {outer!r}")
+            found = f"an optimizer, {type(outer).__name__}" if isinstance(outer, Optimizer) else repr(outer)
+            raise TypeError(f"outer must be {expected}, or None, got {found}")
         if not spec.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")
         if spec.memory != "buffer":

@@ -13,13 +13,17 @@ from typing import Any, get_args, get_type_hints
 def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     """Return the description of each argument of a function, or of each field of a dataclass.
 
-    A field's description is its entry in the class's "Args:", else its comment. A function's descriptions include those
-    of the fields of its arguments that are option classes.
+    A field's description is its entry in the "Args:" of its class, else its comment; that of a class goes before those
+    of its base classes. A function's descriptions include those of the fields of its arguments that are option classes.
     """
-    if isinstance(of, type):
-        return {**comments(of), **arguments(of)}
-    classes = (option_class(hint) for name, hint in get_type_hints(of).items() if name != "return")
-    return {name: text for cls in classes if cls for name, text in descriptions(cls).items()} | arguments(of)
+    if not isinstance(of, type):
+        classes = (option_class(hint) for name, hint in get_type_hints(of).items() if name != "return")
+        return {name: text for cls in classes if cls for name, text in descriptions(cls).items()} | arguments(of)
+    found: dict[str, str] = {}
+    for base in filter(dataclasses.is_dataclass, reversed(of.__mro__)):
+        own = {**comments(base), **arguments(base)}
+        found |= {name: text for name, text in own.items() if text or name not in found}
+    return found
 
 
 def option_class(hint: Any) -> type[Any] | None:
@@ -28,36 +32,28 @@ def option_class(hint: Any) -> type[Any] | None:
 
 
 def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
-    """Return the texts in the "Args:" section of a docstring by argument, each on one line; base classes included."""
-    if inspect.isclass(of):
-        docs = [base.__doc__ for base in reversed(of.__mro__[:-1]) if dataclasses.is_dataclass(base)]
-    else:
-        docs = [of.__doc__]
+    """Return the texts in the "Args:" section of a docstring by argument, each on one line."""
+    section = re.split(r"\n\n(?=\S)", inspect.cleandoc(of.__doc__ or "").partition("\nArgs:\n")[2])[0]
     found = {}
-    for doc in docs:
-        section = re.split(r"\n\n(?=\S)", inspect.cleandoc(doc or "").partition("\nArgs:\n")[2])[0]
-        for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-            found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+        found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
     return found
 
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass, on its line or above; else ""."""
+    """Return the comment of each field that a dataclass declares, on its line or above; else ""."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = source.splitlines()
+    (tree,) = ast.parse(source).body
+    assert isinstance(tree, ast.ClassDef)
     found = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = textwrap.dedent(inspect.getsource(base))
-        lines = source.splitlines()
-        (tree,) = ast.parse(source).body
-        assert isinstance(tree, ast.ClassDef)
-        for node in tree.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                # Comments above the field, then the one on its line.
-                above, at = "", node.lineno - 2
-                while lines[at].startswith("    # "):
-                    above, at = f"{lines[at].strip(' #')} {above}", at - 1
-                aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
-                found[node.target.id] = f"{above}{aside}".strip()
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            # Comments above the field, then the one on its line.
+            above, at = "", node.lineno - 2
+            while lines[at].startswith("    # "):
+                above, at = f"{lines[at].strip(' #')} {above}", at - 1
+            aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
+            found[node.target.id] = f"{above}{aside}".strip()
     return found

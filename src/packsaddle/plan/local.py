@@ -172,7 +172,7 @@ def forecast_local(
 def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
     least = min(measured.values())
     if not most_steps >= least:
-        raise ValueError(f"most-steps must be at least {least:g}, the least measured, got {most_steps:g}")
+        raise ValueError(f"most_steps must be at least {least:g}, the least measured, got {most_steps:g}")
 
 
 def _forecast(

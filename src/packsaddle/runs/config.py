@@ -23,7 +23,7 @@ from packsaddle.compressors import (
     TopK,
 )
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError, check_not_negative, check_positive
+from packsaddle.errors import ConfigError, check_counts, check_not_negative, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
@@ -50,7 +50,7 @@ class DataConfig:
     context: int = 64  # text only: characters per example
 
     def __post_init__(self) -> None:
-        check_positive(limit=self.limit, context=self.context)
+        check_counts(limit=self.limit, context=self.context)
         if self.name != "text" and self.context != 64:
             raise ValueError(f"context is only for text, got name = {self.name!r}")
 
@@ -82,7 +82,7 @@ class ModelConfig:
             raise ValueError(f"widths must be set for the autoencoder, and for no other model, got {list(self.widths)}")
         if any(not 1 <= w <= _WIDEST for w in self.widths):
             raise ValueError(f"widths must be from 1 to {_WIDEST:,}, got {list(self.widths)}")
-        check_positive(depth=self.depth, heads=self.heads)
+        check_counts(depth=self.depth, heads=self.heads)
         if text and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
@@ -121,7 +121,7 @@ class EscapeConfig(EscapeRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(examples=self.examples)
+        check_counts(examples=self.examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +136,12 @@ class CertifyConfig(Search):
     iterates: int = 0  # iterates drawn uniformly from x_0 ... x_T and saved, for packsaddle certify --iterates
     examples: int = 1024  # examples per worker, along the run
     max_hvps: int = 100
-    pilot_examples: int = 0  # off by default: curves need both bounds
+    pilot_examples: int = 0  # examples of a first, cheaper search, which gives one bound only; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(epsilon=self.epsilon, last_epsilon=self.last_epsilon, examples=self.examples)
-        check_positive(hessian_lipschitz=self.hessian_lipschitz)
+        check_counts(examples=self.examples)
+        check_positive(epsilon=self.epsilon, last_epsilon=self.last_epsilon, hessian_lipschitz=self.hessian_lipschitz)
         _epochs(self, "every")
         check_not_negative(iterates=self.iterates)
         _at_most(self, iterates=10**6)
@@ -156,7 +156,7 @@ class LocalConfig:
 
     every: int = 8  # H, steps between two exchanges
     # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
-    # matrices of hidden layers (by default momentum 0.95 with nesterov), AdamW for the rest
+    # matrices of hidden layers, AdamW for the rest
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's betas
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start
@@ -170,7 +170,8 @@ class LocalConfig:
     outer: OuterSGD | None = None
 
     def __post_init__(self) -> None:
-        check_positive(every=self.every, clip=self.clip)
+        check_counts(every=self.every)
+        check_positive(clip=self.clip)
         _at_most(self, every=10**6)
         check_not_negative(warm_up=self.warm_up)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -201,7 +202,9 @@ class Config(Compression):
     local: LocalConfig | None = None
     label: str = ""  # name in tables and figures; by default the folder's
     weight_decay: float = 0.0  # times x is added to the gradient before compression (L2); decoupled in adamw and muon
-    momentum: float = 0.0  # applied to each worker's gradients before compression
+    # applied to each worker's gradients before compression; by default 0, or for local.optimizer = "muon" 0.95 with
+    # nesterov
+    momentum: float | None = None
     nesterov: bool = False  # Nesterov momentum
     memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
     # weight of the new gradient in STORM's variance reduction, which needs two gradients per step; by default off
@@ -218,7 +221,8 @@ class Config(Compression):
 
     def __post_init__(self) -> None:
         _epochs(self, "epochs", "test_every")
-        check_positive(batch_size=self.batch_size, workers=self.workers, log_every=self.log_every, plateau=self.plateau)
+        check_counts(batch_size=self.batch_size, workers=self.workers, log_every=self.log_every)
+        check_positive(plateau=self.plateau)
         _at_most(self, batch_size=2**24, workers=2**20)
         check_not_negative(lr=self.lr, weight_decay=self.weight_decay)
         super().__post_init__()
@@ -243,9 +247,10 @@ class Config(Compression):
             raise ValueError("storm cannot be used with [local], where each worker steps with its own optimizer")
         if self.momentum and local.optimizer == "adamw":
             raise ValueError('momentum is only for local.optimizer = "sgd" and "muon"; for adamw set local.betas')
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.nesterov and not self.momentum:
+        momentum, nesterov = self.effective_momentum()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        if nesterov and not momentum:
             raise ValueError("nesterov needs a momentum above 0")
         if local.warm_up >= self.epochs:
             raise ValueError(f"local.warm_up must be less than epochs = {self.epochs:g}, got {local.warm_up:g}")
@@ -256,11 +261,17 @@ class Config(Compression):
         values = {f.name: getattr(self, f.name) for f in fields(Compression)}
         return Compression(**values | {"monitor_every": self.log_every})
 
+    def effective_momentum(self) -> tuple[float, bool]:
+        """Return the momentum and whether it is Nesterov's; by default those of the optimizer."""
+        if self.momentum is None and self.local is not None and self.local.optimizer == "muon":
+            return 0.95, True
+        return self.momentum or 0.0, self.nesterov
+
     def sgd_lr(self) -> float | None:
         """Return the equivalent step size lr / (1 - momentum) of plain SGD; None for other optimizers."""
         if self.local is not None and (self.local.optimizer != "sgd" or self.local.outer is not None):
             return None
-        return self.lr / (1 - self.momentum)
+        return self.lr / (1 - self.effective_momentum()[0])
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -153,7 +153,7 @@ class StepSizeCheck:
         """Choose the examples. `waits`: see `Training.waits`; `shards`: of the workers in this process."""
         self._config, self._task = config, task
         self._steps = [
-            CoordinateStep(name, config.lr / (1 - config.momentum), wait)
+            CoordinateStep(name, config.lr / (1 - config.effective_momentum()[0]), wait)
             for (name, p), wait in zip(task.named_parameters(), waits or (), strict=False)
             if p.requires_grad
         ]

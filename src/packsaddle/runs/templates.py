@@ -26,6 +26,7 @@ from packsaddle.runs.config import (
 # Example values, written commented out for keys and tables that are None.
 _EXAMPLES: dict[str, Any] = {
     "exchange": "two-way",
+    "momentum": 0.0,
     "storm": 0.1,
     "test_every": 1.0,
     "plateau": 0.1,
@@ -89,7 +90,8 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
 def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:
     value, required = getattr(owner, f.name), f.default is dataclasses.MISSING
     cls: type = type(owner)
-    about = [descriptions(cls).get(f.name, "").removesuffix(".")] + ["needed"] * (required and bool(off))
+    described = descriptions(cls).get(f.name, "").removesuffix(".").replace("None: ", "left out: ")  # TOML has no None
+    about = [described] + ["needed"] * (required and bool(off))
     if options := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
         about.insert(0, f"one of {', '.join(options)}")
     if value is not None and value != f.default and f.default not in (None, (), dataclasses.MISSING):

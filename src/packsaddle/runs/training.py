@@ -29,7 +29,6 @@ from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 
 _LAST_FRACTION = 0.1  # learning rate at the end of a cosine schedule, as a fraction of the peak
-_MUON_MOMENTUM = 0.95  # default momentum of Muon, then with nesterov
 Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
 
 
@@ -139,7 +138,7 @@ class CompressedTraining(Training):
                 noise=self._noise or config.noise.std,
                 escape=escape,
                 weight_decay=config.weight_decay,
-                momentum=config.momentum if config.storm is None else Storm(config.storm),
+                momentum=config.effective_momentum()[0] if config.storm is None else Storm(config.storm),
                 nesterov=config.nesterov,
                 seed=config.seed,
             )
@@ -301,14 +300,14 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
     """Return the inner optimizer configured in [local], which steps on each worker between exchanges."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rate: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    momentum: dict[str, Any] = dict(zip(("momentum", "nesterov"), config.effective_momentum(), strict=True))
     if local.optimizer == "sgd":
-        return torch.optim.SGD(named, **rate, momentum=config.momentum, nesterov=config.nesterov)
+        return torch.optim.SGD(named, **rate, **momentum)
     adamw: dict[str, Any] = {**rate, "betas": tuple(local.betas)}
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
 
     # match_rms_adamw scales Muon's updates so that the learning rate of AdamW suits both.
-    momentum = {"momentum": config.momentum or _MUON_MOMENTUM, "nesterov": config.nesterov or not config.momentum}
     return JoinedOptimizer(muon_and_adamw(model, {**rate, **momentum, "adjust_lr_fn": "match_rms_adamw"}, adamw))
 
 

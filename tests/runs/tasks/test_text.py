@@ -203,9 +203,9 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "very short": (("--data-dir", "SHORT", "--set", "data.context=95"), "training text must have more than"),
     "limit": (("--set", "data.limit=1000000"), "(the windows of the training text)"),
-    "context": (("--set", "data.context=0"), "context must be positive and finite, got 0"),
+    "context": (("--set", "data.context=0"), "context must be an integer of at least 1, got 0"),
     "heads": (("--set", "model.heads=3"), "width must be a multiple of heads, got 16 and 3"),
-    "depth": (("--set", "model.depth=0"), "depth must be positive and finite, got 0"),
+    "depth": (("--set", "model.depth=0"), "depth must be an integer of at least 1, got 0"),
     "context of images": (("--set", "data.name=digits"), "context is only for text, got name = 'digits'"),
     "depth of images": (
         ("--set", "model.name=resnet18", "model.depth=3", "model.width=64"),
