@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fronts import differences
 from local_updates import INNERS, OUTERS, begin, flat, gradient
 from specs import local_options
 from torch import Tensor, nn
@@ -219,6 +220,63 @@ def test_a_state_that_does_not_fit() -> None:
             local.load_state_dict(given)
     with pytest.raises(TypeError, match="cannot be copied or pickled"):
         __import__("copy").deepcopy(one.local)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_outer_state_is_loaded_by_name(order: tuple[int, int]) -> None:
+    """Also if the optimizers are given in another order, so that torch's own state would be of other parameters."""
+
+    def made(order: tuple[int, int]) -> tuple[nn.Module, list[torch.optim.Optimizer], LocalUpdates]:
+        net = nn.ParameterDict({name: torch.zeros(4, 4) for name in "ab"})
+        pair: list[torch.optim.Optimizer] = [torch.optim.SGD([p], lr=0.1) for p in net.values()]
+        spec = Compression(Identity(), dense_below=0)
+        return net, pair, LocalUpdates([pair[i] for i in order], spec, every=2, outer=OUTERS["nesterov"], model=net)
+
+    def train(net: nn.Module, pair: list[torch.optim.Optimizer], start: int, end: int, rank: int) -> None:
+        for n in range(start, end):
+            for (name, p), optimizer in zip(net.named_parameters(), pair, strict=True):
+                p.grad = gradient(name, torch.zeros_like(p), rank, n) * (1 if name == "a" else -3)
+                optimizer.step()
+
+    def body(rank: int) -> None:
+        net, pair, local = made((0, 1))
+        train(net, pair, 0, 6, rank)
+        state, weights = local.state_dict(), copy.deepcopy(net.state_dict())
+        for _ in range(2):  # nor does training change a state that was loaded
+            other, its_pair, resumed = made(order)
+            other.load_state_dict(weights)
+            resumed.load_state_dict(state)
+            train(other, its_pair, 6, 10, rank)
+        train(net, pair, 6, 10, rank)
+        for p, q in zip(net.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+    simulate(body, 2)
+
+
+def test_an_outer_state_that_does_not_fit() -> None:
+    """Nothing changes, an exchange under way included."""
+
+    def two_groups(anchors: list[Any]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": anchors[:1]}, {"params": anchors[1:]}], lr=1.0, momentum=0.9)
+
+    options: dict[str, Any] = {"every": 4, "delay": 2}
+    state = Training(0, {**options, "outer": OUTERS["nesterov"]}).local.state_dict()
+    others = {
+        "outer must be the state of Adam, found that of SGD": OUTERS["adam"],
+        r"outer must be the state of groups of \[\['parameter 0'\], ": two_groups,
+    }
+    for message, outer in others.items():
+        training = Training(0, {**options, "outer": outer})
+        training.train(0, 5)
+        before = copy.deepcopy(training.local.state_dict())
+        for call in (training.local.check_state_dict, training.local.load_state_dict):
+            with pytest.raises(ValueError, match=message):
+                call(state)
+        assert differences(training.local.state_dict(), before) == []
+    training = Training(0, {**options, "outer": OUTERS["adam"]})
+    with pytest.raises(ValueError, match="outer must be the state of Adam, found that of nothing"):
+        training.local.check_state_dict({**training.local.state_dict(), "outer": {}})
 
 
 def test_refused_by_load_checkpoint(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ import torch
 from local_updates import gradient
 from torch import Tensor, nn
 
-from packsaddle import Compressor, Identity, LocalUpdates, Rounded, Sign, TopK, simulate
+from packsaddle import Compression, Compressor, Identity, LocalUpdates, OuterSGD, Rounded, Sign, TopK, simulate
+from packsaddle.local.options import Outer
 
 LR = 0.1
 
@@ -81,6 +82,58 @@ def test_a_frozen_parameter_keeps_its_value() -> None:
         torch.testing.assert_close(b.detach(), torch.full_like(b, -LR * 10 * 1.5))
 
     simulate(body, 2)
+
+
+OUTERS: dict[str, Outer | None] = {
+    "none": None,
+    "momentum": OuterSGD(),
+    "weight decay": lambda anchors: torch.optim.AdamW(anchors, lr=0.1, weight_decay=0.5),
+}
+
+
+@pytest.mark.parametrize("keep_unsent", [True, False])
+@pytest.mark.parametrize("compressor", [Identity(), Sign(), Rounded()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("outer", OUTERS)
+def test_the_anchor_of_a_frozen_parameter_stays(outer: str, compressor: Compressor, keep_unsent: bool) -> None:
+    """Against an outer momentum or weight decay, and zeros that Sign() does not decode to zeros."""
+
+    def body(worker: int) -> None:
+        a, b = nn.Parameter(torch.ones(40, 40)), nn.Parameter(torch.ones(40, 40))
+        optimizer = torch.optim.SGD([a, b], lr=LR)
+        spec = Compression(compressor, compare_every=1)
+        local = LocalUpdates(optimizer, spec, every=2, outer=OUTERS[outer], keep_unsent=keep_unsent)
+        for n in range(1, 25):
+            for name, p in zip("ab", (a, b), strict=True):
+                p.grad = gradient(name, torch.zeros_like(p), worker, n) if p.requires_grad else None
+            optimizer.step()
+            if n == 7:
+                local.flush(Identity())
+                a.requires_grad_(False)
+                before = a.detach().clone()
+        anchor = local.anchor()
+        assert torch.equal(a, before)
+        assert torch.equal(anchor["parameter 0"], before)
+        assert not torch.equal(anchor["parameter 1"], before)
+
+    simulate(body, 2)
+
+
+def test_workers_that_freeze_at_different_steps_have_one_anchor() -> None:
+    """compare_every=1 would raise DriftError."""
+
+    def body(worker: int) -> Tensor:
+        a, b = nn.Parameter(torch.ones(40, 40)), nn.Parameter(torch.ones(40, 40))
+        optimizer = torch.optim.SGD([a, b], lr=LR)
+        local = LocalUpdates(optimizer, Compression(Sign(), compare_every=1), every=2, outer=OuterSGD())
+        for n in range(1, 25):
+            a.requires_grad_(n < 7 + 4 * worker)
+            for name, p in zip("ab", (a, b), strict=True):
+                p.grad = gradient(name, torch.zeros_like(p), worker, n) if p.requires_grad else None
+            optimizer.step()
+        return local.anchor()["parameter 0"]
+
+    first, second = simulate(body, 2)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("at", [5, 7, 9])

@@ -74,7 +74,12 @@ def check_scaler(scaler: object) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
-_BESIDE = "{} steps without the GradScaler given as scaler: call scaler.step(...)"
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Return True for the step by which torch.distributed.checkpoint makes an optimizer's state, when it saves or loads
+    one that has none: its learning rates and gradients are zero."""
+    if optimizer.state or any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups):
+        return False
+    return not any(p.grad is not None and p.grad.any() for p in parameters_of([optimizer]))
 
 
 class Attempts:
@@ -82,7 +87,9 @@ class Attempts:
 
     `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. Raises TypeError if `scaler` is not a GradScaler, and RuntimeError at an optimizer's second step without it.
+    only. An optimizer without gradients, which a scaler refuses, may step by itself. Steps by which torch's checkpoints
+    make an optimizer's state do not count. Raises TypeError if `scaler` is not a GradScaler, and RuntimeError at a step
+    without it.
     """
 
     def __init__(
@@ -97,20 +104,25 @@ class Attempts:
         self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
         self.scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
-        self._beside = list[Optimizer]()  # those that stepped once without the scaler
+        self._counts = True  # the step that runs is an attempt
 
         def begin(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            if scaler is not None and not self._in_scaler:
-                # One step is torch.distributed.checkpoint's, which so creates an optimizer's state.
-                if optimizer in self._beside:
-                    raise RuntimeError(_BESIDE.format(type(optimizer).__name__))
-                self._beside.append(optimizer)
+            self._counts = not _only_makes_state(optimizer)
+            if not self._counts:
+                return
+            is_beside = scaler is not None and not self._in_scaler
+            if is_beside and any(p.grad is not None for p in parameters_of([optimizer])):
+                name = type(optimizer).__name__
+                raise RuntimeError(f"{name} steps without the GradScaler given as scaler: call scaler.step(...)")
             before(optimizer)
+
+        def end(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            if self._counts and not self._in_scaler:
+                self._attempted(optimizer)
 
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(outside(begin))
-            if scaler is None:
-                optimizer.register_step_post_hook(outside(lambda optimizer, args, kwargs: self._attempted(optimizer)))
+            optimizer.register_step_post_hook(outside(end))
         if scaler is None:
             return
         # Count the calls of the scaler's step, since a skipped one may call neither the optimizer nor its hooks.
@@ -131,7 +143,6 @@ class Attempts:
     def _attempted(self, optimizer: Optimizer) -> None:
         if optimizer in self._stepped:
             hint = "" if self.scaler is not None else ", and pass scaler= if a GradScaler skips steps"
-            hint += "".join(f"; {_BESIDE.format(type(o).__name__)}" for o in self._beside if o not in self._stepped)
             raise RuntimeError(
                 f"{type(optimizer).__name__} has stepped twice and {self.missing()} not: a step counts when all "
                 f"optimizers have taken theirs, so step each of them every time{hint}"

@@ -40,8 +40,10 @@ class PendingExchange:
     round: Round | None  # round of the error memory; None: ended, or loaded from a saved state
     invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
+    frozen: list[bool] = field(default_factory=list)  # by parameter: it was frozen at `begin`
+    agreed: bool = True  # all workers have the same frozen parameters
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
-    wait: Callable[[], None] = lambda: None  # waits for an exchange in the background, and raises its errors
+    wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
     names: list[str] = field(default_factory=list)  # name of the invalid parameter on each worker, by rank
     norm: Tensor | None = None  # norm of v, float32[1] (see `norm_of`); None: updates are not clipped
@@ -109,6 +111,11 @@ class Fragment(Slice):
         self.was_invalid = False  # this worker's last local update
 
     @property
+    def frozen_next(self) -> list[str]:
+        """The names of the parameters that are frozen in the next exchange; after `begin`, in this one."""
+        return [name for name, each in zip(self.names, self.trained, strict=True) if not each.requires_grad_next]
+
+    @property
     def trained_parameters(self) -> list[Tensor]:
         return [each.parameter for each in self.trained if each.requires_grad]
 
@@ -143,7 +150,8 @@ class Fragment(Slice):
         r.correct(PseudoGradient(self.anchor, spec.decay, noise))
         before = [x.clone() for x in self.anchor.tensors()] if later else kept
         norm = None if self._options.workers.clip is None else norm_of(r.v, share)
-        self.current = PendingExchange(due, r, r.invalid, share, before, norm=norm, flush=flush)
+        frozen = [place.is_frozen for place in self.places]
+        self.current = PendingExchange(due, r, r.invalid, share, frozen, before=before, norm=norm, flush=flush)
         return self.current
 
     def switch_to(self, compressor: Compressor) -> None:
@@ -228,7 +236,7 @@ class Fragment(Slice):
         assert p is not None
         if p.applied is None:
             assert p.round is not None
-            p.wait()
+            p.agreed &= p.wait()
             p.applied = p.round.verdict.read()
             self.name_workers(p)
             self._end(p, commit=p.applied and p.share > 0)
@@ -273,7 +281,7 @@ class Fragment(Slice):
             outer, mean = None if p.flush else outer, p.mean
             if outer is not None and self._options.mean_momentum and isinstance(mean, Tensor):
                 mean = mean.clone()  # torch's foreach SGD changes its gradients, and the mean is still needed
-            self.anchor.apply_mean(mean, outer)
+            self.anchor.apply_mean(mean, outer, p.frozen if p.agreed else None)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
             p.leaves_rest = p.flush is not None and bool(p.share) and (is_clipped or not p.flush.lossless)
             if p.flush and p.share and not p.leaves_rest:  # a weighted v leaves a residual: its rounding error
@@ -346,8 +354,10 @@ class Fragment(Slice):
             self._fill(self.anchor.owed, saved["owed"])
         # If another aggregator saved a residual, e grows by it, so the start point a - e moves, but x does not.
         if aggregator is not None:
+            # The aggregator is of the last round, or of a delayed exchange, which is not counted yet.
+            is_delayed = self.current is not None and self.current.applied
             with self.anchor.fixed_update():
-                self.use(self._of_last_round)
+                self.use(self._options.compression.at(self.rounds) if is_delayed else self._of_last_round)
                 self.feedback.restore(aggregator, saved["owner_error"] or {})
         # A delayed exchange will move x to the start point, so nothing is owed then.
         if self.current is not None and self.current.applied:
@@ -377,8 +387,14 @@ class Fragment(Slice):
         here = self.anchor.tensors()
         before = [saved.start[place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
         invalid = torch.tensor(saved.invalid, device=self.anchor.flat.device)
+        frozen = [not each.at_last_exchange for each in self.trained]
         self.current = PendingExchange(
-            saved.due, None, invalid, before=before, mean=mean, names=saved.names, applied=saved.applied
+            *(saved.due, None, invalid),
+            frozen=frozen,
+            before=before,
+            mean=mean,
+            names=saved.names,
+            applied=saved.applied,
         )
 
     def _named(self, flat: Tensor | None) -> dict[str, Tensor]:

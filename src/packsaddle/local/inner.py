@@ -65,8 +65,9 @@ def check_no_others(optimizer: Optimizer, known: Container[int]) -> None:
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             if p.requires_grad and id(p) not in known:
+                kind = type(optimizer).__name__
                 raise RuntimeError(
-                    f"a parameter of shape {shape_and_name(group, j)} in group {i} of the optimizer was added or "
+                    f"a parameter of shape {shape_and_name(group, j)} in group {i} of {kind} was added or "
                     f"unfrozen after LocalUpdates was made, which would not exchange it: have all that will ever be "
                     f"trained when it is made, and freeze (requires_grad_(False)) afterwards what is to wait"
                 )

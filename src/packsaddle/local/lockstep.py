@@ -6,7 +6,7 @@ If workers made different calls, collectives of different sizes would be paired:
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -30,9 +30,11 @@ Call = Literal[
     "loads a checkpoint",
 ]
 _CALLS = get_args(Call)
-_ROOM = 256  # above the number of calls: a header's first number is a call + _ROOM x the hash of a compressor
+# The first number of a header: a call, the hash of a compressor, and the hash of the frozen parameters.
+_ROOM = 256  # above the number of calls
+_HASHES = 2**27  # above the hash of a compressor; that of frozen parameters is below 2^28
 _ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"
-HEADER = 16  # bytes of the header that the check gathers: call with compressor, and number of steps, int64[2]
+HEADER = 16  # bytes of the header that the check gathers: call with hashes, and number of steps, int64[2]
 
 
 class Lockstep:
@@ -59,25 +61,28 @@ class Lockstep:
         result: Tensor | None = None,
         norm: Tensor | None = None,
         compressor: Compressor | None = None,
-    ) -> Callable[[], None]:
+        frozen: Sequence[str] = (),
+    ) -> Callable[[], bool]:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
-        That function raises the errors that `run` would raise. On a GPU, with a `result`, the workers' calls are
-        compared only there, so that the host does not wait here, unless a `compressor` is compared too. `norm`,
-        float32[1], is gathered together with the check, and `work` is called with all workers' norms, float32[W].
+        That function raises the errors that `run` would raise, and returns True if all workers have the same `frozen`
+        parameters. On a GPU, with a `result`, the workers' calls are compared only there, so that the host does not
+        wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together with the check, and
+        `work` is called with all workers' norms, float32[W].
         """
         is_late = result is not None and compressor is None and self._device.type != "cpu"
         unchecked: list[Tensor] = []
+        agreed = [True]
 
         def checked() -> None:
             if self._channel.group.size == 1:
                 work(*([] if norm is None else [norm]))
                 return
-            headers, norms = self._gather(call, steps, norm, compressor)
+            headers, norms = self._gather(call, steps, norm, compressor, frozen)
             if is_late:
                 unchecked.append(headers)
             else:
-                self._check(headers, compressor)
+                agreed.append(self._check(headers, compressor))
             work(*norms)
 
         promise = None if self._background is None else self._background.promise()
@@ -86,19 +91,20 @@ class Lockstep:
         else:
             self._background.submit(checked, [(promise, torch.zeros(0) if result is None else result)])
 
-        def wait() -> None:
+        def wait() -> bool:
             if promise is not None:
                 promise.future.wait()
-            for headers in unchecked:
-                self._check(headers, compressor)
+            agreed.extend(self._check(headers, compressor) for headers in unchecked)
+            return all(agreed)
 
         return wait
 
     def _gather(
-        self, call: Call, steps: int, norm: Tensor | None, compressor: Compressor | None
+        self, call: Call, steps: int, norm: Tensor | None, compressor: Compressor | None, frozen: Sequence[str]
     ) -> tuple[Tensor, list[Tensor]]:
         """Gather all workers' headers, int64[W, 2], and norms, [float32[W]] or []; collective."""
-        code = _CALLS.index(call) + _ROOM * (0 if compressor is None else _hash(compressor))
+        hashed = 0 if compressor is None else _hash(identify(compressor)) % _HASHES
+        code = _CALLS.index(call) + _ROOM * (hashed + _HASHES * (_hash({"frozen": frozen}) % 2**28))
         mine = {"header": torch.tensor([code, steps], device=self._device)}
         if self._norms:
             mine["norm"] = torch.zeros(1, device=self._device) if norm is None else norm
@@ -111,14 +117,16 @@ class Lockstep:
         norms = [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
         return torch.stack([parts["header"] for parts in gathered]), norms
 
-    def _check(self, headers: Tensor, compressor: Compressor | None) -> None:
-        """Compare the workers' `headers`, int64[W, 2]. Raises RuntimeError as `run` does.
-        If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
+    def _check(self, headers: Tensor, compressor: Compressor | None) -> bool:
+        """Compare the workers' `headers`, int64[W, 2]; return True if frozen parameters are equal. Raises RuntimeError
+        as `run` does. If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
         # Find the first worker whose call differs from worker 0's, else number of steps, else compressor.
-        rows = [(code % _ROOM, steps, code) for code, steps in headers.tolist()]
+        codes = headers.tolist()
+        rows = [(code % _ROOM, steps, code % (_ROOM * _HASHES)) for code, steps in codes]
+        agreed = len({code // (_ROOM * _HASHES) for code, _ in codes}) == 1
         unlike = [worker for i in range(3) for worker, row in enumerate(rows) if row[i] != rows[0][i]]
         if not unlike:
-            return
+            return agreed
         call, steps, code = rows[0]
         their_call, their_steps, their_code = rows[unlike[0]]
         found = (
@@ -140,8 +148,9 @@ class Lockstep:
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)
+        return agreed
 
 
-def _hash(compressor: Compressor) -> int:
-    """Return a hash of a compressor's class and fields, below 2^48, that is the same in all processes."""
-    return int.from_bytes(hashlib.sha256(as_text(identify(compressor)).encode()).digest()[:6])
+def _hash(values: Mapping[str, object]) -> int:
+    """Return a hash of plain types, below 2^48, that is the same in all processes."""
+    return int.from_bytes(hashlib.sha256(as_text(values).encode()).digest()[:6])

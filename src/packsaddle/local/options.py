@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
@@ -17,7 +16,6 @@ from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.options.agreement import Option, own
 from packsaddle.options.numerals import duration
 
@@ -212,17 +210,6 @@ class OuterSGD(Option):
     def __call__(self, anchors: list[Any]) -> Optimizer:
         nesterov = self.momentum > 0 if self.nesterov is None else self.nesterov
         return torch.optim.SGD(anchors, lr=self.lr, momentum=self.momentum, nesterov=nesterov)
-
-
-def make_outer(make: Outer, anchor: list[Tensor]) -> Optimizer:
-    """Return the optimizer that `make` returns for the anchor's tensors. Raises TypeError for another object, and
-    ValueError if it has not exactly these tensors."""
-    outer = make(anchor)
-    if not isinstance(outer, Optimizer):
-        raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(outer).__name__}")
-    if {id(p) for p in parameters_of([outer])} != {id(tensor) for tensor in anchor}:
-        raise ValueError("outer must return an optimizer of all tensors that it is given, and of no others")
-    return outer
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,9 @@ from packsaddle.local.inner import (
 from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.moments import MeanMomentum
-from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers, make_outer
+from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.local.outcomes import Outcomes
+from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import Participation
 from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
@@ -226,10 +227,10 @@ class LocalUpdates(Records, JoinableSteps):
         self._connect(group, device)
         agree = Shards(self._parameters.values())
         self._make_fragments(device, agree)
-        self.outer: Optimizer | None = None
-        if outer is not None:
-            leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
-            self.outer = make_outer(outer, [leaves[name] for name in self._parameters])
+        leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
+        named_leaves = {name: leaves[name] for name in self._parameters}
+        self._outer = None if outer is None else OuterOptimizer(outer, named_leaves)
+        self.outer: Optimizer | None = None if self._outer is None else self._outer.optimizer
         self._set_up_rounds(agree)
 
         # Compare the arguments of all workers, and set the parameters to rank 0's; with a manager, on joining.
@@ -239,7 +240,7 @@ class LocalUpdates(Records, JoinableSteps):
             settings = (options, self._fragments, self._channel)
             frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
             compared = partial(_with_checksums, same, frozen)
-            self.membership = Membership(*settings, self.optimizers, self.outer, self._outcomes, compared)
+            self.membership = Membership(*settings, self.optimizers, self._outer, self._outcomes, compared)
         else:
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
@@ -394,7 +395,7 @@ class LocalUpdates(Records, JoinableSteps):
         assert p.round is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = p.round.v if delay else None
-        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor)
+        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor, part.frozen_next)
         return delay > 0 or self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:
@@ -803,9 +804,8 @@ class LocalUpdates(Records, JoinableSteps):
             self.membership.steps = self.steps
 
     def _saved_fields(self) -> list[Vector | Value]:
-        outer = self.outer  # loaded first, since that may raise ValueError
         return [
-            *([] if outer is None else [Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict)]),
+            *([] if self._outer is None else [self._outer.field()]),
             attribute(("steps",), self, "steps", int),
             *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
             *(() if self._escape is None else self._escape.fields()),

@@ -88,6 +88,13 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "blend": {"fragments": 1, "blend": 0.5},
         "two-way": {"every": 3, "fragments": 1, "exchange": "two-way"},
         "random": {"every": 2, "fragments": 1, "delay": 1, "compressor": RandomK(0.2, values="int2")},
+        "schedule": {
+            "every": 3,
+            "fragments": 1,
+            "delay": 2,
+            "exchange": "two-way",
+            "compressor": lambda t: TopK(0.2) if t < 1 else TopK(0.4),
+        },
         "private": {"every": 2, "fragments": 1, "delay": 1, "compressor": QSGD(), "offload": True},
         "from the anchor": {"delay": 3, "keep_unsent": False, "inner": adamw, "mean_momentum": 0.5},
         "senders": {"every": 3, "fragments": 1, "delay": 1, "exchange": "senders"},

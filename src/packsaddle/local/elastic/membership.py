@@ -47,6 +47,7 @@ from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
 from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outcomes import Outcomes
+from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import share
 from packsaddle.numerics.seeds import mix
 
@@ -81,7 +82,7 @@ class Membership:
         fragments: Sequence[Fragment],
         channel: Communicator,
         inner: Sequence[Optimizer],
-        outer: Optimizer | None,
+        outer: OuterOptimizer | None,
         outcomes: Outcomes,
         arguments: Callable[[], str],
     ) -> None:
@@ -263,6 +264,7 @@ class Membership:
         self._energy = 0.0
         for part in parts:
             p = part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None)
+            p.agreed = len({hello.frozen for hello in hellos}) == 1
             self._outcomes.register(part, p)
             assert p.round is not None
             self._energy += _energy(p.round.v)
@@ -298,6 +300,7 @@ class Membership:
             steps=self.account.since,
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
+            frozen=_hash(as_text({"frozen": [part.frozen_next for part in self._fragments]})),
             weight=self.account.weight(self.settings.weight) if self.joined else 0.0,
             idle_weight=idle_weight if own.norm or has_more else -idle_weight,
             seconds=seconds,
@@ -389,7 +392,7 @@ class Membership:
         # The error memory in the file has now been sent, so replace the file before training continues.
         applied, reports = True, 0
         for part in attempt.parts:
-            t, p = part.rounds, part.apply_exchange(self._outer)
+            t, p = part.rounds, part.apply_exchange(None if self._outer is None else self._outer.optimizer)
             applied &= self._outcomes.record(part, t, p)
             reports = max(reports, sum(sender_of(name) == self._group.rank for name in p.names))
         self._save()
@@ -424,11 +427,9 @@ class Membership:
         return self._shared_state.save(state)
 
     def _shared_fields(self) -> list[Vector | Value]:
-        outer, numbered = self._outer, enumerate(self._fragments)
-        found = [field for i, part in numbered for field in part.shared_fields(("fragments", i))]
-        if outer is not None:
-            found.append(Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict))
-        return [*found, *self.roster.fields(("roster",))]
+        found = [field for i, part in enumerate(self._fragments) for field in part.shared_fields(("fragments", i))]
+        outer = [] if self._outer is None else [self._outer.field()]
+        return [*found, *outer, *self.roster.fields(("roster",))]
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:

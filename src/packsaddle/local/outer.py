@@ -1,0 +1,54 @@
+"""The outer optimizer, a torch optimizer of the anchor's tensors, and its saved state."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.feedback.optimizers import parameters_of
+from packsaddle.feedback.state import Value
+from packsaddle.local.options import Outer
+
+
+class OuterOptimizer:
+    """The optimizer that `make` returns for the anchor's tensors, by name of the parameter. Raises TypeError if it is
+    none, and ValueError if it has not exactly these tensors."""
+
+    def __init__(self, make: Outer, anchor: Mapping[str, Tensor]) -> None:
+        self.optimizer = optimizer = make(list(anchor.values()))
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(optimizer).__name__}")
+        if {id(p) for p in parameters_of([optimizer])} != {id(tensor) for tensor in anchor.values()}:
+            raise ValueError("outer must return an optimizer of all tensors that it is given, and of no others")
+        self._names = {id(tensor): name for name, tensor in anchor.items()}
+
+    def field(self) -> Value:
+        """Return the field of the saved state: torch's state dict, and the names of the parameters in each group."""
+        return Value(("outer",), dict[str, Any], self._state, self._load, self._check)
+
+    @property
+    def _groups(self) -> list[list[str]]:
+        return [[self._names[id(p)] for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def _state(self) -> dict[str, Any]:
+        return {"class": type(self.optimizer).__name__, "names": self._groups, **self.optimizer.state_dict()}
+
+    def _check(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError if the state is of another class of optimizers, or of groups of other parameters."""
+        name = type(self.optimizer).__name__
+        if saved.get("class") != name:
+            raise ValueError(f"outer must be the state of {name}, found that of {saved.get('class', 'nothing')}")
+        groups = list(map(sorted, saved["names"]))
+        if groups != list(map(sorted, self._groups)):
+            raise ValueError(f"outer must be the state of groups of {self._groups}, found {saved['names']}")
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        # torch assigns states to parameters by their order in the groups, which may be another one here.
+        groups = []
+        for group, theirs, ours in zip(saved["param_groups"], saved["names"], self._groups, strict=True):
+            index = dict(zip(theirs, group["params"], strict=True))
+            groups.append({**group, "params": [index[name] for name in ours]})
+        # torch would keep the saved tensors themselves, and change them in the next step.
+        self.optimizer.load_state_dict(deepcopy({"state": saved["state"], "param_groups": groups}))
