@@ -1,6 +1,6 @@
 """The predictions of `packsaddle plan link` for a race's steps, and the regret of its choice.
 
-    python -m benchmarks.race.regret experiments/race/gpt [--workers 2]
+    python -m benchmarks.race.regret experiments/race [--workers 2]
 
 For each number of workers and link of a race (`python -m benchmarks.race loss`): predicted and measured milliseconds of
 the steps that the planner supports, and the regret: the measured time to the target of the method that it chooses, over
