@@ -428,7 +428,7 @@ def test_parameters_that_come_later_are_refused(added: bool) -> None:
     for p in first.parameters():
         p.grad = torch.ones_like(p)
     which = r"\[4, 4\] \(weight\) in group 1 of SGD" if added else r"\[4, 4\] in group 0 of SGD"
-    with pytest.raises(RuntimeError, match=rf"shape {which} .* was added or unfrozen after"):
+    with pytest.raises(RuntimeError, match=rf"shape {which} was added or unfrozen after"):
         optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(first.parameters(), before, strict=True))
     assert local.steps == 2

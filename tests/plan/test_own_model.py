@@ -246,9 +246,7 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
     ],
     ids=["AdamW", "Muon", "Muon, every 32", "Muon, two bits every 32", "delay", "uncompressed"],
 )
-def test_the_lines_have_a_momentum_where_it_was_measured(
-    setting: Setting, optimizer: Any, expected: str | None
-) -> None:
+def test_the_lines_have_a_momentum_where_it_helped(setting: Setting, optimizer: Any, expected: str | None) -> None:
     free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
     size, fleet, link = ModelSize.of_size(10_000_000), Fleet(2, 0.5), Link(1e-5, 1e5)
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
@@ -258,18 +256,13 @@ def test_the_lines_have_a_momentum_where_it_was_measured(
     assert momenta == ([expected] if expected else [])
     model = nn.Linear(64, 64)
     adamw = torch.optim.AdamW([model.bias] if optimizer == "muon" else model.parameters())
-    names: dict[str, Any] = {
-        "model": model,
-        "optimizer": adamw,
-        "adamw": adamw,
-        "muon": torch.optim.Muon([model.weight]),
-    }
-    exec("\n".join(line.strip() for line in lines), names)
-    options = names["local"].options
-    assert (options.mean_momentum, options.outer) == (
-        0.5 if expected == "mean_momentum=0.5" else 0.0,
-        OuterSGD(momentum=0.5) if expected and "outer" in expected else None,
-    )
+    muon = torch.optim.Muon([model.weight])
+    names: dict[str, Any] = {"model": model, "optimizer": adamw, "adamw": adamw, "muon": muon}
+    if expected:
+        exec("\n".join(line.strip() for line in lines), names)
+        outer = OuterSGD(momentum=0.5) if "outer" in expected else None
+        options = names["local"].options
+        assert (options.mean_momentum, options.outer) == (0.0 if outer else 0.5, outer)
 
 
 @pytest.mark.parametrize(
