@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.state import Value
 from packsaddle.local.options import Outer
+from packsaddle.messages import shown
 
 
 class OuterOptimizer:
@@ -40,9 +41,9 @@ class OuterOptimizer:
         name = type(self.optimizer).__name__
         if saved.get("class") != name:
             raise ValueError(f"outer must be the state of {name}, found that of {saved.get('class', 'nothing')}")
-        groups = list(map(sorted, saved["names"]))
-        if groups != list(map(sorted, self._groups)):
-            raise ValueError(f"outer must be the state of groups of {self._groups}, found {saved['names']}")
+        found = saved.get("names", [])
+        if list(map(sorted, found)) != list(map(sorted, self._groups)):
+            raise ValueError(f"outer must be the state of groups of {shown(self._groups)}, found {shown(found)}")
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         # torch assigns states to parameters by their order in the groups, which may be another one here.
