@@ -10,7 +10,7 @@ import torch
 from states import Small, begun, carried_over, in_turn
 
 import packsaddle
-from packsaddle import CheckpointError, load_checkpoint
+from packsaddle import CheckpointError, CompressedSGD, load_checkpoint
 from packsaddle.comm.simulation import simulate
 
 Gloo = Callable[..., list[Any]]
@@ -307,12 +307,15 @@ def test_a_module_of_workers_with_two_weights_has_no_mean(tmp_path: Path) -> Non
         simulate(lambda rank: load_checkpoint(tmp_path, made(1.0)), 2)
 
 
-def test_the_smallest_scale_of_the_workers_scalers_is_loaded(tmp_path: Path) -> None:
-    """Each has its own with local updates: one overflow on one worker halves that of this worker alone."""
+@pytest.mark.parametrize("is_local", [True, False])
+def test_the_smallest_scale_of_the_workers_scalers_is_loaded(tmp_path: Path, is_local: bool) -> None:
+    """Each worker has its own: one overflow on one worker halves that of this worker alone."""
 
     def made() -> dict[str, Any]:
-        layer = torch.nn.Linear(40, 40)
-        optimizer, scaler = torch.optim.SGD(layer.parameters(), 1.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+        layer, scaler = torch.nn.Linear(40, 40), torch.amp.GradScaler("cpu", init_scale=8.0)
+        if not is_local:
+            return {"model": layer, "optimizer": CompressedSGD(layer.parameters(), 1.0), "scaler": scaler}
+        optimizer = torch.optim.SGD(layer.parameters(), 1.0)
         local = packsaddle.LocalUpdates(optimizer, every=8, scaler=scaler)
         return {"model": layer, "optimizer": optimizer, "scaler": scaler, "local": local}
 

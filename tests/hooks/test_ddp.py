@@ -376,6 +376,38 @@ def test_options_of_ddp(gloo: Gloo) -> None:
             assert torch.allclose(run[f"{name} False"], run[f"{name} True"], rtol=1e-12, atol=1e-14), name
 
 
+def unused_in_turn(scope: str, options: dict[str, Any]) -> float:
+    """How far y is from the sum of all gradients if a branch is used every other step, and later frozen."""
+    torch.manual_seed(0)
+    model = wrapped(Tied().double(), SEVERAL, find_unused_parameters=True, **options)
+    named = dict(model.module.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hook = register_ddp_hook(model, Compression(RandomK(0.2), dense_below=100), optimizer=optimizer, scope=scope)
+    y, far = {name: p.detach().clone() for name, p in named.items()}, 0.0
+    for step, batch in enumerate(batches(12)):
+        model.module.used = step % 2 == 0
+        model.module.sometimes.weight.requires_grad_(step < 8)
+        of = [p for p in named.values() if p.requires_grad]
+        local = torch.autograd.grad(loss(model.module, batch), of, materialize_grads=True)
+        for (name, _), g in zip([(n, p) for n, p in named.items() if p.requires_grad], local, strict=True):
+            resolve(None).all_reduce(g)
+            y[name] -= 0.1 * g / resolve(None).size
+        train(model, optimizer, [batch])
+        memory = hook.memory()
+        for name, p in named.items():
+            e = memory[name].clone()
+            resolve(None).all_reduce(e)
+            far = max(far, float((p.detach() - 0.1 * e / resolve(None).size - y[name]).abs().max()))
+    return far
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_as_bucket_view": True}], ids=["copies", "views"])
+@pytest.mark.parametrize("scope", ["bucket", "model"])
+def test_parameters_that_no_worker_uses_keep_their_memory(gloo: Gloo, scope: str, options: dict[str, Any]) -> None:
+    """DDP discards the mean of such a parameter, so nothing may be sent of its memory."""
+    assert max(gloo(unused_in_turn, 2, scope, options)) < 1e-12
+
+
 def sixteen_bit() -> dict[str, Any]:
     """bfloat16 parameters: what a gradient cannot hold of the mean goes to the memory, so that y is exact."""
     model = wrapped(network(torch.bfloat16), SEVERAL)
@@ -540,10 +572,25 @@ def test_reading_in_a_backward_pass_changes_nothing(gloo: Gloo) -> None:
 # ---- the escape check, the noise schedule, warm-up, state
 
 
-def escape_runs(scope: str) -> dict[str, Any]:
+class Convolution(nn.Module):
+    """A convolution in channels_last, whose elements are in another order in memory, and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(80, 30)
+        self.double().to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(x.view(-1, 3, 2, 5))).flatten(1))
+        return out
+
+
+def escape_runs(scope: str, memory_format: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for hooked in (False, True):
-        model: nn.Module = wrapped(network(), SEVERAL) if hooked else network()
+        bare = Convolution() if memory_format == "channels_last" else network()
+        model: nn.Module = wrapped(bare, SEVERAL) if hooked else bare
         data = batches(40)
 
         def objective(model: nn.Module = model, batch: Tensor = data[0]) -> Tensor:
@@ -559,16 +606,38 @@ def escape_runs(scope: str) -> dict[str, Any]:
         else:
             optimizer = hook = CompressedSGD(model.parameters(), 0.3, spec, **options)
         train(model, optimizer, data)
-        found[f"x {hooked}"] = vector(model)
+        found[f"x {hooked}"] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
         found[f"resets {hooked}"] = [(r.step, r.reason, r.committed) for r in hook.resets]
     return found
 
 
-def test_the_escape_check_is_that_of_compressed_sgd(gloo: Gloo) -> None:
-    for run in gloo(escape_runs, 2, "model"):
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_the_escape_check_is_that_of_compressed_sgd(gloo: Gloo, memory_format: str) -> None:
+    for run in gloo(escape_runs, 2, "model", memory_format):
         assert len(run["resets True"]) >= 2
         assert run["resets True"] == run["resets False"]
         assert torch.allclose(run["x True"], run["x False"], rtol=1e-9, atol=1e-12)
+
+
+def reset_at_rate_zero() -> tuple[int, float, float]:
+    """The number of resets that moved x to y, its distance from y, and what is left in the memory."""
+    model, data = wrapped(network(), SEVERAL), batches(6)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    rule = Escape(5, 1e9, lambda: loss(model, data[0]))
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100), optimizer=optimizer, escape=rule)
+    train(model, optimizer, data[:5])
+    y = vector(model) - 0.2 * mean_memory(hook, model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, data[5:])
+    far = float((vector(model) - y).abs().max())
+    return sum(reset.committed for reset in hook.resets), far, float(mean_memory(hook, model).abs().max())
+
+
+def test_a_reset_at_rate_zero_applies_what_is_unsent(gloo: Gloo) -> None:
+    """The memory is in units of a gradient, at the last rate that was not zero."""
+    for resets, far, left in gloo(reset_at_rate_zero, 2):
+        assert (resets, left) == (1, pytest.approx(0.0, abs=1e-12))
+        assert far < 1e-12
 
 
 def warmed_up() -> list[int]:

@@ -353,6 +353,43 @@ def gone(path: Path, steps: int = 7) -> tuple[Worker, Any]:
     return worker, worker.manager.save()
 
 
+def returned(state: Any, path: Path, **arguments: Any) -> Worker:
+    """A worker with that file, which receives the others' state at its first quorum."""
+    worker = Worker(settings={"memory_file": path}, **arguments)
+    membership = worker.local.membership
+    assert membership is not None
+    worker.manager.before_quorum = lambda: None if membership.roster.past else worker.manager.load(state)
+    return worker
+
+
+def test_a_memory_is_sent_by_a_flush_without_steps(tmp_path: Path) -> None:
+    """A worker that returns at the end of training: all that it has is in its file."""
+    path = tmp_path / "memory.pt"
+    left, state = gone(path)
+    pending, before = left.local.pending(), left.anchor()
+    back = returned(state, path)
+    assert back.local.flush()
+    torch.testing.assert_close(back.anchor(), before - pending, rtol=1e-12, atol=1e-12)
+    assert not back.local.pending().any()
+
+
+def test_a_scaler_that_skips_the_first_steps_joins_too(tmp_path: Path) -> None:
+    """An Inf in each, as at too large a scale: the memory is loaded, and the step count is that of the others."""
+    path = tmp_path / "memory.pt"
+    left, state = gone(path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    back = returned(state, path, every=2, scaler=scaler)
+    for _ in range(2):
+        back.gradients()
+        scaler.scale(torch.ones(()))
+        back.parameters[0].grad[0, 0] = torch.inf  # type: ignore[index]
+        scaler.step(back.optimizer)
+        scaler.update()
+    assert back.local.steps == left.local.steps + 2
+    assert back.local.flush()
+    torch.testing.assert_close(back.anchor(), left.anchor() - left.local.pending(), rtol=1e-12, atol=1e-12)
+
+
 def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """And goes on in another process: what it had moved since the last round is in it."""
     path = tmp_path / "memory.pt"
@@ -743,7 +780,7 @@ def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None
                 model["fixed"].weight.data.add_(1.0)
                 assert local.membership is not None
                 local.membership.joined = rank != 2  # as if worker 2 joined only now
-                assert local.flush()
+                assert local.membership.round(uncompressed=True)
                 local.membership.joined = True
                 assert local.flush()
         except (ConfigError, PeerLostError) as error:

@@ -155,6 +155,23 @@ def test_a_frozen_optimizer_steps_without_the_scaler() -> None:
     assert (local.steps, local.rounds) == (4, 2)
 
 
+def test_elastic_optimizers_join_in_their_first_step_with_a_scaler() -> None:
+    """The first optimizer joins, and discards the gradients of both, without which the scaler refuses the second."""
+    net = network()
+    optimizers, manager, scaler = muon_and_adamw(net), FakeManager(Solo()), torch.amp.GradScaler("cpu")
+    workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False)
+    local = LocalUpdates(optimizers, every=2, compressor=WHOLE, scaler=scaler, workers=workers, model=net)
+    start = flat(net)
+    for n in range(4):
+        net.zero_grad()
+        scaler.scale(net(torch.ones(3, 6)).square().mean()).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(flat(net), start) == (n == 0)
+    assert (local.steps, local.rounds) == (4, 2)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_states_that_torch_loads_before_the_first_step(scaled: bool) -> None:
     """set_state_dict makes the optimizers' states by a step each, which is not the first one."""
@@ -176,6 +193,26 @@ def test_states_that_torch_loads_before_the_first_step(scaled: bool) -> None:
             assert torch.equal(value, weights[name])
 
     simulate(body, 2)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_first_step_at_rate_zero_counts(order: tuple[int, int]) -> None:
+    """Although nothing moves: a warm-up from 0, and an output layer of zeros, behind which gradients are zero."""
+    net = network()
+    nn.init.zeros_(net[2].weight)
+    pair = Muon([net[0].weight], lr=0.02), AdamW([net[0].bias, *net[2].parameters()], lr=0.05)
+    optimizers = [pair[i] for i in order]
+    local = LocalUpdates(optimizers, every=4, compressor=WHOLE)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    for n in range(8):
+        for group, rate in zip((g for o in optimizers for g in o.param_groups), rates, strict=True):
+            group["lr"] = rate * min(1.0, n / 4)
+        net.zero_grad()
+        net(torch.ones(3, 6)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (local.steps, local.rounds) == (8, 2)
+    assert local.flush()
 
 
 def test_a_state_that_torch_saves_between_two_steps() -> None:

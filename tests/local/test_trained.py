@@ -1,5 +1,7 @@
 """Parameters that are frozen while another optimizer steps are trained; frozen ones keep their values."""
 
+from functools import partial
+
 import pytest
 import torch
 from local_updates import gradient
@@ -118,22 +120,38 @@ def test_the_anchor_of_a_frozen_parameter_stays(outer: str, compressor: Compress
     simulate(body, 2)
 
 
-def test_workers_that_freeze_at_different_steps_have_one_anchor() -> None:
-    """compare_every=1 would raise DriftError."""
+@pytest.mark.parametrize("compressor", [Sign(), TopK(0.1)], ids=lambda c: type(c).__name__)
+def test_workers_that_freeze_at_different_steps_have_one_anchor(compressor: Compressor) -> None:
+    """Also if they are resumed during the exchange in which one has frozen a parameter and the other has not."""
 
-    def body(worker: int) -> Tensor:
-        a, b = nn.Parameter(torch.ones(40, 40)), nn.Parameter(torch.ones(40, 40))
-        optimizer = torch.optim.SGD([a, b], lr=LR)
-        local = LocalUpdates(optimizer, Compression(Sign(), compare_every=1), every=2, outer=OuterSGD())
+    def body(worker: int, stop: int) -> list[Tensor]:
+        ps = [nn.Parameter(torch.ones(40, 40)) for _ in range(2)]
+
+        def made() -> tuple[torch.optim.Optimizer, LocalUpdates]:
+            optimizer = torch.optim.SGD(ps, lr=LR)
+            spec = Compression(compressor, compare_every=1)  # raises DriftError
+            return optimizer, LocalUpdates(optimizer, spec, every=4, overlap=2, outer=OuterSGD())
+
+        optimizer, local = made()
         for n in range(1, 25):
-            a.requires_grad_(n < 7 + 4 * worker)
-            for name, p in zip("ab", (a, b), strict=True):
+            if n == stop:
+                state, xs = local.state_dict(), [p.detach().clone() for p in ps]
+                ps = [nn.Parameter(x.clone()) for x in xs]
+                optimizer, local = made()
+                local.load_state_dict(state)
+                for p, x in zip(ps, xs, strict=True):
+                    p.data.copy_(x)
+            ps[0].requires_grad_(n < 7 + 4 * worker)
+            for name, p in zip("ab", ps, strict=True):
                 p.grad = gradient(name, torch.zeros_like(p), worker, n) if p.requires_grad else None
             optimizer.step()
-        return local.anchor()["parameter 0"]
+        return list(local.anchor().values())
 
-    first, second = simulate(body, 2)
-    assert torch.equal(first, second)
+    straight = simulate(partial(body, stop=0), 2)
+    for found in (straight, simulate(partial(body, stop=14), 2)):
+        for worker in found:
+            for anchor, expected in zip(worker, straight[0], strict=True):
+                assert torch.equal(anchor, expected)
 
 
 @pytest.mark.parametrize("at", [5, 7, 9])

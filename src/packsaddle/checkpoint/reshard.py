@@ -8,7 +8,7 @@ For another number of workers, values equal on all workers are kept and all othe
 parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
 each worker. Owner errors, the residuals of a two-way exchange's mean, are added to the error memories. If workers train
 separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too, with
-the weights of that part ("share" in its state), and the smallest scale of their GradScalers is used.
+the weights of that part ("share" in its state). The smallest scale of their GradScalers is used.
 """
 
 import copy
@@ -157,7 +157,7 @@ def _reductions(
     In addition to `Split.means`, tensors are averaged that are `different` on workers: in buffers and, if workers train
     `apart`, in parameters and optimizer states. Raises CheckpointError if another value is different.
     """
-    if apart and isinstance(part, torch.amp.GradScaler):
+    if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
     buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
     is_own = apart and isinstance(part, nn.Module | Optimizer)  # such a part differs between workers that train apart

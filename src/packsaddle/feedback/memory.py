@@ -13,6 +13,7 @@ no special case. Hooks have no access to the step size, so their updates and mem
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Term
@@ -107,6 +108,11 @@ class ErrorMemory:
         """Restore the old error memory of the parameters with these indices. Call after `absorb`."""
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
+
+    def keep_unless(self, flags: Iterable[Tensor]) -> None:
+        """Restore the old error memory of the parameters whose flag, bool[], is False, without waiting for a GPU."""
+        for new, old, flag in zip(self._next.views, self._now.views, flags, strict=False):
+            new.copy_(torch.where(flag, new, old))
 
     def close(self, *, apply: bool) -> None:
         """Commit the new error memory, or roll back to the old one."""

@@ -1,6 +1,8 @@
 """Hooks on the steps of one or several torch optimizers, including steps made by a framework or a GradScaler."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,11 +77,15 @@ def check_scaler(scaler: object) -> None:
 
 
 def _only_makes_state(optimizer: Optimizer) -> bool:
-    """Return True for the step by which torch.distributed.checkpoint makes an optimizer's state, when it saves or loads
-    one that has none: its learning rates and gradients are zero."""
+    """Return True for the step, with zero learning rates and gradients, by which torch.distributed.checkpoint makes an
+    optimizer's state when it saves or loads one that has none. A first step of training may have such zeros too, so the
+    calling functions are looked at."""
     if optimizer.state or any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups):
         return False
-    return not any(p.grad is not None and p.grad.any() for p in parameters_of([optimizer]))
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        frame = frame.f_back
+    return frame is not None
 
 
 class Attempts:
@@ -105,6 +111,7 @@ class Attempts:
         outside: Any = torch.compiler.disable
         self.scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
         self._counts = True  # the step that runs is an attempt
+        self.are_discarded = False  # the gradients of the current step were set to None
 
         def begin(optimizer: Optimizer, args: object, kwargs: object) -> None:
             self._counts = not _only_makes_state(optimizer)
@@ -129,6 +136,9 @@ class Attempts:
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if self.are_discarded and innermost(optimizer) in self._optimizers:  # the scaler would refuse it
+                self._attempted(innermost(optimizer))
+                return None
             self._in_scaler = True
             try:
                 result = step(optimizer, *args, **kwargs)
@@ -159,3 +169,4 @@ class Attempts:
     def restart(self) -> None:
         """Discard the attempts of an incomplete step, for example after loading a state."""
         self._stepped.clear()
+        self.are_discarded = False

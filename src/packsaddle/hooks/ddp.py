@@ -27,7 +27,7 @@ from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
-from packsaddle.feedback.slices import FlatParameters, Place, places
+from packsaddle.feedback.slices import FlatParameters, Place, extent, places
 from packsaddle.feedback.state import Value, Vector
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
@@ -110,6 +110,7 @@ def register_ddp_hook(
     device = next(model.parameters()).device
     channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
     hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
+    hook.keeps_unused = model.find_unused_parameters
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
@@ -191,7 +192,10 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
     """Register the function `take` as a model's communication hook. Raises RuntimeError if the model has one."""
 
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-        return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
+        parameters, gradients = bucket.parameters(), bucket.gradients()
+        if bucket.buffer().layout is torch.strided:
+            gradients = [_in_memory_format(g, p) for g, p in zip(gradients, parameters, strict=True)]
+        return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), gradients, parameters))
 
     try:
         model.register_comm_hook(take, hook)
@@ -202,6 +206,14 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
             "this DistributedDataParallel has a communication hook already, and takes no second one; "
             "for another hook wrap model.module anew"
         ) from error
+
+
+def _in_memory_format(gradient: Tensor, p: Tensor) -> Tensor:
+    """Return the view of a bucket that is p's gradient. torch's view has p's shape, but its elements are in the order
+    of p's memory, as in channels_last, wherever p has no gaps."""
+    if not p.numel() or extent(p) != p.numel():
+        return gradient
+    return gradient.as_strided(p.shape, p.stride(), gradient.storage_offset())
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
@@ -281,7 +293,8 @@ class EscapeAfterStep:
         self._checked = steps
         self._flat.check_attached()
         # This worker's unsent update eta e, since the hook's memory is in units of a gradient.
-        memory, rates = self._hook.memory(), self._hook.rates.now()
+        memory, units = self._hook.memory(), self._hook.rates.units
+        rates = {name: units.get(name) or rate for name, rate in self._hook.rates.now().items()}  # a rate may be 0
         pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
         for name, view in self._flat.by_name(pending).items():
             view.copy_(memory[name]).mul_(rates[name])

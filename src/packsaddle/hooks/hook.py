@@ -156,6 +156,8 @@ class GradientHook(Records, ABC):
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
         self._fresh = True  # False: gradients include those of earlier passes
+        # A gradient of zeros may be of a parameter that no worker used, whose mean DDP discards: its memory is kept.
+        self.keeps_unused = False
 
     def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
@@ -258,6 +260,9 @@ class GradientHook(Records, ABC):
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
+        used = [gradients[name].any() for name in part.slice.names] if self.keeps_unused else []
+        for view, is_used in zip(part.slice.views(v), used, strict=self.keeps_unused):
+            view.mul_(is_used)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():
@@ -266,6 +271,7 @@ class GradientHook(Records, ABC):
         self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
         r.apply(BucketTarget(part.slice, gradients, self._scale), keep=kept)
+        part.memory.keep_unless(used)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()

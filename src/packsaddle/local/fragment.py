@@ -40,8 +40,7 @@ class PendingExchange:
     round: Round | None  # round of the error memory; None: ended, or loaded from a saved state
     invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
-    frozen: list[bool] = field(default_factory=list)  # by parameter: it was frozen at `begin`
-    agreed: bool = True  # all workers have the same frozen parameters
+    frozen: list[bool] | None = None  # by parameter: it was frozen at `begin`; None: others on other workers
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
     wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
@@ -64,6 +63,7 @@ class SavedExchange:
     names: list[str]  # name of the invalid parameter on each worker, by rank
     start: dict[str, Tensor]  # the parameters at `begin`, by name
     mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
+    frozen: list[str] | None  # parameters that were frozen at `begin`; None: others on other workers
 
 
 class Fragment(Slice):
@@ -236,7 +236,8 @@ class Fragment(Slice):
         assert p is not None
         if p.applied is None:
             assert p.round is not None
-            p.agreed &= p.wait()
+            if not p.wait():
+                p.frozen = None
             p.applied = p.round.verdict.read()
             self.name_workers(p)
             self._end(p, commit=p.applied and p.share > 0)
@@ -281,7 +282,7 @@ class Fragment(Slice):
             outer, mean = None if p.flush else outer, p.mean
             if outer is not None and self._options.mean_momentum and isinstance(mean, Tensor):
                 mean = mean.clone()  # torch's foreach SGD changes its gradients, and the mean is still needed
-            self.anchor.apply_mean(mean, outer, p.frozen if p.agreed else None)
+            self.anchor.apply_mean(mean, outer, p.frozen)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
             p.leaves_rest = p.flush is not None and bool(p.share) and (is_clipped or not p.flush.lossless)
             if p.flush and p.share and not p.leaves_rest:  # a weighted v leaves a residual: its rounding error
@@ -370,7 +371,8 @@ class Fragment(Slice):
         assert p.applied is not None
         start = {place.name: s for place, s in zip(self.places, p.before, strict=True)}
         mean = self._named(p.mean if p.applied and isinstance(p.mean, Tensor) else None)
-        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean)
+        frozen = None if p.frozen is None else [name for name, f in zip(self.names, p.frozen, strict=True) if f]
+        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean, frozen)
 
     def _check_exchange(self, saved: SavedExchange | None) -> None:
         vectors = {} if saved is None else {"start": saved.start} | ({"mean": saved.mean} if saved.applied else {})
@@ -387,7 +389,7 @@ class Fragment(Slice):
         here = self.anchor.tensors()
         before = [saved.start[place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
         invalid = torch.tensor(saved.invalid, device=self.anchor.flat.device)
-        frozen = [not each.at_last_exchange for each in self.trained]
+        frozen = None if saved.frozen is None else [name in saved.frozen for name in self.names]
         self.current = PendingExchange(
             *(saved.due, None, invalid),
             frozen=frozen,

@@ -43,8 +43,9 @@ class Overlap(Option):
         fragments: P, the number of parts into which the model is split. They are exchanged at different steps,
             every / P apart; each has consecutive parameters, and all have about equal numbers of elements. At least 1,
             at most `every` and the number of parameters.
-        blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) a + blend x, where x are
-            the worker's parameters and a is the new anchor, the average. None: a plus the progress during the exchange.
+        blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) s + blend x, where x are
+            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. None: s
+            plus the progress during the exchange.
 
     Raises ValueError for a setting that is out of range.
 

@@ -13,17 +13,17 @@ class Trained:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self.at_last_exchange = parameter.requires_grad  # at a step up to the last exchange
+        self._before = parameter.requires_grad  # at a step up to the last exchange
         self._since: bool | None = None  # at a step since then; None: there was none
 
     @property
     def requires_grad(self) -> bool:
-        return self.parameter.requires_grad or self.at_last_exchange or bool(self._since)
+        return self.parameter.requires_grad or self._before or bool(self._since)
 
     @property
     def requires_grad_next(self) -> bool:
         """`requires_grad` in the next exchange; after `begin_exchange`, in this one."""
-        return self.parameter.requires_grad or (self.at_last_exchange if self._since is None else self._since)
+        return self.parameter.requires_grad or (self._before if self._since is None else self._since)
 
     def note_step(self) -> None:
         """Note `requires_grad` at a step of the parameter's optimizer."""
@@ -31,15 +31,15 @@ class Trained:
 
     def begin_exchange(self) -> None:
         if self._since is not None:
-            self.at_last_exchange, self._since = self._since, None
+            self._before, self._since = self._since, None
 
     def cancel_exchange(self) -> None:
         """Go on with the steps up to an exchange that was rejected, or without this worker."""
-        if self.at_last_exchange:
+        if self._before:
             self._since = True
 
     def state(self) -> tuple[bool, bool | None]:
-        return self.at_last_exchange, self._since
+        return self._before, self._since
 
     def load(self, saved: tuple[bool, bool | None]) -> None:
-        self.at_last_exchange, self._since = saved
+        self._before, self._since = saved

@@ -340,6 +340,7 @@ class LocalUpdates(Records, JoinableSteps):
         self._has_begun = True
         if self.membership is not None and not self.membership.joined:
             self.join()
+            self._attempts.are_discarded = True
             for p in self._parameters.values():  # computed before the others' parameters were loaded
                 p.grad = None
 
@@ -354,6 +355,8 @@ class LocalUpdates(Records, JoinableSteps):
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._has_ended = has_ended
+        if self.membership is not None:
+            self.join()  # if a scaler has skipped the first step, which would have joined
         self.steps += 1
         self._outcomes.check_step()
         # With a manager, the workers present decide when a round is due.
@@ -696,6 +699,7 @@ class LocalUpdates(Records, JoinableSteps):
         if self.membership is not None:
             if compressor is not None:
                 raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
+            self.join()  # a worker without steps of its own may have a memory file to send
             return self.membership.round(uncompressed=True)
         # Compare the compressors, apply running exchanges, and exchange what is pending.
         self._announce()

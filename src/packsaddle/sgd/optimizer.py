@@ -124,7 +124,8 @@ class CompressedSGD(Records, Optimizer):
     Attributes: `choice`, how messages are averaged and why; `monitor`, the measured contraction; `skips`, the skipped
     steps, which change neither parameters nor memories; `drifts`, the comparisons that found workers to differ.
 
-    A parameter without a gradient has gradient zero: noise and weight decay still apply.
+    A parameter without a gradient has gradient zero: noise and weight decay still apply. One that is frozen does not
+    move, and its error memory and momentum are discarded.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK

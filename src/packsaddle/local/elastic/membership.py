@@ -264,7 +264,8 @@ class Membership:
         self._energy = 0.0
         for part in parts:
             p = part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None)
-            p.agreed = len({hello.frozen for hello in hellos}) == 1
+            if len({hello.frozen for hello in hellos}) > 1:
+                p.frozen = None
             self._outcomes.register(part, p)
             assert p.round is not None
             self._energy += _energy(p.round.v)
