@@ -182,7 +182,9 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
 command = "packsaddle plan link 50mbit --d 10000000 --compute 0.1 --workers 4 --local"
 done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
-print(done.stdout[done.stdout.index("local updates") :])
+lines = done.stdout.splitlines()
+start = next(i for i, line in enumerate(lines) if line.startswith("local updates"))
+print("\n".join(lines[start - 1 :]))  # with the upper line of the headings
 
 # %% [markdown]
 # `x steps` is the number of steps that a setting needs, relative to dense training: a rough guide, measured on one
