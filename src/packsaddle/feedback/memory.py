@@ -111,7 +111,7 @@ class ErrorMemory:
 
     def keep_unless(self, flags: Iterable[Tensor]) -> None:
         """Restore the old error memory of the parameters whose flag, bool[], is False, without waiting for a GPU."""
-        for new, old, flag in zip(self._next.views, self._now.views, flags, strict=False):
+        for new, old, flag in zip(self._next.views, self._now.views, flags, strict=True):
             new.copy_(torch.where(flag, new, old))
 
     def close(self, *, apply: bool) -> None:

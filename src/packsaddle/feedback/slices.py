@@ -65,11 +65,7 @@ class Slice:
         for i in order:
             self._offsets[i] = self.d
             self.d += self.places[i].size
-        # The strides of each view: those of its parameter, unless that has gaps in memory.
-        self._strides = [
-            p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
-            for p in (place.parameter for place in self.places)
-        ]
+        self._strides = [strides_of_view(place.parameter) for place in self.places]
         self._device, self._dtype = device, torch.float32
         for place in self.places:
             self._dtype = torch.promote_types(self._dtype, place.parameter.dtype)
@@ -233,6 +229,11 @@ def places(
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
     """Return True if p has fewer than two dimensions or `dense_below` elements; False if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
+
+
+def strides_of_view(p: Tensor) -> tuple[int, ...]:
+    """Return the strides of p's view of a vector: those of p, as in channels_last, unless p has gaps in memory."""
+    return p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
 
 
 def extent(p: Tensor) -> int:

@@ -27,7 +27,7 @@ from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler
-from packsaddle.feedback.slices import FlatParameters, Place, extent, places
+from packsaddle.feedback.slices import FlatParameters, Place, places, strides_of_view
 from packsaddle.feedback.state import Value, Vector
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook, are_plain_sgd
 from packsaddle.hooks.fsdp import uses_fsdp
@@ -194,7 +194,9 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         parameters, gradients = bucket.parameters(), bucket.gradients()
         if bucket.buffer().layout is torch.strided:
-            gradients = [_in_memory_format(g, p) for g, p in zip(gradients, parameters, strict=True)]
+            # torch's views have contiguous strides, but a bucket has the elements in the order of parameters' memory.
+            pairs = zip(gradients, parameters, strict=True)
+            gradients = [g.as_strided(p.shape, strides_of_view(p), g.storage_offset()) for g, p in pairs]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), gradients, parameters))
 
     try:
@@ -206,14 +208,6 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
             "this DistributedDataParallel has a communication hook already, and takes no second one; "
             "for another hook wrap model.module anew"
         ) from error
-
-
-def _in_memory_format(gradient: Tensor, p: Tensor) -> Tensor:
-    """Return the view of a bucket that is p's gradient. torch's view has p's shape, but its elements are in the order
-    of p's memory, as in channels_last, wherever p has no gaps."""
-    if not p.numel() or extent(p) != p.numel():
-        return gradient
-    return gradient.as_strided(p.shape, p.stride(), gradient.storage_offset())
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
@@ -293,17 +287,16 @@ class EscapeAfterStep:
         self._checked = steps
         self._flat.check_attached()
         # This worker's unsent update eta e, since the hook's memory is in units of a gradient.
-        memory, units = self._hook.memory(), self._hook.rates.units
-        rates = {name: units.get(name) or rate for name, rate in self._hook.rates.now().items()}  # a rate may be 0
+        memory, units = self._hook.memory(), self._hook.rates.units_now()
         pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
         for name, view in self._flat.by_name(pending).items():
-            view.copy_(memory[name]).mul_(rates[name])
+            view.copy_(memory[name]).mul_(units[name])
         reset, lost = self._check.run(steps, pending)
         if reset is None:
             return
         # Line 7: set the error memory to 0, or to x's rounding error, in units of a gradient.
         left = {} if lost is None else self._flat.by_name(lost)
-        self._hook.forget({name: view / (rates[name] or 1.0) for name, view in left.items()})
+        self._hook.forget({name: view / (units[name] or 1.0) for name, view in left.items()})
         self._hook.resets.append(reset)
 
     def fields(self) -> list[Vector | Value]:

@@ -64,13 +64,16 @@ class Rates:
     def now(self) -> dict[str, float]:
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
+    def units_now(self) -> dict[str, float]:
+        """Return the unit of e by parameter name: its last nonzero rate, or its rate now if there was none."""
+        return {name: self.units.get(name) or rate for name, rate in self.now().items()}
+
     def factors(self) -> Mapping[str, float]:
         """Return the factors of the error memory, by name of each parameter whose learning rate has changed; record the
         rates for `close`. 0 if the rate is 0: the error memory is kept then, and excluded from the exchange."""
         if not are_plain_sgd(self._optimizers):
             return {}
-        rates = self.now()
-        units = {name: self.units.get(name) or rate for name, rate in rates.items()}
+        rates, units = self.now(), self.units_now()
         self._next = {name: rate or units[name] for name, rate in rates.items()}
         factors = {name: units[name] / rate if rate else 0.0 for name, rate in rates.items()}
         return {name: factor for name, factor in factors.items() if factor != 1.0}

@@ -260,8 +260,8 @@ class GradientHook(Records, ABC):
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
-        used = [gradients[name].any() for name in part.slice.names] if self.keeps_unused else []
-        for view, is_used in zip(part.slice.views(v), used, strict=self.keeps_unused):
+        used = [gradients[name].any() for name in part.slice.names] if self.keeps_unused else None
+        for view, is_used in zip(part.slice.views(v), used, strict=True) if used else ():
             view.mul_(is_used)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
@@ -271,7 +271,8 @@ class GradientHook(Records, ABC):
         self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
         r.apply(BucketTarget(part.slice, gradients, self._scale), keep=kept)
-        part.memory.keep_unless(used)
+        if used:
+            part.memory.keep_unless(used)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()

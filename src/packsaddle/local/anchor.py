@@ -48,21 +48,22 @@ class Anchor:
         for a, x in zip(self.views, self.tensors(), strict=True):
             a.copy_(x)
 
-    def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None, frozen: Sequence[bool] | None) -> None:
+    def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None, frozen: Sequence[str] | None) -> None:
         """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11).
 
         A frozen parameter's anchor stays: neither an outer momentum nor a decoded message that is not exactly zero
-        moves it. `frozen` are the flags by parameter, equal on all workers. None: they differ between workers, and
-        `outer` leaves out the parameters whose mean is zero.
+        moves it. `frozen` are the names of frozen parameters, equal on all workers. None: they differ between workers,
+        and `outer` leaves out the parameters whose mean is zero.
         """
-        before = [(a, a.clone()) for a, stays in zip(self.views, frozen, strict=True) if stays] if frozen else []
+        stays = [name in (frozen or ()) for name in self.layout.names]
+        before = [(a, a.clone()) for a, is_frozen in zip(self.views, stays, strict=True) if is_frozen]
         if isinstance(mean, Averaged):
             self._memory.apply_mean(self.flat, mean)
         elif outer is None:
             self.flat.sub_(mean)
         else:
             grads = self.layout.views(mean)
-            left_out = [not grad.any() for grad in grads] if frozen is None else frozen
+            left_out = [not grad.any() for grad in grads] if frozen is None else stays
             for leaf, grad, is_out in zip(self.leaves, grads, left_out, strict=True):
                 leaf.grad = None if is_out else grad
             outer.step()

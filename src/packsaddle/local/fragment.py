@@ -40,7 +40,7 @@ class PendingExchange:
     round: Round | None  # round of the error memory; None: ended, or loaded from a saved state
     invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
-    frozen: list[bool] | None = None  # by parameter: it was frozen at `begin`; None: others on other workers
+    frozen: list[str] | None = None  # parameters that were frozen at `begin`; None: others on other workers
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
     wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
@@ -150,7 +150,7 @@ class Fragment(Slice):
         r.correct(PseudoGradient(self.anchor, spec.decay, noise))
         before = [x.clone() for x in self.anchor.tensors()] if later else kept
         norm = None if self._options.workers.clip is None else norm_of(r.v, share)
-        frozen = [place.is_frozen for place in self.places]
+        frozen = self.frozen_next
         self.current = PendingExchange(due, r, r.invalid, share, frozen, before=before, norm=norm, flush=flush)
         return self.current
 
@@ -371,8 +371,7 @@ class Fragment(Slice):
         assert p.applied is not None
         start = {place.name: s for place, s in zip(self.places, p.before, strict=True)}
         mean = self._named(p.mean if p.applied and isinstance(p.mean, Tensor) else None)
-        frozen = None if p.frozen is None else [name for name, f in zip(self.names, p.frozen, strict=True) if f]
-        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean, frozen)
+        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean, p.frozen)
 
     def _check_exchange(self, saved: SavedExchange | None) -> None:
         vectors = {} if saved is None else {"start": saved.start} | ({"mean": saved.mean} if saved.applied else {})
@@ -389,10 +388,9 @@ class Fragment(Slice):
         here = self.anchor.tensors()
         before = [saved.start[place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
         invalid = torch.tensor(saved.invalid, device=self.anchor.flat.device)
-        frozen = None if saved.frozen is None else [name in saved.frozen for name in self.names]
         self.current = PendingExchange(
             *(saved.due, None, invalid),
-            frozen=frozen,
+            frozen=saved.frozen,
             before=before,
             mean=mean,
             names=saved.names,

@@ -286,6 +286,7 @@ class LocalUpdates(Records, JoinableSteps):
         d = sum(part.compressed_d for part in self._fragments)
         warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=3)
         spec.at(0).validate(d)
+        self._has_schedule = not isinstance(spec.compressor, Compressor)
         for part in self._fragments:
             part.use(spec.at(0))
 
@@ -297,8 +298,7 @@ class LocalUpdates(Records, JoinableSteps):
         rank = self._channel.group.rank
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, rank, momentum)
         self._skips = self._outcomes.skips
-        is_elastic = isinstance(self.options.workers, Elastic)
-        self._drift = DriftGuard(0 if is_elastic else spec.compare_every, spec.on_drift, self._channel)
+        self._drift = DriftGuard(0 if self._has_manager else spec.compare_every, spec.on_drift, self._channel)
         self._escape = self._escape_check(rule) if rule is not None else None
         self._resets: list[Reset] = []  # records of the escape check's firings
         rules = _rules(keep_unsent=self.options.keep_unsent)
@@ -309,7 +309,6 @@ class LocalUpdates(Records, JoinableSteps):
         spec, workers = self.options.compression, self.options.workers
         same: dict[str, object] = {"weight": workers.weight is not None} if isinstance(workers, Workers) else {}
         same |= agreement(self.options) | {"kernels": compiler(self.join_device)}
-        self._has_schedule = not isinstance(spec.compressor, Compressor)
         if self._has_schedule:  # workers may have other compressors, with one function
             same["compressor of round 0"] = describe(spec.at(0))
         same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
@@ -398,7 +397,7 @@ class LocalUpdates(Records, JoinableSteps):
         assert p.round is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = p.round.v if delay else None
-        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor, part.frozen_next)
+        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor, p.frozen or ())
         return delay > 0 or self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:
