@@ -109,10 +109,13 @@ class ErrorMemory:
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
-    def keep_unless(self, flags: Iterable[Tensor]) -> None:
-        """Restore the old error memory of the parameters whose flag, bool[], is False, without waiting for a GPU."""
-        for new, old, flag in zip(self._next.views, self._now.views, flags, strict=True):
-            new.copy_(torch.where(flag, new, old))
+    def restore_unused(self, used: Tensor, by_any: Tensor, factors: Sequence[float]) -> None:
+        """Add the old error memory, times its factor, for parameters of which this worker sent zeros: those with
+        `used`, bool[p], False. Discard their residual if `by_any`, bool[p], is False. Call after `absorb`."""
+        for new, old, here, anywhere, factor in zip(
+            self._next.views, self._now.views, used, by_any, factors, strict=True
+        ):
+            new.mul_(anywhere).add_(old * ~here, alpha=factor)
 
     def close(self, *, apply: bool) -> None:
         """Commit the new error memory, or roll back to the old one."""

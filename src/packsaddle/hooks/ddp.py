@@ -110,7 +110,7 @@ def register_ddp_hook(
     device = next(model.parameters()).device
     channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
     hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
-    hook.keeps_unused = model.find_unused_parameters
+    hook.may_be_unused = model.find_unused_parameters
     if escape is not None:
         if len(optimizers) > 1:
             raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")

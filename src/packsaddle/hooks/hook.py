@@ -30,6 +30,7 @@ from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.budget import Allocation
+from packsaddle.hooks.unused import Usage, clear_unused
 from packsaddle.numerics.finite import is_finite
 from packsaddle.options.agreement import Option
 
@@ -88,17 +89,20 @@ class BucketUpdate(Update):
 
 @dataclass(frozen=True)
 class BucketTarget:
-    """Writes the mean update of an exchange to a slice's gradients, which the user's optimizer applies (line 11)."""
+    """Writes the mean update of an exchange to a slice's gradients, which the user's optimizer applies (line 11).
+    `used`, bool[p], is False for parameters whose mean update is replaced with zeros. None: there are none."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
     scale: float
+    used: Tensor | None = None
     defers = True
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Overwrite the gradients with scale times the mean update g. Only 16-bit gradients cause a rounding error."""
         total = self.of.zeros()
         g.write_to(total.flat)
+        clear_unused(total.views, self.used)
         outs = [self.gradients[place.name] for place in self.of.places]
         exact = all(out.element_size() >= total.flat.element_size() for out in outs)
         for view, out in zip(total.views, outs, strict=True):
@@ -156,8 +160,7 @@ class GradientHook(Records, ABC):
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
         self._fresh = True  # False: gradients include those of earlier passes
-        # A gradient of zeros may be of a parameter that no worker used, whose mean DDP discards: its memory is kept.
-        self.keeps_unused = False
+        self.may_be_unused = False  # a backward pass may use some parameters only (see `Usage`)
 
     def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
@@ -260,19 +263,21 @@ class GradientHook(Records, ABC):
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
         v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
-        used = [gradients[name].any() for name in part.slice.names] if self.keeps_unused else None
-        for view, is_used in zip(part.slice.views(v), used, strict=True) if used else ():
-            view.mul_(is_used)
-        self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
             for name, view in part.slice.by_name(owner_error).items():
                 view.mul_(factors.get(name, 1.0))
-        r.exchange([bits.to(v) for bits in identity])
+        usage = Usage(part, gradients) if self.may_be_unused else None
+        flags = [] if usage is None else [usage.here]
+        clear_unused(part.slice.views(v), usage and usage.here)
+        self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
+        r.exchange([bits.to(v) for bits in (*identity, *flags)])
         self._bad_name = self._bad_name or r.name
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
-        r.apply(BucketTarget(part.slice, gradients, self._scale), keep=kept)
-        if used:
-            part.memory.keep_unless(used)
+        by_any = None if usage is None else r.extras.pop() > 0
+        r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
+        if usage is not None and by_any is not None:
+            usage.restore(by_any, [factors.get(name, 1.0) for name in part.slice.names])
+        part.memory.keep(kept)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()

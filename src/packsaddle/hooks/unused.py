@@ -1,0 +1,46 @@
+"""Parameters that a backward pass does not use (`find_unused_parameters`).
+
+DistributedDataParallel copies the mean of a bucket to the gradient of a parameter that any worker used, and discards it
+for the others. So a worker sends zeros instead of v = e + g for a parameter that it did not use, and keeps e. As C(0)
+need not be 0, its residual belongs to the error memory if the mean is applied, and to nothing if it is discarded.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from packsaddle.feedback.round import ErrorFeedback
+
+
+class Usage:
+    """The parameters of a slice that this worker used in a backward pass, `here`, bool[p]: all whose gradient is not 0.
+
+    A parameter whose gradient is 0 on all workers counts as unused. Its mean gradient is then set to 0, so no update is
+    lost if DistributedDataParallel applies it nevertheless.
+    """
+
+    def __init__(self, part: ErrorFeedback, gradients: Mapping[str, Tensor]) -> None:
+        self._part = part
+        self.here = torch.stack([gradients[name].any() for name in part.slice.names])
+        # The owner errors of a two-way exchange, before it.
+        self._owner_errors = {name: error.clone() for name, error in part.owner_errors().items()}
+
+    def restore(self, by_any: Tensor, factors: Sequence[float]) -> None:
+        """Complete the new error memory of the unused parameters, without waiting for a GPU. Call after `absorb`.
+
+        Args:
+            by_any: bool[p], the parameters that any worker used.
+            factors: the factors of the old error memory, one per parameter.
+        """
+        self._part.memory.restore_unused(self.here, by_any, factors)
+        for name, now in self._part.owner_errors().items():
+            views = self._part.slice.views
+            for new, old, is_used in zip(views(now), views(self._owner_errors[name]), by_any, strict=True):
+                new.copy_(torch.where(is_used, new, old))
+
+
+def clear_unused(views: Sequence[Tensor], used: Tensor | None) -> None:
+    """Set the tensors whose flag in `used`, bool[p], is False to 0. No-op if `used` is None."""
+    for view, is_used in zip(views, used, strict=True) if used is not None else ():
+        view.mul_(is_used)
