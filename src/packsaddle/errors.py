@@ -4,12 +4,19 @@ Any module may import this one. The command line prints the message of a ConfigE
 a GuardError with code 1.
 """
 
+import difflib
+import functools
 import importlib
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -91,6 +98,27 @@ def read_text(path: Path, name: str) -> str:
         raise ConfigError(f"{name} must be UTF-8, but byte {error.start} is not") from None
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator of a function, which adds to the TypeError for an unknown argument the name that it has here.
+    `names` are the names of arguments here by names that other libraries use; similar names are found without it."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            for given in kwargs.keys() - set(known):
+                near = names.get(given) or next(iter(difflib.get_close_matches(given, known, 1)), None)
+                hint = f", did you mean {near}=?" if near else f"; it has {', '.join(known)}"
+                owner = function.__qualname__.removesuffix(".__init__")
+                raise TypeError(f"{owner} has no argument {given}{hint}")
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -159,6 +159,7 @@ def test_what_is_counted_is_stepped() -> None:
         JoinedOptimizer([muon, Muon([net[0].weight])])
 
 
+@pytest.mark.filterwarnings("ignore:mean_momentum raised the loss")
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_mean_momentum_looks_at_the_members(order: tuple[int, int], caplog: pytest.LogCaptureFixture) -> None:
     """With two fragments the first may be Muon's alone."""

@@ -80,6 +80,7 @@ def test_what_is_not_finite_or_not_of_the_parameters_shape_stays_as_it_is() -> N
     assert bool((update == 1).all())  # an outer optimizer may have kept it
 
 
+@pytest.mark.filterwarnings("ignore:mean_momentum raised the loss")
 @pytest.mark.parametrize("foreach", [False, True])
 def test_an_outer_momentum_does_not_change_the_mean_update(foreach: bool) -> None:
     """torch's foreach Nesterov, the default on a GPU, adds the momentum to its gradients in place."""

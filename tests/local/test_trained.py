@@ -1,13 +1,28 @@
 """Parameters that are frozen while another optimizer steps are trained; frozen ones keep their values."""
 
+import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from local_updates import gradient
 from torch import Tensor, nn
 
-from packsaddle import Compression, Compressor, Identity, LocalUpdates, OuterSGD, Rounded, Sign, TopK, simulate
+from packsaddle import (
+    Compression,
+    Compressor,
+    Identity,
+    LocalUpdates,
+    OuterSGD,
+    Overlap,
+    Rounded,
+    Sign,
+    TopK,
+    Workers,
+    simulate,
+)
+from packsaddle.comm.group import resolve
 from packsaddle.local.options import Outer
 
 LR = 0.1
@@ -84,6 +99,75 @@ def test_a_frozen_parameter_keeps_its_value() -> None:
         torch.testing.assert_close(b.detach(), torch.full_like(b, -LR * 10 * 1.5))
 
     simulate(body, 2)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "by default": {},
+    "at the anchor": {"keep_unsent": False},
+    "delayed": {"overlap": 2},
+    "delayed, at the anchor": {"overlap": 2, "keep_unsent": False},
+    "fragments": {"overlap": Overlap(1, fragments=2)},
+    "direct": {"compressor": Compression(TopK(0.1), exchange="direct"), "keep_unsent": False},
+    "two-way": {"compressor": Compression(Sign(), exchange="two-way"), "keep_unsent": False},
+    "two-way, delayed": {"compressor": Compression(TopK(0.05), exchange="two-way"), "overlap": 3},
+    "clipped": {"compressor": Sign(), "workers": Workers(clip=1)},
+}
+
+
+def unfrozen(way: str, seed: int, is_same: bool) -> list[tuple[float, float, float]]:
+    """Freeze and unfreeze two of three parameters at random, at the same steps on all workers if `is_same`. Return by
+    worker the largest distance of the anchor less error() from plain averages of the gradients, the largest move of a
+    parameter that was frozen in the last exchange, and the distance of the parameters from the averages at the end."""
+
+    def body(worker: int) -> tuple[float, float, float]:
+        rng = random.Random(seed if is_same else seed + 100 * worker)
+        ps = [nn.Parameter(torch.zeros(30, 40, dtype=torch.float64)) for _ in range(3)]
+        optimizer = torch.optim.SGD(ps, lr=LR)
+        local = LocalUpdates(optimizer, **{"compressor": Sign(), "every": 4, **WAYS[way]})
+        expected = [torch.zeros_like(p) for p in ps]
+        far = moved = 0.0
+        frozen_since = [0, 0, 0]
+        for n in range(1, 33):
+            for i, p in enumerate(ps):
+                if i and rng.random() < 0.2:
+                    p.requires_grad_(not p.requires_grad)
+                    frozen_since[i] = n
+                p.grad = gradient(f"p{i}", torch.zeros_like(p), worker, n) if p.requires_grad else None
+                step = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                resolve(None).all_reduce(step)
+                expected[i].sub_(step, alpha=LR / 3)
+            before = [p.detach().clone() for p in ps]
+            optimizer.step()
+            for p, old, since in zip(ps, before, frozen_since, strict=True):
+                if not p.requires_grad and n > since + 8:  # an exchange with its last steps has ended
+                    moved = max(moved, float((p - old).abs().max()))
+            if n % 2:
+                common = torch.cat([a.flatten() for a in local.anchor().values()]) - local.error()
+                far = max(far, float((common - torch.cat([e.flatten() for e in expected])).abs().max()))
+        # Train everything up to a round, since a flush does not send what was frozen.
+        for _ in range(8):
+            for p in ps:
+                p.requires_grad_(True)
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+        while not local.flush(Identity()):
+            pass
+        local.flush(Identity())  # the excess of clipped updates
+        end = max(float((p.detach() - e).abs().max()) for p, e in zip(ps, expected, strict=True))
+        return far, moved, end
+
+    return simulate(body, 3)
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["on all workers", "on each worker"])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_update_is_lost_by_freezing(way: str, is_same: bool) -> None:
+    """Also in the steps of an exchange that runs, and on some workers only."""
+    for seed in range(3):
+        for far, moved, end in unfrozen(way, seed, is_same):
+            assert far < 1e-12
+            assert moved == 0
+            assert end < 1e-12 or way == "clipped"
 
 
 OUTERS: dict[str, Outer | None] = {

@@ -279,23 +279,27 @@ import torch
 import torch.distributed as dist
 from packsaddle import LocalUpdates
 
-rank = int(sys.argv[1])
+rank, alone = int(sys.argv[1]), sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 x = torch.nn.Parameter(torch.zeros(40, 50))
 optimizer = torch.optim.SGD([x], lr=0.1)
-local = LocalUpdates(optimizer, every=4)
+if rank or alone != "LocalUpdates":
+    local = LocalUpdates(optimizer, every=4)
 rng = torch.Generator().manual_seed(rank)
-for _ in range(10 + 3 * rank):
+for _ in range(10 + 3 * rank * (alone == "exchanges a round")):
     x.grad = torch.randn(x.shape, generator=rng)
     optimizer.step()
+if rank and alone == "calls flush()":
+    local.flush()
 """
 
 
-def test_a_worker_that_has_exited(tmp_path: Path) -> None:
-    """Without `Join` and `flush`: the other names it, its own step, and the remedy."""
+@pytest.mark.parametrize("alone", ["exchanges a round", "calls flush()", "LocalUpdates"])
+def test_a_worker_that_has_exited(alone: str, tmp_path: Path) -> None:
+    """Worker 1 makes more steps, a call or the LocalUpdates alone: it names the other, its own step, and remedies."""
     found = [
         subprocess.Popen(
-            [python(), "-c", EXITS, str(rank), str(tmp_path / "store")],
+            [python(), "-c", EXITS, str(rank), str(tmp_path / "store"), alone],
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),
@@ -306,4 +310,9 @@ def test_a_worker_that_has_exited(tmp_path: Path) -> None:
     assert [process.returncode for process in found] == [0, 1]
     last = said[1].strip().splitlines()[-1]
     assert "PeerLostError: rank 1 of 2 lost rank 0" in last
-    assert "worker 1 exchanges a round after step 12: if the other has ended after fewer steps, train within" in last
+    if alone == "LocalUpdates":
+        assert last.endswith("It waited in LocalUpdates(...), which every worker must call")
+        return
+    step = 12 if alone == "exchanges a round" else 10
+    assert f"It was when worker 1 {alone} after step {step}. If worker 1 alone made this call" in last
+    assert "if the others ended after fewer steps, train within torch's Join([local])" in last

@@ -21,6 +21,7 @@ from packsaddle.checkpoint.files import (
     steps_in,
     write_files,
 )
+from packsaddle.checkpoint.own_state import own_state
 from packsaddle.checkpoint.parts import (
     Parts,
     check_calls,
@@ -54,6 +55,7 @@ class Checkpoint:
 
 
 @names_call("save_checkpoint")
+@own_state()
 def save_checkpoint(
     folder: str | Path,
     parts: Parts,
@@ -170,6 +172,7 @@ def load_checkpoint(
 
 
 @names_call("load_checkpoint")
+@own_state()
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:

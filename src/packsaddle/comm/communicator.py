@@ -212,8 +212,11 @@ class ObjectCollectives:
         return torch.load(io.BytesIO(wire.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
-def check_agreement(channel: Communicator, arguments: Mapping[str, object], device: torch.device) -> None:
-    """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective."""
+def check_agreement(
+    channel: Communicator, arguments: Mapping[str, object], device: torch.device, hints: Mapping[str, str] | None = None
+) -> None:
+    """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective.
+    `hints` are sentences to add to the error, by the beginning of the argument's name."""
     if channel.group.size == 1:
         return
     texts = [t.split("\n") for t in channel.gather_text(as_text(arguments), device, "start")]
@@ -221,7 +224,8 @@ def check_agreement(channel: Communicator, arguments: Mapping[str, object], devi
         for worker, line in enumerate(lines):
             if line != lines[0]:
                 ours, theirs = f"worker 0 has {lines[0]}", f"worker {worker} has {line}"
-                raise ValueError(f"workers must be given the same arguments, but {ours} and {theirs}")
+                rest = "".join(f". {hint}" for name, hint in (hints or {}).items() if line.startswith(name))
+                raise ValueError(f"workers must be given the same arguments, but {ours} and {theirs}{rest}")
 
 
 def as_text(arguments: Mapping[str, object]) -> str:

@@ -44,7 +44,11 @@ class Background:
         return Promise(source, source.then(lambda done: done.value()))
 
     def submit(self, work: Callable[[], object], results: Results) -> None:
-        """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`."""
+        """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`.
+        Raises ValueError for a tensor on another device, since a Future records no event of it to wait for."""
+        for _, result in results:
+            if result.device.type != self._device.type:
+                raise ValueError(f"results must be on {self._device}, and one is on {result.device}")
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):

@@ -13,7 +13,6 @@ no special case. Hooks have no access to the step size, so their updates and mem
 from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Term

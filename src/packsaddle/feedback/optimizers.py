@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def innermost(optimizer: Any) -> Optimizer:
     """Return the torch optimizer inside a framework's wrappers, which may not run step hooks; else raise TypeError."""
     while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
+        # A learning-rate scheduler has an optimizer too, but is none.
+        if not isinstance(inner, Optimizer) or isinstance(optimizer, LRScheduler):
             what = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
             raise TypeError(f"optimizer must be a torch optimizer, got {what}")
         optimizer = inner

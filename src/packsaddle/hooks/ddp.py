@@ -23,6 +23,7 @@ from packsaddle.comm.group import TorchGroup, same_workers, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import QSGD, Compressor
+from packsaddle.errors import suggests
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
@@ -37,6 +38,7 @@ from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 
 
+@suggests(compression="compressor", error_feedback="compressor", optimizers="optimizer", start_iter="start_step")
 def register_ddp_hook(
     model: DistributedDataParallel,
     compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
@@ -151,7 +153,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     # One worker has nothing to exchange, so a script may run on it unchanged.
     if not found and training_group(None).size == 1:
         if options.get("noise") or options.get("escape") is not None:
-            warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=2)
+            warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=3)
         return None
     if len(found) != 1:
         raise TypeError(
@@ -218,7 +220,7 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
     compressed = [place for place in found if not place.dense]
     compressor, d = rules.at(rules.start_step), sum(place.size for place in compressed)
     spec = rules.compression
-    warn_if_nothing_compressed(compressor, d, spec.dense_below, stacklevel=3)
+    warn_if_nothing_compressed(compressor, d, spec.dense_below, stacklevel=4)
     shapes = [place.parameter.shape for place in compressed]
     choose(compressor.for_tensors(shapes), spec.exchange_of(compressor), d=d, dense=1, workers=workers, back=spec.back)
 

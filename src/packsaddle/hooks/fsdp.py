@@ -17,6 +17,7 @@ from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
+from packsaddle.errors import suggests
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
@@ -204,6 +205,7 @@ class FSDPHook(GradientHook):
         return found | {"shard": shard, "shards": shards}
 
 
+@suggests(compression="compressor", error_feedback="compressor", process_group="replicas", start_iter="start_step")
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,

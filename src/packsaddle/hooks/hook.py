@@ -268,7 +268,7 @@ class GradientHook(Records, ABC):
                 view.mul_(factors.get(name, 1.0))
         usage = Usage(part, gradients) if self.may_be_unused else None
         flags = [] if usage is None else [usage.here]
-        clear_unused(part.slice.views(v), usage and usage.here)
+        clear_unused(part.slice.views(v), None if usage is None else usage.here)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
         self._bad_name = self._bad_name or r.name

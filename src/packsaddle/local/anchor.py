@@ -2,10 +2,10 @@
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
 exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. Its local
-update is start - x.
+update is start - x. A frozen parameter x does not move; where its start point moves, `Anchor.owed` records it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,23 +18,29 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import Shaped, Slice
+from packsaddle.local.trained import Trained
 
 
 class Anchor:
     """The anchor a, float[n], and the parameters x of this worker. With `keeps` its start point is a - e, else a."""
 
-    def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
+    def __init__(self, layout: Slice, trained: Sequence[Trained], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
         self.flat, self.views = a.flat, a.views
         self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor as parameters, for an outer optimizer
         self.layout, self.keeps = layout, keeps
-        self._parameters, self._memory = parameters, memory
+        self._trained, self._memory = trained, memory
         # float[n], the local update that start - x misses, because only the start moved or x was rounded; None: 0
         self.owed: Tensor | None = None
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
-        return [local_part(p) for p in self._parameters]
+        return [local_part(each.parameter) for each in self._trained]
+
+    @property
+    def _frozen(self) -> set[str]:
+        """The names of the parameters that are frozen now."""
+        return {name for name, each in zip(self.layout.names, self._trained, strict=True) if not each.requires_grad}
 
     def starts(self) -> list[Tensor]:
         """Return the start point of x after an exchange, one tensor per parameter: a, or a - e; may be views of a."""
@@ -48,12 +54,12 @@ class Anchor:
         for a, x in zip(self.views, self.tensors(), strict=True):
             a.copy_(x)
 
-    def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None, frozen: Sequence[str] | None) -> None:
+    def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None, frozen: Collection[str] | None) -> None:
         """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11).
 
-        A frozen parameter's anchor stays: neither an outer momentum nor a decoded message that is not exactly zero
-        moves it. `frozen` are the names of frozen parameters, equal on all workers. None: they differ between workers,
-        and `outer` leaves out the parameters whose mean is zero.
+        The anchor of a frozen parameter does not change, neither by an outer momentum nor by a decoded message that is
+        not exactly zero. `frozen` are the names of the frozen parameters, identical on all workers. If they differ
+        between workers, `frozen` is None, and `outer` skips the parameters whose mean is zero.
         """
         stays = [name in (frozen or ()) for name in self.layout.names]
         before = [(a, a.clone()) for a, is_frozen in zip(self.views, stays, strict=True) if is_frozen]
@@ -72,30 +78,33 @@ class Anchor:
         for a, old in before:
             a.copy_(old)
 
-    def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
+    def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
         """Move the parameters x after the anchor changed: x <- start + (x - before), with one tensor of `before` per
-        parameter, or x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x."""
+        parameter, or x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x. Parameters with names
+        in `frozen`, by default those frozen now, keep their values."""
+        frozen = self._frozen if frozen is None else frozen
         if not before:
-            self.move_to_start()
+            self.move_to_start(frozen)
             return
         where = zip(self.tensors(), self.starts(), before, strict=True)
         starts = ((x, a.to(x.device, x.dtype).to(wide_dtype(x)), s) for x, a, s in where)
         if blend is None:
-            self._set((x.to(start.dtype) - s).add_(start) for x, start, s in starts)
+            self._set(((x.to(start.dtype) - s).add_(start) for x, start, s in starts), frozen)
         else:
-            self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
+            self._set((torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts), frozen)
 
-    def move_to_start(self) -> None:
-        """Reset the parameters x to this worker's start point, and clear `owed`."""
-        self.owed = None
+    def move_to_start(self, frozen: Collection[str] | None = None) -> None:
+        """Reset the parameters x to this worker's start point, and clear `owed`. Parameters with names in `frozen`, by
+        default those frozen now, keep their values."""
+        frozen = self._frozen if frozen is None else frozen
+        self.clear_owed(frozen)
         if not self.keeps:
-            self.set_parameters(self.views)
+            self.set_parameters(self.views, frozen)
             return
-        where = zip(self.layout.places, self.tensors(), self.views, self._memory.views, strict=True)
-        for place, x, a, e in where:
-            if not place.is_frozen and x.dtype == a.dtype and x.device == a.device:
+        for name, x, a, e in zip(self.layout.names, self.tensors(), self.views, self._memory.views, strict=True):
+            if name not in frozen and x.dtype == a.dtype and x.device == a.device:
                 torch.sub(a, e, out=x)
-            elif not place.is_frozen:
+            elif name not in frozen:
                 x.copy_(a - e)
 
     def move_to_anchor(self) -> None:
@@ -107,12 +116,22 @@ class Anchor:
             change = self.layout.zeros()
             for view, x, old in zip(change.views, self.tensors(), before, strict=True):
                 view.copy_(x).sub_(old.to(view))
-            self.owed = change.flat
+            self.owed = change.flat if self.owed is None else change.flat.add_(self.owed)
 
-    def set_parameters(self, values: Sequence[Tensor]) -> None:
-        for place, x, value in zip(self.layout.places, self.tensors(), values, strict=True):
-            if not place.is_frozen:
+    def set_parameters(self, values: Sequence[Tensor], frozen: Collection[str] | None = None) -> None:
+        """Set the parameters to `values`, except those with names in `frozen`, by default those frozen now."""
+        frozen = self._frozen if frozen is None else frozen
+        for name, x, value in zip(self.layout.names, self.tensors(), values, strict=True):
+            if name not in frozen:
                 x.copy_(value)
+
+    def clear_owed(self, frozen: Collection[str] = ()) -> None:
+        """Clear `owed`, except of the parameters with names in `frozen`."""
+        if not frozen or self.owed is None:
+            self.owed = None
+            return
+        for name, view in self.layout.by_name(self.owed).items():
+            view.mul_(name in frozen)
 
     @property
     def is_rounded(self) -> bool:
@@ -120,17 +139,25 @@ class Anchor:
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
-    def fixed_update(self) -> Iterator[None]:
-        """Within the context the error memory e may change: the start point a - e moves, but x and the local update do
-        not, since `owed` records the difference."""
-        before = self._moving_start() if self.keeps else None
+    def fixed_update(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Within the context the anchor a and the error memory e may change: the start points move, but x and the local
+        update do not, since `owed` records the difference. `names` are the parameters concerned; None: all, of which
+        only e may change."""
+        is_of_all = names is None
+        if not (self.keeps if is_of_all else names):
+            yield
+            return
+        before = self._moving_start(is_of_all=is_of_all)
         yield
-        if before is not None and (change := before.sub_(self._moving_start())).any():
+        change = before.sub_(self._moving_start(is_of_all=is_of_all))
+        for name, view in self.layout.by_name(change).items():
+            view.mul_(names is None or name in names)
+        if change.any():
             self.owed = change if self.owed is None else self.owed.add_(change)
 
-    def _moving_start(self) -> Tensor:
-        """Return the part of the start point that e moves, float[n]: -e, or a - e if it is rounded to x's dtype."""
-        if not self.is_rounded:
+    def _moving_start(self, *, is_of_all: bool) -> Tensor:
+        """Return the start point, float[n], in x's dtype; with `is_of_all` and an unrounded x only its part -e."""
+        if is_of_all and not self.is_rounded:
             return -self._memory.vector
         found = self.layout.zeros()
         for view, x, start in zip(found.views, self.tensors(), self.starts(), strict=True):
@@ -141,18 +168,21 @@ class Anchor:
         """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""
         if self.owed is None:
             return
-        pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None
-        self._set(x.to(wide_dtype(x)) - part.to(x.device, wide_dtype(x)) for x, part in pairs)
+        frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
+        self.clear_owed(frozen)
+        pairs = zip(self.tensors(), self.layout.views(owed), strict=True)
+        self._set((x.to(wide_dtype(x)) - part.to(x.device, wide_dtype(x)) for x, part in pairs), frozen)
 
-    def _set(self, values: Iterable[Tensor]) -> None:
-        """Set parameters, except frozen ones, to `values`, at least float32; add their rounding error to `owed`."""
+    def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
+        """Set parameters, except those with names in `frozen`, to `values`, at least float32; add their rounding error
+        to `owed`."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
             self.owed = self.layout.zeros().flat
         owed = self.layout.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
-        for place, x, value, lost in zip(self.layout.places, xs, values, owed, strict=True):
-            if not place.is_frozen:
+        for name, x, value, lost in zip(self.layout.names, xs, values, owed, strict=True):
+            if name not in frozen:
                 x.copy_(value)
                 if lost is not None:
                     lost.add_((x.to(value.dtype) - value).to(lost))
@@ -168,11 +198,13 @@ class Anchor:
 @dataclass(frozen=True)
 class PseudoGradient(Update):
     """The input of an error memory, float[n]: the local update start - x of some parameters, plus `Anchor.owed` and
-    noise. For a 16-bit x the local update is relative to the start point rounded to 16 bits."""
+    noise. It is 0 for parameters with names in `frozen`. For a 16-bit x the local update is relative to the start point
+    rounded to 16 bits."""
 
     of: Anchor
     decay: float
     noise: GaussianNoise | None
+    frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is another tensor."""
@@ -191,6 +223,9 @@ class PseudoGradient(Update):
             out.flat.add_(self.of.owed)
         if self.noise is not None:
             self.of.layout.add_noise(out.flat, self.noise)
+        for name, v in zip(self.of.layout.names, out.views, strict=True):
+            if name in self.frozen:
+                v.zero_()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

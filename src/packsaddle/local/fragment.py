@@ -8,7 +8,7 @@ last two.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,10 @@ class PendingExchange:
     round: Round | None  # round of the error memory; None: ended, or loaded from a saved state
     invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
-    frozen: list[str] | None = None  # parameters that were frozen at `begin`; None: others on other workers
+    frozen: list[str] = field(default_factory=list)  # parameters that were frozen at `begin`, on this worker
+    agrees: bool = True  # the same parameters are frozen on all workers, so the exchange does not change them
+    owner_errors: list[Tensor] = field(default_factory=list)  # copies from `begin`; empty: no parameter is frozen
+    residuals: dict[str, Tensor] = field(default_factory=dict)  # of the frozen parameters, 0 - C(0), by name
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
     wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
@@ -63,7 +66,8 @@ class SavedExchange:
     names: list[str]  # name of the invalid parameter on each worker, by rank
     start: dict[str, Tensor]  # the parameters at `begin`, by name
     mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
-    frozen: list[str] | None  # parameters that were frozen at `begin`; None: others on other workers
+    frozen: list[str]  # parameters that were frozen at `begin`, on this worker
+    agrees: bool  # the same parameters are frozen on all workers
 
 
 class Fragment(Slice):
@@ -93,12 +97,12 @@ class Fragment(Slice):
         d: int,
     ) -> None:
         self.trained = [Trained(parameters[place.name]) for place in places]
-        super().__init__([replace(p, trained=t) for p, t in zip(places, self.trained, strict=True)], device)
+        super().__init__(places, device)
         self._options, self._offset = options, offset
         self.parameters = [each.parameter for each in self.trained]
         self._is_sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
         memory, spec = ErrorMemory(self, spare=True), options.compression
-        self.anchor = Anchor(self, self.parameters, memory, keeps=options.keep_unsent)
+        self.anchor = Anchor(self, self.trained, memory, keeps=options.keep_unsent)
         self.contraction = Contraction(spec.monitor_every)
         guard = Guard("extra", unnamed="another shard", agree=agree)
         self.feedback = ErrorFeedback(
@@ -130,7 +134,8 @@ class Fragment(Slice):
     def begin(self, due: int, share: float, *, later: bool = False, flush: Compressor | None = None) -> PendingExchange:
         """Begin an exchange: compute the vector to send, v = decay e + (start - x) + noise, from the error memory e.
 
-        v is replaced by zeros if it is invalid on any shard of this worker.
+        v is replaced by zeros if it is invalid on any shard of this worker. It is 0 for frozen parameters, which keep
+        their error memory.
 
         Args:
             due: the inner step after which the exchange is applied.
@@ -143,15 +148,17 @@ class Fragment(Slice):
         self.switch_to(flush or spec.at(t))
         for each in self.trained:
             each.begin_exchange()
+        frozen = self.frozen_next
         self.anchor.subtract_owed()
         # Compute v, and keep the parameters for later.
         kept = [] if share else self.anchor.copy_starts()
         r = self.feedback.round(t)
-        r.correct(PseudoGradient(self.anchor, spec.decay, noise))
+        r.correct(PseudoGradient(self.anchor, spec.decay, noise, frozen))
         before = [x.clone() for x in self.anchor.tensors()] if later else kept
         norm = None if self._options.workers.clip is None else norm_of(r.v, share)
-        frozen = self.frozen_next
         self.current = PendingExchange(due, r, r.invalid, share, frozen, before=before, norm=norm, flush=flush)
+        if frozen:
+            self.current.owner_errors = [error.clone() for error in self.feedback.owner_errors().values()]
         return self.current
 
     def switch_to(self, compressor: Compressor) -> None:
@@ -201,6 +208,9 @@ class Fragment(Slice):
         g = p.round.exchange(weight=p.share, clip=self._own_factor(p))
         if p.share:
             p.round.absorb()
+            # The frozen parameters, of which zeros were sent, keep their error memory.
+            p.residuals = {name: view.clone() for name, view in self.by_name(p.round.v).items() if name in p.frozen}
+            self.feedback.memory.keep([self.names.index(name) for name in p.frozen])
         as_vector = as_vector or self._options.averages_senders or self._options.mean_momentum > 0
         p.mean = self._mean(g) if as_vector else g
         # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
@@ -236,18 +246,36 @@ class Fragment(Slice):
         assert p is not None
         if p.applied is None:
             assert p.round is not None
-            if not p.wait():
-                p.frozen = None
+            p.agrees &= p.wait()
             p.applied = p.round.verdict.read()
             self.name_workers(p)
-            self._end(p, commit=p.applied and p.share > 0)
+            self._exclude_frozen(p)
+            with self.anchor.fixed_update([] if p.agrees else p.frozen):
+                self._end(p, commit=p.applied and p.share > 0)
         return p.applied
+
+    def _exclude_frozen(self, p: PendingExchange) -> None:
+        """Exclude the frozen parameters from an exchange that has completed. If they are frozen on all workers, their
+        anchor and owner errors do not change, else this worker has sent C(0), whose residual is added to e."""
+        if not p.agrees and p.round is not None:
+            views = self.by_name(p.round.v)
+            for name, residual in p.residuals.items():
+                views[name].add_(residual)
+            return
+        for now, old in zip(self.feedback.owner_errors().values(), p.owner_errors, strict=bool(p.frozen)):
+            then = self.by_name(old)
+            for name, view in self.by_name(now).items():
+                if name in p.frozen:
+                    view.copy_(then[name])
+        for name, mean in self._named(p.mean if isinstance(p.mean, Tensor) else None).items():
+            if name in p.frozen:
+                mean.zero_()
 
     def _end(self, p: PendingExchange, *, commit: bool) -> None:
         assert p.round is not None
         p.round.close(apply=commit)
         if commit:
-            self.anchor.owed = None  # it was part of the vector v that was sent
+            self.anchor.clear_owed(p.frozen)  # the rest was part of the vector v that was sent
         else:
             for each in self.trained:
                 each.cancel_exchange()
@@ -282,12 +310,15 @@ class Fragment(Slice):
             outer, mean = None if p.flush else outer, p.mean
             if outer is not None and self._options.mean_momentum and isinstance(mean, Tensor):
                 mean = mean.clone()  # torch's foreach SGD changes its gradients, and the mean is still needed
-            self.anchor.apply_mean(mean, outer, p.frozen)
             is_clipped = (factor := self._own_factor(p)) is not None and bool(factor < 1)
             p.leaves_rest = p.flush is not None and bool(p.share) and (is_clipped or not p.flush.lossless)
+            with self.anchor.fixed_update([] if p.agrees else p.frozen):
+                self.anchor.apply_mean(mean, outer, p.frozen if p.agrees else None)
             if p.flush and p.share and not p.leaves_rest:  # a weighted v leaves a residual: its rounding error
-                self.feedback.memory.vector.zero_()
-            self.anchor.move(p.before, self._options.overlap.blend)
+                for name, e in self._named(self.feedback.memory.vector).items():
+                    if name not in p.frozen:
+                        e.zero_()
+            self.anchor.move(p.before, p.frozen, self._options.overlap.blend)
             if p.leaves_rest:
                 self.anchor.move_to_anchor()
         elif bool(p.invalid):
@@ -300,7 +331,9 @@ class Fragment(Slice):
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
         assert isinstance(p.mean, Tensor)
-        return self.anchor.add_local_update(found.add_(p.mean), p.before)
+        starts = zip(self.names, self.anchor.starts(), p.before, strict=True)
+        starts_then = [start if name in p.frozen else before for name, start, before in starts]
+        return self.anchor.add_local_update(found.add_(p.mean), starts_then)
 
     def shared_fields(self, path: Path) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self.places}
@@ -360,9 +393,9 @@ class Fragment(Slice):
             with self.anchor.fixed_update():
                 self.use(self._options.compression.at(self.rounds) if is_delayed else self._of_last_round)
                 self.feedback.restore(aggregator, saved["owner_error"] or {})
-        # A delayed exchange will move x to the start point, so nothing is owed then.
+        # A delayed exchange will move x to the start point, so nothing is owed then, except of frozen parameters.
         if self.current is not None and self.current.applied:
-            self.anchor.owed = None
+            self.anchor.clear_owed(self.current.frozen)
 
     def _saved_exchange(self) -> SavedExchange | None:
         p = self.current
@@ -371,7 +404,7 @@ class Fragment(Slice):
         assert p.applied is not None
         start = {place.name: s for place, s in zip(self.places, p.before, strict=True)}
         mean = self._named(p.mean if p.applied and isinstance(p.mean, Tensor) else None)
-        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean, p.frozen)
+        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean, p.frozen, p.agrees)
 
     def _check_exchange(self, saved: SavedExchange | None) -> None:
         vectors = {} if saved is None else {"start": saved.start} | ({"mean": saved.mean} if saved.applied else {})
@@ -391,6 +424,7 @@ class Fragment(Slice):
         self.current = PendingExchange(
             *(saved.due, None, invalid),
             frozen=saved.frozen,
+            agrees=saved.agrees,
             before=before,
             mean=mean,
             names=saved.names,

@@ -29,6 +29,31 @@ def names_of(optimizers: Iterable[Optimizer]) -> str:
     return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
+# Settings of torch's optimizers that select an implementation, and do not change the steps.
+_IMPLEMENTATIONS = ("params", "param_names", "foreach", "fused", "capturable", "differentiable")
+
+
+def settings_of(optimizers: Iterable[Optimizer], *, of_groups: bool) -> dict[str, object]:
+    """Return the class and the settings of each optimizer by name, to compare them between workers: of its parameter
+    groups, as they are now, or else its defaults. Settings that are objects are omitted."""
+    found: dict[str, object] = {}
+    for i, optimizer in enumerate(with_members(optimizers)):
+        found[f"optimizer[{i}]"] = type(optimizer).__name__
+        settings = {f"param_groups[{j}]": group for j, group in enumerate(optimizer.param_groups)}
+        for name, values in (settings if of_groups else {"defaults": optimizer.defaults}).items():
+            for key, value in sorted(values.items()):
+                plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+                if key not in _IMPLEMENTATIONS and _is_plain(plain):
+                    found[f"optimizer[{i}].{name}.{key}"] = plain
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
     """Raise TypeError for an optimizer that exchanges by itself, and RuntimeError if a `LocalUpdates` exchanges one of
     them already: workers would exchange each change twice.

@@ -34,6 +34,10 @@ _CALLS = get_args(Call)
 _ROOM = 256  # above the number of calls
 _HASHES = 2**27  # above the hash of a compressor; that of frozen parameters is below 2^28
 _ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"
+_LOST = (
+    "If worker {rank} alone made this call (`if rank == 0:`), or alone made LocalUpdates, do it on every worker; "
+    "if the others ended after fewer steps, {advice}"
+)
 HEADER = 16  # bytes of the header that the check gathers: call with hashes, and number of steps, int64[2]
 
 
@@ -89,7 +93,9 @@ class Lockstep:
         if self._background is None or promise is None:
             checked()
         else:
-            self._background.submit(checked, [(promise, torch.zeros(0) if result is None else result)])
+            # A result on the device, since a Future of a CPU tensor has no event to wait for.
+            done = torch.zeros(0, device=self._device) if result is None else result
+            self._background.submit(checked, [(promise, done)])
 
         def wait() -> bool:
             if promise is not None:
@@ -112,8 +118,9 @@ class Lockstep:
         try:
             gathered = self._channel.gather(mine, fixed_size=True, purpose="guard")
         except PeerLostError as error:
-            found = f"worker {self._channel.group.rank} {call} after step {steps}"
-            raise PeerLostError(f"{error}. {found}: if the other has ended after fewer steps, {_ADVICE}") from error
+            rank = self._channel.group.rank
+            advice = _LOST.format(rank=rank, advice=_ADVICE)
+            raise PeerLostError(f"{error}. It was when worker {rank} {call} after step {steps}. {advice}") from error
         norms = [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
         return torch.stack([parts["header"] for parts in gathered]), norms
 

@@ -10,7 +10,9 @@ measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every loc
 """
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,18 @@ class MeanMomentum:
             raise ValueError(
                 f"mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and {names_of(apart)} has "
                 f"none: set mean_momentum=0"
+            )
+
+    def warn_if_advised_against(self, outer: Optimizer | None, *, stacklevel: int) -> None:
+        """Warn if an optimizer is Muon or `outer` has a momentum, since `mean_momentum` then raised measured losses."""
+        muons = [type(o).__name__ for o in self._optimizers if "muon" in type(o).__name__.lower()]
+        groups = [] if outer is None else outer.param_groups
+        others = [f"outer={type(outer).__name__} with momentum"] if any(map(_has_momentum, groups)) else []
+        if muons or others:
+            warnings.warn(
+                f"mean_momentum raised the loss in our measurements with {' and '.join(muons + others)}: set "
+                f"mean_momentum=0, or use it with Adam or AdamW alone",
+                stacklevel=stacklevel,
             )
 
     def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> None:
@@ -78,6 +92,10 @@ class MeanMomentum:
             return None
         m, v = local_part(state["exp_avg"]), local_part(v)
         return (m, v, update) if m.shape == v.shape == local_part(p).shape else None
+
+
+def _has_momentum(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("momentum") or group.get("betas", (0.0,))[0])
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:

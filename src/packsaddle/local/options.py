@@ -26,7 +26,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_clip(clip: float | None) -> None:
+def _check_options(options: "Workers | Elastic") -> None:
+    """Check the fields that both kinds of workers have."""
+    clip = options.clip
+    if not isinstance(options.compare_optimizers, bool):
+        raise TypeError(f"compare_optimizers must be True or False, got {options.compare_optimizers!r}")
     if clip is not None and not (_is_number(clip) and 1 <= clip < math.inf):
         raise ValueError(f"clip must be finite and at least 1, or None, got {clip!r}")
 
@@ -86,10 +90,12 @@ class Workers(Option):
             memory of a worker whose updates are always too long grows (see `Compression.decay`). Each worker scales its
             own update, so this guards against wrong data and faulty hardware, not against a worker that reports a
             wrong norm. `LocalUpdates.clips` lists clipped updates. None: no limit.
+        compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
+            setting of a parameter group, such as the learning rate. Set it to False on all workers if they should.
 
     With a weight or a sample, escape checks are not supported, nor is any exchange except "direct" (see `Compression`).
     Delays are not supported with a sample, nor DTensors with clip. Raises ValueError for a setting that is out of
-    range.
+    range, and TypeError if compare_optimizers is not a bool.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -101,6 +107,7 @@ class Workers(Option):
     weight: float | None = own(None)
     sample: float = 1.0
     clip: float | None = None
+    compare_optimizers: bool = True
 
     @property
     def are_uneven(self) -> bool:
@@ -112,7 +119,7 @@ class Workers(Option):
             raise ValueError(f"weight must be finite and above 0, or None, got {self.weight!r}")
         if not (_is_number(self.sample) and 0 < self.sample <= 1):
             raise ValueError(f"sample must be a fraction of the workers in (0, 1], got {self.sample!r}")
-        _check_clip(self.clip)
+        _check_options(self)
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,12 @@ class Elastic(Option):
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
+        compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
+            class or in a default setting. Set it to False on all workers if they should.
         group: the manager's existing `ManagedGroup`. None: a new one.
 
-    Raises TypeError if manager is not a Manager, and ValueError for a setting that is out of range.
+    Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
+    is out of range.
 
     >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
     >>> from packsaddle.comm import connect  # doctest: +SKIP
@@ -157,6 +167,7 @@ class Elastic(Option):
     leave_on_sigterm: bool = own(True)
     grace: float | str = own(25.0)
     clip: float | None = None
+    compare_optimizers: bool = True
     group: Any = own(None)
 
     are_uneven: ClassVar[bool] = True  # as `Workers.are_uneven`: they may be absent
@@ -168,7 +179,7 @@ class Elastic(Option):
             raise ValueError("manager must have use_async_quorum=False: state must not change between two rounds")
         if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
             raise ValueError(f'weight must be None, "steps" or a function, got {self.weight!r}')
-        _check_clip(self.clip)
+        _check_options(self)
         if self.memory_file is not None:
             object.__setattr__(self, "memory_file", Path(self.memory_file))
         for name in ("patience", "grace"):
@@ -253,9 +264,11 @@ class LocalOptions(Option):
         if not (self.escape is None or isinstance(self.escape, Escape)):
             raise TypeError(f"escape must be an Escape or None, got {self.escape!r}")
         outer: Any = self.outer
-        if not (outer is None or callable(outer)) or outer is OuterSGD:
-            expected = "a function of the anchor's tensors that returns a torch optimizer, such as OuterSGD()"
+        if not (outer is None or callable(outer)) or isinstance(outer, type):
+            expected = "OuterSGD(), or a function of the anchor's tensors that returns a torch optimizer"
             found = f"an optimizer, {type(outer).__name__}" if isinstance(outer, Optimizer) else repr(outer)
+            if isinstance(outer, type):  # torch's SGD would have its own defaults, a rate of 0.001
+                found = f"the class {outer.__name__} itself, which leaves its settings open"
             raise TypeError(f"outer must be {expected}, or None, got {found}")
         if not spec.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")

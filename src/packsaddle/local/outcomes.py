@@ -87,7 +87,8 @@ class Outcomes:
                 self.skips.reset_streak()
             if self._momentum is not None and not exchange.flush:
                 assert isinstance(exchange.mean, Tensor)
-                updates = [None if place.is_frozen else update for place, update in part.named(exchange.mean)]
+                named = part.named(exchange.mean)
+                updates = [None if place.name in exchange.frozen else update for place, update in named]
                 self._momentum.mix(part.parameters, updates)
             return True
         part.was_rejected = True

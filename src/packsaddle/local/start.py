@@ -9,15 +9,18 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from packsaddle.checkpoint.own_state import is_own_state
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
 
+T = TypeVar("T")
 _log = logging.getLogger("packsaddle")
 _PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
 
@@ -105,6 +108,39 @@ def check_first_step(
         raise RuntimeError(found)
     if channel.group.rank == 0:
         warnings.warn(f"{found}. It may be chance: they have few different values, {values}", stacklevel=2)
+
+
+class StateDictWarning:
+    """A hook of a model that warns once if its `state_dict` is read while this worker's parameters differ from the
+    anchor, since a script that saves it on rank 0 would save that worker's own model.
+
+    `owner` is the `LocalUpdates` of the model, at whose end the hook ends, and `differs(owner)` returns True if the
+    parameters differ. It does not warn within `own_state`, where checkpoints read each worker's parameters. A copy of
+    the model has no such hook.
+    """
+
+    def __init__(self, model: nn.Module, owner: T, differs: Callable[[T], bool]) -> None:
+        self._differs, self._owner, self._has_warned = differs, weakref.ref(owner), False
+        model.register_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+
+    def __call__(self, *_: object) -> None:
+        owner = self._owner()
+        if owner is None or self._has_warned or is_own_state() or not self._differs(owner):
+            return
+        self._has_warned = True
+        warnings.warn(
+            "model.state_dict() between rounds has this worker's own parameters: for one model of all workers call "
+            "local.state_dict_of(model), local.at_anchor() or local.flush(). If each worker saves its own, as a run "
+            "that resumes needs, set LocalUpdates(warn_own_state=False)",
+            stacklevel=3,
+        )
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return partial, (_no_op,)
+
+
+def _no_op(*_: object) -> None:
+    """Do nothing: the hook of a copied model."""
 
 
 class UnsentSteps:

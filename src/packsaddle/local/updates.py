@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
+from packsaddle.comm.failures import names_call
 from packsaddle.comm.group import Group, training_group
 from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.ledger import Bytes, Ledger, Totals
@@ -31,6 +32,7 @@ from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
+from packsaddle.errors import suggests
 from packsaddle.feedback.background import Background
 from packsaddle.feedback.checks import Drift, DriftGuard, fingerprint
 from packsaddle.feedback.compression import Compression, Schedule
@@ -51,6 +53,7 @@ from packsaddle.local.inner import (
     check_parameters,
     named_parameters,
     names_of,
+    settings_of,
 )
 from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call, Lockstep
@@ -59,7 +62,7 @@ from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Work
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import Participation
-from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
+from packsaddle.local.start import StateDictWarning, UnsentSteps, check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
@@ -89,6 +92,15 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]
+
+
+# What to do if an argument differs between workers, by its name.
+_HINTS = {
+    "every=": "For workers of different speeds, keep `every` equal: give the faster workers larger batches and "
+    "workers=Workers(weight=examples in a batch), or use Elastic(..., weight='steps'), where a slow worker makes fewer "
+    "steps in a round",
+    "optimizer[": "If they should differ, set workers=Workers(compare_optimizers=False) on all workers",
+}
 
 
 def _with_checksums(same: dict[str, object], frozen: Mapping[str, Tensor]) -> str:
@@ -137,6 +149,8 @@ class LocalUpdates(Records, JoinableSteps):
             manager they are not set: ConfigError is raised when a worker joins whose frozen parameters differ. Without
             it, RuntimeError is raised once another optimizer has stepped with parameters of the same module. Saved
             states have its names of parameters: a run that resumes needs `model` if it was given before, else none.
+        warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
+            anchor. Set it to False in a script in which each worker saves its own.
 
     A round in which a worker's parameters are not finite is rejected on all workers, and recorded in `skips`. That
     worker resets its parameters to their values after the last exchange, and clears non-finite entries of its
@@ -168,6 +182,11 @@ class LocalUpdates(Records, JoinableSteps):
     True
     """
 
+    @suggests(
+        compression="compressor", H="every", sync_every="every", period="every", local_steps="every", group="workers",
+        process_group="workers", manager="workers", weight="workers", outer_optimizer="outer", delay="overlap",
+        fragments="overlap", optimizers="optimizer", error_feedback="compressor", decay="compressor",
+    )  # fmt: skip
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -185,6 +204,7 @@ class LocalUpdates(Records, JoinableSteps):
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
+        warn_own_state: bool = True,
     ) -> None:
         # Check the arguments.
         if isinstance(compressor, Optimizer):
@@ -242,9 +262,10 @@ class LocalUpdates(Records, JoinableSteps):
             compared = partial(_with_checksums, same, frozen)
             self.membership = Membership(*settings, self.optimizers, self._outer, self._outcomes, compared)
         else:
-            check_agreement(self._channel, same, device)
-            self._participation.exchange(self._channel, device)
-            share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
+            with names_call("LocalUpdates(...)"):
+                check_agreement(self._channel, same, device, _HINTS)
+                self._participation.exchange(self._channel, device)
+                share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
             self._set_anchor_before_first_step()
 
         # Register hooks that count the optimizers' steps.
@@ -252,6 +273,8 @@ class LocalUpdates(Records, JoinableSteps):
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
         for each in with_members((*self.optimizers, *([self.outer] if self.outer else []))):
             each.exchanged_by = self  # type: ignore[attr-defined]
+        if model is not None and warn_own_state and (group.size > 1 or is_elastic):
+            StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         warns = not is_elastic and group.size > 1 and group.rank == 0 and group.sends
         self._unsent = UnsentSteps(self if warns and self.join_process_group else None)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
@@ -284,7 +307,7 @@ class LocalUpdates(Records, JoinableSteps):
             self._fragments = partition(self._parameters, self.options, self._channel, device, agree)
         self._trained = {id(each.parameter): each for part in self._fragments for each in part.trained}
         d = sum(part.compressed_d for part in self._fragments)
-        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=3)
+        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=4)
         spec.at(0).validate(d)
         self._has_schedule = not isinstance(spec.compressor, Compressor)
         for part in self._fragments:
@@ -296,6 +319,8 @@ class LocalUpdates(Records, JoinableSteps):
         c = self.options.mean_momentum
         momentum = MeanMomentum(self.optimizers, c, agree) if c else None
         rank = self._channel.group.rank
+        if momentum is not None and rank == 0:
+            momentum.warn_if_advised_against(self.outer, stacklevel=5)
         self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, rank, momentum)
         self._skips = self._outcomes.skips
         self._drift = DriftGuard(0 if self._has_manager else spec.compare_every, spec.on_drift, self._channel)
@@ -312,6 +337,8 @@ class LocalUpdates(Records, JoinableSteps):
         if self._has_schedule:  # workers may have other compressors, with one function
             same["compressor of round 0"] = describe(spec.at(0))
         same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
+        if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
+            same |= settings_of(self.optimizers, of_groups=isinstance(workers, Workers))
         for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
             for i, (name, p) in enumerate(tensors):
                 same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
@@ -397,7 +424,7 @@ class LocalUpdates(Records, JoinableSteps):
         assert p.round is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = p.round.v if delay else None
-        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor, p.frozen or ())
+        p.wait = self._lockstep.start(call, self.steps, exchange, result, p.norm, compressor, p.frozen)
         return delay > 0 or self._finish(part)
 
     def _finish(self, part: Fragment) -> bool:
@@ -628,6 +655,13 @@ class LocalUpdates(Records, JoinableSteps):
         found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
         return {name: found[name].clone() for name in self._parameters}
 
+    @torch.no_grad()
+    def _is_off_anchor(self) -> bool:
+        """Return True if a parameter of this worker differs from the anchor, outside of `at_anchor`."""
+        self._set_anchor_before_first_step()
+        pairs = [(x, a) for f in self._fragments for x, a in zip(f.anchor.tensors(), f.anchor.views, strict=True)]
+        return not self._at_anchor and any(not torch.equal(x, a.to(x.device, x.dtype)) for x, a in pairs)
+
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
         """Set the parameters to the anchor within a context, to evaluate, certify or save one model for all workers.
@@ -685,9 +719,9 @@ class LocalUpdates(Records, JoinableSteps):
                 Identity(): uncompressed, after which error memories are 0 (except the excess of clipped updates, see
                 `Workers`): use it before you freeze parameters.
 
-        Parameters that were frozen at all steps since the last exchange keep their values. Raises TypeError or
-        ValueError for an unsuitable compressor, also if workers pass different ones, and RuntimeError for a compressor
-        with a manager.
+        Parameters that were frozen at all steps since the last exchange keep their values and error memories. Raises
+        TypeError or ValueError for an unsuitable compressor, also if workers pass different ones, and RuntimeError for
+        a compressor with a manager.
         """
         # Check the call; with a manager, all present workers exchange a round.
         self._check_here("flush()")

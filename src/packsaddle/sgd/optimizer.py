@@ -22,6 +22,7 @@ from packsaddle.comm.group import is_averaged_by_ddp, training_group
 from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
+from packsaddle.errors import suggests
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
@@ -141,6 +142,7 @@ class CompressedSGD(Records, Optimizer):
     torch.Size([4160])
     """
 
+    @suggests(compression="compressor", error_feedback="compressor", workers="process_group", group="process_group")
     def __init__(
         self,
         params: Iterable[Any],
@@ -175,7 +177,7 @@ class CompressedSGD(Records, Optimizer):
 
         # The parameters as one vector x, and the communicator.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
-        warn_if_nothing_compressed(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
+        warn_if_nothing_compressed(given, self._flat.compressed_d, spec.dense_below, stacklevel=3)
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 

@@ -264,8 +264,7 @@ class Membership:
         self._energy = 0.0
         for part in parts:
             p = part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None)
-            if len({hello.frozen for hello in hellos}) > 1:
-                p.frozen = None
+            p.agrees = len({hello.frozen for hello in hellos}) == 1
             self._outcomes.register(part, p)
             assert p.round is not None
             self._energy += _energy(p.round.v)
@@ -557,8 +556,8 @@ class Membership:
         """Return True if a round would send updates: those of frozen parameters stay."""
         pending = [part.unapplied() for part in self._fragments]
         for part, vector in zip(self._fragments, pending, strict=True):
-            for view in part.frozen(vector):
-                view.zero_()
+            for name, view in part.by_name(vector).items():
+                view.mul_(name not in part.frozen_next)
         return self.joined and any(bool(vector.any()) for vector in pending)
 
     def _exit(self) -> NoReturn:
