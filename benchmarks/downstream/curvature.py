@@ -61,7 +61,6 @@ def measure(run: Run, rows: Path, folder: Path) -> None:
         "loss": certificate.loss,
         "grad_norm": certificate.grad_norm,
         "verdict": str(certificate.verdict),
-        "epsilon": certificate.epsilon,
         "lambda_min_lower": certificate.lambda_min_lower,
         "lambda_min_upper": min(certificate.lambda_min_upper, *(nodes[0] for nodes in density.nodes)),
         "lambda_max_lower": max(certificate.lambda_max_lower, *(nodes[-1] for nodes in density.nodes)),

@@ -102,7 +102,7 @@ def _points(rows: Rows) -> Iterator[tuple[str, str, int, str, nn.Module, float |
 
 
 def certify(network: Network, module: nn.Module, epsilon: float | None, rho: float | None) -> packsaddle.Certificate:
-    """Certify the mean loss of the network's certified examples; None: proposed from the gradient, and estimated."""
+    """Certify the mean loss of the network's certified examples; None: no verdict on stationarity, and estimated."""
     search = packsaddle.Search(max_hvps=MOST_HVPS, pilot_examples=0)
     return packsaddle.certify(
         module,

@@ -91,7 +91,11 @@ SUMMARY = (
     _of("resets", "every reset by the escape check: step, reason, distance, the two objectives, committed or not"),
 )
 CERTIFICATE = (
-    _of("verdict", "saddle, second-order stationary, gradient too large, undecided"),
+    _of(
+        "verdict headline",
+        "saddle, second-order stationary, gradient too large, undecided; without epsilon not a minimum, no negative "
+        "curvature, undecided; headline: the verdict and what it rests on, in words",
+    ),
     _of(
         "loss grad_norm grad_norm_error",
         "of the mean loss over `examples`; the gradient's standard error if they are a sample",
@@ -106,21 +110,21 @@ CERTIFICATE = (
         "||H v - lambda v|| of the escape direction v, whose Rayleigh quotient is the upper bound on the smallest "
         "eigenvalue",
     ),
-    _of("threshold epsilon hessian_lipschitz", "-sqrt(rho epsilon), epsilon, rho"),
     _of(
-        "epsilon_proposed hessian_lipschitz_estimated",
-        "true if no epsilon was given; true if rho was measured along v, an estimate from below",
+        "threshold epsilon hessian_lipschitz",
+        "-sqrt(rho epsilon), epsilon, rho; the first two are null if no epsilon was given",
     ),
+    _of("hessian_lipschitz_estimated", "true if rho was measured along v, an estimate from below"),
     _of("slope", "<grad f, v>"),
     _of(
         "escape_distance escape_loss",
-        "of a saddle: the s with the lowest f(x + s v) found, and that loss",
+        'of a saddle, or of "not a minimum": the s with the lowest f(x + s v) found, and that loss',
     ),
-    _of("escape_bend", "of a saddle: the largest amount found by which [f(x + s v) + f(x - s v)] / 2 is below f(x)"),
+    _of("escape_bend", "of the same: the largest amount found by which [f(x + s v) + f(x - s v)] / 2 is below f(x)"),
     _of("ritz_values ritz_shares", "the Ritz spectrum, and the share of the random start along each"),
     _of(
         "saddle_below_rho",
-        "for a rho below it the point would be a saddle; null if no negative curvature was found",
+        "for a rho below it the point would be a saddle; null without epsilon, or if no negative curvature was found",
     ),
     _of(
         "lr escape_steps",

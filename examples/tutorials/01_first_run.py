@@ -72,8 +72,7 @@ shell("packsaddle run topk.toml --out runs/topk")
 
 # %% [markdown]
 # `MB per worker` are the megabytes that one worker sent in the whole run, and `compression` is the number of bytes of
-# uncompressed gradients over this number. The line about noise is for runs whose loss
-# [stands still](docs/tutorials/02_leave_a_saddle.md).
+# uncompressed gradients over this number.
 #
 # ## The ledger
 #

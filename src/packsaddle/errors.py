@@ -1,7 +1,7 @@
 """Exceptions with messages for users, checks of numbers, reading of text files, and import of optional packages.
 
-Any module may import this one. The command line prints the message of a ConfigError and exits with code 2, and that of
-a GuardError with code 1.
+Any module may import this one. It imports no module of packsaddle, so that the console script can run it without torch.
+The command line prints the message of a ConfigError and exits with code 2, and that of a GuardError with code 1.
 """
 
 import difflib
@@ -9,11 +9,13 @@ import functools
 import importlib
 import inspect
 import math
+import re
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -119,6 +121,30 @@ def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return checked
 
     return decorate
+
+
+def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a configuration file, and its keys and values. Raises ConfigError if it is not valid TOML."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark, which Windows editors add
+        return text, tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise ConfigError(_syntax_error(path, error)) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: lists, tables or keys are nested too deeply") from None
+
+
+def _syntax_error(path: Path, error: ValueError) -> str:
+    """Return a one-line message for a file that is not valid TOML, position first."""
+    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's error for integers with thousands of digits
+        return f"{path}: an integer has too many digits; the largest is {2**63 - 1}"
+    found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
+    reason, position = found.groups() if found else (str(error), None)
+    return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

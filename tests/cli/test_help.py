@@ -1,6 +1,7 @@
 """Help: overviews without torch, the same text by every spelling, and options in groups."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,6 +39,46 @@ def test_overviews_and_the_version_import_neither_torch_nor_tyro(
     assert done.stdout == capsys.readouterr().out
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert __version__ in done.stdout or "plan" in words
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "config file c.toml does not exist"),
+        (b"\xff", "config file c.toml cannot be read: 'utf-8' codec"),
+        (b"lr = \n", "c.toml, line 1, column 6: not valid TOML: Invalid value"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_refused_without_torch(
+    content: bytes | None,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In a fresh interpreter; and the package's own command line prints the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    if content is not None:
+        Path("c.toml").write_bytes(content)
+    report = "import atexit, packsaddle_command as c; atexit.register(lambda: print(*sys.modules)); c.main()"
+    done = subprocess.run(interpreter(report, "run", "c.toml"), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"packsaddle: error: {message}")
+    assert {"packsaddle_command", "packsaddle", "torch"} & {*done.stdout.split()} == {"packsaddle_command"}
+    assert command("run", "c.toml") == 2
+    assert capsys.readouterr().err == done.stderr
+
+
+@pytest.mark.parametrize("words", [["run", "none.toml", "--help"], ["help", "run", "none.toml"], ["run", "pipe"]])
+def test_help_and_pipes_are_left_to_the_package(words: list[str], tmp_path: Path) -> None:
+    """Its import fails here. A pipe, as of `run <(...)`, can be read only once."""
+    (tmp_path / "packsaddle").mkdir()
+    (tmp_path / "packsaddle" / "__init__.py").write_text("raise SystemExit(7)")
+    os.mkfifo(tmp_path / "pipe")
+    script = "import packsaddle_command as c; sys.path.insert(0, ''); c.main()"
+    done = subprocess.run(interpreter(script, *words), capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 def entries(table: Mapping[str, Entry], *names: str) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -28,6 +28,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature import Search
 from packsaddle.curvature.hessian import Curvature, NotFiniteError, batch_size
+from packsaddle.integrations.callbacks import certificate_line
 
 EXACT, MEASURED = ("verdict", "examples", "hvps"), ("grad_norm", "lambda_min_upper", "loss")
 
@@ -107,7 +108,7 @@ def test_a_kink_is_told_from_a_saddle() -> None:
     certificate = certify_point(kinked, at, epsilon=2.0, hessian_lipschitz=0.1)
     assert certificate.verdict == Verdict.SADDLE
     assert certificate.escape_bend < 0
-    assert "kinks? finite steps see no saddle" in str(certificate)
+    assert "kinks? finite steps see no negative curvature" in str(certificate)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.05, -0.2])
@@ -570,6 +571,65 @@ def test_a_minimum_is_not_called_a_plateau() -> None:
 def test_a_bad_lr_is_named(lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be finite and not negative"):
         certify_point(Bowl(), torch.zeros(5).double()).escape_steps(lr)
+
+
+@pytest.mark.parametrize(
+    ("least", "said", "judged"),
+    [
+        (-0.5, "not a minimum: lambda_min is at most {upper}", "saddle"),
+        (0.25, "no negative curvature: lambda_min is at least {lower}", "second-order stationary"),
+        (0.0, "undecided: lambda_min is in [{lower}, {upper}]", "second-order stationary"),
+    ],
+)
+def test_without_epsilon_the_verdict_is_on_the_curvature_alone(least: float, said: str, judged: str) -> None:
+    """f = x^T diag(least, ..., 2) x / 2 + 0.3 x_0 at 0: lambda_min is `least`, and the gradient has norm 0.3."""
+
+    def sloped(x: Tensor) -> Tensor:
+        return (torch.linspace(least, 2, len(x), dtype=x.dtype) * x**2).sum() / 2 + 0.3 * x[0]
+
+    at = torch.zeros(20, dtype=torch.float64)
+    found = certify_point(sloped, at, epsilon=None, hessian_lipschitz=0.1)
+    lower, upper = f"{found.lambda_min_lower:.3e}", f"{found.lambda_min_upper:.3e}"
+    assert found.lambda_min_lower - 1e-12 <= least <= found.lambda_min_upper + 1e-12
+    assert found.lambda_min_upper == pytest.approx(least, abs=0.02)
+    first, norm, *_ = lines = str(found).splitlines()
+    assert (first, norm) == (said.format(lower=lower, upper=upper), "  gradient norm 3.000e-01")
+    assert "  no verdict on stationarity without epsilon (--epsilon), the threshold of the gradient norm" in lines
+    kept = found.to_dict()
+    assert (kept["verdict"], kept["headline"]) == (first.partition(":")[0], first)
+    assert (kept["epsilon"], kept["threshold"], kept["saddle_below_rho"]) == (None, None, None)
+    line = f"step 5: {found.verdict}, gradient norm 3.000e-01, lambda_min in [{lower}, {upper}]"
+    assert certificate_line(found, 5) == line
+
+    # With epsilon the point is judged: the threshold of the curvature is -sqrt(0.1 * 0.4) = -0.2.
+    for epsilon, verdict in ((0.2, "gradient too large"), (0.4, judged)):
+        given = certify_point(sloped, at, epsilon=epsilon, hessian_lipschitz=0.1)
+        assert str(given).splitlines()[0] == given.headline == verdict
+        assert f"gradient norm 3.000e-01, epsilon {epsilon:.3e}\n" in str(given)
+        assert "without epsilon" not in str(given)
+
+
+def test_without_epsilon_a_fresh_classifier_is_not_stationary() -> None:
+    """Five fresh ones: "not a minimum" where the dense Hessian has a negative eigenvalue, which all have."""
+    for seed in range(5):
+        rng = torch.Generator().manual_seed(seed)
+        shapes = ((8, 6), (8,), (3, 8), (3,))
+        weights = [torch.randn(s, generator=rng, dtype=torch.float64) / s[-1] ** 0.5 for s in shapes]
+        x, labels = torch.randn(64, 6, generator=rng, dtype=torch.float64), torch.randint(3, (64,), generator=rng)
+        sizes = [w.numel() for w in weights]
+
+        def classify(point: Tensor) -> Tensor:
+            a, b, c, d = (p.view(s) for p, s in zip(point.split(sizes), shapes, strict=True))  # noqa: B023
+            return nn.functional.cross_entropy(torch.tanh(x @ a.T + b) @ c.T + d, labels)  # noqa: B023
+
+        at = torch.cat([w.flatten() for w in weights])
+        least = float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(classify, at))[0])
+        found = certify_point(classify, at, epsilon=None, hessian_lipschitz=None)
+        assert found.grad_norm > 0.1
+        assert found.verdict is Verdict.NOT_A_MINIMUM
+        assert found.lambda_min_lower <= least <= found.lambda_min_upper < 0.9 * least
+        assert "saddle" not in str(found)
+        assert "second-order" not in str(found)
 
 
 def test_a_large_gradient_is_all_that_is_said() -> None:

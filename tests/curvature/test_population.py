@@ -171,9 +171,19 @@ def test_a_gradient_that_the_sample_cannot_settle_is_undecided() -> None:
     unsettled = certificate(rows, epsilon=norm)
     assert unsettled.verdict is Verdict.UNDECIDED
     assert str(unsettled).startswith("of the population: undecided: the gradient may be on either side of epsilon\n")
-    proposed = certificate(rows, epsilon=None)
-    assert proposed.epsilon >= proposed.grad_norm_upper
-    assert proposed.epsilon_proposed
+
+
+@pytest.mark.parametrize(("last", "verdict"), [(-1.0, "not a minimum"), (0.5, "no negative curvature")])
+def test_without_epsilon_the_populations_curvature_alone_is_judged(last: float, verdict: str) -> None:
+    found = certificate(draw(4096, 0, last), epsilon=None)
+    assert found.lambda_min_lower <= last <= found.lambda_min_upper
+    upper, lower = f"at most {found.lambda_min_upper:.3e}", f"at least {found.lambda_min_lower:.3e}"
+    first, norm, *_ = str(found).splitlines()
+    assert first == f"of the population: {verdict}: lambda_min is {upper if last < 0 else lower}"
+    assert norm == f"  gradient norm in [{found.grad_norm_lower:.3e}, {found.grad_norm_upper:.3e}]"
+    kept = found.to_dict()
+    assert (kept["verdict"], kept["headline"]) == (verdict, first.removeprefix("of the population: "))
+    assert (kept["epsilon"], kept["threshold"]) == (None, None)
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def keys(content: tuple[Quantity, ...]) -> tuple[set[str], set[str]]:
 
 
 def test_a_certificate_has_the_documented_numbers() -> None:
-    properties = {"smallest_epsilon", "loss_name", "saddle_below_rho", "lr", "escape_steps"}
+    properties = {"headline", "smallest_epsilon", "loss_name", "saddle_below_rho", "lr", "escape_steps"}
     fields = {f.name for f in dataclasses.fields(Certificate)} - {"escape_direction", "sharpest_direction"}
     assert keys(CERTIFICATE)[0] == fields | properties
 

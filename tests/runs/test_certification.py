@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,13 @@ from forked_python import environment, torchrun
 from scipy.stats import binomtest
 
 from packsaddle import Search, Verdict, certify
-from packsaddle.curvature.certificate import Share, draw_iterates, proposed_epsilon
+from packsaddle.curvature.certificate import Share, draw_iterates
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.certification import Audit, Questions, read_config
 from packsaddle.runs.config import CertifyConfig, DataConfig
 from packsaddle.runs.report import write_report
+from packsaddle.runs.report.certificate_figure import draw_certificate
 from packsaddle.runs.run_checks import Inspector
 from packsaddle.runs.run_folder import read_runs
 from packsaddle.runs.tasks.images import load_images
@@ -316,10 +318,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_figures")
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
-def test_where_nothing_states_epsilon_the_gradient_does(
+def test_where_nothing_states_epsilon_there_is_no_verdict_on_stationarity(
     plain: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a sample: the norm and twice the standard error; the same sample and epsilon however many workers."""
+    """Of a sample, which is the same however many workers."""
     asked = ("certify", plain, "--examples", 200, "--max-hvps", 40, "--workers", workers)
     capsys.readouterr()
     assert command(*asked, "--json", "--out", tmp_path / "c") == 0
@@ -327,10 +329,9 @@ def test_where_nothing_states_epsilon_the_gradient_does(
     (point,) = json.loads(captured.out)["points"]
     assert captured.err == ""
     assert (point["examples"], point["sample_of"]) == (200, 320)
-    assert point["epsilon_proposed"]
-    least = point["grad_norm"] + 2 * point["grad_norm_error"]
-    assert least <= point["epsilon"] <= 1.1 * least  # one unit of the second digit is a tenth at most
-    assert point["verdict"] != "gradient too large"
+    assert (point["epsilon"], point["threshold"]) == (None, None)
+    assert point["verdict"] == "not a minimum"
+    assert point["lambda_min_upper"] < 0
     data = load_images(DataConfig("digits", limit=320), None, train=True)
     task = make_task(read_config(plain).model, data.levels.shape[1:], data.classes, 0)
     task.network.load_state_dict(torch.load(plain / "checkpoint" / "model.pt", weights_only=True))
@@ -341,11 +342,11 @@ def test_where_nothing_states_epsilon_the_gradient_does(
     if workers == 1:
         assert command(*asked, "--out", tmp_path / "again") == 0
         said = capsys.readouterr().out
-        assert (
-            "(none was given: the gradient's norm and twice its standard error, so that the curvature decides)" in said
-        )
+        assert f"model.pt: {point['headline']}\n" in said
+        assert "no verdict on stationarity without epsilon (--epsilon)" in said
+        assert "stationary" not in said
         assert command("certify", plain, "--examples", "all", "--epsilon", 1, "--out", tmp_path / "all") == 0
-        assert "(none was given" not in capsys.readouterr().out
+        assert "without epsilon" not in capsys.readouterr().out
         refused(capsys, "--examples must be a whole number or all, got 'some'", "certify", plain, "--examples", "some")
 
 
@@ -364,13 +365,26 @@ def test_the_command_takes_a_sample_unless_told_otherwise(
     assert {**found["sample"], "seconds": 0} == {**found["again"], "seconds": 0}
 
 
-@pytest.mark.parametrize(
-    ("norm", "error", "epsilon"),
-    [(0.0312, None, 0.032), (0.031, None, 0.031), (0.099, 0.001, 0.11), (5.0, math.inf, 5.0), (0.0, None, 1e-7)],
-)
-def test_a_proposed_epsilon_by_hand(norm: float, error: float | None, epsilon: float) -> None:
-    assert proposed_epsilon(norm, error, 1e-7) == pytest.approx(epsilon, rel=1e-12)
-    assert proposed_epsilon(norm, error, 1e-7) >= norm
+@pytest.mark.parametrize(("epsilon", "first"), [(None, "not a minimum: lambda_min is at most "), (0.4, "saddle")])
+def test_the_figures_title_is_the_first_line_of_the_text(epsilon: float | None, first: str) -> None:
+    """f = (x_1^2 - x_0^2) / 2 + 0.3 x_0 at 0. Only epsilon makes a threshold, which is drawn."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()
+
+    def loss_fn(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        x = model.weight[0]
+        return (x[1] ** 2 - x[0] ** 2) / 2 + 0.3 * x[0] + 0 * batch.sum()
+
+    questions, batches = Questions(epsilon, 0.1), [torch.ones(1, 2)]
+    certificate = questions.certify(model, loss_fn, batches, lambda step, text: None)
+    finding = questions.finding(Path("w.pt"), model, loss_fn, batches, certificate)
+    figure = draw_certificate(finding.to_dict())
+    headline = str(finding).splitlines()[0].removeprefix("w.pt: ")
+    assert headline.startswith(first)
+    assert figure.get_suptitle() == f"{headline} (gradient norm 3.000e-01)"
+    labels = figure.axes[-1].get_legend_handles_labels()[1]
+    assert ("threshold of a saddle" in labels) == (epsilon is not None)
 
 
 @pytest.mark.slow

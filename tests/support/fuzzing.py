@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
+from packsaddle.curvature import Verdict
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import choices, settable
 from packsaddle.runs.certification import read_config
@@ -118,7 +119,7 @@ ASSIGNMENTS = st.one_of(st.text(max_size=30), st.tuples(NAMES | TEXTS, VALUES.ma
 
 _METRICS = ("step", "epoch", "loss", "grad_norm", "payload", "sent", "received", "seconds", "test_loss", "mu")
 _BOUNDS = ("lambda_min_lower", "lambda_min_upper", "threshold", "loss", "grad_norm")
-_VERDICTS = st.sampled_from(["saddle", "second-order stationary", "gradient too large", "undecided"])
+_VERDICTS = st.sampled_from([*map(str, Verdict)])
 _NUMBERS = st.one_of(FLOATS, INTEGERS.filter(lambda n: abs(n) < 2**53))
 
 

@@ -50,10 +50,11 @@ def certify(
 ) -> None:
     """Certify a run's last point: saddle or second-order stationary.
 
-    The verdict is "undecided" if the bounds on the curvature allow both. The certificate is computed on a random sample
-    of the training examples (--examples); it is printed, and written to a new folder with the extreme directions and a
-    plot of the loss along them. Under torchrun its workers compute it. Search options default to the run's [certify]
-    (except pilot_examples), or to packsaddle.Search if the run has none.
+    The verdict is "undecided" if the bounds on the curvature allow both. It needs --epsilon, or the run's
+    certify.epsilon. Without epsilon the verdict is on the curvature alone: "not a minimum" if some is negative. The
+    certificate is computed on a random sample of the training examples (--examples); it is printed, and written to a
+    new folder with the extreme directions and a plot of the loss along them. Under torchrun its workers compute it.
+    Search options default to the run's [certify] (except pilot_examples), or to packsaddle.Search if the run has none.
 
     Examples:
         packsaddle certify runs/a
@@ -69,8 +70,7 @@ def certify(
         iterates: Certify the points that the run saved at random steps (certify.iterates), and bound the fraction of
             all steps at stationary points.
         epsilon: Threshold of the gradient norm; the threshold of the curvature is -sqrt(rho epsilon). By default the
-            run's certify.epsilon, else the gradient norm at the point plus twice its standard error, so that the
-            curvature decides.
+            run's certify.epsilon. Without either there is no verdict on stationarity.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default the run's certify.hessian_lipschitz,
             else measured along the escape direction. The threshold for a saddle depends on it: set it when you compare
             points.

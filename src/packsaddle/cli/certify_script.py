@@ -41,10 +41,10 @@ def certify_script(
 ) -> None:
     """Certify a checkpoint of your own training script.
 
-    The verdict is that of packsaddle certify: saddle, second-order stationary, or undecided. FUNCTION is imported from
-    the current folder and called without arguments. It returns a model, a loss function of (model, batch), and the
-    batches as an iterable that can be iterated repeatedly. Under torchrun every worker calls it and returns its own
-    batches; it may shard the model with FSDP2.
+    The verdict is that of packsaddle certify: saddle, second-order stationary, or undecided; without --epsilon it is on
+    the curvature alone. FUNCTION is imported from the current folder and called without arguments. It returns a model,
+    a loss function of (model, batch), and the batches as an iterable that can be iterated repeatedly. Under torchrun
+    every worker calls it and returns its own batches; it may shard the model with FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
@@ -56,8 +56,8 @@ def certify_script(
         function: The function, as MODULE:FUNCTION.
         checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
             "model_state_dict". It may be of the compiled or DistributedDataParallel model.
-        epsilon: Threshold of the gradient norm; the threshold of the curvature is -sqrt(rho epsilon). By default the
-            gradient norm at the point plus twice its standard error, so that the curvature decides.
+        epsilon: Threshold of the gradient norm; the threshold of the curvature is -sqrt(rho epsilon). Without it there
+            is no verdict on stationarity.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default measured along the escape direction.
         spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
         population: Also certify the expected loss over the distribution that the examples are drawn from; costs about

@@ -186,12 +186,14 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on a finished run, as lines of text: a suggested noise std, and a loss that stopped falling."""
+    """Return remarks on a finished run, as lines of text: a suggested noise std, and a loss that stopped falling.
+    A run has none unless it ended on a plateau, by its losses or by the plateau's level in the configuration."""
     from packsaddle.runs.report.curves import standstill
+    from packsaddle.runs.report.tables import plateau
 
     noise, still, found = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
-    suggested = noise.get("suggested")
-    if suggested is not None:
+    suggested, (_, left) = noise.get("suggested"), plateau(run.metrics, run.config.get("plateau"))
+    if suggested is not None and (still is not None or left is False):
         times = noise.get("times")
         own = f", {times:,.3g} times the gradient's own noise" if times else ""
         was = f"noise.std was {noise['r']:g}{own}" if noise["r"] else "none was added"

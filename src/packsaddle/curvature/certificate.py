@@ -1,7 +1,10 @@
 """Certificates of second-order stationarity, and bounds on the fraction of a run's iterates that are stationary.
 
-`certify` returns a certificate. Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order
-stationary, not that x_T is. If so, m independent uniform draws are all non-stationary with probability at most 2^-m.
+`certify` returns a certificate. Without epsilon, the threshold of the gradient norm, its verdict is on the curvature
+alone: every point is stationary for an epsilon that is large enough.
+
+Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order stationary, not that x_T is. If
+so, m independent uniform draws are all non-stationary with probability at most 2^-m.
 """
 
 import math
@@ -15,36 +18,60 @@ from torch import Tensor
 
 from packsaddle.numerics.seeds import Stream, generator
 
+_WITHOUT_EPSILON = "no verdict on stationarity without epsilon (--epsilon), the threshold of the gradient norm"
+
 
 class Verdict(StrEnum):
-    """The verdict of a certificate on a point, by its gradient norm and smallest Hessian eigenvalue."""
+    """The verdict of a certificate on a point, by its gradient norm and smallest Hessian eigenvalue; without epsilon by
+    the sign of the eigenvalue alone (`NOT_A_MINIMUM`, `NO_NEGATIVE_CURVATURE` or `UNDECIDED`)."""
 
     SECOND_ORDER_STATIONARY = "second-order stationary"
     SADDLE = "saddle"
     GRADIENT_TOO_LARGE = "gradient too large"
+    NOT_A_MINIMUM = "not a minimum"
+    NO_NEGATIVE_CURVATURE = "no negative curvature"
     UNDECIDED = "undecided"
 
+    @property
+    def rests_on_negative_curvature(self) -> bool:
+        """True for `SADDLE` and `NOT_A_MINIMUM`."""
+        return self in (Verdict.SADDLE, Verdict.NOT_A_MINIMUM)
 
-def judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Return the verdict from bounds on the gradient norm (`least`, `most`) and the smallest eigenvalue (`lower`,
-    `upper`), whose limits are `epsilon` and `threshold` (Definition 2.4)."""
+
+def threshold_of(epsilon: float | None, rho: float) -> float | None:
+    """Return the threshold of lambda_min, -sqrt(rho epsilon); None without epsilon."""
+    return None if epsilon is None else -math.sqrt(rho * epsilon)
+
+
+def judge(least: float, most: float, epsilon: float | None, rho: float, lower: float, upper: float) -> Verdict:
+    """Return the verdict from bounds on the gradient norm (`least`, `most`) and on lambda_min (`lower`, `upper`).
+
+    The limits are epsilon and -sqrt(rho epsilon) (Definition 2.4). Without epsilon the limit of lambda_min is 0.
+    """
+    if epsilon is None:
+        if upper < 0:
+            return Verdict.NOT_A_MINIMUM
+        return Verdict.NO_NEGATIVE_CURVATURE if lower >= 0 else Verdict.UNDECIDED
     if not least <= epsilon:
         return Verdict.GRADIENT_TOO_LARGE
     if most > epsilon:
         return Verdict.UNDECIDED
+    threshold = -math.sqrt(rho * epsilon)
     if upper < threshold:
         return Verdict.SADDLE
     return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
 
 
-def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float:
-    """Return the default epsilon: the gradient norm plus twice its standard error, rounded up; `eps` if it is 0."""
-    most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
-    if most <= 0:
-        return eps
-    digits = 1 - math.floor(math.log10(most))
-    rounded = float(f"{most:.1e}")
-    return rounded if rounded >= most else float(f"{most + 10.0**-digits:.1e}")
+def headline_of(verdict: Verdict, epsilon: float | None, lower: float, upper: float) -> str:
+    """Return the verdict as text, without epsilon with the bounds on lambda_min (`lower`, `upper`) that it rests on."""
+    if verdict is Verdict.NOT_A_MINIMUM:
+        return f"{verdict}: lambda_min is at most {upper:.3e}"
+    if verdict is Verdict.NO_NEGATIVE_CURVATURE:
+        return f"{verdict}: lambda_min is at least {lower:.3e}"
+    if verdict is Verdict.UNDECIDED and epsilon is None:
+        return f"{verdict}: lambda_min is in [{lower:.3e}, {upper:.3e}]"
+    is_plateau = verdict is Verdict.SECOND_ORDER_STATIONARY and upper < 0
+    return f"{verdict}{', not a minimum' if is_plateau else ''}"
 
 
 def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,12 +83,11 @@ class Certificate:
     """The verdict on one point and its evidence; H is the Hessian of the mean loss over the examples, in eval mode.
 
     A pilot is a first search on fewer examples. If it finds the direction v of a saddle, other eigenvalues are not
-    bounded.
+    bounded. The loss along v is evaluated if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
     """
 
     verdict: Verdict  # verdict on the point
-    epsilon: float  # threshold of the gradient norm
-    epsilon_proposed: bool  # True: epsilon was not given, see `proposed_epsilon`
+    epsilon: float | None  # threshold of the gradient norm; None: not given, so the verdict is on the curvature alone
     loss: float
     grad_norm: float  # ||grad f||, norm of the gradient
     grad_norm_error: float | None  # standard error of the gradient; None: the examples are not a sample
@@ -71,14 +97,14 @@ class Certificate:
     lambda_max_upper: float  # upper bound on lambda_max, with a failure probability of its own; inf if a pilot found v
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float  # failure probability of each bound that depends on the random start
-    threshold: float  # threshold of lambda_min, -sqrt(rho epsilon)
+    threshold: float | None  # threshold of lambda_min, -sqrt(rho epsilon); None without epsilon
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
     hessian_lipschitz_estimated: bool  # True: rho was measured along v, which underestimates it
     escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
     sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, of the pilot's Hessian if any; None: not stored
     slope: float  # <grad f, v>, derivative of the loss along v
-    escape_distance: float | None  # distance s with the lowest loss f(x + s v) found, may be negative; None: no saddle
-    escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: no saddle
+    escape_distance: float | None  # distance s with the lowest f(x + s v) found, may be < 0; None: not evaluated
+    escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
     escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s evaluated
     ritz_values: tuple[float, ...]  # Ritz values of the Hessian, ascending
     ritz_shares: tuple[float, ...]  # squared inner product of the random unit start with each Ritz vector
@@ -104,8 +130,9 @@ class Certificate:
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon; None without negative curvature."""
-        return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
+        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon; None without epsilon or without
+        negative curvature."""
+        return None if self.epsilon is None or self.lambda_min_upper >= 0 else self.lambda_min_upper**2 / self.epsilon
 
     def escape_steps(self, lr: float) -> float | None:
         """Return the number of SGD steps in which the distance from this point along `escape_direction` grows tenfold.
@@ -118,6 +145,11 @@ class Certificate:
         return math.log(10) / math.log1p(-lr * self.lambda_min_upper) if lr and self.lambda_min_upper < 0 else None
 
     @property
+    def headline(self) -> str:
+        """The verdict as text; without epsilon it has the bounds on lambda_min on which the verdict rests."""
+        return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
+
+    @property
     def loss_name(self) -> str:
         """A description of the function whose Hessian this is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
@@ -128,28 +160,26 @@ class Certificate:
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "loss_name": self.loss_name}
-        values |= {"saddle_below_rho": self.saddle_below_rho, "lr": lr}
+        values |= {"headline": self.headline, "saddle_below_rho": self.saddle_below_rho, "lr": lr}
         values["escape_steps"] = None if lr is None else self.escape_steps(lr)
         return for_json(values)
 
     def __str__(self) -> str:
         # Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
-        is_plateau = self.verdict is Verdict.SECOND_ORDER_STATIONARY and self.saddle_below_rho is not None
-        error = known = origin = differences = ""
+        error = differences = ""
         if self.grad_norm_error is not None:
             is_known = math.isfinite(self.grad_norm_error)
             error = f" (standard error {f'{self.grad_norm_error:.1e}' if is_known else 'unknown: one batch'})"
-            known = " and twice its standard error" if is_known and self.grad_norm_error > 0 else ""
-        if self.epsilon_proposed:
-            origin = f" (none was given: the gradient's norm{known}, so that the curvature decides)"
+        limit = "" if self.epsilon is None else f", epsilon {self.epsilon:.3e}"
         if self.hvp_step is not None:
             why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
             differences = f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
         lines = [
-            f"{self.verdict}{', not a minimum' if is_plateau else ''}",
-            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{origin}",
+            self.headline,
+            f"gradient norm {self.grad_norm:.3e}{error}{limit}",
             *self._curvature(),
             *self._remarks(),
+            *([] if self.epsilon is not None else [_WITHOUT_EPSILON]),
             f"loss {self.loss:.6f}; the Hessian is that of {self.loss_name}",
             f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}"
             f"{differences}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
@@ -174,16 +204,17 @@ class Certificate:
             ]
         value = f"{self.hessian_lipschitz:.3e}" if self.hessian_lipschitz > 1e-300 else "about 0: quadratic along v"
         given = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
-        return [*bounds, f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({given})"]
+        threshold = "" if self.threshold is None else f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, "
+        return [*bounds, f"{threshold}rho {value} ({given})"]
 
     def _remarks(self) -> list[str]:
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
-            bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
+            kinks = "; their mean does not fall (kinks? finite steps see no negative curvature)"
+            bend = "" if self.escape_bend > 0 else kinks
             lines = [f"a step of {self.escape_distance:.3g} along v: the loss {found}{bend}"]
-            if self.hessian_lipschitz_estimated:
-                most = self.lambda_min_upper**2 / self.epsilon
+            if self.hessian_lipschitz_estimated and (most := self.saddle_below_rho) is not None:
                 lines.append(f"a saddle for every rho below {most:.1e}; the estimate is a lower bound, so give a rho")
             return lines
         if self.verdict is Verdict.UNDECIDED:

@@ -1,7 +1,8 @@
 """Certificates that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4).
 
 The verdict is never stronger than its evidence: a Rayleigh quotient below the threshold proves a saddle; the absence of
-negative curvature is claimed with a failure probability (see `lanczos`); otherwise the verdict is "undecided".
+negative curvature is claimed with a failure probability (see `lanczos`); otherwise the verdict is "undecided". Without
+epsilon there is no verdict on stationarity: a negative Rayleigh quotient proves that the point is not a minimum.
 """
 
 import math
@@ -11,11 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from packsaddle.comm.sharding import is_sharded
-from packsaddle.curvature.certificate import Certificate, Verdict, proposed_epsilon
+from packsaddle.curvature.certificate import Certificate, threshold_of
 from packsaddle.curvature.hessian import LossFn, certifying, with_examples
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
@@ -44,9 +44,9 @@ def certify(
             by FSDP2 or tensor parallelism, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
-        epsilon: threshold of the gradient norm; that of the smallest eigenvalue is -sqrt(rho epsilon). None: the
-            smallest value that the gradient norm satisfies (`curvature.certificate.proposed_epsilon`), so that the
-            curvature decides the verdict. Set it to compare points.
+        epsilon: threshold of the gradient norm; that of the smallest eigenvalue is -sqrt(rho epsilon). None: no
+            verdict on stationarity, only on the sign of the smallest eigenvalue, which is then searched until the
+            residual of v is at most a tenth of it. Set epsilon to compare points.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. None: measured along the escape direction v as
             ||H(x + h v) v - H(x - h v) v|| / (2 h).
         search: the limits of the search, its precision, and the method of Hessian-vector products.
@@ -80,21 +80,19 @@ def certify(
         grad_norm_error = None
         if sample_of is not None:  # corrected for drawing without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
-        precision = torch.finfo(curvature.parameters[0].dtype).eps
-        given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
             """Prove a saddle by a direction found on a subset of the examples; if that fails, search on all."""
             full, pilot_search = CurvatureSearch(products, *settings), None
-            if grad_norm <= epsilon and math.isinf(search.tolerance) and math.isinf(search.sharpness):
+            if not full.gradient_decides and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 pilot_search = pilot(full, batches, of)
             if pilot_search is None or not full.proves(pilot_search.v, pilot_search.error):
                 pilot_search = None
                 full.run()
-            return full, pilot_search, full.walk(pilot_search) if full.verdict is Verdict.SADDLE else None
+            return full, pilot_search, full.walk(pilot_search) if full.verdict.rests_on_negative_curvature else None
 
-        # Decide if the smallest eigenvalue, lambda_min, is below -sqrt(rho epsilon).
+        # Decide if the smallest eigenvalue, lambda_min, is below -sqrt(rho epsilon), or without epsilon below 0.
         full, pilot_search, walk = with_products(chosen, search.hvp, decide)
         products, sharpest = full.products, (pilot_search or full).sharpest
     distance, lowest, bend = walk or (None, None, None)
@@ -103,7 +101,6 @@ def certify(
     return Certificate(
         verdict=full.verdict,
         epsilon=epsilon,
-        epsilon_proposed=given is None,
         loss=curvature.loss,
         grad_norm=grad_norm,
         grad_norm_error=grad_norm_error,
@@ -113,7 +110,7 @@ def certify(
         lambda_max_upper=full.lambda_max[1],
         residual=full.residual,
         failure_probability=search.failure_probability,
-        threshold=-math.sqrt(full.rho * epsilon),
+        threshold=threshold_of(epsilon, full.rho),
         hessian_lipschitz=full.rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
         escape_direction=full.v.cpu(),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.group import resolve
-from packsaddle.curvature.certificate import Verdict, for_json, judge, proposed_epsilon
+from packsaddle.curvature.certificate import Verdict, for_json, headline_of, judge, threshold_of
 from packsaddle.curvature.hessian import LossFn, certifying, every_nth, with_examples
 from packsaddle.curvature.lanczos import Ritz
 from packsaddle.curvature.options import Search
@@ -48,11 +48,10 @@ class PopulationCertificate:
     """Bounds for the population loss; all hold together with probability 1 - `failure_probability`."""
 
     verdict: Verdict
-    epsilon: float  # threshold of the gradient norm
-    epsilon_proposed: bool  # True: epsilon was not given; it is the smallest that `grad_norm_upper` satisfies
+    epsilon: float | None  # threshold of the gradient norm; None: not given, so the verdict is on the curvature alone
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
     hessian_lipschitz_estimated: bool  # True: measured along v on the examples
-    threshold: float  # threshold of lambda_min, -sqrt(rho epsilon)
+    threshold: float | None  # threshold of lambda_min, -sqrt(rho epsilon); None without epsilon
     grad_norm: float  # norm of the examples' gradient, ||g_n||
     grad_norm_lower: float  # lower bound on the norm of the population's gradient, ||g||
     grad_norm_upper: float  # upper bound on the norm of the population's gradient, ||g||
@@ -70,14 +69,19 @@ class PopulationCertificate:
     hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
     backward_passes: int  # number of backward passes over the examples
 
+    @property
+    def headline(self) -> str:
+        """The verdict as text, as for a `Certificate`."""
+        return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the escape direction as plain types for JSON; non-finite floats become None."""
-        values = {k: v for k, v in asdict(self).items() if k != "escape_direction"} | {"verdict": str(self.verdict)}
-        return for_json(values)
+        values = {k: v for k, v in asdict(self).items() if k != "escape_direction"}
+        return for_json(values | {"verdict": str(self.verdict), "headline": self.headline})
 
     def __str__(self) -> str:
         why = ""
-        if self.verdict is Verdict.UNDECIDED:
+        if self.verdict is Verdict.UNDECIDED and self.epsilon is not None:
             is_gradient = self.grad_norm_lower <= self.epsilon < self.grad_norm_upper
             value, limit = ("the gradient", "epsilon") if is_gradient else ("lambda_min", "the threshold")
             why = f": {value} may be on either side of {limit}"
@@ -87,16 +91,16 @@ class PopulationCertificate:
         if math.isinf(self.lambda_min_lower):
             below = f"lambda_min at most {self.lambda_min_upper:.3e}"
         given = "estimated along v" if self.hessian_lipschitz_estimated else "given"
-        proposed = " (none was given: the least that passes)" if self.epsilon_proposed else ""
+        limit = "" if self.epsilon is None else f", epsilon {self.epsilon:.3e}"
+        threshold = "" if self.threshold is None else f"threshold {self.threshold:.3e}, "
         return "\n".join(
             [
-                f"of the population: {self.verdict}{why}",
-                f"  gradient norm in [{self.grad_norm_lower:.3e}, {self.grad_norm_upper:.3e}], epsilon "
-                f"{self.epsilon:.3e}{proposed}",
+                f"of the population: {self.headline}{why}",
+                f"  gradient norm in [{self.grad_norm_lower:.3e}, {self.grad_norm_upper:.3e}]{limit}",
                 f"  {below}",
                 f"  v^T H v = {self.quotient:.3e} (standard error {self.quotient_error:.1e}) over batches that v was "
                 f"not found on",
-                f"  threshold {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({given})",
+                f"  {threshold}rho {self.hessian_lipschitz:.3e} ({given})",
                 *([] if self.hvp_reason is None else [f"  by {self.hvp}; no double backward: {self.hvp_reason}"]),
                 f"  from {self.examples:,} examples in {self.batches} batches, all with probability "
                 f"{1 - self.failure_probability:g} if means of batches are near Gaussian and vary as measured",
@@ -122,7 +126,8 @@ def certify_population(
     Args:
         model, loss_fn, process_group: as for `certify`.
         batches: as for `certify`; each an independent draw from the population.
-        epsilon: threshold of the gradient norm. None: the smallest that the upper bound on that norm satisfies.
+        epsilon: threshold of the gradient norm. None: no verdict on stationarity, only on the sign of the smallest
+            eigenvalue.
         hessian_lipschitz: rho, the Hessian's Lipschitz constant. None: measured along the direction found.
         search: used are `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
             `generator`; the other options do not apply.
@@ -137,7 +142,7 @@ def certify_population(
     >>> model = torch.nn.Linear(4, 1)
     >>> x = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
     >>> loss = lambda model, batch: (model(batch) - batch[:, :1]).square().mean()
-    >>> str(certify_population(model, loss, x.split(8)).verdict)
+    >>> str(certify_population(model, loss, x.split(8), epsilon=10.0).verdict)
     'second-order stationary'
     """
     from scipy.special import stdtrit  # slow to import, and only certificates need it
@@ -155,7 +160,7 @@ def certify_population(
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
-        given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm + off, None, torch.finfo(torch.float32).eps)
+        least, most = max(0.0, grad_norm - off), grad_norm + off
         starts = ((channel.group.rank + half) % 2 for half in (0, 1))
         halves = [derivatives(model, loss_fn, every_nth(batches, 2, start), channel) for start in starts]
 
@@ -168,22 +173,22 @@ def certify_population(
             fresh.copy_estimates(seen)
             _, off_by = fresh.checked(v)
             rho = hessian_lipschitz or products.rho(v)
-            threshold = -math.sqrt(rho * epsilon)
+            threshold = threshold_of(epsilon, rho)
+            limit = 0.0 if threshold is None else threshold
             quotient, error, degrees = _quotient(fresh, v)
             upper = quotient + float(stdtrit(degrees, 1 - delta)) * error + off_by
 
             # Bound lambda_min of the examples from below, and subtract their Hessian's deviation.
             sample_lower, deviation = -math.inf, math.inf
-            if grad_norm + off <= epsilon and upper >= threshold:
-                sample_lower = _lower_bound(products, delta, threshold, search, progress)
+            if (epsilon is None or most <= epsilon) and upper >= limit:
+                sample_lower = _lower_bound(products, delta, limit, search, progress)
                 norm = _variance_norm(products, delta, search, progress)
                 deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
-            least, most, lower = max(0.0, grad_norm - off), grad_norm + off, sample_lower - deviation
+            lower = sample_lower - deviation
             passes = sum(c.passes * c.examples for c in (curvature, *halves)) / curvature.examples
             return PopulationCertificate(
-                verdict=judge(least, most, epsilon, threshold, upper, lower),
+                verdict=judge(least, most, epsilon, rho, lower, upper),
                 epsilon=epsilon,
-                epsilon_proposed=given is None,
                 hessian_lipschitz=rho,
                 hessian_lipschitz_estimated=hessian_lipschitz is None,
                 threshold=threshold,

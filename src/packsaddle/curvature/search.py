@@ -1,4 +1,4 @@
-"""The search for curvature below the threshold: Lanczos steps until the verdict is decided.
+"""The search for curvature below the threshold, which is 0 without epsilon: Lanczos steps until the verdict is decided.
 
 One Rayleigh quotient over all examples proves a saddle, for a direction from any source. So `pilot` first searches for
 a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes one product
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from packsaddle.curvature.certificate import Verdict, judge
+from packsaddle.curvature.certificate import Verdict, judge, threshold_of
 from packsaddle.curvature.hessian import Curvature, every_nth
 from packsaddle.curvature.lanczos import Lanczos, Ritz
 from packsaddle.curvature.options import Search
@@ -32,7 +32,7 @@ class Bounds:
     examples: int  # number of examples in a product
     lambda_min: tuple[float, float]  # lower and upper bound on the smallest eigenvalue
     lambda_max: tuple[float, float]  # lower and upper bound on the largest eigenvalue
-    threshold: float | None  # the point is a saddle if lambda_min is below it; None: rho is not measured yet
+    threshold: float | None  # the point is a saddle if lambda_min is below it; None: no epsilon, or no rho yet
 
     def __str__(self) -> str:
         low, high = self.lambda_min
@@ -50,7 +50,7 @@ class CurvatureSearch:
 
     products: Products
     grad_norm: float
-    epsilon: float
+    epsilon: float | None  # threshold of the gradient norm; None: only the sign of lambda_min is decided
     given_rho: float | None  # Lipschitz constant of the Hessian; None: measured along the direction found
     options: Search  # limits of the search
     on_bounds: OnBounds
@@ -69,23 +69,30 @@ class CurvatureSearch:
     def curvature(self) -> Curvature:
         return self.products.curvature
 
+    @property
+    def gradient_decides(self) -> bool:
+        """True if the gradient norm exceeds epsilon, so that the curvature does not matter."""
+        return self.epsilon is not None and self.grad_norm > self.epsilon
+
     def run(self) -> None:
         """Do Lanczos steps from a random start until the verdict is decided, and the direction v and the bounds on
-        lambda_max are within their tolerances. Stops at `max_hvps` products or if the Krylov space is exhausted."""
+        lambda_max are within their tolerances. Without epsilon v must also be nearly an eigenvector. Stops at
+        `max_hvps` products or if the Krylov space is exhausted."""
         most, measured_at = self.options.max_hvps, 0
         self.rho = self.given_rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, self.options)
         for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound, except by rounding
-            threshold = -math.sqrt(self.rho * self.epsilon) if measured_at or self.given_rho is not None else None
+            is_known = measured_at or self.given_rho is not None
+            threshold = threshold_of(self.epsilon, self.rho) if is_known else None
             low = self.lower, ritz.theta_min + ritz.rounding
             self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
             last = k == most or lanczos.exhausted
 
             # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
             if self.given_rho is None and not measured_at:
-                if not (last or self.grad_norm > self.epsilon or ritz.is_settling):
+                if not (last or self.gradient_decides or ritz.is_settling):
                     continue
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
@@ -94,14 +101,15 @@ class CurvatureSearch:
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
-            # Decide the verdict: v^T H v <= -sqrt(rho epsilon), or the lower bound on lambda_min above it.
+            # Decide the verdict: v^T H v below the threshold, or the lower bound on lambda_min above it.
             if last or self._settled(ritz):
                 self._measure_direction(ritz, lanczos.ritz_vector())
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
                     break
 
     def proves(self, v: Tensor, rounding: float) -> bool:
-        """Return True if the unit vector v proves a saddle, by its Rayleigh quotient over the examples of this search.
+        """Return True if the unit vector v proves negative curvature below the threshold, by its Rayleigh quotient over
+        the examples of this search.
 
         Measures rho along v if not given. The error assumed for the quotient is at least `rounding`, that of the
         products over other examples by which v was found.
@@ -112,7 +120,7 @@ class CurvatureSearch:
         self.upper = quotient + self.error
         self.rho = self.given_rho or self.products.rho(v)
         self.verdict = self._judged(self.upper)
-        return self.verdict is Verdict.SADDLE
+        return self.verdict.rests_on_negative_curvature
 
     @property
     def sharpest(self) -> Tensor | None:
@@ -158,9 +166,9 @@ class CurvatureSearch:
         if high - low > self.options.sharpness * max(abs(low), abs(high)):
             return False
         verdict = self._judged(ritz.theta_min + ritz.rounding)
-        if verdict is Verdict.SADDLE and ritz.residual > self.options.tolerance * abs(ritz.theta_min):
+        if verdict.rests_on_negative_curvature and ritz.residual > self.options.tolerance * abs(ritz.theta_min):
             return False
-        return verdict is not Verdict.UNDECIDED
+        return verdict is not Verdict.UNDECIDED and (self.epsilon is not None or ritz.is_settling)
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
         """Set the direction v, its residual, the upper bound on lambda_min by its Rayleigh quotient, and the verdict.
@@ -183,8 +191,7 @@ class CurvatureSearch:
         return quotient, error
 
     def _judged(self, upper: float) -> Verdict:
-        norm, threshold = self.grad_norm, -math.sqrt(self.rho * self.epsilon)
-        return judge(norm, norm, self.epsilon, threshold, upper, self.lower)
+        return judge(self.grad_norm, self.grad_norm, self.epsilon, self.rho, self.lower, upper)
 
 
 def pilot(
@@ -192,9 +199,9 @@ def pilot(
 ) -> CurvatureSearch | None:
     """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
 
-    Returns the search if it found a saddle of the mean loss over these examples, else None. Also returns None if all
-    examples are fewer than eight times as many, or in too few batches to skip seven of eight. The products use the
-    method of `full`, a search not begun, and cost at most about as much as two over all examples.
+    Returns the search if it found curvature below the threshold for the mean loss over these examples, else None. Also
+    returns None if all examples are fewer than eight times as many, or in too few batches to skip seven of eight. The
+    products use the method of `full`, a search not begun, and cost at most about as much as two over all examples.
     """
     curvature, search = full.curvature, full.options
     examples = search.pilot_examples
@@ -210,4 +217,4 @@ def pilot(
     finally:
         curvature.passes += part.passes * part.examples / curvature.examples
     full.products.copy_estimates(pilot_search.products)
-    return pilot_search if pilot_search.verdict is Verdict.SADDLE else None
+    return pilot_search if pilot_search.verdict.rests_on_negative_curvature else None

@@ -326,5 +326,6 @@ def certificate_scalars(certificate: Certificate) -> dict[str, float]:
 
 def certificate_line(certificate: Certificate, step: int) -> str:
     bounds = f"[{certificate.lambda_min_lower:.3e}, {certificate.lambda_min_upper:.3e}]"
-    norm, epsilon = f"{certificate.grad_norm:.3e}", f"{certificate.epsilon:.3e}"
-    return f"step {step}: {certificate.verdict}, gradient norm {norm} (epsilon {epsilon}), lambda_min in {bounds}"
+    limit = "" if certificate.epsilon is None else f" (epsilon {certificate.epsilon:.3e})"
+    norm = f"{certificate.grad_norm:.3e}{limit}"
+    return f"step {step}: {certificate.verdict}, gradient norm {norm}, lambda_min in {bounds}"

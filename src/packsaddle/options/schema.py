@@ -191,15 +191,6 @@ def line_of(key: Sequence[str], path: Path, text: str) -> str:
     return f"{path}, line {found}" if found else str(path)
 
 
-def syntax_error(path: Path, error: ValueError) -> str:
-    """Return a one-line message for a file that is not valid TOML, position first."""
-    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's error for integers with thousands of digits
-        return f"{path}: an integer has too many digits; the largest is {2**63 - 1}"
-    found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
-    reason, position = found.groups() if found else (str(error), None)
-    return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"
-
-
 def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:

@@ -90,7 +90,7 @@ class Finding:
 class Questions:
     """Options for certifying a point."""
 
-    epsilon: float | None = None  # threshold of the gradient norm; None: the smallest that the point satisfies
+    epsilon: float | None = None  # threshold of the gradient norm; None: no verdict on stationarity
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # estimate the density of all eigenvalues

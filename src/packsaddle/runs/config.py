@@ -23,12 +23,12 @@ from packsaddle.compressors import (
     TopK,
 )
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError, check_counts, check_not_negative, check_positive
+from packsaddle.errors import ConfigError, check_counts, check_not_negative, check_positive, read_toml
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
 from packsaddle.messages import shortened, shown
-from packsaddle.options.schema import build, line_of, syntax_error
+from packsaddle.options.schema import build, line_of
 from packsaddle.sgd.gradient import Storm
 
 _EPOCHS = (1e-9, 1e9)  # smallest and largest number of epochs
@@ -276,17 +276,7 @@ class Config(Compression):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark, which Windows editors add
-        data = tomllib.loads(text)
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except ValueError as error:
-        raise ConfigError(syntax_error(path, error)) from None
-    except RecursionError:
-        raise ConfigError(f"{path}: lists, tables or keys are nested too deeply") from None
+    text, data = read_toml(path)
     return configure(data, overrides, lambda key: line_of(key, path, text))
 
 

@@ -58,27 +58,34 @@ def measured(values: dict[str, list[float]], i: int) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_pictures_of_certified_points_are_in_the_page(tmp_path: Path) -> None:
-    """Those that `packsaddle certify` has written, whole and by name; a folder of another kind is left alone."""
+    """Those that `packsaddle certify` has written, whole and by name; a folder of another kind is left alone. Old ones
+    have no headline, and their verdict may rest on an epsilon that nobody gave, so it is not shown."""
     make_run(tmp_path / "run", "a", 0)
-    for name, data in (("certificate", b"one"), ("certificate-2", b"two"), ("certificate-of-birth", b"three")):
+    names = ("certificate", "certificate-2", "certificate-3", "certificate-4")
+    for name in (*names, "certificate-of-birth"):
         (tmp_path / "run" / name).mkdir()
-        (tmp_path / "run" / name / "certificate.png").write_bytes(data)
-        if name != "certificate-of-birth":
-            (tmp_path / "run" / name / "certificates.json").write_text("{}")
+        (tmp_path / "run" / name / "certificate.png").write_bytes(name.encode())
     numbers = {"grad_norm": 0.01, "epsilon": 0.1, "lambda_min_lower": -2.0, "lambda_min_upper": -1.0, "threshold": -0.5}
-    point = {"verdict": "saddle", **numbers, "hessian_lipschitz": 2.5, "epsilon_proposed": False}
-    document = {"points": [{**point, "hessian_lipschitz_estimated": True, "file": "run/checkpoint/model.pt"}]}
-    (tmp_path / "run" / "certificate" / "certificates.json").write_text(json.dumps(document))
+    point = {"headline": "saddle", **numbers, "hessian_lipschitz": 2.5, "hessian_lipschitz_estimated": True}
+    without = {**point, "headline": "not a minimum: lambda_min is at most -1", "epsilon": None, "threshold": None}
+    pilot = {**point, "lambda_min_lower": None}
+    old = {"verdict": "second-order stationary", **{k: v for k, v in point.items() if k != "headline"}}
+    for name, content in zip(names, (point, without, pilot, old), strict=True):
+        document = {"points": [{**content, "file": "run/checkpoint/model.pt"}]}
+        (tmp_path / "run" / name / "certificates.json").write_text(json.dumps(document))
     text = write_report(read_runs([tmp_path / "run"]), tmp_path / "report").read_text()
-    assert (
-        "saddle: gradient norm 0.01, epsilon 0.1 (given); smallest eigenvalue in [-2, -1], threshold -0.5, "
-        "rho 2.5 (estimated)"
-    ) in text
+    begin, end = "gradient norm 0.01", "rho 2.5 (estimated)</figcaption>"
+    assert f"<br>saddle; {begin}, epsilon 0.1; smallest eigenvalue in [-2, -1], threshold -0.5, {end}" in text
+    assert f"<br>{without['headline']}; {begin}; smallest eigenvalue in [-2, -1], {end}" in text
+    assert f"<br>saddle; {begin}, epsilon 0.1; smallest eigenvalue at most -1, threshold -0.5, {end}" in text
+    assert "second-order stationary" not in text
     page = Page(text)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert [image["alt"] for image in images] == ["a: certificate/certificate.png", "a: certificate-2/certificate.png"]
+    assert [image["alt"] for image in images] == [f"a: {name}/certificate.png" for name in names]
     prefix = "data:image/png;base64,"
-    assert [base64.b64decode((image["src"] or "").removeprefix(prefix)) for image in images] == [b"one", b"two"]
+    assert [base64.b64decode((image["src"] or "").removeprefix(prefix)) for image in images] == [
+        name.encode() for name in names
+    ]
 
 
 class Page(HTMLParser):

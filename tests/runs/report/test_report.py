@@ -204,8 +204,14 @@ def test_the_end_of_a_run_tells_of_a_loss_that_stands_still(
     )
     assert last.endswith(expected) or expected in last
     assert ["noise.std = 0.003 would move x" in said for said in first] == [True] * (noise is not None)
-    falling = make_run(tmp_path / "b", "b", LINES)
-    assert remarks(read_runs([falling])[0]) == []
+
+
+def test_noise_is_suggested_only_for_a_run_that_ends_on_a_plateau(tmp_path: Path) -> None:
+    """LINES enter the plateau of the configuration and leave it; the first four stay there, and the first is above."""
+    for name, lines, expected in (("left", LINES, 0), ("stays", LINES[:4], 1), ("above", LINES[:1], 0)):
+        folder = make_run(tmp_path / name, name, lines)
+        (folder / "summary.json").write_text(json.dumps({"noise": {"r": 0.0, "suggested": 0.003}}))
+        assert len(remarks(read_runs([folder])[0])) == expected
 
 
 def test_the_table_needs_nothing(

@@ -37,7 +37,8 @@ def draw_certificate(certificate: dict[str, Any]) -> Any:
             _draw_density(axes[-1], certificate, spectrum)
         elif not random:
             _draw_ritz_values(axes[-1], certificate)
-        figure.suptitle(f"{certificate['verdict']} (gradient norm {certificate['grad_norm']:.2e})", fontsize=11)
+        title = f"{certificate['headline']} (gradient norm {certificate['grad_norm']:.3e})"
+        figure.suptitle(title, fontsize=11, wrap=True)
         return figure
 
 
@@ -98,7 +99,7 @@ def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, An
 
 
 def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:
-    """Draw the known bounds on the extreme eigenvalues, and the threshold of a saddle."""
+    """Draw the known bounds on the extreme eigenvalues, and with epsilon the threshold of a saddle."""
     threshold = certificate["threshold"]
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
@@ -106,9 +107,11 @@ def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: 
             axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
         elif end == "min":
             axis.axvline(high, color=colour, label="lambda_min is at most this")
-    axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
-    if max(largest - least, abs(threshold)) > 20 * abs(least):  # on a linear axis the smallest ones would be one point
-        axis.set_xscale("symlog", linthresh=max(abs(least), abs(threshold)), linscale=0.5)
+    if threshold is not None:
+        axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
+    near = max(abs(least), abs(threshold or 0.0))
+    if near and max(largest - least, near) > 20 * abs(least):  # on a linear axis the smallest ones would be one point
+        axis.set_xscale("symlog", linthresh=near, linscale=0.5)
         axis.margins(x=0.08)
         axis.xaxis.get_major_locator().set_params(numticks=7)
     axis.set_xlabel("eigenvalue of the Hessian")

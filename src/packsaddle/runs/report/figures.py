@@ -204,7 +204,14 @@ def _positive(*columns: Sequence[float]) -> bool:
 
 
 # Markers by verdict.
-_MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large": "x", "undecided": "."}
+_MARKERS = {
+    "saddle": "v",
+    "second-order stationary": "o",
+    "gradient too large": "x",
+    "not a minimum": "1",
+    "no negative curvature": "2",
+    "undecided": ".",
+}
 
 
 def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:

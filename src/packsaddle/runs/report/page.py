@@ -90,17 +90,19 @@ def _range(values: Iterable[Any]) -> str:
 
 
 def _verdict(png: Path) -> str:
-    """Return the verdict of the certificate that a PNG shows, with its numbers; "" if its file is damaged."""
+    """Return the headline of the certificate that a PNG shows, and its numbers; "" if its file is damaged, or of a
+    version whose certificates had no headline."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         points = json.loads((png.parent / "certificates.json").read_text(encoding="utf-8"))["points"]
         point = next(p for p in points if len(points) == 1 or Path(p["file"]).stem == png.stem)
-        numbers = ("grad_norm", "epsilon", "lambda_min_lower", "lambda_min_upper", "threshold", "hessian_lipschitz")
-        norm, epsilon, low, high, threshold, rho = (f"{float(point[name]):.3g}" for name in numbers)
-        given = "proposed" if point["epsilon_proposed"] else "given"
+        norm, high, rho = (f"{point[n]:.3g}" for n in ("grad_norm", "lambda_min_upper", "hessian_lipschitz"))
+        least = point["lambda_min_lower"]
+        bounds = f"at most {high}" if least is None else f"in [{least:.3g}, {high}]"
+        limits = {n: "" if point[n] is None else f", {n} {point[n]:.3g}" for n in ("epsilon", "threshold")}
         measured = "estimated" if point["hessian_lipschitz_estimated"] else "given"
         return printable(
-            f"{point['verdict']}: gradient norm {norm}, epsilon {epsilon} ({given}); smallest eigenvalue in [{low}, "
-            f"{high}], threshold {threshold}, rho {rho} ({measured})"
+            f"{point['headline']}; gradient norm {norm}{limits['epsilon']}; smallest eigenvalue {bounds}"
+            f"{limits['threshold']}, rho {rho} ({measured})"
         )
     return ""
 
