@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from commandline import command, refused
 from forked_python import environment, python, torchrun
 from runs import CONFIG as PLAIN
+
+from packsaddle.runs.tasks import images
 
 CONFIG = (
     PLAIN
@@ -242,8 +246,17 @@ def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
+def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's whole path in a second or two; its four runs at full length are `make demo`. It needs no package of
+    extras that the README does not install."""
+    root = Path(__file__).parents[2]
+    (names,) = re.findall(r"pip install '\.\[([\w,]+)\]'", (root / "README.md").read_text())
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {package.partition(">=")[0] for name in names.split(",") for package in extras[name]}
+    for package, module in {"scikit-learn": "sklearn", "torchvision": "torchvision"}.items():
+        if package not in installed:
+            monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    images._load.cache_clear()
     assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out
     for i, label in enumerate(("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"), 1):
