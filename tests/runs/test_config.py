@@ -53,8 +53,14 @@ def test_the_saved_form_reads_back(tmp_path: Path) -> None:
 
 MISTAKES = {
     "lrr=0.1": "unknown key lrr (did you mean lr?)",
-    "data.shards='iid'": "unknown key data.shards (did you mean shard?)",
-    "zebra=1": "unknown key zebra",
+    "data.shards='iid'": "unknown key data.shards (did you mean data.shard?)",
+    "zebra=1": "unknown key zebra (a configuration takes data, model, lr, epochs, batch_size and 24 more)",
+    "optimizer=adamw": "unknown key optimizer (did you mean local.optimizer?)",
+    "optimiser=adamw": "unknown key optimiser (did you mean local.optimizer?)",
+    "every=8": "unknown key every (did you mean escape.every, certify.every or local.every?)",
+    "ratio=0.1": "unknown key ratio (did you mean compressor.ratio or back.ratio?)",
+    "local.lr=1": "unknown key local.lr (did you mean lr at the top level or local.outer.lr?)",
+    "compressor={kind='Sign', rato=1}": "unknown key compressor.rato (Sign takes per_tensor)",
     "lr='fast'": "lr must be of type float, got 'fast'",
     "seed=1.5": "seed must be of type int, got 1.5",
     "seed=true": "seed must be of type int, got True",
@@ -99,7 +105,7 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
 
 # What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
 ORIGINS: list[tuple[str, list[str], str]] = [
-    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean std?)"),
+    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean noise.std?)"),
     (
         "[compressor]\nkind='Sign'\nratio=1\n",
         [],
@@ -107,7 +113,7 @@ ORIGINS: list[tuple[str, list[str], str]] = [
     ),
     ("[compressor]\n\nkind = 'Topk'\n", [], "line 12: compressor.kind must be one of Identity, "),
     ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
-    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise ("),
+    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise (did you mean noise at the top level?)"),
     ("[noise]\n\nstd = -1", [], "line 12: noise: std must be finite and not negative, got -1.0"),
     ("[certify]\nepsilon = 1\nat = [\n1,\n'two',\n]", [], "line 12: certify.at[1] must be of type float, got 'two'"),
     ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),

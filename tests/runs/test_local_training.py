@@ -49,7 +49,7 @@ REFUSED = {
     "local.overlap=6": "--set local.overlap=6: local: overlap.delay must be below every = 6 steps, so that",
     "local.overlap.fragments=7": "local: overlap.fragments must be at most every = 6",
     "local.overlap.fragments=true": "local.overlap.fragments must be of type int, got True",
-    "local.overlap.dela=1": "unknown key local.overlap.dela (did you mean delay?)",
+    "local.overlap.dela=1": "unknown key local.overlap.dela (did you mean local.overlap.delay?)",
     "local.overlap=fast": "local.overlap.delay must be of type int, got 'fast'",
     "decay=1.5": "decay must be in [0, 1], got 1.5",
     "decay=0.0": "decay must be in (0, 1] for local updates, got 0.0",
