@@ -123,6 +123,35 @@ def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert command("report", tmp_path / "runs", "--overwrite") == 0
 
 
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ((), ""),
+        (("compressor=",), "compressor.kind is Identity, the default without [local]; packsaddle compressors compares"),
+        (("compressor=", "local={optimizer='sgd', every=2}"), ""),
+        (
+            ("compressor={kind='Identity'}", "local={optimizer='sgd', every=2}"),
+            "compressor.kind is Identity; packsaddle",
+        ),
+        (("dense_below=99999",), "all tensors are vectors or smaller than dense_below = 99999"),
+    ],
+    ids=["TopK", "no compressor", "no compressor, local", "Identity, local", "small tensors"],
+)
+@pytest.mark.filterwarnings("ignore:nothing will be compressed")
+def test_a_run_ends_with_a_line_if_it_compressed_nothing(
+    keys: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "small.toml", tmp_path / "run"
+    path.write_text(PLAIN)
+    assert command("run", path, "--serial", "--workers", 2, "--out", folder, "--set", "epochs=0.1", *keys) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was compressed: ")]
+    assert len(lines) == bool(reason)
+    assert reason in "".join(lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    sent = summary["payload"] - summary["bytes_by_purpose"]["start"]["payload"]
+    assert (sent >= 4 * summary["rounds"] * summary["parameters"]) == bool(reason)
+
+
 @pytest.mark.slow
 def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
     """One class per worker, batch normalisation, test accuracy: the shape of the paper's Figure 1 in miniature."""
@@ -306,7 +335,7 @@ def test_demo_plateau_is_the_best_constant() -> None:
         ),
         (("--elastic", "http://localhost:1"), "--elastic needs [local] in the file"),
         (
-            ("--elastic", "http://localhost:1", "--set", "local={every=4, overlap=1}"),
+            ("--elastic", "http://localhost:1", "--set", "local={every=4, optimizer='adamw', overlap=1}"),
             "local.overlap.delay cannot be used with --elastic",
         ),
     ],
@@ -346,7 +375,7 @@ def test_elastic_without_torchft(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchft", None)
     config = tmp_path / "local.toml"
-    config.write_text(PLAIN + "[local]\nevery = 4\n")
+    config.write_text(PLAIN + "[local]\nevery = 4\noptimizer = 'adamw'\n")
     line = "elastic training needs torchft: pip install 'packsaddle[torchft]'"
     refused(capsys, line, "run", config, "--elastic", "http://localhost:1", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -24,6 +24,7 @@ from packsaddle.runs.training import LocalTraining, make_inner
 
 LOCAL = """
 [local]
+optimizer = "adamw"
 every = 6
 overlap = { delay = 2, fragments = 2 }
 outer = { momentum = 0.5 }
@@ -219,7 +220,7 @@ class Poisoned(Trainer):
 
 
 def test_a_round_that_is_left_out_is_in_no_mean(path: Path, tmp_path: Path) -> None:
-    config = load(path, [*KEYS, "local={every=3}"])
+    config = load(path, [*KEYS, "local={every=3, optimizer='adamw'}"])
     folder = RunFolder(tmp_path / "run")
     make_new(folder.path)
     assert all(simulate(lambda rank: Poisoned(config, None, False).run(folder, quiet=True), 2))

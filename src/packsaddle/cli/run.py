@@ -186,10 +186,23 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on a finished run, as lines of text: a suggested noise std, and a loss that stopped falling."""
+    """Return remarks on a finished run, as lines of text: that nothing was compressed, a suggested noise std, and a
+    loss that stopped falling."""
     from packsaddle.runs.report.curves import standstill
 
-    noise, still, found = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
+    summary = run.summary or {}
+    noise, still, found = summary.get("noise") or {}, standstill(run.metrics), []
+    if run.config.get("compressor", {}).get("kind") == "Identity":
+        default = "" if run.config.get("local") else ", the default without [local]"
+        found.append(
+            f"nothing was compressed: compressor.kind is Identity{default}; packsaddle compressors compares the others"
+        )
+    elif summary.get("compressed_parameters") == 0:
+        found.append(
+            f"nothing was compressed: all tensors are vectors or smaller than dense_below = {run.config['dense_below']}"
+        )
+
+    # Suggest noise for this run's length.
     suggested = noise.get("suggested")
     if suggested is not None:
         times = noise.get("times")
