@@ -66,7 +66,7 @@ def _keys(cls: type, fields: list[dataclasses.Field[Any]]) -> str:
 def _union(classes: list[type]) -> str:
     """The keys of all kinds, each with the kinds that have it."""
     kinds = ", ".join(f"`{c.__name__}`" for c in classes)
-    rows = [["`kind`", kinds, "`Identity`", "all", "the class of the compressor"]]
+    rows = [["`kind`", kinds, "required", "all", "the class of the compressor"]]
     keys: dict[tuple[str, ...], list[str]] = {}
     for cls in classes:
         hints, said = get_type_hints(cls), descriptions(cls)

@@ -137,8 +137,8 @@ def variants(scale: Scale, data: Data) -> Study:
         "ef21": replace(plain, memory="ef21", label="EF21"),
         "ef21-momentum": replace(plain, memory="ef21", momentum=0.9, label="EF21, momentum 0.9"),
         "storm": replace(plain, storm=0.3, label="error feedback, STORM 0.3"),
-        "local-4": replace(plain, local=LocalConfig(4, "sgd"), label="error feedback, 4 local steps"),
-        "local-16": replace(plain, local=LocalConfig(16, "sgd"), label="error feedback, 16 local steps"),
+        "local-4": replace(plain, local=LocalConfig("sgd", every=4), label="error feedback, 4 local steps"),
+        "local-16": replace(plain, local=LocalConfig("sgd", every=16), label="error feedback, 16 local steps"),
     }
     return Study("text-variants", scale, settings, _SEEDS)
 

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from commandline import command, refused
 from forked_python import environment, python, torchrun
 from runs import CONFIG as PLAIN
+
+from packsaddle.runs.tasks import images
 
 CONFIG = (
     PLAIN
@@ -117,6 +121,35 @@ def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert command("report", tmp_path / "runs") == 2
     assert "report already exists" in capsys.readouterr().err
     assert command("report", tmp_path / "runs", "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ((), ""),
+        (("compressor=",), "compressor.kind is Identity, the default without [local]; packsaddle compressors compares"),
+        (("compressor=", "local={optimizer='sgd', every=2}"), ""),
+        (
+            ("compressor={kind='Identity'}", "local={optimizer='sgd', every=2}"),
+            "compressor.kind is Identity; packsaddle",
+        ),
+        (("dense_below=99999",), "all tensors are vectors or smaller than dense_below = 99999"),
+    ],
+    ids=["TopK", "no compressor", "no compressor, local", "Identity, local", "small tensors"],
+)
+@pytest.mark.filterwarnings("ignore:nothing will be compressed")
+def test_a_run_ends_with_a_line_if_it_compressed_nothing(
+    keys: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "small.toml", tmp_path / "run"
+    path.write_text(PLAIN)
+    assert command("run", path, "--serial", "--workers", 2, "--out", folder, "--set", "epochs=0.1", *keys) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was compressed: ")]
+    assert len(lines) == bool(reason)
+    assert reason in "".join(lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    sent = summary["payload"] - summary["bytes_by_purpose"]["start"]["payload"]
+    assert (sent >= 4 * summary["rounds"] * summary["parameters"]) == bool(reason)
 
 
 @pytest.mark.slow
@@ -242,8 +275,17 @@ def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
+def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's whole path in a second or two; its four runs at full length are `make demo`. It needs no package of
+    extras that the README does not install."""
+    root = Path(__file__).parents[2]
+    (names,) = re.findall(r"pip install '\.\[([\w,]+)\]'", (root / "README.md").read_text())
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {package.partition(">=")[0] for name in names.split(",") for package in extras[name]}
+    for package, module in {"scikit-learn": "sklearn", "torchvision": "torchvision"}.items():
+        if package not in installed:
+            monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    images._load.cache_clear()
     assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out
     for i, label in enumerate(("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"), 1):
@@ -293,7 +335,7 @@ def test_demo_plateau_is_the_best_constant() -> None:
         ),
         (("--elastic", "http://localhost:1"), "--elastic needs [local] in the file"),
         (
-            ("--elastic", "http://localhost:1", "--set", "local={every=4, overlap=1}"),
+            ("--elastic", "http://localhost:1", "--set", "local={every=4, optimizer='adamw', overlap=1}"),
             "local.overlap.delay cannot be used with --elastic",
         ),
     ],
@@ -333,7 +375,7 @@ def test_elastic_without_torchft(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchft", None)
     config = tmp_path / "local.toml"
-    config.write_text(PLAIN + "[local]\nevery = 4\n")
+    config.write_text(PLAIN + "[local]\nevery = 4\noptimizer = 'adamw'\n")
     line = "elastic training needs torchft: pip install 'packsaddle[torchft]'"
     refused(capsys, line, "run", config, "--elastic", "http://localhost:1", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()

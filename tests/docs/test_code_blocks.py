@@ -48,8 +48,10 @@ def test_the_first_code_of_a_page_fits_its_column(page: Path) -> None:
 
 
 def test_the_documented_configuration_is_one() -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
-    build(Config, tomllib.loads(block))
+    """And the table of the second block can be added to it."""
+    whole, local = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    assert build(Config, tomllib.loads(whole)).local is None
+    assert build(Config, tomllib.loads(whole + local)).local is not None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/*.toml")), ids=lambda p: p.parent.name)

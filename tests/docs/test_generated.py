@@ -136,7 +136,7 @@ RUN = {
 }
 
 
-@pytest.mark.parametrize("more", [{}, {"local.every": 2}], ids=["every step", "local"])
+@pytest.mark.parametrize("more", [{}, {"local.every": 2, "local.optimizer": "adamw"}], ids=["every step", "local"])
 def test_a_run_records_the_documented_numbers(more: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     (tmp_path / "empty.toml").write_text("")

@@ -1,20 +1,55 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
+import inspect
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
+import packsaddle
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    CompressedSGD,
+    Compression,
+    Escape,
+    Identity,
+    LinearSketch,
+    LocalUpdates,
+    LowRank,
+    Noise,
+    RandomK,
+    Search,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    Stages,
+    TopK,
+)
 from packsaddle.compressors import identify
+from packsaddle.compressors.registry import classes
 from packsaddle.errors import ConfigError
-from packsaddle.options.schema import build, plain
-from packsaddle.runs.config import CertifyConfig, Config, EscapeConfig, configure, load
+from packsaddle.options.schema import build, plain, settable
+from packsaddle.runs.config import (
+    AnyCompressor,
+    CertifyConfig,
+    Config,
+    DataConfig,
+    EscapeConfig,
+    LocalConfig,
+    ModelConfig,
+    NoiseConfig,
+    configure,
+    load,
+)
+from packsaddle.runs.tasks.sharding import Calendar
+from packsaddle.runs.training import LocalTraining
 
 BASE = """
 lr = 0.1
@@ -51,10 +86,91 @@ def test_the_saved_form_reads_back(tmp_path: Path) -> None:
     assert config.compressor == TopK(k=3)
 
 
+ADAMW = '[local]\nevery = 8\noptimizer = "adamw"\n'
+
+
+def test_local_updates_of_a_file_have_the_defaults_of_python(tmp_path: Path) -> None:
+    """All options of a file that sets none, as LocalUpdates takes them; only the contraction is always measured."""
+    config, model = load(write(tmp_path, ADAMW)), torch.nn.Linear(64, 64)
+    found = LocalTraining(config, model, Calendar.of([(0, 1)], 8, 8, 1.0), None).front.options
+    ours = LocalUpdates(torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())).options
+    assert replace(found, compression=replace(found.compression, monitor_every=0)) == ours
+    assert config.compressor == Sign(per_tensor=True)
+    assert load(write(tmp_path), ["local.optimizer=sgd", "compressor.kind=Sign"]).compressor == Sign()
+
+
+def test_a_compressor_that_is_set_stays_with_local_updates(tmp_path: Path) -> None:
+    """Also Identity, which run folders without a compressor have in their config.json; without [local] it is the
+    default."""
+    config = load(write(tmp_path, ADAMW), ["compressor.kind=Identity"])
+    assert config.compressor == build(Config, plain(config)).compressor == Identity()
+    assert load(write(tmp_path)).compression() == Compression(Identity(), monitor_every=100)
+
+
+# Tables with their counterparts in Python; for other tables it is the class itself, which packsaddle exports.
+COUNTERPARTS: dict[type, tuple[Any, ...]] = {
+    Config: (Compression, CompressedSGD, LocalUpdates),
+    DataConfig: (),
+    ModelConfig: (),
+    NoiseConfig: (Noise,),
+    EscapeConfig: (Escape,),
+    CertifyConfig: (Search,),
+    LocalConfig: (LocalUpdates, torch.optim.AdamW),
+}
+# The only keys whose defaults are not those of the arguments of the same name: both defaults.
+DIFFERENT: dict[str, tuple[Any, Any]] = {
+    "workers": (1, None),  # a number of processes, and a process group
+    "momentum": (None, 0.0),  # with Muon inside, its own
+    "max_hvps": (100, 200),  # a certificate along a run interrupts it
+    "pilot_examples": (0, 2048),  # and has both bounds
+}
+
+
+def tables(cls: type) -> set[type]:
+    """The dataclass of a configuration and of each table in it."""
+    hints = get_type_hints(cls)
+    kinds = {k for f in settable(cls) for k in (hints[f.name], *get_args(hints[f.name])) if is_dataclass(k)}
+    return {cls}.union(*map(tables, kinds))
+
+
+def test_keys_have_the_defaults_of_python() -> None:
+    compared, different = 0, {}
+    for table in tables(Config):
+        known = table in COUNTERPARTS
+        assert known or table is getattr(packsaddle, table.__name__), f"{table} needs an entry in COUNTERPARTS"
+        for counterpart in COUNTERPARTS.get(table, ()):
+            theirs = {name: p.default for name, p in inspect.signature(counterpart).parameters.items()}
+            hints = get_type_hints(table)
+            for f in settable(table):
+                has_table = any(map(is_dataclass, (hints[f.name], *get_args(hints[f.name]))))
+                if f.name in theirs and not has_table and theirs[f.name] is not inspect.Parameter.empty:
+                    compared += 1
+                    if f.default != theirs[f.name]:
+                        different[f.name] = (f.default, theirs[f.name])
+    assert different == DIFFERENT
+    assert compared > 25
+
+
+@pytest.mark.parametrize("cls", set(classes().values()) - {Stages}, ids=lambda cls: cls.__name__)
+def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_path: Path) -> None:
+    assert cls in get_args(AnyCompressor)
+    given = {f.name: 0.5 for f in settable(cls) if f.metadata.get("share")}
+    found = load(
+        write(tmp_path), [f"compressor.kind={cls.__name__}", *(f"compressor.{k}={v}" for k, v in given.items())]
+    )
+    assert found.compressor == cls(**given)
+
+
 MISTAKES = {
     "lrr=0.1": "unknown key lrr (did you mean lr?)",
-    "data.shards='iid'": "unknown key data.shards (did you mean shard?)",
-    "zebra=1": "unknown key zebra",
+    "data.shards='iid'": "unknown key data.shards (did you mean data.shard?)",
+    "zebra=1": "unknown key zebra (a configuration takes data, model, lr, epochs, batch_size and 24 more)",
+    "optimizer=adamw": "unknown key optimizer (did you mean local.optimizer?)",
+    "optimiser=adamw": "unknown key optimiser (did you mean local.optimizer?)",
+    "every=8": "unknown key every (did you mean escape.every, certify.every or local.every?)",
+    "ratio=0.1": "unknown key ratio (did you mean compressor.ratio or back.ratio?)",
+    "local.lr=1": "unknown key local.lr (did you mean lr at the top level or local.outer.lr?)",
+    "compressor={kind='Sign', rato=1}": "unknown key compressor.rato (Sign takes per_tensor)",
     "lr='fast'": "lr must be of type float, got 'fast'",
     "seed=1.5": "seed must be of type int, got 1.5",
     "seed=true": "seed must be of type int, got True",
@@ -68,6 +184,7 @@ MISTAKES = {
     "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK,",
     "compressor={kind='randomk'}": "LowRank, got 'randomk' (did you mean RandomK?)",
     "compressor={kind=['TopK']}": "LowRank, got ['TopK']",
+    "local.every=4": "missing key local.optimizer, one of 'sgd', 'adamw', 'muon'",
     "compressor={kind='LowRank', shapes=[[1, 2]]}": "unknown key compressor.shapes",
     "exchange=ring": "exchange must be one of 'direct', 'auto', 'all-reduce', 'all-gather', 'two-way', 'coordinator'",
     "epochs=inf": "epochs must be positive and finite, got inf",
@@ -99,7 +216,7 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
 
 # What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
 ORIGINS: list[tuple[str, list[str], str]] = [
-    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean std?)"),
+    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean noise.std?)"),
     (
         "[compressor]\nkind='Sign'\nratio=1\n",
         [],
@@ -107,7 +224,7 @@ ORIGINS: list[tuple[str, list[str], str]] = [
     ),
     ("[compressor]\n\nkind = 'Topk'\n", [], "line 12: compressor.kind must be one of Identity, "),
     ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
-    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise ("),
+    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise (did you mean noise at the top level?)"),
     ("[noise]\n\nstd = -1", [], "line 12: noise: std must be finite and not negative, got -1.0"),
     ("[certify]\nepsilon = 1\nat = [\n1,\n'two',\n]", [], "line 12: certify.at[1] must be of type float, got 'two'"),
     ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),

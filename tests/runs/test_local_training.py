@@ -24,6 +24,7 @@ from packsaddle.runs.training import LocalTraining, make_inner
 
 LOCAL = """
 [local]
+optimizer = "adamw"
 every = 6
 overlap = { delay = 2, fragments = 2 }
 outer = { momentum = 0.5 }
@@ -49,7 +50,7 @@ REFUSED = {
     "local.overlap=6": "--set local.overlap=6: local: overlap.delay must be below every = 6 steps, so that",
     "local.overlap.fragments=7": "local: overlap.fragments must be at most every = 6",
     "local.overlap.fragments=true": "local.overlap.fragments must be of type int, got True",
-    "local.overlap.dela=1": "unknown key local.overlap.dela (did you mean delay?)",
+    "local.overlap.dela=1": "unknown key local.overlap.dela (did you mean local.overlap.delay?)",
     "local.overlap=fast": "local.overlap.delay must be of type int, got 'fast'",
     "decay=1.5": "decay must be in [0, 1], got 1.5",
     "decay=0.0": "decay must be in (0, 1] for local updates, got 0.0",
@@ -219,7 +220,7 @@ class Poisoned(Trainer):
 
 
 def test_a_round_that_is_left_out_is_in_no_mean(path: Path, tmp_path: Path) -> None:
-    config = load(path, [*KEYS, "local={every=3}"])
+    config = load(path, [*KEYS, "local={every=3, optimizer='adamw'}"])
     folder = RunFolder(tmp_path / "run")
     make_new(folder.path)
     assert all(simulate(lambda rank: Poisoned(config, None, False).run(folder, quiet=True), 2))

@@ -69,6 +69,7 @@ VARIANTS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
         (
             "lr=0.003",
             "local={every=4, overlap={delay=1, fragments=2}, outer={lr=0.7, momentum=0.5}, warm_up=0.5, clip=0.1}",
+            "local.optimizer=adamw",
             "local.schedule=cosine",
             "epochs=2",
             "log_every=7",

@@ -141,7 +141,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which takes about a second
 _MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules that differ from their package's
 _PURPOSES = {
-    "plot": "figures and pages of demo, report and certify",
+    "plot": "figures and pages of report and certify, and demo",
     "digits": "the digits that demo and data.name = digits train on",
     "vision": "MNIST, CIFAR-10 and image folders",
     "fast": "compiled loops on the CPU",

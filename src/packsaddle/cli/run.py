@@ -186,12 +186,25 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on a finished run, as lines of text: a suggested noise std, and a loss that stopped falling.
-    A run has none unless it ended on a plateau, by its losses or by the plateau's level in the configuration."""
+    """Return remarks on a finished run, as lines of text: that nothing was compressed, a suggested noise std, and a
+    loss that stopped falling. The last two only if it ended on a plateau, by its losses or by the plateau's level in
+    the configuration."""
     from packsaddle.runs.report.curves import standstill
     from packsaddle.runs.report.tables import plateau
 
-    noise, still, found = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
+    summary = run.summary or {}
+    noise, still, found = summary.get("noise") or {}, standstill(run.metrics), []
+    if run.config.get("compressor", {}).get("kind") == "Identity":
+        default = "" if run.config.get("local") else ", the default without [local]"
+        found.append(
+            f"nothing was compressed: compressor.kind is Identity{default}; packsaddle compressors compares the others"
+        )
+    elif summary.get("compressed_parameters") == 0:
+        found.append(
+            f"nothing was compressed: all tensors are vectors or smaller than dense_below = {run.config['dense_below']}"
+        )
+
+    # Suggest noise for this run's length.
     suggested, (_, left) = noise.get("suggested"), plateau(run.metrics, run.config.get("plateau"))
     if suggested is not None and (still is not None or left is False):
         times = noise.get("times")

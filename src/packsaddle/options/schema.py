@@ -10,7 +10,7 @@ import math
 import re
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -22,14 +22,16 @@ from packsaddle.options.numerals import real, whole
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the outermost
+_FEW = 5  # most keys of a table, and most suggested keys, in a message
 
 
-def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
+def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = None) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
-    `where` is the path of `data` in the whole configuration, for error messages. A field whose type is a union of
-    dataclasses needs a table with a `kind`, the name of the class.
+    `where` is the path of `data` in the whole configuration, whose dataclass is `root` (None: `cls`), for error
+    messages. A field whose type is a union of dataclasses needs a table with a `kind`, the name of the class.
     """
+    root = root or cls
     if not isinstance(data, Mapping):
         raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
     hints = get_type_hints(cls)
@@ -38,17 +40,17 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     # Report unknown keys before checking any value.
     for key in data:
         if key not in fields:
-            known = f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(fields) or 'none'}"
-            hint = nearest(key, fields) or f" ({known})"
-            raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
+            place = (*where, key)
+            raise _about(place, f"unknown key {_dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
     values = {}
     for key, value in data.items():
         # An integer for a fraction is kept, so that the class rejects ratio = 1.
         is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
-        values[key] = value if is_kept else _convert(hints[key], value, (*where, key))
+        values[key] = value if is_kept else _convert(hints[key], value, (*where, key), root)
     for name, f in fields.items():
         if is_required(f) and name not in values:
-            raise _about(where, f"missing key {_dotted((*where, name))}")
+            allowed = f", one of {_listed(get_args(hints[name]))}" if get_origin(hints[name]) is Literal else ""
+            raise _about(where, f"missing key {_dotted((*where, name))}{allowed}")
     try:
         return cls(**values)
     except ValueError as error:
@@ -97,7 +99,7 @@ def choices(hint: Any) -> tuple[Any, ...]:
     return classes if len(classes) > 1 else ()
 
 
-def _convert(hint: Any, value: Any, where: Place) -> Any:
+def _convert(hint: Any, value: Any, where: Place, root: Any) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
     if kinds := choices(hint):
@@ -109,24 +111,24 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
         if not isinstance(kind, str) or kind not in by_name:
             near = nearest(kind, by_name)
             raise _about(place, f"{_dotted(place)} must be one of {names}, got {shown(kind)}{near}")
-        return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
+        return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where, root)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (a for a in args if a is not type(None))
-        return _convert(inner, value, where)
+        return _convert(inner, value, where, root)
     if origin is Literal:
         if value not in args:
-            values = ", ".join(map(repr, args))
-            raise _about(where, f"{_dotted(where)} must be one of {values}, got {shown(value)}{nearest(value, args)}")
+            near = nearest(value, args)
+            raise _about(where, f"{_dotted(where)} must be one of {_listed(args)}, got {shown(value)}{near}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
             raise _about(where, f"{_dotted(where)} must be a list, got {shown(value)}")
-        return tuple(_convert(args[0], item, (*where, i)) for i, item in enumerate(value))
+        return tuple(_convert(args[0], item, (*where, i), root) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and (first := settable(hint)) and first[0].default is not dataclasses.MISSING:
             value = {first[0].name: value}  # a plain value in place of a table sets its first field
-        return build(hint, value, where)  # type: ignore[arg-type]
+        return build(hint, value, where, root)  # type: ignore[arg-type]
 
     # A plain type. A number may be text such as "25M"; a bool is not a number.
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -154,6 +156,46 @@ def nearest(word: Any, candidates: Any) -> str:
     """Return " (did you mean X?)" with the candidate closest to a word, or "" if none is close."""
     match = difflib.get_close_matches(shortened(str(word)), [str(c) for c in candidates], n=1)
     return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(repr, values))
+
+
+def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
+    """Return "did you mean X?" with the keys whose names are closest to that of `place`, an unknown key in a table of
+    type `cls`; "" if none is close enough. Keys of other tables must be closer than those of this table, and their
+    names must not be keys of another `kind` of it."""
+    table, name = place[:-1], shortened(str(place[-1]))
+    known = dict.fromkeys(_places(root))
+    others = (other for other in known if (*table, other[-1]) not in known)
+
+    # Similarities are from 0 to 1; those of equal names are 1, and get_close_matches of difflib requires 0.6.
+    scores: dict[Place, float] = {}
+    for other in (*((*table, f.name) for f in settable(cls)), *others):
+        is_near = other[:-1] == table
+        similarity = difflib.SequenceMatcher(None, str(other[-1]), name).ratio()
+        if similarity >= (0.6 if is_near else 0.8):
+            scores[other] = similarity + 0.2 * is_near
+    best = [other for other, score in scores.items() if score == max(scores.values())]
+    texts = [_dotted(other) + " at the top level" * (len(other) == 1 < len(place)) for other in best[:_FEW]]
+    return f"did you mean {', '.join(texts[:-1])}{' or ' * (len(texts) > 1)}{texts[-1]}?" if texts else ""
+
+
+def _places(cls: Any, where: Place = ()) -> Iterator[Place]:
+    """Yield the path of each key of a dataclass and of the tables in it, of every kind; not of tables in lists."""
+    hints = get_type_hints(cls)
+    for f in settable(cls):
+        yield (*where, f.name)
+        hint = hints[f.name]
+        for inner in () if get_origin(hint) is tuple else filter(dataclasses.is_dataclass, (hint, *get_args(hint))):
+            yield from _places(inner, (*where, f.name))
+
+
+def _keys_of(cls: Any) -> str:
+    names = [f.name for f in settable(cls)]
+    more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
+    return f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(names[:_FEW]) or 'none'}{more}"
 
 
 def _dotted(where: Place) -> str:

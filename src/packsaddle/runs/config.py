@@ -3,11 +3,12 @@
 The comments on fields are written into the file of `packsaddle init` (see `templates`).
 """
 
+import inspect
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from packsaddle.compressors import (
     QSGD,
@@ -27,6 +28,7 @@ from packsaddle.errors import ConfigError, check_counts, check_not_negative, che
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
+from packsaddle.local.updates import LocalUpdates
 from packsaddle.messages import shortened, shown
 from packsaddle.options.schema import build, line_of
 from packsaddle.sgd.gradient import Storm
@@ -37,6 +39,7 @@ _WIDEST = 2**20  # largest number of units in a layer
 AnyCompressor = (
     Identity | RandomK | TopK | AdaptiveTopK | SharedTopK | SketchTopK | Sign | Rounded | QSGD | LinearSketch | LowRank
 )
+_LOCAL_COMPRESSOR = inspect.signature(LocalUpdates).parameters["compressor"].default
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ class EscapeConfig(EscapeRule):
 
 @dataclass(frozen=True, kw_only=True)
 class CertifyConfig(Search):
-    """Certificates along the run (see `packsaddle.certify`), and iterates saved for certification afterwards."""
+    """Certificates along the run (see `packsaddle.certify`), and iterates saved for certification afterwards.
+    The defaults of `max_hvps` and `pilot_examples` are below those of `Search`, since a certificate along the run
+    interrupts it, and a pilot gives one bound only."""
 
     epsilon: float  # target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
     hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
@@ -154,10 +159,10 @@ class LocalConfig:
     """Local updates: workers step separately and exchange their changes (see `packsaddle.LocalUpdates`).
     A fragment is a set of parameters exchanged together; a round is one exchange of a fragment."""
 
-    every: int = 8  # H, steps between two exchanges
     # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
     # matrices of hidden layers, AdamW for the rest
-    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
+    optimizer: Literal["sgd", "adamw", "muon"]
+    every: int = 8  # H, steps between two exchanges
     betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's betas
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start
     schedule: Literal["constant", "cosine"] = "constant"  # lr after the warm-up; cosine: down to a tenth at the end
@@ -192,8 +197,9 @@ class Config(Compression):
     lr: float  # eta, the step size
     epochs: float  # passes of all workers together over the data
     batch_size: int  # examples per worker and step
-    # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds
-    compressor: AnyCompressor = field(default_factory=Identity)
+    # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds. Without this table
+    # it is Identity (uncompressed), and with [local] the default of `packsaddle.LocalUpdates`, one bit per coordinate
+    compressor: AnyCompressor = field(default=cast(Any, None))
     # the compressor of the mean sent back to the workers, in the two-way and coordinator exchanges
     back: AnyCompressor | None = None
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -220,6 +226,8 @@ class Config(Compression):
     plateau: float | None = None  # loss level of a plateau; with it, tables show the epochs spent there
 
     def __post_init__(self) -> None:
+        if self.compressor is None:
+            object.__setattr__(self, "compressor", Identity() if self.local is None else _LOCAL_COMPRESSOR)
         _epochs(self, "epochs", "test_every")
         check_counts(batch_size=self.batch_size, workers=self.workers, log_every=self.log_every)
         check_positive(plateau=self.plateau)

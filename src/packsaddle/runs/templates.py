@@ -46,7 +46,7 @@ _EXAMPLES: dict[str, Any] = {
     "certify.hessian_lipschitz": 1e-3,
     "certify.every": 1.0,
     "certify.last_epsilon": 1e-2,
-    "local": LocalConfig(),
+    "local": LocalConfig("adamw"),
     "local.clip": 1.0,
     "local.overlap": Overlap(),
     "local.overlap.blend": 0.5,
@@ -181,7 +181,7 @@ TASKS: dict[TaskName, Task] = {
             lr=0.01,
             compressor=Sign(per_tensor=True),
             weight_decay=0.1,
-            local=LocalConfig(every=8, optimizer="muon", betas=(0.8, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
+            local=LocalConfig("muon", every=8, betas=(0.8, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
         ),
     ),
     "digits": Task(

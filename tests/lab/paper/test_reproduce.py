@@ -204,7 +204,11 @@ def test_the_fastest_simulation() -> None:
         (one_class, RandomK(0.01), "fused"),
         (one_class, TopK(0.01), "batched"),
         (apart, TopK(0.01), "serial"),
-        (ae_config(storm=None, escape=None, noise=NoiseConfig(0.0), local=LocalConfig(every=4)), Sign(), "serial"),
+        (
+            ae_config(storm=None, escape=None, noise=NoiseConfig(0.0), local=LocalConfig("adamw", every=4)),
+            Sign(),
+            "serial",
+        ),
     ):
         assert fastest_simulation(replace(config, compressor=compressor)) == way
 
