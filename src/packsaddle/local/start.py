@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.options import Elastic, LocalOptions
 
 _log = logging.getLogger("packsaddle")
 _PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
@@ -107,9 +109,21 @@ def check_first_step(
         warnings.warn(f"{found}. It may be chance: they have few different values, {values}", stacklevel=2)
 
 
+def makes_equal(options: LocalOptions, fragments: Sequence[Fragment]) -> bool:
+    """Return True if all workers have the same parameters after an applied exchange of all `fragments` of a model."""
+    workers = options.workers
+    if isinstance(workers, Elastic) or workers.sample < 1 or options.overlap.delay:
+        return False  # some worker keeps a local update that it has not sent
+    # With `keep_unsent` workers differ by their error memories, which a weight or a clipped update makes nonzero.
+    spec = options.compression
+    sends_all = all(spec.at(part.rounds - 1).lossless or not part.compressed_d for part in fragments)
+    return not options.keep_unsent or (sends_all and workers.weight is None and workers.clip is None)
+
+
 class UnsentSteps:
-    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor. `owner` ends
-    at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script."""
+    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor, except if a
+    round after the last step made the workers equal. `owner` ends at garbage collection or interpreter exit. No-op
+    without an owner, or if an exception ends the script."""
 
     def __init__(self, owner: object | None) -> None:
         self._steps = self._exchanged = 0
@@ -117,9 +131,10 @@ class UnsentSteps:
         if owner is not None:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
-    def record(self, steps: int, *, exchanged: bool) -> None:
-        """Record the number of inner steps after one of them; `exchanged`: a round followed it."""
-        self._steps, self._is_pending = steps, True
+    def record(self, steps: int, *, exchanged: bool, equal: bool) -> None:
+        """Record the number of inner steps after one of them. `exchanged`: a round followed it. `equal`: after it all
+        workers have the same parameters."""
+        self._steps, self._is_pending = steps, not equal
         self._exchanged = steps if exchanged else self._exchanged
 
     def clear(self) -> None:

@@ -59,7 +59,7 @@ from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Work
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import Participation
-from packsaddle.local.start import UnsentSteps, check_first_step, share_start, untrained_tensors
+from packsaddle.local.start import UnsentSteps, check_first_step, makes_equal, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
@@ -365,7 +365,7 @@ class LocalUpdates(Records, JoinableSteps):
         # Run the collectives of a fixed set of workers. If one fails, `flush` would fail too: clear its warning first.
         ended = [part for part in self._fragments if part.current is not None and part.current.due == self.steps]
         due = [part for part in self._fragments if part.is_due(self.steps)]
-        has_work = self.steps == 1 or bool(ended or due)
+        has_work, applied = self.steps == 1 or bool(ended or due), list[Fragment]()
         if has_work:
             self._unsent.clear()
             if not has_ended:
@@ -376,9 +376,9 @@ class LocalUpdates(Records, JoinableSteps):
                 check_first_step(self._channel, anchors, self._parameters.values(), run)
             for part in ended:
                 self._finish(part)
-            for part in due:
-                self._begin(part)
-        self._unsent.record(self.steps, exchanged=bool(due))
+            applied = [part for part in due if self._begin(part)]
+        equal = applied == self._fragments and makes_equal(self.options, applied)
+        self._unsent.record(self.steps, exchanged=bool(due), equal=equal)
         return has_work
 
     def _begin(self, part: Fragment, *, flush: Compressor | None = None) -> bool:
