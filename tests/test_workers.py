@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gloo import run_in_processes
+from gloo import _pool, run_in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,18 +74,9 @@ def test_after_a_failure_there_are_new_workers(gloo: Gloo, tmp_path: Path, how: 
 def test_a_worker_that_died_between_calls_is_replaced(gloo: Gloo) -> None:
     (before,) = pids(gloo, 1)
     os.kill(before, signal.SIGKILL)
-    while process_state(before) not in ("Z", "X", ""):
-        time.sleep(0.01)  # until it is dead, and waits to be asked for
-    time.sleep(0.2)  # multiprocessing's forkserver hears of it
+    while _pool.usable:  # until multiprocessing's forkserver hears of it
+        time.sleep(0.01)
     assert pids(gloo, 1) != [before]
-
-
-def process_state(pid: int) -> str:
-    """Return the state of a process, a letter; "" if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between open and read
-        return ""
 
 
 def state() -> dict[str, Any]:

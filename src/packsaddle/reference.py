@@ -14,8 +14,11 @@ to 7) divides the run into segments. A segment ends after more than `interval` i
 `radius` from the segment's start point. Then x is set to y if f has decreased since, else to the start point, and the
 error memories are cleared.
 
-One loop runs all workers on dense vectors. `CompressedSGD` computes the same iterates across processes, and the tests
-compare the two.
+One loop runs all workers on dense vectors. `CompressedSGD` computes the same iterates across processes, up to rounding,
+with `exchange="direct"`, `dense_below=0`, a constant learning rate, noise that is not lazy, and no options that
+Algorithm 1 lacks, such as momentum. There are two exceptions. With several workers `SharedTopK` and `SketchTopK` select
+the largest coordinates of the mean of v^(i), where this loop selects those of each v^(i). `LowRank` starts from its
+factors of the previous step, where this loop draws them anew. The tests compare the two for all other compressors.
 
 Two workers with quadratic objectives, minimal at (1, 2) and (3, 6), minimize the mean and send one coordinate per step:
 
@@ -36,7 +39,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor
-from packsaddle.numerics.seeds import Stream, add_gaussians, keys
+from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 
 Gradient = Callable[[Tensor, int], Tensor]  # (x_t, t) -> grad F_i(x_t, theta_t), float[d]; t selects the sample theta_t
 
@@ -73,12 +76,14 @@ def algorithm1(
     """Run Algorithm 1 for T = `steps` iterations from x, float[d], on one worker for each of `gradients`.
 
     Args:
-        compressor: C, with the same randomness on all workers, a function of (seed, t).
+        compressor: C. Its randomness is a function of (seed, t), identical on all workers, or of (seed, t, i) if it is
+            `private`, as `QSGD` is. If it depends on the shapes of tensors, pass the result of `for_tensors`.
         eta: the step size.
         r: standard deviation of each coordinate of the noise xi_t.
         check: the escape check; None: no check.
     """
     trace = Trace()
+    seeds = [mix(seed, i + 1) if compressor.private else seed for i in range(len(gradients))]
     e = [torch.zeros_like(x) for _ in gradients]  # line 1
     x_start, t_start = x, 0  # line 2: t'
     for t in range(steps):  # line 3
@@ -92,7 +97,7 @@ def algorithm1(
         trace.e.append(mean(e))
         xi = noise(x, r, seed, t)  # line 9
         v = [e_i + gradient(x, t) + xi for e_i, gradient in zip(e, gradients, strict=True)]
-        g = [compressor(v_i, seed=seed, step=t) for v_i in v]  # line 10
+        g = [compressor(v_i, seed=own, step=t) for v_i, own in zip(v, seeds, strict=True)]  # line 10
         x = x - eta * mean(g)  # line 11
         e = [v_i - g_i for v_i, g_i in zip(v, g, strict=True)]  # line 12
     trace.x.append(x)

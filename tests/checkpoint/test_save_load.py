@@ -1,6 +1,5 @@
 """save_checkpoint and load_checkpoint: bit-equal on the same workers, refused in one line, and whole or not at all."""
 
-import contextlib
 import errno
 import json
 import os
@@ -407,29 +406,75 @@ def test_what_is_plain_comes_back(tmp_path: Path) -> None:
     assert found.extra == extra
 
 
-def test_a_worker_that_cannot_write_keeps_what_all_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop that goes on after the error: the others' files of the step that all have saved stay."""
-    real = packsaddle.checkpoint.save_load.write_files
+def saves_beside_a_full_disk(folder: Path, full: str, each: bool) -> tuple[list[str], list[str], int]:
+    """Save after steps 5 to 30; from step 20 on, worker 1 has no space for the file `full`. Return this worker's
+    errors, the names in its folder, and the step that it loads."""
+    folder, real = folder / str(torch.distributed.get_rank() * each), packsaddle.checkpoint.files.write_whole
+    parts, errors = {"model": torch.nn.Linear(4, 4)}, []
 
-    def write(folder: Path, content: Any, **said: Any) -> None:
-        if said["rank"] == 1 and said["step"] > 10:
-            raise OSError(28, os.strerror(28))
-        real(folder, content, **said)
+    def write(target: Path, *args: Any) -> int:
+        if target.name == full and target.parent.name > "step-00000010":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(target, *args)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(packsaddle.checkpoint.files, "write_whole", write)
+        for step in (5, 10, 20, 30):
+            try:
+                save_checkpoint(folder, parts, step=step)
+            except CheckpointError as error:
+                errors.append(str(error))
+        found = load_checkpoint(folder, parts)
+    assert found is not None
+    return errors, sorted(path.name for path in folder.iterdir()), found.step
+
+
+@pytest.mark.parametrize(("full", "each"), [("worker-1.pt", True), ("worker-1.json", False)])
+def test_a_full_disk_of_one_worker_is_all_workers(full: str, each: bool, gloo: Gloo, tmp_path: Path) -> None:
+    """With a disk for each worker, and with one for both: all raise, and have the step that both have saved."""
+    for errors, names, loaded in gloo(saves_beside_a_full_disk, 2, tmp_path, full, each):
+        assert errors == [
+            f"worker 1: checkpoint {tmp_path}/{int(each)}/step-000000{step} cannot be written: No space left on device"
+            for step in (20, 30)
+        ]
+        assert (names, loaded) == (["step-00000005", "step-00000010"], 10)
+
+
+def test_a_step_saved_again_stays_if_a_worker_cannot_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"model": torch.nn.Linear(4, 4)}
+    save_checkpoint(tmp_path, parts, step=5)
+
+    def write(*_: object, **said: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("packsaddle.checkpoint.save_load.write_files", write)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(tmp_path, parts, step=5)
+    found = load_checkpoint(tmp_path, parts)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_an_old_step_that_one_worker_cannot_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = packsaddle.checkpoint.save_load.rotate
+
+    def rotate(folder: Path, keep: int) -> None:
+        if folder.name == "1":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        real(folder, keep)
+
+    monkeypatch.setattr("packsaddle.checkpoint.save_load.rotate", rotate)
 
     def work(rank: int) -> int:
         model = torch.nn.Linear(4, 4)
-        for step in (5, 10, 20, 30, 40):
-            with contextlib.suppress(CheckpointError):
-                save_checkpoint(tmp_path / str(rank), {"model": model}, step=step)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = load_checkpoint(tmp_path / str(rank), {"model": model})
+        with pytest.raises(CheckpointError, match=r"worker 1: .*/1/step-00000001 cannot be written: Permission denied"):
+            save_checkpoint(tmp_path / str(rank), {"model": model}, step=1)
+        found = load_checkpoint(tmp_path / str(rank), {"model": model})
         assert found is not None
         return found.step
 
-    assert simulate(work, 2) == [10, 10]
+    assert simulate(work, 2) == [1, 1]
 
 
 def test_what_cannot_be_set_aside_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,9 +542,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
         save_checkpoint(tmp_path, one.parts, step=6)
     monkeypatch.undo()
     assert {p: p.read_bytes() for p in tmp_path.rglob("worker*")} == before
-    found = load_checkpoint(tmp_path, Small().parts) if not (tmp_path / "step-00000006").exists() else None
-    if found is None:
-        with pytest.warns(UserWarning, match="step 6 is incomplete or damaged"):
-            found = load_checkpoint(tmp_path, Small().parts)
+    found = load_checkpoint(tmp_path, Small().parts)
     assert found is not None
     assert found.step == 4

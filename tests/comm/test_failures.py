@@ -3,8 +3,11 @@
 import socket
 import subprocess
 import threading
+import time
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from forked_python import environment, python
@@ -29,12 +32,19 @@ class Board:
         return all(key in self.keys for key in keys)
 
 
-def test_roll_call() -> None:
-    """Three of four call; each learns that it is the other one that is gone."""
-    store, found = Board(), {}
+def test_roll_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of four call; each learns that it is the other one that is gone. Time passes, a second from one reading of
+    the clock to the next, once all three are there."""
+    store, found, readings = Board(), {}, count()
+
+    def monotonic() -> float:
+        return float(next(readings)) if store.check([f"packsaddle/here/{rank}" for rank in (0, 1, 3)]) else 0.0
+
+    clock = SimpleNamespace(monotonic=monotonic, sleep=lambda seconds: time.sleep(1e-3))
+    monkeypatch.setattr("packsaddle.comm.failures.time", clock)
 
     def call(rank: int) -> None:
-        found[rank] = roll_call(store, rank, [0, 1, 2, 3], grace=0.5)
+        found[rank] = roll_call(store, rank, [0, 1, 2, 3], grace=30.0)
 
     threads = [threading.Thread(target=call, args=(rank,)) for rank in (0, 1, 3)]
     for thread in threads:

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -612,3 +614,36 @@ def test_the_trainers_certificate_takes_any_output_that_the_trainer_takes(kind: 
     callback = CertificateCallback(Trainer(), [{"x": x}], every_n_steps=1)  # type: ignore[arg-type]
     expected = torch.nn.functional.linear(x, model.weight, model.bias).square().mean()
     assert torch.equal(callback._loss(model, {"x": x}), expected)
+
+
+WAIT: dict[str, tuple[dict[str, Any], int, str]] = {
+    "defaults": (
+        {"ddp_find_unused_parameters": None, "average_tokens_across_devices": True},
+        2,
+        "(ddp_find_unused_parameters=False, average_tokens_across_devices=False), got None and True: ",
+    ),
+    "one of them": (
+        {"ddp_find_unused_parameters": False, "average_tokens_across_devices": True},
+        2,
+        "(average_tokens_across_devices=False), got True: ",
+    ),
+    "older transformers": ({"ddp_find_unused_parameters": True}, 2, "(ddp_find_unused_parameters=False), got True: "),
+    "older transformers, set": ({"ddp_find_unused_parameters": False}, 2, ""),
+    "one worker": ({"ddp_find_unused_parameters": None, "average_tokens_across_devices": True}, 1, ""),
+}
+
+
+@pytest.mark.parametrize("name", WAIT)
+def test_training_arguments_that_exchange_at_every_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from packsaddle.integrations import huggingface
+
+    given, workers, message = WAIT[name]
+    began = MagicMock()
+    monkeypatch.setattr(huggingface._Attached, "on_train_begin", began)
+    callback = huggingface.LocalUpdatesCallback(MagicMock(), every=8)
+    arguments: Any = SimpleNamespace(world_size=workers, **given)
+    expected = pytest.raises(ValueError, match=re.escape(f"TrainingArguments{message}")) if message else nullcontext()
+    with expected:
+        callback.on_train_begin(arguments, MagicMock(), MagicMock())
+    assert began.called == (not message)

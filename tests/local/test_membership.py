@@ -4,7 +4,6 @@ import os
 import re
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from clock import Clock
 from elastic_fakes import COMPRESSION, FakeGroup, FakeManager, Worker
 from torch import Tensor
 
@@ -35,6 +35,12 @@ from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Roster
 from packsaddle.local.participation import share
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let patience and grace end by readings of the clock: a patience below a second ends at the first failed round."""
+    monkeypatch.setattr("packsaddle.local.elastic.membership.time", Clock())
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -524,6 +530,7 @@ def test_a_memory_that_cannot_be_written_goes_with_a_last_round(since: int, tmp_
     torch.testing.assert_close(moved, (first + second) / 2, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(("rounds", "told"), [(0, True), (1, False), (2, True)])
 def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
     rounds: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -534,7 +541,7 @@ def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
     next round on in which a worker can tell them, itself or its successor.
     """
     path = tmp_path / "memory.pt"
-    left = Worker(settings={"memory_file": path, "grace": 0.2})
+    left = Worker(settings={"memory_file": path, "grace": 5.0})
     left.local.join()
     left.train(3)
     with full():
@@ -629,11 +636,12 @@ def test_a_newcomer_without_updates_is_not_in_a_flush() -> None:
         torch.testing.assert_close(moved, mean, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("clock")
 def test_a_worker_with_frozen_parameters_leaves() -> None:
-    """Nothing of theirs can be sent, so it is not waited for."""
+    """Nothing of theirs can be sent, so one round is enough, and it does not wait for the end of its grace."""
 
-    def run(rank: int) -> tuple[bool, float]:
-        worker = Worker(_group(), settings={"grace": 2.0})
+    def run(rank: int) -> tuple[bool, int]:
+        worker = Worker(_group())
         worker.local.join()
         worker.train(7)
         worker.parameters[0].requires_grad_(False)
@@ -641,12 +649,10 @@ def test_a_worker_with_frozen_parameters_leaves() -> None:
             worker.gradients()
             worker.parameters[0].grad = None
             worker.optimizer.step()
-        start = time.monotonic()
-        return worker.local.leave(), time.monotonic() - start
+        before = worker.manager.votes
+        return worker.local.leave(), worker.manager.votes - before
 
-    for left, seconds in simulate(run, 2):
-        assert left
-        assert seconds < 1.5  # of the grace
+    assert simulate(run, 2) == [(True, 1)] * 2
 
 
 def test_leaving_without_a_file_is_a_round_of_all_that_is_pending() -> None:
@@ -760,6 +766,7 @@ def test_a_worker_that_starts_elsewhere_is_told() -> None:
         simulate(run, 2)
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("changed", [False, True])
 def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None:
     """No round would make them equal: a newcomer receives the anchor, which has the trained ones only.
@@ -772,7 +779,7 @@ def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None
             for i, p in enumerate(model.parameters()):
                 p.fill_(i + float(rank == 2 and not changed))
         optimizer, manager = torch.optim.SGD(model["trained"].parameters(), lr=0.1), FakeManager(_group())
-        workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False, patience=1e-3)
+        workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False, patience=0.5)
         local = LocalUpdates(optimizer, workers=workers, model=model, compressor=Identity())
         try:
             local.join()
@@ -796,6 +803,7 @@ def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None
     assert all("no round has come about" in each for each in said[:2])
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(
     ("one", "others", "line"),
     [
@@ -811,7 +819,7 @@ def test_a_worker_with_other_arguments_is_told_which(
     """The one of three that differs; the others repeat the round, until their patience ends."""
 
     def run(mine: int) -> str:
-        worker = Worker(_group(), settings={"patience": 1e-3}, **(one if mine == rank else others))
+        worker = Worker(_group(), settings={"patience": 0.5}, **(one if mine == rank else others))
         try:
             worker.local.join()
         except (ConfigError, PeerLostError) as error:
@@ -825,6 +833,7 @@ def test_a_worker_with_other_arguments_is_told_which(
     assert all(re.match(reason, other) for other in said)
 
 
+@pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> None:
     """The functions have one name, so that only the messages of the second round differ."""
@@ -834,7 +843,7 @@ def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> N
             return TopK(0.5 if mine == rank and t == 1 else 0.25)
 
         spec = Compression(schedule, exchange="direct", dense_below=0)
-        worker = Worker(_group(), settings={"patience": 1e-3}, compressor=spec)
+        worker = Worker(_group(), settings={"patience": 0.5}, compressor=spec)
         worker.local.join()
         with pytest.raises((ConfigError, PeerLostError)) as caught:
             worker.train(30)
@@ -876,10 +885,12 @@ def test_a_newcomer_with_other_arguments_is_told_which(arguments: dict[str, Any]
         newcomer.manager.load(other.manager.save())
 
 
+@pytest.mark.usefixtures("clock")
 def test_patience_ends() -> None:
-    worker = Worker(refused=range(10**6), settings={"patience": "200ms"})
-    with pytest.raises(PeerLostError, match=r"no round has come about in 0\.2 s"):
+    worker = Worker(refused=range(10**6), settings={"patience": "2500ms"})
+    with pytest.raises(PeerLostError, match=r"no round has come about in 2\.5 s"):
         worker.local.join()
+    assert worker.manager.votes == 3
 
 
 def test_weights_that_fall_are_refused() -> None:

@@ -5,12 +5,25 @@ Its invariant, the recursion of y, is checked for every compressor and exchange 
 
 from typing import Any
 
+import families
 import problems
 import pytest
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, Compression, Compressor, Identity, RandomK, TopK, simulate
+from packsaddle import (
+    CompressedSGD,
+    Compression,
+    Compressor,
+    Identity,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    SketchTopK,
+    TopK,
+    simulate,
+)
+from packsaddle.compressors.registry import SUMMARIES
 from packsaddle.reference import Check, algorithm1
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -50,6 +63,22 @@ def test_against_the_paper(compressor: Compressor, workers: int, escape: dict[st
         assert torch.allclose(ours["x"], torch.stack(twin.x[:-1]), **TOLERANCE)
         assert torch.allclose(ours["e"], torch.stack(twin.e[:-1]), **TOLERANCE)
     assert bool(twin.resets) == bool(escape)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_iterates_are_the_references(workers: int) -> None:
+    """For all compressors except those that the reference's docstring names."""
+    assert {type(compressor) for compressor in families.COMPRESSORS} == SUMMARIES.keys()
+    gradients = [lambda x, t, i=i: problems.gradient(i)(x) for i in range(workers)]
+    shapes = [torch.Size((2, 4)), torch.Size((4,))]  # of the parameters in `problems.run`
+    for compressor in families.COMPRESSORS:
+        if isinstance(compressor, LowRank | SharedTopK | SketchTopK if workers > 1 else LowRank):
+            continue
+        options: dict[str, Any] = {"eta": 0.05, "steps": 20, "r": 0.02, "seed": 5}
+        twin = algorithm1(problems.start(), gradients, compressor.for_tensors(shapes), **options)
+        for ours in simulate(lambda rank, c=compressor: problems.run(c, steps=20), workers):
+            for name, theirs in (("x", twin.x), ("e", twin.e)):
+                assert torch.allclose(ours[name], torch.stack(theirs), **TOLERANCE), (compressor, name)
 
 
 def test_the_check_both_commits_and_rolls_back() -> None:

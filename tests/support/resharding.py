@@ -80,6 +80,8 @@ def huggingface(folder: Path, steps: int) -> None:
         lr_scheduler_type="constant",
         per_device_train_batch_size=4,
         save_steps=2,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=False,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,

@@ -118,6 +118,8 @@ def huggingface(folder: Path, steps: int, resume: bool) -> Run:
         eval_strategy="steps" if local else "no",
         eval_steps=STOP if best else 3,
         load_best_model_at_end=best,
+        ddp_find_unused_parameters=False if local else None,
+        average_tokens_across_devices=not local,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,

@@ -168,9 +168,9 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
-def rotate(folder: Path, keep: int, had: int) -> None:
-    """Remove steps older than both the `keep` newest and `had`, the newest step that all workers saved."""
-    oldest = min(steps_in(folder)[-keep:][0], had)
+def rotate(folder: Path, keep: int) -> None:
+    """Remove steps older than the `keep` newest."""
+    oldest = steps_in(folder)[-keep:][0]
     for step, path, _ in _step_folders(folder):
         if step < oldest:
             remove(path)

@@ -1,7 +1,7 @@
 """`save_checkpoint`, and `load_checkpoint`, which finds the newest step with intact files of every worker."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from packsaddle.checkpoint.files import (
     ranks_in,
     read_content,
     read_manifest,
+    remove,
     rotate,
     set_aside_after,
     step_folder,
@@ -24,6 +25,7 @@ from packsaddle.checkpoint.files import (
 from packsaddle.checkpoint.own_state import own_state
 from packsaddle.checkpoint.parts import (
     Parts,
+    T,
     check_calls,
     check_fit,
     check_names,
@@ -68,16 +70,15 @@ def save_checkpoint(
     """Write this worker's files of a step to FOLDER/step-STEP/, and remove all but the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Workers may share a folder or have one each. Tensors
-    that are equal to worker 0's are written by worker 0 alone; no worker waits for another to write. The newest step
-    that all workers have saved is kept, even if a later one could not be written on some worker. Returns the step's
-    folder.
+    that are equal to worker 0's are written by worker 0 alone. Earlier steps are removed only after all workers have
+    written this one. Returns the step's folder.
 
     `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, tensors
     and plain types. `process_group` has the workers; None: the default group if there is one, else this process alone.
 
-    Raises CheckpointError if the files cannot be written; earlier steps are then unchanged. Raises it on every worker
-    if `keep` is below 2 or `step` below 0, if a state is not plain, or if the folder has later steps, which must be of
-    another run.
+    Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
+    message names the worker and the reason. Raises it too if `keep` is below 2 or `step` below 0, if a state is not
+    plain, or if the folder has later steps, which must be of another run.
 
     >>> import tempfile
     >>> import torch
@@ -95,20 +96,25 @@ def save_checkpoint(
     check_calls(parts, "saves a checkpoint")
     collectives = ObjectCollectives(group, device_of(parts))
     content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
-    saved = [s for s in steps_in(folder) if group.rank in ranks_in(step_folder(folder, s))]
-    had = min(collectives.gather(max(saved, default=-1)))
+    target = step_folder(folder, step)
+    is_new = not target.exists()
 
     # Leave tensors equal to worker 0's to worker 0's file.
     common, common_sha256 = paths_in_common(content, collectives)
     content = {**without(content, common), "common": common}
     identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
     module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
+
+    # Remove the step if a worker could not write it, and earlier steps if all could.
+    write = partial(write_files, folder, content, **identity, common_sha256=common_sha256, shapes=module_shapes)
     try:
-        write_files(folder, content, **identity, common_sha256=common_sha256, shapes=module_shapes)
-        rotate(folder, keep, had)
-    except OSError as error:
-        raise _unwritable(folder, step, error) from None
-    return step_folder(folder, step)
+        run_on_all(collectives, partial(_write, target, write))
+    except CheckpointError:
+        if is_new:  # else it may be complete by an earlier save
+            remove(target)
+        raise
+    run_on_all(collectives, partial(_write, target, partial(rotate, folder, keep)))
+    return target
 
 
 def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep: int) -> Content:
@@ -122,10 +128,7 @@ def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep:
         check_plain(value, name)
 
     # Later steps in the folder belong to another run, and would be loaded in place of this step.
-    try:
-        later = [s for s in steps_in(folder) if s > step]
-    except OSError as error:
-        raise _unwritable(folder, step, error) from None
+    later = [s for s in _write(step_folder(folder, step), partial(steps_in, folder)) if s > step]
     if later:
         raise CheckpointError(
             f"{folder} has a checkpoint of step {later[-1]}, after this one of step {step}: load it, or save to "
@@ -134,8 +137,12 @@ def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep:
     return {"parts": states, "extra": extra}
 
 
-def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
-    return CheckpointError(f"checkpoint {step_folder(folder, step)} cannot be written: {error.strerror}")
+def _write(target: Path, work: Callable[[], T]) -> T:
+    """Return `work()`, a part of writing the step's folder `target`. Raises CheckpointError instead of an OSError."""
+    try:
+        return work()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {target} cannot be written: {error.strerror}") from None
 
 
 def load_checkpoint(

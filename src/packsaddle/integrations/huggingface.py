@@ -31,6 +31,9 @@ from packsaddle.integrations.callbacks import (
 )
 from packsaddle.local.updates import LocalUpdates
 
+# TrainingArguments by which workers exchange numbers at every step. Older versions of transformers lack the second.
+_PER_STEP = ("ddp_find_unused_parameters", "average_tokens_across_devices")
+
 
 class _Attached(Attached, TrainerCallback):
     """Base callback: attaches a hook or local updates when training begins, logs metrics, saves and restores state."""
@@ -103,8 +106,9 @@ class LocalUpdatesCallback(_Attached):
 
     Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. Accepts the
     arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel
-    exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
-    contraction is measured in every round, or as set by a `Compression`.
+    exchanges no gradients from the start of training. With several workers the trainer's TrainingArguments must have
+    `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. `measures` are logged as
+    packsaddle/sent and so on; the contraction is measured in every round, or as set by a `Compression`.
 
     During training the trainer evaluates, predicts with and saves the anchor: the parameters last agreed on, identical
     on all workers. At the end pending updates are exchanged (`LocalUpdates.flush`): every worker has the anchor. With
@@ -143,7 +147,15 @@ class LocalUpdatesCallback(_Attached):
         return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach and restore local updates. Raises RuntimeError if the last training loaded the best model."""
+        """Attach and restore local updates. Raises ValueError if TrainingArguments make several workers wait for each
+        other at every step, and RuntimeError if the last training loaded the best model."""
+        found = {name: getattr(args, name) for name in _PER_STEP if getattr(args, name, False) is not False}
+        if found and args.world_size > 1:
+            needed, got = ", ".join(f"{name}=False" for name in found), " and ".join(map(repr, found.values()))
+            raise ValueError(
+                f"LocalUpdatesCallback needs TrainingArguments({needed}), got {got}: workers would wait for each other "
+                f"at every step"
+            )
         if self._ended_at_best and self._trainer.model_wrapped is self._attached:
             raise RuntimeError("the best model was loaded after the last training: make a new Trainer to train on")
         super().on_train_begin(args, state, control)

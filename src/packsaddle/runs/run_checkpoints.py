@@ -130,8 +130,7 @@ class RunCheckpoints:
                 raise CheckpointError(str(error)) from error
 
     def record_stop(self, step: int, steps: int, *, quiet: bool) -> None:
-        """Write stopped.json when all workers have saved, and print how to resume. `steps`: of the whole run."""
-        self._group.all_reduce(torch.zeros(1))  # a barrier
+        """Write stopped.json and print how to resume. Call after `save`. `steps`: of the whole run."""
         if self._group.rank == 0:
             hint = self.policy.hint
             self._folder.write_json(STOPPED, {"step": step, "of": steps, "resume": hint})
