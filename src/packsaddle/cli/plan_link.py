@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, read_compressor
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, names_compressors, read_compressor
 from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call
@@ -115,6 +115,7 @@ class LinkOptions:
         return TrainingStep(model, random_batch(model, shape, batch, tokens=kind == "int64"))
 
 
+@names_compressors
 @grouped(
     {
         "": "model d workers data input json",
@@ -148,8 +149,7 @@ def link(
         rate: Rate of each worker's link, such as 100mbit, 1gbit or 12.5MB/s; UP/DOWN, such as 20mbit/100mbit, for
             different rates of sending and receiving (the slower one limits); or "auto" to measure it between
             torchrun's workers, or without torchrun between processes on this machine.
-        compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
-            Sign, Rounded, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
+        compressor: "best" (all of them), or one of COMPRESSORS, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
         optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
             to dense training. sgd, adamw: measured with the DDP hook; only measured compressors are compared, unless
