@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": {
         *("options", "numerics", "compressors", "comm", *FRONTS, "checkpoint", "curvature", "theory", "integrations")
     },
-    "plan": {"options", "numerics", "compressors", "comm", *FRONTS, "theory", "runs"},
+    "plan": {"options", "numerics", "compressors", "comm", *FRONTS, "theory"},
     "cli": {"options", "compressors", "comm", "checkpoint", "curvature", "theory", "runs", "plan", "numerics"},
 }
 ROOT_MODULES = {"errors", "messages", "version"}

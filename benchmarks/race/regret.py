@@ -94,7 +94,7 @@ def main() -> None:
     curves = [curve for curve in load(args.folder / "curves.csv") if curve.workers == args.workers]
     table, workload = (
         rows(curves, steps),
-        ModelSize.of_parameters("gpt", TrainingWorkload("gpt", 8).task().parameters()),
+        ModelSize.of_model("gpt", TrainingWorkload("gpt", 8).task()),
     )
     update = update_seconds(workload.d)
     print("| link | contender | predicted ms | measured ms | error |\n| --- | --- | --- | --- | --- |")

@@ -44,4 +44,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
     for module in (commands, compressors, configuration, metrics):
         app.add_directive(f"generated-{module.__name__.rpartition('.')[2]}", directive(module.markdown))
+    app.add_directive("generated-compressor-classes", directive(compressors.classes))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

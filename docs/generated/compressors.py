@@ -1,12 +1,11 @@
-"""The table of all compressors, from packsaddle.compressors.registry; numbers are computed, not measured."""
+"""The table and the reference of all compressors, from packsaddle.compressors.registry; numbers are computed."""
 
 import dataclasses
-import inspect
 
 from generated import table
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Sign
-from packsaddle.compressors.registry import SUMMARIES
+from packsaddle.compressors import Compressor
+from packsaddle.compressors.registry import CLASSES, variants
 
 _D, _WORKERS, _RATIO = 1_000_000, 4, 0.01
 
@@ -14,25 +13,21 @@ _D, _WORKERS, _RATIO = 1_000_000, 4, 0.01
 def markdown() -> str:
     """Return the table: arguments, bound, message, exchange, and bytes in one setting."""
     rows = []
-    for cls, about in SUMMARIES.items():
-        c = _example(cls)
+    for name, cls in CLASSES.items():
+        c = variants(cls, _RATIO)[0]
         choice = choose(c, "direct", d=_D, dense=0, workers=_WORKERS)
         sent = choice.aggregator.wire(_D, 0, 1, _WORKERS, 4).sent
         linear = "yes" if c.linear else "no"
         rows.append(
-            [f"`{cls.__name__}({_arguments(cls)})`", about.mu, about.message, linear, choice.name, f"{sent / 1e3:,.1f}"]
+            [f"`{name}({_arguments(cls)})`", c.summary.mu, c.summary.message, linear, choice.name, f"{sent / 1e3:,.1f}"]
         )
     setting = f"kB: sent by each of {_WORKERS} workers in a step, for {_D:,} coordinates and a ratio of {_RATIO:.0%}."
     return table(["compressor", "mu", "message", "linear", "averaged by", "kB"], rows) + f"\n\n{setting}"
 
 
-def _example(cls: type[Compressor]) -> Compressor:
-    parameters = inspect.signature(cls).parameters
-    if "ratio" in parameters:
-        return cls(ratio=_RATIO)  # type: ignore[call-arg]
-    if "share" in parameters:
-        return cls(share=0.5)  # type: ignore[call-arg]
-    return cls(Sign()) if "compressor" in parameters else cls()  # type: ignore[call-arg]
+def classes() -> str:
+    """Return the reference of each class, from its docstring."""
+    return "\n\n".join(["```{eval-rst}", *(f".. autoclass:: packsaddle.{name}" for name in CLASSES), "```"])
 
 
 def _arguments(cls: type[Compressor]) -> str:

@@ -34,6 +34,7 @@ from packsaddle.plan import (
     probe,
     update_seconds,
 )
+from packsaddle.runs.tasks import MODELS, build_model
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.
@@ -70,10 +71,14 @@ def worker(folder: Path, name: str, bits: float, batch: int, repeats: int) -> No
 def predict(group: Group, link: Link, name: str, batch: int) -> Verdict:
     """Computing and coding are measured by all workers at once: they share the machine's cores."""
     group.all_reduce(torch.zeros(1))
-    fleet = Fleet(group.size, TrainingStep.of_model(name, batch).time().low)
+    fleet = Fleet(group.size, step_of(name, batch).time().low)
     group.all_reduce(torch.zeros(1))
-    workload = ModelSize.of_model(name)
+    workload = ModelSize.of_model(name, build_model(name))
     return forecast(workload, link, fleet, COMPRESSORS, measure, update=update_seconds(workload.d))
+
+
+def step_of(name: str, batch: int) -> TrainingStep:
+    return TrainingStep.of_model(build_model(name), MODELS[name], batch, tokens=False)
 
 
 def found(forecast: Any) -> dict[str, Any]:
@@ -83,7 +88,7 @@ def found(forecast: Any) -> dict[str, Any]:
 
 def training(name: str, batch: int, compressor: Compressor | None, how: str) -> Callable[[], None]:
     """Return one step of training on random examples; without a compressor, DDP's with SGD."""
-    step = TrainingStep.of_model(name, batch)
+    step = step_of(name, batch)
     model, examples = step.model, step.batch
     optimizer: torch.optim.Optimizer
     if compressor is None:

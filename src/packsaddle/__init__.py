@@ -5,23 +5,9 @@ from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint
 from packsaddle.comm.ledger import Bytes, Ledger, Span
 from packsaddle.comm.simulation import simulate
-from packsaddle.compressors import (
-    QSGD,
-    AdaptiveTopK,
-    Compressor,
-    Identity,
-    LinearSketch,
-    LowRank,
-    Message,
-    RandomK,
-    Rounded,
-    SharedTopK,
-    Sign,
-    SketchTopK,
-    Stages,
-    TopK,
-)
-from packsaddle.compressors.base import RatioRamp
+from packsaddle.compressors.base import Compressor, Message, RatioRamp
+from packsaddle.compressors.kinds import *  # noqa: F403 -- all compressors
+from packsaddle.compressors.registry import CLASSES
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
@@ -43,8 +29,7 @@ from packsaddle.theory.noise_walk import suggest_noise
 from packsaddle.version import __version__ as __version__
 
 __all__ = [
-    "QSGD",
-    "AdaptiveTopK",
+    *CLASSES,
     "Bytes",
     "Certificate",
     "Checkpoint",
@@ -58,11 +43,8 @@ __all__ = [
     "Elastic",
     "Escape",
     "GradientNoise",
-    "Identity",
     "Ledger",
-    "LinearSketch",
     "LocalUpdates",
-    "LowRank",
     "Message",
     "Noise",
     "NonFiniteError",
@@ -70,19 +52,12 @@ __all__ = [
     "OuterSGD",
     "Overlap",
     "Ramp",
-    "RandomK",
     "RatioRamp",
     "Reset",
-    "Rounded",
     "Search",
-    "SharedTopK",
-    "Sign",
-    "SketchTopK",
     "Skip",
     "Span",
-    "Stages",
     "Storm",
-    "TopK",
     "Verdict",
     "Workers",
     "attach",

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_pages import PAGES, found
+from api_pages import PAGES, found, text_of
 
 DIRECTIVE = re.compile(r"\.\. auto(function|class|module):: ([\w.]+)(\(\))?")
 
 
 def listed(page: Path) -> Iterator[tuple[str, Any, bool]]:
     """The names on a page of the API, and whether users call them: "()" there hides a signature."""
-    for kind, name, hidden in DIRECTIVE.findall(page.read_text()):
+    for kind, name, hidden in DIRECTIVE.findall(text_of(page)):
         thing = found(name)
         if kind == "module":
             own = {key: value for key, value in vars(thing).items() if getattr(value, "__module__", None) == name}

@@ -31,6 +31,7 @@ from packsaddle.plan.step_time import Fleet, Link
 from packsaddle.plan.timing import Timing
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import make_task
+from packsaddle.runs.tasks.toys import build_model
 from packsaddle.runs.templates import TASKS
 
 
@@ -192,7 +193,7 @@ def test_the_exchange_is_the_fastest_one() -> None:
 def test_a_model_has_its_shapes() -> None:
     """LowRank of a model is that of its matrices; of a number of coordinates, of one square."""
     before = torch.get_rng_state()
-    model = ModelSize.of_model("mnist-autoencoder")
+    model = ModelSize.of_model("mnist-autoencoder", build_model("mnist-autoencoder"))
     assert torch.equal(torch.get_rng_state(), before)
     assert (model.d, model.dense) == (209_920, 449)
     bound = model.bind(LowRank())
@@ -217,7 +218,8 @@ def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyP
 
 def test_resnet_of_the_optimizer() -> None:
     pytest.importorskip("torchvision")
-    assert ModelSize.of_model("resnet18").d + ModelSize.of_model("resnet18").dense == 11_173_962
+    size = ModelSize.of_model("resnet18", build_model("resnet18"))
+    assert size.d + size.dense == 11_173_962
 
 
 def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:

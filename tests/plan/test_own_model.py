@@ -13,11 +13,11 @@ from commandline import command, refused
 from torch import Tensor, nn
 
 from packsaddle import QSGD, Identity, LocalUpdates, OuterSGD, Rounded, Sign
+from packsaddle.cli.plan_link import _optimizers
 from packsaddle.cli.plan_link_text import advice, coding_spread, flush_seconds, spread
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
-from packsaddle.plan.model import _optimizers, random_batch
 from packsaddle.plan.timing import Timing, repeated
 from packsaddle.runs.training import muon_and_adamw
 
@@ -137,10 +137,10 @@ def test_the_loss_is_what_the_model_returns() -> None:
 
 def test_random_tokens_are_of_every_embedding() -> None:
     model = nn.Sequential(nn.Embedding(1000, 4), nn.Embedding(3, 4))
-    found = random_batch(model, (50,), 8, tokens=True)
+    found = TrainingStep.of_model(model, (50,), 8, tokens=True).batch
     assert (found.shape, set(found.unique().tolist())) == ((8, 50), {0, 1, 2})
     with pytest.raises(ConfigError, match="this one has none"):
-        random_batch(nn.Linear(2, 2), (50,), 8, tokens=True)
+        TrainingStep.of_model(nn.Linear(2, 2), (50,), 8, tokens=True)
 
 
 def test_muon_is_for_hidden_matrices() -> None:

@@ -89,7 +89,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     )
     with pytest.raises(ValueError, match=f"the state {older}"):
         opt.load_state_dict(state | {"param_groups": [group | {"format": 1}]})
-    with pytest.raises(ValueError, match=r"the state has no param_groups\.0\.format; was it saved by CompressedSGD\?"):
+    with pytest.raises(ValueError, match=r"has no param_groups\[0\]\.format; was it saved by CompressedSGD\?"):
         opt.load_state_dict(state | {"param_groups": [{k: v for k, v in group.items() if k != "format"}]})
     with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
         opt.load_state_dict(make(network()[0], data, seed=4).state_dict())
@@ -100,7 +100,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
             CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3).state_dict()
         )
     groups = [{k: v for k, v in g.items() if k != "step"} for g in state["param_groups"]]
-    with pytest.raises(ValueError, match=r"the state has no param_groups\.0\.step"):
+    with pytest.raises(ValueError, match=r"the state has no param_groups\[0\]\.step"):
         opt.load_state_dict({**state, "param_groups": groups})
     shapes = list(network()[0].parameters())
     shapes[0] = nn.Parameter(torch.zeros(6, 20, dtype=torch.float64))

@@ -2,18 +2,26 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TypeVar
 
-from packsaddle.compressors import Compressor, Stages
-from packsaddle.compressors.registry import classes, parse_compressor
+from packsaddle.compressors import Compressor
+from packsaddle.compressors.registry import PLAIN, parse_compressor
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.options.schema import nearest
 
-_KINDS: Mapping[str, Any] = {name.lower(): kind for name, kind in classes().items() if kind is not Stages}
+F = TypeVar("F", bound=Callable[..., None])
+
+_KINDS = {kind.__name__.lower(): kind for kind in PLAIN}
 WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
     name: kind for name, kind in _KINDS.items() if any(field.metadata.get("share") for field in fields(kind))
 }
 FIXED: Mapping[str, Compressor] = {name: kind() for name, kind in _KINDS.items() if name not in WITH_RATIO}
+
+
+def names_compressors(command: F) -> F:
+    """Replace COMPRESSORS in a command's docstring, which is its help, by the class names that --compressor accepts."""
+    command.__doc__ = (command.__doc__ or "").replace("COMPRESSORS", ", ".join(kind.__name__ for kind in PLAIN))
+    return command
 
 
 def read_compressor(text: str, ratio: float | None) -> Compressor | str:

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, read_compressor
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, names_compressors, read_compressor
 from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call
@@ -26,11 +26,12 @@ from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure_with_spread
 from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.plan.model import ModelSize, TrainingStep, random_batch, update_seconds
+from packsaddle.plan.model import ModelSize, TrainingStep, update_seconds
 from packsaddle.plan.step_time import LATENCY, Fleet, Link
 from packsaddle.plan.timing import Timing
 from packsaddle.runs.progress import countdown
-from packsaddle.runs.training import hidden_matrices
+from packsaddle.runs.tasks.toys import MODELS, build_model
+from packsaddle.runs.training import hidden_matrices, muon_and_adamw
 
 _BATCH = 32
 
@@ -97,7 +98,8 @@ class LinkOptions:
         if self.model is None:
             return None
         if not self.is_own:
-            return TrainingStep.of_model(self.model, batch)
+            model, shape = build_model(self.model), MODELS[self.model]
+            return TrainingStep.of_model(model, shape, batch, tokens=len(shape) == 1)
         with torch.random.fork_rng(devices=[]):
             model = call(self.model)
             if not isinstance(model, torch.nn.Module):
@@ -112,9 +114,10 @@ class LinkOptions:
         if kind not in ("", "float32", "int64") or not all(size.isdecimal() for size in sizes.split("x")):
             raise ConfigError(f"--input must be a shape such as 3x224x224, or int64:1024 for tokens, got {text!r}")
         shape = tuple(map(int, sizes.split("x")))
-        return TrainingStep(model, random_batch(model, shape, batch, tokens=kind == "int64"))
+        return TrainingStep.of_model(model, shape, batch, tokens=kind == "int64")
 
 
+@names_compressors
 @grouped(
     {
         "": "model d workers data input json",
@@ -148,8 +151,7 @@ def link(
         rate: Rate of each worker's link, such as 100mbit, 1gbit or 12.5MB/s; UP/DOWN, such as 20mbit/100mbit, for
             different rates of sending and receiving (the slower one limits); or "auto" to measure it between
             torchrun's workers, or without torchrun between processes on this machine.
-        compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
-            Sign, Rounded, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
+        compressor: "best" (all of them), or one of COMPRESSORS, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
         optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
             to dense training. sgd, adamw: measured with the DDP hook; only measured compressors are compared, unless
@@ -235,7 +237,7 @@ def _given(rate: str, latency: float | None) -> Link | None:
 def _size(options: LinkOptions, step: TrainingStep | None) -> ModelSize:
     if step is None:
         return ModelSize.of_size(options.d or 0)
-    return ModelSize.of_parameters(str(options.model), [p for p in step.model.parameters() if p.requires_grad])
+    return ModelSize.of_model(str(options.model), step.model)
 
 
 def _measured_link(group: Group | None, device: torch.device, workers: int) -> tuple[Link, str]:
@@ -265,9 +267,19 @@ class _Paces:
 
 def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
     try:
-        return step.time(optimizer)
+        return step.time(_optimizers(step.model, optimizer))
     except Exception as error:  # a user's model can raise anything
         raise ConfigError(f"{name} failed on its batch: {first_line(error)}") from None
+
+
+def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Optimizer]:
+    """Return optimizers whose steps take as long as those of a training, and hardly change the model."""
+    rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
+    if name == "sgd":
+        return [torch.optim.SGD(trained, rate, momentum=0.9)]
+    if name == "adamw":
+        return [torch.optim.AdamW(trained, rate)]
+    return muon_and_adamw(model, muon={"lr": rate}, adamw={"lr": rate})
 
 
 def _candidates(text: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:

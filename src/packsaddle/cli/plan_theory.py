@@ -8,7 +8,7 @@ from typing import Literal
 
 from rich.table import Table
 
-from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, read_compressor
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, names_compressors, read_compressor
 from packsaddle.cli.console import digits, number_table, print_table
 from packsaddle.cli.flags import grouped
 from packsaddle.compressors import Compressor, Identity
@@ -23,6 +23,7 @@ _PACE = 1000  # steps per second of a small network on a fast machine
 _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
+@names_compressors
 @grouped(
     {
         "": "d epsilon lipschitz_gradient json",
@@ -49,9 +50,8 @@ def theory(
         packsaddle plan theory --d 1000000 --epsilon 0.2 --json
 
     Args:
-        compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
-            these, AdaptiveTopK, Sign, Rounded, QSGD, LowRank and Identity, in any case; or a call:
-            'TopK(0.01, values="int8")'.
+        compressor: "best" (each compressor that sends a given number k of values, at its best k), or one of
+            COMPRESSORS, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%, for a single compressor; by default the best
             one.
         mode: "theory" uses the constants and logarithms of a proof, "practical" constants that give feasible runs.

@@ -1,30 +1,14 @@
 """Gradient compressors."""
 
 from packsaddle.compressors.base import Compressor, Message, RatioRamp
-from packsaddle.compressors.linear_sketch import LinearSketch
-from packsaddle.compressors.low_rank import LowRank
-from packsaddle.compressors.quantized import QSGD, Rounded, Sign
-from packsaddle.compressors.registry import compressors, describe, identify, parse_compressor
-from packsaddle.compressors.shared import SharedTopK, SketchTopK
-from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
-from packsaddle.compressors.stages import Stages
+from packsaddle.compressors.kinds import *  # noqa: F403 -- all compressors
+from packsaddle.compressors.registry import CLASSES, compressors, describe, identify, parse_compressor
 
 __all__ = [
-    "QSGD",
-    "AdaptiveTopK",
+    *CLASSES,
     "Compressor",
-    "Identity",
-    "LinearSketch",
-    "LowRank",
     "Message",
-    "RandomK",
     "RatioRamp",
-    "Rounded",
-    "SharedTopK",
-    "Sign",
-    "SketchTopK",
-    "Stages",
-    "TopK",
     "compressors",
     "describe",
     "identify",

@@ -66,6 +66,15 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A compressor's row in the table of the documentation, and its variants in comparisons."""
+
+    mu: str  # formula of the contraction mu
+    message: str  # contents of a message
+    variants: Sequence[Mapping[str, Any]] = ({},)  # arguments of each variant, except the ratio
+
+
 class Compressor(ABC):
     """A (possibly random) map C of flat vectors: `encode` turns v into a message, `add_decoded` adds C(v) to a tensor.
 
@@ -79,7 +88,8 @@ class Compressor(ABC):
     - `fixed_size = True` if the size of every part depends on d alone; sizes are then not exchanged;
     - `lossless = True` if C(v) = v for every v;
     - `aggregation`, if messages are averaged by neither an all-reduce nor an all-gather;
-    - `rates` and `shared_cells`, if the coordinates sent do not depend on the values of v.
+    - `rates` and `shared_cells`, if the coordinates sent do not depend on the values of v;
+    - `summary`, if it is one of the compressors of packsaddle, which `compressors.kinds` lists.
 
     >>> import torch
     >>> from packsaddle import Compressor, TopK
@@ -94,6 +104,7 @@ class Compressor(ABC):
     private: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
+    summary: ClassVar[Summary]
 
     @property
     def linear(self) -> bool:
@@ -234,7 +245,7 @@ class RatioRamp:
     [0.25, 0.05, 0.01]
     """
 
-    compressor: Compressor  # one with a ratio: TopK, RandomK, SharedTopK, SketchTopK, LinearSketch
+    compressor: Compressor  # one with a ratio, such as TopK
     stop: int  # first step with the compressor's own ratio, at least 1
     first: float = 0.25  # ratio at step 0, in (0, 1]
 

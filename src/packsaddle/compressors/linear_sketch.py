@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, check_count, check_share
+from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_share
 from packsaddle.compressors.parts import Expected, floats
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash
@@ -39,6 +39,7 @@ class LinearSketch(Compressor):
 
     linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary("c/(c + d - 1) or better", "c counters")
     ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
     columns: int | None = None  # c, number of counters, instead of the ratio
     sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers per step, for small problems only

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, check_count
+from packsaddle.compressors.base import Compressor, Message, Summary, check_count
 from packsaddle.compressors.parts import Expected, check_magnitudes, floats
 from packsaddle.numerics.seeds import Stream, generator
 
@@ -40,6 +40,9 @@ class LowRank(Compressor):
     """
 
     aggregation: ClassVar[str] = "low-rank all-reduce"
+    summary: ClassVar[Summary] = Summary(
+        "matrix_rank / min(n, m), in the mean", "matrix_rank (n + m) values for each matrix"
+    )
     matrix_rank: int = 1  # rank of the factors of each tensor
     # Matrix shapes of the tensors in v, from `for_tensors`; empty: v is one nearly square matrix.
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, cut_sizes
+from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, cut_sizes
 from packsaddle.compressors.levels import MOST_BITS, decode_levels, encode_levels, level_bytes, unpack_levels
 from packsaddle.compressors.parts import Expected, floats, octets
 from packsaddle.compressors.values import (
@@ -48,6 +48,7 @@ class Sign(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary("||v||_1^2 / (d ||v||_2^2)", "a bit for each coordinate, and a scale")
     per_tensor: bool = False  # one scale per tensor instead of one for the vector
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
 
@@ -113,6 +114,9 @@ class Rounded(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary(
+        "4/256 or better, by format", "a few bits for each coordinate; scales or levels of each 256"
+    )
     values: ValueFormat = "int2"  # format of the coordinates
 
     def __post_init__(self) -> None:
@@ -156,6 +160,11 @@ class QSGD(Compressor):
     """
 
     private: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary(
+        "1 / (1 + min(b/s^2, sqrt(b)/s))",
+        "levels, in about their entropy; a norm for each bucket",
+        ({}, {"levels": 127}),
+    )
     levels: int = 7  # s, number of nonzero levels of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
     bucket: int = 512  # b, coordinates per norm
     coded: bool = True  # entropy-code the levels, if levels is at most 127; message sizes then vary

@@ -1,69 +1,32 @@
-"""The list of all compressors, and functions that parse a compressor from text or describe it as text or a dict."""
+"""All compressors by name, and functions that parse a compressor from text or describe it as text or a dict."""
 
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
+from packsaddle.compressors import kinds
 from packsaddle.compressors.base import Compressor
-from packsaddle.compressors.linear_sketch import LinearSketch
-from packsaddle.compressors.low_rank import LowRank
-from packsaddle.compressors.quantized import QSGD, Rounded, Sign
-from packsaddle.compressors.shared import SharedTopK, SketchTopK
-from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
-from packsaddle.compressors.stages import Stages
 
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 
-
-@dataclass(frozen=True)
-class Summary:
-    """A compressor's row in the table of the documentation."""
-
-    mu: str  # formula of the contraction mu
-    message: str  # contents of a message
+# All compressors by class name; PLAIN: those whose arguments are plain values, not another compressor.
+CLASSES: Mapping[str, Any] = {name: kind for name, kind in vars(kinds).items() if isinstance(kind, type)}
+PLAIN = tuple(kind for kind in CLASSES.values() if Compressor not in get_type_hints(kind).values())
 
 
-SUMMARIES: Mapping[type[Compressor], Summary] = {
-    Identity: Summary("1", "d values"),
-    RandomK: Summary("k/d, rounded up to whole cells", "k values in cells; no indices, because the seed is shared"),
-    TopK: Summary(">= k/d; with chunk the least k/n of a chunk", "k values and k coded indices"),
-    AdaptiveTopK: Summary("the share, for every v", "as TopK; k varies"),
-    SharedTopK: Summary("K/B >= k/d, in the mean", "projections of each of B blocks, 2 bytes each; K blocks of values"),
-    SketchTopK: Summary("k/d", "rows x columns counters of 2 bytes; oversample x k values"),
-    Sign: Summary("||v||_1^2 / (d ||v||_2^2)", "a bit for each coordinate, and a scale"),
-    Rounded: Summary("4/256 or better, by format", "a few bits for each coordinate; scales or levels of each 256"),
-    QSGD: Summary("1 / (1 + min(b/s^2, sqrt(b)/s))", "levels, in about their entropy; a norm for each bucket"),
-    LinearSketch: Summary("c/(c + d - 1) or better", "c counters"),
-    LowRank: Summary("matrix_rank / min(n, m), in the mean", "matrix_rank (n + m) values for each matrix"),
-    Stages: Summary("1 - (1 - mu of C)^passes", "C's message of each pass"),
-}
+def variants(kind: Any, ratio: float) -> list[Compressor]:
+    """Return the compressors of this class in its `summary`, with this `ratio` if they have one."""
+    has_ratio = any(f.name == "ratio" for f in fields(kind))
+    return [kind(**{"ratio": ratio} | given) if has_ratio else kind(**given) for given in kind.summary.variants]
 
 
 def compressors(ratio: float) -> list[Compressor]:
     """Return all compressors, some in several variants, with this `ratio` if they have one. Raises ValueError unless it
     is in (0, 1]."""
-    return [
-        Identity(),
-        RandomK(ratio),
-        RandomK(ratio, block_size=1),
-        RandomK(ratio, values="bfloat16"),
-        TopK(ratio),
-        TopK(ratio, values="int8"),
-        TopK(ratio, values="int2", chunk=4096),
-        AdaptiveTopK(0.5),
-        SharedTopK(ratio),
-        SketchTopK(ratio),
-        LinearSketch(ratio),
-        Sign(),
-        Stages(Sign()),
-        Rounded(),
-        QSGD(),
-        QSGD(127),
-        LowRank(),
-    ]
+    return [compressor for kind in CLASSES.values() for compressor in variants(kind, ratio)]
 
 
 def parse_compressor(text: str) -> Compressor:
@@ -79,24 +42,20 @@ def parse_compressor(text: str) -> Compressor:
         raise ValueError(str(error)) from None
 
 
-def classes() -> dict[str, type[Compressor]]:
-    return {kind.__name__: kind for kind in SUMMARIES}
-
-
 def _called(call: ast.expr) -> Compressor:
     assert isinstance(call, ast.Call)
     assert isinstance(call.func, ast.Name)
-    known = classes()
-    if call.func.id not in known:
-        near = get_close_matches(call.func.id, known, 1)
-        hint = f" (did you mean {near[0]}?)" if near else f"; there is {', '.join(known)}"
+    if call.func.id not in CLASSES:
+        near = get_close_matches(call.func.id, CLASSES, 1)
+        hint = f" (did you mean {near[0]}?)" if near else f"; there is {', '.join(CLASSES)}"
         raise ValueError(f"no compressor {call.func.id}{hint}")
     named = {k.arg or "": _argument(k.value) for k in call.keywords}
-    return known[call.func.id](*map(_argument, call.args), **named)
+    compressor: Compressor = CLASSES[call.func.id](*map(_argument, call.args), **named)
+    return compressor
 
 
 def _argument(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes():
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CLASSES:
         return _called(node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
         over, under = _argument(node.left), _argument(node.right)

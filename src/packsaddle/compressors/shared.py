@@ -31,7 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Message, check_count, check_flag
+from packsaddle.compressors.base import Message, Summary, check_count, check_flag
 from packsaddle.compressors.parts import Expected, floats
 from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells, KOfD
@@ -142,6 +142,9 @@ class SharedTopK(SharedSupport):
 
     aggregation: ClassVar[str] = "projected all-reduce"
     fixed_size: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary(
+        "K/B >= k/d, in the mean", "projections of each of B blocks, 2 bytes each; K blocks of values"
+    )
     block_size: int | None = None  # b, consecutive coordinates kept together; by default about 2 r d / k
     projections: int = 2  # r, random projections per block
     half: bool = True  # send projections in bfloat16, else in the vector's dtype
@@ -246,6 +249,7 @@ class SketchTopK(SharedSupport):
     """
 
     aggregation: ClassVar[str] = "sketched all-reduce"
+    summary: ClassVar[Summary] = Summary("k/d", "rows x columns counters of 2 bytes; oversample x k values")
     rows: int | None = None  # R, rows of counters; estimates are medians over rows; by default odd, of order log(d / k)
     columns: int | None = None  # c, counters per row; by default 16 k
     oversample: int = _OVERSAMPLE  # P, candidates per kept coordinate; their exact values are sent

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share, cut_sizes
+from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, check_share, cut_sizes
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, decoding, floats
 from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
@@ -111,6 +111,7 @@ class Identity(Compressor):
     linear: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary("1", "d values")
 
     def mu(self, d: int) -> float:
         return 1.0
@@ -224,6 +225,11 @@ class RandomK(_OfEachTensor):
     """
 
     fixed_size: ClassVar[bool] = True
+    summary: ClassVar[Summary] = Summary(
+        "k/d, rounded up to whole cells",
+        "k values in cells; no indices, because the seed is shared",
+        ({}, {"block_size": 1}, {"values": "bfloat16"}),
+    )
     block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, depending on k
     values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
 
@@ -366,6 +372,11 @@ class TopK(_CodedSupport, _OfEachTensor):
     tensor([ 0., -3.,  2.,  0.])
     """
 
+    summary: ClassVar[Summary] = Summary(
+        ">= k/d; with chunk the least k/n of a chunk",
+        "k values and k coded indices",
+        ({}, {"values": "int8"}, {"values": "int2", "chunk": 4096}),
+    )
     values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
     chunk: int | None = None  # apply the ratio to each run of this many coordinates; None: to the whole vector
 
@@ -449,6 +460,7 @@ class AdaptiveTopK(_CodedSupport):
     tensor([ 0., -3.,  2.,  0.])
     """
 
+    summary: ClassVar[Summary] = Summary("the share, for every v", "as TopK; k varies", ({"share": 0.5},))
     share: float = field(metadata={"share": True})  # fraction of ||v||^2 that is sent, in (0, 1]
     values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, check_count
+from packsaddle.compressors.base import Compressor, Message, Summary, check_count
 from packsaddle.compressors.parts import decoding
+from packsaddle.compressors.quantized import Sign
 from packsaddle.errors import MessageError
 from packsaddle.messages import shown
 from packsaddle.numerics.seeds import mix
@@ -35,6 +37,9 @@ class Stages(Compressor):
     tensor([ 0.5000, -2.5000,  2.5000,  0.5000])
     """
 
+    summary: ClassVar[Summary] = Summary(
+        "1 - (1 - mu of C)^passes", "C's message of each pass", ({"compressor": Sign()},)
+    )
     compressor: Compressor  # compressor of each pass
     passes: int = 2  # p, number of passes
 

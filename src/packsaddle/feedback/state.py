@@ -17,10 +17,13 @@ of the state (such as a pending exchange). Kinds, for a change of the number of 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from packsaddle.errors import ConfigError
+from packsaddle.options.schema import decode, dotted
 
 FORMAT = 4  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
 ANY = "*"  # in a path: any key
@@ -65,7 +68,7 @@ class Vector:
         if self.optional and saved is None:
             return found
         if not isinstance(saved, Mapping):
-            raise ValueError(f"{_dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
+            raise ValueError(f"{dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
         if self.optional and saved.keys() != self.shapes.keys():
             raise ValueError(
                 f"{name} is of {len(saved)} parameters in the state, and of {len(self.shapes)} here: was dense_below "
@@ -108,7 +111,7 @@ class Value:
         """Return the saved value. Raises ValueError if it is missing, invalid, or differs between matches of `path`."""
         found = [typed(self.hint, value, path) for path, value in _matches(state, self.path)]
         if any(value != found[0] for value in found[1:]):
-            raise ValueError(f"{_dotted(self.path)} must have one value, found {found}")
+            raise ValueError(f"{dotted(self.path)} must have one value, found {found}")
         if self.check is not None:
             self.check(found[0])
         return found[0]
@@ -186,7 +189,7 @@ class State:
         for rule in self._rules:
             if _fits(path, rule.path):
                 return rule
-        raise ValueError(f"{_dotted(path)} is in the state, and {self._owner} has no rule for it")
+        raise ValueError(f"{dotted(path)} is in the state, and {self._owner} has no rule for it")
 
     def split(self, leaves: Mapping[Path, Any], workers: int) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
         """Return the tensors to average over workers, and the shared entries, of a state saved by `workers` workers.
@@ -251,34 +254,10 @@ def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: b
 
 def typed(hint: Any, value: Any, path: Path = ()) -> Any:
     """Convert a saved value to `hint`, a type annotation. Raises ValueError, naming the path, for another type."""
-    origin, args = get_origin(hint), get_args(hint)
-    if type(None) in args:
-        return None if value is None else typed(next(arg for arg in args if arg is not type(None)), value, path)
-    if hint is Any:
-        return value
-    if hint is Tensor:
-        check_tensor(_dotted(path), value, getattr(value, "shape", None))
-    # Check the outer type.
-    expected: dict[Any, Any] = {list: (list, tuple), tuple: (list, tuple), dict: Mapping, float: (float, int)}
-    is_made = is_dataclass(hint)
-    kind: Any = Mapping if is_made else object if origin is Literal else origin or hint
-    if not isinstance(value, expected.get(kind, kind)) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{_dotted(path)} must be of type {getattr(kind, '__name__', kind)}, found {value!r:.80}")
-    if origin is Literal and value not in args:
-        raise ValueError(f"{_dotted(path)} must be one of {', '.join(map(repr, args))}, found {value!r:.80}")
-    # Convert the entries.
-    if is_made:
-        hints = get_type_hints(hint)
-        inner = {f.name: next(_matches(value, (f.name,), path)) for f in fields(hint)}
-        return hint(**{name: typed(hints[name], found, where) for name, (where, found) in inner.items()})
-    if origin is dict:
-        return {key: typed(args[1], inner, (*path, key)) for key, inner in value.items()}
-    if origin in (list, tuple):
-        types = args[:1] * len(value) if origin is list or args[1:] == (...,) else args
-        if len(types) != len(value):
-            raise ValueError(f"{_dotted(path)} must have {len(types)} entries, found {len(value)}")
-        return origin(typed(t, inner, (*path, i)) for i, (t, inner) in enumerate(zip(types, value, strict=True)))
-    return value
+    try:
+        return decode(hint, value, path, saved=True)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 def _plain(value: Any) -> Any:
@@ -299,7 +278,7 @@ def _matches(state: Any, pattern: Path, path: Path = ()) -> Iterator[tuple[Path,
     key, *rest = pattern
     found = range(len(state)) if isinstance(state, list | tuple) else state if isinstance(state, Mapping) else ()
     if key != ANY and key not in found:
-        raise ValueError(f"the state has no {_dotted((*path, key))}")
+        raise ValueError(f"the state has no {dotted((*path, key))}")
     for each in found if key == ANY else (key,):
         yield from _matches(state[each], tuple(rest), (*path, each))
 
@@ -322,7 +301,3 @@ def _filled(pattern: Path, path: Path, of: Path) -> Path:
     """Return `pattern` with each ANY replaced by the key that `path` has at the corresponding ANY of `of`."""
     keys = iter([key for key, p in zip(path, of, strict=False) if p == ANY])
     return tuple(next(keys) if p == ANY else p for p in pattern)
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))

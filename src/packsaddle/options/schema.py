@@ -25,15 +25,16 @@ Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the o
 _FEW = 5  # most keys of a table, and most suggested keys, in a message
 
 
-def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = None) -> T:
+def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = None, *, saved: bool = False) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
     `where` is the path of `data` in the whole configuration, whose dataclass is `root` (None: `cls`), for error
-    messages. A field whose type is a union of dataclasses needs a table with a `kind`, the name of the class.
+    messages; `saved` as in `decode`. A field whose type is a union of dataclasses needs a table with a `kind`, the name
+    of the class.
     """
     root = root or cls
     if not isinstance(data, Mapping):
-        raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
+        raise _about(where, f"{dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in settable(cls)}
 
@@ -41,22 +42,22 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
     for key in data:
         if key not in fields:
             place = (*where, key)
-            raise _about(place, f"unknown key {_dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
+            raise _about(place, f"unknown key {dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
     values = {}
     for key, value in data.items():
         # An integer for a fraction is kept, so that the class rejects ratio = 1.
         is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
-        values[key] = value if is_kept else _convert(hints[key], value, (*where, key), root)
+        values[key] = value if is_kept else decode(hints[key], value, (*where, key), root, saved=saved)
     for name, f in fields.items():
-        if is_required(f) and name not in values:
+        if (saved or is_required(f)) and name not in values:
             allowed = f", one of {_listed(get_args(hints[name]))}" if get_origin(hints[name]) is Literal else ""
-            raise _about(where, f"missing key {_dotted((*where, name))}{allowed}")
+            raise _about(where, f"missing key {dotted((*where, name))}{allowed}")
     try:
         return cls(**values)
     except ValueError as error:
         about = str(error).partition(" ")[0].split(".")  # most messages begin with a field's name
         raise _about(
-            (*where, *about) if _has(data, about) else where, f"{_dotted(where)}: {error}" if where else str(error)
+            (*where, *about) if _has(data, about) else where, f"{dotted(where)}: {error}" if where else str(error)
         ) from error
 
 
@@ -99,46 +100,64 @@ def choices(hint: Any) -> tuple[Any, ...]:
     return classes if len(classes) > 1 else ()
 
 
-def _convert(hint: Any, value: Any, where: Place, root: Any) -> Any:
-    if value is None and type(None) in get_args(hint):
-        return None
+def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved: bool = False) -> Any:
+    """Convert plain data to `hint`, a type annotation, whose dataclasses are made by `build`. Raises ConfigError.
+
+    `where` is the path of the value, and `root` the dataclass of the whole, for error messages. In a configuration a
+    number may be text such as "25M", a plain value in place of a table sets its first field, and fields with defaults
+    may be missing. With `saved`, for data that `feedback.state` wrote, these are errors.
+    """
+    # Annotations that allow several types or values.
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any or (value is None and type(None) in args):
+        return value
     if kinds := choices(hint):
         by_name = {c.__name__: c for c in kinds}
         names = ", ".join(by_name)
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
+            raise _about(where, f"{dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
         kind, place = value["kind"], (*where, "kind")
         if not isinstance(kind, str) or kind not in by_name:
             near = nearest(kind, by_name)
-            raise _about(place, f"{_dotted(place)} must be one of {names}, got {shown(kind)}{near}")
-        return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where, root)
-    origin, args = get_origin(hint), get_args(hint)
+            raise _about(place, f"{dotted(place)} must be one of {names}, got {shown(kind)}{near}")
+        return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where, root, saved=saved)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (a for a in args if a is not type(None))
-        return _convert(inner, value, where, root)
+        return decode(inner, value, where, root, saved=saved)
     if origin is Literal:
         if value not in args:
             near = nearest(value, args)
-            raise _about(where, f"{_dotted(where)} must be one of {_listed(args)}, got {shown(value)}{near}")
+            raise _about(where, f"{dotted(where)} must be one of {_listed(args)}, got {shown(value)}{near}")
         return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _about(where, f"{_dotted(where)} must be a list, got {shown(value)}")
-        return tuple(_convert(args[0], item, (*where, i), root) for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping) and (first := settable(hint)) and first[0].default is not dataclasses.MISSING:
-            value = {first[0].name: value}  # a plain value in place of a table sets its first field
-        return build(hint, value, where, root)  # type: ignore[arg-type]
 
-    # A plain type. A number may be text such as "25M"; a bool is not a number.
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
-    if hint in (int, float) and not isinstance(value, bool):
+    # Dictionaries, lists and dataclasses.
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _about(where, f"{dotted(where)} must be a table, got {shown(value)}")
+        return {key: decode(args[1], inner, (*where, key), root, saved=saved) for key, inner in value.items()}
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise _about(where, f"{dotted(where)} must be a list, got {shown(value)}")
+        each = args if origin is tuple and args[1:] != (...,) else args[:1] * len(value)
+        if len(each) != len(value):
+            raise _about(where, f"{dotted(where)} must have {len(each)} entries, got {len(value)}")
+        pairs = enumerate(zip(each, value, strict=True))
+        return origin(decode(a, v, (*where, i), root, saved=saved) for i, (a, v) in pairs)
+    if dataclasses.is_dataclass(hint):
+        first = settable(hint)[:1]
+        if not (saved or isinstance(value, Mapping)) and first and first[0].default is not dataclasses.MISSING:
+            value = {first[0].name: value}
+        return build(hint, value, where, root, saved=saved)  # type: ignore[arg-type]
+
+    # A plain type; a bool is not a number.
+    if not saved and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise _about(where, f"{dotted(where)} must fit in 64 bits, got {shown(value)}")
+    if not saved and hint in (int, float) and not isinstance(value, bool):
         value = _number(hint, value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise _about(where, f"{_dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
+    if not isinstance(value, (float, int) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
+        raise _about(where, f"{dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # an argument that is not UTF-8
-        raise _about(where, f"{_dotted(where)} must be UTF-8, got {value!a}")
+        raise _about(where, f"{dotted(where)} must be UTF-8, got {value!a}")
     return value
 
 
@@ -178,7 +197,7 @@ def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
         if similarity >= (0.6 if is_near else 0.8):
             scores[other] = similarity + 0.2 * is_near
     best = [other for other, score in scores.items() if score == max(scores.values())]
-    texts = [_dotted(other) + " at the top level" * (len(other) == 1 < len(place)) for other in best[:_FEW]]
+    texts = [dotted(other) + " at the top level" * (len(other) == 1 < len(place)) for other in best[:_FEW]]
     return f"did you mean {', '.join(texts[:-1])}{' or ' * (len(texts) > 1)}{texts[-1]}?" if texts else ""
 
 
@@ -198,13 +217,13 @@ def _keys_of(cls: Any) -> str:
     return f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(names[:_FEW]) or 'none'}{more}"
 
 
-def _dotted(where: Place) -> str:
+def dotted(where: Place) -> str:
     """Return a path of keys in TOML's dotted notation, with keys quoted if necessary, on one line."""
 
     def quoted(key: str) -> str:
-        return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))
+        return shortened(key if re.fullmatch(r"[A-Za-z0-9_*-]+", key) else json.dumps(key))
 
-    parts = (f"[{part}]" if isinstance(part, int) else f".{quoted(part)}" for part in where)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{quoted(str(part))}" for part in where)
     return shortened("".join(parts).removeprefix("."))
 
 

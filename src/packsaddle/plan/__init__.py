@@ -7,14 +7,13 @@ updates). `coding` measures the speed of compressors, `model` the time of a trai
 from packsaddle.plan.coding import Line, Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
 from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
-from packsaddle.plan.model import MODELS, ModelSize, TrainingStep, update_seconds
+from packsaddle.plan.model import ModelSize, TrainingStep, update_seconds
 from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
 from packsaddle.plan.timing import Timing, clocked, repeated, side_by_side
 
 __all__ = [
     "LATENCY",
     "MEASURED",
-    "MODELS",
     "Dense",
     "Fleet",
     "Forecast",

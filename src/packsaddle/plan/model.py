@@ -1,8 +1,8 @@
 """A model to plan for: the number of coordinates that workers exchange, and the measured times of its training step."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,10 @@ from packsaddle.compressors import Compressor, RandomK
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.slices import FlatParameters
-from packsaddle.options.schema import nearest
 from packsaddle.plan.coding import LONGEST
 from packsaddle.plan.timing import Timing, repeated, side_by_side
-from packsaddle.runs.config import DataConfig, ModelConfig
-from packsaddle.runs.tasks.models import make_task
-from packsaddle.runs.tasks.text import load_text
-from packsaddle.runs.training import muon_and_adamw
 from packsaddle.sgd.optimizer import CompressedSGD
 
-StepOptimizer = Literal["sgd", "adamw", "muon"]
 _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 
@@ -47,15 +41,10 @@ class ModelSize:
         return cls(f"d = {d:,}", d, 0)
 
     @classmethod
-    def of_model(cls, name: str) -> "ModelSize":
-        """Return the size of a model by its `name` in `MODELS`. Raises ConfigError for another name."""
-        return cls.of_parameters(name, build_model(name).parameters())
-
-    @classmethod
-    def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
-        """Return the size of the `trained` parameters of a model called `name`. Raises ConfigError if none would
-        be compressed."""
-        parameters = list(trained)
+    def of_model(cls, name: str, model: nn.Module) -> "ModelSize":
+        """Return the size of the trained parameters of `model`, called `name` in messages. Raises ConfigError if none
+        would be compressed."""
+        parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ConfigError(f"model {name} has no parameters that require gradients")
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
@@ -63,24 +52,6 @@ class ModelSize:
             few = f"every tensor is a vector or below {_DENSE_BELOW:,} elements"
             raise ConfigError(f"model {name} has nothing to compress: {few}")
         return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes))
-
-
-# The shape of one example by model; the ResNets are packsaddle's variants for small images.
-MODELS: Mapping[str, tuple[int, ...]] = {
-    "mnist-autoencoder": (1, 28, 28),
-    "char-transformer": (DataConfig.context,),
-    **dict.fromkeys(("resnet18", "resnet34", "resnet50"), (3, 32, 32)),
-}
-
-
-def build_model(name: str) -> nn.Module:
-    """Return a model of `packsaddle init` with seed 0; the transformer has the characters of Python's reference manual.
-    Raises ConfigError for a name that is not in `MODELS`."""
-    if name not in MODELS:
-        raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
-    classes = load_text(DataConfig("text"), None, train=True).classes if name == "char-transformer" else 10
-    config: Any = ModelConfig
-    return make_task(config(name), torch.Size(MODELS[name]), classes, 0).network
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
@@ -120,8 +91,9 @@ class TrainingStep:
 
     >>> import torch
     >>> from packsaddle.plan import TrainingStep
-    >>> step = TrainingStep(torch.nn.Linear(8, 2), torch.ones(4, 8))
-    >>> step.loss().shape, step.time("adamw").low > 0
+    >>> model = torch.nn.Linear(8, 2)
+    >>> step = TrainingStep(model, torch.ones(4, 8))
+    >>> step.loss().shape, step.time([torch.optim.AdamW(model.parameters())]).low > 0
     (torch.Size([]), True)
     """
 
@@ -129,10 +101,19 @@ class TrainingStep:
     batch: Any  # the model's argument, a tuple of its arguments, or a dict by keyword
 
     @classmethod
-    def of_model(cls, name: str, batch: int) -> "TrainingStep":
-        """Return the step of a model by its `name` in `MODELS`, on `batch` random examples. Raises ConfigError."""
-        model, shape = build_model(name), MODELS[name]
-        return cls(model, random_batch(model, shape, batch, tokens=len(shape) == 1))
+    def of_model(cls, model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> "TrainingStep":
+        """Return the step of `model` on `batch` random examples of this `shape`: float32, or with `tokens` int64 below
+        the size of the smallest embedding. Raises ConfigError for batch < 1, and for tokens of a model without an
+        embedding."""
+        if batch < 1:
+            raise ConfigError(f"batch must be at least 1, got {batch}")
+        rng = torch.Generator().manual_seed(0)
+        if not tokens:
+            return cls(model, torch.rand(batch, *shape, generator=rng))
+        sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+        if not sizes:
+            raise ConfigError("int64 inputs are for a model with an nn.Embedding, and this one has none")
+        return cls(model, torch.randint(min(sizes), (batch, *shape), generator=rng))
 
     def to(self, device: torch.device | str) -> "TrainingStep":
         """Return the step with model and batch on a `device`."""
@@ -152,9 +133,8 @@ class TrainingStep:
         squares = torch.stack([t.float().square().mean() for t in found]).sum()
         return next((t for t in found if t.numel() == 1), squares)
 
-    def time(self, optimizer: StepOptimizer | None = None) -> Timing:
-        """Time forward pass, backward pass and the optimizer's step, if any, repeatedly until the minimum is stable."""
-        optimizers = _optimizers(self.model, optimizer) if optimizer else []
+    def time(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Timing:
+        """Time forward pass, backward pass and a step of these `optimizers` repeatedly until the minimum is stable."""
 
         def step() -> None:
             self.model.zero_grad()
@@ -163,26 +143,3 @@ class TrainingStep:
                 each.step()
 
         return repeated(step)
-
-
-def random_batch(model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> Tensor:
-    """Return `batch` random examples: float32, or with `tokens` int64 below the size of the smallest embedding.
-    Raises ConfigError for batch < 1, and for tokens of a model without an embedding."""
-    if batch < 1:
-        raise ConfigError(f"batch must be at least 1, got {batch}")
-    rng = torch.Generator().manual_seed(0)
-    if not tokens:
-        return torch.rand(batch, *shape, generator=rng)
-    sizes = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
-    if not sizes:
-        raise ConfigError("int64 inputs are for a model with an nn.Embedding, and this one has none")
-    return torch.randint(min(sizes), (batch, *shape), generator=rng)
-
-
-def _optimizers(model: nn.Module, name: StepOptimizer) -> list[torch.optim.Optimizer]:
-    rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
-    if name == "sgd":
-        return [torch.optim.SGD(trained, rate, momentum=0.9)]
-    if name == "adamw":
-        return [torch.optim.AdamW(trained, rate)]
-    return muon_and_adamw(model, muon={"lr": rate}, adamw={"lr": rate})

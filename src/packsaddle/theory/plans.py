@@ -4,11 +4,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Identity, LinearSketch, RandomK, SharedTopK, SketchTopK, TopK
-from packsaddle.compressors.registry import describe
+from packsaddle.compressors import Compressor, Identity, LinearSketch
+from packsaddle.compressors.registry import CLASSES, describe
 from packsaddle.compressors.sparse import KOfD
 from packsaddle.theory.bounds import (
     PRACTICAL,
@@ -25,11 +26,13 @@ from packsaddle.theory.bounds import (
 
 Family = Callable[[int], Compressor]  # maps k to the compressor that sends k coordinates
 
+
+def _of_k(kind: type[KOfD], k: int) -> Compressor:
+    return kind(k=k)
+
+
 FAMILIES: Mapping[str, Family] = {
-    "RandomK": lambda k: RandomK(k=k),
-    "TopK": lambda k: TopK(k=k),
-    "SketchTopK": lambda k: SketchTopK(k=k),
-    "SharedTopK": lambda k: SharedTopK(k=k),
+    **{name: partial(_of_k, kind) for name, kind in CLASSES.items() if issubclass(kind, KOfD)},
     "LinearSketch": lambda k: LinearSketch(columns=k),
 }
 
