@@ -186,8 +186,8 @@ class Ours:
 
     def _break(self, number: int) -> None:
         """Make a confirmation raise after its collective has completed."""
-        assert self.local.membership is not None
-        channel, gather, seen = self.local.membership._channel, self.local.membership._channel.gather, [0]
+        assert self.local._workers is not None
+        channel, gather, seen = self.local._workers.channel, self.local._workers.channel.gather, [0]
 
         def gathered(parts: Any, **how: Any) -> Any:
             found = gather(parts, **how)
@@ -210,7 +210,7 @@ class Ours:
     def train(self) -> None:
         local, spec = self.local, self.spec
         local.join()
-        membership = local.membership
+        membership = local._workers
         assert membership is not None
         pending = local.pending().double()
         self.say("join", None, pending)
@@ -247,7 +247,7 @@ class Ours:
         return self.local.position >= (self.spec.position or 0)
 
     def say(self, event: str, sent: Tensor | None, pending: Tensor) -> None:
-        local, membership = self.local, self.local.membership
+        local, membership = self.local, self.local._workers
         assert membership is not None
         anchor = self.anchor()
         self.log.write(

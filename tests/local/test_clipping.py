@@ -382,7 +382,7 @@ def test_elastic_workers(compressor: Compressor, caplog: pytest.LogCaptureFixtur
         worker.local.join()
         start = worker.anchor()
         worker.train(15)  # the flush follows a round, after which some workers have nothing to send
-        membership = worker.local.membership
+        membership = worker.local._workers
         assert membership is not None
         found = {"start": start, "name": f"{membership.worker:x}", "clips": worker.local.clips, "moved": worker.moved}
         found["pending"] = worker.local.pending()

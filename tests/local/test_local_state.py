@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,15 +323,28 @@ def test_a_run_resumed_after_a_flush_is_the_one_that_went_on(given: tuple[Compre
 
 def slow_exchange(local: LocalUpdates) -> threading.Event:
     """Have the next exchange wait for the event that is returned."""
-    (part,), may_end = local._fragments, threading.Event()
-    exchange = part.exchange
+    may_end = threading.Event()
 
-    def waits(*args: Any, **options: Any) -> None:
+    def waits(exchange: Callable[..., Any], *args: Any, **options: Any) -> Any:
         assert may_end.wait(30)
-        exchange(*args, **options)
+        return exchange(*args, **options)
 
-    part.exchange = waits  # type: ignore[method-assign]
+    replace_exchange(local, waits)
     return may_end
+
+
+def replace_exchange(local: LocalUpdates, by: Callable[..., Any]) -> Callable[[], None]:
+    """Call `by` with the exchange of each later round and its arguments, until the returned function is called."""
+    (part,) = local._fragments
+    begin = part.feedback.round
+
+    def replaced(t: int) -> Any:
+        found = begin(t)
+        found.exchange = partial(by, found.exchange)  # type: ignore[method-assign]
+        return found
+
+    part.feedback.round = replaced  # type: ignore[method-assign]
+    return lambda: vars(part.feedback).pop("round")
 
 
 def rolled_back() -> tuple[Tensor, Tensor]:
@@ -360,15 +374,14 @@ def loaded_after_a_failure() -> str:
     """An exchange fails in the background; then an earlier state is loaded."""
     one = Training(torch.distributed.get_rank(), {"every": 4, "delay": 3})
     saved = copy.deepcopy(one.local.state_dict())
-    (part,) = one.local._fragments
 
     def fails(*args: Any, **options: Any) -> None:
         raise KeyError("of the exchange")
 
-    part.exchange, exchange = fails, part.exchange  # type: ignore[method-assign]
+    restore = replace_exchange(one.local, fails)
     one.train(0, 5)
     one.local.load_state_dict(saved)
-    part.exchange = exchange  # type: ignore[method-assign]
+    restore()
     one.train(0, 9)
     return f"{one.local.rounds} round"
 

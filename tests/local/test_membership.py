@@ -34,6 +34,7 @@ from packsaddle.comm.managed import lighthouse_address
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Roster
+from packsaddle.local.elastic.workers import ElasticWorkers
 from packsaddle.local.participation import share
 
 
@@ -52,7 +53,7 @@ def nesterov(anchors: Any) -> torch.optim.Optimizer:
 
 
 def result(worker: Worker, steps: int = 30) -> list[Tensor]:
-    if worker.local.membership is not None:
+    if isinstance(worker.local._workers, ElasticWorkers):
         worker.local.join()
     worker.train(steps)
     return worker.everything()
@@ -92,7 +93,7 @@ def test_a_failed_round_leaves_all_as_it_was_and_is_tried_again(case: dict[str, 
         worker = Worker(_group(), **case)
         worker.local.join()
         worker.train(5)
-        group, manager = worker.local._channel.group, worker.manager
+        group, manager = worker.local._workers.channel.group, worker.manager
         before: list[list[Tensor]] = []
 
         def look() -> None:
@@ -143,14 +144,14 @@ def test_a_worker_in_doubt_learns_from_the_others_what_came_of_its_round(committ
         w.local.join()
         w.train(2)
     state = other.manager.save()  # as before the round
-    group = worker.local._channel.group
+    group = worker.local._workers.channel.group
     group.broken = {group.calls + 4}  # after the hello, the dense part, the sizes and the messages
 
     def recover() -> None:
         if group.calls < max(group.broken) + 1:
             return
         worker.manager.before_quorum = lambda: None
-        membership = worker.local.membership
+        membership = worker.local._workers
         assert membership is not None
         if committed:
             state["roster"]["included"] = {membership.worker: membership.account.attempts}
@@ -198,7 +199,7 @@ def test_a_round_that_others_do_not_have_is_counted_as_lost(caplog: pytest.LogCa
     assert torch.equal(worker.anchor(), other.anchor())
     torch.testing.assert_close(worker.local.pending(), pending, rtol=1e-12, atol=1e-12)
     worker.train(2)
-    assert worker.local.membership.roster.gone == pytest.approx(sent)  # type: ignore[union-attr]
+    assert worker.local._workers.roster.gone == pytest.approx(sent)  # type: ignore[union-attr]
     assert "was in a round that the others do not have" in caplog.text
 
 
@@ -246,7 +247,7 @@ def test_weighted_by_what_workers_have_trained_on(compressor: Any, weight: str) 
 
     def run(rank: int) -> tuple[Tensor, Tensor, int]:
         worker = Worker(_group(), compressor=compressor, settings={"weight": "steps"})
-        membership = worker.local.membership
+        membership = worker.local._workers
         assert membership is not None
         total = [0]
         if weight == "function":
@@ -278,13 +279,13 @@ def test_a_slower_worker_does_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> No
     def run(rank: int) -> list[int]:
         worker = Worker(_group(), every=12, settings={"weight": "steps"})
         worker.local.join()
-        membership, at = worker.local.membership, []
+        membership, at = worker.local._workers, []
         assert membership is not None
         clock = [0.0]
         for _ in range(40):
             clock[0] += 3.0 if rank else 1.0
             membership._resumed, now = 0.0, clock[0]
-            monkeypatch.setattr("packsaddle.local.elastic.membership.time.monotonic", lambda now=now: now)
+            monkeypatch.setattr("packsaddle.local.elastic.workers.time.monotonic", lambda now=now: now)
             worker.train(1)
             if worker.local.exchanging:
                 at.append(worker.local.steps)
@@ -339,7 +340,7 @@ def test_a_round_that_is_not_taken_leaves_the_norms_of_memories() -> None:
             worker.parameters[0].data[0, 0] = float("nan")
         worker.train(1)
         assert worker.local.skipped == 1
-        roster = worker.local.membership.roster  # type: ignore[union-attr]
+        roster = worker.local._workers.roster  # type: ignore[union-attr]
         norms = sorted(member.norm for member in roster.members.values())
         return norms, float(worker.local._fragments[0].feedback.memory.vector.norm())
 
@@ -362,7 +363,7 @@ def gone(path: Path, steps: int = 7) -> tuple[Worker, Any]:
 def returned(state: Any, path: Path, **arguments: Any) -> Worker:
     """A worker with that file, which receives the others' state at its first quorum."""
     worker = Worker(settings={"memory_file": path}, **arguments)
-    membership = worker.local.membership
+    membership = worker.local._workers
     assert membership is not None
     worker.manager.before_quorum = lambda: None if membership.roster.past else worker.manager.load(state)
     return worker
@@ -407,7 +408,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     back.manager.before_quorum = lambda: back.manager.load(state)
     back.local.join()
     assert torch.equal(back.local.pending(), pending)
-    assert back.local.membership.worker == left.local.membership.worker  # type: ignore[union-attr]
+    assert back.local._workers.worker == left.local._workers.worker  # type: ignore[union-attr]
     torch.testing.assert_close(back.x(), back.anchor() - pending, rtol=1e-12, atol=1e-12)
     back.manager.before_quorum = lambda: None
     back.train(3)  # after which the file is that of the new round
@@ -429,7 +430,7 @@ def test_a_memory_that_cannot_be_used_is_set_aside(why: str, tmp_path: Path, cap
     left, state = gone(path)
     expected = {"sent": "older than what its worker has sent since", "run": "of another run"}
     if why == "sent":
-        state["roster"]["included"][left.local.membership.worker] += 1  # type: ignore[union-attr]
+        state["roster"]["included"][left.local._workers.worker] += 1  # type: ignore[union-attr]
     elif why == "run":
         state["roster"]["run"] += 1
     elif why == "damaged":
@@ -468,7 +469,7 @@ def test_what_is_lost_is_counted_and_said(caplog: pytest.LogCaptureFixture, tmp_
         stays.manager.load(left.manager.save())
         assert stays.local.lost == 0.0
         stays.local.join()
-        membership = stays.local.membership
+        membership = stays.local._workers
         assert membership is not None
         norm = float(left.local.pending().norm())
         assert norm > 0
@@ -499,8 +500,8 @@ def successor(state: Any, **settings: Any) -> Worker:
 
 def balance(worker: Worker) -> tuple[float, float]:
     """What a worker counts as waiting and as lost."""
-    assert worker.local.membership is not None
-    return worker.local.membership.waiting, worker.local.lost
+    assert worker.local._workers is not None
+    return worker.local._workers.waiting, worker.local.lost
 
 
 @pytest.mark.parametrize("since", [0, 2])
@@ -518,7 +519,7 @@ def test_a_memory_that_cannot_be_written_goes_with_a_last_round(since: int, tmp_
                 assert worker.local.leave()
         else:
             worker.train(3 - since)
-        roster = worker.local.membership.roster  # type: ignore[union-attr]
+        roster = worker.local._workers.roster  # type: ignore[union-attr]
         norms = sum(member.norm for member in roster.members.values())
         return start - worker.anchor(), worker.moved, worker.local.pending(), norms
 
@@ -546,7 +547,7 @@ def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
     left.train(3)
     with full():
         left.train(3 * rounds + 1)
-        norm = left.local.membership.account.norm  # type: ignore[union-attr]
+        norm = left.local._workers.account.norm  # type: ignore[union-attr]
         state, left.manager.refused = left.manager.save(), range(10**6)
         assert norm > 0
         assert not left.local.leave()
@@ -626,7 +627,7 @@ def test_a_newcomer_without_updates_is_not_in_a_flush() -> None:
             worker.train(6)
         else:
             for _ in range(2):
-                worker.local.membership.round(uncompressed=False)  # type: ignore[union-attr]
+                worker.local._workers.round(uncompressed=False)  # type: ignore[union-attr]
         assert worker.local.flush()
         return start - worker.anchor(), worker.moved
 
@@ -785,10 +786,10 @@ def test_a_worker_with_other_frozen_parameters_is_refused(changed: bool) -> None
             local.join()
             if changed:
                 model["fixed"].weight.data.add_(1.0)
-                assert local.membership is not None
-                local.membership.joined = rank != 2  # as if worker 2 joined only now
-                assert local.membership.round(uncompressed=True)
-                local.membership.joined = True
+                assert local._workers is not None
+                local._workers.has_joined = rank != 2  # as if worker 2 joined only now
+                assert local._workers.round(uncompressed=True)
+                local._workers.has_joined = True
                 assert local.flush()
         except (ConfigError, PeerLostError) as error:
             return str(error)
@@ -847,8 +848,8 @@ def test_a_worker_whose_schedule_differs_is_told_before_it_sends(rank: int) -> N
         worker.local.join()
         with pytest.raises((ConfigError, PeerLostError)) as caught:
             worker.train(30)
-        assert worker.local.membership is not None
-        return str(caught.value), worker.local.rounds, worker.local.membership.worker
+        assert worker.local._workers is not None
+        return str(caught.value), worker.local.rounds, worker.local._workers.worker
 
     found = simulate(run, 3)
     name = found[rank][2]
@@ -864,8 +865,8 @@ def test_an_identity_says_version_size_and_round() -> None:
     worker = Worker()
     worker.local.join()
     worker.train(6)
-    assert worker.local.membership is not None
-    lines = worker.local.membership._message().split("\n")
+    assert worker.local._workers is not None
+    lines = worker.local._workers._message().split("\n")
     assert lines[0] == f"packsaddle={packsaddle.__version__!r}"
     assert lines[1].startswith("compressor=TopK(")
     assert lines[2:] == ["d=30", "round=2"]

@@ -103,12 +103,12 @@ def catch_up(manager: FakeManager, managers: list[FakeManager]) -> None:
 
 def results(worker: Worker) -> dict[str, Any]:
     local = worker.local
-    assert local.membership is not None
-    counts = [local.steps, local.rounds, local.position, local.lost, local.skipped, local.membership.workers]
+    assert local._workers is not None
+    counts = [local.steps, local.rounds, local.position, local.lost, local.skipped, local.workers]
     skips = [(skip.step, skip.workers) for skip in local.skips]
     return {
         "x": [worker.x(), worker.anchor()],
         "e": local.pending(),
         "ledger": local.ledger,
-        "counts": [counts, local.membership.waiting, skips],
+        "counts": [counts, local.waiting, skips],
     }

@@ -73,6 +73,8 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/exchange/names": "not finite in the pending exchange of fragment {}",
         "fragments/*/exchange/start/*": "x before the pending exchange of {1}",
         "fragments/*/exchange/mean/*": "mean of the pending exchange of {1}",
+        "fragments/*/exchange/frozen": "frozen in the pending exchange of fragment {}",
+        "fragments/*/exchange/agrees": "frozen on all workers in the pending exchange of fragment {}",
         "outer/**": "outer {}",
         "escape/anchor/*": "escape anchor of {}",
         "escape/step": "escape step",

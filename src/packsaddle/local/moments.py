@@ -22,6 +22,7 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
 from packsaddle.local.joined import JoinedOptimizer, with_members
+from packsaddle.local.round import LocalRound
 
 _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
@@ -54,6 +55,14 @@ class MeanMomentum:
                 f"mean_momentum=0, or use it with Adam or AdamW alone",
                 stacklevel=stacklevel,
             )
+
+    def __call__(self, r: LocalRound) -> None:
+        """Mix the mean update of an applied round. No-op after a flush, whose update is of less than a round."""
+        if r.applied and not r.flush:
+            assert isinstance(r.mean, Tensor)
+            named = r.part.named(r.mean)
+            updates = [None if place.name in r.frozen else update for place, update in named]
+            self.mix(r.part.parameters, updates)
 
     def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> None:
         """Mix the mean update of each parameter, None if it is frozen, into its first moment, in place.

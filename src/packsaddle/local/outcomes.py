@@ -1,5 +1,4 @@
-"""Outcomes of rounds: rejected ones are counted, and optimizers that made parameters non-finite are reset. After an
-applied one, first moments may be mixed with the mean update (see `moments`).
+"""Outcomes of rounds: rejected ones are counted, and optimizers that made parameters non-finite are reset.
 
 Non-finite entries are cleared from the state of every torch optimizer of these parameters, also inside a wrapper. If a
 step with finite gradients then makes a parameter non-finite again, an optimizer stores state elsewhere: non-finite
@@ -20,9 +19,9 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.state import Value, attribute
-from packsaddle.local.fragment import Fragment, PendingExchange
+from packsaddle.local.fragment import Fragment
 from packsaddle.local.inner import live_objects, names_of
-from packsaddle.local.moments import MeanMomentum
+from packsaddle.local.round import LocalRound
 from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
@@ -33,8 +32,7 @@ class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
     More than `most` consecutive rejected rounds raise an error. The steps of reset optimizers are checked until all
-    local updates are finite again. `agree` reduces a bool[] with OR over the shards of this worker. `momentum` changes
-    the optimizers after an applied round; None: nothing does.
+    local updates are finite again. `agree` reduces a bool[] with OR over the shards of this worker.
     """
 
     def __init__(
@@ -44,10 +42,8 @@ class Outcomes:
         agree: Callable[[Tensor], Tensor],
         most: int | None,
         rank: int,
-        momentum: MeanMomentum | None,
     ) -> None:
         self._optimizers, self._fragments, self._agree = optimizers, fragments, agree
-        self._momentum = momentum
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._reloaded = False  # state dicts were cleared and loaded back after an invalid update
@@ -62,44 +58,39 @@ class Outcomes:
         """True from an invalid local update of this worker to the next valid one of that fragment."""
         return any(part.was_invalid for part in self._fragments)
 
-    def register(self, part: Fragment, exchange: PendingExchange) -> None:
-        """Record a fragment's update as valid again, if that of its new exchange is.
+    def register(self, r: LocalRound) -> None:
+        """Record a fragment's update as valid again, if that of its new round is. Call before the exchange.
         After a failed reset, add a mark to the name of the invalid parameter, which all workers receive."""
-        if self._waits and not bool(exchange.invalid):
+        part = r.part
+        if self._waits and not bool(r.invalid):
             part.was_invalid = False
             if not self._waits:
                 self._reloaded = self._failed = False
         elif self._failed:
             named = zip(part.places, part.anchor.tensors(), strict=True)
-            assert exchange.round is not None
-            exchange.round.name = (
-                first_out_of_range((place.name, x) for place, x in named) or "another shard"
-            ) + _FAILED
+            assert r.exchanged is not None
+            r.exchanged.name = (first_out_of_range((place.name, x) for place, x in named) or "another shard") + _FAILED
 
-    def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
-        """Record the outcome of a fragment's round t; return True if it was applied.
+    def __call__(self, r: LocalRound) -> None:
+        """Record the outcome of a round that has ended.
         Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset."""
         # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
         # parameters may zero the updates of other fragments, which are then valid.
-        if exchange.applied:
+        part = r.part
+        if r.applied:
             part.was_rejected = False
             if not any(each.was_rejected for each in self._fragments):
                 self.skips.reset_streak()
-            if self._momentum is not None and not exchange.flush:
-                assert isinstance(exchange.mean, Tensor)
-                named = part.named(exchange.mean)
-                updates = [None if place.name in exchange.frozen else update for place, update in named]
-                self._momentum.mix(part.parameters, updates)
-            return True
+            return
         part.was_rejected = True
         # On a worker with an invalid update, clear non-finite optimizer state, and make the parameters finite.
-        if bool(exchange.invalid):
+        if bool(r.invalid):
             self._clear()
             part.was_invalid = True
             self._restore()
         # Count the rejected round, and raise errors on all workers.
-        self.skips.record(Skip.of(t, dict(enumerate(exchange.names)), THE_MEAN, is_round=True))
-        for worker, name in enumerate(exchange.names):
+        self.skips.record(Skip.of(r.t, dict(enumerate(r.names)), THE_MEAN, is_round=True))
+        for worker, name in enumerate(r.names):
             if name.endswith(_FAILED):
                 raise NonFiniteError(
                     f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
@@ -109,7 +100,6 @@ class Outcomes:
                     f"learning rate"
                 )
         self.skips.check(self.skips.in_a_row)
-        return False
 
     def check_step(self) -> None:
         """Clear and reload state dicts if parameters are non-finite after an inner step with finite gradients.

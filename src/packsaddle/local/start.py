@@ -144,12 +144,13 @@ def _no_op(*_: object) -> None:
 
 
 class UnsentSteps:
-    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor. `owner` ends
-    at garbage collection or interpreter exit. No-op without an owner, or if an exception ends the script."""
+    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor, and this
+    worker's parameters are not at the anchor: `is_left()` returns True. `owner` ends at garbage collection or
+    interpreter exit. No-op without an owner, or if an exception ends the script."""
 
-    def __init__(self, owner: object | None) -> None:
+    def __init__(self, owner: object | None, is_left: Callable[[], bool]) -> None:
         self._steps = self._exchanged = 0
-        self._is_pending = False
+        self._is_pending, self._is_left = False, is_left
         if owner is not None:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
@@ -163,7 +164,7 @@ class UnsentSteps:
         self._is_pending = False
 
     def _warn(self) -> None:
-        if self._is_pending and sys.exc_info()[0] is None and not hasattr(sys, "last_type"):
+        if self._is_pending and sys.exc_info()[0] is None and not hasattr(sys, "last_type") and self._is_left():
             _log.warning(
                 "LocalUpdates ended without flush() after %d steps, %d of them since its last round, so the workers' "
                 "models differ: call local.flush() after the last step, or save local.state_dict_of(model)",

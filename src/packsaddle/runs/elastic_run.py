@@ -79,10 +79,8 @@ class ElasticTrainer(Trainer):
                 tally.step += 1
                 if tally.step % self.config.log_every == 0:
                     tally.line = self._log(folder, time.perf_counter() - begin)
-                there = training.front.membership
-                assert there is not None
                 loss = f"loss {tally.line['loss']:.4f}  " if tally.line else ""
-                report(min(steps, training.front.position), f"{loss}{there.workers} workers")
+                report(min(steps, training.front.position), f"{loss}{training.front.workers} workers")
 
         # Do the last exchange, then write this worker's results.
         training.finish()

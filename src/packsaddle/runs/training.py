@@ -183,7 +183,8 @@ class LocalTraining(Training):
         elastic: Elastic | None = None,
     ) -> None:
         assert config.local is not None
-        self._local = local = config.local
+        self._local, self._is_elastic = config.local, elastic is not None
+        local = config.local
         super().__init__(config, calendar, local.every)
 
         # Make this worker's inner optimizer, then the exchanges.
@@ -217,7 +218,7 @@ class LocalTraining(Training):
         self.took = bool(measured.isfinite().all())
 
         # Set the scheduled learning rate. With elastic workers it depends on the steps that the anchor includes.
-        done = self.front.steps if self.front.membership is None else self.front.position
+        done = self.front.position if self._is_elastic else self.front.steps
         for group in self._inner.param_groups:
             group["lr"] = self.rate(done)
         self._inner.step()
@@ -280,7 +281,6 @@ class LocalTraining(Training):
             itemsize=self._parameters[0].element_size(),
             back=config.back.for_tensors(shapes) if config.back is not None and n and not lossless else None,
         )
-        there = self.front.membership
         return {
             "parameters": d,
             "compressed_parameters": n,
@@ -288,7 +288,7 @@ class LocalTraining(Training):
             "exchange": choice.name,
             "exchange_reason": choice.reason,
             "local": plain(self._local),
-            **({} if there is None else {"elastic": {"workers": there.workers, "lost": there.lost}}),
+            **({"elastic": {"workers": self.front.workers, "lost": self.front.lost}} if self._is_elastic else {}),
         }
 
     @property

@@ -20,7 +20,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,20 +35,23 @@ from torch.optim import Optimizer
 from packsaddle.comm.communicator import Communicator, as_text
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
-from packsaddle.compressors import Identity
+from packsaddle.comm.sharding import local_part
+from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.feedback.guard import sender_of
 from packsaddle.feedback.optimizers import load_states
-from packsaddle.feedback.state import Rule, State, Value, Vector, attribute
+from packsaddle.feedback.state import Rule, State, Value, Vector, attribute, skip
+from packsaddle.local.after import Reactions
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
 from packsaddle.local.options import Elastic, LocalOptions
-from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import share
+from packsaddle.local.round import LocalRound
+from packsaddle.local.schedule import Schedule
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
@@ -66,44 +69,47 @@ class Attempt:
 
 
 class RoundFailedError(RuntimeError):
-    """An attempt at a round was not committed; `Membership.round` repeats it. The message is empty after a vote."""
+    """An attempt at a round was not committed; `ElasticWorkers.round` repeats it. The message is empty after a vote."""
 
 
-class Membership:
+class ElasticWorkers:
     """Runs this worker's rounds in a run whose workers join and leave, coordinated by a torchft Manager.
 
-    `inner` are the optimizers of the parameters, `outer` is the optimizer of the anchor, `outcomes` records applied and
-    rejected rounds. `arguments` returns a text of all values that must be equal on all workers, when this one joins.
+    Args:
+        options: options of the local updates.
+        channel: the communicator, of a `ManagedGroup`.
+        fragments: the fragments of the model.
+        schedule: when they are exchanged.
+        inner: the optimizers of the parameters.
+        outer: the outer optimizer of the anchor, or None.
     """
 
     def __init__(
         self,
         options: LocalOptions,
-        fragments: Sequence[Fragment],
         channel: Communicator,
+        fragments: Sequence[Fragment],
+        schedule: Schedule,
         inner: Sequence[Optimizer],
         outer: OuterOptimizer | None,
-        outcomes: Outcomes,
-        arguments: Callable[[], str],
     ) -> None:
         settings = options.workers
         assert isinstance(settings, Elastic)
         assert isinstance(channel.group, ManagedGroup)
-        self.settings, self._channel, self._group = settings, channel, channel.group
-        self._fragments, self._inner, self._outer, self._outcomes = fragments, inner, outer, outcomes
-        self._compression = options.compression
-        self._arguments, self._arguments_hash = arguments, 0
+        self.settings, self.channel, self._group = settings, channel, channel.group
+        self._fragments, self._inner, self._outer = fragments, inner, outer
+        self._compression, self._schedule = options.compression, schedule
+        self._arguments_hash = 0
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
-        self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker per round
 
         # State of this worker.
         self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # its random name
-        self.joined = False
-        self.exchanged = False  # True: a round followed the last inner step
+        self.has_joined = False
+        self._exchanged = False  # True: a round followed the last inner step
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
         self.account = Account()
-        self._target = self.period  # inner steps from one round to the next
+        self._target = schedule.period  # inner steps from one round to the next
         self._resumed = time.monotonic()  # time at the end of the last round
         self._energy = 0.0  # ||v||^2 of the uncommitted round; v: local update plus error memory
         self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
@@ -118,8 +124,27 @@ class Membership:
         if settings.leave_on_sigterm:
             self._sigterm.listen()
 
+    def start(
+        self,
+        reactions: Reactions,
+        same: Mapping[str, object],
+        parameters: Mapping[str, Tensor],
+        untrained: Sequence[tuple[str, Tensor]],
+    ) -> None:
+        """Set the reactions to the end of a round, and what is compared when this worker joins: the arguments `same`,
+        and checksums of the frozen parameters."""
+        self._reactions = reactions
+        frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
+
+        def arguments() -> str:
+            checksums = {f"checksum of {name}": int(fingerprint(local_part(t))) for name, t in frozen.items()}
+            return as_text({**same, **checksums})
+
+        self._arguments = arguments
+
     @property
     def workers(self) -> int:
+        """The number of workers in the last round."""
         return sum(member.here for member in self.roster.members.values())
 
     @property
@@ -134,9 +159,18 @@ class Membership:
 
     # Rounds.
 
+    def enter(self) -> bool:
+        """Join, unless this worker has joined; return True if the other workers' parameters were loaded."""
+        if self.has_joined:
+            return False
+        self.join()
+        return True
+
     def join(self) -> None:
         """Run a round without an update, in which the other workers' state is loaded; then load the memory file.
-        Updates in the file that were sent after it was written are not loaded."""
+        Updates in the file that were sent after it was written are not loaded. No-op if this worker has joined."""
+        if self.has_joined:
+            return
         self.round(uncompressed=False)
         self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
         if self._file is not None:
@@ -160,15 +194,24 @@ class Membership:
                 self._save()  # before the next Hello reports that the file is up to date
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
-    def stepped(self, steps: int) -> None:
-        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due."""
-        self.steps, self.exchanged = steps, False
+    def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
+        """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
+        Returns False: a worker that has ended its training leaves."""
+        self.steps, self._exchanged = steps, False
         self.account.since += 1
         self.account.ahead += 1
         if self._sigterm.asked:
             self._exit()
         if self.account.ahead >= self._target:
             self.round(uncompressed=False)
+        return False
+
+    def flush(self, compressor: Compressor | None, steps: int) -> bool:
+        """Run an uncompressed round of all present workers. Raises RuntimeError for a compressor."""
+        if compressor is not None:
+            raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
+        self.join()  # a worker without steps of its own may have a memory file to send
+        return self.round(uncompressed=True)
 
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
         """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
@@ -176,7 +219,7 @@ class Membership:
         `uncompressed`: send all pending updates. Raises PeerLostError if no round is committed in `patience` seconds,
         and ConfigError if this worker's arguments differ from the others'.
         """
-        if not self.joined:
+        if not self.has_joined:
             self._arguments_hash = _hash(self._arguments())
         # Measure the time of an inner step: `_commit` reduces the steps of slower workers by it.
         arrived = time.monotonic()
@@ -202,7 +245,7 @@ class Membership:
                 self._exit()
             time.sleep(_PAUSE)
         # A worker that had to send its memory before leaving leaves now.
-        self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
+        self._resumed, self.account.ahead, self._exchanged = time.monotonic(), 0, True
         if self._sigterm.asked and self._sends_all:
             self._exit()
         return applied
@@ -248,11 +291,11 @@ class Membership:
     def _try(self, dense: bool, seconds: float) -> Attempt:
         """Exchange one round with the workers of the quorum, up to the vote; return it as an `Attempt`."""
         self._group.renew()
-        self._channel.step = max(0, self.steps - 1)
+        self.channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
         # Hello: compare arguments before the first collective whose size depends on them.
         mine = self._hello(dense, seconds)
-        gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+        gathered = self.channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
         hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
         # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
@@ -263,21 +306,22 @@ class Membership:
             parts = list(self._fragments) if dense else [self._due]
         self._energy = 0.0
         for part in parts:
-            p = part.begin(self.steps, share(weights, self._group.rank), flush=Identity() if dense else None)
-            p.agrees = len({hello.frozen for hello in hellos}) == 1
-            self._outcomes.register(part, p)
-            assert p.round is not None
-            self._energy += _energy(p.round.v)
+            flush = Identity() if dense else None
+            r = LocalRound.begin(part, self.steps, share(weights, self._group.rank), flush=flush)
+            r.agrees = len({hello.frozen for hello in hellos}) == 1
+            self._reactions.outcomes.register(r)
+            assert r.exchanged is not None
+            self._energy += _energy(r.exchanged.v)
             norms = None
-            if p.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
-                norm_of_all = self._channel.gather({"norm": p.norm}, fixed_size=True, purpose="guard")
-                norms, p.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
-            part.exchange(p, self._channel.step, norms, as_vector=self._outer is not None)
-            part.name_workers(p)
+            if r.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
+                norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
+                norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
+            r.exchange(self.channel.step, norms)
+            r.name_workers()
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
-        confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
+        confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
@@ -288,7 +332,7 @@ class Membership:
         # fragments that were not in that round. Without any its zeros count with others' updates (negative).
         own = self.account
         has_more = len(self._fragments) > 1 and not own.since and self._has_pending()
-        idle_weight = own.last_weight if self.joined and (own.counted or own.norm) else 0.0
+        idle_weight = own.last_weight if self.has_joined and (own.counted or own.norm) else 0.0
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
@@ -301,7 +345,7 @@ class Membership:
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
             frozen=_hash(as_text({"frozen": [part.frozen_next for part in self._fragments]})),
-            weight=self.account.weight(self.settings.weight) if self.joined else 0.0,
+            weight=self.account.weight(self.settings.weight) if self.has_joined else 0.0,
             idle_weight=idle_weight if own.norm or has_more else -idle_weight,
             seconds=seconds,
             lost=self.account.found_lost,
@@ -315,7 +359,7 @@ class Membership:
 
     @property
     def _due(self) -> Fragment:
-        return self._fragments[self._rounds % len(self._fragments)]
+        return self._fragments[self._schedule.in_rotation(self._rounds)]
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
         """Check that arguments, anchors and messages of all workers match; the most frequent, or the first, are right.
@@ -346,7 +390,7 @@ class Membership:
         """
         if len(set(hashes)) == 1:
             return
-        texts, mine = self._channel.gather_text(text(), self._device, "members"), self._group.rank
+        texts, mine = self.channel.gather_text(text(), self._device, "members"), self._group.rank
         usual = most(texts)
         if len(set(texts)) == 1:
             return
@@ -358,8 +402,8 @@ class Membership:
 
     def _norm_after(self) -> float:
         """Return the norm that this worker's error memory will have if the current round is committed."""
-        exchanges = [(part, part.current) for part in self._fragments]
-        errors = [p.round.v if p and p.round and p.share else part.feedback.memory.vector for part, p in exchanges]
+        pairs = [(part, part.current) for part in self._fragments]
+        errors = [r.exchanged.v if r and r.exchanged and r.share else f.feedback.memory.vector for f, r in pairs]
         return math.sqrt(sum(map(_energy, errors)))
 
     def _commit(self, attempt: Attempt) -> bool:
@@ -380,7 +424,7 @@ class Membership:
         own.found_lost -= mine.lost
         kept = sum(_energy(part.feedback.memory.vector) for part in attempt.parts)
         own.norm = self.roster.members[self.worker].norm
-        self.joined = True
+        self.has_joined = True
         if weight:
             own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
             if taken:
@@ -388,25 +432,27 @@ class Membership:
         # Let a slower worker make fewer steps before the next round, so that the others do not wait for it.
         if self.settings.weight is not None and mine.seconds:
             fastest = min(h.seconds for h in attempt.hellos if h.seconds)
-            self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
+            period = self._schedule.period
+            self._target = max(1, min(period, round(period * fastest / mine.seconds)))
         # The error memory in the file has now been sent, so replace the file before training continues.
         applied, reports = True, 0
         for part in attempt.parts:
-            t, p = part.rounds, part.apply_exchange(None if self._outer is None else self._outer.optimizer)
-            applied &= self._outcomes.record(part, t, p)
-            reports = max(reports, sum(sender_of(name) == self._group.rank for name in p.names))
+            r = part.apply_round(None if self._outer is None else self._outer.optimizer)
+            self._reactions(r)
+            applied &= bool(r.applied)
+            reports = max(reports, sum(sender_of(name) == self._group.rank for name in r.names))
         self._save()
         # Stop if most other workers could not decode this worker's message; they continue without it.
         if 2 * reports > self._group.size - 1:
             raise GuardError(
                 f"{reports} of the {self._group.size - 1} other workers received an invalid message from this one "
-                f"({self._outcomes.skips.list[-1].message}): check its memory and its network, and restart it"
+                f"({self._reactions.outcomes.skips.list[-1].message}): check its memory and its network, and restart it"
             )
         return applied
 
     def _close_exchanges(self) -> bool:
         parts, self._in_doubt = self._in_doubt, ()
-        applied = [part.close() for part in parts if part.current is not None]  # a list: `all` must not skip any
+        applied = [part.current.close() for part in parts if part.current is not None]  # `all` must not skip any
         return all(applied)
 
     def _roll_back(self) -> None:
@@ -491,7 +537,37 @@ class Membership:
         """Return the saved-state fields: this worker's name and counts (`Account`), and the `Roster`."""
         path = ("membership",)
         own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
-        return [*own, *self.roster.fields((*path, "roster"))]
+        share = Value(("share",), float, lambda: 1.0, skip)
+        return [share, *own, *self.roster.fields((*path, "roster"))]
+
+    # What only a fixed set of workers has.
+
+    def check_fixed(self, call: str) -> None:
+        """Raise RuntimeError for a call that only a fixed set of workers supports."""
+        raise RuntimeError(_FIXED[call])
+
+    def mean(self, vectors: Sequence[Tensor], steps: int) -> NoReturn:
+        raise RuntimeError(_FIXED["error"])
+
+    def average(self, tensors: Iterable[Tensor], steps: int) -> NoReturn:
+        raise RuntimeError(_FIXED["average"])
+
+    def check_call(self, call: str, steps: int) -> None:
+        """No-op: the workers that are present make different numbers of calls."""
+
+    def exchanging(self, steps: int) -> bool:
+        """Return True if a round followed the last inner step."""
+        return self._exchanged
+
+    def sampled(self, steps: int) -> bool:
+        return True
+
+    def position(self, steps: int) -> int:
+        """Return the number of inner steps that the anchor includes, of all workers."""
+        return self.roster.position
+
+    def identity(self) -> dict[str, Any]:
+        return {"elastic": True}
 
     # Memory files, and workers that leave.
 
@@ -558,10 +634,17 @@ class Membership:
         for part, vector in zip(self._fragments, pending, strict=True):
             for name, view in part.by_name(vector).items():
                 view.mul_(name not in part.frozen_next)
-        return self.joined and any(bool(vector.any()) for vector in pending)
+        return self.has_joined and any(bool(vector.any()) for vector in pending)
 
     def _exit(self) -> NoReturn:
         end_process(0 if self.leave() else 1)
+
+
+_FIXED = {
+    "error": "error is of workers that are all there; with a manager, pending() is this worker's own",
+    "average": "average is for a fixed set of workers; with a manager, evaluate the anchor",
+    "sit_out": "sit_out is for a fixed set of workers; with a manager, an absent one is left out",
+}
 
 
 def _hash(text: str) -> int:

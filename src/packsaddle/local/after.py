@@ -1,0 +1,113 @@
+"""What follows a round of local updates, applied or rejected: one list of reactions, in one order.
+
+A reaction is called with the `LocalRound` that has ended. A new one is a class here or in a file of its own, and an
+entry of the list in `Reactions`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.feedback.checks import Drift, DriftGuard
+from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.feedback.state import Value, Vector, attribute
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.lockstep import Lockstep
+from packsaddle.local.moments import MeanMomentum
+from packsaddle.local.outcomes import Outcomes
+from packsaddle.local.round import LocalRound
+
+After = Callable[[LocalRound], None]
+
+
+class CompareAnchors:
+    """Compares the anchors of all workers after the rounds of the last fragment that `drift` selects; collective."""
+
+    def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
+        self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
+
+    def __call__(self, r: LocalRound) -> None:
+        if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
+            return
+        before = list[list[Tensor]]()  # the start points, if anchors differ
+
+        def named() -> list[tuple[str, Tensor]]:
+            before.extend(f.anchor.copy_starts() for f in self._fragments)
+            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+        anchors = [f.anchor.flat for f in self._fragments]
+        compare = partial(self._drift.compare, r.t, anchors, named)
+        self._lockstep.run("compares anchors", r.due - self._delay, compare)
+        # The parameters move with a repaired anchor; else the difference would be sent as a local update.
+        for f, starts in zip(self._fragments, before, strict=False):
+            if f.current is None:  # else a running exchange will move them
+                f.anchor.move(starts)
+
+
+class EscapeAnchor:
+    """Runs the saddle escape check (Algorithm 1, lines 4-8) on the anchor of the only fragment; `interval` and `every`
+    of its rule are numbers of rounds. Raises ValueError for several fragments, or exchanges with a delay."""
+
+    def __init__(self, rule: Escape, fragments: Sequence[Fragment], channel: Communicator, seed: int) -> None:
+        whole = fragments[0]
+        if len(fragments) > 1 or whole.options.overlap.delay:
+            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        self.resets: list[Reset] = []  # records of its firings
+
+        def at_anchor() -> float | Tensor:
+            whole.anchor.set_parameters(whole.anchor.views)
+            return rule.objective()
+
+        self.check = EscapeCheck(replace(rule, objective=at_anchor), whole, whole.anchor.flat, channel, seed)
+
+    def __call__(self, r: LocalRound) -> None:
+        if not r.applied:
+            return
+        part = r.part
+        try:
+            reset, lost = self.check.run(part.rounds, part.feedback.pending())
+            if reset is not None:
+                part.feedback.reset(lost)
+                self.resets.append(reset)
+        finally:
+            part.anchor.move_to_start()
+            if r.leaves_rest:
+                part.anchor.move_to_anchor()
+
+
+class Reactions:
+    """The reactions to the end of a round, in order; None: not set.
+
+    `outcomes` counts rejected rounds and resets optimizers, and may raise NonFiniteError, after which no other reaction
+    runs.
+    """
+
+    def __init__(
+        self,
+        outcomes: Outcomes,
+        momentum: MeanMomentum | None,
+        drift: DriftGuard,
+        compare: CompareAnchors | None,
+        escape: EscapeAnchor | None,
+    ) -> None:
+        self.outcomes, self.drift, self.escape = outcomes, drift, escape
+        every: list[After | None] = [outcomes, momentum, compare, escape]
+        self._all = [react for react in every if react is not None]
+        self.resets = list[Reset]() if escape is None else escape.resets  # firings of the escape check
+
+    def __call__(self, r: LocalRound) -> None:
+        for react in self._all:
+            react(r)
+
+    def fields(self) -> list[Vector | Value]:
+        """Return the saved-state fields of all reactions."""
+        check = () if self.escape is None else self.escape.check.fields()
+        resets = Value(("resets",), list[Reset], lambda: self.resets, self._load_resets)
+        drifts = attribute(("drifts",), self.drift, "found", list[Drift])
+        return [*check, *self.outcomes.fields(), resets, drifts]
+
+    def _load_resets(self, saved: list[Reset]) -> None:
+        self.resets[:] = saved

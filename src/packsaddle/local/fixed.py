@@ -1,0 +1,261 @@
+"""A fixed set of workers: their collectives run in lockstep, on each worker after the same number of inner steps."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.comm.failures import names_call
+from packsaddle.comm.group import Group, training_group
+from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.managed import ManagedGroup
+from packsaddle.comm.sharding import local_part
+from packsaddle.compressors import Compressor, describe
+from packsaddle.feedback.background import Background
+from packsaddle.feedback.state import Value, skip
+from packsaddle.local.after import Reactions
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.lockstep import Call, Lockstep
+from packsaddle.local.options import Elastic, LocalOptions, Workers
+from packsaddle.local.participation import Participation
+from packsaddle.local.round import LocalRound
+from packsaddle.local.schedule import Schedule
+from packsaddle.local.start import check_first_step, share_start
+
+# What to do if an argument differs between workers, by the beginning of its name.
+_HINTS = {
+    "every=": "For workers of different speeds, keep `every` equal: give the faster workers larger batches and "
+    "workers=Workers(weight=examples in a batch), or use Elastic(..., weight='steps'), where a slow worker makes fewer "
+    "steps in a round",
+    "optimizer[": "If they should differ, set workers=Workers(compare_optimizers=False) on all workers",
+}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """The workers' process group and its communicator."""
+
+    group: Group  # the group of the training
+    channel: Communicator  # with a delay over a group of its own, so that exchanges run in the background
+    behind: Background | None  # runs exchanges with a delay; None: they run immediately
+
+    @classmethod
+    def of(cls, options: LocalOptions, device: torch.device) -> "Connection":
+        workers = options.workers
+        if isinstance(workers, Elastic):
+            group = workers.group or ManagedGroup(workers.manager)
+            return cls(group, Communicator(group, Ledger()), None)
+        group = training_group(workers.group)
+        apart = group.background(device) if options.overlap.delay and group.size > 1 else None
+        return cls(group, Communicator(apart or group, Ledger()), None if apart is None else Background(device))
+
+
+class FixedWorkers:
+    """Runs the rounds of a fixed set of workers, and their other collectives.
+
+    Args:
+        options: options of the local updates.
+        to: the connection to the other workers.
+        device: device of the anchor.
+        fragments: the fragments of the model.
+        schedule: when they are exchanged.
+        outer: the outer optimizer of the anchor, or None.
+        announce: announces a collective to workers that have ended, in torch's `Join`.
+    """
+
+    steps = 0  # the number of inner steps of other workers, by which this one begins
+    has_joined = False
+
+    def __init__(
+        self,
+        options: LocalOptions,
+        to: Connection,
+        device: torch.device,
+        fragments: Sequence[Fragment],
+        schedule: Schedule,
+        outer: Optimizer | None,
+        announce: Callable[[], None],
+    ) -> None:
+        settings = options.workers
+        assert isinstance(settings, Workers)
+        self._settings, self._fragments, self._schedule = settings, fragments, schedule
+        self._outer, self._announce = outer, announce
+        self.channel, self._device = to.channel, device
+        has_norms = settings.clip is not None
+        self.lockstep = Lockstep(self.channel, device, to.behind, norms=has_norms)
+        self._checks = Lockstep(Communicator(self.channel.group, Ledger()), device, to.behind, norms=has_norms)
+        group = self.channel.group
+        self._participation = Participation(settings.weight, settings.sample, group.size, group.rank, options.seed)
+        self._has_schedule = not isinstance(options.compression.compressor, Compressor)
+        self._has_ended = False  # in torch's Join: this worker has no more data
+
+    def start(
+        self,
+        reactions: Reactions,
+        same: Mapping[str, object],
+        parameters: Mapping[str, Tensor],
+        untrained: Sequence[tuple[str, Tensor]],
+    ) -> None:
+        """Compare the arguments `same`, exchange the weights, and set all tensors to rank 0's; collective.
+        `reactions` follow the end of each round."""
+        self._reactions = reactions
+        tensors = [*parameters.values(), *(tensor for _, tensor in untrained)]
+        with names_call("LocalUpdates(...)"):
+            check_agreement(self.channel, same, self._device, _HINTS)
+            self._participation.exchange(self.channel, self._device)
+            share_start(self.channel, tensors, self._device)
+
+    def enter(self) -> bool:
+        """Join the other workers, at the first step; return True if their parameters were loaded."""
+        return False
+
+    def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
+        """Run the collectives after an inner step: the first one's check, and the exchanges that end or begin. Returns
+        True if there were any. `parameters` have the gradients of the first step."""
+        self._has_ended = has_ended
+        # With a delay an exchange that was to end now may have been applied by a flush.
+        events = self._schedule.after(steps)
+        events = [e for e in events if e.begins or not self._schedule.delay or self._fragments[e.fragment].current]
+        if steps > 1 and not events:
+            return False
+        if not has_ended:
+            self._announce()
+        if steps == 1:
+            anchors = [part.anchor.flat for part in self._fragments]
+            run = partial(self.lockstep.run, "checks its first step", steps)
+            check_first_step(self.channel, anchors, parameters, run)
+        for event in events:
+            part = self._fragments[event.fragment]
+            if event.begins:
+                self._begin(part, steps)
+            elif part.current is not None:
+                self._end(part)
+        return True
+
+    def _begin(self, part: Fragment, steps: int, flush: Compressor | None = None) -> None:
+        """Begin a round of one fragment, in the background if it has a delay."""
+        # A flush has no delay, and all workers take part in it.
+        call: Call = "calls flush()" if flush else "exchanges a round"
+        delay = 0 if flush else self._schedule.delay
+        share = self._participation.share() if flush else self._participation.share_after(steps)
+        r = LocalRound.begin(part, steps + delay, share, later=delay > 0, flush=flush)
+        if r.norm is not None and self._has_ended:  # it has no local update with which others' could be compared
+            r.norm.neg_()
+        self._reactions.outcomes.register(r)
+        assert r.exchanged is not None
+        compressor = part.feedback.compressor if self._has_schedule else None
+        result = r.exchanged.v if delay else None
+        exchange = partial(r.exchange, steps - 1)
+        r.wait = self.lockstep.start(call, steps, exchange, result, r.norm, compressor, r.frozen)
+
+    def _end(self, part: Fragment) -> bool:
+        r = part.apply_round(self._outer)
+        self._reactions(r)
+        return bool(r.applied)
+
+    def flush(self, compressor: Compressor | None, steps: int) -> bool:
+        """Apply the running exchanges, and exchange all pending updates (see `LocalUpdates.flush`); collective."""
+        self._announce()
+        if compressor is not None:
+            self._check_flush(compressor, steps)
+        applied = [self._end(part) for part in self._fragments if part.current is not None]
+        last = [(part, compressor or part.last_compressor()) for part in self._fragments]
+        for part, each in last:
+            part.switch_to(each)
+        for part, each in last:
+            self._begin(part, steps, each)
+            applied.append(self._end(part))
+        for part in self._fragments:
+            part.end_flush()
+        return all(applied)
+
+    def _check_flush(self, compressor: Compressor, steps: int) -> None:
+        """Compare the compressor of a flush over workers, and check it; collective."""
+        is_one = isinstance(compressor, Compressor)
+        arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
+        compare = partial(check_agreement, self.channel, arguments, self._device)
+        self.lockstep.run("calls flush(compressor)", steps, compare)
+        if not is_one:
+            raise TypeError(
+                f"compressor must be a packsaddle Compressor, such as Rounded(), or None, got {compressor!r}"
+            )
+        compressor.validate(sum(part.compressed_d for part in self._fragments))
+
+    def mean(self, vectors: Sequence[Tensor], steps: int) -> Sequence[Tensor]:
+        """Replace vectors with their weighted means over workers, in place; collective."""
+        self._announce()
+        for vector in vectors:
+            vector.mul_(self._participation.share())
+            self.lockstep.run("calls error()", steps, partial(self.channel.mean, vector, "inspection"))
+        return vectors
+
+    def average(self, tensors: Iterable[Tensor], steps: int) -> None:
+        """Replace tensors with their means over workers (see `LocalUpdates.average`); collective."""
+        tensors = list(tensors)
+        for t in tensors:
+            if not isinstance(t, Tensor):
+                raise TypeError(f"tensors must be a module or tensors, and one is of type {type(t).__name__}")
+        parts = [local_part(t) for t in tensors]
+        means = [part for part in parts if part.is_floating_point()]
+        same: dict[str, object] = {"number of tensors": len(parts)}
+        same |= {f"tensors[{i}]": f"{list(part.shape)} {part.dtype}" for i, part in enumerate(parts)}
+
+        def exchange() -> None:
+            check_agreement(self.channel, same, self._device)
+            self.channel.average(means, "average", weight=self._participation.share())
+            for part in parts:
+                if not part.is_floating_point():
+                    self.channel.broadcast(part, "average")
+
+        self._announce()
+        self.lockstep.run("calls average()", steps, exchange)
+
+    def check_call(self, call: Call, steps: int) -> None:
+        """Raise RuntimeError, on all workers, if others make another call; collective, and not in the ledger."""
+        self._checks.run(call, steps, lambda: None)
+
+    # Which rounds this worker is in.
+
+    def exchanging(self, steps: int) -> bool:
+        """Return True if an exchange began after inner step `steps`."""
+        return any(event.begins for event in self._schedule.after(steps))
+
+    def sampled(self, steps: int) -> bool:
+        """Return True if this worker is in the first exchange after inner step `steps`."""
+        return self._participation.share_after(self._schedule.next_begin(steps)) > 0
+
+    def check_fixed(self, call: str) -> None:
+        """No-op; elastic workers raise RuntimeError."""
+
+    def join(self) -> NoReturn:
+        raise RuntimeError(_FOR_ELASTIC.format("join"))
+
+    def leave(self) -> NoReturn:
+        raise RuntimeError(_FOR_ELASTIC.format("leave"))
+
+    # Counts, and the saved state.
+
+    lost = waiting = 0.0
+
+    @property
+    def workers(self) -> int:
+        return self.channel.group.size
+
+    def position(self, steps: int) -> int:
+        return steps * self.channel.group.size
+
+    def identity(self) -> dict[str, Any]:
+        group = self.channel.group
+        sample = {} if self._settings.sample == 1 else {"sample": self._settings.sample}
+        return {**sample, "rank": group.rank, "workers": group.size}
+
+    def fields(self) -> list[Value]:
+        return [Value(("share",), float, self._participation.share, skip)]
+
+
+_FOR_ELASTIC = "{} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))"

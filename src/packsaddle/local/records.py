@@ -1,0 +1,121 @@
+"""What local updates record of a training: counts of rounds, clipped updates, resets and bytes."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from packsaddle.comm.communicator import ring_all_reduce
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.checks import DriftGuard
+from packsaddle.feedback.escape import Reset
+from packsaddle.feedback.guard import Records, Skips
+from packsaddle.local.after import Reactions
+from packsaddle.local.clipping import Clip
+from packsaddle.local.elastic.workers import ElasticWorkers
+from packsaddle.local.fixed import FixedWorkers
+from packsaddle.local.fragment import Fragment
+
+
+class Baseline:
+    """The bytes that a ring all-reduce of the gradients of `parameters` in each step would have sent."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._size = sum(local_part(p).nbytes for p in parameters)
+        self._with_others = Bytes()  # correction for steps with another number of workers
+
+    def bytes(self, steps: int, workers: int) -> Bytes:
+        return self._with_others + ring_all_reduce(steps * self._size, workers)
+
+    def load(self, saved: Bytes, steps: int, workers: int) -> None:
+        """Restore the bytes of a saved state, which another number of workers may have saved."""
+        self._with_others = Bytes()
+        self._with_others = saved - self.bytes(steps, workers)
+
+
+class LocalRecords(Records):
+    """The records of `LocalUpdates`: properties that change nothing, and need no other worker."""
+
+    steps: int
+    _fragments: Sequence[Fragment]
+    _workers: FixedWorkers | ElasticWorkers
+    _reactions: Reactions
+    _baseline: Baseline
+
+    @property
+    def _skips(self) -> Skips:  # type: ignore[override]
+        return self._reactions.outcomes.skips
+
+    @property
+    def _drift(self) -> DriftGuard:  # type: ignore[override]
+        return self._reactions.drift
+
+    @property
+    def ledger(self) -> Ledger:
+        """The bytes this worker sent and received, by round and purpose."""
+        return self._workers.channel.ledger
+
+    @property
+    def rounds(self) -> int:
+        """The number of applied exchanges, summed over fragments (parts of the model exchanged together)."""
+        return sum(part.rounds for part in self._fragments)
+
+    @property
+    def clips(self) -> list[Clip]:
+        """A record of each update, of any worker, that `Workers.clip` scaled down since construction or loading."""
+        return sorted((clip for part in self._fragments for clip in part.clips.found), key=lambda clip: clip.step)
+
+    @property
+    def clipped(self) -> int:
+        """The number of clipped updates in total, of all workers."""
+        return sum(part.clips.count for part in self._fragments)
+
+    @property
+    def resets(self) -> list[Reset]:
+        """Records of all firings of the saddle escape check: round, reason and decision (Algorithm 1, lines 4-8)."""
+        return self._reactions.resets
+
+    @property
+    def workers(self) -> int:
+        """The number of workers; of elastic ones those in the last round."""
+        return self._workers.workers
+
+    @property
+    def lost(self) -> float:
+        """The sum of the norms of error memories that workers lost; 0 with a fixed set of workers."""
+        return self._workers.lost
+
+    @property
+    def waiting(self) -> float:
+        """The sum of the norms of error memories that absent workers saved in files; 0 with a fixed set of workers."""
+        return self._workers.waiting
+
+    @property
+    def position(self) -> int:
+        """The number of inner steps that the anchor includes, of all workers, also those that have left."""
+        return self._workers.position(self.steps)
+
+    @property
+    def contraction(self) -> float | None:
+        """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C last kept; None: not
+        measured.
+
+        Averaged over the fragments measured; see `Compression.monitor_every`.
+        """
+        found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """The bytes that a ring all-reduce of the gradients in each of the steps so far would have sent."""
+        return self._baseline.bytes(self.steps, self._workers.channel.group.size)
+
+    @property
+    def exchanging(self) -> bool:
+        """True if an exchange began after the last inner step; identical on all workers."""
+        return self._workers.exchanging(self.steps)
+
+    @property
+    def sampled(self) -> bool:
+        """True if this worker is in the next exchange (see `Workers.sample`); else it may train or call `sit_out`."""
+        return self._workers.sampled(self.steps)

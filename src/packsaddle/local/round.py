@@ -1,0 +1,226 @@
+"""A round: one exchange of the local updates of a fragment, for fixed and for elastic workers.
+
+A round has four calls. `begin` computes v, the vector to send. `exchange`, collective, runs immediately, or in the
+background of the next steps. `close` reads whether the round is applied, and commits or rolls back the error memory.
+`Fragment.apply_round` applies the mean to the anchor. Elastic workers vote between `exchange` and `close`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.aggregators import Averaged
+from packsaddle.compressors import Compressor
+from packsaddle.feedback.round import Round
+from packsaddle.local.anchor import PseudoGradient
+from packsaddle.local.clipping import factors_of, norm_of
+
+if TYPE_CHECKING:
+    from packsaddle.local.fragment import Fragment
+
+
+@dataclass(frozen=True)
+class SavedExchange:
+    """An exchange that is completed but not yet applied, as stored in a `state_dict`, with its outcome."""
+
+    due: int  # the inner step after which it is applied
+    applied: bool  # False: rejected
+    invalid: bool  # this worker's update was non-finite, or too large to compress
+    names: list[str]  # name of the invalid parameter on each worker, by rank
+    start: dict[str, Tensor]  # the parameters at `begin`, by name
+    mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
+    frozen: list[str]  # parameters that were frozen at `begin`, on this worker
+    agrees: bool  # the same parameters are frozen on all workers
+
+
+@dataclass
+class LocalRound:
+    """One round of a fragment, from `begin` until it is applied or rejected."""
+
+    part: "Fragment"
+    t: int  # index of the round, the number of applied rounds of the fragment before it
+    due: int  # the inner step after which it is applied
+    exchanged: Round | None  # exchange of the error memory; None: closed, or loaded from a saved state
+    invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
+    share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
+    later: bool = False  # it is applied at a later step than that after which it begins
+    flush: Compressor | None = None  # of a flush: compresses v, without noise; None: an ordinary round
+    frozen: list[str] = field(default_factory=list)  # parameters that were frozen at `begin`, on this worker
+    agrees: bool = True  # the same parameters are frozen on all workers, so the exchange does not change them
+    owner_errors: list[Tensor] = field(default_factory=list)  # copies from `begin`; empty: no parameter is frozen
+    residuals: dict[str, Tensor] = field(default_factory=dict)  # of the frozen parameters, 0 - C(0), by name
+    before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
+    wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
+    mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
+    names: list[str] = field(default_factory=list)  # name of the invalid parameter on each worker, by rank
+    norm: Tensor | None = None  # norm of v, float32[1] (see `norm_of`); None: updates are not clipped
+    factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
+    workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
+    applied: bool | None = None  # True: applied; False: rejected; None: not known yet
+
+    @classmethod
+    def begin(
+        cls, part: "Fragment", due: int, share: float, *, later: bool = False, flush: Compressor | None = None
+    ) -> "LocalRound":
+        """Begin a round: compute the vector to send, v = decay e + (start - x) + noise, from the error memory e.
+
+        v is replaced by zeros if it is invalid on any shard of this worker. It is 0 for frozen parameters, which keep
+        their error memory.
+
+        Args:
+            part: the fragment, of which the round becomes `current`.
+            due: the inner step after which the round is applied.
+            share: the weight of v in the mean; 0: send nothing, and keep the local update.
+            later: `due` is a later step, so the changes of the parameters until then are kept.
+            flush: send v with this compressor and without noise; afterwards x is the anchor.
+        """
+        options = part.options
+        t, spec = part.rounds, options.compression
+        noise = None if flush else options.noise.drawn(seed=options.seed, step=t)
+        part.switch_to(flush or spec.at(t))
+        for each in part.trained:
+            each.begin_exchange()
+        frozen = part.frozen_next
+        part.anchor.subtract_owed()
+        # Compute v, and keep the parameters for later.
+        kept = [] if share else part.anchor.copy_starts()
+        exchanged = part.feedback.round(t)
+        exchanged.correct(PseudoGradient(part.anchor, spec.decay, noise, frozen))
+        before = [x.clone() for x in part.anchor.tensors()] if later else kept
+        r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
+        part.current = r
+        if options.workers.clip is not None:
+            r.norm = norm_of(exchanged.v, share)
+        if frozen:
+            r.owner_errors = [error.clone() for error in part.feedback.owner_errors().values()]
+        return r
+
+    def exchange(self, step: int, norms: Tensor | None = None) -> None:
+        """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
+
+        It may run in another thread. `norms`, float32[W], are the workers' norms of v, from which v is clipped.
+        """
+        part, exchanged, options = self.part, self.exchanged, self.part.options
+        assert exchanged is not None
+        part.feedback.channel.step = step
+        if norms is not None and (limit := options.workers.clip) is not None:
+            self.factors = factors_of(norms, limit)
+        g = exchanged.exchange(weight=self.share, clip=self.own_factor)
+        if self.share:
+            exchanged.absorb()
+            # The frozen parameters, of which zeros were sent, keep their error memory.
+            residuals = part.by_name(exchanged.v)
+            self.residuals = {name: residuals[name].clone() for name in self.frozen}
+            part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
+        # Else the mean is subtracted from the anchor term by term.
+        as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
+        self.mean = self._vector(g) if as_vector else g
+        # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
+        if self.invalid.device.type == "cpu":
+            self.name_workers()
+
+    @property
+    def own_factor(self) -> Tensor | None:
+        """This worker's clipping factor, float64[]; None: its update is not clipped."""
+        return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
+
+    def _vector(self, g: Averaged) -> Tensor:
+        """Return the mean update over workers, float[n]; with "senders" each coordinate over its senders only."""
+        n, total = self.part.compressed_d, g.write_to(self.part.zeros().flat)
+        if self.part.options.averages_senders and len(g.mean) > 1:
+            counts = torch.zeros_like(total[:n])
+            for term in g.mean:
+                sent = term.compressor.support_of(term.message, n)
+                counts.add_(1.0) if sent is None else counts.index_add_(0, sent, torch.ones_like(counts[: len(sent)]))
+            total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
+        return total
+
+    def name_workers(self) -> None:
+        """Gather from all workers the names of invalid parameters or messages, if there are any; collective."""
+        assert self.exchanged is not None
+        fraction = self.exchanged.verdict.fraction
+        assert fraction is not None
+        if fraction != 0 and not self.names:  # above 0: a worker's v is invalid; NaN: a message is
+            channel = self.part.feedback.channel
+            self.names = channel.gather_text(self.exchanged.name, self.invalid.device, "guard")
+
+    def close(self) -> bool:
+        """Wait for the exchange, and commit or roll back the error memory; idempotent. Returns True if the round is
+        applied, False if it is rejected. Raises errors of an exchange in the background."""
+        if self.applied is None:
+            assert self.exchanged is not None
+            self.agrees &= self.wait()
+            self.applied = self.exchanged.verdict.read()
+            self.name_workers()
+            self._exclude_frozen()
+            with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
+                self.finish(commit=self.applied and self.share > 0)
+        return self.applied
+
+    def _exclude_frozen(self) -> None:
+        """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor and
+        owner errors do not change, else this worker has sent C(0), whose residual is added to e."""
+        part = self.part
+        if not self.agrees and self.exchanged is not None:
+            views = part.by_name(self.exchanged.v)
+            for name, residual in self.residuals.items():
+                views[name].add_(residual)
+            return
+        for now, old in zip(part.feedback.owner_errors().values(), self.owner_errors, strict=bool(self.frozen)):
+            then, here = part.by_name(old), part.by_name(now)
+            for name in self.frozen:
+                here[name].copy_(then[name])
+        if isinstance(self.mean, Tensor):
+            mean = part.by_name(self.mean)
+            for name in self.frozen:
+                mean[name].zero_()
+
+    def finish(self, *, commit: bool) -> None:
+        """Commit the error memory, or roll it back, and end the exchange."""
+        part, exchanged = self.part, self.exchanged
+        assert exchanged is not None
+        exchanged.close(apply=commit)
+        if commit:
+            part.anchor.clear_owed(self.frozen)  # the rest was part of the vector v that was sent
+        else:
+            for each in part.trained:
+                each.cancel_exchange()
+        if self.applied and self.factors is not None:
+            part.clips.record(self.t, self.factors, self.workers)
+        part.contraction.close(self.t, apply=commit)
+        self.exchanged = None
+
+    @property
+    def leaves_rest(self) -> bool:
+        """True of a flush that has not sent all of v: afterwards x is at the anchor, not at the start point."""
+        is_clipped = (factor := self.own_factor) is not None and bool(factor < 1)
+        return self.flush is not None and bool(self.share) and (is_clipped or not self.flush.lossless)
+
+    def saved(self) -> SavedExchange:
+        """Return the closed round for a saved state."""
+        assert self.applied is not None
+        start = {place.name: s for place, s in zip(self.part.places, self.before, strict=True)}
+        mean = self.part.by_name(self.mean) if self.applied and isinstance(self.mean, Tensor) else {}
+        outcome = self.due, self.applied, bool(self.invalid), list(self.names)
+        return SavedExchange(*outcome, start, mean, self.frozen, self.agrees)
+
+    @classmethod
+    def loaded(cls, part: "Fragment", saved: SavedExchange) -> "LocalRound":
+        """Return the closed round of a saved state. Call after the fragment's number of rounds is loaded."""
+        mean = part.zeros() if saved.applied else None
+        for name, view in part.by_name(mean.flat).items() if mean is not None else ():
+            view.copy_(saved.mean[name])
+        here = part.anchor.tensors()
+        before = [saved.start[place.name].to(x, copy=True) for place, x in zip(part.places, here, strict=True)]
+        return cls(
+            *(part, part.rounds, saved.due, None, torch.tensor(saved.invalid, device=part.anchor.flat.device)),
+            frozen=saved.frozen,
+            agrees=saved.agrees,
+            before=before,
+            mean=None if mean is None else mean.flat,
+            names=saved.names,
+            applied=saved.applied,
+        )

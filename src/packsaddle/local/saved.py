@@ -1,0 +1,86 @@
+"""The saved state of local updates: its rules for other numbers of workers, its identity and its fields."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from packsaddle.comm.ledger import Bytes, Ledger, Totals
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
+from packsaddle.local.after import Reactions
+from packsaddle.local.elastic.workers import ElasticWorkers
+from packsaddle.local.fixed import FixedWorkers
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.options import LocalOptions
+from packsaddle.local.outer import OuterOptimizer
+from packsaddle.local.records import Baseline
+
+
+def _rules(*, keep_unsent: bool) -> list[Rule]:
+    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
+
+    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e moves this point but not the
+    parameters, so it is also added to `Anchor.owed`.
+    """
+    part = ("fragments", ANY)
+    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
+    return [
+        Rule(error, "error"),
+        Rule(owed, "error", like=error),
+        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
+        Rule((*part, "exchange", "start", ANY), "error"),
+        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
+        Rule((*part, "invalid"), "constant", value=False),
+        Rule(("reset",), "constant", value=False),
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator")),
+        *(Rule((*part, name), "own") for name in ("contraction", "clipped", "trained")),
+        *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
+        *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "share", "membership")),
+        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
+        *(Rule((name,), "shared") for name in ("resets", "drifts")),
+    ]
+
+
+class Counted(Protocol):
+    """An object that counts inner steps."""
+
+    steps: int
+
+
+def saved_state(
+    local: Counted,
+    options: LocalOptions,
+    names: Iterable[str],
+    fragments: Sequence[Fragment],
+    workers: FixedWorkers | ElasticWorkers,
+    outer: OuterOptimizer | None,
+    reactions: Reactions,
+    baseline: Baseline,
+) -> State:
+    """Return the saved state of `local`; `names` are the names of its parameters."""
+    ledger: Ledger = workers.channel.ledger
+
+    def identity() -> dict[str, Any]:
+        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
+        same |= {"fragments": len(fragments), "keep_unsent": options.keep_unsent}
+        same |= {"outer": outer is not None, "escape": options.escape is not None}
+        same["parameters"] = "by number" if any(n.startswith("parameter ") for n in names) else "by name"
+        return same | workers.identity()
+
+    def uncompressed() -> Bytes:
+        return baseline.bytes(local.steps, workers.channel.group.size)
+
+    def load_uncompressed(saved: Bytes) -> None:
+        baseline.load(saved, local.steps, workers.channel.group.size)
+
+    def fields() -> list[Vector | Value]:
+        return [
+            *([] if outer is None else [outer.field()]),
+            attribute(("steps",), local, "steps", int),
+            *(field for i, part in enumerate(fragments) for field in part.fields(("fragments", i))),
+            *reactions.fields(),
+            Value(("ledger",), Totals, ledger.state_dict, ledger.load_state_dict),
+            Value(("uncompressed",), Bytes, uncompressed, load_uncompressed),
+            *workers.fields(),
+        ]
+
+    return State("LocalUpdates", _rules(keep_unsent=options.keep_unsent), identity, fields)

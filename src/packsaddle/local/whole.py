@@ -1,0 +1,79 @@
+"""The anchor of the whole model: the anchors of all fragments, by parameter."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from packsaddle.local.fragment import Fragment, by_parameter
+
+
+class WholeAnchor:
+    """The anchors of all fragments; `names` are the parameters' names, in the optimizers' order."""
+
+    def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
+        self._fragments, self._names = fragments, list(names)
+        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}  # by id of parameters
+        self._open = 0  # number of open `at_anchor` contexts, which may be nested
+
+    @torch.no_grad()
+    def set_from_parameters(self) -> None:
+        for part in self._fragments:
+            part.anchor.set_from_parameters()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [each.parameter for each in self.trained.values()]
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the anchor as parameters for an outer optimizer, by name of the parameter."""
+        leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
+        return {name: leaves[name] for name in self._names}
+
+    def copy(self) -> dict[str, Tensor]:
+        found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
+        return {name: found[name].clone() for name in self._names}
+
+    def joined(self, vectors: Iterable[Tensor]) -> Tensor:
+        """Concatenate one vector per fragment into float[d], with parameters in the optimizers' order."""
+        found = by_parameter(self._fragments, vectors)
+        return torch.cat([found[name].reshape(-1) for name in self._names])
+
+    @torch.no_grad()
+    def is_left(self) -> bool:
+        """Return True if a parameter of this worker differs from the anchor, outside of `at_anchor`."""
+        pairs = [(x, a) for f in self._fragments for x, a in zip(f.anchor.tensors(), f.anchor.views, strict=True)]
+        return not self._open and any(not torch.equal(x, a.to(x.device, x.dtype)) for x, a in pairs)
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Set the parameters to the anchor within a context."""
+        before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
+        with torch.no_grad():
+            for part in self._fragments:
+                part.anchor.set_parameters(part.anchor.views)
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            xs = [x for part in self._fragments for x in part.anchor.tensors()]
+            with torch.no_grad():
+                for x, old in zip(xs, before, strict=True):
+                    x.copy_(old)
+
+    def check_closed(self, call: str) -> None:
+        if self._open:
+            raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
+
+    def wait(self) -> None:
+        """Wait for running exchanges; each is still applied at its due step."""
+        for part in self._fragments:
+            if part.current is not None:
+                part.current.close()
+
+    def unapplied(self) -> list[Tensor]:
+        """Return this worker's updates that the anchor does not include yet, one vector per fragment, after `wait`."""
+        self.wait()
+        return [part.unapplied() for part in self._fragments]
