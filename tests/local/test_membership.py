@@ -41,7 +41,7 @@ from packsaddle.local.participation import share
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let patience and grace end by readings of the clock: a patience below a second ends at the first failed round."""
-    monkeypatch.setattr("packsaddle.local.elastic.membership.time", Clock())
+    monkeypatch.setattr("packsaddle.local.elastic.workers.time", Clock())
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
