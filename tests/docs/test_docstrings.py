@@ -37,8 +37,8 @@ def members(name: str, cls: type) -> Iterator[tuple[str, Any]]:
 
 
 def described(thing: Any) -> str:
-    """The docstring up to its example, with the commented fields of a dataclass."""
-    text = (inspect.getdoc(thing) or "").split(">>>")[0]
+    """The docstring without its example, with the commented fields of a dataclass."""
+    text = re.sub(r"^(>>>|\.\.\.) .*", "", inspect.getdoc(thing) or "", flags=re.M)
     if dataclasses.is_dataclass(thing):
         sources = [inspect.getsource(c) for c in thing.__mro__ if dataclasses.is_dataclass(c)]  # type: ignore[union-attr]
         text += "\n".join(line for source in sources for line in re.findall(r"^    \w+: .*  # \S.*", source, re.M))

@@ -47,7 +47,7 @@ own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
 shared: drifts, escape.anchor, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
-    fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.names,
+    fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
     identity.keep_unsent, identity.outer, identity.parameters, identity.seed, outer, resets, steps
 """

@@ -1,6 +1,7 @@
 """Clipped updates: against a naive twin, and the law y = a - mean e, in which clipping must not appear."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ from packsaddle import (
 from packsaddle.comm import Solo, resolve
 from packsaddle.comm.aggregators import AllGather
 from packsaddle.integrations import measures
-from packsaddle.local.clipping import factors_of
+from packsaddle.local.clipping import Standing, factors_of
 from packsaddle.local.options import LocalOptions
 
 W, LR = 5, 0.1
@@ -231,24 +232,24 @@ def test_without_an_outlier_nothing_changes(case: str) -> None:
         assert sent - alone == (rounds + 1) * 4 * (W - 1)  # and the check of the first step
 
 
-def test_the_median_is_over_the_workers_of_the_round() -> None:
-    nan = float("nan")
-    assert factors_of(torch.tensor([1.0, 8.0, 2.0, nan, nan]), 2.0).tolist() == [1.0, 0.5, 1.0, 1.0, 1.0]
-    assert factors_of(torch.tensor([1.0, 64.0]), 2.0).tolist() == [1.0, 1 / 32]  # of two, the smaller
-    assert factors_of(torch.tensor([0.0, 0.0, 5.0]), 2.0).tolist() == [1.0, 1.0, 0.0]
-    assert factors_of(torch.tensor([1.0, 1.0, float("inf")]), 2.0).tolist() == [1.0, 1.0, 0.0]
-    assert factors_of(torch.zeros(3), 2.0).tolist() == [1.0] * 3
-    # Negative, of a worker that has ended: limited, but not counted, nor is a zero.
-    assert factors_of(torch.tensor([1.0, -0.0, -0.0, 8.0, -8.0, 1.0, -1.0]), 2.0).tolist() == [
-        1,
-        1,
-        1,
-        0.25,
-        0.25,
-        1,
-        1,
-    ]
-    assert factors_of(torch.full((3,), nan), 2.0).tolist() == [1.0] * 3
+ABSENT, LIMITED, COUNTED = Standing
+MEDIANS: list[tuple[list[float], list[Standing], list[float]]] = [
+    ([1.0, 8.0, 2.0, 9.0, 0.0], [COUNTED] * 3 + [ABSENT] * 2, [1.0, 0.5, 1.0, 1.0, 1.0]),
+    ([1.0, 64.0], [COUNTED] * 2, [1.0, 1 / 32]),  # of two, the smaller
+    ([0.0, 0.0, 5.0], [COUNTED] * 3, [1.0, 1.0, 0.0]),
+    ([1.0, 1.0, math.inf], [COUNTED] * 3, [1.0, 1.0, 0.0]),
+    ([0.0, 0.0, 0.0], [COUNTED] * 3, [1.0] * 3),
+    # Workers that have ended are limited, but not counted.
+    ([1.0, 0.0, 8.0, 8.0, 1.0], [COUNTED, LIMITED, COUNTED, LIMITED, COUNTED], [1.0, 1.0, 0.25, 0.25, 1.0]),
+    ([5.0, 6.0], [ABSENT, ABSENT], [1.0, 1.0]),
+]
+
+
+@pytest.mark.parametrize(("norms", "standings", "factors"), MEDIANS)
+def test_the_median_is_over_the_workers_of_the_round(
+    norms: list[float], standings: list[Standing], factors: list[float]
+) -> None:
+    assert factors_of(torch.tensor(norms), torch.tensor(standings), 2.0).tolist() == factors
 
 
 def test_a_sample_of_the_workers() -> None:

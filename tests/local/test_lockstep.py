@@ -171,13 +171,13 @@ def test_unlike_calls(calls: tuple[str, str]) -> None:
         )
 
 
-def test_a_header_is_16_bytes() -> None:
+def test_a_header_is_40_bytes() -> None:
     def body(worker: int) -> int:
         x, optimizer, local = made(4)
         train(12, x, optimizer, worker)
         return local.ledger.by_purpose["guard"].sent
 
-    assert simulate(body, 3) == [2 * 16 * (1 + 3)] * 3  # before the check of the first step, and each of three rounds
+    assert simulate(body, 3) == [2 * 40 * (1 + 3)] * 3  # before the check of the first step, and each of three rounds
 
 
 def unlike_schedules(later: Compressor, first: int) -> str:

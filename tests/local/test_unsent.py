@@ -126,7 +126,9 @@ def last_rounds() -> dict[str, tuple[bool, bool]]:
 
 def test_a_last_round_that_makes_the_models_equal(gloo: Gloo) -> None:
     found, others = gloo(last_rounds, 2)
-    assert found == {name: (not equal, equal) for name, (_, equal) in ROUNDS.items()}
+    # The clipped update is worker 1's, so worker 0, which would warn and is the one to be saved, is at the anchor.
+    assert found.pop("all, clipped") == (False, False)
+    assert found == {name: (not equal, equal) for name, (_, equal) in ROUNDS.items() if name in found}
     assert not any(warned for warned, _ in others.values())
 
 

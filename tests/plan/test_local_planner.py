@@ -115,13 +115,13 @@ def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
     link, fleet, size = Link(1e-3, 1e6), Fleet(2, 0.1), ModelSize.of_size(1_000_000)
     for f in forecast_local(size, link, fleet, lambda compressor, d: FREE):
         every, kind, delay = f.setting.every, f.setting.compressor, f.setting.delay
-        # Reduced: of Identity all, 2 (W - 1) / W of 4 bytes each; else a flag. Gathered: headers of 16 bytes, a
+        # Reduced: of Identity all, 2 (W - 1) / W of 4 bytes each; else a flag. Gathered: headers of 40 bytes, a
         # message, and its sizes where they differ; they take half as long again with two workers (`RingAllGather`).
         if kind == Identity():
-            reduced, gathered, hops = 4 * 1_000_001, 16.0, 2 + 1
+            reduced, gathered, hops = 4 * 1_000_001, 40.0, 2 + 1
         else:
             message, announced = kind.message_bytes(1_000_000), 0 if kind.fixed_size else 1
-            reduced, gathered, hops = 4, 16 + message + 32 * announced, 2 + 1 + 1 + announced
+            reduced, gathered, hops = 4, 40 + message + 32 * announced, 2 + 1 + 1 + announced
         assert f.sent == pytest.approx((reduced + gathered) / every, rel=1e-3)
         seconds = (reduced + 1.5 * gathered) / 1e6
         total = f.fragments * hops * 1e-3 + seconds

@@ -70,7 +70,7 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/exchange/due": "step at which fragment {} is due",
         "fragments/*/exchange/applied": "pending exchange of fragment {} is applied",
         "fragments/*/exchange/invalid": "pending exchange of fragment {} is not finite here",
-        "fragments/*/exchange/names": "not finite in the pending exchange of fragment {}",
+        "fragments/*/exchange/reports": "not finite in the pending exchange of fragment {}",
         "fragments/*/exchange/start/*": "x before the pending exchange of {1}",
         "fragments/*/exchange/mean/*": "mean of the pending exchange of {1}",
         "fragments/*/exchange/frozen": "frozen in the pending exchange of fragment {}",

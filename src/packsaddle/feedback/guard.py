@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.errors import GuardError, MessageError
+from packsaddle.errors import GuardError
 from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.memory import Update
+from packsaddle.feedback.report import Report
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
 from packsaddle.messages import numbered
@@ -50,15 +51,15 @@ class Skip:
     is_round: bool = False  # a round of local updates; `step` is its index, of rounds
 
     @classmethod
-    def of(cls, step: int, names: Mapping[int, str], unnamed: str, *, is_round: bool = False) -> "Skip":
-        """Make the record of a skipped `step` from `names`, the `Round.name` of each rank ("" for a valid vector).
-        `unnamed` replaces the parameter's name if all names are empty; `is_round`: `step` is the index of a round."""
-        found = {worker: name for worker, name in names.items() if name}
-        for name in found.values():
-            if (sender := sender_of(name)) is not None:
-                return cls(step, (sender,), "", name.partition(": ")[2], is_round)
+    def of(cls, step: int, reports: Mapping[int, Report], unnamed: str, *, is_round: bool = False) -> "Skip":
+        """Make the record of a skipped `step` from the workers' reports, by rank. `unnamed` replaces the parameter's
+        name if all reports are valid; `is_round`: `step` is the index of a round."""
+        found = {worker: report for worker, report in reports.items() if report}
+        for report in found.values():
+            if report.kind == "message":
+                return cls(step, (report.worker,), "", report.name, is_round)
         prefix = "the local update of " if is_round else ""
-        named = next((prefix + name for name in found.values()), unnamed)
+        named = next((prefix + report.name for report in found.values()), unnamed)
         return cls(step, tuple(found), named, is_round=is_round)
 
     def __str__(self) -> str:
@@ -67,19 +68,6 @@ class Skip:
             return f"{index}: {self.message}"
         where = f" on {numbered('worker', self.workers)}" if self.workers else ""
         return f"{index}: {self.parameter} is not finite{where}"
-
-
-_BLAME = "message of worker "
-
-
-def blame(error: MessageError) -> str:
-    """Return the `Round.name` of a round with an invalid message: the message's sender and the error."""
-    return f"{_BLAME}{error.worker}: {error}"
-
-
-def sender_of(name: str) -> int | None:
-    """Return the rank of the sender in a text of `blame`; None for the name of a parameter."""
-    return int(name.removeprefix(_BLAME).partition(":")[0]) if name.startswith(_BLAME) else None
 
 
 class Skips:
@@ -171,11 +159,12 @@ class Verdict:
     magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
-    def code(self) -> Tensor:
-        """Return the outcome as a number, float[]: 0 if applied, else `fraction`, plus 2 unless the result `fits`."""
+    def code(self, is_unlike: Tensor | bool = False) -> Tensor:
+        """Return the outcome as numbers, float[3]: the fraction of workers with an invalid vector (NaN: with an invalid
+        message), 1 if the result does not fit, 1 if workers exchanged different slices. All are 0 if it is applied."""
         assert self.fraction is not None
-        fits = torch.as_tensor(self.fits, device=self.fraction.device)
-        return self.fraction + 2 * (~fits).to(self.fraction)
+        fits, unlike = (torch.as_tensor(flag, device=self.fraction.device) for flag in (self.fits, is_unlike))
+        return torch.stack([self.fraction, (~fits).to(self.fraction), unlike.to(self.fraction)])
 
     def read(self) -> bool:
         """Return True if the exchange is applied. Waits for the device once; `magnitude` is a float afterwards."""
@@ -209,22 +198,22 @@ class Guard:
         """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
-    def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
-        """Return bool[], True if v, float[n], is invalid, and on a CPU the name of its first invalid tensor, else "".
+    def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, Report]:
+        """Return bool[], True if v, float[n], is invalid, and on a CPU the report of its first invalid tensor.
         With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
+        report = Report()
         if self._flag == "none":
-            return torch.tensor(False), ""
+            return torch.tensor(False), report
         norm = update.norm
         known = norm is not None and bool(norm.isfinite())
         invalid = torch.tensor(False) if known else ~is_in_range(v)
         invalid = self._agree(torch.ones_like(invalid) if update.is_known_invalid else invalid)
-        name = ""
         if self._unnamed is not None and v.device.type == "cpu" and invalid:
             named = ((place.name or ROOT, view) for place, view in of.named(v))
-            name = first_out_of_range(named) or self._unnamed
+            report = Report("vector", first_out_of_range(named) or self._unnamed)
         if blank:
             fill_where(v, invalid, 0.0)
-        return invalid, name
+        return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
         """Return the flag to average with `dense`, float[m], the uncompressed part of v: float[1], or float[0].

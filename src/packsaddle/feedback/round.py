@@ -26,8 +26,9 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import Compressor, identify
 from packsaddle.feedback.checks import Contraction
-from packsaddle.feedback.guard import Guard, Verdict, blame
+from packsaddle.feedback.guard import Guard, Verdict
 from packsaddle.feedback.memory import ErrorMemory, Update
+from packsaddle.feedback.report import Report
 from packsaddle.numerics.seeds import mix
 
 
@@ -197,7 +198,7 @@ class Round:
 
     v: Tensor  # the vector to send, float[n]; after `absorb` its residual
     invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero, except with memory="gradient"
-    name: str  # first invalid parameter, or invalid message (see `blame`); "": none, or not named by the guard
+    report: Report  # of this worker; "valid" also if the guard does not name invalid vectors
     g: Averaged  # the mean update; deleted by `absorb`
     extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
     verdict: Verdict
@@ -215,7 +216,7 @@ class Round:
         memory="gradient"."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
-        self.invalid, self.name = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)
+        self.invalid, self.report = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)
         f.contraction.measure(self.step, v)
         return v
 
@@ -238,7 +239,7 @@ class Round:
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
         g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=at)
         if g.error is not None:
-            self.name = self.name or blame(g.error)
+            self.report = self.report or Report.of_message(g.error)
         mean, flag, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
         self.extras = [other.clone() for other in others]
         # `g.own` is C(weight * v), and `absorb` needs C(v).

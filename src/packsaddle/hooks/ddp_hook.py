@@ -169,7 +169,7 @@ class DDPHook(GradientHook):
             self._failure = error
             raise
         for bucket in buckets:  # a rejected exchange becomes NaN on all workers, so all scalers skip the step
-            fill_where(bucket.buffer, code > 0, float("nan"))
+            fill_where(bucket.buffer, (code != 0).any(), float("nan"))
         self._complete = buckets[-1].is_last
 
     def _begin(self) -> None:

@@ -24,7 +24,7 @@ from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector
-from packsaddle.hooks.hook import RULES, UNLIKE, GradientHook, HookOptions
+from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
@@ -144,9 +144,9 @@ class FSDPHook(GradientHook):
         part = self._slice(name, index, gradient, seed)
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
-        fill_where(gradient, code > 0, float("nan"))
+        fill_where(gradient, (code != 0).any(), float("nan"))
         # Reading the code waits for the GPU: read it only in a module's first exchange; `_settle` reads all of them.
-        if (is_first or code.device.type == "cpu") and code >= UNLIKE:
+        if (is_first or code.device.type == "cpu") and code[2]:
             self._complete = True
             self._settle()
 
@@ -155,7 +155,7 @@ class FSDPHook(GradientHook):
         """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN, on all replicas."""
         if not self._pass:
             return
-        bad = torch.stack(self._codes).sum() > 0
+        bad = (torch.stack(self._codes) != 0).any()
         for _, gradient in local_shards(self._model, gradients=True):
             fill_where(gradient, bad.to(gradient.device), float("nan"))
         if self._steps and self._drift.due(self._steps - 1):

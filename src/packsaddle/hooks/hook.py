@@ -26,6 +26,7 @@ from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise, Noise
+from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
@@ -115,9 +116,6 @@ class BucketTarget:
         return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
 
 
-UNLIKE = 4.0  # added to the code of an exchange if workers exchanged different slices
-
-
 RULES = [
     Rule(("error", ANY), "error"),
     Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
@@ -154,8 +152,8 @@ class GradientHook(Records, ABC):
         self._scale = 1.0  # the GradScaler's factor of the gradients
         self._factors: Mapping[str, float] = {}  # factors of the error memory, by parameter; 0: it does not change
         self._pass: list[Round] = []
-        self._codes: list[Tensor] = []  # `Verdict.code` of each exchange, plus UNLIKE if workers had different slices
-        self._bad_name = ""  # first parameter with an invalid coordinate in this worker's vector
+        self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
+        self._report = Report()  # this worker's first report of an invalid vector or message
         self._complete = False
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
@@ -250,10 +248,10 @@ class GradientHook(Records, ABC):
     def _exchange(
         self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Replace a slice's gradients with their mean; return `Verdict.code`, float[]; 0: the exchange is applied.
+        """Replace a slice's gradients with their mean; return `Verdict.code`, float[3]; 0: the exchange is applied.
 
         Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
-        identify the slice: if they differ between workers, the code is UNLIKE or more.
+        identify the slice, and are compared between workers.
         """
         decay, factors = self.rules.compression.decay, self._factors
         kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
@@ -271,7 +269,7 @@ class GradientHook(Records, ABC):
         clear_unused(part.slice.views(v), None if usage is None else usage.here)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
-        self._bad_name = self._bad_name or r.name
+        self._report = self._report or r.report
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
@@ -281,11 +279,11 @@ class GradientHook(Records, ABC):
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()
-        code = r.verdict.code()
+        is_unlike: Tensor | bool = False
         for mean in r.extras:  # the mean of equal bits is 0 or 1, up to rounding
-            code = code + UNLIKE * (mean * (1 - mean) > 1e-6).any().to(code)
-        self._codes.append(code)
-        return code
+            is_unlike = (mean * (1 - mean) > 1e-6).any() | is_unlike
+        self._codes.append(r.verdict.code(is_unlike))
+        return self._codes[-1]
 
     def _settle(self, *, interrupted: bool = False) -> None:
         """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
@@ -295,9 +293,9 @@ class GradientHook(Records, ABC):
                 return
             # All workers read the same codes, so all commit every slice, or none does.
             codes = torch.stack(self._codes).tolist() if self._complete else []
-            rejected = [code for code in codes if code != 0]
+            rejected = [code for code in codes if any(number != 0 for number in code)]  # a NaN is not 0
             applied = self._complete and not rejected
-            unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code >= UNLIKE]
+            unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code[2]]
             for part in (*self._of_pass, *self._pass):
                 part.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
@@ -307,13 +305,13 @@ class GradientHook(Records, ABC):
                 self._rejected = [] if self._fresh else self._rejected
             elif self._complete and not unlike:
                 self._rejected = list(self._protected)
-                others = "a gradient of another worker" if min(rejected) <= 1 else THE_MEAN
-                skip = Skip.of(self._steps, {self.channel.group.rank: self._bad_name}, others)
-                if not skip.workers and any(math.isnan(code) for code in rejected):
+                others = "a gradient of another worker" if any(code[0] for code in rejected) else THE_MEAN
+                skip = Skip.of(self._steps, {self.channel.group.rank: self._report}, others)
+                if not skip.workers and any(math.isnan(code[0]) for code in rejected):
                     skip = replace(skip, message="another worker has received an invalid message")
                 self._skips.record(skip)
             self._steps += applied
-            self._pass, self._codes, self._complete, self._bad_name = [], [], False, ""
+            self._pass, self._codes, self._complete, self._report = [], [], False, Report()
             if unlike:
                 raise RuntimeError(
                     f"replicas must use the same modules in a backward pass, in one order, but while this one reduced "

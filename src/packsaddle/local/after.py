@@ -1,4 +1,4 @@
-"""What follows a round of local updates, applied or rejected: one list of reactions, in one order.
+"""Reactions to the end of a round of local updates, applied or rejected: one list, in one order.
 
 A reaction is called with the `LocalRound` that has ended. A new one is a class here or in a file of its own, and an
 entry of the list in `Reactions`.
@@ -9,14 +9,17 @@ from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.state import Value, Vector, attribute
 from packsaddle.local.fragment import Fragment
+from packsaddle.local.inner import Shards
 from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.moments import MeanMomentum
+from packsaddle.local.options import LocalOptions
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.round import LocalRound
 
@@ -97,6 +100,31 @@ class Reactions:
         every: list[After | None] = [outcomes, momentum, compare, escape]
         self._all = [react for react in every if react is not None]
         self.resets = list[Reset]() if escape is None else escape.resets  # firings of the escape check
+
+    @classmethod
+    def of(
+        cls,
+        options: LocalOptions,
+        optimizers: Sequence[Optimizer],
+        fragments: Sequence[Fragment],
+        channel: Communicator,
+        lockstep: Lockstep | None,
+        outer: Optimizer | None,
+        shards: Shards,
+    ) -> "Reactions":
+        """Return the reactions that the options of local updates set. `lockstep` runs the collectives of a fixed set of
+        workers; elastic workers, without one, compare their anchors at the start of a round."""
+        spec, c, rank = options.compression, options.mean_momentum, channel.group.rank
+        outcomes = Outcomes(optimizers, fragments, shards, spec.max_skipped, rank)
+        momentum = MeanMomentum(optimizers, c, shards) if c else None
+        if momentum is not None and rank == 0:
+            momentum.warn_if_advised_against(outer, stacklevel=5)
+        drift, compare = DriftGuard(spec.compare_every, spec.on_drift, channel), None
+        if lockstep is not None:
+            compare = CompareAnchors(drift, fragments, lockstep, options.overlap.delay)
+        rule = options.escape
+        escape = None if rule is None else EscapeAnchor(rule, fragments, channel, options.seed)
+        return cls(outcomes, momentum, drift, compare, escape)
 
     def __call__(self, r: LocalRound) -> None:
         for react in self._all:

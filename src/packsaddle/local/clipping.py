@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -50,18 +51,27 @@ class Clips:
                 )
 
 
-def norm_of(v: Tensor, share: float) -> Tensor:
-    """Return the norm of an update v, float32[1]; NaN if its worker is not in the round (`share` 0)."""
+class Standing(IntEnum):
+    """A worker's part in the clipping of a round."""
+
+    ABSENT = 0  # it is not in the round
+    LIMITED = 1  # its update is limited, but does not count in the median
+    COUNTED = 2  # its update is limited, and counts in the median
+
+
+def norm_of(v: Tensor) -> Tensor:
+    """Return the norm of an update v, float32[1]."""
     norm: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64).float().reshape(1)
-    return norm if share else norm.fill_(math.nan)
+    return norm
 
 
-def factors_of(norms: Tensor, most: float) -> Tensor:
-    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W], from `norms`, float32[W]. m
-    is the median without NaNs and negative norms, whose updates are limited but not counted; of an even number the
-    lower middle one, which half of the workers cannot raise."""
+def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
+    """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W].
+
+    `norms`, float32[W], and `standings`, int64[W] of `Standing`, are the workers'. m is the median of the norms that
+    count; of an even number the lower middle one, which half of the workers cannot raise. It is 1 for absent workers.
+    """
     wide = norms.double()
-    limit = most * wide.masked_fill(wide.signbit(), math.nan).nanmedian()
-    wide = wide.abs()
-    factors: Tensor = torch.where(wide > limit, limit / wide, 1.0)
+    limit = most * wide.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()
+    factors: Tensor = torch.where((wide > limit) & (standings != Standing.ABSENT), limit / wide, 1.0)
     return factors

@@ -19,6 +19,7 @@ from packsaddle.compressors import Compressor, describe
 from packsaddle.feedback.background import Background
 from packsaddle.feedback.state import Value, skip
 from packsaddle.local.after import Reactions
+from packsaddle.local.clipping import Standing
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Workers
@@ -144,14 +145,16 @@ class FixedWorkers:
         delay = 0 if flush else self._schedule.delay
         share = self._participation.share() if flush else self._participation.share_after(steps)
         r = LocalRound.begin(part, steps + delay, share, later=delay > 0, flush=flush)
-        if r.norm is not None and self._has_ended:  # it has no local update with which others' could be compared
-            r.norm.neg_()
         self._reactions.outcomes.register(r)
         assert r.exchanged is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None
         exchange = partial(r.exchange, steps - 1)
-        r.wait = self.lockstep.start(call, steps, exchange, result, r.norm, compressor, r.frozen)
+        # A worker that has ended has no local update with which others' could be compared.
+        standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
+        if not share:
+            standing = Standing.ABSENT
+        r.wait = self.lockstep.start(call, steps, exchange, result, r.norm, compressor, r.frozen, standing)
 
     def _end(self, part: Fragment) -> bool:
         r = part.apply_round(self._outer)

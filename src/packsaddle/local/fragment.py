@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import is_replicated, local_part
 from packsaddle.compressors import Compressor, Identity, Rounded
 from packsaddle.feedback.checks import Contraction
+from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
@@ -245,6 +247,16 @@ class Fragment(Slice):
         """Copy saved tensors, by parameter, into a vector, float[n]; None: no-op."""
         for name, view in self._named(flat).items():
             view.copy_(saved[name])
+
+
+def check_compressor(fragments: Sequence[Fragment], spec: Compression, *, stacklevel: int) -> None:
+    """Check the compressor of the first round, and set it in each fragment. `stacklevel` is that of `warnings.warn` in
+    the caller."""
+    d = sum(part.compressed_d for part in fragments)
+    warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=stacklevel)
+    spec.at(0).validate(d)
+    for part in fragments:
+        part.use(spec.at(0))
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:

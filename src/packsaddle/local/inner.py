@@ -13,9 +13,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
 from packsaddle.comm.sharding import local_part
+from packsaddle.compressors import Compressor, describe
 from packsaddle.feedback.optimizers import parameters_of, shape_and_name
 from packsaddle.feedback.slices import check_no_shared_memory
 from packsaddle.local.joined import with_members
+from packsaddle.local.options import LocalOptions, Workers
+from packsaddle.numerics.kernels import compiler
+from packsaddle.options.agreement import agreement
 
 T = TypeVar("T")
 
@@ -46,6 +50,21 @@ def settings_of(optimizers: Iterable[Optimizer], *, of_groups: bool) -> dict[str
                 if key not in _IMPLEMENTATIONS and _is_plain(plain):
                     found[f"optimizer[{i}].{name}.{key}"] = plain
     return found
+
+
+def equal_arguments(
+    options: LocalOptions, optimizers: Sequence[Optimizer], outer: Optimizer | None, device: torch.device
+) -> dict[str, object]:
+    """Return the arguments of local updates that must be equal on all workers, by name."""
+    spec, workers = options.compression, options.workers
+    same: dict[str, object] = {"weight": workers.weight is not None} if isinstance(workers, Workers) else {}
+    same |= agreement(options) | {"kernels": compiler(device)}
+    if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
+        same["compressor of round 0"] = describe(spec.at(0))
+    same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
+    if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
+        same |= settings_of(optimizers, of_groups=isinstance(workers, Workers))
+    return same
 
 
 def _is_plain(value: object) -> bool:

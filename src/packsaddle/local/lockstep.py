@@ -7,6 +7,7 @@ If workers made different calls, collectives of different sizes would be paired:
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from packsaddle.comm.communicator import Communicator, as_text
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.compressors import Compressor, describe, identify
 from packsaddle.feedback.background import Background
+from packsaddle.local.clipping import Standing
 
 _log = logging.getLogger("packsaddle")
 Call = Literal[
@@ -30,15 +32,28 @@ Call = Literal[
     "loads a checkpoint",
 ]
 _CALLS = get_args(Call)
-# The first number of a header: a call, the hash of a compressor, and the hash of the frozen parameters.
-_ROOM = 256  # above the number of calls
-_HASHES = 2**27  # above the hash of a compressor; that of frozen parameters is below 2^28
 _ADVICE = "train within torch's Join([local]), or make the data equally long (drop_last=True, DistributedSampler)"
 _LOST = (
     "If worker {rank} alone made this call (`if rank == 0:`), or alone made LocalUpdates, do it on every worker; "
     "if the others ended after fewer steps, {advice}"
 )
-HEADER = 16  # bytes of the header that the check gathers: call with hashes, and number of steps, int64[2]
+
+
+@dataclass(frozen=True)
+class Header:
+    """The integers that the check gathers from each worker."""
+
+    call: int  # index of the call in `Call`
+    steps: int  # number of inner steps
+    compressor: int  # hash of the compressor; 0: not compared
+    frozen: int  # hash of the names of the frozen parameters
+    standing: int = Standing.ABSENT
+
+    def packed(self, device: torch.device) -> Tensor:
+        return torch.tensor(astuple(self), device=device)
+
+
+HEADER = 8 * len(fields(Header))  # bytes
 
 
 class Lockstep:
@@ -66,13 +81,14 @@ class Lockstep:
         norm: Tensor | None = None,
         compressor: Compressor | None = None,
         frozen: Sequence[str] = (),
+        standing: Standing = Standing.ABSENT,
     ) -> Callable[[], bool]:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
         That function raises the errors that `run` would raise, and returns True if all workers have the same `frozen`
         parameters. On a GPU, with a `result`, the workers' calls are compared only there, so that the host does not
         wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together with the check, and
-        `work` is called with all workers' norms, float32[W].
+        `work` is called with all workers' norms, float32[W], and standings, int64[W].
         """
         is_late = result is not None and compressor is None and self._device.type != "cpu"
         unchecked: list[Tensor] = []
@@ -80,14 +96,16 @@ class Lockstep:
 
         def checked() -> None:
             if self._channel.group.size == 1:
-                work(*([] if norm is None else [norm]))
+                work(*([] if norm is None else [norm, torch.tensor([standing], device=norm.device)]))
                 return
-            headers, norms = self._gather(call, steps, norm, compressor, frozen)
+            hashed = 0 if compressor is None else _hash(identify(compressor))
+            mine = Header(_CALLS.index(call), steps, hashed, _hash({"frozen": frozen}), standing)
+            headers, norms = self._gather(mine, norm)
             if is_late:
                 unchecked.append(headers)
             else:
                 agreed.append(self._check(headers, compressor))
-            work(*norms)
+            work(*norms)  # with a norm
 
         promise = None if self._background is None else self._background.promise()
         if self._background is None or promise is None:
@@ -105,13 +123,11 @@ class Lockstep:
 
         return wait
 
-    def _gather(
-        self, call: Call, steps: int, norm: Tensor | None, compressor: Compressor | None, frozen: Sequence[str]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gather all workers' headers, int64[W, 2], and norms, [float32[W]] or []; collective."""
-        hashed = 0 if compressor is None else _hash(identify(compressor)) % _HASHES
-        code = _CALLS.index(call) + _ROOM * (hashed + _HASHES * (_hash({"frozen": frozen}) % 2**28))
-        mine = {"header": torch.tensor([code, steps], device=self._device)}
+    def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Gather all workers' headers, int64[W, 5], and with a norm [norms, float32[W], standings, int64[W]], else [];
+        collective."""
+        call, steps = _CALLS[header.call], header.steps
+        mine = {"header": header.packed(self._device)}
         if self._norms:
             mine["norm"] = torch.zeros(1, device=self._device) if norm is None else norm
         self._channel.step = max(self._channel.step, steps - 1)
@@ -121,35 +137,34 @@ class Lockstep:
             rank = self._channel.group.rank
             advice = _LOST.format(rank=rank, advice=_ADVICE)
             raise PeerLostError(f"{error}. It was when worker {rank} {call} after step {steps}. {advice}") from error
-        norms = [] if norm is None else [torch.cat([parts["norm"] for parts in gathered])]
-        return torch.stack([parts["header"] for parts in gathered]), norms
+        headers = torch.stack([parts["header"] for parts in gathered])
+        return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), headers[:, -1]]
 
     def _check(self, headers: Tensor, compressor: Compressor | None) -> bool:
-        """Compare the workers' `headers`, int64[W, 2]; return True if frozen parameters are equal. Raises RuntimeError
+        """Compare the workers' `headers`, int64[W, 5]; return True if frozen parameters are equal. Raises RuntimeError
         as `run` does. If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
         # Find the first worker whose call differs from worker 0's, else number of steps, else compressor.
-        codes = headers.tolist()
-        rows = [(code % _ROOM, steps, code % (_ROOM * _HASHES)) for code, steps in codes]
-        agreed = len({code // (_ROOM * _HASHES) for code, _ in codes}) == 1
-        unlike = [worker for i in range(3) for worker, row in enumerate(rows) if row[i] != rows[0][i]]
+        first, *_ = rows = [Header(*row) for row in headers.tolist()]
+        agreed = len({row.frozen for row in rows}) == 1
+        compared = ("call", "steps", "compressor")
+        unlike = [i for key in compared for i, row in enumerate(rows) if getattr(row, key) != getattr(first, key)]
         if not unlike:
             return agreed
-        call, steps, code = rows[0]
-        their_call, their_steps, their_code = rows[unlike[0]]
+        other = rows[unlike[0]]
+        call, their_call = _CALLS[first.call], _CALLS[other.call]
         found = (
-            f"worker 0 {_CALLS[call]} after step {steps}, and worker {unlike[0]} {_CALLS[their_call]} after step "
-            f"{their_steps}"
+            f"worker 0 {call} after step {first.steps}, and worker {unlike[0]} {their_call} after step {other.steps}"
         )
-        if call != their_call or (_CALLS[call] == "exchanges a round" and steps != their_steps):
+        if call != their_call or (call == "exchanges a round" and first.steps != other.steps):
             raise RuntimeError(
                 f"{found}: all workers must make the same calls after the same number of optimizer steps. If their "
                 f"data have different lengths, {_ADVICE}; pass scaler= if a GradScaler skips steps"
             )
-        if code != their_code:
+        if first.compressor != other.compressor:
             assert compressor is not None
             raise RuntimeError(
-                f"workers 0 and {unlike[0]} have different compressors in the exchange after step {steps}, on worker "
-                f"{self._channel.group.rank} {describe(compressor)}: a schedule must depend on the round alone"
+                f"workers 0 and {unlike[0]} have different compressors in the exchange after step {first.steps}, on "
+                f"worker {self._channel.group.rank} {describe(compressor)}: a schedule must depend on the round alone"
             )
         # Only the steps differ: the collectives still match, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
-from packsaddle.comm.group import resolve
+from packsaddle.comm.group import Group, ProcessGroup, resolve
 from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
@@ -187,6 +187,17 @@ class Elastic(Option):
             if not seconds > 0:
                 raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)!r}")
             object.__setattr__(self, name, seconds)
+
+
+class Manager(Protocol):
+    """A torchft Manager."""
+
+    def start_quorum(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def should_commit(self, *args: Any, **kwargs: Any) -> bool: ...
+
+
+AnyWorkers = Workers | Elastic | Group | ProcessGroup | Manager | None  # what an argument `workers` accepts
 
 
 @dataclass(frozen=True)

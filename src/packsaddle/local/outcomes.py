@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
 from packsaddle.feedback.optimizers import parameters_of
+from packsaddle.feedback.report import Report
 from packsaddle.feedback.state import Value, attribute
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.inner import live_objects, names_of
@@ -25,7 +26,6 @@ from packsaddle.local.round import LocalRound
 from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
-_FAILED = " (its optimizer was reset)"  # suffix of a parameter's name: the reset has failed
 
 
 class Outcomes:
@@ -60,7 +60,7 @@ class Outcomes:
 
     def register(self, r: LocalRound) -> None:
         """Record a fragment's update as valid again, if that of its new round is. Call before the exchange.
-        After a failed reset, add a mark to the name of the invalid parameter, which all workers receive."""
+        After a failed reset, report it to all workers."""
         part = r.part
         if self._waits and not bool(r.invalid):
             part.was_invalid = False
@@ -69,7 +69,8 @@ class Outcomes:
         elif self._failed:
             named = zip(part.places, part.anchor.tensors(), strict=True)
             assert r.exchanged is not None
-            r.exchanged.name = (first_out_of_range((place.name, x) for place, x in named) or "another shard") + _FAILED
+            name = first_out_of_range((place.name, x) for place, x in named) or "another shard"
+            r.exchanged.report = Report("reset", name)
 
     def __call__(self, r: LocalRound) -> None:
         """Record the outcome of a round that has ended.
@@ -89,11 +90,11 @@ class Outcomes:
             part.was_invalid = True
             self._restore()
         # Count the rejected round, and raise errors on all workers.
-        self.skips.record(Skip.of(r.t, dict(enumerate(r.names)), THE_MEAN, is_round=True))
-        for worker, name in enumerate(r.names):
-            if name.endswith(_FAILED):
+        self.skips.record(Skip.of(r.t, dict(enumerate(r.reports)), THE_MEAN, is_round=True))
+        for worker, report in enumerate(r.reports):
+            if report.kind == "reset":
                 raise NonFiniteError(
-                    f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
+                    f"{report.name} on worker {worker} is not finite after a step with finite "
                     f"gradients, and {names_of(self._optimizers)} could not be reset: there is non-finite state "
                     f"outside of the state of torch optimizers and of state_dict(), or a learning rate that "
                     f"overflows. Implement state_dict() and load_state_dict() for all of the state, or lower the "

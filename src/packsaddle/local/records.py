@@ -1,12 +1,14 @@
-"""What local updates record of a training: counts of rounds, clipped updates, resets and bytes."""
+"""Records of a training by local updates: counts of rounds, clipped updates, resets and bytes."""
 
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import ring_all_reduce
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.sharding import local_part
+from packsaddle.compressors import describe
 from packsaddle.feedback.checks import DriftGuard
 from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.guard import Records, Skips
@@ -15,6 +17,8 @@ from packsaddle.local.clipping import Clip
 from packsaddle.local.elastic.workers import ElasticWorkers
 from packsaddle.local.fixed import FixedWorkers
 from packsaddle.local.fragment import Fragment
+from packsaddle.local.inner import names_of
+from packsaddle.local.options import LocalOptions
 
 
 class Baseline:
@@ -37,10 +41,22 @@ class LocalRecords(Records):
     """The records of `LocalUpdates`: properties that change nothing, and need no other worker."""
 
     steps: int
+    optimizers: Sequence[Optimizer]
+    options: LocalOptions
+    outer: Optimizer | None
     _fragments: Sequence[Fragment]
     _workers: FixedWorkers | ElasticWorkers
     _reactions: Reactions
     _baseline: Baseline
+
+    def __repr__(self) -> str:
+        compressor = describe(self.options.compression.at(self.rounds))
+        outer = type(self.outer).__name__ if self.outer else "mean"
+        return (
+            f"LocalUpdates({names_of(self.optimizers)}, every={self.options.every}, {compressor}, outer={outer}, "
+            f"fragments={len(self._fragments)}, workers={self._workers.channel.group.size}, steps={self.steps}, "
+            f"rounds={self.rounds})"
+        )
 
     @property
     def _skips(self) -> Skips:  # type: ignore[override]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.compressors import Compressor
+from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Round
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
@@ -29,7 +30,7 @@ class SavedExchange:
     due: int  # the inner step after which it is applied
     applied: bool  # False: rejected
     invalid: bool  # this worker's update was non-finite, or too large to compress
-    names: list[str]  # name of the invalid parameter on each worker, by rank
+    reports: list[Report]  # of all workers, by rank; empty if it was valid
     start: dict[str, Tensor]  # the parameters at `begin`, by name
     mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
     frozen: list[str]  # parameters that were frozen at `begin`, on this worker
@@ -55,8 +56,8 @@ class LocalRound:
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
     wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
-    names: list[str] = field(default_factory=list)  # name of the invalid parameter on each worker, by rank
-    norm: Tensor | None = None  # norm of v, float32[1] (see `norm_of`); None: updates are not clipped
+    reports: list[Report] = field(default_factory=list)  # of all workers, by rank; empty if the exchange is valid
+    norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
     workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
     applied: bool | None = None  # True: applied; False: rejected; None: not known yet
@@ -93,21 +94,22 @@ class LocalRound:
         r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
         part.current = r
         if options.workers.clip is not None:
-            r.norm = norm_of(exchanged.v, share)
+            r.norm = norm_of(exchanged.v)
         if frozen:
             r.owner_errors = [error.clone() for error in part.feedback.owner_errors().values()]
         return r
 
-    def exchange(self, step: int, norms: Tensor | None = None) -> None:
+    def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
         """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
 
-        It may run in another thread. `norms`, float32[W], are the workers' norms of v, from which v is clipped.
+        It may run in another thread. From the workers' norms of v, `norms`, float32[W], and `standings`, int64[W], v is
+        clipped (see `factors_of`).
         """
         part, exchanged, options = self.part, self.exchanged, self.part.options
         assert exchanged is not None
         part.feedback.channel.step = step
-        if norms is not None and (limit := options.workers.clip) is not None:
-            self.factors = factors_of(norms, limit)
+        if norms is not None and standings is not None and (limit := options.workers.clip) is not None:
+            self.factors = factors_of(norms, standings, limit)
         g = exchanged.exchange(weight=self.share, clip=self.own_factor)
         if self.share:
             exchanged.absorb()
@@ -120,7 +122,7 @@ class LocalRound:
         self.mean = self._vector(g) if as_vector else g
         # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
         if self.invalid.device.type == "cpu":
-            self.name_workers()
+            self.gather_reports()
 
     @property
     def own_factor(self) -> Tensor | None:
@@ -138,14 +140,14 @@ class LocalRound:
             total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
         return total
 
-    def name_workers(self) -> None:
-        """Gather from all workers the names of invalid parameters or messages, if there are any; collective."""
+    def gather_reports(self) -> None:
+        """Gather all workers' reports, if the exchange is invalid on one of them; collective."""
         assert self.exchanged is not None
         fraction = self.exchanged.verdict.fraction
         assert fraction is not None
-        if fraction != 0 and not self.names:  # above 0: a worker's v is invalid; NaN: a message is
-            channel = self.part.feedback.channel
-            self.names = channel.gather_text(self.exchanged.name, self.invalid.device, "guard")
+        if fraction != 0 and not self.reports:  # above 0: a worker's v is invalid; NaN: a message is
+            texts = self.part.feedback.channel.gather_text(str(self.exchanged.report), self.invalid.device, "guard")
+            self.reports = list(map(Report.read, texts))
 
     def close(self) -> bool:
         """Wait for the exchange, and commit or roll back the error memory; idempotent. Returns True if the round is
@@ -154,7 +156,7 @@ class LocalRound:
             assert self.exchanged is not None
             self.agrees &= self.wait()
             self.applied = self.exchanged.verdict.read()
-            self.name_workers()
+            self.gather_reports()
             self._exclude_frozen()
             with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
                 self.finish(commit=self.applied and self.share > 0)
@@ -204,7 +206,7 @@ class LocalRound:
         assert self.applied is not None
         start = {place.name: s for place, s in zip(self.part.places, self.before, strict=True)}
         mean = self.part.by_name(self.mean) if self.applied and isinstance(self.mean, Tensor) else {}
-        outcome = self.due, self.applied, bool(self.invalid), list(self.names)
+        outcome = self.due, self.applied, bool(self.invalid), list(self.reports)
         return SavedExchange(*outcome, start, mean, self.frozen, self.agrees)
 
     @classmethod
@@ -221,6 +223,6 @@ class LocalRound:
             agrees=saved.agrees,
             before=before,
             mean=None if mean is None else mean.flat,
-            names=saved.names,
+            reports=saved.reports,
             applied=saved.applied,
         )

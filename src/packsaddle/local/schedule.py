@@ -1,4 +1,4 @@
-"""When exchanges of local updates begin and end: all arithmetic of inner steps."""
+"""The schedule of exchanges of local updates: all arithmetic of inner steps."""
 
 from dataclasses import dataclass
 

@@ -25,19 +25,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.join import JoinableSteps
-from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.comm.sharding import local_part
-from packsaddle.compressors import Compressor, Sign, describe
+from packsaddle.compressors import Compressor, Sign
 from packsaddle.errors import suggests
-from packsaddle.feedback.checks import DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
-from packsaddle.local.after import CompareAnchors, EscapeAnchor, Reactions
+from packsaddle.local.after import Reactions
 from packsaddle.local.elastic.workers import ElasticWorkers
 from packsaddle.local.fixed import Connection, FixedWorkers
-from packsaddle.local.fragment import partition
+from packsaddle.local.fragment import check_compressor, partition
 from packsaddle.local.inner import (
     OtherOptimizers,
     Shards,
@@ -45,89 +43,28 @@ from packsaddle.local.inner import (
     check_no_others,
     check_not_exchanged,
     check_parameters,
+    equal_arguments,
     named_parameters,
-    names_of,
-    settings_of,
 )
 from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call
-from packsaddle.local.moments import MeanMomentum
-from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
-from packsaddle.local.outcomes import Outcomes
+from packsaddle.local.options import AnyWorkers, Elastic, LocalOptions, Outer, Overlap
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.records import Baseline, LocalRecords
 from packsaddle.local.saved import saved_state
 from packsaddle.local.start import StateDictWarning, UnsentSteps, untrained_tensors
 from packsaddle.local.whole import WholeAnchor
-from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
-from packsaddle.options.agreement import agreement
 
 
 class LocalUpdates(LocalRecords, JoinableSteps):
     """Local training with any torch optimizers: workers' parameter changes are compressed and averaged every few steps.
 
-    The training loop does not change: hooks on `optimizer.step()` count steps, and after every `every`-th step they
-    exchange the parameters' changes. Do not exchange gradients as well: no DistributedDataParallel between workers (if
-    a framework wraps the model in it, see `keep_gradients_local`). The anchor is the parameters last agreed on by all
-    workers.
-
-    Args:
-        optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
-            torch optimizers of floating-point parameters on one device. Parameters may be DTensors of FSDP2 and tensor
-            parallelism: each process exchanges its shard. A step counts when all optimizers have stepped.
-        compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
-            settings of the exchange.
-        every: H, inner steps between two exchanges of a fragment.
-        outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that returns a torch optimizer of the
-            anchor's tensors, float32 or wider. Its gradient is the workers' mean update. None: the mean update is
-            subtracted from the anchor.
-        mean_momentum: c in [0, 1]. After a round with the compressed mean update u, AdamW's first moments m (state
-            `exp_avg`; v is `exp_avg_sq`) become (1 - c) m + c ||m|| d / ||d||, d = sqrt(v) u, so that the next steps
-            continue along u. It sends nothing. With AdamW 0.5 lowered the loss of language models (betas 0.8 or
-            0.9, and 0.99); with [muon, adamw] it raised it. 0: m stays the worker's own.
-        overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
-        workers: the process group of the workers, or `Workers` with weights, a sample of them or a limit on their
-            updates; or a torchft Manager or `Elastic`, for workers that join and leave. None: the default group, or
-            this process alone without one.
-        noise: standard deviation, per coordinate and in units of the parameters, of the Gaussian noise added in each
-            round, identical on all workers; or a function of the round's index that returns it.
-        escape: the saddle escape check (Algorithm 1, lines 4-8), run on the anchor after each round; its interval and
-            `every` count rounds. It needs one fragment and no delay.
-        keep_unsent: after an exchange this worker continues at a - e, where a is the anchor and e its error memory, so
-            the unsent part of its update stays in its own parameters, as in CSER (Xie et al. 2020). It trains better
-            than False: continue at a, as in Algorithm 1 and DiLoCo.
-        offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
-        seed: seed of all shared randomness; identical on all workers.
-        scaler: the GradScaler that steps the optimizer, so that the steps it skips on one worker are counted too.
-        model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
-            rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers. With a
-            manager they are not set: ConfigError is raised when a worker joins whose frozen parameters differ. Without
-            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module. Saved
-            states have its names of parameters: a run that resumes needs `model` if it was given before, else none.
-        warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
-            anchor. Set it to False in a script in which each worker saves its own.
-
-    A round in which a worker's parameters are not finite is rejected on all workers, and recorded in `skips`. That
-    worker resets its parameters to their values after the last exchange, and clears non-finite entries of its
-    optimizers' state and, if necessary, of their `state_dict`. The others keep their local updates for the next round.
-    All workers raise NonFiniteError after more than `max_skipped` consecutive rejected rounds, and if an optimizer
-    cannot be reset.
-
-    Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
-    step, on every worker. With a manager it is not collective: the first step, or `join`, waits for the others, and a
-    worker that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they
-    differ between workers; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group;
-    RuntimeError at the first step if gradients are identical on all workers, so exchanged already; and RuntimeError if
-    workers make different calls, for example a round and `flush`, after unequal numbers of steps. Within torch's
-    `Join([local])` a worker that has ended joins the others' rounds instead. If training ends with steps after the
-    last `flush`, `state_dict` or use of the anchor, rank 0 logs a warning.
-
     >>> import torch
-    >>> from packsaddle import LocalUpdates, Sign
+    >>> from packsaddle import LocalUpdates
     >>> model = torch.nn.Linear(64, 64)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    >>> local = LocalUpdates(optimizer, every=2, compressor=Sign(per_tensor=True))
+    >>> local = LocalUpdates(optimizer, every=2, model=model)
     >>> for batch in torch.rand(4, 8, 64):
     ...     optimizer.zero_grad()
     ...     (model(batch) - batch).square().mean().backward()
@@ -136,6 +73,54 @@ class LocalUpdates(LocalRecords, JoinableSteps):
     2
     >>> local.flush()
     True
+
+    The training loop does not change: hooks on `optimizer.step()` count steps, and after every `every`-th step a round
+    exchanges the parameters' changes since the last one. Do not exchange gradients as well: no DistributedDataParallel
+    between workers (if a framework wraps the model in it, see `keep_gradients_local`). Between rounds each worker has
+    its own parameters. The anchor is the parameters last agreed on by all workers: evaluate and save it (`at_anchor`,
+    `state_dict_of`), and call `flush` at the end.
+
+    Args:
+        optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
+            torch optimizers of floating-point parameters on one device. A step counts when all of them have stepped.
+            Parameters may be DTensors of FSDP2 and tensor parallelism: each process exchanges its shard.
+        compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
+            settings of the exchange.
+        every: H, inner steps between two exchanges of a fragment.
+        workers: the process group of the workers, or a `Workers` with more settings; or, for workers that join and
+            leave, a torchft Manager or an `Elastic`. None: the default group, or this process alone without one.
+        model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
+            rank 0's (with a manager they are compared instead), and ValueError is raised if it has a trainable
+            parameter that is in none of the optimizers. Saved states have its names of parameters: a run that resumes
+            needs `model` if it was given before. None: another optimizer of the same module raises RuntimeError.
+        outer: the outer optimizer of the anchor, `OuterSGD()` or a function of the anchor's tensors that returns a
+            torch optimizer. Its gradient is the workers' mean update. None: the mean update is subtracted.
+        mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
+            workers' mean update after a round (see `local.moments`). It sends nothing. 0: none.
+        overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
+        noise: the standard deviation of Gaussian noise added in each round, or a `Noise`.
+        escape: the saddle escape check of the anchor, an `Escape`, which counts rounds. None: no check.
+        keep_unsent: after a round continue at a - e, where a is the anchor and e this worker's error memory, as in CSER
+            (Xie et al. 2020). It trains better than False: continue at a, as in Algorithm 1 and DiLoCo.
+        offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
+        seed: seed of all shared randomness; identical on all workers.
+        scaler: the GradScaler that steps the optimizer, so that the steps it skips on one worker are counted too.
+        warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
+            anchor. Set it to False in a script in which each worker saves its own.
+
+    Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
+    step, on every worker. With a manager the first step, or `join`, waits for the others instead, and a worker that
+    joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they differ between
+    workers, and RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group.
+
+    A round in which a worker's update is not finite is rejected on all workers, and recorded in `skips`. That worker
+    continues from the last round, with the non-finite entries of its optimizers' states cleared. NonFiniteError is
+    raised after more than `max_skipped` consecutive rejected rounds, or if an optimizer cannot be reset.
+
+    Steps raise RuntimeError if workers make different calls after unequal numbers of steps, and the first one if
+    gradients are identical on all workers, so exchanged already. Within torch's `Join([local])` a worker that has ended
+    joins the others' rounds. If training ends with steps after the last round, and without `flush`, `state_dict` or
+    use of the anchor, rank 0 logs a warning.
     """
 
     @suggests(
@@ -152,7 +137,7 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         outer: Outer | None = None,
         mean_momentum: float = 0.0,
         overlap: int | Overlap = 0,
-        workers: Any = None,
+        workers: AnyWorkers = None,
         noise: float | Callable[[int], float] | Noise = 0.0,
         escape: Escape | None = None,
         keep_unsent: bool = True,
@@ -199,7 +184,7 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         agree = Shards(parameters.values())
         with torch.no_grad():
             self._fragments, schedule = partition(parameters, options, to.channel, device, agree)
-        self._check_compressor(options.compression)
+        check_compressor(self._fragments, options.compression, stacklevel=4)
         self._whole = WholeAnchor(self._fragments, parameters)
         made = None if outer is None else OuterOptimizer(outer, self._whole.leaves())
         self.outer: Optimizer | None = None if made is None else made.optimizer
@@ -210,13 +195,17 @@ class LocalUpdates(LocalRecords, JoinableSteps):
             self._workers = FixedWorkers(
                 *(options, to, device, self._fragments, schedule, self.outer, self._announce),
             )
-        self._reactions = self._make_reactions(agree)
+        self._reactions = Reactions.of(
+            *(options, self.optimizers, self._fragments, to.channel, self._workers.lockstep, self.outer, agree),
+        )
         self._baseline = Baseline(parameters.values())
         parts = parameters, self._fragments, self._workers, made, self._reactions, self._baseline
         self.saved_state = saved_state(self, options, *parts)
 
         # Compare the arguments of all workers, and set the parameters to rank 0's; with a manager, on joining.
-        same = self._equal_arguments(parameters, untrained)
+        same = equal_arguments(options, self.optimizers, self.outer, device)
+        same |= {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(parameters.items())}
+        same |= {f"untrained[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(untrained)}
         self._workers.start(self._reactions, same, parameters, untrained)
         self._set_anchor_before_first_step()
 
@@ -230,56 +219,6 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         warns = not is_elastic and to.group.size > 1 and to.group.rank == 0 and to.group.sends
         self._unsent = UnsentSteps(self if warns and self.join_process_group else None, self._whole.is_left)
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
-
-    def _check_compressor(self, spec: Compression) -> None:
-        """Check the compressor of the first round, and set it in each fragment."""
-        d = sum(part.compressed_d for part in self._fragments)
-        warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=4)
-        spec.at(0).validate(d)
-        for part in self._fragments:
-            part.use(spec.at(0))
-
-    def _make_reactions(self, agree: Shards) -> Reactions:
-        """Return what follows a round: outcomes and resets, first moments, comparisons of anchors, escape checks."""
-        options, fragments, workers = self.options, self._fragments, self._workers
-        spec, c, rank = options.compression, options.mean_momentum, workers.channel.group.rank
-        outcomes = Outcomes(self.optimizers, fragments, agree, spec.max_skipped, rank)
-        momentum = MeanMomentum(self.optimizers, c, agree) if c else None
-        if momentum is not None and rank == 0:
-            momentum.warn_if_advised_against(self.outer, stacklevel=5)
-        drift, compare = DriftGuard(spec.compare_every, spec.on_drift, workers.channel), None
-        if isinstance(workers, FixedWorkers):  # elastic workers compare their anchors at the start of a round
-            compare = CompareAnchors(drift, fragments, workers.lockstep, options.overlap.delay)
-        escape = None
-        if options.escape is not None:
-            escape = EscapeAnchor(options.escape, fragments, workers.channel, options.seed)
-        return Reactions(outcomes, momentum, drift, compare, escape)
-
-    def _equal_arguments(
-        self, parameters: Mapping[str, Tensor], untrained: Iterable[tuple[str, Tensor]]
-    ) -> dict[str, object]:
-        """Return the arguments that must be equal on all workers, by name."""
-        spec, workers = self.options.compression, self.options.workers
-        same: dict[str, object] = {"weight": workers.weight is not None} if isinstance(workers, Workers) else {}
-        same |= agreement(self.options) | {"kernels": compiler(self.join_device)}
-        if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
-            same["compressor of round 0"] = describe(spec.at(0))
-        same["outer"] = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
-        if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
-            same |= settings_of(self.optimizers, of_groups=isinstance(workers, Workers))
-        for kind, tensors in (("params", parameters.items()), ("untrained", untrained)):
-            for i, (name, p) in enumerate(tensors):
-                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
-        return same
-
-    def __repr__(self) -> str:
-        compressor = describe(self.options.compression.at(self.rounds))
-        outer = type(self.outer).__name__ if self.outer else "mean"
-        return (
-            f"LocalUpdates({names_of(self.optimizers)}, every={self.options.every}, {compressor}, outer={outer}, "
-            f"fragments={len(self._fragments)}, workers={self._workers.channel.group.size}, steps={self.steps}, "
-            f"rounds={self.rounds})"
-        )
 
     # Inner steps, and the rounds that follow them.
 

@@ -29,6 +29,7 @@ from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Records, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
+from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
@@ -357,13 +358,15 @@ class CompressedSGD(Records, Optimizer):
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
             # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
-            name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else round.name
-            text = torch.tensor(list(name.encode()), dtype=torch.uint8)
+            report = round.report
+            if round.invalid:
+                report = Report("vector", self._direction.first_out_of_range() or THE_SUM)
+            text = torch.tensor(list(str(report).encode()), dtype=torch.uint8)
             row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
-            parts = {"name": text.to(device), "row": row.to(device)}
+            parts = {"report": text.to(device), "row": row.to(device)}
             gathered = self.channel.gather(parts, purpose="guard")
-            names = {worker: bytes(p["name"].tolist()).decode() for worker, p in enumerate(gathered)}
-            self._skips.record(Skip.of(t, names, THE_MEAN))
+            reports = {worker: Report.read(bytes(p["report"].tolist()).decode()) for worker, p in enumerate(gathered)}
+            self._skips.record(Skip.of(t, reports, THE_MEAN))
             self._skips.check(max(int(p["row"]) for p in gathered))
             if self._memory.in_gradients:
                 raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')

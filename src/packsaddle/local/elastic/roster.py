@@ -37,14 +37,15 @@ class Hello:
     steps: int  # inner steps since the last round that includes its update
     dense: int  # 1: requests a round that sends all pending updates
     keeps: int  # 1: its file has its error memory as of its last round
+    has_pending: int  # 1: it has updates to send in a round with dense = 1, if `weight` is 0
     frozen: int  # hash of the names of its frozen parameters
     weight: float  # its weight in the mean; 0: it only receives
-    idle_weight: float  # its weight in a round with dense = 1, if `weight` is 0; negative: it has nothing to send
+    idle_weight: float  # its weight in a round with dense = 1, if `weight` is 0
     seconds: float  # seconds per inner step; 0: unknown
     lost: float  # norm of error memories that it found to be lost
 
     def packed(self, device: torch.device) -> Tensor:
-        """Return this message as int64[15]; floats are stored as their bit patterns."""
+        """Return this message as int64[16]; floats are stored as their bit patterns."""
         *whole, a, b, c, d = astuple(self)
         reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
         return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)

@@ -39,14 +39,15 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.feedback.guard import sender_of
 from packsaddle.feedback.optimizers import load_states
 from packsaddle.feedback.state import Rule, State, Value, Vector, attribute, skip
 from packsaddle.local.after import Reactions
+from packsaddle.local.clipping import Standing
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
+from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import share
@@ -83,6 +84,8 @@ class ElasticWorkers:
         inner: the optimizers of the parameters.
         outer: the outer optimizer of the anchor, or None.
     """
+
+    lockstep: Lockstep | None = None  # their calls are not in lockstep
 
     def __init__(
         self,
@@ -301,8 +304,8 @@ class ElasticWorkers:
         # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
         dense = any(hello.dense for hello in hellos)
         weights, parts = [0.0] * len(hellos), list[Fragment]()
-        if any(h.weight or (dense and h.idle_weight > 0) for h in hellos):
-            weights = [h.weight or abs(h.idle_weight) if dense else h.weight for h in hellos]
+        if any(h.weight or (dense and h.idle_weight and h.has_pending) for h in hellos):
+            weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
             parts = list(self._fragments) if dense else [self._due]
         self._energy = 0.0
         for part in parts:
@@ -312,12 +315,14 @@ class ElasticWorkers:
             self._reactions.outcomes.register(r)
             assert r.exchanged is not None
             self._energy += _energy(r.exchanged.v)
-            norms = None
+            norms = standings = None
             if r.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
                 norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
                 norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
-            r.exchange(self.channel.step, norms)
-            r.name_workers()
+                parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
+                standings = torch.tensor(parts_in, device=norms.device)
+            r.exchange(self.channel.step, norms, standings)
+            r.gather_reports()
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._in_doubt = parts
@@ -329,7 +334,7 @@ class ElasticWorkers:
         compared = every > 0 and self._rounds % every == 0
         # A worker that has not joined only receives (weight 0). One without steps since its last round has the
         # `idle_weight` of ordinary rounds where all pending updates are sent: an error memory, or unsent updates of
-        # fragments that were not in that round. Without any its zeros count with others' updates (negative).
+        # fragments that were not in that round. Without any its zeros count with others' updates.
         own = self.account
         has_more = len(self._fragments) > 1 and not own.since and self._has_pending()
         idle_weight = own.last_weight if self.has_joined and (own.counted or own.norm) else 0.0
@@ -344,9 +349,10 @@ class ElasticWorkers:
             steps=self.account.since,
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
+            has_pending=int(bool(own.norm or has_more)),
             frozen=_hash(as_text({"frozen": [part.frozen_next for part in self._fragments]})),
             weight=self.account.weight(self.settings.weight) if self.has_joined else 0.0,
-            idle_weight=idle_weight if own.norm or has_more else -idle_weight,
+            idle_weight=idle_weight,
             seconds=seconds,
             lost=self.account.found_lost,
         )
@@ -440,7 +446,7 @@ class ElasticWorkers:
             r = part.apply_round(None if self._outer is None else self._outer.optimizer)
             self._reactions(r)
             applied &= bool(r.applied)
-            reports = max(reports, sum(sender_of(name) == self._group.rank for name in r.names))
+            reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
         self._save()
         # Stop if most other workers could not decode this worker's message; they continue without it.
         if 2 * reports > self._group.size - 1:

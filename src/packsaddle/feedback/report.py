@@ -1,0 +1,38 @@
+"""A worker's report of an exchange that it cannot apply: an invalid vector, an invalid message, a failed reset."""
+
+import json
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+from packsaddle.errors import MessageError
+
+Kind = Literal["valid", "vector", "message", "reset"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One worker's report of an exchange.
+
+    Kinds: "valid" (its vector, and all messages that it received, are valid), "vector" (its vector v is invalid),
+    "message" (it received an invalid message), "reset" (v is invalid although its optimizer was reset).
+    """
+
+    kind: Kind = "valid"
+    name: str = ""  # "vector", "reset": the first invalid parameter; "message": the error
+    worker: int = -1  # "message": rank of the sender
+
+    @classmethod
+    def of_message(cls, error: MessageError) -> "Report":
+        return cls("message", str(error), -1 if error.worker is None else error.worker)
+
+    @classmethod
+    def read(cls, text: str) -> "Report":
+        """Return the report of a text that `str` has made."""
+        return cls(*json.loads(text))
+
+    def __str__(self) -> str:
+        return json.dumps(astuple(self))
+
+    def __bool__(self) -> bool:
+        """True unless the exchange is valid for this worker."""
+        return self.kind != "valid"
