@@ -58,12 +58,12 @@ class Ledger:
     ...     return opt.ledger
     >>> print(simulate(work, 2)[0])
     bytes    payload    sent  received
-    start     16,800  16,800       416
+    start     16,392  16,392         8
     sizes         16      16        16
     indices       43      43        43
     values       164     164       164
     dense          4       4         4
-    total     17,027  17,027       643
+    total     16,619  16,619       235
     """
 
     def __init__(self) -> None:
