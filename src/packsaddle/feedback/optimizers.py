@@ -1,7 +1,7 @@
 """Hooks on the steps of one or several torch optimizers, including steps made by a framework or a GradScaler."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -21,6 +21,20 @@ def innermost(optimizer: Any) -> Optimizer:
             raise TypeError(f"optimizer must be a torch optimizer, got {what}")
         optimizer = inner
     return optimizer
+
+
+class CompositeOptimizer(Optimizer):
+    """An optimizer whose step is a step of each of its `members`, and whose groups and states are theirs."""
+
+    members: Sequence[Optimizer]
+
+
+def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """Yield each optimizer, and after a `CompositeOptimizer` its members."""
+    for optimizer in optimizers:
+        yield optimizer
+        if isinstance(optimizer, CompositeOptimizer):
+            yield from optimizer.members
 
 
 def as_optimizers(given: object) -> tuple[Optimizer, ...]:

@@ -13,9 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
 from packsaddle.comm.sharding import local_part
-from packsaddle.feedback.optimizers import parameters_of, shape_and_name
+from packsaddle.feedback.optimizers import parameters_of, shape_and_name, with_members
 from packsaddle.feedback.slices import check_no_shared_memory
-from packsaddle.local.joined import with_members
 
 T = TypeVar("T")
 

@@ -33,7 +33,7 @@ from packsaddle.feedback.checks import DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
+from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of, with_members
 from packsaddle.local.after import CompareAnchors, EscapeAnchor, Reactions
 from packsaddle.local.elastic.workers import ElasticWorkers
 from packsaddle.local.fixed import Connection, FixedWorkers
@@ -49,7 +49,6 @@ from packsaddle.local.inner import (
     names_of,
     settings_of,
 )
-from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call
 from packsaddle.local.moments import MeanMomentum
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
