@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "numerics": set(),
     "compressors": {"numerics"},
     "comm": {"options", "numerics", "compressors"},
-    "checkpoint": {"numerics", "comm"},
+    "checkpoint": {"numerics", "comm", "feedback"},
     "curvature": {"numerics", "comm"},
     "feedback": {"options", "numerics", "compressors", "comm"},
     "sgd": {"options", "numerics", "compressors", "comm", "feedback"},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from packsaddle.feedback.exchanging import exchange_of
 from packsaddle.feedback.optimizers import CompositeOptimizer, as_optimizers, load_states, parameters_of
 
 
@@ -38,7 +39,7 @@ class JoinedOptimizer(CompositeOptimizer):
 
     def _watch_members(self) -> None:
         def check(member: Optimizer, args: object, kwargs: object) -> None:
-            if getattr(self, "exchanged_by", None) is not None and not self._steps_members:
+            if exchange_of(self) is not None and not self._steps_members:
                 raise RuntimeError(
                     f"{type(member).__name__} is a member of a JoinedOptimizer that LocalUpdates counts the steps of: "
                     f"step the JoinedOptimizer, or make LocalUpdates with the list of its members"

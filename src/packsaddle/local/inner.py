@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
 from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.exchanging import Exchanging, exchange_of
 from packsaddle.feedback.optimizers import parameters_of, shape_and_name, with_members
 from packsaddle.feedback.slices import check_no_shared_memory
 
@@ -55,15 +56,12 @@ def _is_plain(value: object) -> bool:
 
 def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
     """Raise TypeError for an optimizer that exchanges by itself, and RuntimeError if a `LocalUpdates` exchanges one of
-    them already: workers would exchange each change twice.
-
-    The attribute `exchanged_by` of an optimizer is its `LocalUpdates`, and is not saved in its state.
-    """
+    them already: workers would exchange each change twice."""
     for optimizer in with_members(optimizers):
         name = type(optimizer).__name__
-        if hasattr(optimizer, "channel"):
+        if isinstance(optimizer, Exchanging):
             raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
-        if getattr(optimizer, "exchanged_by", None) is not None:
+        if exchange_of(optimizer) is not None:
             raise RuntimeError(
                 f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
                 f"{name} anew"
@@ -164,10 +162,7 @@ class OtherOptimizers:
             return
 
         # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
-        def is_exchanged(o: Optimizer) -> bool:
-            return getattr(o, "exchanged_by", None) is not None or hasattr(o, "channel")
-
-        alone = {o: ids for o, ids in self._stepped.items() if not is_exchanged(o)}
+        alone = {o: ids for o, ids in self._stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
         # Those in one root module with ours. Only the script knows that module: search all objects in memory (0.1 s).

@@ -32,8 +32,9 @@ from packsaddle.errors import suggests
 from packsaddle.feedback.checks import DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.exchanging import Exchanging, register_exchange
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of, with_members
+from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
 from packsaddle.local.after import CompareAnchors, EscapeAnchor, Reactions
 from packsaddle.local.elastic.workers import ElasticWorkers
 from packsaddle.local.fixed import Connection, FixedWorkers
@@ -63,7 +64,7 @@ from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 
 
-class LocalUpdates(LocalRecords, JoinableSteps):
+class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     """Local training with any torch optimizers: workers' parameter changes are compressed and averaged every few steps.
 
     The training loop does not change: hooks on `optimizer.step()` count steps, and after every `every`-th step they
@@ -222,8 +223,7 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         # Register hooks that count the optimizers' steps, and watches of mistakes.
         watches = model is None and (to.group.size > 1 or is_elastic)
         self._others = OtherOptimizers(list(parameters.values()), to.group) if watches else None
-        for each in with_members((*self.optimizers, *([self.outer] if self.outer else []))):
-            each.exchanged_by = self  # type: ignore[attr-defined]
+        register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         if model is not None and warn_own_state and (to.group.size > 1 or is_elastic):
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         warns = not is_elastic and to.group.size > 1 and to.group.rank == 0 and to.group.sends
@@ -514,10 +514,6 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         self._unsent.clear()
         return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
-        self.saved_state.validate(state)
-
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
@@ -538,7 +534,9 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         with a manager."""
         self._workers.check_call(call, self.steps)
 
-    trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
+    def weight_in(self, state: Mapping[str, Any]) -> float:
+        # A state of an earlier format, which `State.split` refuses, has no share.
+        return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
