@@ -49,6 +49,7 @@ from packsaddle.local.inner import (
     named_parameters,
     names_of,
     settings_of,
+    watch_steps,
 )
 from packsaddle.local.lockstep import Call
 from packsaddle.local.moments import MeanMomentum
@@ -103,8 +104,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers. With a
             manager they are not set: ConfigError is raised when a worker joins whose frozen parameters differ. Without
-            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module. Saved
-            states have its names of parameters: a run that resumes needs `model` if it was given before, else none.
+            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module, unless
+            that was made before `import packsaddle`, copied or unpickled. Saved states have its names of parameters: a
+            run that resumes needs `model` if it was given before, else none.
         warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
             anchor. Set it to False in a script in which each worker saves its own.
 
@@ -222,6 +224,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
         # Register hooks that count the optimizers' steps, and watches of mistakes.
         watches = model is None and (to.group.size > 1 or is_elastic)
+        watch_steps()
         self._others = OtherOptimizers(list(parameters.values()), to.group) if watches else None
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         if model is not None and warn_own_state and (to.group.size > 1 or is_elastic):
