@@ -191,6 +191,20 @@ def test_extra_is_averaged_where_all_have_it(tmp_path: Path) -> None:
         }
 
 
+def test_names_of_attributes_have_no_meaning(tmp_path: Path) -> None:
+    """An optimizer with a `channel` may have LocalUpdates, and a part with its own `saved_state` is a plain one."""
+
+    def made() -> dict[str, Any]:
+        layer, notes = torch.nn.Linear(40, 40), Notes(a=1)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        optimizer.channel = notes.saved_state = notes.check_state_dict = "their own"  # type: ignore[attr-defined]
+        return {"model": layer, "optimizer": optimizer, "local": packsaddle.LocalUpdates(optimizer), "notes": notes}
+
+    simulate(lambda rank: packsaddle.save_checkpoint(tmp_path, made(), step=1), 2)
+    with pytest.warns(UserWarning, match="saved by 2 workers and is loaded by 3"):
+        assert simulate(lambda rank: load_checkpoint(tmp_path, made()).step, 3) == [1, 1, 1]  # type: ignore[union-attr]
+
+
 def test_each_worker_its_own_disk(tmp_path: Path) -> None:
     """Files are read by whoever has them: ranks dealt anew, and three disks' files carried over to two workers."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
-from packsaddle.local.joined import JoinedOptimizer
+from packsaddle.integrations import JoinedOptimizer
 from packsaddle.local.outcomes import clear_nonfinite
 
 Make = Callable[[list[Any]], Optimizer]

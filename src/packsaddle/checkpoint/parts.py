@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from packsaddle.checkpoint.files import CheckpointError, DamagedError
 from packsaddle.comm.communicator import ObjectCollectives
+from packsaddle.feedback.exchanging import CheckpointCall, Exchanging, exchange_of
 
 T = TypeVar("T")
 
@@ -32,16 +33,17 @@ def check_parts(parts: Parts) -> None:
     `LocalUpdates` of which only some optimizers are."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
+    held: list[object] = list(parts.values())
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
             raise CheckpointError(f"part {name!r} must have state_dict and load_state_dict, got {type(part).__name__}")
-        local = getattr(part, "exchanged_by", None)
-        if local is not None and all(other is not local for other in parts.values()):
+        exchange = exchange_of(part)
+        if exchange is not None and all(other is not exchange for other in held):
             raise CheckpointError(
                 f'part {name!r} is an optimizer with LocalUpdates, which must be a part as well: "local": local'
             )
-        if getattr(part, "trains_apart", False):
-            _check_optimizers(name, getattr(part, "optimizers", ()), parts)
+        if isinstance(part, Exchanging):
+            _check_optimizers(name, part.optimizers, parts)
 
 
 def _check_optimizers(name: str, optimizers: Sequence[object], parts: Parts) -> None:
@@ -52,11 +54,10 @@ def _check_optimizers(name: str, optimizers: Sequence[object], parts: Parts) -> 
         raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
 
-def check_calls(parts: Parts, call: str) -> None:
+def check_calls(parts: Parts, call: CheckpointCall) -> None:
     """Raise RuntimeError if workers that train apart make unlike calls, such as a save on rank 0 alone; collective."""
-    part: Any
     for part in parts.values():
-        if getattr(part, "trains_apart", False):
+        if isinstance(part, Exchanging):
             part.check_call(call)
 
 
@@ -106,7 +107,7 @@ def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
     check_names(parts, state)
     for name, part in parts.items():
         try:
-            if hasattr(part, "check_state_dict"):
+            if isinstance(part, Exchanging):
                 part.check_state_dict(state[name])
             elif isinstance(part, nn.Module):
                 check_shapes(name, shapes(state[name]), shapes(part.state_dict()))

@@ -7,8 +7,8 @@ a joint fingerprint, which detects a worker-0 file of another save.
 For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
 parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
 each worker. Owner errors, the residuals of a two-way exchange's mean, are added to the error memories. If workers train
-separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too, with
-the weights of that part ("share" in its state). The smallest scale of their GradScalers is used.
+separately between exchanges (a part has `Exchanging.optimizers`), their parameters and optimizer states are averaged
+too, with the weights of that part (`Exchanging.weight_in`). The smallest scale of their GradScalers is used.
 """
 
 import copy
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.comm.communicator import ObjectCollectives
+from packsaddle.feedback.exchanging import Exchanging, exchange_of
 
 Path = tuple[Any, ...]  # keys and indices in nested containers, outermost first
 
@@ -112,7 +113,7 @@ def resharded(
     converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
-    local = [name for name, part in parts.items() if getattr(part, "trains_apart", False)]
+    local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
     shares = _shares(parts, local, contents, collectives)
     for name, part in parts.items():
         if local and isinstance(part, Optimizer):
@@ -139,7 +140,7 @@ def resharded(
         found: dict[Path, Any] = _mean(means, sums, shares[name], workers, collectives)
         found |= _least(least, mine, collectives) if least else {}
         state = template["parts"][name]
-        replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
+        replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
             if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
@@ -211,7 +212,10 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 
 
 def _shares(
-    parts: Mapping[str, Any], local: Sequence[str], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
+    parts: Mapping[str, Any],
+    local: Mapping[str, Exchanging],
+    contents: Sequence[dict[str, Any]],
+    collectives: ObjectCollectives,
 ) -> dict[str, list[float]]:
     """Return by part the factors of the workers in means, 1 on average: those of its `LocalUpdates`, one of `local`.
     Raises CheckpointError, on every worker, for a module if several have unlike weights."""
@@ -219,10 +223,9 @@ def _shares(
         return {name: [1.0] * len(contents) for name in parts}
     found, unlike = {}, []
     for name, part in parts.items():
-        of = part if name in local else getattr(part, "exchanged_by", None)
-        keys = [key for key in local if parts[key] is of] or local
-        # A state of an earlier format, which `State.split` refuses, has no share.
-        each = [[content["parts"][key].get("share", 1.0) for content in contents] for key in keys]
+        of = exchange_of(part)
+        chosen = {key: each for key, each in local.items() if each is of} or local
+        each = [[one.weight_in(content["parts"][key]) for content in contents] for key, one in chosen.items()]
         unlike += [name] if any(shares != each[0] for shares in each) else []
         found[name] = each[0]
     if refused := [name for names in collectives.gather(unlike) for name in names]:
@@ -294,7 +297,7 @@ def _different(template: Split, mine: Sequence[Split], collectives: ObjectCollec
 
 
 def _split(part: Any, state: Mapping[str, Any], workers: int) -> Split:
-    if hasattr(part, "saved_state"):
+    if isinstance(part, Exchanging):
         return Split(*part.saved_state.split(_leaves(state), workers))
     return Split(equal=_leaves(state))
 

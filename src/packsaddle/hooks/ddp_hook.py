@@ -17,6 +17,7 @@ from torch.optim import SGD, Optimizer
 from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
+from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
@@ -84,7 +85,7 @@ class Rates:
             self.units = self._next
 
 
-class DDPHook(GradientHook):
+class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
     `places` are the parameters of `module`, the model, and `optimizers` train them, if known. With scope="bucket",

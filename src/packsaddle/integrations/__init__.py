@@ -5,6 +5,6 @@
 """
 
 from packsaddle.integrations.callbacks import WorkerState, load_state, measures, save_state
-from packsaddle.local.joined import JoinedOptimizer
+from packsaddle.integrations.joined import JoinedOptimizer
 
 __all__ = ["JoinedOptimizer", "WorkerState", "load_state", "measures", "save_state"]

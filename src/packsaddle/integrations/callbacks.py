@@ -184,7 +184,7 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     found = {
         "steps": float(steps),
         "skipped": float(exchange.skipped),
-        "resets": float(len(getattr(exchange, "resets", ()))),  # FSDP hooks have no escape check
+        "resets": float(len(exchange.resets)),
         "sent": float(sent),
         "received": float(exchange.ledger.received),
         "reduction": alone / sent if sent else 1.0,

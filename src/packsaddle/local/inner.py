@@ -1,9 +1,8 @@
 """The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
-import gc
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -11,22 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
+from packsaddle.comm.group import Group, distinct_groups
+from packsaddle.comm.modules import is_averaged_by_ddp, recorded_modules
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, describe
-from packsaddle.feedback.optimizers import parameters_of, shape_and_name
+from packsaddle.feedback.exchanging import Exchanging, exchange_of
+from packsaddle.feedback.optimizers import parameters_of, shape_and_name, with_members
 from packsaddle.feedback.slices import check_no_shared_memory
-from packsaddle.local.joined import with_members
 from packsaddle.local.options import LocalOptions, Workers
 from packsaddle.numerics.kernels import compiler
 from packsaddle.options.agreement import agreement
-
-T = TypeVar("T")
-
-
-def live_objects(kind: type[T]) -> list[T]:
-    """Return all objects of a class in this process, by a search of all objects in memory (0.1 s)."""
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
@@ -75,15 +68,12 @@ def _is_plain(value: object) -> bool:
 
 def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
     """Raise TypeError for an optimizer that exchanges by itself, and RuntimeError if a `LocalUpdates` exchanges one of
-    them already: workers would exchange each change twice.
-
-    The attribute `exchanged_by` of an optimizer is its `LocalUpdates`, and is not saved in its state.
-    """
+    them already: workers would exchange each change twice."""
     for optimizer in with_members(optimizers):
         name = type(optimizer).__name__
-        if hasattr(optimizer, "channel"):
+        if isinstance(optimizer, Exchanging):
             raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
-        if getattr(optimizer, "exchanged_by", None) is not None:
+        if exchange_of(optimizer) is not None:
             raise RuntimeError(
                 f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
                 f"{name} anew"
@@ -170,7 +160,6 @@ class OtherOptimizers:
         self._stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
         self._has_new = False  # an optimizer was recorded since the last `check`
         _watches.add(self)
-        _watch_steps()
 
     def note(self, optimizer: Optimizer) -> None:
         if optimizer not in self._stepped:
@@ -184,15 +173,12 @@ class OtherOptimizers:
             return
 
         # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
-        def is_exchanged(o: Optimizer) -> bool:
-            return getattr(o, "exchanged_by", None) is not None or hasattr(o, "channel")
-
-        alone = {o: ids for o, ids in self._stepped.items() if not is_exchanged(o)}
+        alone = {o: ids for o, ids in self._stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Those in one root module with ours. Only the script knows that module: search all objects in memory (0.1 s).
-        modules = live_objects(nn.Module) if theirs else []
-        inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
+        # Those in one root module with ours.
+        modules = recorded_modules() if theirs else []
+        inner = {id(child) for module in modules for child in list(module._modules.values())}
         found: dict[str, Tensor] = {}
         for root in modules:
             named = {} if found or id(root) in inner else dict(root.named_parameters())
@@ -209,19 +195,26 @@ class OtherOptimizers:
 
 
 _watches: WeakSet[OtherOptimizers] = WeakSet()
+_stepped: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
 
 
 @cache
-def _watch_steps() -> None:
-    """Register a hook on the steps of all torch optimizers, once.
+def watch_steps() -> None:
+    """Record all torch optimizers that step from now on, by a hook on their steps.
     It is never removed: garbage collection could do so while torch iterates over its hooks."""
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        _stepped[optimizer] = None
         for watch in list(_watches):
             watch.note(optimizer)
 
     outside: Any = torch.compiler.disable
     register_optimizer_step_post_hook(outside(note))
+
+
+def stepped_optimizers() -> list[Optimizer]:
+    """Return the torch optimizers that have stepped since the first `watch_steps`, ordered by their first steps."""
+    return [optimizer for found in _stepped.keyrefs() if (optimizer := found()) is not None]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
 from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
-from packsaddle.local.joined import JoinedOptimizer, with_members
 from packsaddle.local.round import LocalRound
 
 _log = logging.getLogger("packsaddle")
@@ -34,8 +34,8 @@ class MeanMomentum:
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
-        # The members of a JoinedOptimizer, in place of it.
-        apart = [each for each in with_members(optimizers) if not isinstance(each, JoinedOptimizer)]
+        # The members of a composite optimizer, in place of it.
+        apart = [each for each in with_members(optimizers) if not isinstance(each, CompositeOptimizer)]
         self._optimizers = apart
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
         if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):

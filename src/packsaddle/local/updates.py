@@ -30,6 +30,7 @@ from packsaddle.compressors import Compressor, Sign
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.exchanging import Exchanging, register_exchange
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import Attempts, as_optimizers, check_scaler, parameters_of
 from packsaddle.local.after import Reactions
@@ -45,8 +46,8 @@ from packsaddle.local.inner import (
     check_parameters,
     equal_arguments,
     named_parameters,
+    watch_steps,
 )
-from packsaddle.local.joined import with_members
 from packsaddle.local.lockstep import Call
 from packsaddle.local.options import AnyWorkers, Elastic, LocalOptions, Outer, Overlap
 from packsaddle.local.outer import OuterOptimizer
@@ -57,7 +58,7 @@ from packsaddle.local.whole import WholeAnchor
 from packsaddle.numerics.seeds import as_seed
 
 
-class LocalUpdates(LocalRecords, JoinableSteps):
+class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     """Local training with any torch optimizers: workers' parameter changes are compressed and averaged every few steps.
 
     >>> import torch
@@ -92,7 +93,8 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's (with a manager they are compared instead), and ValueError is raised if it has a trainable
             parameter that is in none of the optimizers. Saved states have its names of parameters: a run that resumes
-            needs `model` if it was given before. None: another optimizer of the same module raises RuntimeError.
+            needs `model` if it was given before. None: another optimizer of the same module raises RuntimeError once it
+            steps, unless the module was made before `import packsaddle`, copied or unpickled.
         outer: the outer optimizer of the anchor, `OuterSGD()` or a function of the anchor's tensors that returns a
             torch optimizer. Its gradient is the workers' mean update. None: the mean update is subtracted.
         mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
@@ -211,9 +213,9 @@ class LocalUpdates(LocalRecords, JoinableSteps):
 
         # Register hooks that count the optimizers' steps, and watches of mistakes.
         watches = model is None and (to.group.size > 1 or is_elastic)
+        watch_steps()
         self._others = OtherOptimizers(list(parameters.values()), to.group) if watches else None
-        for each in with_members((*self.optimizers, *([self.outer] if self.outer else []))):
-            each.exchanged_by = self  # type: ignore[attr-defined]
+        register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         if model is not None and warn_own_state and (to.group.size > 1 or is_elastic):
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
         warns = not is_elastic and to.group.size > 1 and to.group.rank == 0 and to.group.sends
@@ -454,10 +456,6 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         self._unsent.clear()
         return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
-        self.saved_state.validate(state)
-
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it is invalid."""
@@ -478,7 +476,9 @@ class LocalUpdates(LocalRecords, JoinableSteps):
         with a manager."""
         self._workers.check_call(call, self.steps)
 
-    trains_apart = True  # between rounds, parameters and inner optimizers' states differ between workers
+    def weight_in(self, state: Mapping[str, Any]) -> float:
+        # A state of an earlier format, which `State.split` refuses, has no share.
+        return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")

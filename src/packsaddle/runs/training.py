@@ -19,7 +19,7 @@ from packsaddle.errors import ConfigError, config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Ramp
 from packsaddle.feedback.slices import is_sent_uncompressed
-from packsaddle.local.joined import JoinedOptimizer
+from packsaddle.integrations.joined import JoinedOptimizer
 from packsaddle.local.options import Elastic
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.options.schema import plain

@@ -18,14 +18,16 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import is_averaged_by_ddp, training_group
+from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Ledger, Totals
+from packsaddle.comm.modules import is_averaged_by_ddp
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.errors import suggests
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Records, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
@@ -97,7 +99,7 @@ class FlatTarget:
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
-class CompressedSGD(Records, Optimizer):
+class CompressedSGD(Records, Exchanging, Optimizer):
     """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
     It replaces your optimizer. To train with AdamW or Muon, see `LocalUpdates` and `register_ddp_hook`.
@@ -490,9 +492,8 @@ class CompressedSGD(Records, Optimizer):
         """
         return self.saved_state.save(super().state_dict())
 
-    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state_dict`."""
-        self.saved_state.validate(self._by_index(state_dict))
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.saved_state.validate(self._by_index(state))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -508,7 +509,7 @@ class CompressedSGD(Records, Optimizer):
         self._rates.clear()
         self._drift.resume(self._step)
 
-    def _by_index(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _by_index(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Return a state with parameter indices as keys, and defaults for entries that torch's checkpoint tools drop.
         These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes."""
         groups = state_dict.get("param_groups")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.feedback.optimizers import as_optimizers, load_states, parameters_of
+from packsaddle.feedback.exchanging import exchange_of
+from packsaddle.feedback.optimizers import CompositeOptimizer, as_optimizers, load_states, parameters_of
 
 
-class JoinedOptimizer(Optimizer):
+class JoinedOptimizer(CompositeOptimizer):
     """Several optimizers of different parameters as one optimizer, with all their groups and states.
 
     For frameworks that accept only one: transformers' Trainer, Lightning's automatic mode. `members` are the
@@ -38,7 +39,7 @@ class JoinedOptimizer(Optimizer):
 
     def _watch_members(self) -> None:
         def check(member: Optimizer, args: object, kwargs: object) -> None:
-            if getattr(self, "exchanged_by", None) is not None and not self._steps_members:
+            if exchange_of(self) is not None and not self._steps_members:
                 raise RuntimeError(
                     f"{type(member).__name__} is a member of a JoinedOptimizer that LocalUpdates counts the steps of: "
                     f"step the JoinedOptimizer, or make LocalUpdates with the list of its members"
@@ -145,14 +146,6 @@ class JoinedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch_members()
-
-
-def with_members(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
-    """Yield each optimizer, and after a `JoinedOptimizer` its members."""
-    for optimizer in optimizers:
-        yield optimizer
-        if isinstance(optimizer, JoinedOptimizer):
-            yield from optimizer.members
 
 
 def _check_number(groups: Sequence[object], here: Sequence[object]) -> None:

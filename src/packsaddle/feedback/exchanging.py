@@ -1,0 +1,50 @@
+"""The interface of `CompressedSGD`, hooks and `LocalUpdates`, and which of them exchanges an optimizer's updates."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
+
+from torch.optim import Optimizer
+
+from packsaddle.feedback.optimizers import with_members
+from packsaddle.feedback.state import State
+
+CheckpointCall = Literal["saves a checkpoint", "loads a checkpoint"]
+
+
+class Exchanging:
+    """Base class of an object that exchanges updates of parameters with other workers, and saves its state.
+
+    If it has `optimizers`, these step on each worker separately: between two exchanges, their states and parameters
+    differ between workers. Otherwise they are identical on all workers.
+    """
+
+    saved_state: State
+    optimizers: Sequence[Optimizer] = ()
+
+    def check_call(self, call: CheckpointCall) -> None:
+        """No-op; local updates raise RuntimeError, on all workers, if others make another call."""
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
+        self.saved_state.validate(state)
+
+    def weight_in(self, state: Mapping[str, Any]) -> float:
+        """Return the weight, 1 on average, of the worker that saved `state` in means over workers."""
+        return 1.0
+
+
+_registered: WeakKeyDictionary[Optimizer, ref[Exchanging]] = WeakKeyDictionary()
+
+
+def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> None:
+    """Make `exchange_of` return `exchange` for these optimizers and their members, but not for copies of them."""
+    _registered.update((optimizer, ref(exchange)) for optimizer in with_members(optimizers))
+
+
+def exchange_of(optimizer: object) -> Exchanging | None:
+    """Return the object that exchanges an optimizer's updates, maybe the optimizer itself; None if there is none."""
+    if isinstance(optimizer, Exchanging):
+        return optimizer
+    found = _registered.get(optimizer) if isinstance(optimizer, Optimizer) else None
+    return None if found is None else found()
