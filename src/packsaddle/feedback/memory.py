@@ -108,13 +108,11 @@ class ErrorMemory:
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
-    def restore_unused(self, used: Tensor, by_any: Tensor, factors: Sequence[float]) -> None:
-        """Add the old error memory, times its factor, for parameters of which this worker sent zeros: those with
-        `used`, bool[p], False. Discard their residual if `by_any`, bool[p], is False. Call after `absorb`."""
-        for new, old, here, anywhere, factor in zip(
-            self._next.views, self._now.views, used, by_any, factors, strict=True
-        ):
-            new.mul_(anywhere).add_(old * ~here, alpha=factor)
+    def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
+        """Add the old error memory for parameters of which this worker sent zeros: those with `used`, bool[p], False.
+        Discard their residual if `by_any`, bool[p], is False. Call after `absorb`."""
+        for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
+            new.mul_(anywhere).add_(old * ~here)
 
     def close(self, *, apply: bool) -> None:
         """Commit the new error memory, or roll back to the old one."""

@@ -68,7 +68,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "warm start": {"compressor": LowRank(1)},
         "coordinator": {"exchange": "coordinator", "back": RandomK(0.5)},
         "ramp, two-way": {"compressor": RatioRamp(TopK(0.05), 20), "exchange": "two-way", "start_step": 3},
-        "escape": {"escape": ESCAPE},
     },
     "FSDP": {"noise": {"noise": 0.01, "start_step": 2, "inner": adamw}},
     "local": {
