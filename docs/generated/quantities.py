@@ -168,6 +168,7 @@ LOGGED = (
         "inner steps, and the skipped rounds",
     ),
     _of("rounds", "of local updates: exchanges so far, one for each fragment", optional=True),
+    _of("resets", "of local updates: resets by the escape check so far", optional=True),
     _of("clipped", "of local updates: updates of all workers so far that `Workers.clip` has clipped", optional=True),
     _of("sent received", "on this worker's wire so far, forwarding included", "bytes"),
     _of("sent_in_step", "the part of it in the last step; not of local updates", "bytes", optional=True),
@@ -181,7 +182,6 @@ LOGGED = (
         "measured contraction of this worker's compressed vector at the last measurement (monitor_every)",
         optional=True,
     ),
-    _of("resets", "resets by the escape check so far"),
 )
 FILES: Mapping[str, Sequence[Quantity]] = {
     "metrics.jsonl: one line per log_every steps": METRICS,

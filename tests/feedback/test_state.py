@@ -27,7 +27,7 @@ constant: param_groups.*.owners, param_groups.*.rank, param_groups.*.workers
 shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
     param_groups.*.anchor_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
     param_groups.*.memory, param_groups.*.param_names, param_groups.*.params, param_groups.*.seed,
-    param_groups.*.started, param_groups.*.step, param_groups.*.unit, param_groups.*.weight_decay, resets,
+    param_groups.*.started, param_groups.*.step, param_groups.*.weight_decay, resets,
     state.*.anchor, state.*.mean_estimate, state.*.storm_previous
 """
 HOOK = """
@@ -35,8 +35,8 @@ error: error.*
 owner: owner_error.*
 own: allocation, ledger
 constant: identity.rank, identity.workers
-shared: aggregator, aggregator.compressor, aggregator.state, escape.anchor, escape.step, format, identity.exchange,
-    identity.parts, identity.scope, identity.seed, resets, skips.consecutive, skips.total, steps, units
+shared: aggregator, aggregator.compressor, aggregator.state, format, identity.exchange, identity.scope, identity.seed,
+    skips.consecutive, skips.total, steps
 """
 LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*
@@ -214,8 +214,7 @@ def hooks() -> list[int]:
         model = DistributedDataParallel(network())
         inner = torch.optim.SGD(model.parameters(), 0.1)
         spec = Compression(TopK(0.2), exchange="two-way", dense_below=20)
-        options: dict[str, Any] = {"optimizer": inner, "escape": escape(model), "scope": scope}
-        hook = packsaddle.register_ddp_hook(model, spec, **options)
+        hook = packsaddle.register_ddp_hook(model, spec, optimizer=inner, scope=scope)
         train(model, inner, 5)
         check_kinds(hook, HOOK)
         found.append(check_damage(hook))

@@ -26,10 +26,8 @@ from packsaddle import (
     CompressedSGD,
     Compression,
     Compressor,
-    Escape,
     Identity,
     Noise,
-    NormSketch,
     RandomK,
     RatioRamp,
     Sign,
@@ -38,8 +36,6 @@ from packsaddle import (
     register_ddp_hook,
 )
 from packsaddle.comm.group import resolve
-from packsaddle.feedback.slices import places
-from packsaddle.hooks.ddp_hook import Rates
 
 Gloo = Callable[..., list[Any]]
 
@@ -50,15 +46,14 @@ STEPS = 6
 
 
 def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> dict[str, Any]:
-    """Train both ways on the same batches, with a learning rate that falls."""
+    """Train both ways on the same batches."""
     ours, theirs = network(), wrapped(network(), cap)
     same = folded({"noise": 0.01, "seed": 3, "dense_below": 100, "monitor_every": 5, **options})
     a = CompressedSGD(ours.parameters(), 0.2, **{**same, "noise": Noise(same["noise"], lazy=False)})
     b = torch.optim.SGD(theirs.parameters(), 0.2)
     hook = register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
-    for step, batch in enumerate(batches(STEPS)):
+    for batch in batches(STEPS):
         for model, optimizer in ((ours, a), (theirs, b)):
-            optimizer.param_groups[0]["lr"] = 0.2 * 0.9**step
             optimizer.zero_grad()
             loss(model, batch).backward()
             optimizer.step()
@@ -101,22 +96,25 @@ def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
 
 
 def by_bucket(compressor: Compressor, decay: float) -> dict[str, Any]:
-    """Buckets are compressed one by one: y moves as in SGD without compression, whatever the buckets are."""
+    """Buckets are compressed one by one: y moves as in SGD without compression, whatever the buckets are. The learning
+    rate falls, which does not change the error memory, in units of a gradient."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, Compression(compressor, dense_below=100, decay=decay), noise=0.02, seed=5)
-    dense = register_dense_twin(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    spec = Compression(compressor, dense_below=100, decay=decay)
+    hook = register_ddp_hook(model, spec, noise=0.02, seed=5, optimizer=optimizer)
+    dense = register_dense_twin(model)
     sections = []
-    for batch in batches(12):
+    for step, batch in enumerate(batches(12)):
+        rate = optimizer.param_groups[0]["lr"] = 0.1 * 0.9**step
         x, e = vector(model), mean_memory(hook, model)
         g = dense(batch) + noise_of(hook, model, seed=5)
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()
-        before, after = x - 0.1 * e, vector(model) - 0.1 * mean_memory(hook, model)
+        before, after = x - rate * e, vector(model) - rate * mean_memory(hook, model)
         sections.append(len(hook._slices))
         if decay:
-            assert torch.allclose(after, before - 0.1 * g, rtol=1e-9, atol=1e-12)
+            assert torch.allclose(after, before - rate * g, rtol=1e-9, atol=1e-12)
         else:
             assert float(mean_memory(hook, model).abs().max()) == 0
     return {"x": vector(model), "sections": sections}
@@ -379,16 +377,15 @@ def test_options_of_ddp(gloo: Gloo) -> None:
 
 def unused_in_turn(options: dict[str, Any], scope: str, by_one: bool) -> float:
     """How far y is from the sum of all updates if a branch is used every other step, or by one worker alone in two of
-    three steps (`by_one`), and later frozen, with a learning rate that falls."""
+    three steps (`by_one`), and later frozen."""
     torch.manual_seed(0)
     views = options.pop("gradient_as_bucket_view", False)
     model = wrapped(Tied().double(), SEVERAL, find_unused_parameters=True, gradient_as_bucket_view=views)
     named = dict(model.module.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     hook = register_ddp_hook(model, **folded({"dense_below": 100, **options}), optimizer=optimizer, scope=scope)
-    y, far = {name: p.detach().clone() for name, p in named.items()}, 0.0
+    y, far, rate = {name: p.detach().clone() for name, p in named.items()}, 0.0, 0.1
     for step, batch in enumerate(batches(12)):
-        rate = optimizer.param_groups[0]["lr"] = 0.1 * 0.9**step
         model.module.used = step % 2 == 0 if not by_one else step % 3 == resolve(None).rank
         model.module.sometimes.weight.requires_grad_(step < 8)
         of = [p for p in named.values() if p.requires_grad]
@@ -531,39 +528,6 @@ def test_a_bad_step_is_skipped_with_unused_parameters_too(gloo: Gloo) -> None:
         assert found == {"same": True, "scale": 512.0, "skipped": 1}
 
 
-def rates_of_zero(exchange: str) -> float:
-    """How far y moves in steps at rate 0, after others; and whether it goes on as it should afterwards."""
-    model = wrapped(network(), SEVERAL)
-    optimizer = torch.optim.SGD(model.parameters(), 0.2)
-    hook = register_ddp_hook(model, Compression(TopK(0.05), exchange=exchange, dense_below=100), optimizer=optimizer)
-    train(model, optimizer, batches(5))
-    y = vector(model) - 0.2 * mean_memory(hook, model)
-    optimizer.param_groups[0]["lr"] = 0.0
-    train(model, optimizer, batches(3))
-    optimizer.param_groups[0]["lr"] = 0.2
-    return float((vector(model) - 0.2 * mean_memory(hook, model) - y).abs().max())
-
-
-@pytest.mark.parametrize("exchange", ["direct", "two-way"])
-def test_nothing_moves_at_rate_zero(gloo: Gloo, exchange: str) -> None:
-    assert max(gloo(rates_of_zero, 2, exchange)) < 1e-12
-
-
-def test_errors_follow_the_rate_of_plain_sgd_alone() -> None:
-    """Momentum and Adam would take what is multiplied for gradients, and blow up where a rate rises or ends at 0."""
-    model = network()
-    found = places(model.named_parameters(), 100)
-    for make, follows in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
-        optimizer = make(model.parameters(), lr=0.1)
-        rates = Rates([optimizer], found)
-        rates.factors()
-        rates.close(apply=True)
-        optimizer.param_groups[0]["lr"] = 0.05
-        assert rates.factors() == ({place.name: 2.0 for place in found} if follows else {})
-    momentum = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    assert Rates([momentum], found).factors() == {}
-
-
 def read_in_the_middle() -> float:
     """What is lost of the gradient by reading the hook in a backward pass."""
     model = wrapped(network(), SEVERAL)
@@ -581,75 +545,7 @@ def test_reading_in_a_backward_pass_changes_nothing(gloo: Gloo) -> None:
     assert max(gloo(read_in_the_middle, 2)) < 1e-12
 
 
-# ---- the escape check, the noise schedule, warm-up, state
-
-
-class Convolution(nn.Module):
-    """A convolution in channels_last, whose elements are in another order in memory, and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(80, 30)
-        self.double().to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(torch.tanh(self.first(x.view(-1, 3, 2, 5))).flatten(1))
-        return out
-
-
-def escape_runs(scope: str, memory_format: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for hooked in (False, True):
-        bare = Convolution() if memory_format == "channels_last" else network()
-        model: nn.Module = wrapped(bare, SEVERAL) if hooked else bare
-        data = batches(40)
-
-        def objective(model: nn.Module = model, batch: Tensor = data[0]) -> Tensor:
-            return loss(model, batch)
-
-        rule = Escape(9, 0.4, objective, sketch=NormSketch(3, 64))
-        options: dict[str, Any] = {"noise": 0.02, "escape": rule, "seed": 2}
-        spec = Compression(TopK(0.02), dense_below=100)
-        if hooked:
-            assert isinstance(model, DistributedDataParallel)
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.3)
-            hook: Any = register_ddp_hook(model, spec, scope=scope, optimizer=optimizer, **options)
-        else:
-            optimizer = hook = CompressedSGD(model.parameters(), 0.3, spec, **options)
-        train(model, optimizer, data)
-        found[f"x {hooked}"] = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-        found[f"resets {hooked}"] = [(r.step, r.reason, r.committed) for r in hook.resets]
-    return found
-
-
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-def test_the_escape_check_is_that_of_compressed_sgd(gloo: Gloo, memory_format: str) -> None:
-    for run in gloo(escape_runs, 2, "model", memory_format):
-        assert len(run["resets True"]) >= 2
-        assert run["resets True"] == run["resets False"]
-        assert torch.allclose(run["x True"], run["x False"], rtol=1e-9, atol=1e-12)
-
-
-def reset_at_rate_zero() -> tuple[int, float, float]:
-    """The number of resets that moved x to y, its distance from y, and what is left in the memory."""
-    model, data = wrapped(network(), SEVERAL), batches(6)
-    optimizer = torch.optim.SGD(model.parameters(), 0.2)
-    rule = Escape(5, 1e9, lambda: loss(model, data[0]))
-    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100), optimizer=optimizer, escape=rule)
-    train(model, optimizer, data[:5])
-    y = vector(model) - 0.2 * mean_memory(hook, model)
-    optimizer.param_groups[0]["lr"] = 0.0
-    train(model, optimizer, data[5:])
-    far = float((vector(model) - y).abs().max())
-    return sum(reset.committed for reset in hook.resets), far, float(mean_memory(hook, model).abs().max())
-
-
-def test_a_reset_at_rate_zero_applies_what_is_unsent(gloo: Gloo) -> None:
-    """The memory is in units of a gradient, at the last rate that was not zero."""
-    for resets, far, left in gloo(reset_at_rate_zero, 2):
-        assert (resets, left) == (1, pytest.approx(0.0, abs=1e-12))
-        assert far < 1e-12
+# ---- the noise schedule, warm-up, state
 
 
 def warmed_up() -> list[int]:
@@ -725,7 +621,6 @@ def refusals() -> dict[str, str]:
     refused("exchange", exchange="two-ways")
     refused("memory", memory="ef21")
     refused("on_drift", on_drift="repair")
-    refused("escape", escape=Escape(5, 1.0, lambda: 0.0))
     refused("scaler", scaler=1024.0)
     refused("lacks", optimizer=torch.optim.SGD(network().parameters(), 0.1))
     refused("differs", compressor=RandomK(0.1 if rank else 0.2))
@@ -757,7 +652,6 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "exchange": "exchange must be one of .*got 'two-ways'",
         "memory": 'memory must be "buffer" in a hook, got "ef21", which is for CompressedSGD',
         "on_drift": 'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD',
-        "escape": "escape needs optimizer=",
         "scaler": "scaler must be a torch.amp.GradScaler, got float",
         "lacks": "optimizer must have all parameters of the model, and lacks",
         "differs": r"the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has compressor=RandomK",

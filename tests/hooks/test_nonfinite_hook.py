@@ -60,19 +60,17 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer = optimizer
 
 
-def in_a_wrapper() -> tuple[bool, bool]:
+def in_a_wrapper() -> bool:
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100), optimizer=Wrapper(Wrapper(optimizer)))
+    register_ddp_hook(model, Compression(TopK(0.05), dense_below=100), optimizer=Wrapper(Wrapper(optimizer)))
     before = vector(model)
     train(model, optimizer, [batches(1, torch.float32)[0] * math.nan])
-    untouched = torch.equal(before, vector(model))
-    train(model, optimizer, batches(1, torch.float32))
-    return untouched, set(hook.state_dict()["units"].values()) == {0.1}
+    return torch.equal(before, vector(model))
 
 
 def test_the_optimizer_in_a_frameworks_is_the_one_that_is_kept(gloo: Gloo) -> None:
-    assert gloo(in_a_wrapper, 2) == [(True, True)] * 2
+    assert gloo(in_a_wrapper, 2) == [True] * 2
 
 
 def shared_optimizer() -> tuple[bool, bool, bool]:

@@ -314,7 +314,6 @@ def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
         assert found == {
             "steps": 4.0,
             "skipped": 0.0,
-            "resets": 0.0,
             "sent": float(sent),
             "received": float(sent),
             "sent_in_step": float(last),

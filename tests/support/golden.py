@@ -74,7 +74,6 @@ class How:
     huge: bool = False  # a parameter near the largest number
     weighted: bool = False  # workers by their rank
     flush: tuple[int, ...] = ()  # before these steps
-    clear: bool = True  # gradients
 
 
 def fold_how(options: Mapping[str, Any]) -> tuple[How, dict[str, Any]]:
@@ -99,7 +98,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "two-way": {"compressor": TopK(0.05), "exchange": "two-way"},
     "coordinator": {"compressor": TopK(0.05), "exchange": "coordinator", "back": RandomK(0.5)},
     "auto": {"compressor": packsaddle.QSGD(), "exchange": "auto"},
-    "gradient memory": {"compressor": RandomK(0.05), "memory": "gradient"},
     "EF21": {"compressor": TopK(0.05), "memory": "ef21"},
     "EF21 momentum": {"compressor": TopK(0.05), "memory": "ef21", "momentum": 0.9, "noise": 0.01},
     "momentum": {"compressor": RandomK(0.05), "momentum": 0.9, "nesterov": True},
@@ -117,8 +115,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "float16": {"compressor": RandomK(0.05), "dtype": torch.float16},
     "changing lr": {"compressor": TopK(0.05), "rates": FALLING, "noise": 0.01},
     "changing lr, two-way": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way"},
-    "changing lr, gradient memory": {"compressor": RandomK(0.05), "memory": "gradient", "rates": FALLING},
-    "changing lr, gradient memory, lazy noise": {"memory": "gradient", "rates": FALLING, "lazy": True, "noise": 0.01},
     "changing lr, EF21": {"compressor": TopK(0.05), "memory": "ef21", "rates": FALLING},
     "lr 0": {"compressor": TopK(0.05), "rates": {5: (0.0,), 9: (0.1,)}, "noise": 0.01},
     "lr 0, lazy noise": {"compressor": RandomK(0.05), "rates": {5: (0.0,), 9: (0.1,)}, "lazy": True, "noise": 0.01},
@@ -156,19 +152,11 @@ HOOKS: dict[str, dict[str, Any]] = {
     },
     "two-way": {"compressor": TopK(0.05), "exchange": "two-way", "scope": "model"},
     "NaN": {"compressor": TopK(0.05), "bad": (5,)},
-    "escape": {"compressor": TopK(0.05), "noise": 0.05, "escape": ESCAPE, "scope": "model"},
     "AdamW": {"compressor": TopK(0.1), "inner": "adamw", "start_step": 4},
     "no error feedback": {"compressor": RandomK(0.1), "decay": 0.0},
     "bfloat16": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "noise": 0.01},
     "bfloat16 model": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "scope": "model", "bad": (5,)},
-    "changing lr": {"compressor": TopK(0.05), "rates": FALLING, "noise": 0.01},
-    "changing lr, two-way": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way"},
-    "changing lr, two-way model": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way", "scope": "model"},
-    "changing lr, NaN": {"compressor": TopK(0.05), "rates": FALLING, "bad": (6,)},
     "groups": {"compressor": TopK(0.05), "groups": True, "monitor_every": 3},
-    "lr 0 in a group": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING},
-    "lr 0 in a group, model": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING, "scope": "model"},
-    "lr 0 in a group, two-way": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING, "exchange": "two-way"},
     "scaler": {"compressor": TopK(0.05), "scaler": True},
     "scaler, NaN": {"compressor": TopK(0.05), "scaler": True, "bad": (5,), "scope": "model", "exchange": "two-way"},
     "decay": {"compressor": TopK(0.05), "decay": 0.5},
@@ -183,7 +171,6 @@ HOOKS: dict[str, dict[str, Any]] = {
     "large, NaN": LARGE | {"bad": (2, 7), "scope": "model"},
     "measured": {"compressor": TopK(0.05), "monitor_every": 3, "bad": (6,)},
     "measured, model": {"compressor": TopK(0.05), "monitor_every": 3, "scope": "model", "compare_every": 1},
-    "escape by the interval": {"compressor": TopK(0.05), "noise": 0.05, "escape": RARELY, "scope": "model"},
     "no limit": {"compressor": TopK(0.05), "max_skipped": None, "bad": (5, 6), "scaler": True},
 }
 SHARDED: dict[str, dict[str, Any]] = {
@@ -240,14 +227,12 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer": ("optimizer", {"compressor": TopK(0.05), "momentum": 0.9, "exchange": "two-way", "monitor_every": 3}),
     "optimizer, STORM": ("optimizer", OPTIMIZERS["STORM"]),
     "optimizer, EF21": ("optimizer", OPTIMIZERS["EF21"]),
-    "optimizer, gradient memory": ("optimizer", OPTIMIZERS["gradient memory"]),
     "optimizer, lazy noise": ("optimizer", OPTIMIZERS["lazy noise"]),
     "optimizer, escape": ("optimizer", OPTIMIZERS["escape"]),
     "optimizer, LowRank": ("optimizer", OPTIMIZERS["LowRank"]),
     "hook, bucket": ("hook", HOOKS["TopK bucket"]),
     "hook, bucket, two-way": ("hook", {"compressor": TopK(0.05), "exchange": "two-way"}),
     "hook, model, two-way": ("hook", HOOKS["two-way"]),
-    "hook, model, escape": ("hook", HOOKS["escape"]),
     "hook, model, LowRank": ("hook", HOOKS["LowRank model"]),
     "sharded": ("sharded", SHARDED["TopK"]),
     "local": ("local", LOCAL["TopK"]),
@@ -370,8 +355,7 @@ class Run:
     def _gradient(self, t: int) -> Tensor:
         """Compute gradients, and return the loss."""
         x = batch(t, self.rank, self.how.dtype)
-        if self.how.clear:
-            self.model.zero_grad()
+        self.model.zero_grad()
         loss: Tensor = (self.model(x) - x).square().mean()
         if self.how.huge:  # its gradient is this factor: once of a step that would overflow, at one coordinate
             factor = torch.full_like(self.model.huge, 1e32)
@@ -434,7 +418,7 @@ def scaler_of(how: How) -> Any:
 
 def optimizer(options: Mapping[str, Any]) -> Run:
     """Return a run of CompressedSGD."""
-    how, options = fold_how({"clear": options.get("memory") != "gradient"} | options)
+    how, options = fold_how(options)
     model = network(how.dtype, how.width)
     if how.huge:
         model.register_parameter("huge", nn.Parameter(torch.full((12, 12), 3.4e38)))

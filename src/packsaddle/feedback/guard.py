@@ -198,9 +198,9 @@ class Guard:
         """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
-    def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, Report]:
+    def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
         """Return bool[], True if v, float[n], is invalid, and on a CPU the report of its first invalid tensor.
-        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
+        An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -211,8 +211,7 @@ class Guard:
         if self._unnamed is not None and v.device.type == "cpu" and invalid:
             named = ((place.name or ROOT, view) for place, view in of.named(v))
             report = Report("vector", first_out_of_range(named) or self._unnamed)
-        if blank:
-            fill_where(v, invalid, 0.0)
+        fill_where(v, invalid, 0.0)
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:

@@ -6,7 +6,6 @@ DistributedDataParallel, for `LocalUpdates`.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,12 +24,10 @@ from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.escape import Escape, EscapeCheck
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import as_optimizers, check_scaler
-from packsaddle.feedback.slices import FlatParameters, Place, places, strides_of_view
-from packsaddle.feedback.state import Value, Vector
-from packsaddle.hooks.ddp_hook import Bucket, DDPHook, are_plain_sgd
+from packsaddle.feedback.optimizers import as_optimizers, check_scaler, parameters_of
+from packsaddle.feedback.slices import Place, places, strides_of_view
+from packsaddle.hooks.ddp_hook import Bucket, DDPHook
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
 from packsaddle.numerics.kernels import compiler
@@ -44,7 +41,6 @@ def register_ddp_hook(
     compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
-    escape: Escape | None = None,
     start_step: int = 0,
     seed: int = 0,
     scope: Scope = "bucket",
@@ -54,7 +50,7 @@ def register_ddp_hook(
     """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
 
     Every worker's p.grad after a backward pass is the mean of all workers' messages, for any optimizer. With plain SGD
-    and scope="model" every step is that of `CompressedSGD` (with eager noise).
+    of a constant learning rate and scope="model" every step is that of `CompressedSGD` (with eager noise).
 
     Args:
         model: a DistributedDataParallel without a communication hook.
@@ -62,14 +58,12 @@ def register_ddp_hook(
             how messages are averaged, which tensors are sent uncompressed and which checks are made; its memory must
             be "buffer" and its on_drift "stop".
         noise: as in `CompressedSGD`, but not lazy.
-        escape: the escape check of Algorithm 1, made after each step of `optimizer`, which must be plain SGD.
         start_step: the number of initial steps, which are exchanged uncompressed.
         seed: as in `CompressedSGD`.
         scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or the whole
             model ("model") at its end, as in Algorithm 1.
         optimizer: the optimizer of the model, or a list of them, as [muon, adamw], whose steps are skipped after a
-            rejected exchange. If the learning rate of plain SGD changes, the error memory is rescaled, so that
-            y = x - eta e does not jump; with other optimizers it is not.
+            rejected exchange. Together they must train all parameters of the model.
         scaler: the GradScaler that scales the gradients; the error memory is kept unscaled.
 
     If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
@@ -108,17 +102,16 @@ def register_ddp_hook(
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
-    # The backward pass does lines 9-12 of Algorithm 1; lines 4-8 follow the optimizer's step.
+    trained = {id(p) for p in parameters_of(optimizers)}
+    if optimizers and (missing := [name for name, p in named if id(p) not in trained]):
+        raise ValueError(f"optimizer must have all parameters of the model, and lacks {missing[0]}")
+    # The backward pass does lines 9-12 of Algorithm 1.
     device = next(model.parameters()).device
     channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
-    hook = DDPHook(model.module, channel, rules, found, optimizers, scaler)
+    hook = DDPHook(model.module, channel, rules, found, scaler)
     hook.may_be_unused = model.find_unused_parameters
-    if escape is not None:
-        if len(optimizers) > 1:
-            raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
-        hook.parts["escape"] = EscapeAfterStep(escape, hook, optimizers[0] if optimizers else None).fields
     # Options and parameters must match on all workers.
-    same = {**agreement(rules), "escape": escape, "lr": hook.rates.now()}
+    same = {**agreement(rules), "lr": [float(group["lr"]) for each in optimizers for group in each.param_groups]}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
@@ -152,8 +145,8 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
         )
     # One worker has nothing to exchange, so a script may run on it unchanged.
     if not found and training_group(None).size == 1:
-        if options.get("noise") or options.get("escape") is not None:
-            warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=3)
+        if options.get("noise"):
+            warnings.warn("there is one worker and no exchange, so no noise either", stacklevel=3)
         return None
     if len(found) != 1:
         raise TypeError(
@@ -255,56 +248,3 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
 
 _guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # hooks of each wrapped model
-
-
-class EscapeAfterStep:
-    """Runs the escape check after each step of plain SGD with a gradient hook; the parameters are moved into one flat
-    tensor. Raises ValueError for another optimizer, for which y = x - eta e is not correct."""
-
-    def __init__(self, rule: Escape, hook: DDPHook, optimizer: Optimizer | None) -> None:
-        if optimizer is None or not are_plain_sgd([optimizer]):
-            raise ValueError(
-                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
-                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
-            )
-        names, parameters = [p.name for p in hook.places], [p.parameter for p in hook.places]
-        self._flat = FlatParameters([{"params": parameters, "param_names": names}], hook.rules.compression.dense_below)
-        self._check = EscapeCheck(rule, self._flat, self._flat.x, hook.channel, hook.rules.seed)
-        self._hook, self._checked = hook, hook.steps
-        self._has_begun = False
-        optimizer.register_step_pre_hook(self._before)
-        optimizer.register_step_post_hook(self._after)
-
-    @torch.no_grad()
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._has_begun:
-            self._check.begin()
-            self._has_begun = True
-
-    @torch.no_grad()
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        steps = self._hook.steps
-        if steps == self._checked:  # the exchange was rejected
-            return
-        self._checked = steps
-        self._flat.check_attached()
-        # This worker's unsent update eta e, since the hook's memory is in units of a gradient.
-        memory, units = self._hook.memory(), self._hook.rates.units_now()
-        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
-        for name, view in self._flat.by_name(pending).items():
-            view.copy_(memory[name]).mul_(units[name])
-        reset, lost = self._check.run(steps, pending)
-        if reset is None:
-            return
-        # Line 7: set the error memory to 0, or to x's rounding error, in units of a gradient.
-        left = {} if lost is None else self._flat.by_name(lost)
-        self._hook.forget({name: view / (units[name] or 1.0) for name, view in left.items()})
-        self._hook.resets.append(reset)
-
-    def fields(self) -> list[Vector | Value]:
-        """Return fields for the hook's saved state: the segment's start point and step. Load after the hook's steps."""
-        anchor, step = self._check.fields()
-        return [anchor, replace(step, load=self._resume)]
-
-    def _resume(self, anchor_step: int) -> None:
-        self._check.anchor_step, self._checked, self._has_begun = anchor_step, self._hook.steps, True

@@ -4,23 +4,21 @@ DistributedDataParallel may rebuild its buckets after the first step or two, so 
 set of parameters that share a bucket.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.futures import Future
-from torch.optim import SGD, Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.background import Background, Promise
-from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice
-from packsaddle.feedback.state import ANY, State, Value, Vector, attribute, skip, typed
+from packsaddle.feedback.state import ANY, State, Value, Vector, skip, typed
 from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
 
@@ -36,61 +34,12 @@ class Bucket:
     parameters: list[Tensor]
 
 
-def are_plain_sgd(optimizers: Sequence[Optimizer]) -> bool:
-    """Return True if all are SGD without momentum or maximize: only then does an error memory e change x by -lr e."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    return {type(o) for o in optimizers} == {SGD} and not any(g["momentum"] or g["maximize"] for g in groups)
-
-
-class Rates:
-    """The factor of the error memory e when plain SGD's learning rate changes: old / new keeps x - lr e unchanged.
-
-    Other optimizers have no factor: their momentum and second moments would accumulate the rescaled error like a
-    gradient. Raises ValueError if the optimizers miss a parameter.
-    """
-
-    def __init__(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
-        self._optimizers = optimizers
-        # By parameter name: the index of its optimizer, and of its parameter group there.
-        self._group: dict[str, tuple[int, int]] = {}
-        groups = [(i, j, group) for i, o in enumerate(optimizers) for j, group in enumerate(o.param_groups)]
-        owner = {id(p): (i, j) for i, j, group in groups for p in group["params"]}
-        for place in places if optimizers else ():
-            if id(place.parameter) not in owner:
-                raise ValueError(f"optimizer must have all parameters of the model, and lacks {place.name}")
-            self._group[place.name] = owner[id(place.parameter)]
-        self.units: dict[str, float] = {}  # by parameter name: the last nonzero rate, the unit of e
-        self._next: dict[str, float] = {}
-
-    def now(self) -> dict[str, float]:
-        return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
-
-    def units_now(self) -> dict[str, float]:
-        """Return the unit of e by parameter name: its last nonzero rate, or its rate now if there was none."""
-        return {name: self.units.get(name) or rate for name, rate in self.now().items()}
-
-    def factors(self) -> Mapping[str, float]:
-        """Return the factors of the error memory, by name of each parameter whose learning rate has changed; record the
-        rates for `close`. 0 if the rate is 0: the error memory is kept then, and excluded from the exchange."""
-        if not are_plain_sgd(self._optimizers):
-            return {}
-        rates, units = self.now(), self.units_now()
-        self._next = {name: rate or units[name] for name, rate in rates.items()}
-        factors = {name: units[name] / rate if rate else 0.0 for name, rate in rates.items()}
-        return {name: factor for name, factor in factors.items() if factor != 1.0}
-
-    def close(self, *, apply: bool) -> None:
-        """Commit the learning rates of the last `factors` as the units of the error memory, or roll back."""
-        if apply:
-            self.units = self._next
-
-
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model, and `optimizers` train them, if known. With scope="bucket",
-    `state_dict` adds the owner errors of a two-way exchange to this worker's error memory, since buckets may differ at
-    loading: no update is lost, but only with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model. With scope="bucket", `state_dict` adds the owner errors of a
+    two-way exchange to this worker's error memory, since buckets may differ at loading: no update is lost, but only
+    with scope="model" is a resumed run bitwise identical.
     """
 
     def __init__(
@@ -99,16 +48,11 @@ class DDPHook(GradientHook, Exchanging):
         channel: Communicator,
         rules: HookOptions,
         places: Sequence[Place],
-        optimizers: Sequence[Optimizer],
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
         self.saved_state = State("register_ddp_hook", RULES, self._identity, self._saved_fields)
-        self.resets: list[Reset] = []  # firings of the escape check
-        # Functions that return further fields of the saved state, by name of the object that has them.
-        self.parts: dict[str, Callable[[], Iterable[Vector | Value]]] = {}
-        self._module, self.places, self.rates, self._scaler = module, places, Rates(optimizers, places), scaler
-        self._of_pass.append(self.rates)
+        self._module, self._places, self._scaler = module, places, scaler
         self._named = {id(place.parameter): place for place in places}
         self._sizes = {place.name: place.parameter.nbytes for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
@@ -121,7 +65,7 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def device(self) -> torch.device:
-        return self.places[0].parameter.device
+        return self._places[0].parameter.device
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
@@ -177,10 +121,9 @@ class DDPHook(GradientHook, Exchanging):
         """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
-            named = [(place.name, place.parameter) for place in self.places]
+            named = [(place.name, place.parameter) for place in self._places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
         self._noise = self.rules.noise.drawn(seed=self.rules.seed, step=self._steps)
-        self._factors = self.rates.factors()
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
@@ -191,7 +134,7 @@ class DDPHook(GradientHook, Exchanging):
                 part = self._slices.pop(old)
                 part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
-            of = Slice([place for place in self.places if place.name in names], self.device)
+            of = Slice([place for place in self._places if place.name in names], self.device)
             self._slices[names] = self._feedback(of, self.rules.seed)
         return self._slices[names]
 
@@ -203,32 +146,17 @@ class DDPHook(GradientHook, Exchanging):
         the previous step.
         """
         self._settle()
-        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self.places}
+        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
             for part in self._slices.values():
                 found |= part.slice.by_name(part.pending().clone())
         return found
 
-    @torch.no_grad()
-    def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Reset the error memory to zero (line 7), or to `lost`, tensors by parameter, in units of a gradient."""
-        self._settle()
-        self._loose = {name: error.clone() for name, error in lost.items()}
-        for part in self._slices.values():
-            part.reset()
-            for name, view in part.slice.by_name(part.memory.vector).items():
-                if name in self._loose:
-                    view.copy_(self._loose.pop(name))
-
     def _saved_fields(self) -> list[Vector | Value]:
-        shapes = {place.name: place.parameter.shape for place in self.places}
-        compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
+        shapes = {place.name: place.parameter.shape for place in self._places}
+        compressed = {place.name: place.parameter.shape for place in self._places if not place.dense}
         whole = self._whole
-
-        def check_units(saved: Mapping[str, float]) -> None:
-            if saved and saved.keys() != shapes.keys():
-                raise ValueError("the state's units must be of all parameters or of none")
 
         def errors() -> dict[str, Tensor]:
             return self.memory() | ({} if whole is None else whole.slice.by_name(whole.memory.vector))
@@ -241,12 +169,9 @@ class DDPHook(GradientHook, Exchanging):
 
         return [
             *super()._saved_fields(),
-            replace(attribute(("units",), self.rates, "units", dict[str, float]), check=check_units),
             Vector(("error", ANY), shapes, errors, self._load_errors),
             Vector(("owner_error", ANY), compressed, owner_errors, skip, optional=True),
             Value(("aggregator",), SavedAggregator | None, aggregator, skip),
-            attribute(("resets",), self, "resets", list[Reset]),
-            *(field for fields in self.parts.values() for field in fields()),
         ]
 
     @property
@@ -257,7 +182,7 @@ class DDPHook(GradientHook, Exchanging):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if self.rules.scope == "model":
-            whole = self._slice(frozenset(place.name for place in self.places))
+            whole = self._slice(frozenset(place.name for place in self._places))
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
                 self._use(whole)
@@ -271,5 +196,4 @@ class DDPHook(GradientHook, Exchanging):
             "workers": group.size,
             "scope": self.rules.scope,
             "exchange": self.rules.compression.exchange,
-            "parts": ", ".join(self.parts) or "none",
         }

@@ -66,24 +66,23 @@ class HookOptions(Option):
 
 @dataclass(frozen=True)
 class BucketUpdate(Update):
-    """The update of a slice's error memory e by gradients g and noise xi: v = decay * factor * e + g / scale + xi.
-    `scale` is the GradScaler's factor. `factors` has a further factor of e by parameter name (default 1)."""
+    """The update of a slice's error memory e by gradients g and noise xi: v = decay * e + g / scale + xi.
+    `scale` is the GradScaler's factor."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
     noise: GaussianNoise | None
     scale: float
-    factors: Mapping[str, float]
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay * factor * base + g / scale + xi; base and out are float[n] and must not overlap."""
+        """Set out to decay * base + g / scale + xi; base and out are float[n] and must not overlap."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
-            g, factor = self.gradients[place.name], self.decay * self.factors.get(place.name, 1.0)
+            g = self.gradients[place.name]
             if self.scale == 1.0:
-                torch.add(g, e, alpha=factor, out=v)
+                torch.add(g, e, alpha=self.decay, out=v)
             else:
-                torch.mul(e, factor, out=v).add_(g, alpha=1 / self.scale)
+                torch.mul(e, self.decay, out=v).add_(g, alpha=1 / self.scale)
         if self.noise is not None:
             self.of.add_noise(out.flat, self.noise)
 
@@ -121,8 +120,7 @@ RULES = [
     Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
     *(Rule((name,), "own") for name in ("owner_error", "allocation", "ledger")),
-    *(Rule((name,), "shared") for name in ("format", "identity", "steps", "skips", "units", "aggregator")),
-    *(Rule((name,), "shared") for name in ("resets", "escape")),
+    *(Rule((name,), "shared") for name in ("format", "identity", "steps", "skips", "aggregator")),
 ]
 
 
@@ -135,7 +133,6 @@ class GradientHook(Records, ABC):
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
         self.rules, self._allocation = rules, Allocation(d)
-        self._of_pass: list[Any] = [self._allocation]  # closed at the end of each pass, before its rounds
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -150,7 +147,6 @@ class GradientHook(Records, ABC):
         # The running backward pass, or the last one.
         self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
         self._scale = 1.0  # the GradScaler's factor of the gradients
-        self._factors: Mapping[str, float] = {}  # factors of the error memory, by parameter; 0: it does not change
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
         self._report = Report()  # this worker's first report of an invalid vector or message
@@ -237,10 +233,9 @@ class GradientHook(Records, ABC):
         parts = (memory, self.channel, self._guard, self._contraction)
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
-    def _use(self, part: ErrorFeedback, *, kept: bool = False) -> Compressor:
-        """Set a slice's compressor in this step; return that of the model. `kept`: use one that has no owner errors."""
-        exchange = self.rules.compression.exchange
-        compressor = Identity() if kept and exchange != "direct" else self.rules.at(self._steps)
+    def _use(self, part: ErrorFeedback) -> Compressor:
+        """Set a slice's compressor in this step; return that of the model."""
+        compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
@@ -253,17 +248,12 @@ class GradientHook(Records, ABC):
         Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
         identify the slice, and are compared between workers.
         """
-        decay, factors = self.rules.compression.decay, self._factors
-        kept = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
-        compressor = self._use(part, kept=bool(kept))
+        decay, compressor = self.rules.compression.decay, self._use(part)
         r = part.round(self._steps)
         with self._lock:
             self._pass.append(r)
         # Line 10: v is the error memory plus gradient plus noise; the mean of C(v) is exchanged below.
-        v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, factors, decay))
-        for owner_error in part.owner_errors().values() if factors else ():
-            for name, view in part.slice.by_name(owner_error).items():
-                view.mul_(factors.get(name, 1.0))
+        v = r.correct(BucketUpdate(part.slice, gradients, self._noise, self._scale, decay))
         usage = Usage(part, gradients) if self.may_be_unused else None
         flags = [] if usage is None else [usage.here]
         clear_unused(part.slice.views(v), None if usage is None else usage.here)
@@ -274,8 +264,7 @@ class GradientHook(Records, ABC):
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:
-            usage.restore(by_any, [factors.get(name, 1.0) for name in part.slice.names])
-        part.memory.keep(kept)
+            usage.restore(by_any)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
                 vector.zero_()
@@ -296,7 +285,8 @@ class GradientHook(Records, ABC):
             rejected = [code for code in codes if any(number != 0 for number in code)]  # a NaN is not 0
             applied = self._complete and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code[2]]
-            for part in (*self._of_pass, *self._pass):
+            self._allocation.close(apply=applied)
+            for part in self._pass:
                 part.close(apply=applied)
             self._contraction.close(self._steps, apply=applied)
             # A rejected pass leaves NaNs in the gradients, which protected optimizers clear before their step.

@@ -26,14 +26,10 @@ class Usage:
         # The owner errors of a two-way exchange, before it.
         self._owner_errors = {name: error.clone() for name, error in part.owner_errors().items()}
 
-    def restore(self, by_any: Tensor, factors: Sequence[float]) -> None:
+    def restore(self, by_any: Tensor) -> None:
         """Complete the new error memory of the unused parameters, without waiting for a GPU. Call after `absorb`.
-
-        Args:
-            by_any: bool[p], the parameters that any worker used.
-            factors: the factors of the old error memory, one per parameter.
-        """
-        self._part.memory.restore_unused(self.here, by_any, factors)
+        `by_any`, bool[p], is True for the parameters that any worker used."""
+        self._part.memory.restore_unused(self.here, by_any)
         for name, now in self._part.owner_errors().items():
             views = self._part.slice.views
             for new, old, is_used in zip(views(now), views(self._owner_errors[name]), by_any, strict=True):

@@ -184,7 +184,6 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     found = {
         "steps": float(steps),
         "skipped": float(exchange.skipped),
-        "resets": float(len(exchange.resets)),
         "sent": float(sent),
         "received": float(exchange.ledger.received),
         "reduction": alone / sent if sent else 1.0,
@@ -192,7 +191,7 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
 
     # Add the metrics of local updates, which exchange once per round, or of a hook, which exchanges in every step.
     if isinstance(exchange, LocalUpdates):
-        found["rounds"] = float(exchange.rounds)
+        found |= {"rounds": float(exchange.rounds), "resets": float(len(exchange.resets))}
         if exchange.options.workers.clip is not None:
             found["clipped"] = float(exchange.clipped)
     else:

@@ -16,6 +16,6 @@ def resets(front: str) -> int:
     return len(one.engine.resets)
 
 
-@parameters_of({front: ["loaded"] for front in ("CompressedSGD", "DDP by model", "local")})
+@parameters_of({front: ["loaded"] for front in ("CompressedSGD", "local")})
 def test_the_check_begins_at_loaded_weights(front: str, way: str, on_workers: Callable[..., list[Any]]) -> None:
     assert on_workers(resets, front) == [0, 0]
