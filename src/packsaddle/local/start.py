@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from packsaddle.checkpoint.own_state import is_own_state
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
+from packsaddle.local.inner import OtherOptimizers
 
 T = TypeVar("T")
 _log = logging.getLogger("packsaddle")
@@ -170,3 +172,16 @@ class UnsentSteps:
                 "models differ: call local.flush() after the last step, or save local.state_dict_of(model)",
                 *(self._steps, self._steps - self._exchanged),
             )
+
+
+@dataclass(frozen=True)
+class Watches:
+    """The watches of mistakes during a training."""
+
+    others: OtherOptimizers | None  # other optimizers of the same model; None: not watched
+    unsent: UnsentSteps
+
+    def check_others(self) -> None:
+        """Raise RuntimeError if another optimizer trains parameters of this model that nothing exchanges."""
+        if self.others is not None:
+            self.others.check()

@@ -53,7 +53,7 @@ from packsaddle.local.options import AnyWorkers, Elastic, LocalOptions, Outer, O
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.records import Baseline, LocalRecords
 from packsaddle.local.saved import saved_state
-from packsaddle.local.start import StateDictWarning, UnsentSteps, untrained_tensors
+from packsaddle.local.start import StateDictWarning, UnsentSteps, Watches, untrained_tensors
 from packsaddle.local.whole import WholeAnchor
 from packsaddle.numerics.seeds import as_seed
 
@@ -212,14 +212,14 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._set_anchor_before_first_step()
 
         # Register hooks that count the optimizers' steps, and watches of mistakes.
-        watches = model is None and (to.group.size > 1 or is_elastic)
-        watch_steps()
-        self._others = OtherOptimizers(list(parameters.values()), to.group) if watches else None
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
-        if model is not None and warn_own_state and (to.group.size > 1 or is_elastic):
+        is_shared = to.group.size > 1 or is_elastic
+        warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.sends and self.join_process_group
+        others = OtherOptimizers(list(parameters.values()), to.group) if model is None and is_shared else None
+        self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
+        if model is not None and warn_own_state and is_shared:
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
-        warns = not is_elastic and to.group.size > 1 and to.group.rank == 0 and to.group.sends
-        self._unsent = UnsentSteps(self if warns and self.join_process_group else None, self._whole.is_left)
+        watch_steps()
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     # Inner steps, and the rounds that follow them.
@@ -245,17 +245,16 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
         # Count the step, and check it. A step that a scaler skips has no `_before_step`.
         self._whole.check_closed("optimizer.step()")
-        if self._others is not None:
-            self._others.check()
+        self._watches.check_others()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._enter()
         self.steps += 1
         self._reactions.outcomes.check_step()
         # If a collective fails, `flush` would fail too: clear its warning first.
-        self._unsent.clear()
+        self._watches.unsent.clear()
         ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
-        self._unsent.record(self.steps, exchanged=self.exchanging)
+        self._watches.unsent.record(self.steps, exchanged=self.exchanging)
         return ran
 
     def _enter(self) -> bool:
@@ -352,7 +351,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         of this process's shards.
         """
         self._set_anchor_before_first_step()
-        self._unsent.clear()
+        self._watches.unsent.clear()
         return self._whole.copy()
 
     def _is_off_anchor(self) -> bool:
@@ -367,7 +366,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         also a decorator, `@local.at_anchor()`, of an evaluation function.
         """
         self._set_anchor_before_first_step()
-        self._unsent.clear()
+        self._watches.unsent.clear()
         with self._whole.at_anchor():
             yield
 
@@ -412,9 +411,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """
         self._check_between_steps("flush()")
         self._set_anchor_before_first_step()
-        if self._others is not None:
-            self._others.check()
-        self._unsent.clear()
+        self._watches.check_others()
+        self._watches.unsent.clear()
         return self._workers.flush(compressor, self.steps)
 
     @torch.no_grad()
@@ -453,7 +451,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
         self.wait()
-        self._unsent.clear()
+        self._watches.unsent.clear()
         return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
 
     @torch.no_grad()
@@ -468,7 +466,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.resume(saved)
         self._drift.resume(self._fragments[-1].rounds)
-        self._unsent.clear()
+        self._watches.unsent.clear()
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
