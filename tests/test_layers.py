@@ -129,6 +129,13 @@ def test_who_imports_torch_distributed() -> None:
     assert "feedback.background" not in users
 
 
+def test_objects_are_registered_and_not_searched_for() -> None:
+    """Neither among all objects in memory, nor on the call stack."""
+    for path in ROOT.rglob("*.py"):
+        used = {node.attr for node in nodes(path) if isinstance(node, ast.Attribute)}
+        assert not used & {"get_objects", "get_referrers", "_getframe", "currentframe", "f_back"}, path
+
+
 def test_reports_know_no_algorithm() -> None:
     for name, imported in modules().items():
         if name.startswith("runs.report"):

@@ -215,6 +215,23 @@ def test_a_first_step_at_rate_zero_counts(order: tuple[int, int]) -> None:
     assert local.flush()
 
 
+def test_a_first_step_that_torch_might_have_made_counts_on_no_worker() -> None:
+    """Whatever its gradients are, which may be zero on one worker alone."""
+
+    def body(worker: int) -> tuple[int, int]:
+        net = network()
+        optimizer = AdamW(net.parameters(), lr=0.0)
+        local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
+        for p in net.parameters():
+            p.grad = torch.full_like(p, float(worker))
+        optimizer.step(closure=None)
+        first = local.steps
+        optimizer.step(closure=None)
+        return first, local.steps
+
+    assert simulate(body, 2) == [(0, 1)] * 2
+
+
 def test_a_state_that_torch_saves_between_two_steps() -> None:
     """get_state_dict makes a step of an optimizer that has no state, such as SGD: it does not count."""
     net = network()

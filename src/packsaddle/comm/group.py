@@ -4,7 +4,6 @@
 `packsaddle.simulate` adds a group of threads.
 """
 
-import gc
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 
@@ -188,20 +186,6 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
             f"would train alone: call torch.distributed.init_process_group() before, or unset WORLD_SIZE"
         )
     return group
-
-
-def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
-    """Return True if a DistributedDataParallel without a hook averages gradients of these parameters in the group.
-    Parameters have no reference to their DDP module, so all live Python objects are searched (30 ms)."""
-    if not isinstance(group, TorchGroup) or group.size == 1:
-        return False
-    ours, workers = {id(p) for p in parameters}, set(group.ranks)
-    for model in gc.get_objects():
-        if issubclass(type(model), DistributedDataParallel) and not getattr(model, "_comm_hooks", True):
-            same = workers.intersection(dist.get_process_group_ranks(model.process_group))
-            if len(same) > 1 and any(id(p) in ours for p in model.module.parameters()):
-                return True
-    return False
 
 
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:

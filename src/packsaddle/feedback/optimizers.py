@@ -1,8 +1,6 @@
 """Hooks on the steps of one or several torch optimizers, including steps made by a framework or a GradScaler."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -92,16 +90,15 @@ def check_scaler(scaler: object) -> None:
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
-def _only_makes_state(optimizer: Optimizer) -> bool:
-    """Return True for the step, with zero learning rates and gradients, by which torch.distributed.checkpoint makes an
-    optimizer's state when it saves or loads one that has none. A first step of training may have such zeros too, so the
-    calling functions are looked at."""
-    if optimizer.state or any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups):
-        return False
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
-        frame = frame.f_back
-    return frame is not None
+def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Return True for a step by which torch.distributed.checkpoint makes the state of an optimizer that has none.
+
+    It sets the learning rates and gradients to 0, and calls `step(closure=None)`. Training calls `step()`, or gives a
+    closure; a first step of training in that form, with learning rates of 0, does not count either. Gradients are
+    not checked, so that the result is identical on all workers.
+    """
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    return kwargs == {"closure": None} and not optimizer.state and all(rate == 0 for rate in rates)
 
 
 class Attempts:
@@ -129,8 +126,8 @@ class Attempts:
         self._counts = True  # the step that runs is an attempt
         self.are_discarded = False  # the gradients of the current step were set to None
 
-        def begin(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            self._counts = not _only_makes_state(optimizer)
+        def begin(optimizer: Optimizer, args: object, kwargs: Mapping[str, Any]) -> None:
+            self._counts = not _only_makes_state(optimizer, kwargs)
             if not self._counts:
                 return
             is_beside = scaler is not None and not self._in_scaler

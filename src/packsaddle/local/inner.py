@@ -1,9 +1,8 @@
 """The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
 
-import gc
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -11,18 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from packsaddle.comm.group import Group, distinct_groups, is_averaged_by_ddp
+from packsaddle.comm.group import Group, distinct_groups
+from packsaddle.comm.modules import is_averaged_by_ddp, recorded_modules
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.exchanging import Exchanging, exchange_of
 from packsaddle.feedback.optimizers import parameters_of, shape_and_name, with_members
 from packsaddle.feedback.slices import check_no_shared_memory
-
-T = TypeVar("T")
-
-
-def live_objects(kind: type[T]) -> list[T]:
-    """Return all objects of a class in this process, by a search of all objects in memory (0.1 s)."""
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def names_of(optimizers: Iterable[Optimizer]) -> str:
@@ -143,36 +136,33 @@ class OtherOptimizers:
     """Detects other optimizers in this process that train parameters of the same model without exchanging them.
     `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module."""
 
-    def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
-        self._ours, self._group = parameters, group
-        self._stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
+    def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
+        self._ours, self._group, self._checks = parameters, group, checks
+        self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
         self._has_new = False  # an optimizer was recorded since the last `check`
-        _watches.add(self)
         _watch_steps()
+        _watches.add(self)
 
     def note(self, optimizer: Optimizer) -> None:
-        if optimizer not in self._stepped:
-            trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._stepped[optimizer] = {id(p) for p in trained}
+        if optimizer not in self.stepped:
+            self.stepped[optimizer] = {id(p) for p in parameters_of([optimizer]) if p.grad is not None}
             self._has_new = True
 
     def check(self) -> None:
-        """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges."""
-        if not self._has_new:
+        """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges.
+        No-op unless `checks`."""
+        if not (self._has_new and self._checks):
             return
 
         # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
-        alone = {o: ids for o, ids in self._stepped.items() if exchange_of(o) is None}
+        alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Those in one root module with ours. Only the script knows that module: search all objects in memory (0.1 s).
-        modules = live_objects(nn.Module) if theirs else []
-        inner = {id(child) for module in modules for child in (getattr(module, "_modules", None) or {}).values()}
-        found: dict[str, Tensor] = {}
-        for root in modules:
-            named = {} if found or id(root) in inner else dict(root.named_parameters())
-            if not ours.isdisjoint(map(id, named.values())):
-                found = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
+        # Those in one module with ours, by their names in the largest such module.
+        modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
+        shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
+        missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]
+        found = max(missed, key=len, default={})
         # They differ between workers, unless DDP averages their gradients.
         if found and not is_averaged_by_ddp(found.values(), self._group):
             names = ", ".join(sorted({type(o).__name__ for o in alone}))
@@ -197,6 +187,11 @@ def _watch_steps() -> None:
 
     outside: Any = torch.compiler.disable
     register_optimizer_step_post_hook(outside(note))
+
+
+def stepped_optimizers() -> list[Optimizer]:
+    """Return the torch optimizers that have stepped since a `LocalUpdates` was made, ordered by their first steps."""
+    return [o for watch in list(_watches) for found in watch.stepped.keyrefs() if (o := found()) is not None]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -103,8 +103,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's, and ValueError is raised if it has a trainable parameter that is in none of the optimizers. With a
             manager they are not set: ConfigError is raised when a worker joins whose frozen parameters differ. Without
-            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module. Saved
-            states have its names of parameters: a run that resumes needs `model` if it was given before, else none.
+            it, RuntimeError is raised once another optimizer has stepped with parameters of the same module, unless
+            that was made before `import packsaddle`, copied or unpickled. Saved states have its names of parameters: a
+            run that resumes needs `model` if it was given before, else none.
         warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
             anchor. Set it to False in a script in which each worker saves its own.
 
@@ -221,8 +222,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._set_anchor_before_first_step()
 
         # Register hooks that count the optimizers' steps, and watches of mistakes.
-        watches = model is None and (to.group.size > 1 or is_elastic)
-        self._others = OtherOptimizers(list(parameters.values()), to.group) if watches else None
+        checks = model is None and (to.group.size > 1 or is_elastic)
+        self._others = OtherOptimizers(list(parameters.values()), to.group, checks=checks)
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         if model is not None and warn_own_state and (to.group.size > 1 or is_elastic):
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
@@ -303,8 +304,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
         # Count the step, and check it. A step that a scaler skips has no `_before_step`.
         self._whole.check_closed("optimizer.step()")
-        if self._others is not None:
-            self._others.check()
+        self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._enter()
@@ -470,8 +470,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """
         self._check_between_steps("flush()")
         self._set_anchor_before_first_step()
-        if self._others is not None:
-            self._others.check()
+        self._others.check()
         self._unsent.clear()
         return self._workers.flush(compressor, self.steps)
 

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import is_averaged_by_ddp, training_group
+from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Ledger, Totals
+from packsaddle.comm.modules import is_averaged_by_ddp
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.errors import suggests
