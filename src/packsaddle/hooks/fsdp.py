@@ -5,7 +5,7 @@ averages it over the workers that have the same shard on other machines.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,6 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
@@ -82,7 +81,7 @@ class FSDPHook(GradientHook, Exchanging):
     A backward pass with an invalid gradient is rejected on all replicas of the shard, as in `register_fsdp_hook`.
     """
 
-    resets: Sequence[Reset] = ()  # there is no escape check
+    resets = ()  # there is no escape check
 
     def __init__(self, model: nn.Module, channel: Communicator, rules: HookOptions) -> None:
         super().__init__(channel, rules, padded_size(model))
