@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -76,6 +77,14 @@ def check_not_negative(**values: float | None) -> None:
     for name, value in values.items():
         if isinstance(value, str) or (value is not None and not 0 <= value < math.inf):
             raise ValueError(f"{name} must be finite and not negative, got {value!r}")
+
+
+def check_momentum(momentum: object, nesterov: object) -> None:
+    """Raise ValueError unless the momentum is in [0, 1), and above 0 with `nesterov`."""
+    if isinstance(momentum, bool) or not (isinstance(momentum, Real) and 0 <= float(momentum) < 1):
+        raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+    if nesterov and not momentum:
+        raise ValueError("nesterov needs a momentum above 0")
 
 
 @contextmanager

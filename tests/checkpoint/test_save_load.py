@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "parts": (lambda: {"model": Small().model}, "the parts are model here, but model, optimizer, scheduler in the"),
     "kind": (
         lambda: {**Small().parts, "optimizer": torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)},
-        "optimizer: parameter groups have [1] parameters here, but [6] in the checkpoint",
+        "optimizer: SGD has groups of [1] parameters, and the state of [6]",
     ),
     "no part": (lambda: {"model": 3}, "part 'model' must have state_dict and load_state_dict, got int"),
 }

@@ -41,7 +41,7 @@ def path(tmp_path: Path) -> Path:
 
 
 REFUSED = {
-    "memory=ef21": "--set memory=ef21: memory must be \"buffer\" with [local], got 'ef21'",
+    "memory=ef21": "--set memory=ef21: memory must be \"buffer\" for local updates, got 'ef21'",
     "storm=0.1": "--set storm=0.1: storm cannot be used with [local]",
     "momentum=0.5": '--set momentum=0.5: momentum is only for local.optimizer = "sgd" and "muon"',
     "escape={interval=2, radius=1.0}": "escape needs local.overlap.fragments = 1 and delay = 0",
@@ -83,6 +83,8 @@ def test_what_only_a_run_can_find(path: Path, tmp_path: Path, capsys: pytest.Cap
     )
     assert command("run", path, *out, "--set", "local.every=99", "local.overlap.fragments=9") == 2
     assert "fragments must be at most the number of parameters, 8, got 9" in capsys.readouterr().err
+    assert command("run", path, *out, "--set", "local.optimizer=sgd", "local.mean_momentum=0.5") == 2
+    assert "mean_momentum needs Adam's moments, state exp_avg and exp_avg_sq, and SGD has" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,6 +1,6 @@
 """The parts of a checkpoint, objects with a state_dict: their validation, and loading of all parts or none."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from packsaddle.checkpoint.files import CheckpointError, DamagedError
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.feedback.exchanging import CheckpointCall, Exchanging, exchange_of
+from packsaddle.feedback.optimizers import check_groups
 
 T = TypeVar("T")
 
@@ -28,34 +29,29 @@ class Part(Protocol):
 Parts = Mapping[str, Part]
 
 
-def check_parts(parts: Parts) -> None:
+def check_parts(parts: Parts, call: CheckpointCall) -> None:
     """Raise CheckpointError for invalid `parts`, for an optimizer whose `LocalUpdates` is not a part, and for a
-    `LocalUpdates` of which only some optimizers are."""
+    `LocalUpdates` of which only some optimizers are. Collective if there is a `LocalUpdates`: raises RuntimeError if
+    workers make unlike calls, such as a save on rank 0 alone."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
-    held: list[object] = list(parts.values())
+
+    # Check each part, and that all optimizers of a `LocalUpdates` are parts, or none.
+    held = {id(each) for part in parts.values() for each in _unwrapped(part)}
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
             raise CheckpointError(f"part {name!r} must have state_dict and load_state_dict, got {type(part).__name__}")
         exchange = exchange_of(part)
-        if exchange is not None and all(other is not exchange for other in held):
+        if exchange is not None and id(exchange) not in held:
             raise CheckpointError(
                 f'part {name!r} is an optimizer with LocalUpdates, which must be a part as well: "local": local'
             )
-        if isinstance(part, Exchanging):
-            _check_optimizers(name, part.optimizers, parts)
+        optimizers = part.optimizers if isinstance(part, Exchanging) else ()
+        missing = [type(optimizer).__name__ for optimizer in optimizers if id(optimizer) not in held]
+        if 0 < len(missing) < len(optimizers):
+            raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
-
-def _check_optimizers(name: str, optimizers: Sequence[object], parts: Parts) -> None:
-    """Raise CheckpointError if some of the optimizers of a `LocalUpdates`, but not all, are parts."""
-    held = {id(each) for part in parts.values() for each in _unwrapped(part)}
-    missing = [type(optimizer).__name__ for optimizer in optimizers if id(optimizer) not in held]
-    if 0 < len(missing) < len(optimizers):
-        raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
-
-
-def check_calls(parts: Parts, call: CheckpointCall) -> None:
-    """Raise RuntimeError if workers that train apart make unlike calls, such as a save on rank 0 alone; collective."""
+    # Workers that train apart compare their calls.
     for part in parts.values():
         if isinstance(part, Exchanging):
             part.check_call(call)
@@ -106,21 +102,13 @@ def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless the saved states fit the parts, as far as can be checked without loading."""
     check_names(parts, state)
     for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            check_shapes(name, shapes(state[name]), shapes(part.state_dict()))
         try:
             if isinstance(part, Exchanging):
                 part.check_state_dict(state[name])
-            elif isinstance(part, nn.Module):
-                check_shapes(name, shapes(state[name]), shapes(part.state_dict()))
             elif isinstance(part, Optimizer):
-                here, there = (
-                    [len(g["params"]) for g in gs] for gs in (part.param_groups, state[name]["param_groups"])
-                )
-                if here != there:
-                    raise CheckpointError(
-                        f"{name}: parameter groups have {here} parameters here, but {there} in the checkpoint"
-                    )
-        except CheckpointError:
-            raise
+                check_groups(part, state[name])
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
 

@@ -113,10 +113,10 @@ def resharded(
     converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
-    local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
-    shares = _shares(parts, local, contents, collectives)
+    apart = any(isinstance(part, Exchanging) and part.optimizers for part in parts.values())
+    shares = _shares(parts, contents, collectives)
     for name, part in parts.items():
-        if local and isinstance(part, Optimizer):
+        if apart and isinstance(part, Optimizer):
             states = [one["parts"][name] for one in (template, *contents)]
             _complete_states(states, shares[name], workers, collectives)
     splits = {}
@@ -133,7 +133,7 @@ def resharded(
                 f"one of the {workers} workers that saved it, so it cannot be loaded by another number of workers"
             )
         different = _different(splits[name], mine, collectives)
-        means, least = _reductions(name, part, splits[name], different, workers, apart=bool(local))
+        means, least = _reductions(name, part, splits[name], different, workers, apart=apart)
 
         # Reduce over the workers that saved the checkpoint: each file was read by exactly one current worker.
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
@@ -212,19 +212,16 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 
 
 def _shares(
-    parts: Mapping[str, Any],
-    local: Mapping[str, Exchanging],
-    contents: Sequence[dict[str, Any]],
-    collectives: ObjectCollectives,
+    parts: Mapping[str, Any], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
 ) -> dict[str, list[float]]:
-    """Return by part the factors of the workers in means, 1 on average: those of its `LocalUpdates`, one of `local`.
+    """Return by part the factors of the workers in means, 1 on average: those of its `LocalUpdates`.
     Raises CheckpointError, on every worker, for a module if several have unlike weights."""
+    local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
     if not local:
         return {name: [1.0] * len(contents) for name in parts}
     found, unlike = {}, []
     for name, part in parts.items():
-        of = exchange_of(part)
-        chosen = {key: each for key, each in local.items() if each is of} or local
+        chosen = {key: one for key, one in local.items() if one is exchange_of(part)} or local
         each = [[one.weight_in(content["parts"][key]) for content in contents] for key, one in chosen.items()]
         unlike += [name] if any(shares != each[0] for shares in each) else []
         found[name] = each[0]

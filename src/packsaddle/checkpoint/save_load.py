@@ -26,7 +26,6 @@ from packsaddle.checkpoint.own_state import own_state
 from packsaddle.checkpoint.parts import (
     Parts,
     T,
-    check_calls,
     check_fit,
     check_names,
     check_parts,
@@ -92,8 +91,7 @@ def save_checkpoint(
     10
     """
     folder, group = Path(folder), resolve(process_group)
-    check_parts(parts)
-    check_calls(parts, "saves a checkpoint")
+    check_parts(parts, "saves a checkpoint")
     collectives = ObjectCollectives(group, device_of(parts))
     content = run_on_all(collectives, partial(_content, folder, parts, dict(extra or {}), step, keep))
     target = step_folder(folder, step)
@@ -185,8 +183,7 @@ def restore(
 ) -> Checkpoint | None:
     """Do what `load_checkpoint` does, with warnings in `notes`; step is -1 if only a first, unfinished step exists."""
     folder, group = Path(folder), resolve(process_group)
-    check_parts(parts)
-    check_calls(parts, "loads a checkpoint")
+    check_parts(parts, "loads a checkpoint")
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
 
 

@@ -9,11 +9,7 @@ from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.modules import module as registration
 
 from packsaddle.comm.group import Group, TorchGroup
 
@@ -24,8 +20,8 @@ def _record(module: nn.Module, name: str, member: object) -> None:
     _recorded[id(module)] = module
 
 
-register_module_parameter_registration_hook(_record)
-register_module_module_registration_hook(_record)
+registration.register_module_parameter_registration_hook(_record)
+registration.register_module_module_registration_hook(_record)
 
 
 def recorded_modules() -> list[nn.Module]:
@@ -37,9 +33,7 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False
     ours, workers = {id(p) for p in parameters}, set(group.ranks)
-    for model in recorded_modules():
-        if isinstance(model, DistributedDataParallel) and not getattr(model, "_comm_hooks", True):
-            same = workers.intersection(dist.get_process_group_ranks(model.process_group))
-            if len(same) > 1 and any(id(p) in ours for p in model.module.parameters()):
-                return True
-    return False
+    models = [m for m in recorded_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    averaging = [m for m in models if not getattr(m, "_comm_hooks", True)]  # missing during its construction
+    shared = [m for m in averaging if len(workers.intersection(dist.get_process_group_ranks(m.process_group))) > 1]
+    return any(id(p) in ours for model in shared for p in model.module.parameters())

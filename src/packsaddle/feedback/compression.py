@@ -109,8 +109,14 @@ class Compression(Option):
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
-    def fixed(self) -> Compressor:
-        """Return the compressor that all steps use. Raises ValueError for a function of the step."""
+    def for_sgd(self) -> Compressor:
+        """Return the compressor of all steps of `CompressedSGD`. Raises ValueError for a function of the step, and for
+        an exchange or a decay that `CompressedSGD` does not support."""
+        self.check_gradients()
+        if self.decay != 1:
+            raise ValueError(
+                f"decay must be 1 in CompressedSGD, got {self.decay:g}, which is for hooks and local updates"
+            )
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "

@@ -69,18 +69,20 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
+def check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the groups of a state dict have as many parameters as those of the optimizer."""
+    both = optimizer.param_groups, state.get("param_groups", optimizer.param_groups)
+    here, saved = ([len(group["params"]) for group in groups] for groups in both)
+    if here != saved:
+        raise ValueError(f"{type(optimizer).__name__} has groups of {here} parameters, and the state of {saved}")
+
+
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
     """Load one state dict per optimizer. Raises ValueError, with nothing changed, if one does not fit."""
-
-    def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
-        return [len(group["params"]) for group in groups]
-
     if len(states) != len(optimizers):
         raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):
-        here, saved = sizes(optimizer.param_groups), sizes(state.get("param_groups", optimizer.param_groups))
-        if here != saved:
-            raise ValueError(f"{type(optimizer).__name__} has groups of {here} parameters, and the state of {saved}")
+        check_groups(optimizer, state)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(dict(state))
 

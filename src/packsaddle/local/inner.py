@@ -155,35 +155,33 @@ class OtherOptimizers:
     """Detects other optimizers in this process that train parameters of the same model without exchanging them.
     `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module."""
 
-    def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
-        self._ours, self._group = parameters, group
-        self._stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
+    def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
+        self._ours, self._group, self._checks = parameters, group, checks
+        self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
         self._has_new = False  # an optimizer was recorded since the last `check`
+        _watch_steps()
         _watches.add(self)
 
     def note(self, optimizer: Optimizer) -> None:
-        if optimizer not in self._stepped:
-            trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._stepped[optimizer] = {id(p) for p in trained}
+        if optimizer not in self.stepped:
+            self.stepped[optimizer] = {id(p) for p in parameters_of([optimizer]) if p.grad is not None}
             self._has_new = True
 
     def check(self) -> None:
-        """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges."""
-        if not self._has_new:
+        """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges.
+        No-op unless `checks`."""
+        if not (self._has_new and self._checks):
             return
 
         # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
-        alone = {o: ids for o, ids in self._stepped.items() if exchange_of(o) is None}
+        alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Those in one root module with ours.
-        modules = recorded_modules() if theirs else []
-        inner = {id(child) for module in modules for child in list(module._modules.values())}
-        found: dict[str, Tensor] = {}
-        for root in modules:
-            named = {} if found or id(root) in inner else dict(root.named_parameters())
-            if not ours.isdisjoint(map(id, named.values())):
-                found = {name: p for name, p in named.items() if id(p) in theirs and p.requires_grad}
+        # Those in one module with ours, by their names in the largest such module.
+        modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
+        shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
+        missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]
+        found = max(missed, key=len, default={})
         # They differ between workers, unless DDP averages their gradients.
         if found and not is_averaged_by_ddp(found.values(), self._group):
             names = ", ".join(sorted({type(o).__name__ for o in alone}))
@@ -195,16 +193,14 @@ class OtherOptimizers:
 
 
 _watches: WeakSet[OtherOptimizers] = WeakSet()
-_stepped: WeakKeyDictionary[Optimizer, None] = WeakKeyDictionary()
 
 
 @cache
-def watch_steps() -> None:
-    """Record all torch optimizers that step from now on, by a hook on their steps.
+def _watch_steps() -> None:
+    """Register a hook on the steps of all torch optimizers, once.
     It is never removed: garbage collection could do so while torch iterates over its hooks."""
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        _stepped[optimizer] = None
         for watch in list(_watches):
             watch.note(optimizer)
 
@@ -213,8 +209,8 @@ def watch_steps() -> None:
 
 
 def stepped_optimizers() -> list[Optimizer]:
-    """Return the torch optimizers that have stepped since the first `watch_steps`, ordered by their first steps."""
-    return [optimizer for found in _stepped.keyrefs() if (optimizer := found()) is not None]
+    """Return the torch optimizers that have stepped since a `LocalUpdates` was made, ordered by their first steps."""
+    return [o for watch in list(_watches) for found in watch.stepped.keyrefs() if (o := found()) is not None]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -35,8 +35,7 @@ class MeanMomentum:
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
         # The members of a composite optimizer, in place of it.
-        apart = [each for each in with_members(optimizers) if not isinstance(each, CompositeOptimizer)]
-        self._optimizers = apart
+        self._optimizers = apart = [o for o in with_members(optimizers) if not isinstance(o, CompositeOptimizer)]
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
         if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):
             raise ValueError(

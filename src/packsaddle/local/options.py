@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
 from packsaddle.comm.group import Group, ProcessGroup, resolve
-from packsaddle.errors import check_integers, check_positive
+from packsaddle.errors import check_integers, check_momentum, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
@@ -223,12 +223,9 @@ class OuterSGD(Option):
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr)
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
+        check_momentum(self.momentum, self.nesterov)
         if not (self.nesterov is None or isinstance(self.nesterov, bool)):
             raise ValueError(f"nesterov must be True, False or None, got {self.nesterov!r}")
-        if self.nesterov and not self.momentum:
-            raise ValueError("nesterov needs a momentum above 0")
 
     def __call__(self, anchors: list[Any]) -> Optimizer:
         nesterov = self.momentum > 0 if self.nesterov is None else self.nesterov

@@ -178,10 +178,5 @@ class UnsentSteps:
 class Watches:
     """The watches of mistakes during a training."""
 
-    others: OtherOptimizers | None  # other optimizers of the same model; None: not watched
+    others: OtherOptimizers
     unsent: UnsentSteps
-
-    def check_others(self) -> None:
-        """Raise RuntimeError if another optimizer trains parameters of this model that nothing exchanges."""
-        if self.others is not None:
-            self.others.check()

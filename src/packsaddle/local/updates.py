@@ -46,7 +46,6 @@ from packsaddle.local.inner import (
     check_parameters,
     equal_arguments,
     named_parameters,
-    watch_steps,
 )
 from packsaddle.local.lockstep import Call
 from packsaddle.local.options import AnyWorkers, Elastic, LocalOptions, Outer, Overlap
@@ -215,11 +214,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         is_shared = to.group.size > 1 or is_elastic
         warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.sends and self.join_process_group
-        others = OtherOptimizers(list(parameters.values()), to.group) if model is None and is_shared else None
+        others = OtherOptimizers(list(parameters.values()), to.group, checks=model is None and is_shared)
         self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
         if model is not None and warn_own_state and is_shared:
             StateDictWarning(model, self, LocalUpdates._is_off_anchor)
-        watch_steps()
         self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     # Inner steps, and the rounds that follow them.
@@ -245,7 +243,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
         # Count the step, and check it. A step that a scaler skips has no `_before_step`.
         self._whole.check_closed("optimizer.step()")
-        self._watches.check_others()
+        self._watches.others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self._enter()
@@ -411,7 +409,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         """
         self._check_between_steps("flush()")
         self._set_anchor_before_first_step()
-        self._watches.check_others()
+        self._watches.others.check()
         self._watches.unsent.clear()
         return self._workers.flush(compressor, self.steps)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.compressors.registry import PLAIN
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError, check_counts, check_not_negative, check_positive, read_toml
+from packsaddle.errors import ConfigError, check_counts, check_momentum, check_not_negative, check_positive, read_toml
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
@@ -168,7 +168,6 @@ class LocalConfig:
     outer: OuterSGD | None = None
 
     def __post_init__(self) -> None:
-        check_counts(every=self.every)
         check_positive(clip=self.clip)
         _at_most(self, every=10**6)
         check_not_negative(warm_up=self.warm_up)
@@ -176,9 +175,11 @@ class LocalConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
             raise ValueError(f"betas are only for adamw and muon, not sgd, got {list(self.betas)}")
-        if self.optimizer == "sgd" and self.mean_momentum:
-            raise ValueError(f"mean_momentum is only for adamw and muon, not sgd, got {self.mean_momentum}")
-        LocalOptions(Compression(Identity()), self.every, mean_momentum=self.mean_momentum, overlap=self.overlap)
+        LocalOptions(Compression(Identity()), **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `LocalUpdates` that are keys of this table, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(LocalOptions) if hasattr(self, f.name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,28 +232,20 @@ class Config(Compression):
             if self.momentum:
                 raise ValueError(f"storm replaces the momentum: it needs momentum = 0, got {self.momentum:g}")
             Storm(self.storm)
+        check_momentum(*self.effective_momentum())
+
+        # The option classes raise for options that the optimizer of all workers, or local updates, do not support.
         local = self.local
         if local is None:
-            if self.exchange == "senders" or self.decay != 1:
-                raise ValueError('exchange = "senders" and a decay need the table [local]')
+            self.compression().for_sgd()
             return
-
-        # Local updates do not support all options.
-        if self.memory != "buffer":
-            raise ValueError(f'memory must be "buffer" with [local], got {self.memory!r}')
-        if not self.decay:
-            raise ValueError(f"decay must be in (0, 1] for local updates, got {self.decay!r}")
+        LocalOptions(self.compression(), **local.arguments())
 
         # Each worker steps with local.optimizer: lr, momentum and nesterov are its options.
         if self.storm is not None:
             raise ValueError("storm cannot be used with [local], where each worker steps with its own optimizer")
         if self.momentum and local.optimizer == "adamw":
             raise ValueError('momentum is only for local.optimizer = "sgd" and "muon"; for adamw set local.betas')
-        momentum, nesterov = self.effective_momentum()
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        if nesterov and not momentum:
-            raise ValueError("nesterov needs a momentum above 0")
         if local.warm_up >= self.epochs:
             raise ValueError(f"local.warm_up must be less than epochs = {self.epochs:g}, got {local.warm_up:g}")
         if self.escape is not None and (local.overlap.fragments > 1 or local.overlap.delay):

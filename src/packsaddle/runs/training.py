@@ -194,14 +194,10 @@ class LocalTraining(Training):
             self.front = LocalUpdates(
                 self._inner,
                 replace(config.compression(), monitor_every=max(1, config.log_every // local.every)),
-                every=local.every,
-                outer=local.outer,
-                mean_momentum=local.mean_momentum,
-                overlap=local.overlap,
+                **local.arguments(),
                 workers=elastic,
                 noise=self._noise or config.noise.std,
                 escape=escape,
-                keep_unsent=local.keep_unsent,
                 seed=config.seed,
             )
         self.channel = Communicator(resolve(None), Ledger())

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from packsaddle.errors import check_momentum
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
@@ -317,10 +318,7 @@ def make_direction(
         if nesterov:
             raise ValueError(f"nesterov must be False with {momentum}")
         return StormGradient(flat, momentum.a, spare=spare)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if nesterov and not momentum:
-        raise ValueError("nesterov needs a momentum above 0")
+    check_momentum(momentum, nesterov)
     if momentum:
         return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21", spare=spare)
     return Gradient(flat)

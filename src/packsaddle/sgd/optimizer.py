@@ -161,12 +161,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         process_group: Any = None,
     ) -> None:
         spec = Compression.of(compressor)
-        spec.check_gradients()
-        given = spec.fixed()
-        if spec.decay != 1:
-            raise ValueError(
-                f"decay must be 1 in CompressedSGD, got {spec.decay:g}, which is for hooks and local updates"
-            )
+        given = spec.for_sgd()
         self.seed = as_seed(seed)
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"params must be parameters, got the module {type(params).__name__}: pass .parameters()")
