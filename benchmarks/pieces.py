@@ -214,7 +214,6 @@ class TimedOptimizer:
 
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     moved: float
-    own_memory: bool = True  # False: the gradients are the memory
 
 
 def _ours(
@@ -230,17 +229,8 @@ _CONTENDERS: Mapping[str, TimedOptimizer] = {
     "RandomK 1%": TimedOptimizer(_ours(RandomK(0.01)), 12 + 0.01 * 24),
     "RandomK 1%, max_skipped=None": TimedOptimizer(_ours(Compression(RandomK(0.01), max_skipped=None)), 12 + 0.01 * 24),
     "RandomK 1%, noise": TimedOptimizer(_ours(RandomK(0.01), noise=0.01), 12 + 0.01 * 32),
-    'RandomK 1%, noise, memory="gradient"': TimedOptimizer(
-        _ours(Compression(RandomK(0.01), memory="gradient"), noise=0.01), 0.01 * 32, own_memory=False
-    ),
-    'RandomK 1%, noise, memory="gradient", max_skipped=None': TimedOptimizer(
-        _ours(Compression(RandomK(0.01), memory="gradient", max_skipped=None), noise=0.01), 0.01 * 32, own_memory=False
-    ),
     "TopK 0.1%": TimedOptimizer(_ours(TopK(0.001)), 16 + 0.001 * 24),
     "TopK 0.1%, noise": TimedOptimizer(_ours(TopK(0.001), noise=0.01), 24 + 0.001 * 24),
-    'TopK 0.1%, memory="gradient"': TimedOptimizer(
-        _ours(Compression(TopK(0.001), memory="gradient")), 4 + 0.001 * 24, own_memory=False
-    ),
 }
 
 
@@ -273,7 +263,6 @@ def time_steps(d: int, repeats: int, layers: int = 1) -> list[Result]:
     notes = (
         "floor: the bytes that must be moved, at the bandwidth of a copy; memory: held over the model and its gradient",
         "max_skipped=None: gradients are not looked at, and no step can be left out",
-        'with memory="gradient" backward() adds to the gradients where it would have put them, which is its cost',
     )
     return [Result("step() and zero_grad(): what does an optimizer's own work cost?", setting, rows, notes)]
 
@@ -289,12 +278,8 @@ class Stepper:
         for w, gradient in zip(self._weights, self._gradients, strict=True):
             w.grad = gradient
         self._optimizer = contender.make(self._weights)
-        self._clears = contender.own_memory
 
     def __call__(self) -> None:
-        if not self._clears:
-            self._optimizer.step()
-            return
         for w, gradient in zip(self._weights, self._gradients, strict=True):
             w.grad = gradient
         self._optimizer.step()

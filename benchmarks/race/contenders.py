@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from packsaddle.compressors import Compressor, parse_compressor
 from packsaddle.options import nearest
 
-Memory = Literal["buffer", "gradient", "ef21"]  # see packsaddle.Compression
+Memory = Literal["buffer", "ef21"]  # see packsaddle.Compression
 Scope = Literal["bucket", "model"]  # see packsaddle.register_ddp_hook
 ALONE = "alone"  # SGD on every worker without an exchange: the cost of computing
 DENSE = "ddp"

@@ -52,13 +52,11 @@ class Racer:
     clip: float | None = None
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
     wait: Callable[[], None] = lambda: None  # waits for exchanges that overlap with steps
-    clears: bool = True  # clear gradients before each step; False if they are an error memory
     end: Callable[[], None] = lambda: None  # ends background services of the training; collective
 
     def step(self, batch: Batch) -> None:
         """Run forward, backward, exchange and update."""
-        if self.clears:
-            self.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         self.forward(*batch).backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.task.parameters(), self.clip)
@@ -92,8 +90,7 @@ def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
             momentum=contender.momentum,
         )
         start = ours.ledger.total  # the parameters of rank 0
-        clears = contender.memory != "gradient"
-        return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start), clears=clears)
+        return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
     sgd = recipe.make(task.parameters(), contender.lr)
     if contender.peer == ALONE:
         return Racer(task, task, sgd, lambda _: Bytes())

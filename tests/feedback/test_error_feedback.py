@@ -38,9 +38,6 @@ class Vector(Update):
     def add(self, base: Shaped, out: Shaped) -> None:
         torch.add(base.flat, self.u, out=out.flat)
 
-    def perturb(self, out: Tensor) -> None:
-        out.add_(self.u)
-
 
 def engine(compressor: Compressor, exchange: str) -> ErrorFeedback:
     named = [(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()]

@@ -27,7 +27,7 @@ constant: param_groups.*.owners, param_groups.*.rank, param_groups.*.workers
 shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
     param_groups.*.anchor_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
     param_groups.*.memory, param_groups.*.param_names, param_groups.*.params, param_groups.*.seed,
-    param_groups.*.started, param_groups.*.step, param_groups.*.unit, param_groups.*.weight_decay, resets,
+    param_groups.*.started, param_groups.*.step, param_groups.*.weight_decay, resets,
     state.*.anchor, state.*.mean_estimate, state.*.storm_previous
 """
 HOOK = """

@@ -345,7 +345,7 @@ def test_estimates_need_one_rate() -> None:
         ({"momentum": -0.1}, "momentum must be in"),
         ({"nesterov": True}, "nesterov needs a momentum above 0"),
         ({"momentum": Storm(0.5), "nesterov": True}, "nesterov must be False with Storm"),
-        ({"memory": "gradient", "momentum": 0.5}, 'memory="gradient" leaves no gradient'),
+        ({"memory": "gradient"}, "memory must be one of buffer, ef21, got 'gradient'"),
         ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
         ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise goes with plain error feedback alone"),
     ],

@@ -59,9 +59,9 @@ def test_the_same_draws_give_the_same_run(noise: Any, block: int, monkeypatch: p
     drawn: dict[int, Tensor] = {}
     take = OutstandingNoise.take
 
-    def recorded(self: OutstandingNoise, cells: Cells, out: Tensor, alpha: float, *, seed: int, step: int) -> None:
+    def recorded(self: OutstandingNoise, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
         before = out.clone()
-        take(self, cells, out, alpha, seed=seed, step=step)
+        take(self, cells, out, seed=seed, step=step)
         drawn[step] = torch.zeros(61, dtype=out.dtype)
         cells.add_to(drawn[step], out - before, 1 / 0.1)
 
@@ -203,10 +203,9 @@ def test_small_noise_after_much_is_not_lost() -> None:
     assert kstest(out.numpy() / 5e-6, "norm").pvalue > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{}, {"memory": "gradient", "noise": 0.0}], ids=["lazy", "gradient"])
-def test_workers_whose_rates_part_are_told(settings: dict[str, Any]) -> None:
+def test_workers_whose_rates_part_are_told() -> None:
     def work(rank: int) -> None:
-        model, data, opt = small(**settings)
+        model, data, opt = small()
         for step in range(3):
             if step == 2:
                 opt.param_groups[0]["lr"] = 0.1 * (1 + rank)
@@ -248,15 +247,16 @@ def test_noise_goes_through_the_memory_where_cells_do_not_fit(change: str) -> No
         assert float((v.detach() - before).std()) == pytest.approx(0.1 * 0.3 * (4 * 11 + 9) ** 0.5, rel=0.1)
 
 
-def test_gradients_that_hold_the_error_take_what_was_outstanding() -> None:
+def test_eager_noise_goes_on_from_what_was_outstanding() -> None:
     """A state with outstanding noise goes on in an optimizer whose noise is eager: y has all of it, and steps go on."""
 
     def made(lazy: bool) -> tuple[Tensor, CompressedSGD]:
         p = torch.nn.Parameter(torch.zeros(40, 40))
-        spec = Compression(RandomK(0.1), dense_below=0, memory="gradient")
+        spec = Compression(RandomK(0.1), dense_below=0)
         return p, CompressedSGD([p], 0.1, spec, noise=Noise(0.3, lazy))
 
     def step(p: Tensor, opt: CompressedSGD) -> None:
+        opt.zero_grad()
         p.sum().backward()
         opt.step()
 

@@ -329,25 +329,6 @@ def test_a_limit_that_is_no_count_is_refused(most: Any) -> None:
         )
 
 
-def with_gradients_for_memory(rank: int) -> str:
-    p = nn.Parameter(torch.ones(5, 5))
-    opt = CompressedSGD([("w", p)], 0.1, Compression(RandomK(0.2), dense_below=0, memory="gradient"))
-    x = p.detach().clone()
-    loss = (p * (math.nan if rank == 1 else 1.0)).sum()
-    torch.autograd.backward(loss)
-    try:
-        opt.step()
-    except NonFiniteError as error:
-        assert torch.equal(p, x)
-        return str(error)
-    return ""
-
-
-def test_gradients_that_are_the_memory_cannot_be_left_out() -> None:
-    for message in simulate(with_gradients_for_memory, 2):
-        assert message.startswith("step 0: w is not finite on worker 1; with memory")
-
-
 def test_it_costs_no_bytes() -> None:
     def moved(most: int | None) -> list[dict[str, Any]]:
         def worker(rank: int) -> dict[str, Any]:

@@ -73,7 +73,6 @@ class Training:
     optimizer: torch.optim.Optimizer
     engine: Any
     defaults: ClassVar[dict[str, Any]] = {"dense_below": 100}
-    keeps_gradients = False  # the error memory is in the gradients, which are not cleared
 
     def __init__(self, **options: Any) -> None:
         """Make the front with options of `folded`; the default compressor is TopK(0.05).
@@ -107,8 +106,7 @@ class Training:
         data = batch(t, self.dtype)
 
         def closure() -> Tensor:
-            if not self.keeps_gradients:
-                self.optimizer.zero_grad()
+            self.optimizer.zero_grad()
             loss: Tensor = (self.model(data) - data).square().mean()
             loss.backward()
             return loss
@@ -151,7 +149,6 @@ class Training:
 
 class Optimizer(Training):
     def build(self, options: dict[str, Any]) -> None:
-        self.keeps_gradients = options["compressor"].memory == "gradient"
         self.model = self.plain
         self.engine = self.optimizer = packsaddle.CompressedSGD(self.plain.named_parameters(), LR, **options)
 

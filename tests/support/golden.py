@@ -74,7 +74,6 @@ class How:
     huge: bool = False  # a parameter near the largest number
     weighted: bool = False  # workers by their rank
     flush: tuple[int, ...] = ()  # before these steps
-    clear: bool = True  # gradients
 
 
 def fold_how(options: Mapping[str, Any]) -> tuple[How, dict[str, Any]]:
@@ -99,7 +98,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "two-way": {"compressor": TopK(0.05), "exchange": "two-way"},
     "coordinator": {"compressor": TopK(0.05), "exchange": "coordinator", "back": RandomK(0.5)},
     "auto": {"compressor": packsaddle.QSGD(), "exchange": "auto"},
-    "gradient memory": {"compressor": RandomK(0.05), "memory": "gradient"},
     "EF21": {"compressor": TopK(0.05), "memory": "ef21"},
     "EF21 momentum": {"compressor": TopK(0.05), "memory": "ef21", "momentum": 0.9, "noise": 0.01},
     "momentum": {"compressor": RandomK(0.05), "momentum": 0.9, "nesterov": True},
@@ -117,8 +115,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "float16": {"compressor": RandomK(0.05), "dtype": torch.float16},
     "changing lr": {"compressor": TopK(0.05), "rates": FALLING, "noise": 0.01},
     "changing lr, two-way": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way"},
-    "changing lr, gradient memory": {"compressor": RandomK(0.05), "memory": "gradient", "rates": FALLING},
-    "changing lr, gradient memory, lazy noise": {"memory": "gradient", "rates": FALLING, "lazy": True, "noise": 0.01},
     "changing lr, EF21": {"compressor": TopK(0.05), "memory": "ef21", "rates": FALLING},
     "lr 0": {"compressor": TopK(0.05), "rates": {5: (0.0,), 9: (0.1,)}, "noise": 0.01},
     "lr 0, lazy noise": {"compressor": RandomK(0.05), "rates": {5: (0.0,), 9: (0.1,)}, "lazy": True, "noise": 0.01},
@@ -231,7 +227,6 @@ RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
     "optimizer": ("optimizer", {"compressor": TopK(0.05), "momentum": 0.9, "exchange": "two-way", "monitor_every": 3}),
     "optimizer, STORM": ("optimizer", OPTIMIZERS["STORM"]),
     "optimizer, EF21": ("optimizer", OPTIMIZERS["EF21"]),
-    "optimizer, gradient memory": ("optimizer", OPTIMIZERS["gradient memory"]),
     "optimizer, lazy noise": ("optimizer", OPTIMIZERS["lazy noise"]),
     "optimizer, escape": ("optimizer", OPTIMIZERS["escape"]),
     "optimizer, LowRank": ("optimizer", OPTIMIZERS["LowRank"]),
@@ -360,8 +355,7 @@ class Run:
     def _gradient(self, t: int) -> Tensor:
         """Compute gradients, and return the loss."""
         x = batch(t, self.rank, self.how.dtype)
-        if self.how.clear:
-            self.model.zero_grad()
+        self.model.zero_grad()
         loss: Tensor = (self.model(x) - x).square().mean()
         if self.how.huge:  # its gradient is this factor: once of a step that would overflow, at one coordinate
             factor = torch.full_like(self.model.huge, 1e32)
@@ -424,7 +418,7 @@ def scaler_of(how: How) -> Any:
 
 def optimizer(options: Mapping[str, Any]) -> Run:
     """Return a run of CompressedSGD."""
-    how, options = fold_how({"clear": options.get("memory") != "gradient"} | options)
+    how, options = fold_how(options)
     model = network(how.dtype, how.width)
     if how.huge:
         model.register_parameter("huge", nn.Parameter(torch.full((12, 12), 3.4e38)))

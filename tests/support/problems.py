@@ -47,7 +47,6 @@ def run(
     compare: Any = "x",
     exchange: str = "direct",
     back: Compressor | None = None,
-    memory: Any = "buffer",
     lazy: bool | None = False,
 ) -> dict[str, Any]:
     """Run CompressedSGD in the present group and return its trajectory; x is two parameters, all compressed."""
@@ -61,7 +60,7 @@ def run(
     opt = CompressedSGD(
         weights,
         lr,
-        Compression(compressor, dense_below=0, exchange=exchange, back=back, memory=memory),
+        Compression(compressor, dense_below=0, exchange=exchange, back=back),
         noise=Noise(noise, lazy=lazy),
         escape=escape,
         seed=seed,
@@ -72,8 +71,7 @@ def run(
         es.append(opt.error())
         ys.append(opt.corrected())
         if t < steps:
-            if memory == "buffer":
-                opt.zero_grad()
+            opt.zero_grad()
             objective().backward()
             opt.step()
     return {

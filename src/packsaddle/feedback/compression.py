@@ -33,9 +33,8 @@ class Compression(Option):
             0 compresses everything.
         decay: factor applied to the error memory in each step or round, in [0, 1]; 0 disables error feedback. It must
             be 1 in `CompressedSGD`, and above 0 in local updates.
-        memory: storage of the error memory: "buffer", a separate vector; "gradient", the parameters' gradients, which
-            then must not be cleared, clipped or scaled between steps (see `GradientMemory`); or "ef21", a running
-            estimate of the gradient instead (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
+        memory: "buffer", the error memory in a vector of its own, or "ef21", a running estimate of the gradient instead
+            (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
         max_skipped: maximum number of consecutive steps skipped on all workers because a worker's vector is invalid;
             one more raises NonFiniteError. None: vectors are not validated; in local updates they are, without a limit.
         compare_every: steps between comparisons of the workers' parameters, learning rates and noise, by 16 bytes of

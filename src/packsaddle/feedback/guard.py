@@ -209,9 +209,9 @@ class Guard:
         """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
-    def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
+    def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, str]:
         """Return bool[], True if v, float[n], is invalid, and on a CPU the name of its first invalid tensor, else "".
-        With `blank`, an invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
+        An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
         if self._flag == "none":
             return torch.tensor(False), ""
         norm = update.norm
@@ -222,8 +222,7 @@ class Guard:
         if self._unnamed is not None and v.device.type == "cpu" and invalid:
             named = ((place.name or ROOT, view) for place, view in of.named(v))
             name = first_out_of_range(named) or self._unnamed
-        if blank:
-            fill_where(v, invalid, 0.0)
+        fill_where(v, invalid, 0.0)
         return invalid, name
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from packsaddle.comm.aggregators import Averaged, Term
 from packsaddle.feedback.slices import Shaped, Slice
 
-Memory = Literal["buffer", "gradient", "ef21"]
+Memory = Literal["buffer", "ef21"]
 
 
 class Update:
@@ -28,10 +28,6 @@ class Update:
     is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        raise NotImplementedError
-
-    def perturb(self, out: Tensor) -> None:
-        """Add the terms of u except the gradient, such as noise, to out, float[n], in place."""
         raise NotImplementedError
 
     def add_if_finite(self, out: Shaped) -> bool:
@@ -52,9 +48,7 @@ class ErrorMemory:
     """
 
     kind = "buffer"  # the name of the class in saved states
-    in_gradients = False  # True: the memory is the parameters' gradients
     in_gradient_units = False  # True: updates do not include the learning rate
-    unit = 1.0  # factor that converts the memory and its messages to updates of x
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self.slice, self.compressed_d = of, of.compressed_d
@@ -89,8 +83,8 @@ class ErrorMemory:
     def apply_mean(self, x: Tensor, g: Averaged) -> None:
         """Subtract the mean update g from x, float[n], in place; x is in at least float32 (line 11)."""
         for term in g.mean:
-            term.add_to(x[: self.compressed_d], -self.unit)
-        x[self.compressed_d :].sub_(g.dense, alpha=self.unit)
+            term.add_to(x[: self.compressed_d], -1.0)
+        x[self.compressed_d :].sub_(g.dense)
 
     def absorb(self, sent: Iterable[Term], rounding: Tensor | None = None) -> None:
         """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
@@ -121,42 +115,34 @@ class ErrorMemory:
 
     # Methods called between exchanges.
 
-    def validate(self) -> None:
-        """Raise RuntimeError if gradients that store the memory were replaced or changed; no-op in other kinds."""
-
     def pending(self) -> Tensor:
         """Return the update of x that is not sent yet, eta e, float[n]; may be a view."""
         return self.vector
 
     def add(self, update: Tensor) -> None:
         """Add an update of x, float[at most n], to the first coordinates of the memory."""
-        self.vector[: len(update)].add_(update, alpha=1 / self.unit)
+        self.vector[: len(update)].add_(update)
 
     def reset(self, rounding: Tensor | None = None) -> None:
         """Set the error memory to zero (line 7), or to the rounding error of x, float[n]."""
         self.vector.zero_()
         if rounding is not None:
             self.vector.add_(rounding)
-        self.after_load()
 
     def bound(self, magnitude: float) -> float:
         """Return an upper bound on the change of a coordinate of x by a mean update of this magnitude."""
-        return magnitude * abs(self.unit)
+        return magnitude
 
-    def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        """Return the factors that this worker applies to the update locally, which must be equal on all workers.
-
-        With `lazy` noise they are `unit` and `grown`, the std of the step's noise that is not drawn yet; else there are
-        none. `can_wait`: the step may wait to read numbers from the device.
-        """
-        return [self.unit, grown] if lazy and can_wait else []
+    def local_factors(self) -> Sequence[float]:
+        """Return the factors that this worker applies to the mean update, which must be equal on all workers."""
+        return []
 
     def vectors(self) -> dict[str, Tensor]:
         """Return the vectors kept between steps in addition to the memory itself, float[n] each, by name."""
         return {}
 
-    def after_load(self, unit: float | None = None) -> None:
-        """Update dependent state after the memory changed between two steps; `unit` is the memory's new unit."""
+    def after_load(self) -> None:
+        """Update dependent state after the vectors were loaded between two steps."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
         """Set the coordinates of frozen parameters to zero, since noise or a decoded message may have changed them."""

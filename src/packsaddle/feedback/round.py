@@ -196,7 +196,7 @@ class Round:
     """One exchange of a slice, as a transaction (see the module). `close` ends it."""
 
     v: Tensor  # the vector to send, float[n]; after `absorb` its residual
-    invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero, except with memory="gradient"
+    invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero
     name: str  # first invalid parameter, or invalid message (see `blame`); "": none, or not named by the guard
     g: Averaged  # the mean update; deleted by `absorb`
     extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
@@ -211,11 +211,10 @@ class Round:
         self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
-        """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros, except with
-        memory="gradient"."""
+        """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros."""
         f = self.feedback
         self.v = v = self._memory.correct(update)
-        self.invalid, self.name = f.guard.validate(v, update, f.slice, blank=not self._memory.in_gradients)
+        self.invalid, self.name = f.guard.validate(v, update, f.slice)
         f.contraction.measure(self.step, v)
         return v
 

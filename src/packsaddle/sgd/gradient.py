@@ -307,17 +307,12 @@ class GradientUpdate(Update):
     def subtract(self, out: Shaped) -> None:
         self.direction.subtract(out, self.scales, self.extras)
 
-    def perturb(self, out: Tensor) -> None:
-        self.direction.perturb(out, self.scales, self.extras)
-
 
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
     """Return the direction (gradient, momentum or STORM) for these options. `spare` allocates the buffer for rolling
     back skipped steps. Raises ValueError for values out of range and for unsupported combinations."""
-    if memory == "gradient" and momentum:
-        raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')
     if isinstance(momentum, Storm):
         if nesterov:
             raise ValueError(f"nesterov must be False with {momentum}")

@@ -43,20 +43,20 @@ class OutstandingNoise:
             self.total -= least
         self.total += variance
 
-    def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
-        """Draw the noise of these m cells of b coordinates; add alpha times it to out, float[m b], and clear it."""
-        self._add(self.total - self.kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
+    def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
+        """Draw the noise of these m cells of b coordinates; add it to out, float[m b], and clear it."""
+        self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept[cells.index] = self.total
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""
         noise = like.new_zeros(len(self.kept) * self.size)
         # Use a different random stream from that of `take` at this step, since both draws may reach x.
-        self._add(self.total - self.kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
+        self._add(self.total - self.kept, noise, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
-    def _add(self, variance: Tensor, out: Tensor, alpha: float, key: Keys) -> None:
-        add_cell_gaussians(out, variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype), key)
+    def _add(self, variance: Tensor, out: Tensor, key: Keys) -> None:
+        add_cell_gaussians(out, variance.clamp_min_(0).sqrt_().to(out.dtype), key)
 
     @property
     def anything(self) -> bool:
@@ -128,7 +128,7 @@ class Perturber:
         if self.outstanding.anything:
             message = g.mean[0].message
             values = message.parts["values"]
-            self.outstanding.take(message.context, values, 1 / self._memory.unit, seed=self._seed, step=self._step)
+            self.outstanding.take(message.context, values, seed=self._seed, step=self._step)
 
     @property
     def bound(self) -> float:

@@ -1,8 +1,6 @@
-"""Error memories for CompressedSGD alone: they need the gradients or the learning rates of the parameters."""
+"""The error memory of CompressedSGD, and EF21's estimates in its place, which need the learning rates."""
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,117 +11,6 @@ from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
 _LARGE = 1 << 20  # coordinates; a smaller vector has a spare, which fits the cache and makes rollback exact
-_HOLD = 'with memory="gradient" the gradients store the error memory'
-
-
-class GradientMemory(ErrorMemory):
-    """This worker's error memory e, float[d], stored in the parameters' gradients (memory="gradient").
-
-    Each `p.grad` is a view of one vector. The residual stays there, and the next backward pass accumulates into it, so
-    the vector is e before the pass and e plus the gradient after it. This saves a second buffer and a pass over it. A
-    change of gradients between the backward pass and the step (clearing, replacing, clipping, unscaling) would change
-    the memory, and raises RuntimeError at the next step; a change of `p.grad.data`, or in numpy, is not detected.
-
-    `rates` returns the learning rates by parameter group, which must be equal. When the rate changes, the vector is
-    rescaled before the next gradient, so that y = x - eta e does not jump. Raises ValueError if rates differ or are 0,
-    and for 16-bit parameters, whose gradients are too coarse for residuals.
-    """
-
-    kind = "gradient"
-    in_gradients = in_gradient_units = True
-
-    def __init__(self, flat: FlatParameters, rates: Callable[[], Sequence[float]]) -> None:
-        if flat.x.element_size() < 4:
-            raise ValueError(f'memory="gradient" needs parameters of 32 or 64 bits, got {flat.x.dtype}')
-        super().__init__(flat)
-        self._flat, self._rates = flat, rates
-        self.unit = self._rate()
-        for p, view in zip(flat.parameters, self.views, strict=True):
-            if p.grad is not None:
-                view.copy_(p.grad)
-        self._attach()
-        self._watch()
-
-    def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        return [self.unit, grown] if can_wait else []
-
-    def pending(self) -> Tensor:
-        return self.vector * self.unit
-
-    def correct(self, update: Update) -> Tensor:
-        self._rate()
-        self._rescale()
-        update.perturb(self.vector)
-        self._clear_frozen(self.vector)
-        return self.vector
-
-    def add(self, update: Tensor) -> None:
-        super().add(update)
-        self._version = self.vector._version
-
-    def close(self, *, apply: bool) -> None:
-        if apply:  # after a skip the gradient stays in the vector, and the optimizer raises
-            self.after_load()
-
-    def after_load(self, unit: float | None = None) -> None:
-        if unit is not None:
-            self.unit = unit
-        self._attach()
-
-    def _attach(self) -> None:
-        """Set the views as gradients, and record the vector's version, which only backward passes may change."""
-        for p, view in zip(self._flat.parameters, self.views, strict=True):
-            p.grad = view
-        self._version = self.vector._version  # the views share it, and every in-place change increments it
-
-    def _watch(self) -> None:
-        """Register hooks that run before and after autograd adds to a parameter's gradient."""
-        # Use a weak reference, since parameters own their hooks.
-        memory, handles = weakref.ref(self), []
-
-        def watched(p: Tensor, view: Tensor) -> "GradientMemory | None":
-            """Return the memory; None if it was deleted or another optimizer replaced the gradient."""
-            return memory() if p.grad is not None and p.grad.data_ptr() == view.data_ptr() else None
-
-        def before(p: Tensor, view: Tensor, _: Tensor) -> None:
-            if it := watched(p, view):
-                it._rescale()
-
-        # Autograd's addition increments the vector's version; `validate` detects any other change.
-        def after(view: Tensor, p: Tensor) -> None:
-            if it := watched(p, view):
-                it._version += 1
-
-        for p, view in zip(self._flat.parameters, self.views, strict=True):
-            trained = p.requires_grad
-            p.requires_grad_(True)  # required to register hooks; a frozen p may be unfrozen later
-            handles.append(p.register_hook(partial(before, p, view)))  # type: ignore[no-untyped-call]
-            handles.append(p.register_post_accumulate_grad_hook(partial(after, view)))  # type: ignore[no-untyped-call]
-            p.requires_grad_(trained)
-        weakref.finalize(self, lambda: [handle.remove() for handle in handles])
-
-    def _rate(self) -> float:
-        first, *others = self._rates()
-        if first == 0 or any(lr != first for lr in others):
-            raise ValueError(f'memory="gradient" needs one lr above 0 for all groups, got {[first, *others]}')
-        return first
-
-    def _rescale(self) -> None:
-        """Rescale the vector to units of the current rate. An invalid rate raises ValueError in `step`."""
-        lr, *others = self._rates()
-        if lr != self.unit and lr and all(lr == other for other in others):
-            self.vector.mul_(self.unit / lr)
-            self._version += 1
-            self.unit = lr
-
-    def validate(self) -> None:
-        for name, p, view in zip(self._flat.names, self._flat.parameters, self.views, strict=True):
-            if p.grad is None or p.grad.data_ptr() != view.data_ptr():
-                raise RuntimeError(
-                    f"{_HOLD}, but that of {name} was cleared or replaced (zero_grad, backward(create_graph=True)?)"
-                )
-        if self.vector._version != self._version:
-            raise RuntimeError(f"{_HOLD}, but they changed after the backward pass. Do not clip, scale or zero them.")
 
 
 class EstimateMemory(ErrorMemory):
@@ -154,13 +41,13 @@ class EstimateMemory(ErrorMemory):
         self._bound += magnitude
         return self._bound * max(self._rates(), default=0.0)
 
-    def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        return self._rates()  # compared in every step, on a GPU too: unequal rates would make x differ between workers
+    def local_factors(self) -> Sequence[float]:
+        return self._rates()  # unequal rates would make x differ between workers
 
     def close(self, *, apply: bool) -> None:
         """No-op: `apply_mean` and `absorb` have changed the estimates."""
 
-    def after_load(self, unit: float | None = None) -> None:
+    def after_load(self) -> None:
         self._bound = None
 
     def pending(self) -> Tensor:
@@ -206,7 +93,7 @@ def make_memory(
 ) -> ErrorMemory:
     """Return the error memory of this kind; with `spare`, its steps can be rolled back. A large buffer on a CPU is
     rolled back by subtraction, without a spare vector, if its updates are `revocable`."""
-    if kind == "buffer":
-        in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"
-        return InPlaceMemory(flat) if in_place else ErrorMemory(flat, spare=spare)
-    return GradientMemory(flat, rates) if kind == "gradient" else EstimateMemory(flat, rates)
+    if kind == "ef21":
+        return EstimateMemory(flat, rates)
+    in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"
+    return InPlaceMemory(flat) if in_place else ErrorMemory(flat, spare=spare)

@@ -26,7 +26,7 @@ from packsaddle.errors import suggests
 from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
-from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Records, Skip, Skips
+from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Records, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
@@ -41,7 +41,7 @@ from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
-_NUMBERS = ("step", "unit", "started", "anchor_step")  # entries that each parameter group has in a saved state
+_NUMBERS = ("step", "started", "anchor_step")  # entries that each parameter group has in a saved state
 # Entries of a saved state that torch's checkpoint tools drop, with the values to load instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
@@ -242,12 +242,6 @@ class CompressedSGD(Records, Optimizer):
             raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
         super().add_param_group(param_group)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, to None or with set_to_none=False to zero. Raises RuntimeError with memory="gradient"."""
-        if self._memory.in_gradients:
-            raise RuntimeError('with memory="gradient" zero_grad() would clear the error memory. Do not call it')
-        super().zero_grad(set_to_none)
-
     @overload
     def step(self, closure: None = None, *, scalars: Tensor | None = None) -> None: ...
     @overload
@@ -257,10 +251,10 @@ class CompressedSGD(Records, Optimizer):
     def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
         """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
 
-        Gradients do not change; call `zero_grad` as usual, except with memory="gradient". `scalars`, float[n], such as
-        a loss, are averaged over workers in the same collective, and their means are in `opt.scalars`. Raises
-        ValueError for a learning rate or weight decay that is negative or not finite, and RuntimeError if it is called
-        within a step, such as by the closure.
+        Gradients do not change; call `zero_grad` as usual. `scalars`, float[n], such as a loss, are averaged over
+        workers in the same collective, and their means are in `opt.scalars`. Raises ValueError for a learning rate or
+        weight decay that is negative or not finite, and RuntimeError if it is called within a step, such as by the
+        closure.
         """
         self._check_rates()
         with self._busy():
@@ -312,9 +306,7 @@ class CompressedSGD(Records, Optimizer):
         self._flat.check_attached()
         if self._step == 0 and self._escape is not None:
             self._escape.begin()
-        if not self._memory.in_gradients:
-            self._flat.check_gradients()
-        self._memory.validate()
+        self._flat.check_gradients()
         self.channel.step = self._step
         return self._step
 
@@ -327,21 +319,18 @@ class CompressedSGD(Records, Optimizer):
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
         # Attributes that a GradScaler sets: the factor of the gradients, and a flag for an Inf in them.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found is not None and self._memory.in_gradients:
-            raise RuntimeError('memory="gradient" does not support a GradScaler, which would scale the error memory')
         extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
         scales = [1.0] * len(lrs) if self._memory.in_gradient_units else lrs
         overflowed = found is not None and bool(found)
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return this worker's factors of the update (`local_factors`), float[0 or more], to compare between workers.
-        On a GPU only memory="ef21" has any: to read others, a step would have to wait for the device."""
+        """Return this worker's factors of the update, float[0 or more], to compare between workers: the learning rates
+        with memory="ef21", or the std of lazy noise. On a GPU the std is left out: a step would wait for the device."""
         if self.channel.group.size == 1:
             return like[:0]
-        can_wait = like.device.type == "cpu"
-        is_lazy = self._noise.outstanding is not None
-        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=is_lazy, can_wait=can_wait))
+        is_lazy = self._noise.outstanding is not None and like.device.type == "cpu"
+        return like.new_tensor([*self._memory.local_factors(), *([self._noise.grown] if is_lazy else [])])
 
     def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
         if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
@@ -352,7 +341,7 @@ class CompressedSGD(Records, Optimizer):
 
     def _finish_step(self, round: Round) -> None:
         """Commit or roll back the direction, count the step or the skip, and compare workers if due; collective.
-        Raises NonFiniteError after too many skipped steps, or with memory="gradient" after one."""
+        Raises NonFiniteError after too many skipped steps."""
         t = round.step
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
@@ -365,8 +354,6 @@ class CompressedSGD(Records, Optimizer):
             names = {worker: bytes(p["name"].tolist()).decode() for worker, p in enumerate(gathered)}
             self._skips.record(Skip.of(t, names, THE_MEAN))
             self._skips.check(max(int(p["row"]) for p in gathered))
-            if self._memory.in_gradients:
-                raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
             return
         # Count the step, and refresh the views in `self.state`, since a step may swap buffers.
         self._step = t + 1
@@ -481,9 +468,9 @@ class CompressedSGD(Records, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this worker, which differs between workers: tensors and plain types only.
 
-        Each parameter has "pending" (the error memory eta e, or e with memory="gradient", or EF21's estimate), and with
-        an escape check "anchor" (its start point), as views. Each group has format, step t, start step t', seed, rank
-        and number of workers. Further entries: aggregator, outstanding noise, skips, ledger totals, resets and drifts.
+        Each parameter has "pending" (the error memory eta e, or EF21's estimate), and with an escape check "anchor"
+        (its start point), as views. Each group has format, step t, start step t', seed, rank and number of workers.
+        Further entries: aggregator, outstanding noise, skips, ledger totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -501,6 +488,7 @@ class CompressedSGD(Records, Optimizer):
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
         self.saved_state.load(state)
+        self._memory.after_load()
         self._publish_state()
         self._rates.clear()
         self._drift.resume(self._step)
@@ -526,7 +514,7 @@ class CompressedSGD(Records, Optimizer):
         """Return the fields of the saved state; those that depend on others are loaded after them."""
         shapes = {i: p.shape for i, p in enumerate(self._flat.parameters)}
         group = ("param_groups", ANY)
-        escape, memory = self._escape, self._memory
+        escape = self._escape
 
         def views(name: str) -> dict[int, Tensor]:
             return dict(enumerate(self._flat.views(self._flat_state()[name])))
@@ -537,7 +525,6 @@ class CompressedSGD(Records, Optimizer):
         return [
             *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
             attribute((*group, "step"), self, "_step", int),
-            Value((*group, "unit"), float, lambda: memory.unit, memory.after_load),
             attribute((*group, "started"), self._direction, "started", bool),
             attribute((*group, "anchor_step"), escape, "anchor_step", int)
             if escape

@@ -50,7 +50,6 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "TopK, escape": {"noise": RAMP, "escape": ESCAPE, "monitor_every": 4},
         "Identity, escape": {"compressor": Identity(), "noise": RAMP, "escape": ESCAPE},
         "lazy noise": {"compressor": RandomK(0.1), "noise": Noise(0.1, lazy=True)},
-        "gradient memory": {"compressor": RandomK(0.1), "memory": "gradient", "noise": 0.1},
         "warm start": {"compressor": LowRank(1)},
         "momentum": {"momentum": 0.9, "compare_every": 5},
         "nesterov, two-way": {"momentum": 0.9, "nesterov": True, "exchange": "two-way"},
