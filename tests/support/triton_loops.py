@@ -8,7 +8,6 @@ from torch_loops import torch_only
 
 from packsaddle import QSGD
 from packsaddle.compressors import wire
-from packsaddle.compressors.sparse import Cells
 from packsaddle.numerics.kernels import triton_loops
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys
 
@@ -29,18 +28,6 @@ def check_gaussians() -> None:
             add_gaussians(theirs, 0.3, key, start)
             assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), (dtype, n, start)
             assert bool(theirs.any())
-
-
-def check_cells() -> None:
-    for d, size in ((1000, 1), (1000, 7), (1001, 64), (4096, 64)):
-        n = -(-d // size)
-        index = torch.cat([torch.tensor([n - 1]), torch.randperm(n - 1, generator=RNG)[: n // 3]]).to(DEVICE)
-        v, cells = vector(d), Cells(index, size)
-        assert torch.equal(triton_loops.gather_cells(v, index, size), cells.gather(v))
-        values, ours = vector(len(index) * size), v.clone()
-        triton_loops.add_cells(ours, index, size, values, -1.0)
-        cells.add_to(v, values, -1.0)
-        assert torch.equal(ours, v)
 
 
 def check_signs() -> None:
@@ -81,7 +68,7 @@ def check_levels() -> None:
 
 
 if __name__ == "__main__":
-    for check in (check_gaussians, check_cells, check_signs, check_levels):
+    for check in (check_gaussians, check_signs, check_levels):
         with torch_only():
             check()
         print(check.__name__.removeprefix("check_"))

@@ -247,7 +247,7 @@ def test_contenders_are_read() -> None:
         (("link", "--contenders", "Sign every=2 fragments=3"), "fragments must be at most every = 2, got 3"),
         (("train", "--contenders", "Sign every=8 memory=ef21"), "local updates have no memory="),
         (("train", "--contenders", "Sign every=8 outer=adam"), "outer must be one of none, nesterov, got 'adam'"),
-        (("train", "--contenders", "Sign memory=long"), "memory must be one of buffer, gradient, ef21, got 'long'"),
+        (("train", "--contenders", "Sign memory=long"), "memory must be one of buffer, ef21, got 'long'"),
         (
             ("train", "--contenders", "Sign hook=bucket momentum=0.9"),
             "a hook has noise, and of momentum, memory and every none",

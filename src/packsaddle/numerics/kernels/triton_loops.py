@@ -1,7 +1,8 @@
 """Triton versions of the loops for CUDA, launched on the current stream without synchronization.
 
 Each has the arguments and results of the numba loop of the same name. There is no loop for selection by magnitude,
-since torch.topk is a radix select. With TRITON_INTERPRET=1 the loops run on CPU tensors.
+since torch.topk is a radix select, and none for cells, which torch gathers and adds by index. With TRITON_INTERPRET=1
+the loops run on CPU tensors.
 """
 
 from collections.abc import Sequence
@@ -55,34 +56,6 @@ def _add(out, place, values, n):  # type: ignore[no-untyped-def]
     inside = (place >= 0) & (place < n)
     old = tl.load(out + place, mask=inside, other=0.0)
     tl.store(out + place, old + values.to(old.dtype), mask=inside)
-
-
-def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
-    out = torch.empty(len(cells) * b, dtype=v.dtype, device=v.device)
-    _launch(_gather, -(-len(out) // _AT_ONCE), v, cells, out, b, len(v), len(out), SIZE=_AT_ONCE)
-    return out
-
-
-@triton.jit
-def _gather(v, cells, out, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    place = tl.load(cells + o // b, mask=o < n, other=0) * b + o % b
-    tl.store(out + o, tl.load(v + place, mask=(o < n) & (place < d), other=0.0), mask=o < n)
-
-
-def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
-    _launch(
-        _add_to_cells, -(-len(values) // _AT_ONCE), out, cells, values, alpha, b, len(out), len(values), SIZE=_AT_ONCE
-    )
-
-
-@triton.jit
-def _add_to_cells(out, cells, values, alpha, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    place = tl.load(cells + o // b, mask=o < n, other=0) * b + o % b
-    inside = (o < n) & (place < d)
-    old = tl.load(out + place, mask=inside, other=0.0)
-    tl.store(out + place, old + (alpha * tl.load(values + o, mask=inside, other=0.0)).to(old.dtype), mask=inside)
 
 
 def pack_signs(v: Tensor) -> Tensor:
