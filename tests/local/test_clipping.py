@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from packsaddle import (
     Clip,
     Compression,
     Compressor,
+    Escape,
     Identity,
     LocalUpdates,
     LowRank,
@@ -119,6 +121,20 @@ def test_what_is_clipped_stays_in_the_memory(case: str) -> None:
     for worker, run in enumerate(found):
         assert torch.equal(run["end"], found[0]["anchor"])
         assert (run["pending"].norm() > 1) == (worker == LOUD)
+
+
+def test_an_escape_check_commits_the_mean_of_what_was_clipped() -> None:
+    """Also of the vector, which is sent uncompressed."""
+
+    def work(rank: int) -> Tensor:
+        losses = cycle((0.0, 1.0))  # at x, and at the start of the segment
+        run = Run(clip=2.0, escape=Escape(1, 1e9, lambda: next(losses)), compressor=TopK(0.2))
+        run.train(16)
+        assert [reset.committed for reset in run.local.resets] == [True, True]
+        return run.anchor()
+
+    first, *others = simulate(work, W)
+    assert all(torch.equal(anchor, first) for anchor in others)
 
 
 def test_after_flush_the_rest_is_sent_in_later_rounds() -> None:

@@ -83,12 +83,15 @@ class Reset:
 
 
 class EscapeCheck:
-    """Runs the escape check on x, float[d], the vector of parameters `of`; keeps the segment's start point."""
+    """Runs the escape check on x, float[d], the vector of parameters `of`; keeps the segment's start point.
+    Unsent updates differ between workers in the compressed coordinates, or in all if `all_differ`."""
 
-    def __init__(self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int) -> None:
+    def __init__(
+        self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int, *, all_differ: bool = False
+    ) -> None:
         self.anchor = x.clone()  # the start point x_t', float[d]
         self.anchor_step = 0  # t', the step at the start point
-        self._of, self._x = of, x
+        self._of, self._x, self._averaged = of, x, of.d if all_differ else of.compressed_d
         self._rule, self._channel, self._seed = rule, channel, seed
 
     def begin(self) -> None:
@@ -145,9 +148,9 @@ class EscapeCheck:
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d]; an uncompressed all-reduce, since e_t is a mean over workers."""
-        y, compressed_d = x.to(pending.dtype, copy=True), self._of.compressed_d
-        y[:compressed_d].sub_(self._channel.mean(pending[:compressed_d].clone(), "reset"))
-        return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
+        y, n = x.to(pending.dtype, copy=True), self._averaged
+        y[:n].sub_(self._channel.mean(pending[:n].clone(), "reset"))
+        return y.sub_(torch.nn.functional.pad(pending[n:], (n, 0)))
 
     def _objective(self) -> float:
         """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN. Collective."""

@@ -64,7 +64,8 @@ class EscapeAnchor:
             whole.anchor.set_parameters(whole.anchor.views)
             return rule.objective()
 
-        self.check = EscapeCheck(replace(rule, objective=at_anchor), whole, whole.anchor.flat, channel, seed)
+        rule_at_anchor, clips = replace(rule, objective=at_anchor), whole.options.workers.clip is not None
+        self.check = EscapeCheck(rule_at_anchor, whole, whole.anchor.flat, channel, seed, all_differ=clips)
 
     def __call__(self, r: LocalRound) -> None:
         if not r.applied:
