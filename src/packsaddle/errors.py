@@ -135,22 +135,20 @@ def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of a configuration file, and its keys and values. Raises ConfigError if it is not valid TOML."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark, which Windows editors add
+        text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except ValueError as error:
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(_syntax_error(path, error)) from None
     except RecursionError:
         raise ConfigError(f"{path}: lists, tables or keys are nested too deeply") from None
 
 
-def _syntax_error(path: Path, error: ValueError) -> str:
+def _syntax_error(path: Path, error: tomllib.TOMLDecodeError) -> str:
     """Return a one-line message for a file that is not valid TOML, position first."""
-    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's error for integers with thousands of digits
-        return f"{path}: an integer has too many digits; the largest is {2**63 - 1}"
     found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
     reason, position = found.groups() if found else (str(error), None)
     return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"

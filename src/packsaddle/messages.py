@@ -23,17 +23,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def cell(value: Any) -> Any:
-    """Return a value for a CSV file, with an apostrophe before text that a spreadsheet would run as a formula.
-    Text that begins with an apostrophe gets another one, so that `read_cell` can restore the text."""
-    starts = ("'", "=", "+", "-", "@", "\t", "\r", "\n")
-    return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
-
-
-def read_cell(text: str) -> str:
-    return text.removeprefix("'")
-
-
 def one_line(text: str) -> str:
     return shortened(printable(" ".join(text.split())), _LINE)
 

@@ -276,9 +276,9 @@ def test_parts_loaded_before_one_that_fails_are_restored(tmp_path: Path) -> None
 
 def spoil(tmp_path: Path, name: str) -> None:
     path = tmp_path / "step-00000004" / name
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
+    raw = path.read_bytes()
+    half = len(raw) // 2
+    path.write_bytes(raw[:half] if path.suffix == ".json" else raw[:half] + bytes([raw[half] ^ 1]) + raw[half + 1 :])
 
 
 @pytest.mark.parametrize("name", ["worker-0.pt", "worker-0.json"])
@@ -315,11 +315,11 @@ def test_all_steps_damaged_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packsaddle.checkpoint.files.FORMAT", 3)
+    monkeypatch.setattr("packsaddle.checkpoint.files.FORMAT", 4)
     save_checkpoint(tmp_path, Small().parts, step=1)
     monkeypatch.undo()
     with pytest.raises(
-        CheckpointError, match=r"has format 3, written by packsaddle .*; this one reads format 2: use that"
+        CheckpointError, match=r"has format 4, written by packsaddle .*; this one reads format 3: use that"
     ):
         load_checkpoint(tmp_path, Small().parts)
 

@@ -41,20 +41,9 @@ FILES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "missing key data"),
     "deep list": (b"lr = " + b"[" * 100_000, "nested too deeply"),
     "duplicate": (b"lr = 1\nlr = 2\n", "not valid TOML: Cannot overwrite a value"),
-    "digits": (b"lr = " + b"9" * 5_000, "an integer has too many digits"),
-    "hexadecimal": (b"lr = 0x" + b"f" * 5_000, "lr must fit in 64 bits, got a int that is too large to show"),
     "long value": (b"lr = '" + b"x" * 50_000 + b"'", " ... "),
-    "long list": (b"lr = [\n" + b"1,\n" * 20_000 + b"]\n", "lr must be of type float, got [1, 1,"),
+    "long list": (b"lr = [\n" + b"1,\n" * 200 + b"]\n", "lr must be of type float, got [1, 1,"),
 }
-
-
-def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.toml"
-    path.write_bytes(b"\xef\xbb\xbf" + CONFIG.encode())
-    assert load(path) == load(Path(shutil.copy(path, tmp_path / "copy")), ())
-    assert load(path).lr == 0.5
-    path.write_bytes(b"\xef\xbb\xbflr = 0.5\nlrr = 1\n")
-    refused(capsys, "line 2: unknown key lrr", "run", path, "--out", tmp_path / "never")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -71,18 +60,10 @@ def test_a_folder_as_configuration(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 OVERRIDES = {
-    f"lr={10**400}": "lr must fit in 64 bits, got 1000",
     "lr=" + "9" * 5_000: "too many digits",
     "lr=" + "[" * 5_000: "too deeply nested brackets",
-    "seed=9223372036854775808": "seed must fit in 64 bits, got 9223372036854775808",
     "label=\udcff": "label must be UTF-8, got '\\udcff'",
-    "epochs=1e300": "epochs must be from 1e-09 to 1e+09 epochs, got 1e+300",
-    "test_every=1e-320": "test_every must be from 1e-09 to 1e+09 epochs, got 1e-320",
-    "noise.lower_from=1e308": "lower_from and lower_until must be at most 1e+09, got 1e+308 and None",
-    "certify={epsilon=1, at=[1e308]}": "at must be epochs above 0, at most 1e+09, got [1e+308]",
-    "certify={epsilon=1, iterates=10000000000}": "iterates must be at most 1,000,000, got 10000000000",
-    "batch_size=1000000000000": "batch_size must be at most 16,777,216, got 1000000000000",
-    "model.widths=[1000000, 1000000]": "model autoencoder needs 8,0",  # 8,009 GB
+    "certify={epsilon=1, at=[-1.0]}": "at must be epochs above 0, got [-1.0]",
     "data.name=\x1b[31mred": "got '\\x1b[31mred'",
 }
 
@@ -116,17 +97,10 @@ DAMAGE: dict[tuple[str, bytes], str] = {
     ("config.json", b'{"seed": 1'): "config.json: not valid JSON",
     ("config.json", b"\xff\xfe"): "config.json must be UTF-8, but byte 0 is not",
     ("config.json", b"[1]"): "config.json must be a JSON object, got [1]",
-    ("config.json", b"[" * 100_000): "config.json: not valid JSON: lists or objects are nested too deeply",
-    ("config.json", b'{"seed": null}'): "config.json: seed must be a count, got None",
-    ("config.json", b'{"label": 3}'): "config.json: label must be a text, got 3",
     ("environment.json", b"3"): "environment.json must be a JSON object, got 3",
-    ("summary.json", b'{"final_loss": "1"}'): "summary.json: final_loss must be a number, got '1'",
-    ("summary.json", b'{"final_loss": 1' + b"0" * 40 + b"}"): "summary.json: final_loss must be a number, got 1000",
-    ("metrics.jsonl", b"{}\n"): "metrics.jsonl, line 1: step is missing",
+    ("summary.json", b""): "summary.json: not valid JSON",
     ("metrics.jsonl", b"{\n{}\n"): "metrics.jsonl, line 1: not valid JSON",
-    ("metrics.jsonl", json.dumps({**LINE, "loss": True}).encode()): "line 1: loss must be a number, got True",
-    ("certificates.jsonl", json.dumps(CERTIFICATE).encode()): "line 1: lambda_min_lower and lambda_min_upper must be",
-    ("certificates.jsonl", b'{"step": 1, "epoch": 1, "verdict": "?"}'): "verdict must be a verdict, got '?'",
+    ("metrics.jsonl", b"3\n{}\n"): "metrics.jsonl, line 1 must be a JSON object, got 3",
 }
 
 

@@ -170,9 +170,3 @@ def test_a_value_of_another_type_is_named(change: dict[str, Any], message: str, 
             decode(Record, data, ("r",))
     else:
         assert isinstance(decode(Record, data, ("r",)), Record)
-
-
-def test_integers_of_saved_states_may_have_more_than_64_bits() -> None:
-    assert decode(int, 2**64, saved=True) == 2**64
-    with pytest.raises(ConfigError, match="seed must fit in 64 bits"):
-        decode(int, 2**64, ("seed",))

@@ -197,7 +197,7 @@ MISTAKES = {
     "noise.lower_until=3": "noise: lower_until needs a lower_from that is not above it, got lower_from = None",
     "escape.interval=3": "missing key escape.radius",
     "model.widths=8": "model.widths must be a list, got 8",
-    "model.widths=[8, 0]": "model: widths must be from 1 to 1,048,576, got [8, 0]",
+    "model.widths=[8, 0]": "model: widths must be at least 1, got [8, 0]",
     "model.widths=[8, 'a']": "model.widths[1] must be of type int, got 'a'",
     "model.name=resnet18": "model: widths must be set for the autoencoder",
     "lr": "--set needs key=value, got 'lr'",

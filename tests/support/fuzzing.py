@@ -44,9 +44,9 @@ radius = 2.0
 epsilon = 0.1
 """
 
-# Small, or too large for anything: what lies between is a valid network that takes long to make.
-INTEGERS = st.sampled_from([-(2**70), -(2**63), -1, 0, 1, 2, 3, 4, 8, 16, 2**31, 2**53, 2**63 - 1, 2**63, 10**30])
-FLOATS = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-3, 0.1, 0.5, 1.0, 3.0, 1e9, 1.8e308])
+# Small: a large network is valid, and takes long to make.
+INTEGERS = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 16])
+FLOATS = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-3, 0.1, 0.5, 1.0, 3.0])
 _HOSTILE = ["", "\x1b[31m", "[red]", "</script>", "=1+1", "../x", "a" * 5000]
 TEXTS = st.one_of(st.text(max_size=12), st.sampled_from(_HOSTILE))
 LEAVES = st.one_of(INTEGERS, FLOATS, TEXTS, st.booleans())
@@ -118,27 +118,30 @@ NAMES = st.sampled_from(_KEYS)
 ASSIGNMENTS = st.one_of(st.text(max_size=30), st.tuples(NAMES | TEXTS, VALUES.map(toml) | TEXTS).map("=".join))
 
 _METRICS = ("step", "epoch", "loss", "grad_norm", "payload", "sent", "received", "seconds", "test_loss", "mu")
-_BOUNDS = ("lambda_min_lower", "lambda_min_upper", "threshold", "loss", "grad_norm")
+_BOUNDS = ("threshold", "loss", "grad_norm")
 _VERDICTS = st.sampled_from([*map(str, Verdict)])
-_NUMBERS = st.one_of(FLOATS, INTEGERS.filter(lambda n: abs(n) < 2**53))
+_FINITE = FLOATS.filter(math.isfinite)
+_NUMBERS = st.one_of(FLOATS, INTEGERS, st.sampled_from([5e-324, 1.8e308]))
 
 
 def _lines(needed: dict[str, Any], names: tuple[str, ...]) -> st.SearchStrategy[Any]:
-    fields = {name: _mostly(_NUMBERS | st.none(), VALUES) for name in names if name not in needed}
-    line = st.fixed_dictionaries({k: _mostly(v, VALUES) for k, v in needed.items()}, optional=fields)
-    return st.lists(_mostly(line, VALUES), max_size=3)
+    fields = {name: _NUMBERS | st.none() for name in names if name not in needed}
+    return st.lists(_mostly(st.fixed_dictionaries(needed, optional=fields), LEAVES), max_size=3)
 
 
-_METRIC = {"step": st.integers(0, 9), "epoch": FLOATS, "loss": FLOATS, "seconds": FLOATS}
+_METRIC = {"step": st.integers(0, 9), "epoch": _FINITE, "loss": FLOATS, "seconds": _FINITE}
+_ENDS = dict.fromkeys(("lambda_min_lower", "lambda_min_upper"), FLOATS)
+_CERTIFICATE = {"verdict": _VERDICTS, "step": st.integers(0, 9), "epoch": _FINITE, **_ENDS}
+_CONFIG = {"label": TEXTS, "seed": st.integers(0, 9), "plateau": _FINITE}
 RUNS = st.fixed_dictionaries(
     {
-        "config.json": _mostly(table(Config), VALUES),
-        "environment.json": _mostly(st.just({"packsaddle": "0.0"}), VALUES),
+        "config.json": _mostly(st.fixed_dictionaries({}, optional=_CONFIG), LEAVES),
+        "environment.json": _mostly(st.just({"packsaddle": "0.0"}), LEAVES),
         "metrics.jsonl": _lines(_METRIC, _METRICS),
         "summary.json": _mostly(
-            st.dictionaries(st.sampled_from(["final_loss", "test_loss", "compression", "steps"]), _NUMBERS), VALUES
+            st.dictionaries(st.sampled_from(["final_loss", "test_loss", "compression", "steps"]), _NUMBERS), LEAVES
         ),
-        "certificates.jsonl": _lines({"verdict": _VERDICTS, "step": st.integers(0, 9), "epoch": FLOATS}, _BOUNDS),
+        "certificates.jsonl": _lines(_CERTIFICATE, _BOUNDS),
     }
 )
 
@@ -160,7 +163,7 @@ def read_assignment(text: str, folder: Path) -> None:
 
 
 def read_run(files: dict[str, Any], folder: Path) -> None:
-    """A run folder, as reports and certificates read it."""
+    """A run folder of this version, whose lines may be no objects, as reports and certificates read it."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         for name, content in files.items():
             lines = content if name.endswith("l") else [content]

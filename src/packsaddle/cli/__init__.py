@@ -1,9 +1,8 @@
 """The command line: `packsaddle` without arguments lists the commands."""
 
 import os
-import select
 import sys
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import tyro
 
@@ -55,36 +54,14 @@ def main() -> None:
 def serve(commands: Command | Group, program: str) -> None:
     """Run the command in `sys.argv`, one of `commands` of `program`. Invalid input prints one line on stderr, with exit
     code 2. Exits silently with code 1 if the reader of the output has closed the pipe (`| head`)."""
-    # Streams that were closed before the start (`>&-`) are None: redirect them to os.devnull.
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as the process lives
     try:
         try:
             _run(commands, program)
         finally:
             sys.stdout.flush()  # at exit a BrokenPipeError could not be caught
     except BrokenPipeError:
-        # Redirect the streams whose pipe has no reader, so that they can be flushed at exit.
-        unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
-        if not unread:  # the error is not from stdout or stderr
-            raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in unread:
-            os.dup2(nowhere, number)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def _is_unread(stream: TextIO) -> bool:
-    try:
-        number = stream.fileno()
-    except OSError:  # an in-memory replacement of the stream
-        return False
-    if not hasattr(select, "poll"):  # Windows, where this cannot be tested
-        return True
-    poll = select.poll()
-    poll.register(number, 0)  # reports POLLERR, as always: the pipe has no reader
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: of a socket
 
 
 def _run(commands: Command | Group, program: str) -> None:
@@ -102,8 +79,6 @@ def _run(commands: Command | Group, program: str) -> None:
             print(f"{program}: {error}", file=sys.stderr)
         sys.exit(1)
     except WorkerFailedError as error:
-        if not error.trace and _is_unread(sys.stdout):  # a worker printed to the closed pipe
-            raise BrokenPipeError from None
         print(error.trace, end="", file=sys.stderr)
         print(f"{program}: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)

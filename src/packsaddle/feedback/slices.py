@@ -242,21 +242,16 @@ def extent(p: Tensor) -> int:
 
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError, which starts with `what`, if two tensors have an element in common.
-    Interleaved views, such as x[::2] and x[1::2], have none. Overlapping tensors of different dtypes raise."""
-    before: list[tuple[str, Tensor]] = []  # tensors that end after the start of p
+    """Raise ValueError, which starts with `what`, if two tensors share memory, by the ranges that they span.
+    Views with gaps whose ranges overlap only in part, such as the columns x[:, :5] and x[:, 5:], are accepted."""
+    before: list[tuple[str, int, int, bool]] = []  # name, start, stop and gaps of tensors that end after p's start
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
         if not p.numel():
             continue
-        before = [(n, o) for n, o in before if o.data_ptr() + extent(o) * o.element_size() > p.data_ptr()]
-        for other, o in before:
-            # Exact for one dtype: mark the elements of o, and look for those of p.
-            start, rest = divmod(p.data_ptr() - o.data_ptr(), o.element_size())
-            overlaps = bool(rest) or o.dtype != p.dtype
-            if not overlaps:
-                occupied = torch.zeros(max(extent(o), start + extent(p)), dtype=torch.bool)
-                occupied.as_strided(o.shape, o.stride(), 0).fill_(True)
-                overlaps = bool(occupied.as_strided(p.shape, p.stride(), start).any())
-            if overlaps:
+        start, has_gaps = p.data_ptr(), extent(p) > p.numel()
+        stop = start + extent(p) * p.element_size()
+        before = [other for other in before if other[2] > start]
+        for other, first, last, gaps in before:
+            if first == start or last >= stop or not (gaps and has_gaps):
                 raise ValueError(f"{what} must not share memory, but {other} and {name} do")
-        before.append((name, p))
+        before.append((name, start, stop, has_gaps))

@@ -150,8 +150,6 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
         return build(hint, value, where, root, saved=saved)  # type: ignore[arg-type]
 
     # A plain type; a bool is not a number.
-    if not saved and isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise _about(where, f"{dotted(where)} must fit in 64 bits, got {shown(value)}")
     if not saved and hint in (int, float) and not isinstance(value, bool):
         value = _number(hint, value)
     if not isinstance(value, (float, int) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
@@ -227,14 +225,11 @@ def dotted(where: Place) -> str:
     return shortened("".join(parts).removeprefix("."))
 
 
-_LONGEST = 300  # most lines of one statement: all of them are parsed again for each added line
-
-
 def line_of(key: Sequence[str], path: Path, text: str) -> str:
     """Return "FILE, line N" of a key in a TOML text, else of the innermost table around it with a line, else "FILE".
 
     A table's line is that of its first mention. Lines are accumulated until tomllib parses them after the last header:
-    then they are one statement, since no part of one is valid alone. Stops at a statement of over _LONGEST lines.
+    then they are one statement, since no part of one is valid alone.
     """
     header, statement, start, depth, found = "", "", 1, 0, 0
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(), which splits at more characters than TOML
@@ -242,9 +237,7 @@ def line_of(key: Sequence[str], path: Path, text: str) -> str:
         try:
             table = tomllib.loads(header + statement)
         except (ValueError, RecursionError):
-            if number - start < _LONGEST:
-                continue
-            break
+            continue
         while depth < len(key) and _has(table, key[: depth + 1]):
             depth, found = depth + 1, start
         header = statement if statement.lstrip().startswith("[") else header

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import ConfigError
-from packsaddle.messages import cell
 from packsaddle.runs.report import figures
 from packsaddle.runs.report.curves import Curve, curve, read_curves, write_curves
 from packsaddle.runs.report.figures import COLOURS, STYLE, save
@@ -64,4 +63,4 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows({name: cell(value) for name, value in line.items()} for line in rows)
+        writer.writerows(rows)

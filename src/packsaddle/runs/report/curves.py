@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import ConfigError
-from packsaddle.messages import cell, read_cell
 from packsaddle.runs.report.settings import Axis, Setting, position
 from packsaddle.runs.run_folder import Run
 
@@ -143,7 +142,7 @@ def write_curves(curves: Sequence[Curve], path: Path) -> None:
         writer.writerow(["setting", *_NAMES])
         for c in curves:
             for values in zip(*(c.columns[name] for name in _NAMES), strict=True):
-                writer.writerow([cell(c.setting), *(_text(v) for v in values)])
+                writer.writerow([c.setting, *(_text(v) for v in values)])
 
 
 def _text(value: float) -> str:
@@ -156,7 +155,7 @@ def read_curves(path: Path) -> list[Curve]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                found.setdefault(read_cell(row["setting"]), []).append(row)
+                found.setdefault(row["setting"], []).append(row)
         return [Curve(setting, {n: [_number(r, n) for r in rows] for n in _NAMES}) for setting, rows in found.items()]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} does not hold curves: {error}") from None

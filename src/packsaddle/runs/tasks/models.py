@@ -7,7 +7,6 @@ equal those of one machine with the whole batch, and cost two small all-reduces 
 
 import itertools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -331,18 +330,9 @@ class Task(nn.Module):
 
 def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
     """Build a task whose initial weights depend on `seed` only; the global random state is restored. `shape`: of one
-    input; `parts`: see `WorkerBatchNorm2d`. Raises ConfigError if the parameters exceed this machine's memory."""
+    input; `parts`: see `WorkerBatchNorm2d`."""
     # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):  # shapes only, which take no memory
-                needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
-        except (RuntimeError, OverflowError):
-            needed = 2**63  # for sizes that overflow
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-        if needed > there:
-            sizes = f"{needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} GB here"
-            raise ConfigError(f"model {config.name} needs {sizes}")
         torch.manual_seed(seed)
         return Task(config, shape, classes, parts)
 
