@@ -3,12 +3,10 @@
 With [certify] it also has certificates.jsonl and iterates/. A folder is created once and never overwritten. All files
 are written atomically, except the .jsonl, which grow line by line. summary.json is written when the run is done.
 
-On reading, the types of the fields that reports and certificates use are checked. Unknown fields are accepted, so that
-folders of other versions can be read.
+Unknown fields are accepted on reading, so that folders of other versions can be read.
 """
 
 import json
-import math
 import os
 import platform
 import re
@@ -21,104 +19,43 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.curvature.certificate import Verdict
 from packsaddle.errors import ConfigError, read_text
 from packsaddle.messages import printable, shown
 from packsaddle.version import __version__
 
-Kind = Literal["number", "count", "text", "verdict", "finite number"]
-Fields = tuple[dict[str, Kind], dict[str, Kind]]  # required fields; optional fields, which may be null
-_TYPES: dict[Kind, Any] = {"number": int | float, "finite number": int | float, "count": int, "text": str}
-
-_FIELDS: dict[str, Fields] = {
-    "config.json": ({}, {"label": "text", "seed": "count", "plateau": "finite number"}),
-    "environment.json": ({}, {"packsaddle": "text"}),
-    "summary.json": (
-        {},
-        {
-            "steps": "count",
-            **dict.fromkeys(("final_loss", "test_loss", "test_accuracy", "compression", "seconds"), "number"),
-        },
-    ),
-    "metrics.jsonl": (
-        {"step": "count", "epoch": "finite number", "loss": "number", "seconds": "finite number"},
-        dict.fromkeys(
-            ("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu", "rounds"), "number"
-        ),
-    ),
-    "certificates.jsonl": (
-        {"verdict": "verdict", "step": "count", "epoch": "finite number"},
-        dict.fromkeys(("loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold"), "number"),
-    ),
-}
-
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read and check a JSON object from a file of a run folder. Raises ConfigError, naming the file and the field."""
-    return _checked(_parsed(read_text(path, path.name), path.name), path.name, path.name)
+    """Read a JSON object from a file of a run folder. Raises ConfigError, naming the file."""
+    return _parsed(read_text(path, path.name), path.name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read and check the JSON lines in a file of a run folder; empty if it does not exist.
-    An incomplete last line, of a killed process, is ignored. Raises ConfigError, naming the line and the field."""
+    """Read the JSON lines in a file of a run folder; empty if it does not exist.
+    An incomplete last line, of a killed process, is ignored. Raises ConfigError, naming the line."""
     lines = read_text(path, path.name).splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
-        where = f"{path.name}, line {number}"
         try:
-            content = _parsed(line, where)
+            found.append(_parsed(line, f"{path.name}, line {number}"))
         except ConfigError:
-            if number == len(lines):
-                break
-            raise
-        found.append(_checked(content, path.name, where))
+            if number < len(lines):
+                raise
     return found
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        found = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{where}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: not valid JSON: lists or objects are nested too deeply") from None
-
-
-def _checked(content: Any, name: str, where: str) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where} must be a JSON object, got {shown(content)}")
-    needed, possible = _FIELDS[name]
-    for field, kind in {**needed, **possible}.items():
-        if field not in content:
-            if field in needed:
-                raise ConfigError(f"{where}: {field} is missing")
-            continue
-        if content[field] is None and field in possible and field != "seed":
-            continue
-        if not _is(kind, content[field]):
-            raise ConfigError(f"{where}: {field} must be a {kind}, got {shown(content[field])}")
-
-    # Missing keys of a certificate become null; its two bounds are both numbers or both null.
-    if name == "certificates.jsonl":
-        bounds = [content.setdefault(f"lambda_min_{end}", None) is None for end in ("lower", "upper")]
-        content.setdefault("threshold", None)
-        content.setdefault("loss", None)
-        if bounds[0] != bounds[1]:
-            raise ConfigError(f"{where}: lambda_min_lower and lambda_min_upper must be both numbers or both null")
-    return content
-
-
-def _is(kind: Kind, value: Any) -> bool:
-    if isinstance(value, int) and (isinstance(value, bool) or not -(2**63) <= value < 2**63):
-        return False
-    if kind == "verdict":
-        return value in list(Verdict)
-    return isinstance(value, _TYPES[kind]) and (kind != "finite number" or math.isfinite(value))
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where} must be a JSON object, got {shown(found)}")
+    return found
 
 
 class RunFolder:

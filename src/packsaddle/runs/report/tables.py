@@ -227,7 +227,7 @@ def certificate_table(runs: Sequence[Run]) -> Table:
         for c in run.certificates:
             looked = c.get("lambda_min_lower") is not None and c["verdict"] != "gradient too large"
             bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
-            loss, norm = _number(c["loss"], ".4f"), _number(c.get("grad_norm"), ".2e")
+            loss, norm = _number(c.get("loss"), ".4f"), _number(c.get("grad_norm"), ".2e")
             cells = (f"{c['epoch']:.1f}", c["verdict"], loss, norm, bounds, _number(c.get("threshold"), ".2e"))
             rows.append((run.label, _number(run.config.get("seed"), "d"), *cells))
     return Table(headings, tuple(rows), _CERTIFICATE_LEGEND)
