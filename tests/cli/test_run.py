@@ -78,7 +78,7 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
         for part in ("model", "worker-0", "worker-1"):
             torch.load(folder / "checkpoint" / f"{part}.pt", weights_only=True)
         assert not list(folder.rglob("*.partial"))
-    errors = [torch.load(folders["processes"] / "checkpoint" / f"worker-{i}.pt")["state"][0]["pending"] for i in (0, 1)]
+    errors = [torch.load(folders["processes"] / "checkpoint" / f"worker-{i}.pt")["state"][0]["error"] for i in (0, 1)]
     assert not torch.equal(errors[0], errors[1])
 
 
@@ -319,7 +319,7 @@ def test_demo_plateau_is_the_best_constant() -> None:
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (("--memory", "m"), "--memory needs --elastic"),
+        (("--memory-file", "m"), "--memory-file needs --elastic"),
         (("--elastic", "http://localhost:1", "--workers", "2"), "--workers cannot be used with --elastic"),
         (("--elastic", "http://localhost:1", "--serial"), "--serial cannot be used with --elastic"),
         (

@@ -92,7 +92,7 @@ def network_run(compressor: Compressor) -> dict[str, Any]:
         opt.step()
     return {
         "x": nn.utils.parameters_to_vector(model.parameters()).detach(),
-        "error": torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]),
+        "error": torch.cat([s["error"].reshape(-1) for s in opt.state.values()]),
         "resets": [(r.step, r.reason, r.committed) for r in opt.resets],
         "bytes": {name: (b.payload, b.sent, b.received) for name, b in opt.ledger.by_purpose.items()},
         "fell": loss().item() < first,

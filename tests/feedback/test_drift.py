@@ -91,7 +91,7 @@ def run(changed: dict[int, int], **options: Any) -> dict[str, Any]:
         "x": [w.detach().clone() for _, w in weights],
         "steps": opt.steps,
         "sent": 0 if moved is None else moved.sent,
-        "anchor": [opt.state[w].get("anchor", torch.zeros(0)).clone() for _, w in weights],
+        "anchor": [opt.state[w].get("start", torch.zeros(0)).clone() for _, w in weights],
     }
 
 

@@ -57,7 +57,7 @@ def test_with_noise_it_ends_at_a_minimum(compressor: Compressor, seed: int) -> N
     escapes = [r for r in resets if r.reason == "radius"]
     assert len(escapes) >= 2  # along x1 to the saddle, then along x2 away from it
     assert escapes[1].committed
-    assert escapes[1].candidate < escapes[1].anchor
+    assert escapes[1].candidate < escapes[1].start_loss
 
 
 def test_commit_takes_y_and_rollback_takes_the_anchor() -> None:
@@ -134,7 +134,7 @@ def test_a_nan_in_the_error_is_not_committed() -> None:
     x.grad[(sent + 1) % 4] = float("nan")
     opt.step()
     assert not opt.resets[0].committed
-    assert opt.resets[0].candidate < opt.resets[0].anchor
+    assert opt.resets[0].candidate < opt.resets[0].start_loss
     assert torch.equal(x, torch.ones(4, 1))
     assert not opt.error().any()
 

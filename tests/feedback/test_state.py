@@ -20,15 +20,15 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 # Every path of every front's state, "*" for the key of a parameter, group or fragment, and its kind.
 OPTIMIZER = """
-error: state.*.momentum, state.*.pending, state.*.storm
+error: state.*.error, state.*.estimate, state.*.momentum, state.*.storm
 owner: state.*.owner_error
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
 constant: param_groups.*.owners, param_groups.*.rank, param_groups.*.workers
 shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
-    param_groups.*.anchor_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
+    param_groups.*.start_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
     param_groups.*.memory, param_groups.*.param_names, param_groups.*.params, param_groups.*.seed,
     param_groups.*.started, param_groups.*.step, param_groups.*.weight_decay, resets,
-    state.*.anchor, state.*.mean_estimate, state.*.storm_previous
+    state.*.start, state.*.mean_estimate, state.*.storm_previous
 """
 HOOK = """
 error: error.*
@@ -46,7 +46,7 @@ own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.
     skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
-shared: drifts, escape.anchor, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
+shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
     identity.keep_unsent, identity.outer, identity.parameters, identity.seed, outer, resets, steps

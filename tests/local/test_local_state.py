@@ -211,7 +211,7 @@ def test_a_state_that_does_not_fit() -> None:
         (
             lambda: one.local,
             {**state, "format": 1},
-            "has format 1, .* reads format 4: finish the run",
+            "has format 1, .* reads format 5: finish the run",
         ),
         (lambda: one.local, {}, r"the state has no format; was it saved by LocalUpdates\?"),
     ]

@@ -438,7 +438,7 @@ def test_a_memory_that_cannot_be_used_is_set_aside(why: str, tmp_path: Path, cap
         expected[why] = "cannot be read"
     else:
         found = torch.load(path, weights_only=True)
-        found |= {"format": 1} if why == "format" else {"pending": {"w": torch.ones(1)}}
+        found |= {"format": 1} if why == "format" else {"error": {"w": torch.ones(1)}}
         torch.save(found, path)
         expected |= {"format": "has format 1", "shapes": "is of other parameters"}
     other = path.with_name("memory.pt.unusable")

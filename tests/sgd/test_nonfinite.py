@@ -207,11 +207,11 @@ def leaves_out_a_step_of_a_million(rank: int) -> dict[str, Any]:
         for w in weights:
             w.grad = torch.randn(w.shape, generator=rng)
         if step == 1:
-            before = [w.detach().clone() for w in weights], [opt.state[w]["pending"].clone() for w in weights]
+            before = [w.detach().clone() for w in weights], [opt.state[w]["error"].clone() for w in weights]
             if rank == 1:
                 weights[1].grad[41_000, 2] = math.nan  # type: ignore[index]
         opt.step()
-    after = [w.detach().clone() for w in weights], [opt.state[w]["pending"].clone() for w in weights]
+    after = [w.detach().clone() for w in weights], [opt.state[w]["error"].clone() for w in weights]
     assert opt.skips[0].parameter == "parameter 1"
     return {"skipped": opt.skipped, "spare": opt.spare_bytes, "before": before, "after": after}
 
@@ -234,7 +234,7 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
         for seed in range(2):
             p.grad = torch.rand(40, 40, generator=torch.Generator().manual_seed(seed)) * size
             opt.step()
-        return [p.detach(), opt.state[p]["pending"].clone(), torch.tensor(opt.skipped)]
+        return [p.detach(), opt.state[p]["error"].clone(), torch.tensor(opt.skipped)]
 
     beside = two_steps()
     monkeypatch.setattr(memories, "_LARGE", 0)
@@ -279,7 +279,7 @@ def gives_up(most: int, bad: int) -> tuple[str, dict[str, Any]]:
     opt = CompressedSGD([("weights", p)], 0.1, Compression(TopK(k=3), dense_below=0, max_skipped=most), noise=0.1)
     p.grad = torch.ones_like(p)
     opt.step()
-    before = {"x": p.detach().clone(), "pending": opt.state_dict()["state"][0]["pending"].clone()}
+    before = {"x": p.detach().clone(), "error": opt.state_dict()["state"][0]["error"].clone()}
     message = ""
     try:
         for _ in range(bad):
@@ -287,7 +287,7 @@ def gives_up(most: int, bad: int) -> tuple[str, dict[str, Any]]:
             opt.step()
     except NonFiniteError as error:
         message = str(error)
-    after = {"x": p.detach().clone(), "pending": opt.state_dict()["state"][0]["pending"].clone()}
+    after = {"x": p.detach().clone(), "error": opt.state_dict()["state"][0]["error"].clone()}
     return message, {"kept": equal(before, after), "steps": opt.steps, "skipped": opt.skipped}
 
 

@@ -175,7 +175,7 @@ def in_crowds(rank: int) -> tuple[Tensor, list[tuple[tuple[int, ...], str]], Ten
     for value in (1.0, 5e36, 2.0):
         p.grad = torch.full_like(p, value)
         opt.step()
-    return p.detach().clone(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["pending"]
+    return p.detach().clone(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["error"]
 
 
 @pytest.mark.slow

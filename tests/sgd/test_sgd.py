@@ -85,7 +85,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     error, state = opt.error(), opt.state_dict()
     (group,) = state["param_groups"]
     older = (
-        "has format 1, .* reads format 4: finish the run with the packsaddle that saved it, or load the weights alone"
+        "has format 1, .* reads format 5: finish the run with the packsaddle that saved it, or load the weights alone"
     )
     with pytest.raises(ValueError, match=f"the state {older}"):
         opt.load_state_dict(state | {"param_groups": [group | {"format": 1}]})
@@ -93,7 +93,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
         opt.load_state_dict(state | {"param_groups": [{k: v for k, v in group.items() if k != "format"}]})
     with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
         opt.load_state_dict(make(network()[0], data, seed=4).state_dict())
-    with pytest.raises(ValueError, match=r"anchor of 0\.weight must have shape \(20, 6\), found nothing"):
+    with pytest.raises(ValueError, match=r"start of 0\.weight must have shape \(20, 6\), found nothing"):
         opt.load_state_dict(make(network()[0], data, escape=None).state_dict())
     with pytest.raises(ValueError, match="the state is of 2 parameters, and there are 4"):
         opt.load_state_dict(
@@ -385,7 +385,7 @@ def test_an_owners_error_is_part_of_the_state() -> None:
     train(model, data, opt, 5)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
     y = opt.corrected()
-    assert not torch.allclose(opt.error(), torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]) / 0.1)
+    assert not torch.allclose(opt.error(), torch.cat([s["error"].reshape(-1) for s in opt.state.values()]) / 0.1)
     weights = copy.deepcopy(model.state_dict())
     train(model, data, opt, 3)
     model.load_state_dict(weights)

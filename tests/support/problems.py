@@ -78,7 +78,7 @@ def run(
         "x": torch.stack(xs),
         "e": torch.stack(es),
         "y": torch.stack(ys),
-        "own": torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]),
+        "own": torch.cat([s["error"].reshape(-1) for s in opt.state.values()]),
         "resets": [(r.step, r.committed) for r in opt.resets],
         "bytes": {name: (b.payload, b.sent, b.received) for name, b in opt.ledger.by_purpose.items()},
     }

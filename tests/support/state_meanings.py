@@ -11,23 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_REST = {"format": None, "ledger": None, "uncompressed/**": None, "identity/*": "{}", "resets/**": "resets {}"}
+_RESETS = {"resets/*/start_loss": "resets {}/anchor", "resets/**": "resets {}"}
+_REST = {"format": None, "ledger": None, "uncompressed/**": None, "identity/*": "{}", **_RESETS}
 _SKIPS = {"skips/total": "skipped", "skips/consecutive": "skipped in a row"}
 _ALLOCATION = {"allocation/*/*": "allocation {} {}"}
 
-# Format 2: the names of what is at a path of a state. "*" is one key, "**" one or more, "{}" what they stand for.
+# Format 5: the names of what is at a path of a state. "*" is one key, "**" one or more, "{}" what they stand for.
 # Several tensors of one name make one vector, and several plain values of one name must be equal.
 FORMATS: dict[str, dict[str, str | None]] = {
     "optimizer": {
-        "state/*/pending": "error of {}",
+        "state/*/error": "error of {}",
+        "state/*/estimate": "error of {}",
         "state/*/owner_error": "owner error of {}",
-        "state/*/anchor": "escape anchor of {}",
+        "state/*/start": "escape anchor of {}",
         "state/*/*": "vector of {}: {}",  # momentum, STORM's direction, EF21's mean
         "param_groups/*/params": None,
         "param_groups/*/lr": "lr of group {}",
         "param_groups/*/weight_decay": "weight decay of group {}",
         "param_groups/*/format": None,
-        "param_groups/*/anchor_step": "escape step",
+        "param_groups/*/start_step": "escape step",
         "param_groups/*/*": "{1}",  # repeated in all groups
         "aggregator/compressor/**": None,
         "aggregator/state/**": "exchange {}",
@@ -73,7 +75,7 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/exchange/frozen": "frozen in the pending exchange of fragment {}",
         "fragments/*/exchange/agrees": "frozen on all workers in the pending exchange of fragment {}",
         "outer/**": "outer {}",
-        "escape/anchor/*": "escape anchor of {}",
+        "escape/start/*": "escape anchor of {}",
         "escape/step": "escape step",
         "drifts/**": "drifts {}",
         "reset/*": "{} since a reset",

@@ -107,7 +107,7 @@ class Run:
         self._parameter.grad = gradient if disturbance is None else gradient + disturbance
         self.optimizer.step()
         if self._forgets:
-            self.optimizer.state[self._parameter]["pending"].zero_()
+            self.optimizer.state[self._parameter]["error"].zero_()
         return gradient
 
 

@@ -73,7 +73,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         "data": "data_dir download",
         "simulation": "serial batched fused",
         "checkpoint": "resume checkpoint_every",
-        "worker": "timeout elastic memory",
+        "worker": "timeout elastic memory_file",
         "tracking": "track",
     }
 )
@@ -92,7 +92,7 @@ def run(
     timeout: Seconds | None = None,
     track: tuple[TrackerName, ...] = (),
     elastic: str | None = None,
-    memory: Path | None = None,
+    memory_file: Path | None = None,
 ) -> None:
     """Train from a TOML configuration, in one process or several.
 
@@ -104,7 +104,7 @@ def run(
         packsaddle run config.toml --serial --workers 10 --out runs/a
         packsaddle run --resume runs/a
         torchrun --nproc-per-node 4 --max-restarts 3 -m packsaddle.cli run config.toml --resume runs/b
-        packsaddle run local.toml --elastic http://10.0.0.1:29510 --memory worker.memory
+        packsaddle run local.toml --elastic http://10.0.0.1:29510 --memory-file worker.memory
 
     Args:
         config: TOML file; packsaddle init writes one with every key.
@@ -124,7 +124,7 @@ def run(
             gloo.
         track: Trackers that also record the metrics, into the run folder; wandb records offline.
         elastic: URL of a torchft_lighthouse. Run as one worker that may join and leave; needs [local] in the file.
-        memory: With --elastic, a file that stores this worker's unsent updates while it is disconnected.
+        memory_file: With --elastic, a file that stores this worker's unsent updates while it is disconnected.
     """
     from packsaddle.runs.job import Job, train_under_launcher
     from packsaddle.runs.run_checkpoints import CheckpointPolicy
@@ -138,8 +138,8 @@ def run(
     if timeout is not None and not _LEAST_TIMEOUT <= timeout <= _MOST_TIMEOUT:
         limits = f"from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds"
         raise ConfigError(f"--timeout must be {limits}, got {timeout:g}")
-    if elastic is None and memory is not None:
-        raise ConfigError("--memory needs --elastic")
+    if elastic is None and memory_file is not None:
+        raise ConfigError("--memory-file needs --elastic")
     if elastic is not None:
         _check_alone(workers, how, resume, checkpoint_every)
 
@@ -165,7 +165,7 @@ def run(
         resume=resume is not None,
         timeout=None if timeout is None else timedelta(seconds=timeout),
         lighthouse=elastic,
-        memory=memory,
+        memory_file=memory_file,
     )
 
     # Under torchrun this process is a worker; otherwise it starts the workers.

@@ -78,7 +78,7 @@ class Reset:
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
     distance: float | None  # from the start point, ||x_t' - y_t||; estimated for several workers; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"
-    anchor: float  # loss f(x_t') at the start point
+    start_loss: float  # loss f(x_t') at the start point
     committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'
 
 
@@ -89,14 +89,14 @@ class EscapeCheck:
     def __init__(
         self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int, *, all_differ: bool = False
     ) -> None:
-        self.anchor = x.clone()  # the start point x_t', float[d]
-        self.anchor_step = 0  # t', the step at the start point
+        self.start = x.clone()  # the start point x_t', float[d]
+        self.start_step = 0  # t', the step at the start point
         self._of, self._x, self._averaged = of, x, of.d if all_differ else of.compressed_d
         self._rule, self._channel, self._seed = rule, channel, seed
 
     def begin(self) -> None:
         """Set the start point of the first segment to the current parameters, which may have been loaded."""
-        self.anchor.copy_(self._x)
+        self.start.copy_(self._x)
 
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
         """Run the check at iteration t = `step` (lines 5-7). `pending` is this worker's unsent update, float[d].
@@ -105,22 +105,22 @@ class EscapeCheck:
         check fires, x is replaced, and the caller must set `pending` to the rounding error (None: zero).
         """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
-        late = step - self.anchor_step > self._rule.interval
+        late = step - self.start_step > self._rule.interval
         if not late and (distance is None or distance <= self._rule.radius):
             return None, None
-        candidate, anchor, y = self._compare(pending)
-        self.anchor.copy_(self._x)
-        self.anchor_step = step
+        candidate, start_loss, y = self._compare(pending)
+        self.start.copy_(self._x)
+        self.start_step = step
         lost = None if y is None or y.dtype == self._x.dtype else self._x - y
-        return Reset(step, "interval" if late else "radius", distance, candidate, anchor, y is not None), lost
+        return Reset(step, "interval" if late else "radius", distance, candidate, start_loss, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
         """Return the distance from the start point to y_t = x_t - eta e_t; several workers estimate it by sketches."""
-        moved = pending.sub(self._x).add_(self.anchor)
+        moved = pending.sub(self._x).add_(self.start)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
         # Use a new hash after each reset, since x depends on the results of earlier sketches.
-        sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
+        sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.start_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
@@ -132,19 +132,19 @@ class EscapeCheck:
             if y is not None:
                 x.copy_(y)
             candidate = self._objective()
-            x.copy_(self.anchor)
-            anchor = self._objective()
+            x.copy_(self.start)
+            start_loss = self._objective()
         except BaseException:
             x.copy_(here)
             raise
-        if not candidate < anchor:
-            return candidate, anchor, None
+        if not candidate < start_loss:
+            return candidate, start_loss, None
         y = self._corrected(here, pending) if y is None else y
         # e_t may have a NaN although f(x_t) is finite. y is identical on all workers, so all make the same decision.
         if not torch.isfinite(y).all():
-            return candidate, anchor, None
+            return candidate, start_loss, None
         x.copy_(y)
-        return candidate, anchor, y
+        return candidate, start_loss, y
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d]; an uncompressed all-reduce, since e_t is a mean over workers."""
@@ -162,7 +162,7 @@ class EscapeCheck:
         return math.inf if math.isnan(mean) else mean
 
     def fields(self) -> tuple[Vector, Value]:
-        anchor = self._of.by_name(self.anchor)
-        shapes = {name: view.shape for name, view in anchor.items()}
-        step = attribute(("escape", "step"), self, "anchor_step", int)
-        return Vector(("escape", "anchor", ANY), shapes, lambda: anchor), step
+        start = self._of.by_name(self.start)
+        shapes = {name: view.shape for name, view in start.items()}
+        step = attribute(("escape", "step"), self, "start_step", int)
+        return Vector(("escape", "start", ANY), shapes, lambda: start), step

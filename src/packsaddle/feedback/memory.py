@@ -48,6 +48,7 @@ class ErrorMemory:
     """
 
     kind = "buffer"  # the name of the class in saved states
+    name = "error"  # the name of the vector there
     in_gradient_units = False  # True: updates do not include the learning rate
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import decode, dotted
 
-FORMAT = 4  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
+FORMAT = 5  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
 ANY = "*"  # in a path: any key
 Path = tuple[Any, ...]  # keys, outermost first
 Kind = Literal["shared", "error", "owner", "own", "constant"]

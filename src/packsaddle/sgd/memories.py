@@ -22,6 +22,7 @@ class EstimateMemory(ErrorMemory):
     """
 
     kind = "ef21"
+    name = "estimate"
     in_gradient_units = True
 
     def __init__(self, flat: FlatParameters, rates: Callable[[], Sequence[float]]) -> None:

@@ -44,7 +44,7 @@ from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
-_NUMBERS = ("step", "started", "anchor_step")  # entries that each parameter group has in a saved state
+_NUMBERS = ("step", "started", "start_step")  # entries that each parameter group has in a saved state
 # Entries of a saved state that torch's checkpoint tools drop, with the values to load instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
@@ -55,11 +55,10 @@ _DROPPED: dict[str, Any] = {
     "resets": [],
     "drifts": [],
 }
-_PENDING = ("state", ANY, "pending")
 _RULES = [
-    *(Rule(("state", ANY, name), "error") for name in ("pending", "momentum", "storm")),
-    Rule(("state", ANY, "owner_error"), "owner", into=[_PENDING]),
-    *(Rule(("state", ANY, name), "shared") for name in ("anchor", "mean_estimate", "storm_previous")),
+    *(Rule(("state", ANY, name), "error") for name in ("error", "estimate", "momentum", "storm")),
+    Rule(("state", ANY, "owner_error"), "owner", into=[("state", ANY, "error")]),
+    *(Rule(("state", ANY, name), "shared") for name in ("start", "mean_estimate", "storm_previous")),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers", "owners")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
     *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
@@ -357,12 +356,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             return
         # Count the step, and refresh the views in `self.state`, since a step may swap buffers.
         self._step = t + 1
-        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+        for name, views in {self._memory.name: self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
         self._skips.reset_streak()
         if self._drift.due(t):
-            shared = {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
+            shared = {name: v for name, v in self._flat_state().items() if name in ("start", "mean_estimate")}
 
             def named() -> list[tuple[str, Tensor]]:
                 vectors = {"": self._flat.x, **{f"{name} of ": vector for name, vector in shared.items()}}
@@ -455,10 +454,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: memory, direction, owner errors, escape check's anchor."""
-        anchor = {"anchor": self._escape.anchor} if self._escape else {}
+        """Return the flat vectors of a checkpoint by name: memory, escape check's start, direction, owner errors."""
+        start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
-        return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
+        return {self._memory.name: self._memory.vector, **start, **kept, **self._feedback.owner_errors()}
 
     def _publish_state(self) -> None:
         for name, flat in self._flat_state().items():
@@ -468,9 +467,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of this worker, which differs between workers: tensors and plain types only.
 
-        Each parameter has "pending" (the error memory eta e, or EF21's estimate), and with an escape check "anchor"
-        (its start point), as views. Each group has format, step t, start step t', seed, rank and number of workers.
-        Further entries: aggregator, outstanding noise, skips, ledger totals, resets and drifts.
+        Each parameter has "error" (the error memory eta e), or "estimate" with memory="ef21", and with an escape check
+        "start" (its start point), as views. Each group has format, step t, start step t', seed, rank and number of
+        workers. Further entries: aggregator, outstanding noise, skips, ledger totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -525,9 +524,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             *(Vector(("state", ANY, name), shapes, partial(views, name)) for name in self._flat_state()),
             attribute((*group, "step"), self, "_step", int),
             attribute((*group, "started"), self._direction, "started", bool),
-            attribute((*group, "anchor_step"), escape, "anchor_step", int)
+            attribute((*group, "start_step"), escape, "start_step", int)
             if escape
-            else Value((*group, "anchor_step"), int, lambda: 0, skip),
+            else Value((*group, "start_step"), int, lambda: 0, skip),
             Value(("aggregator",), SavedAggregator, self._feedback.aggregator_state, self._feedback.load_aggregator),
             Value(("noise",), OutstandingNoise | None, lambda: self._noise.outstanding, load_noise),
             *self._skips.fields(),

@@ -34,12 +34,12 @@ class MemoryFile:
     run: int  # id of the run, a hash of the names of the workers in its first round
     worker: int  # id of the worker
     attempt: int  # the worker's last attempt at a round that the anchor includes
-    pending: Mapping[str, Tensor]  # unsent updates by parameter, floating point, shaped as the parameters
+    error: Mapping[str, Tensor]  # unsent updates by parameter, floating point, shaped as the parameters
     format: int = FORMAT
 
     @property
     def norm(self) -> float:
-        return math.sqrt(sum(float(error.double().square().sum()) for error in self.pending.values()))
+        return math.sqrt(sum(float(error.double().square().sum()) for error in self.error.values()))
 
     def write(self, path: Path) -> None:
         write_whole(path, lambda file: torch.save(vars(self), file))
@@ -60,7 +60,7 @@ class MemoryFile:
         if found.keys() != {field.name for field in fields(cls)}:
             raise ConfigError(f"the memory in {path} is damaged: it lacks or has other entries")
         memory = cls(**found)
-        if {name: tensor.shape for name, tensor in memory.pending.items()} != dict(shapes):
+        if {name: tensor.shape for name, tensor in memory.error.items()} != dict(shapes):
             raise ConfigError(f"the memory in {path} is of other parameters")
         return memory
 
@@ -121,8 +121,8 @@ class OwnFile:
         )
         if member is None:  # removed from the roster: its memory was counted as lost
             return None, 0.0
-        nothing = {name: torch.zeros_like(error) for name, error in found.pending.items()}
-        return replace(found, attempt=taken, pending=nothing), member.norm
+        nothing = {name: torch.zeros_like(error) for name, error in found.error.items()}
+        return replace(found, attempt=taken, error=nothing), member.norm
 
     def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
         """Return the file's error memory if it was written in this run; else rename the file and return None."""

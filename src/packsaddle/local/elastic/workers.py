@@ -186,7 +186,7 @@ class ElasticWorkers:
                 self.account.attempts = self.account.included = found.attempt
                 for part in self._fragments:
                     for place, view in part.named(part.feedback.memory.vector):
-                        view.copy_(found.pending[place.name])
+                        view.copy_(found.error[place.name])
                     part.anchor.move_to_start()
                 self.account.norm = self._norm_after()
                 _log.info(
