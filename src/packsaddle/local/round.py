@@ -113,10 +113,10 @@ class LocalRound:
         g = exchanged.exchange(weight=self.share, clip=self.own_factor)
         if self.share:
             exchanged.absorb()
-            # The frozen parameters, of which zeros were sent, keep their error memory.
-            residuals = part.by_name(exchanged.v)
-            self.residuals = {name: residuals[name].clone() for name in self.frozen}
-            part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
+            if self.frozen:  # zeros were sent of these parameters, which keep their error memory
+                residuals = part.by_name(exchanged.v)
+                self.residuals = {name: residuals[name].clone() for name in self.frozen}
+                part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
         # Else the mean is subtracted from the anchor term by term.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
         self.mean = self._vector(g) if as_vector else g
@@ -166,12 +166,14 @@ class LocalRound:
         """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor and
         owner errors do not change, else this worker has sent C(0), whose residual is added to e."""
         part = self.part
+        if not self.frozen:
+            return
         if not self.agrees and self.exchanged is not None:
             views = part.by_name(self.exchanged.v)
             for name, residual in self.residuals.items():
                 views[name].add_(residual)
             return
-        for now, old in zip(part.feedback.owner_errors().values(), self.owner_errors, strict=bool(self.frozen)):
+        for now, old in zip(part.feedback.owner_errors().values(), self.owner_errors, strict=True):
             then, here = part.by_name(old), part.by_name(now)
             for name in self.frozen:
                 here[name].copy_(then[name])
