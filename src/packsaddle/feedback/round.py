@@ -14,7 +14,7 @@ before the verdict is read, and its caller commits the round later. Local update
 apply the mean to the anchor after the commit.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -248,25 +248,23 @@ class Round:
         self.verdict = f.guard.verdict(self.g, flag)
         return self.g
 
-    def apply(self, target: Target, keep: Collection[int] = ()) -> None:
+    def apply(self, target: Target) -> None:
         """Apply the mean update to the target (line 11), and store the residual in the error memory. No-op for a
-        rejected exchange, unless the target defers. Parameters with indices in `keep` keep the old memory."""
+        rejected exchange, unless the target defers."""
         if not target.defers and not self.verdict.read():
             return
         assert self._memory.is_deferrable or not target.defers
         done = target.apply(self.g, self.verdict.magnitude)
         if done.fits is not False:
             self.verdict.fits = done.fits
-            self.absorb(done.rounding, keep)
+            self.absorb(done.rounding)
 
-    def absorb(self, rounding: Tensor | None = None, keep: Collection[int] = ()) -> None:
+    def absorb(self, rounding: Tensor | None = None) -> None:
         """Set the new error memory to the residual v - C(v), plus the target's rounding error, float[n] (line 12)."""
         self._memory.absorb(self.g.own, rounding)
         if self._unsent is not None:
             self.v[self._memory.compressed_d :].add_(self._unsent)
         self.feedback.contraction.measure(self.step, self.v)
-        if keep:
-            self._memory.keep(keep)
         self.absorbed = True
         del self.g  # free the messages of all workers: a hook commits its round later
 
