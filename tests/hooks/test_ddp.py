@@ -385,9 +385,9 @@ def unused_in_turn(options: dict[str, Any], scope: str, by_one: bool) -> float:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     hook = register_ddp_hook(model, **folded({"dense_below": 100, **options}), optimizer=optimizer, scope=scope)
     y, far, rate = {name: p.detach().clone() for name, p in named.items()}, 0.0, 0.1
-    for step, batch in enumerate(batches(12)):
+    for step, batch in enumerate(batches(9)):
         model.module.used = step % 2 == 0 if not by_one else step % 3 == resolve(None).rank
-        model.module.sometimes.weight.requires_grad_(step < 8)
+        model.module.sometimes.weight.requires_grad_(step < 6)
         of = [p for p in named.values() if p.requires_grad]
         local = torch.autograd.grad(loss(model.module, batch), of, materialize_grads=True)
         for (name, _), g in zip([(n, p) for n, p in named.items() if p.requires_grad], local, strict=True):

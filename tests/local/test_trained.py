@@ -127,7 +127,7 @@ def unfrozen(way: str, seed: int, is_same: bool) -> list[tuple[float, float, flo
         expected = [torch.zeros_like(p) for p in ps]
         far = moved = 0.0
         frozen_since = [0, 0, 0]
-        for n in range(1, 33):
+        for n in range(1, 29):
             for i, p in enumerate(ps):
                 if i and rng.random() < 0.2:
                     p.requires_grad_(not p.requires_grad)
@@ -163,7 +163,7 @@ def unfrozen(way: str, seed: int, is_same: bool) -> list[tuple[float, float, flo
 @pytest.mark.parametrize("way", WAYS)
 def test_no_update_is_lost_by_freezing(way: str, is_same: bool) -> None:
     """Also in the steps of an exchange that runs, and on some workers only."""
-    for seed in range(3):
+    for seed in range(2):
         for far, moved, end in unfrozen(way, seed, is_same):
             assert far < 1e-12
             assert moved == 0
