@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gloo import run_in_processes
-from local_updates import Case, Twin, begin, gradient, step, train, twin
+from local_updates import Case, Trace, begin, check_twin, flat, gradient, made, train
 from specs import local_options
 from torch import Tensor
 
@@ -20,13 +20,11 @@ from packsaddle import (
     Compressor,
     Escape,
     Identity,
-    LinearSketch,
     LocalUpdates,
     OuterSGD,
     Overlap,
     RandomK,
     Sign,
-    Stages,
     TopK,
     Workers,
     simulate,
@@ -34,66 +32,6 @@ from packsaddle import (
 
 WHOLE = Compression(TopK(0.5), dense_below=0)
 QUARTER = Compression(TopK(0.25), dense_below=0)
-FAMILIES: list[Compressor] = [
-    Identity(),
-    RandomK(0.2),
-    RandomK(0.3, values="int8"),
-    TopK(0.1),
-    TopK(0.2, values="int8"),
-    AdaptiveTopK(0.5),
-    TopK(0.2, chunk=16, values="int2"),
-    Sign(),
-    Stages(Sign()),
-    QSGD(),
-    LinearSketch(0.4),
-]
-CASES = [
-    *[Case(every=3, compressor=c) for c in FAMILIES],
-    *[Case(every=3, compressor=c, fragments=3, delay=2) for c in FAMILIES[1::2]],
-    *[Case(every=h, compressor=TopK(0.1), inner=i) for h in (1, 8) for i in ("sgd", "momentum", "adamw")],
-    Case(every=8, compressor=TopK(0.2), fragments=3, delay=2, outer="nesterov", decay=0.9, noise=0.01),
-    Case(every=8, compressor=TopK(0.2), fragments=2, delay=7, outer="adam"),
-    Case(every=1, compressor=RandomK(0.2), outer="nesterov", noise=0.02),
-    Case(every=3, compressor=TopK(0.2), decay=0.5, noise=0.01),
-    Case(every=3, compressor=TopK(0.1), keep=True),
-    Case(every=4, compressor=QSGD(), fragments=3, delay=3, keep=True, outer="nesterov", decay=0.9),
-    Case(every=3, compressor=Sign(), keep=True, bad={5: 0}, steps=20),
-    Case(every=3, compressor=Sign(), keep=True, mean_momentum=0.5, bad={5: 0}, steps=20),
-    Case(every=8, compressor=TopK(0.2), fragments=3, delay=2, outer="nesterov", mean_momentum=1.0),
-]
-
-
-def named(case: Case) -> str:
-    rest = f"P{case.fragments}-delay{case.delay}-{case.inner}-{case.outer}-{case.decay}-{case.noise}"
-    rest += f"-{case.mean_momentum}{'-kept' if case.keep else ''}"
-    return f"{case.compressor}-H{case.every}-{rest}"
-
-
-def check(case: Case, workers: int, found: list[tuple[list[Tensor], dict[str, Tensor]]]) -> Twin:
-    expected = twin(case, workers)
-    for worker, (xs, anchor) in enumerate(found):
-        for n, (x, y) in enumerate(zip(xs, expected.x[worker], strict=True)):
-            torch.testing.assert_close(
-                x, y, rtol=1e-9, atol=1e-11, equal_nan=True, msg=f"worker {worker} after step {n + 1}"
-            )
-        for name, a in anchor.items():
-            torch.testing.assert_close(a, expected.a[name], rtol=1e-9, atol=1e-11)
-    return expected
-
-
-def run(case: Case, worker: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    xs, local = train(case, worker)
-    return xs, local.anchor()
-
-
-@pytest.mark.filterwarnings("ignore:mean_momentum raised the loss")
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_equal_to_the_twin(case: Case) -> None:
-    """With 3 workers, and with 1, 2 or 5 by turns."""
-    for workers in (3, (1, 2, 5)[CASES.index(case) % 3]):
-        check(case, workers, simulate(lambda worker: run(case, worker), workers))
-
-
 GLOO = [
     Case(every=3, compressor=TopK(0.1), fragments=3, delay=2),
     Case(every=4, compressor=RandomK(0.2), delay=3, outer="nesterov", noise=0.01),
@@ -103,9 +41,8 @@ GLOO = [
 ]
 
 
-def run_all(cases: list[Case], rank: int = -1) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
-    worker = torch.distributed.get_rank()
-    return [run(case, worker) for case in cases]
+def run_all(cases: list[Case]) -> list[Trace]:
+    return [train(case, torch.distributed.get_rank()) for case in cases]
 
 
 @pytest.mark.process
@@ -114,24 +51,18 @@ def test_equal_to_the_twin_in_processes(workers: int, tmp_path: Path) -> None:
     """Where exchanges with a delay go on in a thread beside the steps."""
     found = run_in_processes(run_all, workers, tmp_path, GLOO)
     for i, case in enumerate(GLOO):
-        check(case, workers, [results[i] for results in found])
+        check_twin(case, [results[i] for results in found])
 
 
-@pytest.mark.parametrize(
-    "case", [GLOO[3], GLOO[4], Case(every=3, compressor=RandomK(0.3), bad={1: 0, 2: 1, 9: 1})], ids=named
-)
+@pytest.mark.parametrize("case", [GLOO[3], GLOO[4], Case(every=3, compressor=RandomK(0.3), bad={1: 0, 2: 1, 9: 1})])
 def test_a_bad_round_is_left_out_by_all(case: Case) -> None:
-    def body(worker: int) -> tuple[list[Tensor], dict[str, Tensor], Any]:
-        xs, local = train(case, worker)
-        return xs, local.anchor(), local
-
-    found = simulate(body, 2)
-    check(case, 2, [(xs, anchor) for xs, anchor, _ in found])
-    for _, _, local in found:
-        assert [skip.workers for skip in local.skips]
-        assert all("of u" in str(skip) or "of w" in str(skip) for skip in local.skips)
-        assert local.skipped == len(local.skips)
-    assert [skip.workers for skip in found[0][2].skips] == [skip.workers for skip in found[1][2].skips]
+    found = simulate(lambda worker: train(case, worker), 2)
+    check_twin(case, found)
+    for trace in found:
+        assert [skip.workers for skip in trace.skips]
+        assert all("of u" in str(skip) or "of w" in str(skip) for skip in trace.skips)
+        assert trace.skipped == len(trace.skips)
+    assert [skip.workers for skip in found[0].skips] == [skip.workers for skip in found[1].skips]
 
 
 def flushed(worker: int, exchange: Any, change: str) -> tuple[Tensor, Tensor, bool]:
@@ -243,19 +174,15 @@ def test_flush_leaves_nothing_behind() -> None:
     """From between two rounds, with an exchange under way: all that was moved, by every worker, is in the anchor."""
 
     def body(worker: int) -> tuple[Tensor, Tensor, Tensor]:
-        parameters = {name: torch.nn.Parameter(value) for name, value in begin().items()}
-        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
-        kind = Compression(TopK(0.1), dense_below=1)
-        local = LocalUpdates(optimizer, kind, every=8, overlap=Overlap(3, 2))
-        moved = torch.cat([x.detach().reshape(-1).clone() for x in parameters.values()])
+        training, local = made(Case(8, TopK(0.1), delay=3, fragments=2, inner="sgd"))
+        start = flat(training.parameters)
         for n in range(1, 15):
-            step(Case(every=8, compressor=TopK(0.1)), n, worker, parameters, optimizer)
-            moved -= 0.1 * torch.cat([x.grad.reshape(-1) for x in parameters.values()])  # type: ignore[union-attr]
+            training.step(n, worker)
         assert any(part.current is not None for part in local._fragments)
-        y = torch.cat([a.reshape(-1) for a in local.anchor().values()]) - local.error()
+        y = flat(local.anchor()) - local.error()
         assert local.flush(Identity())
         assert not local.error().any()
-        return torch.cat([p.detach().reshape(-1) for p in parameters.values()]), y, moved
+        return flat(training.parameters), y, start - training.moved
 
     found = simulate(body, 3)
     mean = sum(moved for _, _, moved in found) / 3

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from elastic_fakes import FakeGroup, FakeManager
 from forked_python import environment, python
-from local_updates import ORDER, Case, flat, made, step, twin
+from local_updates import Case, Twin, flat, made
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -33,27 +34,28 @@ from packsaddle.comm import Solo, machine_group
 Gloo = Callable[..., list[Any]]
 Found = tuple[Tensor, dict[str, Tensor], int, int]
 ENDS = (10, 13, 6)
-EQUAL = Workers()
 CASES = [
     Case(every=3, compressor=TopK(0.1), steps=13),
-    Case(every=3, compressor=TopK(0.1), keep=True, steps=13),
+    Case(every=3, compressor=TopK(0.1), keep_unsent=True, steps=13),
     Case(every=1, compressor=QSGD(), steps=13),
-    Case(every=4, compressor=RandomK(0.2), fragments=2, delay=1, outer="nesterov", noise=0.01, keep=True, steps=13),
+    Case(
+        every=4, compressor=RandomK(0.2), fragments=2, delay=1, outer="nesterov", noise=0.01, keep_unsent=True, steps=13
+    ),
     Case(every=3, compressor=Sign(), fragments=3, delay=2, decay=0.9, steps=13),
-    Case(every=3, compressor=Sign(), keep=True, bad={10: 0}, steps=13),  # of an ended worker's last local update
-    Case(every=8, compressor=TopK(0.2), keep=True, steps=13),
+    Case(every=3, compressor=Sign(), keep_unsent=True, bad={10: 0}, steps=13),  # of an ended worker's last local update
+    Case(every=8, compressor=TopK(0.2), keep_unsent=True, steps=13),
 ]
 
 
-def ended(cases: list[Case], ends: tuple[int, ...], workers: Workers = EQUAL) -> list[Found]:
+def ended(cases: list[Case], ends: tuple[int, ...]) -> list[Found]:
     """Train as this worker in each case; return x, the anchor, and the numbers of steps and rounds."""
     worker, found = dist.get_rank(), []
     for case in cases:
-        parameters, optimizer, local = made(case, workers=workers)
+        training, local = made(case)
         with Join([local]):
             for n in range(1, ends[worker] + 1):
-                step(case, n, worker, parameters, optimizer)
-        found.append((flat(parameters), local.anchor(), local.steps, local.rounds))
+                training.step(n, worker)
+        found.append((flat(training.parameters), local.anchor(), local.steps, local.rounds))
     return found
 
 
@@ -62,12 +64,13 @@ def test_equal_to_the_twin(workers: int, gloo: Gloo) -> None:
     """Which goes on with zero updates of the workers that have ended; all anchors are bitwise identical."""
     found = gloo(ended, workers, CASES, ENDS)
     for i, case in enumerate(CASES):
-        expected = twin(case, workers, ENDS)
+        twin = Twin(case, workers)
+        twin.run(ENDS)
         for worker in range(workers):
             x, anchor, steps, rounds = found[worker][i]
-            torch.testing.assert_close(x, expected.x[worker][-1], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(x, twin.x[worker], rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(flat(anchor), twin.a, rtol=1e-9, atol=1e-11)
             for name, a in anchor.items():
-                torch.testing.assert_close(a, expected.a[name], rtol=1e-9, atol=1e-11)
                 assert torch.equal(a, found[0][i][1][name])
             assert (steps, rounds) == (13, found[0][i][3])
 
@@ -76,12 +79,14 @@ def test_a_worker_without_data(gloo: Gloo) -> None:
     """It takes part from the first step's check on."""
     case = CASES[0]
     for (found,) in gloo(ended, 2, [case], (0, 13)):
-        torch.testing.assert_close(found[1]["w"], twin(case, 2, (0, 13)).a["w"], rtol=1e-9, atol=1e-11)
+        twin = Twin(case, 2)
+        twin.run((0, 13))
+        torch.testing.assert_close(flat(found[1]), twin.a, rtol=1e-9, atol=1e-11)
 
 
 def test_sampled_workers(gloo: Gloo) -> None:
     """With a sample of the workers in each round, anchors are bitwise identical too."""
-    found = gloo(ended, 3, CASES[:2], ENDS, Workers(sample=0.5))
+    found = gloo(ended, 3, [replace(case, sample=0.5) for case in CASES[:2]], ENDS)
     for worker in found:
         for (_, anchor, steps, rounds), (_, first, _, _) in zip(worker, found[0], strict=True):
             assert (steps, rounds) == (13, 4)
@@ -116,17 +121,16 @@ def test_the_escape_check(gloo: Gloo) -> None:
 def epochs(delay: int, weighted: bool) -> tuple[Tensor, Tensor, int]:
     """Two epochs, of 10 and 13 and of 9 and 5 steps, then a flush; x, and x_0 plus the mean change of the workers."""
     worker = dist.get_rank()
-    case = Case(every=4, compressor=TopK(0.1), delay=delay, keep=True, inner="sgd")
-    parameters, optimizer, local = made(case, workers=Workers(weight=1.0 + 2 * worker if weighted else None))
-    start, change = flat(parameters), torch.zeros(95, dtype=torch.float64)
+    weight = (1.0, 3.0) if weighted else None
+    training, local = made(Case(4, TopK(0.1), delay=delay, keep_unsent=True, inner="sgd", weight=weight))
+    start = flat(training.parameters)
     for steps in ((10, 13), (9, 5)):
         with Join([local]):
             for n in range(1, steps[worker] + 1):
-                step(case, n, worker, parameters, optimizer)
-                change -= 0.1 * torch.cat([parameters[name].grad.reshape(-1) for name in ORDER])
-    dist.all_reduce(change.mul_((0.25, 0.75)[worker] if weighted else 0.5))
+                training.step(n, worker)
+    dist.all_reduce(training.moved.mul_((0.25, 0.75)[worker] if weighted else 0.5))
     assert local.flush(Identity())
-    return flat(parameters), start + change, local.steps
+    return flat(training.parameters), start - training.moved, local.steps
 
 
 @pytest.mark.parametrize(("delay", "weighted"), [(0, False), (2, False), (0, True)])
@@ -165,13 +169,13 @@ def call_inside(call: str) -> str:
     """Worker 0 has ended after 10 steps when worker 1 calls a collective function within `Join`."""
     worker = dist.get_rank()
     case = Case(every=4, compressor=TopK(0.1))
-    parameters, optimizer, local = made(case)
+    training, local = made(case)
     try:
         with Join([local]):
             for n in range(1, 11 + worker):
-                step(case, n, worker, parameters, optimizer)
+                training.step(n, worker)
             if worker:
-                getattr(local, call)(*[[parameters["w"].detach()]] * (call == "average"))
+                getattr(local, call)(*[[training.parameters["w"].detach()]] * (call == "average"))
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -185,11 +189,11 @@ def test_other_collectives_inside(call: str, gloo: Gloo) -> None:
 
 def on_early_termination() -> str:
     case = Case(every=4, compressor=TopK(0.1))
-    parameters, optimizer, local = made(case)
+    training, local = made(case)
     try:
         with Join([local], throw_on_early_termination=True):
             for n in range(1, 10 + 3 * dist.get_rank()):
-                step(case, n, dist.get_rank(), parameters, optimizer)
+                training.step(n, dist.get_rank())
     except RuntimeError as error:
         return str(error)
     return "no error"
@@ -245,10 +249,10 @@ def test_machines_with_ddp(gloo: Gloo) -> None:
 
 def two_joined() -> str:
     case = Case(every=3, compressor=TopK(0.1))
-    parameters, optimizer, local = made(case)
-    _, _, other = made(case)
+    training, local = made(case)
+    _, other = made(case)
     with pytest.raises(RuntimeError) as caught, Join([other, local]):
-        step(case, 1, dist.get_rank(), parameters, optimizer)
+        training.step(1, dist.get_rank())
     return str(caught.value)
 
 
@@ -261,11 +265,11 @@ def test_usage_errors(gloo: Gloo) -> None:
     with pytest.raises(RuntimeError, match="with a manager, a worker that has ended calls leave"):
         Join([local])
     with pytest.raises(RuntimeError, match="call init_process_group before LocalUpdates"):
-        simulate(lambda worker: Join([made(CASES[0])[2]]), 2)
+        simulate(lambda worker: Join([made(CASES[0])[1]]), 2)
 
 
 def by_actives() -> None:
-    Join([made(CASES[0])[2]], divide_by_initial_world_size=False)
+    Join([made(CASES[0])[1]], divide_by_initial_world_size=False)
 
 
 def test_the_mean_is_of_all_workers(gloo: Gloo) -> None:

@@ -1,59 +1,146 @@
-"""Naive twin of local updates: dense float64 vectors, W workers in a loop, one dictionary a worker, from the algorithm
-alone; and the toy problem that it and `LocalUpdates` are run on."""
+"""Naive twin of local updates, from the documented algorithm alone: vectors of the whole model in float64, one row for
+each worker; and the toy training that it and `LocalUpdates` are run on."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import pairwise
+from math import prod
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from specs import local_options
+from torch import Tensor, nn
 
-from packsaddle import Compression, Compressor, LocalUpdates, Overlap
+from packsaddle import (
+    Compression,
+    Compressor,
+    Escape,
+    Identity,
+    LocalUpdates,
+    LowRank,
+    NonFiniteError,
+    OuterSGD,
+    Overlap,
+    Rounded,
+    Workers,
+)
+from packsaddle.comm import resolve
+from packsaddle.compressors.low_rank import orthonormal, scaled
+from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
+from packsaddle.local.options import LocalOptions
+from packsaddle.local.participation import Participation
 from packsaddle.numerics.seeds import mix
 
-SHAPES = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}  # b and c are vectors, and go dense
-ORDER = ["w", "u", "b", "c"]  # compressed tensors first
-Inner = Callable[[list[Tensor]], torch.optim.Optimizer]
-INNERS: dict[str, Inner] = {
+SHAPES: dict[str, tuple[int, ...]] = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}
+# Models, and the number of parameters in each of one, two and three fragments, by hand.
+MODELS: list[tuple[dict[str, tuple[int, ...]], dict[int, list[int]]]] = [
+    (SHAPES, {1: [4], 2: [1, 3], 3: [1, 1, 2]}),
+    ({"p": (5, 6), "q": (3, 2, 5), "r": (6, 5)}, {1: [3], 2: [1, 2], 3: [1, 1, 1]}),
+    ({"v": (4,), "m": (7, 5), "n": (2, 3)}, {1: [3], 2: [2, 1], 3: [1, 1, 1]}),
+    ({"m": (4, 3), "v": (2,)}, {1: [2], 2: [1, 1]}),
+]
+INNERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
     "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.05, betas=(0.8, 0.9), weight_decay=0.1),
     "sgd": lambda ps: torch.optim.SGD(ps, lr=0.1),
     "momentum": lambda ps: torch.optim.SGD(ps, lr=0.02, momentum=0.9, nesterov=True),
 }
 OUTERS: dict[str, Any] = {
     "none": None,
-    "nesterov": lambda ps: torch.optim.SGD(ps, lr=0.7, momentum=0.9, nesterov=True),
-    "adam": lambda ps: torch.optim.Adam(ps, lr=0.03),
+    "nesterov": OuterSGD(),
+    "plain": OuterSGD(0.8, 0.0),
+    "heavy": OuterSGD(0.5, 0.8, nesterov=False),
+    "adam": lambda ps: torch.optim.AdamW(ps, lr=0.03, weight_decay=0.5),
 }
+
+
+# All options, by the names that they have in `Case`.
+OPTIONS = {f.name for cls in (LocalOptions, Compression, Overlap, Workers) for f in fields(cls)}
+OPTIONS -= {"compression", "overlap", "workers", "group", "memory"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting."""
+    """One setting: the options of `LocalUpdates`, and what happens in the training."""
 
     every: int
-    compressor: Compressor
+    compressor: Compressor | tuple[Compressor, ...]  # several: in turn, a round each
     fragments: int = 1
     delay: int = 0
-    inner: str = "adamw"
+    blend: float | None = None
     outer: str = "none"
-    decay: float = 1.0
-    noise: float = 0.0
-    keep: bool = False  # x begins again at a - e
     mean_momentum: float = 0.0
-    steps: int = 17
+    keep_unsent: bool = False
+    decay: float = 1.0
+    noise: Any = 0.0
+    exchange: Any = "direct"
+    back: Compressor | None = None
+    dense_below: int = 1
+    weight: tuple[float, ...] | None = None  # by worker
+    sample: float = 1.0
+    clip: float | None = None
+    escape: tuple[int, float, Any, int] | None = None  # interval, radius, compare, every
+    max_skipped: int | None = 20
+    compare_every: int = 1
+    on_drift: Any = "stop"
+    monitor_every: int = 0
+    compare_optimizers: bool = True
+    offload: bool = False
     seed: int = 5
-    bad: dict[int, int] = field(default_factory=dict)  # inner step (from 1) after which which worker's x gets a NaN
+    workers: int = 3
+    model: int = 0
+    inner: str = "adamw"  # two with a comma between them: of the first half of the parameters, and of the others
+    second_first: bool = False  # of two optimizers the second steps first
+    steps: int = 17
+    loud: float = 1.0  # factor of worker 1's gradients
+    bad: Mapping[int, int] = field(default_factory=dict)  # inner step (from 1) in which which worker computes a NaN
+    flushes: Mapping[int, Compressor | None] = field(default_factory=dict)  # after these inner steps
+    freezes: str = ""  # parameters in spells, on "all" workers or on "each"; "others": while another optimizer steps
 
-    def cut(self) -> list[list[str]]:
-        """The fragments of SHAPES, by hand: 63 + 5 + 24 + 3 coordinates, in order."""
-        return {1: [["w", "b", "u", "c"]], 2: [["w"], ["b", "u", "c"]], 3: [["w"], ["b"], ["u", "c"]]}[self.fragments]
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return MODELS[self.model][0]
+
+    def cut(self) -> Iterator[list[str]]:
+        """Yield the names in each fragment."""
+        names = iter(self.shapes)
+        yield from ([next(names) for _ in range(n)] for n in MODELS[self.model][1][self.fragments])
+
+    def is_compressed(self, name: str) -> bool:
+        shape = self.shapes[name]
+        return not self.dense_below or (len(shape) > 1 and prod(shape) >= self.dense_below)
+
+    def compressor_at(self, t: int) -> Compressor:
+        return self.compressor[t % len(self.compressor)] if isinstance(self.compressor, tuple) else self.compressor
+
+    def is_frozen(self, name: str, worker: int, n: int) -> bool:
+        """For spells of three steps; the first parameter never."""
+        if self.freezes not in ("all", "each") or name == next(iter(self.shapes)):
+            return False
+        spell = f"{self.seed} {name} {worker if self.freezes == 'each' else ''} {n // 3}"
+        return random.Random(spell).random() < 0.4
+
+    def local(self, training: "Training") -> LocalUpdates:
+        """Return the `LocalUpdates` of this worker."""
+        rank = resolve(None).rank
+        given = {name: getattr(self, name) for name in OPTIONS} | {"outer": OUTERS[self.outer]}
+        given["compressor"] = self.compressor_at if isinstance(self.compressor, tuple) else self.compressor
+        given["weight"] = self.weight and self.weight[rank]
+        if self.escape is not None:
+            interval, radius, compare, every = self.escape
+            f = partial(lambda training: objective(flat(training.parameters), rank), training)
+            given["escape"] = Escape(interval, radius, f, compare=compare, every=every)
+        optimizers = training.optimizers
+        return LocalUpdates(optimizers, model=training.model, warn_own_state=False, **local_options(**given))
 
 
-def begin(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def begin(shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, Tensor]:
     """x_0."""
     rng = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, dtype=dtype, generator=rng) for name, shape in SHAPES.items()}
+    return {name: torch.randn(shape, dtype=torch.float64, generator=rng) for name, shape in shapes.items()}
 
 
 def gradient(name: str, x: Tensor, worker: int, step: int) -> Tensor:
@@ -63,177 +150,456 @@ def gradient(name: str, x: Tensor, worker: int, step: int) -> Tensor:
     return ((1 + worker % 2) * x + 0.3 * (worker - 1) + 0.5 * noise).to(x.dtype)
 
 
-def made(case: Case, **options: Any) -> tuple[dict[str, Any], torch.optim.Optimizer, LocalUpdates]:
-    """The parameters at x_0, their inner optimizer and its `LocalUpdates`."""
-    parameters = {name: torch.nn.Parameter(value) for name, value in begin().items()}
-    optimizer = INNERS[case.inner](list(parameters.values()))
-    optimizer.param_groups[0]["param_names"] = list(parameters)
-    local = LocalUpdates(
-        optimizer,
-        Compression(case.compressor, "direct", dense_below=1, decay=case.decay),
-        every=case.every,
-        outer=OUTERS[case.outer],
-        overlap=Overlap(case.delay, case.fragments),
-        noise=case.noise,
-        keep_unsent=case.keep,
-        mean_momentum=case.mean_momentum,
-        seed=case.seed,
-        **options,
-    )
-    return parameters, optimizer, local
+def objective(x: Tensor, worker: int) -> float:
+    """That quadratic."""
+    return float(((1 + worker % 2) * x / 2 + 0.3 * (worker - 1)).mul(x).sum())
 
 
-def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalUpdates]:
-    """Run `LocalUpdates` as this worker; return what it has in x after every step, float64[d], in ORDER."""
-    parameters, optimizer, local = made(case, **options)
-    seen = []
-    for n in range(1, case.steps + 1):
-        step(case, n, worker, parameters, optimizer)
-        seen.append(flat(parameters))
-    return seen, local
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    """All of them as a vector."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors.values()])
 
 
-def step(case: Case, n: int, worker: int, parameters: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Do inner step n, from 1; a worker whose turn it is computes a NaN."""
-    for name, p in parameters.items():
-        p.grad = gradient(name, p.detach(), worker, n)
-    if case.bad.get(n) == worker:
-        parameters["u"].grad[0, 0] = float("nan")
-    optimizer.step()
+class Training:
+    """One worker's parameters, which begin at `values`, and their inner optimizers."""
+
+    def __init__(self, case: Case, values: Mapping[str, Tensor]) -> None:
+        self.case, self.model = case, nn.ParameterDict(values.items())
+        self.parameters = dict(self.model.named_parameters())
+        inners, names = case.inner.split(","), list(values)
+        half = len(names) // 2 if len(inners) > 1 else len(names)
+        self.groups = [names[:half], names[half:]][: len(inners)]
+        self.optimizers = [
+            INNERS[inner]([self.parameters[name] for name in group])
+            for inner, group in zip(inners, self.groups, strict=True)
+        ]
+        self.moved = torch.zeros_like(flat(values))  # float[d], by this worker's own steps
+        for optimizer in self.optimizers:
+            optimizer.register_step_post_hook(self._note)  # before the hooks of LocalUpdates, which exchange
+
+    def step(self, n: int, worker: int) -> None:
+        """Do inner step n, from 1."""
+        for i, (name, p) in enumerate(self.parameters.items()):
+            p.requires_grad_(not self.case.is_frozen(name, worker, n))
+            p.grad = gradient(name, p.detach(), worker, n) if p.requires_grad else None
+            if p.grad is not None and worker == 1:
+                p.grad *= self.case.loud
+            if p.grad is not None and self.case.bad.get(n) == worker and (n % 2 == 0 or i == len(self.groups[0]) // 2):
+                p.grad.view(-1)[0] = torch.nan  # in one parameter, or in all
+        self._before = flat(self.parameters)
+        pairs = list(zip(self.optimizers, self.groups, strict=True))
+        for optimizer, group in reversed(pairs) if self.case.second_first else pairs:
+            optimizer.step()
+            for name in group if self.case.freezes == "others" else ():
+                self.parameters[name].requires_grad_(False)
+
+    def _note(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        step = self._before - flat(self.parameters)
+        self._before -= step
+        self.moved += step
 
 
-def flat(parameters: dict[str, Tensor]) -> Tensor:
-    """All of them as a vector, in ORDER."""
-    return torch.cat([parameters[name].detach().clone().reshape(-1) for name in ORDER])
+def made(case: Case) -> tuple[Training, LocalUpdates]:
+    """Return this worker's training, at x_0, and its `LocalUpdates`."""
+    training = Training(case, begin(case.shapes))
+    return training, case.local(training)
 
 
 @dataclass
+class Round:
+    """An exchange of a fragment that has begun; arrays have a row for each worker."""
+
+    frozen: Tensor  # bool[W, n]
+    invalid: Tensor  # bool[W]
+    before: Tensor  # x
+    flush: Compressor | None
+    mean: Tensor | None = None  # float[n]; None: the round is rejected
+    rest: Tensor | None = None  # bool[W]: of a flush, not all was sent
+
+
+class Part:
+    """A fragment: its coordinates in the vector of the model, compressed ones first."""
+
+    def __init__(self, names: list[str], case: Case, places: Mapping[str, Tensor], order: list[str], of: int) -> None:
+        self.names, mine = names, [name for name in order if name in names]
+        self.at = torch.cat([places[name] for name in mine])
+        self.shapes = [torch.Size(case.shapes[name]) for name in mine if case.is_compressed(name)]
+        self.n, self.of = sum(map(prod, self.shapes)), of  # the number of compressed coordinates, here and in all
+        start = sum(len(places[name]) for name in order[: order.index(mine[0])])
+        self.seed = case.seed if self.n == of else mix(case.seed, start)
+        self.t, self.was_rejected = 0, False
+        self.compressor: Compressor | None = None
+        self.warm: list[Tensor] | None = None  # LowRank's Q
+        self.current: Round | None = None
+        self.clips: list[tuple[int, str, float]] = []
+
+    def restricted(self, c: Compressor) -> Compressor:
+        """Return the compressor of the whole model for this fragment."""
+        c = c if self.n == self.of else c.restrict(0, self.n, self.of)
+        return c.for_tensors(self.shapes) if self.n else c
+
+
 class Twin:
-    """What the twin ends with, and x of each worker after every step."""
+    """The algorithm. A worker's local update u is the sum of its own steps since its last exchange. When an exchange
+    begins and when it ends, x = s - u, where s = a - e, or a without `keep_unsent`."""
 
-    x: list[list[Tensor]]  # by worker, by step
-    a: dict[str, Tensor]
-    e: list[dict[str, Tensor]]
+    def __init__(self, case: Case, workers: int | None = None) -> None:
+        self.case, self.size = case, workers or case.workers
+        values = begin(case.shapes)
+        self.a = flat(values)
+        self.x = self.a.repeat(self.size, 1)
+        self.e, self.u, self.r = (torch.zeros_like(self.x) for _ in range(3))  # r: owners' errors
+        sizes = [value.numel() for value in values.values()]
+        self.places = dict(zip(values, torch.arange(len(self.a)).split(sizes), strict=True))
+        self.trainings = [Training(case, self._views(x)) for x in self.x]
+        self.leaves = {name: nn.Parameter(view) for name, view in self._views(self.a).items()}
+        self.outer = OUTERS[case.outer](list(self.leaves.values())) if OUTERS[case.outer] else None
+        order = sorted(values, key=lambda name: not case.is_compressed(name))
+        self.order = torch.cat([self.places[name] for name in order])
+        of = sum(len(self.places[name]) for name in order if case.is_compressed(name))
+        self.parts = [Part(names, case, self.places, order, of) for names in case.cut()]
+        # If a parameter was trained since the last exchange, by worker; or, before the next step, up to that exchange.
+        self.seen = [dict.fromkeys(values, True) for _ in range(self.size)]
+        self.is_sent = [dict.fromkeys(values, True) for _ in range(self.size)]
+        self.segment, self.segment_t = self.a.clone(), 0  # of the escape check
+        self.resets: list[tuple[int, bool]] = []
+        self.skipped = self.streak = 0
 
+    def _views(self, vector: Tensor) -> dict[str, Tensor]:
+        return {k: vector[at[0] : at[-1] + 1].view(self.case.shapes[k]) for k, at in self.places.items()}
 
-def twin(case: Case, workers: int, ends: Sequence[int] | None = None) -> Twin:
-    """Run the algorithm; `ends` are the numbers of steps after which each worker trains no more."""
-    starts, start = {}, 0
-    for name in ORDER:
-        starts[name] = start
-        start += SHAPES[name][0] * (SHAPES[name][1] if len(SHAPES[name]) > 1 else 1)
-    a = begin()
-    xs = [{name: torch.nn.Parameter(value.clone()) for name, value in a.items()} for _ in range(workers)]
-    inners = [INNERS[case.inner](list(x.values())) for x in xs]
-    e = [{name: torch.zeros_like(value) for name, value in a.items()} for _ in range(workers)]
-    leaves = {name: torch.nn.Parameter(value) for name, value in a.items()}  # the anchor
-    outer = OUTERS[case.outer](list(leaves.values())) if OUTERS[case.outer] is not None else None
-    t = [0] * case.fragments
-    landing: dict[tuple[int, int], Any] = {}  # by step and fragment
-    seen: list[list[Tensor]] = [[] for _ in range(workers)]
-    for n in range(1, case.steps + 1):
-        for i in range(workers):
+    def s(self) -> Tensor:
+        return self.a - self.e if self.case.keep_unsent else self.a.expand_as(self.x)
+
+    def shares(self, n: int, flush: bool) -> Tensor:
+        """Return each worker's factor in the mean, float[W, 1]; 0: it is not in the sample."""
+        w = torch.tensor(self.case.weight or (1.0,) * self.size, dtype=torch.float64)
+        if self.case.sample < 1 and not flush:
+            members = Participation(None, self.case.sample, self.size, 0, self.case.seed).members(n)
+            w *= torch.tensor([i in members for i in range(self.size)])
+        return (self.size * w / w.sum())[:, None]
+
+    def pending(self) -> Tensor:
+        """Return each worker's updates that the anchor does not include, float[W, d]."""
+        pending = self.e + self.u + self.size * self.r
+        for part in self.parts:
+            if part.current is not None and part.current.mean is not None:
+                pending[:, part.at] += part.current.mean
+        return pending
+
+    def step(self, n: int, ends: tuple[int, ...] | None = None) -> None:
+        """Do inner step n on each worker that has not ended, and the exchanges that end or begin after it."""
+        before = self.x.clone()
+        for i, training in enumerate(self.trainings):
             if ends is None or n <= ends[i]:
-                step(case, n, i, xs[i], inners[i])
-        with torch.no_grad():
-            for p, names in enumerate(case.cut()):
-                if (n, p) in landing:
-                    _land(case, landing.pop((n, p)), names, leaves, outer, xs, inners, e)
-            for p, names in enumerate(case.cut()):
-                if (n + p * case.every // case.fragments) % case.every:
-                    continue
-                bad = [any(not bool(x[name].isfinite().all()) for name in names) for x in xs]
-                moved = _exchange(case, names, p, t, leaves, xs, e, starts)
-                before = [{name: x[name].clone() for name in names} for x in xs] if case.delay else None
-                flight = (moved, before, bad)
-                if case.delay:
-                    landing[n + case.delay, p] = flight
-                else:
-                    _land(case, flight, names, leaves, outer, xs, inners, e)
-        for i in range(workers):
-            seen[i].append(flat(xs[i]))
-    return Twin(seen, {name: leaf.detach() for name, leaf in leaves.items()}, e)
+                training.step(n, i)
+            for name in self.places:
+                trained = not self.case.is_frozen(name, i, n)
+                self.seen[i][name] = trained or (self.seen[i][name] and not self.is_sent[i][name])
+                self.is_sent[i][name] = False
+        self.u += before - self.x
+        case, count = self.case, len(self.parts)
+        due = [p for i, p in enumerate(self.parts) if (n + i * case.every // count) % case.every == 0]
+        late = n - case.delay
+        ended = [p for i, p in enumerate(self.parts) if (late + i * case.every // count) % case.every == 0]
+        for part in ended if case.delay else ():
+            if part.current is not None:
+                self.end(part)
+        for part in due:
+            self.begin(part, n)
+            if not case.delay:
+                self.end(part)
 
+    def flush(self, n: int, compressor: Compressor | None) -> None:
+        for part in self.parts:
+            if part.current is not None:
+                self.end(part)
+        chosen = [compressor or self.default(part) for part in self.parts]
+        for part, c in zip(self.parts, chosen, strict=True):
+            self.begin(part, n, c)
+            self.end(part)
+        for part in self.parts:
+            self.switch(part, None)
 
-def _exchange(
-    case: Case,
-    names: list[str],
-    p: int,
-    t: list[int],
-    leaves: dict[str, Any],
-    xs: Sequence[dict[str, Any]],
-    e: list[dict[str, Tensor]],
-    starts: dict[str, int],
-) -> dict[str, Tensor] | None:
-    """The mean of C(v_i) by name, with e changed; None where a v_i is not finite."""
-    names = [name for name in ORDER if name in names]
-    compressed = [name for name in names if len(SHAPES[name]) > 1]
-    xi = Noise(case.noise).vector(torch.zeros(95, dtype=torch.float64), seed=case.seed, step=t[p])
-    vs = []
-    for i, x in enumerate(xs):
-        start = {name: leaves[name] - e[i][name] if case.keep else leaves[name] for name in names}
-        v = {name: case.decay * e[i][name] + (start[name] - x[name]) for name in names}
+    def default(self, part: Part) -> Compressor:
+        """Four bits where rounds send no more, by owners that do not compress otherwise; else all."""
+        case, four, c = self.case, Rounded("int4"), self.case.compressor_at(max(0, part.t - 1))
+        few = part.n and part.restricted(c).message_bytes(part.n, 8) <= four.message_bytes(part.n, 8)
+        usual = case.exchange in ("auto", "two-way") and case.back is None and case.weight is None and case.sample == 1
+        return four if usual and few and self.size > 1 else Identity()
+
+    def switch(self, part: Part, compressor: Compressor | None) -> None:
+        """Use another compressor; what owners hold back goes to their error memories."""
+        if compressor != part.compressor:
+            part.compressor, part.warm = compressor, None
+            self.e[:, part.at] += self.size * self.r[:, part.at]
+            self.r[:, part.at] = 0
+
+    def frozen(self, worker: int) -> Tensor:
+        """Return what neither moves nor is sent, bool[d]: it is frozen, and was since the last exchange."""
+        parameters, seen = self.trainings[worker].parameters, self.seen[worker]
+        return torch.cat([torch.full((p.numel(),), not (p.requires_grad or seen[k])) for k, p in parameters.items()])
+
+    def begin(self, part: Part, n: int, flush: Compressor | None = None) -> None:
+        case, at = self.case, part.at
+        c = flush or case.compressor_at(part.t)
+        self.switch(part, c)
+        frozen = torch.stack([self.frozen(i)[at] for i in range(self.size)])
+        self.x[:, at] = torch.where(frozen, self.x[:, at], (self.s() - self.u)[:, at])
+        v = case.decay * self.e[:, at] + self.u[:, at]
+        xi = None if flush else Noise.of(case.noise).vector(self.a, seed=case.seed, step=part.t)
         if xi is not None:
-            v = {n: u + xi[starts[n] : starts[n] + u.numel()].view(u.shape) for n, u in v.items()}
-        vs.append(v)
-    if not all(bool(u.isfinite().all()) for v in vs for u in v.values()):
-        return None
-    seed = case.seed if case.fragments == 1 else mix(case.seed, starts[names[0]])
-    mean = {name: torch.zeros_like(vs[0][name]) for name in names}
-    for i, v in enumerate(vs):
-        sent = dict(v)
-        if compressed:
-            whole = torch.cat([v[name].reshape(-1) for name in compressed])
-            own = mix(seed, i + 1) if case.compressor.private else seed
-            message = case.compressor(whole, seed=own, step=t[p])
-            pieces = torch.split(message, [v[name].numel() for name in compressed])
-            sent |= {name: piece.view(v[name].shape) for name, piece in zip(compressed, pieces, strict=True)}
-        for name in names:
-            e[i][name] = v[name] - sent[name]
-            mean[name] += sent[name] / len(vs)
-    t[p] += 1
-    return mean
+            v += torch.zeros_like(xi).index_put_((self.order,), xi)[at]
+        v[frozen] = 0
+        invalid = ~v.isfinite().all(1)
+        part.current = r = Round(frozen, invalid, self.x[:, at].clone(), flush)
+        if invalid.any():
+            return
+        # v is weighted and clipped, and sent.
+        share, factor = self.shares(n, flush is not None), torch.ones(self.size, 1, dtype=torch.float64)
+        if case.clip is not None:
+            norms = v.norm(dim=1, keepdim=True).float().double()
+            factor = (case.clip * norms[share > 0].median() / norms).clamp(max=1)
+            factor[norms == 0] = 1
+            part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1 and share[i]]
+        r.rest = (factor[:, 0] < 1) | (not c.lossless)
+        sent, r.mean, error = self.average(part, c, v * share * factor)
+        # What was not sent is kept; of a parameter that is frozen on some workers alone, C(0) was sent.
+        residual, is_in = v - sent / share, (share > 0).expand_as(v)
+        agrees = bool((frozen == frozen[0]).all())
+        if agrees:
+            r.mean[frozen[0]] = 0
+            error[:, frozen[0]] = self.r[:, at][:, frozen[0]]
+        residual = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
+        self.e[:, at] = torch.where(is_in, residual, self.e[:, at])
+        self.u[:, at] = torch.where(is_in & ~frozen, 0, self.u[:, at])
+        self.r[:, at] = error
+        for i, mine in enumerate(self.is_sent):
+            mine.update(dict.fromkeys(part.names, True) if share[i] else {})
 
+    def average(self, part: Part, c: Compressor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return C(v_i), the mean, and owners' errors; the part that is not compressed is sent whole."""
+        case, n, seed, t = self.case, part.n, part.seed, part.t
+        sent, error, w, own = v.clone(), self.r[:, part.at].clone(), v[:, :n], part.restricted(c)
+        exchange = "direct" if c.lossless else case.exchange
+        mean = v.mean(0)
+        if n and exchange in ("two-way", "coordinator"):
+            bounds = [n * j // self.size for j in range(self.size + 1)] if exchange == "two-way" else [0, n]
+            back = part.restricted(case.back or (c if exchange == "two-way" else Identity()))
+            for j, (a, b) in enumerate(pairwise(bounds)):
+                up, down = own.restrict(a, b, n), back.restrict(a, b, n)
+                for i in range(self.size) if a < b else ():
+                    mine = mix(seed, i + 1) if c.private else seed
+                    sent[i, a:b] = up(w[i, a:b], mix(mine, j), t)
+                if a < b:
+                    whole = error[j, a:b] + sent[:, a:b].mean(0)
+                    mean[a:b] = down(whole, mix(seed, j, 1), t)
+                    error[j, a:b] = whole - mean[a:b]
+        elif n and isinstance(own, LowRank):
+            sent[:, :n], part.warm = low_rank(own, w, own.gaussian(w[0], seed=seed, step=t), part.warm)
+            mean = sent.mean(0)
+        elif n and c.aggregation in ("sketched all-reduce", "projected all-reduce"):
+            kept = own.support_of(own.encode(w.mean(0), seed=seed, step=t), n)
+            sent[:, :n] = torch.zeros_like(w).index_copy(1, kept, w[:, kept])
+            mean = sent.mean(0)
+        elif n:
+            senders = torch.zeros(n, dtype=torch.float64)
+            for i, row in enumerate(w):
+                message = own.encode(row, seed=mix(seed, i + 1) if c.private else seed, step=t)
+                own.add_decoded(message, sent[i, :n].zero_())
+                support = own.support_of(message, n)
+                senders[slice(None) if support is None else support] += 1
+            mean = sent.mean(0)
+            if case.exchange == "senders":
+                mean[:n] *= self.size / senders.clamp(min=1)
+        return sent, mean, error
 
-def _land(
-    case: Case,
-    flight: Any,
-    names: list[str],
-    leaves: dict[str, Any],
-    outer: Any,
-    xs: Sequence[dict[str, Any]],
-    inners: Sequence[Any],
-    e: list[dict[str, Tensor]],
-) -> None:
-    mean, before, bad = flight
-    kept = e if case.keep else None
-    if mean is None:
-        for i, (x, inner) in enumerate(zip(xs, inners, strict=True)):
-            if bad[i]:
-                for name in names:
-                    x[name].copy_(leaves[name] - (kept[i][name] if kept else 0.0))
-                _forget(inner)
-        return
-    for name in names:
-        if outer is None:
-            leaves[name] -= mean[name]
+    def end(self, part: Part) -> None:
+        case, at, r = self.case, part.at, part.current
+        assert r is not None
+        part.current, part.was_rejected = None, r.mean is None
+        if r.mean is None:
+            self.reject(part, r)
+            return
+        part.t += 1
+        self.streak = self.streak if any(each.was_rejected for each in self.parts) else 0
+        # The anchor moves, and x with it.
+        mean = torch.zeros_like(self.a).index_put_((at,), r.mean)
+        frozen = torch.zeros_like(self.x, dtype=torch.bool).index_copy(1, at, r.frozen)
+        if self.outer is None or r.flush:
+            self.a -= mean
         else:
-            leaves[name].grad = mean[name]
-    if outer is not None:
-        outer.step()
-        outer.zero_grad()
-    for i, x in enumerate(xs):
-        for name in names:
-            since = 0.0 if before is None else x[name] - before[i][name]
-            x[name].copy_(leaves[name] - (kept[i][name] if kept else 0.0) + since)
-            if case.mean_momentum and mean[name].any():
-                state = inners[i].state[x[name]]
-                m, d = state["exp_avg"], state["exp_avg_sq"] ** 0.5 * mean[name]
-                c = case.mean_momentum
-                state["exp_avg"].copy_((1 - c) * m + c * m.norm() / d.norm() * d)
+            for name in part.names:
+                place = self.places[name]
+                stays = frozen[:, place].all() if bool((frozen == frozen[0]).all()) else not mean[place].any()
+                self.leaves[name].grad = None if stays else self._views(mean)[name].clone()
+            self.outer.step()
+            self.outer.zero_grad()
+        if r.flush:
+            assert r.rest is not None
+            self.e[:, at] = torch.where(r.frozen | r.rest[:, None], self.e[:, at], 0)
+        s = self.s()[:, at]
+        x = (
+            s - self.u[:, at]
+            if not case.delay or r.flush or case.blend is None
+            else torch.lerp(s, self.x[:, at], case.blend)
+        )
+        if r.flush:
+            assert r.rest is not None
+            x = torch.where(r.rest[:, None], self.a[at], x)
+        self.x[:, at] = torch.where(r.frozen, self.x[:, at], x)
+        if case.blend is not None and not r.flush:
+            self.u[:, at] = torch.where(r.frozen, self.u[:, at], s - x)
+        if case.mean_momentum and not r.flush:
+            self.mix_momentum(part, mean, frozen)
+        if case.escape is not None:
+            self.check(part, r)
+
+    def reject(self, part: Part, r: Round) -> None:
+        """A worker whose v is not finite goes back, also with what else is not, and forgets such moments."""
+        for i, training in enumerate(self.trainings):
+            if not r.invalid[i]:
+                continue
+            for optimizer in training.optimizers:
+                for p, state in list(optimizer.state.items()):
+                    if any(isinstance(m, Tensor) and not bool(m.isfinite().all()) for m in state.values()):
+                        del optimizer.state[p]
+            for each in self.parts:
+                at = each.at[~self.frozen(i)[each.at]]
+                if each is part or not self.x[i, at].isfinite().all():
+                    begun = each.current is not None and not each.current.invalid[i]
+                    start = self.x[i].index_copy(0, each.at, each.current.before[i]) if begun else self.s()[i]
+                    self.x[i, at] = start[at]
+                    self.u[i, at] = 0
+        self.skipped += 1
+        self.streak += 1
+        if self.case.max_skipped is not None and self.streak > self.case.max_skipped:
+            raise NonFiniteError("too many")
+
+    def mix_momentum(self, part: Part, mean: Tensor, frozen: Tensor) -> None:
+        c = self.case.mean_momentum
+        for i, training in enumerate(self.trainings):
+            states = {p: state for optimizer in training.optimizers for p, state in optimizer.state.items()}
+            for name in part.names:
+                update, state = self._views(mean)[name], states.get(training.parameters[name], {})
+                if "exp_avg_sq" in state and update.any() and not frozen[i, self.places[name]].any():
+                    m, d = state["exp_avg"], state["exp_avg_sq"].sqrt() * update
+                    scale = m.norm() / d.norm()
+                    m.copy_((1 - c) * m + c * scale * d if scale.isfinite() else m)
+
+    def check(self, part: Part, r: Round) -> None:
+        """Lines 4 to 8 of Algorithm 1, on the anchor."""
+        assert self.case.escape is not None
+        interval, radius, compare, every = self.case.escape
+        y = self.a - (self.e + self.size * self.r).mean(0)
+        late = part.t - self.segment_t > interval
+        if late or (part.t % every == 0 and (self.segment - y).norm() > radius):
+            f = [
+                sum(objective(x, i) for i in range(self.size)) for x in (y if compare == "y" else self.a, self.segment)
+            ]
+            self.a.copy_(y if f[0] < f[1] else self.segment)
+            self.resets.append((part.t, f[0] < f[1]))
+            for memory in (self.e, self.r):
+                memory.zero_()
+            self.segment, self.segment_t, part.warm = self.a.clone(), part.t, None
+        rest = r.rest[:, None] if r.flush and r.rest is not None else torch.tensor(False)
+        self.x.copy_(torch.where(rest, self.a, self.s()))
+
+    def run(self, ends: tuple[int, ...] | None = None) -> list["Trace"]:
+        """Do all steps; return what there was, by worker."""
+        traces = [Trace() for _ in range(self.size)]
+        for n in range(1, self.case.steps + 1):
+            try:
+                self.step(n, ends)
+                if n in self.case.flushes:
+                    self.flush(n, self.case.flushes[n])
+            except NonFiniteError:
+                traces[0].stopped = n
+            for trace, *rows in zip(traces, self.x, self.a.expand_as(self.x), self.pending(), strict=True):
+                trace.rows.append(torch.stack(rows))
+            if traces[0].stopped:
+                break
+        for trace in traces:
+            trace.rounds, trace.skipped = sum(part.t for part in self.parts), self.skipped
+            trace.resets, trace.stopped = self.resets, traces[0].stopped
+            trace.clips = sorted((clip for part in self.parts for clip in part.clips), key=lambda clip: clip[0])
+        return traces
 
 
-def _forget(inner: torch.optim.Optimizer) -> None:
-    for p, state in list(inner.state.items()):
-        if any(isinstance(s, Tensor) and not bool(s.isfinite().all()) for s in state.values()):
-            del inner.state[p]
+def low_rank(
+    c: LowRank, v: Tensor, fresh: list[Tensor], warm: list[Tensor] | None
+) -> tuple[Tensor, list[Tensor] | None]:
+    """P P^T M_i of each matrix of each worker, where P is a basis of the columns of M Q; and the next (P^T M)^T."""
+    sent, following, means = torch.empty_like(v), list[Tensor](), c.matrices(v.mean(0))
+    for k, (m, q) in enumerate(zip(means, fresh, strict=True)):
+        p = orthonormal(m @ (q if warm is None else warm[k] + 0.1 * q)) if q.numel() else torch.eye(len(m)).to(m)
+        for row, out in zip(v, sent, strict=True):
+            c.matrices(out)[k].copy_(p @ (p.T @ c.matrices(row)[k]))
+        following.append(scaled(p.T @ m).T if q.numel() else q)
+    return sent, following if all(q.any() for q in following if q.numel()) else None
+
+
+@dataclass
+class Trace:
+    """What there was on one worker after each step."""
+
+    rows: list[Tensor] = field(default_factory=list)  # x, the anchor, and what that does not include: float[3, d]
+    moved: list[Tensor] = field(default_factory=list)  # by its own steps alone, float[d]
+    rounds: int = 0
+    skipped: int = 0
+    stopped: int = 0  # the step with a NonFiniteError
+    resets: list[tuple[int, bool]] = field(default_factory=list)  # round, and if x was committed
+    # Since the last resume:
+    skips: list[Skip] = field(default_factory=list)
+    clips: list[tuple[int, str, float]] = field(default_factory=list)
+
+
+def train(case: Case, rank: int, *, resumes: bool = False) -> Trace:
+    """Run `LocalUpdates` as this worker; with `resumes` in new objects after each step."""
+    (training, local), trace = made(case), Trace()
+    for n in range(1, case.steps + 1):
+        try:
+            training.step(n, rank)
+            if n in case.flushes:
+                local.flush(case.flushes[n])
+        except NonFiniteError:
+            trace.stopped = n
+        trace.rows.append(torch.stack([flat(training.parameters), flat(local.anchor()), local.pending()]))
+        trace.moved.append(training.moved.clone())
+        if trace.stopped:
+            break
+        if resumes:
+            training, local = resumed(training, local)
+    trace.rounds, trace.skipped, trace.skips = local.rounds, local.skipped, local.skips
+    trace.resets = [(reset.step, reset.committed) for reset in local.resets]
+    trace.clips = [(clip.step, clip.worker, clip.factor) for clip in local.clips]
+    assert resumes or len(trace.clips) == local.clipped
+    return trace
+
+
+def resumed(old: Training, local: LocalUpdates) -> tuple[Training, LocalUpdates]:
+    """Return new objects with the saved states of others."""
+    state, states = local.state_dict(), [optimizer.state_dict() for optimizer in old.optimizers]
+    new = Training(old.case, {name: p.detach().clone() for name, p in old.parameters.items()})
+    again = old.case.local(new)
+    for optimizer, saved in zip(new.optimizers, states, strict=True):
+        optimizer.load_state_dict(saved)
+    again.load_state_dict(state)
+    for p, was in zip(new.parameters.values(), old.parameters.values(), strict=True):
+        p.data.copy_(was.detach())  # the new ones began at those of rank 0
+        p.requires_grad_(was.requires_grad)
+    new.moved = old.moved
+    return new, again
+
+
+def check_twin(case: Case, found: list[Trace]) -> None:
+    """Compare all workers with the twin, and their anchors bit for bit."""
+    for i, (trace, twin) in enumerate(zip(found, Twin(case, len(found)).run(), strict=True)):
+        for n, (rows, twins, first) in enumerate(zip(trace.rows, twin.rows, found[0].rows, strict=False), start=1):
+            where = f"worker {i} after step {n}: "
+            torch.testing.assert_close(rows, twins, rtol=1e-9, atol=1e-11, equal_nan=True, msg=where.__add__)
+            assert torch.equal(rows[1], first[1]), where
+        for name in ("rounds", "skipped", "stopped", "resets"):
+            assert getattr(trace, name) == getattr(twin, name), name
+        assert [clip[:2] for clip in trace.clips] == [clip[:2] for clip in twin.clips]
+        assert [clip[2] for clip in trace.clips] == pytest.approx([clip[2] for clip in twin.clips])

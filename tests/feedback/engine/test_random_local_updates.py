@@ -1,0 +1,154 @@
+"""Local updates with options at random equal a naive twin, lose nothing, and resume bit for bit after each step."""
+
+import gc
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fronts import differences
+from local_updates import MODELS, OPTIONS, OUTERS, Case, begin, check_twin, flat, train
+
+from packsaddle import (
+    QSGD,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    Ramp,
+    RandomK,
+    Rounded,
+    Sign,
+    Stages,
+    TopK,
+    simulate,
+)
+from packsaddle.compressors import compressors
+
+SETTINGS, BATCHES = 500, 20
+EVERY = (1, 2, 3, 3, 4, 5)
+EXCHANGES = ("direct", "direct", "two-way", "two-way", "coordinator", "senders", "all-gather")
+OWN = ("low-rank all-reduce", "sketched all-reduce", "projected all-reduce")  # exchanges that are the compressor's own
+# The twin has no mean of sketches that are rounded to 16 bits.
+KINDS: list[Any] = [replace(c, half=False) if hasattr(c, "half") else c for c in compressors(0.2)]  # type: ignore[type-var]
+KINDS += [RandomK(k=9), TopK(k=8), TopK(0.2, values="int8"), TopK(0.3, chunk=16, values="int2"), LowRank(2)]
+KINDS += [TopK(0.3, per_tensor=True), Sign(per_tensor=True), Rounded("int4"), Stages(TopK(0.2))]
+# After a round, where magnitudes may be equal, and numbers 0, up to rounding errors: neither TopK, Sign nor two bits.
+SAFE = [None, Identity(), Rounded("int8"), QSGD(127), RandomK(0.5), LinearSketch(0.4)]
+
+
+def drawn(number: int) -> Case:
+    """Return the setting of this number."""
+    rng = random.Random(number)
+
+    def some(chance: float, values: Any, other: Any) -> Any:
+        return rng.choice(values) if rng.random() < chance else other
+
+    # What excludes others: weights and samples need direct exchanges, escape checks one fragment and no delay.
+    kind = some(0.4, ("weight", "sample", "weight, sample", "escape", "escape"), "")
+    is_uneven, is_sampled = "weight" in kind or "sample" in kind, "sample" in kind
+    exchange = rng.choice(("direct", "all-gather", "direct") if is_uneven else EXCHANGES)
+    by_owners, is_exact = exchange in ("two-way", "coordinator"), exchange in ("direct", "senders")
+    kinds = [c for c in KINDS if c.aggregation not in OWN or (is_exact and not is_sampled)]
+    model, workers, steps, every = rng.randrange(4), rng.choice((2, 2, 3, 3, 4)), rng.randint(6, 9), rng.choice(EVERY)
+    delay = 0 if is_sampled or kind == "escape" else some(0.5, range(1, every) or [0], 0)
+    inner = rng.choice(("sgd", "momentum", "adamw", "sgd,adamw", "adamw,momentum"))
+    escape = (rng.randint(1, 4), rng.choice((0.1, 1.0, 9.0)), rng.choice("xy"), rng.randint(1, 2))
+    fragments = 1 if kind == "escape" else rng.choice([n for n in MODELS[model][1] if n <= every])
+    freezes = "" if kind == "escape" else some(0.3, ("all", "each", "each", "others"), "")
+    # In two rounds, one after the other. A second NaN could be frozen, and be found by a step as in test_inner_reset.
+    first, times = rng.randint(1, steps), 1 if freezes else 2
+    bad = {first + every * i: rng.randrange(workers) for i in range(times)}
+    flushes, clip = dict[int, Compressor | None](), some(0.25, (1.0, 2.0), None)
+    for n in rng.sample(range(1, steps + 1), rng.choice((0, 0, 1, 2))):
+        is_between = all((n + i * every // fragments) % every for i in range(fragments))
+        if is_between or not (clip and "weight" in kind):  # which clips rounding errors of weights
+            flushes[n] = rng.choice([None, *kinds] if is_between and rng.random() < 0.7 else SAFE)
+    return Case(
+        every,
+        some(0.2, [tuple(rng.choices(kinds, k=3))], rng.choice(kinds)),
+        fragments=fragments,
+        delay=delay,
+        blend=some(0.5, (0.3,), None) if delay else None,
+        outer=some(0.4, list(OUTERS), "none"),
+        mean_momentum=some(0.4, (0.5, 1.0), 0.0) if "adamw" in inner else 0.0,
+        keep_unsent=some(0.6, (True,), False),
+        decay=some(0.2, (0.9,), 1.0),
+        noise=some(0.2, (0.01, Ramp(0.02, 1, 3)), 0.0),
+        exchange=exchange,
+        back=some(0.6, (TopK(0.3), RandomK(0.5)), None) if by_owners else None,
+        dense_below=rng.choice((0, 1, 10)),
+        weight=tuple(rng.choices((0.5, 1.0, 3.0), k=workers)) if "weight" in kind else None,
+        sample=rng.choice((0.4, 0.7)) if is_sampled else 1.0,
+        clip=clip,
+        escape=escape if kind == "escape" else None,
+        max_skipped=rng.choice((None, 0, 1, 20)),
+        compare_every=some(0.2, (1,), 0),
+        on_drift=rng.choice(("stop", "repair")),
+        monitor_every=some(0.2, (2,), 0),
+        compare_optimizers=some(0.5, (True,), False),
+        offload=some(0.2, (True,), False),
+        seed=number,
+        workers=workers,
+        model=model,
+        inner=inner,
+        second_first=some(0.5, (True,), False),
+        steps=steps,
+        loud=some(0.5, (10.0,), 1.0),
+        bad=some(0.2, (bad,), {}),
+        flushes=flushes,
+        freezes=freezes,
+    )
+
+
+def loses_nothing(case: Case) -> bool:
+    plain = Case(1, Identity())
+    names = ("outer", "decay", "sample", "noise", "blend", "escape", "bad")
+    return case.exchange != "senders" and all(getattr(case, name) == getattr(plain, name) for name in names)
+
+
+def check(case: Case) -> None:
+    found = simulate(lambda rank: train(case, rank), case.workers)
+    check_twin(case, found)
+    # The anchor less the mean of what is pending moves as the workers do in the mean.
+    share = torch.tensor(case.weight or (1.0,) * case.workers, dtype=torch.float64)
+    for n, (_, anchor, _) in enumerate(found[0].rows if loses_nothing(case) else ()):
+        lost = anchor - flat(begin(case.shapes))
+        for w, trace in zip(share / share.sum(), found, strict=True):
+            lost -= w * (trace.rows[n][2] - trace.moved[n])
+        assert lost.abs().max() < 1e-12
+    if case.seed % (3 if case.freezes else 12) == 0:
+        again = simulate(lambda rank: train(case, rank, resumes=True), case.workers)
+        for straight, trace in zip(found, again, strict=True):
+            assert differences(straight.rows, trace.rows) == []
+            for name in ("rounds", "skipped", "stopped", "resets"):
+                assert getattr(trace, name) == getattr(straight, name), name
+
+
+@pytest.fixture
+def few_objects() -> Iterator[None]:
+    """After a NaN a worker looks for optimizers in all objects, of which a process of many tests has a lot."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.filterwarnings("ignore:mean_momentum raised the loss", "ignore:nothing will be compressed")
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_random_settings(batch: int, few_objects: None) -> None:
+    for number in range(batch, SETTINGS, BATCHES):
+        case = drawn(number)
+        try:
+            check(case)
+        except BaseException as error:
+            error.add_note(str(case))
+            raise
+
+
+def test_every_option_is_drawn() -> None:
+    cases: list[Case] = list(map(drawn, range(SETTINGS)))
+    assert {name for name in OPTIONS if len({repr(getattr(case, name)) for case in cases}) > 1} == OPTIONS
+    single = [case.compressor for case in cases if isinstance(case.compressor, Compressor)]
+    assert all(compressor in single for compressor in KINDS)
