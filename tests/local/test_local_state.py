@@ -264,7 +264,7 @@ def test_an_outer_state_that_does_not_fit() -> None:
     options: dict[str, Any] = {"every": 4, "delay": 2}
     state = Training(0, {**options, "outer": OUTERS["nesterov"]}).local.state_dict()
     others = {
-        "outer must be the state of Adam, found that of SGD": OUTERS["adam"],
+        "outer must be the state of AdamW, found that of SGD": OUTERS["adam"],
         r"outer must be the state of groups of \[\['parameter 0'\], ": two_groups,
     }
     for message, outer in others.items():
@@ -276,7 +276,7 @@ def test_an_outer_state_that_does_not_fit() -> None:
                 call(state)
         assert differences(training.local.state_dict(), before) == []
     training = Training(0, {**options, "outer": OUTERS["adam"]})
-    with pytest.raises(ValueError, match="outer must be the state of Adam, found that of nothing"):
+    with pytest.raises(ValueError, match="outer must be the state of AdamW, found that of nothing"):
         training.local.check_state_dict({**training.local.state_dict(), "outer": {}})
 
 
