@@ -28,7 +28,7 @@ from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign
 from packsaddle.errors import suggests
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.exchanging import Exchanging, register_exchange
 from packsaddle.feedback.noise import Noise
@@ -132,7 +132,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
-        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
+        compressor: AnyCompression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         *,
         every: int = 8,
         outer: Outer | None = None,
