@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from packsaddle import Compression, Elastic, Identity, LocalUpdates, simulate
-from packsaddle.comm import Solo, resolve
+from packsaddle.comm import resolve
 from packsaddle.local.inner import Shards
 from packsaddle.local.moments import MeanMomentum
 
@@ -143,10 +143,11 @@ def without_moments_on_a_shard() -> tuple[int, int]:
     def shards(whole: Tensor) -> Tensor:
         return distribute_tensor(whole, mesh, [Shard(0)])
 
-    mesh, rng = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("worker", "shard"))
+    mesh, rng = grid["shard"], torch.Generator().manual_seed(0)
     p, q = (torch.nn.Parameter(shards(torch.ones(4, 3))) for _ in range(2))
     optimizer = AdamW([p, q], lr=0.1)
-    local = LocalUpdates(optimizer, WHOLE, every=1, mean_momentum=0.5, workers=Solo())
+    local = LocalUpdates(optimizer, WHOLE, every=1, mean_momentum=0.5, workers=grid["worker"].get_group())
     for n in range(4):
         of_p = torch.randn(4, 3, generator=rng)
         if n == 1:
@@ -158,7 +159,7 @@ def without_moments_on_a_shard() -> tuple[int, int]:
 
 
 def test_a_shard_may_have_lost_its_moments(gloo: Gloo) -> None:
-    assert gloo(without_moments_on_a_shard, 2) == [(3, 1)] * 2
+    assert gloo(without_moments_on_a_shard, 4) == [(3, 1)] * 4
 
 
 def counted() -> list[float]:

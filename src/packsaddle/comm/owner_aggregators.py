@@ -14,12 +14,14 @@ from packsaddle.comm.aggregators import (
     Aggregator,
     Averaged,
     Invalid,
+    Measure,
     Term,
     Work,
     mean_of_dense,
     message_bytes,
     most_bytes,
     part_count,
+    with_measured,
 )
 from packsaddle.comm.communicator import Communicator, Parts, part_sizes
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
@@ -59,10 +61,18 @@ class Owners(Aggregator):
         """Return the chunk boundaries, W + 1 integers: worker j owns the coordinates [bounds[j], bounds[j + 1])."""
 
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self,
+        channel: Communicator,
+        v: Tensor,
+        dense: Tensor,
+        *,
+        seed: int,
+        step: int,
+        flag: int | None = None,
+        measure: Measure | None = None,
     ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_of_dense(channel, dense))
+            return Averaged((), (), mean_of_dense(channel, with_measured(dense, (), measure)))
         rank, size = channel.group.rank, channel.group.size
         chunks = list(pairwise(self.bounds(len(v), size)))
         self._own = chunks[rank]
@@ -80,7 +90,9 @@ class Owners(Aggregator):
         known = sizes if self._knows_replies else None
         mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
-        return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
+        sent = tuple(own.values())
+        mean_dense = mean_of_dense(channel, with_measured(dense, sent, measure), invalid.error, flag)
+        return Averaged(sent, mean, mean_dense, invalid.error)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
