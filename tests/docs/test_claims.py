@@ -75,7 +75,7 @@ def test_local_updates_of_muon() -> None:
     # What a mean momentum gains with AdamW, and loses with Muon.
     sign, mixed = "local 8, Sign", "local 8, Sign, mean momentum 0.5"
     first = muon("char-4", seeds="0")
-    said = r"a loss of ([\d.]+) with it and of ([\d.]+) without it.*?the loss \(([\d.]+), and ([\d.]+) without it, seed 0"
+    said = r"loss of ([\d.]+) with it and of ([\d.]+) without it.*?loss \(([\d.]+), and ([\d.]+) without it, seed 0"
     gain = re.search(said, re.sub(r"\s+", " ", guide))
     assert gain
     losses = [four[f"AdamW, {how}"][0] for how in (mixed, sign)] + [first[f"Muon, {how}"][0] for how in (mixed, sign)]

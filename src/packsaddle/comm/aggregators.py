@@ -40,8 +40,8 @@ class Term:
         return torch.stack(parts).sum() * self.weight
 
 
-# Computes numbers, float[m], from this worker's C(v), to be averaged with the uncompressed part.
-Measure = Callable[[tuple[Term, ...]], Tensor]
+# The uncompressed part of a vector, float[m], or a function that returns it from this worker's C(v).
+Dense = Tensor | Callable[[tuple[Term, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Averaged:
 
     own: tuple[Term, ...]  # this worker's compressed vector C(v); its error memory becomes v - C(v)
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
-    dense: Tensor  # float[d - compressed d], the mean of the uncompressed parts, and after them of measured numbers
+    dense: Tensor  # float[m], the mean of the uncompressed parts
     error: MessageError | None = None  # error of an invalid message, for which all workers reject the mean; None: valid
 
     def write_to(self, out: Tensor) -> Tensor:
@@ -94,21 +94,12 @@ class Aggregator(ABC):
 
     @abstractmethod
     def average(
-        self,
-        channel: Communicator,
-        v: Tensor,
-        dense: Tensor,
-        *,
-        seed: int,
-        step: int,
-        flag: int | None = None,
-        measure: Measure | None = None,
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         """Average C(v), v float[d], and the uncompressed part `dense` over workers; collective. Inputs do not change.
 
         If a message of another worker is invalid, this worker sends NaN as dense[flag], so that all workers reject the
-        mean, and sets `Averaged.error`. Without `flag` it raises MessageError. The numbers that `measure` computes from
-        C(v) are averaged as further uncompressed coordinates.
+        mean, and sets `Averaged.error`. Without `flag` it raises MessageError.
         """
 
     @abstractmethod
@@ -179,18 +170,10 @@ class AllReduce(Aggregator):
         self._buffer = torch.zeros(0)
 
     def average(
-        self,
-        channel: Communicator,
-        v: Tensor,
-        dense: Tensor,
-        *,
-        seed: int,
-        step: int,
-        flag: int | None = None,
-        measure: Measure | None = None,
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         own = self.compressor.encode(v, seed=seed, step=step)
-        dense = with_measured(dense, self._terms(own, len(v)), measure)
+        dense = dense_of(dense, self._terms(own, len(v)))
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
         n = len(payload) + len(dense)
@@ -208,18 +191,10 @@ class AllGather(Aggregator):
     """All-gather of the messages, averaged locally by every worker, and an all-reduce of the uncompressed part."""
 
     def average(
-        self,
-        channel: Communicator,
-        v: Tensor,
-        dense: Tensor,
-        *,
-        seed: int,
-        step: int,
-        flag: int | None = None,
-        measure: Measure | None = None,
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_of_dense(channel, with_measured(dense, (), measure)))
+            return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
         mean: list[Term] = []
         gathered: list[Parts] = []
@@ -234,7 +209,7 @@ class AllGather(Aggregator):
                 mean += self._terms(message, len(v), 1.0 / channel.group.size)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         sent = self._terms(own, len(v))
-        mean_dense = mean_of_dense(channel, with_measured(dense, sent, measure), invalid.error, flag)
+        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid.error, flag)
         return Averaged(sent, tuple(mean), mean_dense, invalid.error)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
@@ -253,30 +228,24 @@ class SharedSupportAllReduce(Aggregator):
     compressor: SharedSupport
 
     def average(
-        self,
-        channel: Communicator,
-        v: Tensor,
-        dense: Tensor,
-        *,
-        seed: int,
-        step: int,
-        flag: int | None = None,
-        measure: Measure | None = None,
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         d, compressor = len(v), self.compressor
         if not d:
-            return Averaged((), (), mean_of_dense(channel, with_measured(dense, (), measure)))
+            return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         drawn = compressor.draw(d, seed=seed, step=step)
         sketch = compressor.sketch(v, drawn)
         if len(sketch):
             sketch = channel.mean(sketch, "sketch")
         places = compressor.places(sketch, drawn, d)
         own = places.gather(v)
-        mean, mean_dense = mean_with_dense(channel, own, "values", dense)
+        # C(v) depends on the mean of the values, so what is computed from it needs an all-reduce of its own.
+        with_values = dense if isinstance(dense, Tensor) else v[:0]
+        mean, mean_dense = mean_with_dense(channel, own, "values", with_values)
         kept = compressor.keep(places, mean, d)
         sent, reduced = (self._terms(Message({"values": values}, kept), d) for values in (own, mean))
-        if measure is not None:  # in another all-reduce, since C(v) depends on the mean of the values
-            mean_dense = torch.cat([mean_dense, channel.mean(measure(sent), "dense")])
+        if not isinstance(dense, Tensor):
+            mean_dense = mean_of_dense(channel, dense(sent))
         return Averaged(sent, reduced, mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
@@ -301,15 +270,7 @@ class LowRankAllReduce(Aggregator):
         self._qs: list[Tensor] | None = None
 
     def average(
-        self,
-        channel: Communicator,
-        v: Tensor,
-        dense: Tensor,
-        *,
-        seed: int,
-        step: int,
-        flag: int | None = None,
-        measure: Measure | None = None,
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
@@ -325,7 +286,7 @@ class LowRankAllReduce(Aggregator):
             products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
         # The second all-reduce: the mean of P^T M_i. This worker's C(v) is P P^T M_i; all workers apply P P^T M.
         own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
-        dense = with_measured(dense, self._terms(own, d), measure)
+        dense = dense_of(dense, self._terms(own, d))
         right = own.parts["right"] if d else dense[:0]
         mean, mean_dense = mean_with_dense(channel, right, "right", dense)
         message = Message({"left": own.parts["left"], "right": mean}) if d else own
@@ -409,9 +370,8 @@ def mean_of_dense(
     return channel.mean(mine, "dense")
 
 
-def with_measured(dense: Tensor, own: tuple[Term, ...], measure: Measure | None) -> Tensor:
-    """Return the uncompressed part, followed by the numbers that `measure` computes from C(v), if it is given."""
-    return dense if measure is None else torch.cat([dense, measure(own)])
+def dense_of(dense: Dense, own: tuple[Term, ...]) -> Tensor:
+    return dense if isinstance(dense, Tensor) else dense(own)
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:

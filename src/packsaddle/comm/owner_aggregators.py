@@ -13,15 +13,15 @@ from torch import Tensor
 from packsaddle.comm.aggregators import (
     Aggregator,
     Averaged,
+    Dense,
     Invalid,
-    Measure,
     Term,
     Work,
+    dense_of,
     mean_of_dense,
     message_bytes,
     most_bytes,
     part_count,
-    with_measured,
 )
 from packsaddle.comm.communicator import Communicator, Parts, part_sizes
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
@@ -61,18 +61,10 @@ class Owners(Aggregator):
         """Return the chunk boundaries, W + 1 integers: worker j owns the coordinates [bounds[j], bounds[j + 1])."""
 
     def average(
-        self,
-        channel: Communicator,
-        v: Tensor,
-        dense: Tensor,
-        *,
-        seed: int,
-        step: int,
-        flag: int | None = None,
-        measure: Measure | None = None,
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_of_dense(channel, with_measured(dense, (), measure)))
+            return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         rank, size = channel.group.rank, channel.group.size
         chunks = list(pairwise(self.bounds(len(v), size)))
         self._own = chunks[rank]
@@ -91,7 +83,7 @@ class Owners(Aggregator):
         mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         sent = tuple(own.values())
-        mean_dense = mean_of_dense(channel, with_measured(dense, sent, measure), invalid.error, flag)
+        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid.error, flag)
         return Averaged(sent, mean, mean_dense, invalid.error)
 
     def _reply(

@@ -247,20 +247,15 @@ class Round:
         extras = [flag, *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
 
-        def measured(own: tuple[Term, ...]) -> Tensor:
+        def with_measured(own: tuple[Term, ...]) -> Tensor:
             assert measure is not None
             whole = torch.cat([torch.zeros_like(v[:n]), dense])
             for term in own:
                 term.add_to(whole, 1.0)
-            return measure(whole)
+            return torch.cat([sent, measure(whole)])
 
-        g = self._aggregator.average(
-            *(f.channel, v[:n], sent),
-            seed=f.seed,
-            step=self.step,
-            flag=at,
-            measure=None if measure is None else measured,
-        )
+        to_send = sent if measure is None else with_measured
+        g = self._aggregator.average(f.channel, v[:n], to_send, seed=f.seed, step=self.step, flag=at)
         if g.error is not None:
             self.report = self.report or Report.of_message(g.error)
         lengths = [len(v) - n, *(len(extra) for extra in extras)]
