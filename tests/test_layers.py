@@ -146,4 +146,4 @@ def test_reports_know_no_algorithm() -> None:
 
 def test_the_package_imports_no_lab() -> None:
     for name, imported in modules().items():
-        assert not {t for t in imported if t.partition(".")[0] in ("benchmarks", "experiments")}, name
+        assert not {t for t in imported if t.partition(".")[0] == "lab"}, name

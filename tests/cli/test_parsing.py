@@ -12,9 +12,9 @@ import pytest
 from commandline import LAB, command, refused
 
 import packsaddle
-from benchmarks import pieces
-from benchmarks.race import __main__ as race
-from experiments.paper import __main__ as paper
+from lab.bench import pieces
+from lab.paper import __main__ as paper
+from lab.race import __main__ as race
 from packsaddle.cli import COMMANDS, parsing
 from packsaddle.cli.flags import flags_of
 from packsaddle.cli.parsing import Group, parse
@@ -40,7 +40,7 @@ MISTAKES = {
     "run x.toml --workers 2 3": "run: unexpected argument 3",
     "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
     "plan link 1gbit --compute 55msec": "plan link: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
-    "benchmarks.race link --max-seconds": "link: --max-seconds needs a value after it",
+    "lab.race link --max-seconds": "link: --max-seconds needs a value after it",
     "plan theory --mode theorie": "plan theory: --mode must be one of practical, theory, got 'theorie' (did you mean ",
     "plan table --zebra": "plan table: unknown flag --zebra (see --help)",
     "plan --link 100mbit --model resnet18": "plan: unknown flag --link (did you mean link?)",
@@ -48,16 +48,16 @@ MISTAKES = {
     "plan theory": "plan theory: missing --d INT Number of parameters of the model (coordinates of x)",
     "plan theory --epsilon 0.2 --d 0": "--d must be an integer from 1 to 1e15, got 0",
     "plan theory --epsilon 0.2 --d 10 --f-max -1": "--f-max must be positive, from 1e-20 to 1e+20, got -1.0",
-    "experiments.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
+    "lab.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
     "certify runs/a --checkpoint": "certify: --checkpoint needs a value after it",
-    "benchmarks.pieces stp": "unknown command stp (did you mean step?)",
-    "benchmarks.pieces step --dd 3": "step: unknown flag --dd (did you mean --d?)",
-    "benchmarks.race train --model net": "train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
+    "lab.bench.pieces stp": "unknown command stp (did you mean step?)",
+    "lab.bench.pieces step --dd 3": "step: unknown flag --dd (did you mean --d?)",
+    "lab.race train --model net": "train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
     "plan link 1gbit --d 1M --sigma 5": "plan link: unknown flag --sigma (see --help)",
     "plan link 1gbit --d 1M --mode theory": "plan link: unknown flag --mode (did you mean --model?)",
     "plan theory --d 1M --epsilon 0.1 --spread 1": "plan theory: unknown flag --spread (see --help)",
     "plan table --d 1000 --epsilon 0.1 --ratio 0.1": "plan table: unknown flag --ratio (see --help)",
-    "benchmarks.pieces compress --d 0": "d must be at least 1, got 0",
+    "lab.bench.pieces compress --d 0": "d must be at least 1, got 0",
     "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
 }
 
@@ -107,7 +107,7 @@ def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[st
     for arguments in (("--help",), ("-h",)):
         assert command(*arguments) == 0
         assert capsys.readouterr().out == shown
-    assert command("benchmarks.pieces") == 0
+    assert command("lab.bench.pieces") == 0
     assert "\n  exchange  Time one exchange" in capsys.readouterr().out
 
 
@@ -126,13 +126,13 @@ def leaves(group: Group, *names: str) -> Iterator[tuple[tuple[str, ...], Callabl
 
 PROGRAMS: dict[str, Group] = {
     "packsaddle": COMMANDS,
-    "benchmarks.pieces": pieces.COMMANDS,
-    "benchmarks.race": race.COMMANDS,
+    "lab.bench.pieces": pieces.COMMANDS,
+    "lab.race": race.COMMANDS,
 }
 LEAVES = {
     **dict(leaves(COMMANDS)),
     **{(name, *words): entry for name in LAB if name in PROGRAMS for words, entry in leaves(PROGRAMS[name])},
-    ("experiments.paper",): paper.reproduce,
+    ("lab.paper",): paper.reproduce,
 }
 
 

@@ -61,7 +61,7 @@ except ConfigError as error:
 from families import COMPRESSORS
 assert Toy(0.3) in COMPRESSORS
 try:
-    from generated import compressors as pages, configuration
+    from lab.docs.generated import compressors as pages, configuration
 except ModuleNotFoundError:
     raise SystemExit
 assert "| `Toy(ratio=0.5, extra=1)` | one | all values | yes | all-reduce | 6,000.0 |" in pages.markdown()
@@ -77,7 +77,7 @@ def test_a_compressor_of_one_file_and_one_line_is_in_all_lists(tmp_path: Path) -
     (source / "compressors" / "toy.py").write_text(TOY)
     with (source / "compressors" / "kinds.py").open("a") as file:
         file.write(LINE)
-    path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests" / "support", ROOT / "docs", ROOT)))
+    path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests" / "support", ROOT)))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": path, "PACKSADDLE_KERNELS": "torch"},  # compiles nothing

@@ -11,7 +11,7 @@ import torch
 from searches import arguments
 from torch import Tensor, nn
 
-from experiments.paper.problems import (
+from lab.paper.problems import (
     Cosine,
     CurvedValley,
     DoubleWells,

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from benchmarks import pieces
-from benchmarks.race import __main__ as race
-from experiments.paper import __main__ as paper
+from lab.bench import pieces
+from lab.paper import __main__ as paper
+from lab.race import __main__ as race
 from packsaddle import cli
 from packsaddle.cli.flags import flags_of
 from packsaddle.cli.parsing import Group
@@ -21,11 +20,8 @@ from packsaddle.options.schema import choices, settable
 from packsaddle.runs.config import Config
 
 pytest.importorskip("sphinx")
-DOCS = Path(__file__).parents[2] / "docs"
-sys.path.insert(0, str(DOCS))
-
-from generated import commands, compressors, configuration, metrics  # noqa: E402
-from generated.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity  # noqa: E402
+from lab.docs.generated import commands, compressors, configuration, metrics
+from lab.docs.generated.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity
 
 
 def rows(markdown: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import packsaddle
-from experiments.paper.progress import StudyProgress
+from lab.paper.progress import StudyProgress
 from packsaddle.cli.console import print_runs
 from packsaddle.runs.progress import live
 from packsaddle.runs.report import write_report
@@ -112,7 +112,7 @@ def test_terminals_show_and_do_not_obey(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_progress_of_a_study_shows_names_as_they_are(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(force_terminal=terminal, color_system=None, width=200, file=io.StringIO())
-    monkeypatch.setattr("experiments.paper.progress.Console", lambda: console)
+    monkeypatch.setattr("lab.paper.progress.Console", lambda: console)
     with StudyProgress("[red]study[/]", 2) as progress:
         progress.show({"[bold]one[/bold]": 0.5, "two[/]": 0.5}, ["[bold]one[/bold]", "two[/]"])
         progress.show({"[bold]one[/bold]": 1.0, "two[/]": 0.5}, ["two[/]"])

@@ -181,7 +181,7 @@ def worker_of(folder: Path, rank: int) -> int:
 
 
 def test_workers_killed_at_random_moments() -> None:
-    words = [python(), ROOT / "benchmarks" / "chaos.py", "--runs", "3", "--workers", "2", "--seed", "1"]
+    words = [python(), ROOT / "lab" / "bench" / "chaos.py", "--runs", "3", "--workers", "2", "--seed", "1"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     workers, runs, kills, stops, _, _, equal, _ = done.stdout.splitlines()[-1].split("|")

@@ -206,14 +206,14 @@ def test_a_lock_taken_anew_while_its_file_is_removed(tmp_path: Path, monkeypatch
 
 
 def test_a_study_is_made_by_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = ("experiments.paper", "text", "--scale", "smoke", "--seeds", 1, "--resume", "--out", tmp_path)
+    study = ("lab.paper", "text", "--scale", "smoke", "--seeds", 1, "--resume", "--out", tmp_path)
     (tmp_path / "study.json").write_text('{"study": "text", "scale": "smoke"}')
     with locked(tmp_path):
         refused(capsys, f"{tmp_path} is being trained in by process {os.getpid()}", *study)
         refused(
             capsys,
             "is being trained in",
-            "experiments.paper",
+            "lab.paper",
             "table1",
             "--scale",
             "smoke",

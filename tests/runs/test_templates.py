@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from commandline import command, refused
 
-from experiments.paper.other_studies import language
+from lab.paper.other_studies import language
 from packsaddle.compressors import TopK
 from packsaddle.feedback.compression import Compression
 from packsaddle.local.options import OuterSGD, Overlap

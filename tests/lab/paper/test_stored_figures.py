@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.paper.results import digest, save_figure
-from experiments.paper.studies import REPRODUCTIONS
+from lab.paper.results import digest, save_figure
+from lab.paper.studies import REPRODUCTIONS
 from packsaddle.runs.report.curves import Curve, read_curves
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
