@@ -1,11 +1,13 @@
 # Everything a checkout needs, made on demand: python3 3.11 or newer and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+COMPILE = @$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one. Some files are no Python 3
 
 .PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures shape figures race gpu audit clean
 
-demo: .venv/.installed
-	$(BIN)/packsaddle demo
+demo: .venv/.demo
+	$(BIN)/python -m lab demo
 
 # Lint, types and all tests.
 test: .venv/.installed
@@ -30,7 +32,7 @@ quick: .venv/.installed
 # With the real Lightning, transformers, accelerate, torchft and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track,torchft]'
-	$(BIN)/pytest -q tests/integrations tests/runs/test_trackers.py
+	$(BIN)/pytest -q tests/integrations tests/lab/runs/test_trackers.py
 	$(BIN)/pytest -q tests/local/test_elastic_workers.py tests/comm/test_network_faults.py
 	$(BIN)/pytest -q tests/lab/race/test_race_to_loss.py -k torchft
 	PACKSADDLE_ALL_TUTORIALS=1 $(BIN)/pytest -q tests/docs/test_tutorials.py
@@ -87,11 +89,17 @@ audit: .venv/.installed
 	$(BIN)/python -m pip freeze --exclude-editable > build-audit.txt
 	.venv-audit/bin/pip-audit --requirement build-audit.txt --no-deps --disable-pip
 
-.venv/.installed: pyproject.toml
+# What the demo needs; then what developers need too. pip prints what it installs.
+.venv/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one. Some files are no Python 3
+	$(INSTALL) -e '.[fast,lab]'
+	$(COMPILE)
+	touch $@
+
+.venv/.installed: .venv/.demo
+	$(INSTALL) -e '.[dev]'
+	$(COMPILE)
 	touch $@
 
 clean:

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 from lab.bench.rate_search import Job, RateSearch, append, rate_at
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import Batches, load_data, make_task, shard
 from packsaddle.comm import launch, process_group
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 METHODS = {
     "dense": None,

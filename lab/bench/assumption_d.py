@@ -17,9 +17,9 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import Batches, load_data, make_task, shard
 from packsaddle import AdaptiveTopK, CompressedSGD, Compression, Message
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 ETA, BATCH, NOISES = 0.1, 64, (0.0, 0.001, 0.01)
 

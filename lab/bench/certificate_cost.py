@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
+from lab.runs import Audit
+from lab.runs.tasks import task_loss
 from packsaddle import Certificate, certify
 from packsaddle.comm import Communicator, Ledger, Solo
 from packsaddle.curvature import Curvature, Search
-from packsaddle.runs import Audit
-from packsaddle.runs.tasks import task_loss
 
 Measured = tuple[float, int]  # lambda_min, Hessian-vector products
 

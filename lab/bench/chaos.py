@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from packsaddle import cli
+from lab import __main__ as lab
 
 CONFIG = """
 lr = 0.5
@@ -79,13 +79,13 @@ class Trial:
 
 
 def worker(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
-    """Run `packsaddle run` with a launcher's environment, as a process of torchrun."""
+    """Run `python -m lab run` with a launcher's environment, as a process of torchrun."""
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.argv = ["packsaddle", *arguments]
-    cli.main()
+    lab.main()
 
 
 def attempt(trial: Trial, arguments: Sequence[str], log: Path, disturb: tuple[float, int, int] | None) -> bool:
@@ -241,7 +241,7 @@ def warm_up(config: Path, folder: Path) -> None:
     """Run one worker in this process, to import and compile before forking; it starts no threads."""
     sys.argv = ["packsaddle", "run", str(config), "--out", str(folder), "--checkpoint-every", "5"]
     with redirect_stdout(io.StringIO()):
-        cli.main()
+        lab.main()
 
 
 def undisturbed(key: tuple[int, int, bool], config: Path, base: Path) -> tuple[str, float]:

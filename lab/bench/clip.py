@@ -25,9 +25,9 @@ import torch
 
 import packsaddle
 from lab.bench.rate_search import append
+from lab.runs import DataConfig
+from lab.runs.tasks import Batches, load_data, shard
 from packsaddle.comm import resolve
-from packsaddle.runs import DataConfig
-from packsaddle.runs.tasks import Batches, load_data, shard
 
 WORKERS, STEPS, EVERY, BATCH, RATE = 8, 240, 8, 32, 2e-3
 ONCE = 10  # the round of "once times 1e4", from 0

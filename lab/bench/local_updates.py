@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 from lab.bench.rate_search import Job, RateSearch, append, rate_at
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import Batches, load_data, make_task, shard
 from packsaddle.comm import launch, process_group, resolve
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 
 def nesterov(anchors: list[Any]) -> torch.optim.Optimizer:

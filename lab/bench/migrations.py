@@ -26,9 +26,9 @@ from lab.bench.onebit_adam import OneBitAdam
 from lab.bench.rate_search import Job, RateSearch, append, rate_at
 from lab.bench.zero_one_adam import ZeroOneAdam
 from lab.race import torchft_diloco
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import Batches, load_data, make_task, shard
 from packsaddle.comm import launch, process_group
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 WORKERS, BATCH = 2, 4
 MODEL = ModelConfig("char-transformer", width=48, depth=2, heads=4)

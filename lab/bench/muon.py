@@ -45,10 +45,10 @@ from lab.race.figures import label_ends
 from lab.race.inner import Half, held_out_loss, make_inner
 from lab.race.target_settings import steps_and_loss
 from lab.race.workload import LIBRARY, evenly_spaced, load_library
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import Batches, Dataset, load_data, make_task, shard
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import Batches, Dataset, load_data, make_task, shard
 
 GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
 CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows

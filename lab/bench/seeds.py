@@ -8,8 +8,8 @@ import argparse
 import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 
+from lab.runs.tasks import mnist_autoencoder
 from packsaddle.plan import side_by_side
-from packsaddle.runs.tasks import mnist_autoencoder
 
 
 def main() -> None:

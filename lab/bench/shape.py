@@ -102,8 +102,8 @@ def hook_calls() -> Counter[tuple[str, str]]:
 
 
 def run_calls() -> Counter[tuple[str, str]]:
-    """Trace `packsaddle run` with one worker, four steps and checkpoints."""
-    from packsaddle.cli import main
+    """Trace `python -m lab run` with one worker, four steps and checkpoints."""
+    from lab.__main__ import main
 
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.toml"
@@ -173,11 +173,11 @@ def main() -> None:
         "lines of the engine, its fronts, compressors and comm": sum(
             packages[name] for name in ("feedback", "sgd", "hooks", "local", "compressors", "comm")
         ),
-        "lines of runs, plan and cli": sum(packages[name] for name in ("runs", "plan", "cli")),
+        "lines of plan and cli": packages["plan"] + packages["cli"],
         "files that one CompressedSGD step runs": files_of(step),
         "calls from file to file in it": hops_of(step),
         "files that the DDP hook runs in three iterations": files_of(hook),
-        "files that packsaddle run executes": files_of(run_calls()),
+        "files of src that python -m lab run executes": files_of(run_calls()),
         "arguments of LocalUpdates": arguments(packsaddle.LocalUpdates.__init__),
         "arguments of CompressedSGD": arguments(packsaddle.CompressedSGD.__init__),
         "arguments of certify": arguments(packsaddle.certify),

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import packsaddle
+from lab.runs import DataConfig
+from lab.runs.tasks import load_data
 from packsaddle.comm import launch, process_group
 from packsaddle.integrations.huggingface import PacksaddleCallback
-from packsaddle.runs import DataConfig
-from packsaddle.runs.tasks import load_data
 
 SCOPES = ("dense", "bucket", "model")
 WORKERS, STEPS, BATCH, EVALUATED = 2, 300, 16, 1024

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import shutil
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -116,6 +117,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGES)
     parser.add_argument("--prose", action="store_true", help="run nothing: keep what the pages say was printed")
     arguments = parser.parse_args()
+    os.environ["PATH"] = (
+        f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # of the commands in scripts
+    )
     out = arguments.out.resolve()
     for script in arguments.scripts:
         if arguments.prose:

@@ -14,9 +14,9 @@ from lab.bench.rows_file import add_rows, read_rows
 from lab.downstream.finetune import network_of
 from lab.downstream.pretrain import Run
 from lab.race.workload import LIBRARY, evenly_spaced, load_library
+from lab.runs import DataConfig
+from lab.runs.tasks import task_loss
 from packsaddle.curvature import spectral_density
-from packsaddle.runs import DataConfig
-from packsaddle.runs.tasks import task_loss
 
 WINDOWS = 32
 PROBES, PRODUCTS = 2, 16  # probe vectors of the density, products of each

@@ -14,8 +14,8 @@ from lab.downstream.second_text import SHA256, second_text
 from lab.race.inner import held_out_loss, make_inner
 from lab.race.recipe import share_of_peak
 from lab.race.workload import evenly_spaced, load_library
-from packsaddle.runs import DataConfig
-from packsaddle.runs.tasks import Batches, Task, make_task
+from lab.runs import DataConfig
+from lab.runs.tasks import Batches, Task, make_task
 
 STEPS, WARM_UP, BATCH = 200, 20, 8
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)

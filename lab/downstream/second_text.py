@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lab.race.library import VERSION
 from lab.race.workload import load_library
+from lab.runs import DataConfig
+from lab.runs.tasks import Text, load_data
 from packsaddle.errors import ConfigError
-from packsaddle.runs import DataConfig
-from packsaddle.runs.tasks import Text, load_data
 
 SHA256 = "66e8ae08c9c8eca4c0858a21de30df37010fc87df3469f064dfab14d95e612ae"
 CONFIG = DataConfig("text")

@@ -6,16 +6,17 @@ from typing import Annotated, Literal
 import tyro
 from rich.table import Table
 
+from lab.cli.console import dated, require_plots
 from lab.paper.results import print_settings, save_figure, summarise, write_results
 from lab.paper.runner import Means, check_study, run_study
 from lab.paper.studies import REPRODUCTIONS
 from lab.paper.study import Data, Scale, Study, StudyFolder
 from lab.paper.table1 import tabulate
+from lab.runs import check_free, locked, read_runs
+from lab.runs.report import figures, read_curves, settings, write_report
 from packsaddle import __version__
-from packsaddle.cli import dated, print_table, require_plots, serve
+from packsaddle.cli import print_table, serve
 from packsaddle.errors import ConfigError
-from packsaddle.runs import check_free, locked, read_runs
-from packsaddle.runs.report import figures, read_curves, settings, write_report
 
 PROGRAM = "python -m lab.paper"
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lab.runs.report import COLOURS, STYLE, Curve
 from packsaddle.errors import ConfigError, require
-from packsaddle.runs.report import COLOURS, STYLE, Curve
 
 # The paper's colours: red without noise, green with it; dashes tell them apart without colours.
 NOISE_LINES = ({"color": "#C0392B", "linestyle": "--"}, {"color": "#1E8449", "linestyle": "-"})
@@ -26,7 +26,7 @@ def line(axes: Any, curve: Curve, axis: str, quantity: str, label: str, style: d
 
 def grid(curves: Sequence[Curve]) -> Any:
     """Figure 1: loss and test accuracy, against epochs and against megabytes, a colour per curve."""
-    require("matplotlib", "plot", "drawing figures")
+    require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -48,7 +48,7 @@ def grid(curves: Sequence[Curve]) -> Any:
 
 def panels(columns: Sequence[tuple[str, Sequence[tuple[Curve, str]]]], plateau: float) -> Any:
     """Figure 2: a column per compressor against epochs, and one with all of them, with noise, against megabytes."""
-    require("matplotlib", "plot", "drawing figures")
+    require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lab.paper import drawing
 from lab.paper.results import by_setting, interval, paired
 from lab.paper.study import Data, Scale, Study
+from lab.runs import AnyCompressor, Config, DataConfig, ModelConfig
+from lab.runs.report import Curve
 from packsaddle.compressors import Identity, RandomK
-from packsaddle.runs import AnyCompressor, Config, DataConfig, ModelConfig
-from packsaddle.runs.report import Curve
 
 Norm = Literal["all", "worker", "group"]
 WORKERS = 10

@@ -7,9 +7,9 @@ from typing import Any
 from lab.paper import drawing
 from lab.paper.results import by_setting, interval, paired
 from lab.paper.study import Data, Scale, Study
+from lab.runs import AnyCompressor, CertifyConfig, Config, DataConfig, ModelConfig, NoiseConfig
+from lab.runs.report import Curve
 from packsaddle.compressors import Identity, RandomK, TopK
-from packsaddle.runs import AnyCompressor, CertifyConfig, Config, DataConfig, ModelConfig, NoiseConfig
-from packsaddle.runs.report import Curve
 
 # The loss of the best constant grey: the variance of all pixels of MNIST.
 PLATEAU = 0.095

@@ -6,6 +6,16 @@ from typing import Any
 
 from lab.paper import figure1, figure2
 from lab.paper.study import Data, Scale, Study
+from lab.runs import (
+    AnyCompressor,
+    Config,
+    DataConfig,
+    EscapeConfig,
+    LocalConfig,
+    ModelConfig,
+    NoiseConfig,
+)
+from lab.runs.report import Curve
 from packsaddle.compressors import (
     QSGD,
     AdaptiveTopK,
@@ -18,16 +28,6 @@ from packsaddle.compressors import (
     SketchTopK,
     TopK,
 )
-from packsaddle.runs import (
-    AnyCompressor,
-    Config,
-    DataConfig,
-    EscapeConfig,
-    LocalConfig,
-    ModelConfig,
-    NoiseConfig,
-)
-from packsaddle.runs.report import Curve
 
 _SEEDS = 3
 

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from packsaddle.cli.progress import time_left
 from packsaddle.messages import printable
-from packsaddle.runs.progress import time_left
 
 
 class StudyProgress:

@@ -10,9 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from lab.paper.study import Study
+from lab.runs import RunFolder
+from lab.runs.report import Estimate, Setting, curve, estimate, plateau, save, write_curves
 from packsaddle.cli import plain_text, print_table
-from packsaddle.runs import RunFolder
-from packsaddle.runs.report import Estimate, Setting, curve, estimate, plateau, save, write_curves
 
 Json = Mapping[str, Any]
 _CERTIFIED = ("epoch", "verdict", "epsilon", "loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold")

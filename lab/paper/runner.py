@@ -20,9 +20,9 @@ import torch
 
 from lab.paper.progress import StudyProgress
 from lab.paper.study import Study, StudyFolder, SubRun
+from lab.runs import CheckpointPolicy, How, Job, LoadingError, check_free, fastest_simulation, make_new
 from packsaddle.comm import WorkerFailedError, preload_workers
 from packsaddle.errors import ConfigError, GuardError
-from packsaddle.runs import CheckpointPolicy, How, Job, LoadingError, check_free, fastest_simulation, make_new
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

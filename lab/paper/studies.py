@@ -6,7 +6,7 @@ from typing import Any
 
 from lab.paper import figure1, figure2, other_studies
 from lab.paper.study import Data, Scale, Study
-from packsaddle.runs.report import Curve
+from lab.runs.report import Curve
 
 
 @dataclass(frozen=True)

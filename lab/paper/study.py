@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lab.runs import Config, RunFolder, commit, configure, make_new, override
 from packsaddle.errors import ConfigError
 from packsaddle.options import build, first_difference, plain
-from packsaddle.runs import Config, RunFolder, commit, configure, make_new, override
 
 Scale = Literal["paper", "cpu", "smoke"]
 Data = Literal["mnist", "cifar10", "folder", "text"]

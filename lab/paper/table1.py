@@ -19,9 +19,9 @@ from lab.paper.progress import StudyProgress
 from lab.paper.runner import default_jobs, in_parallel
 from lab.paper.study import Scale, check_folder, make_folder
 from lab.paper.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
+from lab.runs import RunFolder, check_free, commit, environment, locked, written
+from lab.runs.report import COLOURS
 from packsaddle.errors import require
-from packsaddle.runs import RunFolder, check_free, commit, environment, locked, written
-from packsaddle.runs.report import COLOURS
 from packsaddle.theory import TABLE_1, Assumptions, plan
 
 Run = dict[str, Any]
@@ -164,7 +164,7 @@ STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "
 
 def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
     """Return steps against epsilon and d, and bytes against epsilon, of `exponents.steps`'s rows."""
-    require("matplotlib", "plot", "drawing figures")
+    require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

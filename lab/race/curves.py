@@ -23,8 +23,8 @@ from lab.race.peers import CannotRunError, Racer, enter
 from lab.race.race import settle
 from lab.race.recipe import Kind, Recipe
 from lab.race.workload import TrainingWorkload, evenly_spaced
+from lab.runs.tasks import Dataset
 from packsaddle.comm import Group, process_group
-from packsaddle.runs.tasks import Dataset
 
 _HELD_OUT = 512  # examples, evenly spaced
 _AT_ONCE = 64

@@ -22,9 +22,9 @@ from lab.race.inner import make_inner
 from lab.race.recipe import share_of_peak
 from lab.race.target_settings import Method
 from lab.race.workload import Batch
+from lab.runs.tasks import Task
 from packsaddle import Compression, Identity, LocalUpdates, OuterSGD, register_ddp_hook
 from packsaddle.comm import Group, ring_all_reduce
-from packsaddle.runs.tasks import Task
 
 _ONE_BUCKET = 1e6  # MiB: PowerSGD's chained collectives need one bucket on gloo
 

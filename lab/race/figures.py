@@ -30,7 +30,7 @@ def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[St
 
     Raises MissingExtraError without matplotlib.
     """
-    plt: Any = require("matplotlib.pyplot", "plot", "figures of a race")
+    plt: Any = require("matplotlib.pyplot", "lab", "figures of a race")
     found = entries(curves)
     dense = dense_of(found)
     files = []

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lab.race.curves import Training, load
 from lab.race.search import Search
-from packsaddle.runs.tasks import Batches, shard
+from lab.runs.tasks import Batches, shard
 
 CONTENDERS = (
     "ddp",

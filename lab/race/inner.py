@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lab.runs.tasks import Dataset
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Message
-from packsaddle.runs.tasks import Dataset
 
 _NOT_HIDDEN = ("characters.weight", "places.weight", "head.weight")  # matrices that AdamW trains
 _AT_ONCE = 64  # windows

@@ -22,11 +22,11 @@ from lab.race import torchft_diloco
 from lab.race.contenders import ALONE, DENSE, Contender
 from lab.race.recipe import CONSTANT, Recipe
 from lab.race.workload import Batch
+from lab.runs.tasks import Task
 from packsaddle import CompressedSGD, Compression, LocalUpdates, OuterSGD, Overlap, register_ddp_hook
 from packsaddle.comm import Bytes, ring_all_gather, ring_all_reduce
 from packsaddle.compressors import TopK
 from packsaddle.errors import MissingExtraError
-from packsaddle.runs.tasks import Task
 
 # DDP rebuilds its buckets after the first step, so torch's hook does not allow error feedback before the third.
 _POWERSGD_FROM = 2

@@ -18,9 +18,9 @@ from lab.race.contenders import ALONE, DENSE, Contender, parse_all
 from lab.race.peers import CannotRunError, Racer, enter, probe
 from lab.race.recipe import CONSTANT, Recipe
 from lab.race.workload import Batch, TrainingWorkload, evenly_spaced
+from lab.runs.tasks import Dataset, Task
 from packsaddle.comm import Group, process_group, resolve
 from packsaddle.plan import Timing
-from packsaddle.runs.tasks import Dataset, Task
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lab.race.inner import Half
+from lab.runs import ModelConfig
 from packsaddle.compressors import Compressor, parse_compressor
 from packsaddle.errors import ConfigError
 from packsaddle.options import build
-from packsaddle.runs import ModelConfig
 
 Kind = Literal["alone", "dense", "hook", "local", "local-sgd", "powersgd"]
 Inner = Literal["adamw", "muon"]

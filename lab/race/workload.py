@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lab.race.library import SHA256, library_text
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import (
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import (
     Batches,
     Dataset,
     Images,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import packsaddle
 from lab.bench.rate_search import append, climb
 from lab.bench.rows_file import read_rows
+from lab.runs.tasks import Dataset
 from lab.saddles.methods import EVERY, NETWORK_METHODS, Method, local_settings
 from packsaddle import LocalUpdates, NonFiniteError
-from packsaddle.runs.tasks import Dataset
 
 SEEDS = range(3)
 REFERENCES = ("SGD", "AdamW", "Muon")  # also trained from the usual initial weights

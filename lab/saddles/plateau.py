@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import load_data, make_task
 from lab.saddles.network_runs import Point, draw_batch, gradient
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import load_data, make_task
 
 REACH_STEPS, REACH_RATE = 256, 1.0  # of the SGD that reaches the plateau from the usual initial weights
 LEFT = 0.9  # of the loss of the best constant image

@@ -10,9 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import load_data, make_task
 from lab.saddles.network_runs import Point, draw_batch, gradient
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import load_data, make_task
 
 WIDTH, DEPTH, HEADS, CONTEXT, WINDOWS = 32, 2, 4, 32, 512
 UNITS = 4 * WIDTH

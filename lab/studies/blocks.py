@@ -7,8 +7,8 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 
-from packsaddle.runs import Run, read_runs
-from packsaddle.runs.report import plateau
+from lab.runs import Run, read_runs
+from lab.runs.report import plateau
 
 HERE = Path(__file__).parents[2] / "experiments" / "blocks"
 SIZES = {"1": "1", "default": "2 (the default here)", "64": "64", "128": "128"}

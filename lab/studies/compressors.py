@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from packsaddle.runs import Run, read_runs
-from packsaddle.runs.report import plateau
+from lab.runs import Run, read_runs
+from lab.runs.report import plateau
 
 EPOCHS = (5, 10)
 MEGABYTES = (10, 25, 100)

@@ -118,7 +118,7 @@ def octopus(axis: Any, folder: Path) -> None:
 
 def draw(folder: Path) -> None:
     """Write figure.png from the tables of a folder."""
-    require("matplotlib", "plot", "drawing figures")
+    require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

@@ -11,11 +11,11 @@ from statistics import mean
 import matplotlib.pyplot as plt
 import torch
 
+from lab.runs import Run, read_config, read_runs
+from lab.runs.report import row
+from lab.runs.tasks import Task, load_data, make_task, task_loss
 from packsaddle import gradient_noise
 from packsaddle.numerics import Stream, mix
-from packsaddle.runs import Run, read_config, read_runs
-from packsaddle.runs.report import row
-from packsaddle.runs.tasks import Task, load_data, make_task, task_loss
 from packsaddle.theory import Walk, rms
 
 HERE = Path(__file__).parents[2] / "experiments" / "noise-rule"

@@ -35,7 +35,7 @@ from packsaddle.compressors import compressors, describe, identify, parse_compre
 from packsaddle.compressors.toy import Toy
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
-from packsaddle.runs.config import configure
+from lab.runs.config import configure
 
 assert packsaddle.Toy is Toy and {"Toy"} < {*packsaddle.__all__} & {*packsaddle.compressors.__all__}
 assert compressors(0.1)[-2:] == [Toy(0.1), Toy(0.1, extra=2)]

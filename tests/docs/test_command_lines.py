@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from lab import __main__ as lab
 from lab.bench import pieces
 from lab.paper import __main__ as paper
 from lab.race import __main__ as race
+from lab.runs.config import load
 from packsaddle import cli
 from packsaddle.cli.flags import Command
 from packsaddle.cli.parsing import Group, parse
-from packsaddle.runs.config import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tutorials/*.md"))]
@@ -25,8 +26,10 @@ PROGRAMS: dict[str, Command | Group] = {
     "lab.bench.pieces": pieces.COMMANDS,
     "lab.race": race.COMMANDS,
     "lab.paper": paper.reproduce,
+    "lab": lab.COMMANDS,
 }
-PROGRAM = re.compile(r"(?:(?:^|\s)(packsaddle)|-m (packsaddle\.cli|lab\.bench\.pieces|lab\.race|lab\.paper))(?: |$)")
+MODULES = "|".join(map(re.escape, [*PROGRAMS][1:]))
+PROGRAM = re.compile(rf"(?:(?:^|\s)(packsaddle)|-m ({MODULES}))(?: |$)")
 
 
 def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
@@ -45,7 +48,7 @@ def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
 def inline_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """The program and the words of each command named in a sentence or a table."""
     outside = re.sub(r"^ {4,}[^\n]*$|```.*?```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for code in re.findall(r"`((?:packsaddle|python -m lab[.\w]+) [a-z-][^`]*)`", outside):
+    for code in re.findall(r"`((?:packsaddle|python -m lab[.\w]*) [a-z-][^`]*)`", outside):
         found = PROGRAM.search(code)
         if found is not None:
             yield found[1] or found[2], re.sub(r"[\[\]]", " ", code[found.end() :]).split()

@@ -20,14 +20,15 @@ ALLOWED = {
     "packsaddle.feedback.checks": "lab/bench/guards.py measures this internal function",
     "packsaddle.options.describe": "lab/docs/docstrings.py shows the comments of fields",
     "packsaddle.messages": "lab/paper/progress.py prints what a terminal must not obey",
-    "packsaddle.runs.progress": "lab/paper/progress.py says the time left as a run does",
+    "packsaddle.cli.progress": "lab/paper/progress.py says the time left as a plan does",
 }
 
 
 def sources() -> list[str]:
-    """Return the Python code of pages, examples and the lab; lab/docs/generated reads the code itself."""
+    """Return the Python code of pages, examples and the lab. Some of it uses the package as the package does: the
+    trainer and its commands, and lab/docs/generated, which reads the code itself."""
     found = [p for d in ("docs", "examples", "experiments", "lab") for p in (ROOT / d).rglob("*")]
-    found = [p for p in found if p.parent.name != "generated"]
+    found = [p for p in found if not {"generated", "runs", "cli"} & {*p.relative_to(ROOT).parts}]
     texts = [p.read_text() for p in found if p.suffix == ".py"]
     for page in [ROOT / "README.md", *(p for p in found if p.suffix == ".md")]:
         texts += re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

@@ -16,8 +16,8 @@ from lab.downstream.finetune import RATES, Tuned
 from lab.downstream.line import Line, Point
 from lab.downstream.pretrain import Pretrained, Run
 from lab.downstream.second_text import translate
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import cut_text, encode_text
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import cut_text, encode_text
 
 
 def points(seed: int, count: int) -> list[Point]:

@@ -223,7 +223,7 @@ def test_configured_runs(tmp_path: Path) -> None:
     config = tmp_path / "local.toml"
     config.write_text(LOCAL)
     with elastic.lighthouse(2) as address:
-        command = [python(), "-m", "packsaddle.cli", "run", str(config), "--elastic", address, "--out"]
+        command = [python(), "-m", "lab", "run", str(config), "--elastic", address, "--out"]
         env = environment(RUST_LOG="error")
         folders = [tmp_path / name for name in "ab"]
         started = [

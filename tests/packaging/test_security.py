@@ -15,15 +15,16 @@ import pytest
 from rich.console import Console
 
 import packsaddle
+from lab.cli.console import print_runs
 from lab.paper.progress import StudyProgress
-from packsaddle.cli.console import print_runs
-from packsaddle.runs.progress import live
-from packsaddle.runs.report import write_report
-from packsaddle.runs.report.curves import read_curves
-from packsaddle.runs.run_folder import read_runs
+from lab.runs.progress import live
+from lab.runs.report import write_report
+from lab.runs.report.curves import read_curves
+from lab.runs.run_folder import read_runs
 
-SOURCES = sorted(Path(packsaddle.__file__).parent.rglob("*.py"))
 ROOT = Path(__file__).parents[2]
+FOLDERS = (Path(packsaddle.__file__).parent, ROOT / "lab" / "runs", ROOT / "lab" / "cli")
+SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "\"><img src=x onerror='alert(1)'>",

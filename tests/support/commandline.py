@@ -14,6 +14,7 @@ LAB = {
     "lab.bench.pieces": "lab.bench.pieces",
     "lab.race": "lab.race.__main__",
     "lab.paper": "lab.paper.__main__",
+    "lab": "lab.__main__",
 }
 
 

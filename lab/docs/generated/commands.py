@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import tyro
 
+from lab import __main__ as lab
 from lab.bench import pieces
 from lab.docs.generated import table
 from lab.paper import __main__ as paper
@@ -19,8 +20,8 @@ from packsaddle.options.describe import descriptions
 
 def markdown() -> str:
     """Return a section for each command: its use, examples, and a table of its arguments."""
-    lab = [_group(program.COMMANDS, program.PROGRAM) for program in (pieces, race)]
-    whole = [*_group(cli.COMMANDS, "packsaddle"), *(part for parts in lab for part in parts)]
+    parts = [_group(program.COMMANDS, program.PROGRAM) for program in (lab, pieces, race)]
+    whole = [*_group(cli.COMMANDS, "packsaddle"), *(part for group in parts for part in group)]
     return "\n\n".join([*whole, *_command(paper.reproduce, paper.PROGRAM)])
 
 

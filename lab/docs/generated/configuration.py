@@ -1,13 +1,13 @@
-"""The keys of a configuration, from the dataclasses of packsaddle.runs.config and their comments."""
+"""The keys of a configuration, from the dataclasses of lab.runs.config and their comments."""
 
 import dataclasses
 import json
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lab.docs.generated import table
+from lab.runs.config import Config
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
-from packsaddle.runs.config import Config
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 

@@ -186,7 +186,7 @@ LOGGED = (
 FILES: Mapping[str, Sequence[Quantity]] = {
     "metrics.jsonl: one line per log_every steps": METRICS,
     "summary.json": SUMMARY,
-    "certificates.jsonl and packsaddle certify --json": CERTIFICATE,
+    "certificates.jsonl and python -m lab certify --json": CERTIFICATE,
     "In loggers": LOGGED,
     "Purposes in the ledger": PURPOSES,
 }

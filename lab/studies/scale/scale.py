@@ -100,7 +100,7 @@ TICK_LABELS = ["1 s", "2 s", "5 s", "10 s", "1 min", "10 min", "1 h", "1 day", "
 
 def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     """One panel per link; curves are labelled where they end."""
-    require("matplotlib", "plot", "drawing figures")
+    require("matplotlib", "lab", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

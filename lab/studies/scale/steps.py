@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lab.bench.hosts import Hosts
+from lab.runs.tasks import MODELS, build_model
 from packsaddle import CompressedSGD, Compression, Compressor, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import Group, process_group
 from packsaddle.compressors import describe
@@ -34,7 +35,6 @@ from packsaddle.plan import (
     probe,
     update_seconds,
 )
-from packsaddle.runs.tasks import MODELS, build_model
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import load_data, make_task
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import load_data, make_task
 
 MODELS = {
     "MNIST autoencoder": (ModelConfig(name="mnist-autoencoder"), DataConfig(name="mnist"), 0.1, 16, 300),

@@ -25,13 +25,14 @@ from lab.paper import figure1, figure2, table1
 from lab.paper.results import by_setting, interval, paired
 from lab.paper.studies import REPRODUCTIONS
 from lab.paper.study import Study, StudyFolder, make_folder
+from lab.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
+from lab.runs.job import How, Job, can_be_fused, fastest_simulation
+from lab.runs.report.settings import estimate, settings
+from lab.runs.run_folder import RunFolder, read_runs
+from lab.runs.trainer import Trainer
+from packsaddle.cli.folders import make_new
 from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
-from packsaddle.runs.job import How, Job, can_be_fused, fastest_simulation
-from packsaddle.runs.report.settings import estimate, settings
-from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
-from packsaddle.runs.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -285,11 +286,11 @@ def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tm
         'widths = [32]\n[compressor]\nkind = "Sign"\n'
     )
     out = ("--out", tmp_path / "o")
-    refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "run", toml, "--fused", *out)
+    refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "lab", "run", toml, "--fused", *out)
     assert not (tmp_path / "o").exists()
-    refused(capsys, "--serial and --fused are two ways", "run", toml, "--fused", "--serial", *out)
+    refused(capsys, "--serial and --fused are two ways", "lab", "run", toml, "--fused", "--serial", *out)
     local = ("local={every=4, optimizer='sgd'}", "momentum=0.0")
-    refused(capsys, "workers have an x each", "run", toml, "--batched", *out, "--set", *local)
+    refused(capsys, "workers have an x each", "lab", "run", toml, "--batched", *out, "--set", *local)
 
 
 # Studies.

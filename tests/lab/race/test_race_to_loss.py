@@ -39,9 +39,9 @@ from lab.race.time_to_loss import (
     verdicts,
 )
 from lab.race.workload import TrainingWorkload, load_library
+from lab.runs.config import DataConfig
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import DataConfig
 
 IMAGES = TrainingWorkload("mnist-autoencoder", 4)
 TEXT = TrainingWorkload("gpt", 4)

@@ -19,11 +19,11 @@ from lab.race.entrant import enter
 from lab.race.inner import Half
 from lab.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
 from lab.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
+from lab.runs import ModelConfig
+from lab.runs.tasks import Task, make_task
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError
-from packsaddle.runs import ModelConfig
-from packsaddle.runs.tasks import Task, make_task
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "experiments" / "race" / "target" / "settings.toml"
