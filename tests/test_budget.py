@@ -27,7 +27,6 @@ ROOMS = {
     "numerics": (12, 1310),
     "options": (5, 270),
     "plan": (7, 710),
-    "runs": (28, 3610),
     "sgd": (5, 780),
     "theory": (5, 430),
 }
@@ -50,7 +49,7 @@ def test_a_room(room: str) -> None:
 
 
 def test_the_whole() -> None:
-    lab = [REPOSITORY / name for name in ("benchmarks", "experiments", "docs", "lab")]
+    lab = [REPOSITORY / name for name in ("lab", "experiments", "docs")]
     for most, roots in ((LIBRARY, [ROOT]), (LAB, lab), (TESTS, [REPOSITORY / "tests"])):
         assert total(roots)[1] <= most, roots
 

@@ -1,4 +1,4 @@
-"""Between hosts, with a cable pulled: training goes on, or ends and says why; benchmarks/network_faults.py has more."""
+"""Between hosts, with a cable pulled: training goes on, or ends and says why; lab/bench/network_faults.py has more."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from forked_python import environment, python
 
 from packsaddle.comm.simulation import simulate
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "network_faults.py"
+SCRIPT = Path(__file__).parents[2] / "lab" / "bench" / "network_faults.py"
 STEPS = 60
 
 

@@ -7,7 +7,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.muon import COMPARED, compare
+from lab.bench.muon import COMPARED, compare
 from packsaddle import SketchTopK, TopK
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import muon
-from benchmarks.downstream import curvature, finetune, pretrain
-from benchmarks.downstream.__main__ import make
-from benchmarks.downstream.curvature import Curvature, measure
-from benchmarks.downstream.finetune import RATES, Tuned
-from benchmarks.downstream.line import Line, Point
-from benchmarks.downstream.pretrain import Pretrained, Run
-from benchmarks.downstream.second_text import translate
-from benchmarks.rows_file import read_rows
-from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import cut_text, encode_text
+from lab.bench import muon
+from lab.bench.rows_file import read_rows
+from lab.downstream import curvature, finetune, pretrain
+from lab.downstream.__main__ import make
+from lab.downstream.curvature import Curvature, measure
+from lab.downstream.finetune import RATES, Tuned
+from lab.downstream.line import Line, Point
+from lab.downstream.pretrain import Pretrained, Run
+from lab.downstream.second_text import translate
+from lab.runs import DataConfig, ModelConfig
+from lab.runs.tasks import cut_text, encode_text
 
 
 def points(seed: int, count: int) -> list[Point]:

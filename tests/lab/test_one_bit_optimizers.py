@@ -22,8 +22,8 @@ def pairs() -> list[list[Tensor]]:
 
 
 def train(name: str) -> tuple[Tensor, float]:
-    from benchmarks.onebit_adam import OneBitAdam
-    from benchmarks.zero_one_adam import ZeroOneAdam
+    from lab.bench.onebit_adam import OneBitAdam
+    from lab.bench.zero_one_adam import ZeroOneAdam
 
     weight, options = nn.Parameter(torch.ones(3, 4)), {"betas": (0.9, 0.99), "weight_decay": 0.1}
     optimizer = (

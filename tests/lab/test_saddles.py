@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.saddles import escape, search
-from benchmarks.saddles.escape import Row, certify, follow, run
-from benchmarks.saddles.report import table
-from benchmarks.saddles.saddle import GAMMA, KINDS, Kind, Objective, Saddle
-from benchmarks.saddles.search import SEEDS, Rows, measure
+from lab.saddles import escape, search
+from lab.saddles.escape import Row, certify, follow, run
+from lab.saddles.report import table
+from lab.saddles.saddle import GAMMA, KINDS, Kind, Objective, Saddle
+from lab.saddles.search import SEEDS, Rows, measure
 from packsaddle import Verdict
 
 PLAIN, RANK_ONE, QUIET, COORDINATES = KINDS

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import packsaddle
-from benchmarks.rate_search import climb
-from benchmarks.saddles import network_runs
-from benchmarks.saddles.methods import METHODS, NETWORK_METHODS
-from benchmarks.saddles.network_report import table
-from benchmarks.saddles.network_runs import Point, Row, Rows, Run, draw_batch, gradient, measure, steps_to_leave
-from benchmarks.saddles.plateau import Matrices
-from benchmarks.saddles.symmetric import COPIES, HEADS, UNITS, WIDTH, Across, Symmetric, distance, project
+from lab.bench.rate_search import climb
+from lab.runs import ModelConfig
+from lab.runs.tasks import make_task
+from lab.saddles import network_runs
+from lab.saddles.methods import METHODS, NETWORK_METHODS
+from lab.saddles.network_report import table
+from lab.saddles.network_runs import Point, Row, Rows, Run, draw_batch, gradient, measure, steps_to_leave
+from lab.saddles.plateau import Matrices
+from lab.saddles.symmetric import COPIES, HEADS, UNITS, WIDTH, Across, Symmetric, distance, project
 from packsaddle.comm.select_aggregator import Exchange
-from packsaddle.runs import ModelConfig
-from packsaddle.runs.tasks import make_task
 
 
 @cache

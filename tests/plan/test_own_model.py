@@ -18,8 +18,8 @@ from packsaddle.cli.plan_link_text import advice, coding_spread, flush_seconds, 
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
+from packsaddle.plan.model import muon_and_adamw
 from packsaddle.plan.timing import Timing, repeated
-from packsaddle.runs.training import muon_and_adamw
 
 SCRIPT = """
 import torch
@@ -100,7 +100,7 @@ def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model", "script_to_plan:number", *tokens): "script_to_plan:number must return a torch.nn.Module, got int",
         ("--model", "script_to_plan:none", *tokens): "script_to_plan has no function 'none'",
         ("--model", "no_such_module:f", *tokens): "No module named 'no_such_module'; is it in the current folder?",
-        ("--model", "resnet18", *tokens): "--input is for --model MODULE:FUNCTION",
+        ("--d", 5, "--compute", 1, *tokens): "--input is for --model MODULE:FUNCTION",
         ("--d", 5, "--compute", 1, "--data", "script_to_plan:make_batch"): "--data is for --model MODULE:FUNCTION",
     }
     for words, message in refusals.items():

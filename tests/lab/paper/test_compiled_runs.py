@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.paper import compiled_runs
-from experiments.paper.compiled_runs import Selection, Setting, algorithm1, escapes
-from experiments.paper.problems import Cosine
+from lab.paper import compiled_runs
+from lab.paper.compiled_runs import Selection, Setting, algorithm1, escapes
+from lab.paper.problems import Cosine
 from packsaddle import Compressor, Identity, TopK
 from packsaddle.reference import Check, Trace
 from packsaddle.reference import algorithm1 as reference

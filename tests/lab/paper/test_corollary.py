@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.rows_file import add_rows
-from experiments.paper.corollary import (
+from lab.bench.rows_file import add_rows
+from lab.paper.corollary import (
     SWEEPS,
     Row,
     corollary_k,
@@ -16,7 +16,7 @@ from experiments.paper.corollary import (
     missing,
     read,
 )
-from experiments.paper.escape_times import predicted, tail_rate
+from lab.paper.escape_times import predicted, tail_rate
 
 
 @pytest.mark.parametrize(

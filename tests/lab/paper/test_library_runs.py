@@ -2,9 +2,9 @@
 
 import math
 
-from experiments.paper.compiled_runs import Setting
-from experiments.paper.library_runs import library_escapes
-from experiments.paper.problems import Cosine, Oracle
+from lab.paper.compiled_runs import Setting
+from lab.paper.library_runs import library_escapes
+from lab.paper.problems import Cosine, Oracle
 from packsaddle.compressors import Identity, SharedTopK
 
 D, EPSILON, WIDTH, DEVIATION, ETA, LIMIT = 8, 0.4, 0.8, 0.1, 0.05, 400

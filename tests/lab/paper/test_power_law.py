@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.paper.power_law import difference, exponent
+from lab.paper.power_law import difference, exponent
 
 XS = (0.05, 0.1, 0.2, 0.4)
 

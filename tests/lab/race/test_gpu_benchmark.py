@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu as benchmark
+from lab.bench import gpu as benchmark
 from packsaddle.compressors import compressors, describe
 
 

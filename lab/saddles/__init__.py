@@ -1,0 +1,1 @@
+"""Time out of saddles by optimizer: `python -m lab.saddles`."""

@@ -1,0 +1,1 @@
+"""Scripts that make the rows and figures of experiments/, one study each."""
