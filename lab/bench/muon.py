@@ -2,7 +2,7 @@
 
 One table for each of six settings, at equal tokens:
 
-    char-4   the character transformer of lab/bench/adamw.py, 0.36 million parameters, on the reference of the Python
+    char-4   a character transformer, 0.36 million parameters, on the reference of the Python
              language; 800 steps of four workers with 8 windows each
     gpt-2    the GPT of the race, 0.83 million parameters, on the source of Python's standard library; 1,000 steps of
              two workers with 8 windows each
@@ -30,19 +30,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 import packsaddle
 from lab.bench.origin import Origin, check_text
-from lab.bench.rate_search import append, climb, rate_at
+from lab.bench.rows_file import add_rows
 from lab.race.figures import label_ends
 from lab.race.inner import Half, held_out_loss, make_inner
+from lab.race.recipe import share_of_peak
 from lab.race.target_settings import steps_and_loss
 from lab.race.workload import LIBRARY, evenly_spaced, load_library
 from lab.runs import DataConfig, ModelConfig
@@ -51,6 +52,7 @@ from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 
 GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
+WARM_UP = 50  # steps
 CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows
 
 
@@ -155,6 +157,19 @@ def _methods() -> Iterator[tuple[str, Method]]:
 METHODS = dict(_methods())
 
 
+def climb(quality: Callable[[int], Any], at: int, grid: range) -> int:
+    """Return a place in a grid of rates with worse neighbors, searched from `at`; the less `quality` is, the better."""
+    worse = set[int]()
+    while neighbors := [i for i in (at - 1, at + 1) if i not in worse and i in grid]:
+        there = neighbors[0]
+        if quality(there) < quality(at):
+            worse.add(at)
+            at = there
+        else:
+            worse.add(there)
+    return at
+
+
 def train(
     setting: Setting,
     how: Method,
@@ -179,7 +194,10 @@ def train(
 
     network = make_task(setting.model, data.shape, data.classes, seed=seed)
     optimizers = make_inner(network, how.inner, rate, how.betas, how.momentum)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_at(step, setting.steps)) for o in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: share_of_peak(step, WARM_UP, setting.steps))
+        for o in optimizers
+    ]
     local = make_local(optimizers, how)
     losses, curve, taken = [], [], 0.0
     for step in range(setting.steps):
@@ -294,7 +312,8 @@ class Runs:
         how = METHODS[method]
         workers = 1 if how.compressor is None else self.setting.workers
         row = packsaddle.simulate(lambda _: train(self.setting, how, rate, seed), workers)[0]
-        append(self.out, {"method": method, **row}, self.text)
+        add_rows(self.out, [{"method": method, **row, **asdict(Origin.here(text=self.text))}])
+        print(method, row, flush=True)
 
     def best(self, method: str) -> list[dict[str, str]]:
         """Return the rows of the rate with the lowest loss of seed 0."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.bench.bandwidth import copy_bandwidth
 from lab.bench.result import Question, Result, machine
 from packsaddle import CompressedSGD, Compression
 from packsaddle.cli import Group as Commands
@@ -21,6 +20,12 @@ from packsaddle.comm import Communicator, Group, Ledger, choose, launch, process
 from packsaddle.compressors import Compressor, RandomK, SketchTopK, TopK, compressors, describe
 from packsaddle.compressors.selection import largest
 from packsaddle.plan import Timing, side_by_side
+
+
+def copy_bandwidth(numel: int) -> float:
+    """Measure the bandwidth in bytes a second by copying float32[numel]; each element is read and written."""
+    source, target = torch.ones(numel), torch.ones(numel)
+    return 8 * numel / side_by_side({"copy": lambda: target.copy_(source)}, repeats=7)["copy"].median
 
 
 def _check_repeats(repeats: int) -> None:

@@ -1,4 +1,4 @@
-"""Random input to everything that reads a user's files; `lab/bench/fuzz.py` is the long version."""
+"""Random input to everything that reads a user's files."""
 
 import warnings
 from collections import Counter

@@ -1,6 +1,6 @@
 """Extrapolate the model of a step's time to 10,000 workers and 1e11 coordinates: tables and figures.
 
-    python -m lab.studies.scale.scale --out experiments/scale
+    python -m lab.bench.scale --out experiments/scale
 
 The coding is measured here once (paces.json), on up to 4 million coordinates; delete the file to measure it again.
 """

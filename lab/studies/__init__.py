@@ -1,1 +1,0 @@
-"""Scripts that make the rows and figures of experiments/, one study each."""
