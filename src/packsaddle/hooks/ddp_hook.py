@@ -57,7 +57,7 @@ class DDPHook(GradientHook, Exchanging):
         self._sizes = {place.name: place.parameter.nbytes for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
-        self._background = Background(self.device)
+        self._background = Background(self.device, blocks=channel.group.stages(self.device))
         self.calls = 0  # number of buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import resolve
-from packsaddle.comm.launching import launch, local_device, process_group
+from packsaddle.comm.launching import launch, process_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict
@@ -27,6 +28,7 @@ from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
+from packsaddle.numerics.devices import device_of_doubles
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.options.schema import build
 from packsaddle.runs.config import Config
@@ -254,7 +256,7 @@ class Audit:
         batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
         if self.questions.population and self.batch_size is None:
             batch_size = max(1, min(batch_size, len(chosen) // _BATCHES_OF_POPULATION))
-        return Examples(data, mine, local_device(), dtype, batch_size)
+        return Examples(data, mine, device_of_doubles(local_device()), dtype, batch_size)
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:
