@@ -84,10 +84,13 @@ def to_host(tensor: Tensor) -> Tensor:
     return host
 
 
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
+
+
 def check_not_capturing(call: str, device: torch.device) -> None:
     """Raise RuntimeError if a CUDA graph is being captured: `call` runs code of the host, which no replay repeats."""
-    has_graphs = device.type == "cuda" and (torch.version.cuda or torch.version.hip)
-    if has_graphs and torch.cuda.is_current_stream_capturing():
+    if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "
             f"backward pass alone, and step outside of the graph"
