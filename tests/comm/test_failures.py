@@ -85,8 +85,8 @@ def test_words() -> None:
 
 NCCL = [
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a "
-    "network error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process "
-    "exiting prematurely.",
+    "network error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely.",
     "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST) ran for 1800011 "
     "milliseconds before timing out.",
     "NCCL communicator was aborted on rank 1. Original reason for failure was: ...",
