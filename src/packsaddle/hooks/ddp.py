@@ -30,7 +30,7 @@ from packsaddle.feedback.slices import Place, places, strides_of_view
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
-from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 
@@ -112,7 +112,7 @@ def register_ddp_hook(
     hook.may_be_unused = model.find_unused_parameters
     # Options and parameters must match on all workers.
     same = {**agreement(rules), "lr": [float(group["lr"]) for each in optimizers for group in each.param_groups]}
-    same["kernels"] = compiler(found[0].parameter.device)
+    same["arithmetic"] = arithmetic(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.devices import use_in_current_stream
 from packsaddle.compressors import Compressor
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Round
@@ -124,7 +125,7 @@ class LocalRound:
         as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
         # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
-        if self.invalid.device.type == "cpu":
+        if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
             self.gather_reports()
 
     @property
@@ -166,6 +167,8 @@ class LocalRound:
         if self.applied is None:
             assert self.exchanged is not None
             self.agrees &= self.wait()
+            if isinstance(self.mean, Tensor):
+                use_in_current_stream(self.mean)
             self.applied = self.exchanged.verdict.read()
             self.gather_reports()
             self._exclude_frozen()

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign
@@ -229,6 +230,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._whole.check_closed("optimizer.step()")
         trained = self._whole.trained
         check_no_others(optimizer, trained)
+        check_not_capturing("optimizer.step()", next(iter(trained.values())).parameter.device)
         for p in parameters_of([optimizer]):
             if id(p) in trained:
                 trained[id(p)].note_step()
