@@ -23,6 +23,7 @@ from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
 from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
 from packsaddle.local.round import LocalRound
+from packsaddle.numerics.devices import wide
 
 _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
@@ -72,7 +73,8 @@ class MeanMomentum:
         """
         # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
         moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
-        norms = torch.zeros(2 * len(moments), dtype=torch.float64, device=local_part(parameters[0]).device)
+        device = local_part(parameters[0]).device
+        norms = torch.zeros(2 * len(moments), dtype=wide(device), device=device)
         for i, found in enumerate(moments):
             if found is not None:
                 m, v, update = found
