@@ -1,6 +1,6 @@
 """Trainings on a pretended device are those on the CPU, bit for bit, without a race of streams or an early free."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,22 +15,22 @@ PROGRAMS = [*ALONE, *map(describe, compressors(0.05)), "RandomK without numba", 
 DRAWS_OTHERWISE = ("CompressedSGD, LowRank", "LowRank()")  # Q from the device's generator
 # Its steps compute with tensors in place of numbers; NCCL averages where gloo adds.
 ROUNDS_OTHERWISE = ("LocalUpdates, capturable", "torch: FSDP2")
-# The programs that need no float64 and so run on MPS.
-ON_MPS = (
-    *("torch: SGD", "torch: AdamW", "Identity()", "TopK(ratio=0.05)", "TopK(ratio=0.05, values='int8')", "LowRank()"),
-    *("SketchTopK(ratio=0.05)", "LinearSketch(ratio=0.05)", "LocalUpdates, offload"),
+# Not bitwise equal on MPS, which has float32 in place of float64: sums, and levels that are rounded at random.
+ROUNDS_ON_MPS = (
+    *("CompressedSGD, noise", "LocalUpdates", "LocalUpdates, Muon and AdamW", "LocalUpdates, overlap", "Rounded()"),
+    *("TopK(ratio=0.05, values='int2', chunk=4096)", "QSGD()", "QSGD(levels=127)"),
 )
 # Workers without an exchange, and workers with a part of the parameters each.
 UNLIKE = ("torch: SGD", "torch: AdamW", "torch: FSDP2")
 
 
-def check(found: Outcome, expected: Outcome, name: str) -> None:
+def check(found: Outcome, expected: Outcome, name: str, others: Sequence[str] = ROUNDS_OTHERWISE) -> None:
     assert not expected.error
     assert not found.error
     assert not found.faults, "\n".join(found.faults)
     assert found.x.isfinite().all()
-    if name in ROUNDS_OTHERWISE:
-        assert torch.allclose(found.x, expected.x, rtol=1e-3, atol=1e-4)
+    if name in others:
+        assert (found.x - expected.x).norm() <= 1e-3 * expected.x.norm()
     elif name not in DRAWS_OTHERWISE:
         assert torch.equal(found.x, expected.x)
 
@@ -66,9 +66,10 @@ def test_two_workers_train_as_on_the_cpu(backend: str, name: str, together: list
     [
         *params("cuda", PROGRAMS),
         *params("xpu", PROGRAMS),
-        *params("mps", PROGRAMS, ("MPS has no float64", lambda name: name not in ON_MPS and "RandomK" not in name)),
+        *params("mps", PROGRAMS, ("torch has no capturable AdamW on MPS", lambda name: "capturable" in name)),
     ],
 )
 def test_one_worker_trains_as_on_the_cpu(kind: str, name: str, alone: Callable[[str], Outcomes]) -> None:
     found = alone(kind)
-    check(found[kind, name], found["cpu", name], name)
+    others = ROUNDS_ON_MPS if kind == "mps" else ROUNDS_OTHERWISE
+    check(found[kind, name], found["cpu", name], name, others)

@@ -51,8 +51,8 @@ STEPS: dict[str, int | list[int]] = {
 }
 # The same over gloo for CPU tensors and NCCL for the device's.
 MIXED_STEPS: dict[str, int | list[int]] = {
-    "LocalUpdates, offload": [0, 0, 0, 24, 30],
-    "LocalUpdates, offload overlap": [0, 18, 0, 6, 48],
+    "LocalUpdates, offload": [0, 0, 0, 12, 30],
+    "LocalUpdates, offload overlap": [0, 6, 0, 6, 36],
 }
 # One worker: a message encoded and decoded, and other programs.
 PROGRAMS = {
