@@ -132,10 +132,10 @@ void finish_if(Predicate done) {
     }
 }
 
-void host_waits_for(const Clock& clock, const std::string& what) {
+void host_waits_for(const Clock& clock, const std::string& what, const char* kind = "wait") {
   join(host, clock);
   finish_if([](const PinnedCopy& c) { return covers(host, c.stream, c.at); });
-  event("wait", what);
+  event(kind, what);
 }
 
 struct PinnedAllocator final : c10::Allocator {
@@ -295,22 +295,28 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     host_waits_for(all, "synchronize");
   }
 
-  // An event is a copy of its stream's clock.
+  // An event has a copy of its stream's clock.
+  struct Event {
+    Clock clock;
+    int stream;
+  };
   void record(void** e, const Stream& s, const DeviceIndex, const c10::EventFlag) const override {
     Lock lock;
-    if (!*e) *e = new Clock{};
+    if (!*e) *e = new Event{};
     join(clocks[s.id()], host);
-    *static_cast<Clock*>(*e) = clocks[s.id()];
+    *static_cast<Event*>(*e) = {clocks[s.id()], static_cast<int>(s.id())};
   }
   void block(void* e, const Stream& s) const override {
     Lock lock;
-    if (e) join(clocks[s.id()], *static_cast<Clock*>(e));
+    if (e) join(clocks[s.id()], static_cast<Event*>(e)->clock);
   }
   bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void* e, const DeviceIndex) const noexcept override { delete static_cast<Clock*>(e); }
+  void destroyEvent(void* e, const DeviceIndex) const noexcept override { delete static_cast<Event*>(e); }
   void synchronizeEvent(void* e) const override {
     Lock lock;
-    host_waits_for(e ? *static_cast<Clock*>(e) : Clock{}, "Event.synchronize");
+    if (!e) return;
+    auto& [clock, stream] = *static_cast<Event*>(e);
+    host_waits_for(clock, "Event.synchronize", covers(clock, stream, clocks[stream][stream]) ? "wait" : "busy wait");
   }
   double elapsedTime(void*, void*, const DeviceIndex) const override { return 1.0; }
   void recordDataPtrOnStream(const c10::DataPtr& p, const Stream& s) const override {
