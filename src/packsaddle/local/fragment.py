@@ -120,7 +120,7 @@ class Fragment(Slice):
         """Wait for the current round, and roll it back, also if it failed."""
         if self.current is not None:
             with suppress(Exception):  # it may have failed long ago
-                self.current.wait()
+                self.current.call.wait()
             self.roll_back()
 
     def roll_back(self) -> None:

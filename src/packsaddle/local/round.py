@@ -5,7 +5,7 @@ background of the next steps. `close` reads whether the round is applied, and co
 `Fragment.apply_round` applies the mean to the anchor. Elastic workers vote between `exchange` and `close`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from packsaddle.feedback.round import Round
 from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
+from packsaddle.local.lockstep import PendingCall
+from packsaddle.numerics.transfers import read
 
 if TYPE_CHECKING:
     from packsaddle.local.fragment import Fragment
@@ -56,7 +58,7 @@ class LocalRound:
     owner_errors: list[Tensor] = field(default_factory=list)  # copies from `begin`; empty: no parameter is frozen
     residuals: dict[str, Tensor] = field(default_factory=dict)  # of the frozen parameters, 0 - C(0), by name
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
-    wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
+    call: PendingCall = field(default_factory=PendingCall)  # of the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
     reports: list[Report] = field(default_factory=list)  # of all workers, by rank; empty if the exchange is valid
     norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
@@ -155,9 +157,8 @@ class LocalRound:
     def gather_reports(self) -> None:
         """Gather all workers' reports, if the exchange is invalid on one of them; collective."""
         assert self.exchanged is not None
-        fraction = self.exchanged.verdict.fraction
-        assert fraction is not None
-        if fraction != 0 and not self.reports:  # above 0: a worker's v is invalid; NaN: a message is
+        # Above 0: a worker's v is invalid; NaN: a message is.
+        if self.exchanged.verdict.fraction != 0 and not self.reports:
             texts = self.part.feedback.channel.gather_text(str(self.exchanged.report), self.invalid.device, "guard")
             self.reports = list(map(Report.read, texts))
 
@@ -166,10 +167,11 @@ class LocalRound:
         applied, False if it is rejected. Raises errors of an exchange in the background."""
         if self.applied is None:
             assert self.exchanged is not None
-            self.agrees &= self.wait()
+            self.call.wait()
+            self.agrees &= self.call.check()
             if isinstance(self.mean, Tensor):
                 use_in_current_stream(self.mean)
-            self.applied = self.exchanged.verdict.read()
+            self.applied = self._read()
             self.gather_reports()
             self._exclude_frozen()
             if self.applied and self._is_lengthened:
@@ -180,6 +182,16 @@ class LocalRound:
             with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
                 self.finish(commit=self.applied and self.share > 0)
         return self.applied
+
+    def _read(self) -> bool:
+        """Read the verdict and the clipping factors of a completed exchange; return True if the round is applied."""
+        assert self.exchanged is not None
+        verdict = self.exchanged.verdict
+        if self.factors is None:
+            return verdict.read()
+        *numbers, factors = read(*verdict.tensors(), self.factors)
+        self.factors = torch.tensor(factors, dtype=self.factors.dtype)
+        return verdict.settle(*numbers)
 
     def _exclude_frozen(self) -> None:
         """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor and
@@ -219,8 +231,9 @@ class LocalRound:
     @property
     def leaves_rest(self) -> bool:
         """True of a flush that has not sent all of v: afterwards x is at the anchor, not at the start point."""
-        is_clipped = (factor := self.own_factor) is not None and bool(factor < 1)
-        return self.flush is not None and bool(self.share) and (is_clipped or not self.flush.lossless)
+        if self.flush is None or not self.share:
+            return False
+        return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))
 
     def saved(self) -> SavedExchange:
         """Return the closed round for a saved state."""
