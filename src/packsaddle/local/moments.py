@@ -24,7 +24,7 @@ from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
 from packsaddle.local.options import AnyOuter, OuterAgreement
 from packsaddle.local.round import LocalRound
-from packsaddle.numerics.devices import wide
+from packsaddle.numerics.devices import to_device, wide
 
 _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
@@ -75,7 +75,8 @@ class MeanMomentum:
         one worker, whose own update it is."""
         if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
-            named = r.part.named(r.mean)
+            # The mean may be on the CPU, with `offload`: one copy for all parameters.
+            named = r.part.named(to_device(r.mean, local_part(r.part.parameters[0]).device))
             updates = [None if place.name in r.frozen else update for place, update in named]
             self.mix(r.part.parameters, updates)
 
@@ -124,5 +125,5 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
-    """Return d in at least float32, on the device of m."""
-    return v.to(wide_dtype(m)).sqrt() * update.to(m.device, wide_dtype(m)).view_as(m)
+    """Return d in at least float32; all are on one device."""
+    return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)
