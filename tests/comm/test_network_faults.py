@@ -51,7 +51,7 @@ def test_a_pulled_cable(tmp_path: Path) -> None:
 def test_a_pulled_cable_among_workers_that_come_and_go(tmp_path: Path) -> None:
     """Rounds go on without the one behind it; when it is back, it is in them again, and has lost nothing."""
     script = SCRIPT.with_name("elastic.py")
-    command = [sys.executable, str(script), "cut", "--out", str(tmp_path / "cut")]
+    command = [sys.executable, str(script), "--out", str(tmp_path / "cut")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "cut").read_text())
