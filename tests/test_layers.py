@@ -26,10 +26,11 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"options", "compressors", "comm", "checkpoint", "curvature", "theory", "plan", "numerics"},
 }
 ROOT_MODULES = {"errors", "messages", "version"}
-REFERENCE = {"reference": {"numerics", "compressors"}}  # Algorithm 1 for readers and tests: no package imports it
+# For readers and tests; no package imports them: Algorithm 1, and local updates in one file.
+REFERENCE: dict[str, set[str]] = {"reference": {"numerics", "compressors"}, "simple": set()}
 # Modules that a report may import; it never imports torch.
 REPORT = ("errors", "messages", "version", "checkpoint.atomic_files", "cli.certificate_figure", "cli.folders")
-DISTRIBUTED = ("comm.", "hooks.ddp.")
+DISTRIBUTED = ("comm.", "hooks.ddp.", "simple.")
 
 
 def module_name(path: Path) -> str:
@@ -68,7 +69,7 @@ def modules() -> dict[str, set[str]]:
     return {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
 
 
-def test_the_root_has_packages_three_modules_and_the_reference() -> None:
+def test_the_root_has_packages_three_modules_and_two_to_read() -> None:
     assert {p.parent.name for p in ROOT.glob("*/__init__.py")} == ALLOWED.keys()
     assert {p.stem for p in ROOT.glob("*.py")} == {"__init__"} | ROOT_MODULES | REFERENCE.keys()
 
@@ -124,6 +125,17 @@ def test_who_imports_torch_distributed() -> None:
     users = {name for name, imported in modules().items() if any(t.startswith("torch.distributed") for t in imported)}
     assert {name for name in users if not f"{name}.".startswith(DISTRIBUTED)} == set()
     assert "feedback.background" not in users
+
+
+def test_one_module_knows_the_accelerators_by_name() -> None:
+    """Others use `torch.accelerator`, `comm.devices` and `numerics.devices`."""
+    for path in ROOT.rglob("*.py"):
+        used = {
+            node.attr
+            for node in nodes(path)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        }
+        assert module_name(path) == "comm.devices" or not used & {"cuda", "xpu", "mps"}, path
 
 
 def test_objects_are_registered_and_not_searched_for() -> None:

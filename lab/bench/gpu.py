@@ -1,14 +1,15 @@
 """Everything that needs a GPU, in one command of at most nine minutes and without a network.
 
     make gpu
-    python -m lab.bench.gpu --out gpu.json [--d 25000000 100000000 1000000000] [--figure1 CIFAR10]
+    python -m lab.bench.gpu --out gpu.json [--d 25000000 100000000 1000000000]
 
-Parts, each within the remaining time: the CUDA and Triton tests (one checks that a step does not synchronize); steps
-of packsaddle's optimizers and of torch's fused ones; a round of local updates; packing and unpacking; two gloo
-processes on this GPU, behind DDP's hook and with local updates; figure 1 at the paper's scale until the time is over.
+Parts, each within the remaining time: the Triton tests; how often a step and a round make the host wait, how many
+kernels they launch, and their peak memory; two processes behind DDP's hook and with local updates; with two GPUs a
+round over NCCL beside an all-reduce; steps of packsaddle's optimizers and of torch's fused ones; packing and unpacking.
 Times are relative to a device copy of the vector: medians and ranges over turns. The JSON file is written after each
-part, with the name of the GPU, and the reasons of parts that failed or were skipped. Without a GPU it raises an error;
-`--device cpu` runs it on small vectors as a test, without meaningful times.
+part, with the name of the GPU, and the reasons of parts that failed or were skipped; started again with the same file
+on the same machine, the command makes the missing parts alone. At the end it prints all of them as one table. Without a
+GPU it ends with an error; `--device cpu` runs it on small vectors as a test, without meaningful times.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,27 +58,33 @@ def copier(d: int, device: str) -> Work:
     return lambda: target.copy_(source)
 
 
-def parameter(d: int, device: str) -> nn.Parameter:
-    """Return a parameter, a matrix of about d elements, with a gradient."""
+def parameter(d: int, device: str, seed: int = 0) -> nn.Parameter:
+    """Return a parameter, a matrix of about d elements, with a gradient from `seed`."""
     weight = nn.Parameter(torch.zeros(-(-d // 1000), 1000, device=device))
-    weight.grad = torch.randn(weight.shape, device=device, generator=torch.Generator(device).manual_seed(0))
+    weight.grad = torch.randn(weight.shape, device=device, generator=torch.Generator(device).manual_seed(seed))
     return weight
+
+
+Make = Callable[[nn.Parameter], torch.optim.Optimizer]
+
+
+def _makers() -> dict[str, Make]:
+    """Return the optimizers to measure, by name: torch's, ours, and torch's with a round of local updates a step."""
+    makers: dict[str, Make] = {
+        "SGD, fused": lambda w: torch.optim.SGD([w], 1e-3, fused=True),
+        "AdamW, fused": lambda w: torch.optim.AdamW([w], 1e-3, fused=True),
+    }
+    for compressor in (packsaddle.RandomK(0.01), packsaddle.TopK(0.01), packsaddle.QSGD(127)):
+        for name, noise in (("", 0.0), (", noise", 1e-6)):
+            makers[f"CompressedSGD {describe(compressor)}{name}"] = partial(_ours, compressor, noise)
+    makers["AdamW, fused, and a round of local updates"] = _rounds
+    return makers
 
 
 def steps(device: str, d: int, repeats: int) -> dict[str, Any]:
     """Time optimizer steps and rounds of local updates; only one of them and the copy are in memory at a time."""
-    fused = {"fused": True}
-    solo = Solo()
-    makers: dict[str, Callable[[nn.Parameter], torch.optim.Optimizer]] = {
-        "SGD, fused": lambda w: torch.optim.SGD([w], 1e-3, **fused),  # type: ignore[arg-type]
-        "AdamW, fused": lambda w: torch.optim.AdamW([w], 1e-3, **fused),  # type: ignore[arg-type]
-    }
-    for compressor in (packsaddle.RandomK(0.01), packsaddle.TopK(0.01)):
-        for name, noise in (("", 0.0), (", noise", 1e-6)):
-            makers[f"CompressedSGD {describe(compressor)}{name}"] = partial(_ours, compressor, noise, solo)
-    makers["AdamW, fused, and a round of local updates"] = partial(_rounds, fused, solo)
     found: dict[str, Any] = {}
-    for name, make in makers.items():
+    for name, make in _makers().items():
         try:
             weight = parameter(d, device)
             optimizer = make(weight)
@@ -87,13 +95,13 @@ def steps(device: str, d: int, repeats: int) -> dict[str, Any]:
     return found
 
 
-def _ours(compressor: packsaddle.Compressor, noise: float, group: Any, weight: nn.Parameter) -> torch.optim.Optimizer:
-    return packsaddle.CompressedSGD([weight], 1e-3, compressor, noise=noise, process_group=group)
+def _ours(compressor: packsaddle.Compressor, noise: float, weight: nn.Parameter) -> torch.optim.Optimizer:
+    return packsaddle.CompressedSGD([weight], 1e-3, compressor, noise=noise, process_group=Solo())
 
 
-def _rounds(fused: dict[str, bool], group: Any, weight: nn.Parameter) -> torch.optim.Optimizer:
-    optimizer = torch.optim.AdamW([weight], 1e-3, **fused)  # type: ignore[arg-type]
-    packsaddle.LocalUpdates(optimizer, every=1, compressor=packsaddle.TopK(1 / 32, values="int2"), workers=group)
+def _rounds(weight: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW([weight], 1e-3, fused=True)
+    packsaddle.LocalUpdates(optimizer, every=1, workers=Solo())
     return optimizer
 
 
@@ -118,14 +126,14 @@ def packing(device: str, d: int, repeats: int) -> dict[str, Any]:
 
 def trained(device: str) -> dict[str, Any]:
     """Train behind the hook and with local updates; return the losses, and True if all workers have one model."""
-    with process_group() as group:  # gloo, since both workers use one GPU
-        found = {}
+    with process_group() as group:  # NCCL, or gloo if both workers use one GPU
+        found, where = {}, _device_of(device, group.rank)
         for name in ("hook", "local updates"):
             model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
             with torch.no_grad():
                 for i, p in enumerate(model.parameters()):
                     p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-            model.to(device)
+            model.to(where)
             optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
             forward: nn.Module = model
             local = None
@@ -137,7 +145,7 @@ def trained(device: str) -> dict[str, Any]:
             rng = torch.Generator().manual_seed(group.rank)
             losses = []
             for _ in range(20):
-                x = torch.randn(32, 64, generator=rng).to(device)
+                x = torch.randn(32, 64, generator=rng).to(where)
                 loss = nn.functional.cross_entropy(forward(x), x[:, :10].argmax(1))
                 optimizer.zero_grad()
                 loss.backward()
@@ -152,23 +160,90 @@ def trained(device: str) -> dict[str, Any]:
         return found
 
 
+def _device_of(device: str, rank: int) -> str:
+    """Return the device of a worker: GPUs by rank, the first one for all workers if there are fewer."""
+    return f"cuda:{rank % torch.cuda.device_count()}" if device == "cuda" else device
+
+
 def tests(seconds: float) -> dict[str, Any]:
-    """Run the CUDA and Triton tests in a separate process."""
+    """Run the Triton tests in a separate process."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "tests/numerics/test_triton.py"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     return {"rc": done.returncode, "says": done.stdout.strip().splitlines()[-1:]}
 
 
-def figure1(data: Path, seconds: float) -> dict[str, Any]:
-    """Run figure 1 at the paper's scale, resuming an earlier part, until the time is over."""
-    command = [sys.executable, "-m", "lab.paper", "fig1", "--scale", "paper", "--data-dir", str(data)]
-    out = ROOT / "runs" / "gpu-figure1"
-    command += ["--out", str(out), *["--resume"] * out.exists()]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return {"stopped after s": round(seconds), "folder": str(out.relative_to(ROOT))}
-    return {"rc": done.returncode, "says": (done.stderr or done.stdout).strip().splitlines()[-1:]}
+def counted(device: str, work: Work) -> dict[str, float]:
+    """Run `work`, and return how often the host waited for the device, the kernels launched, and the peak memory, in
+    MB, that was allocated during it. {} on a CPU."""
+    if device == "cpu":
+        work()
+        return {}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    launches = sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
+    waits = sum("synchronizing" in str(warning.message) for warning in found)
+    return {"waits": waits, "launches": launches, "peak MB": round(peak, 2)}
+
+
+def waits(device: str) -> dict[str, Any]:
+    """Count what one step costs the host: of torch's optimizers, of CompressedSGD, and of local updates."""
+    found: dict[str, Any] = {}
+    for name, make in _makers().items():
+        optimizer = make(parameter(1_000_000, device))
+        for _ in range(3):
+            optimizer.step()
+        found[name] = counted(device, optimizer.step)
+    optimizer = torch.optim.AdamW([parameter(1_000_000, device)], 1e-3)
+    packsaddle.LocalUpdates(optimizer, every=1000, workers=Solo())
+    optimizer.step()
+    found["a step between two rounds of local updates"] = counted(device, optimizer.step)
+    return found
+
+
+def exchanged(device: str, d: int, repeats: int) -> dict[str, Any]:
+    """Time a round of local updates of two workers, and an all-reduce of the same vector, relative to a copy."""
+    with process_group() as group:
+        where = _device_of(device, group.rank)
+        weight, vector = parameter(d, where, group.rank), torch.ones(d, device=where)
+        optimizer = torch.optim.SGD([weight], 1e-6)
+        packsaddle.LocalUpdates(optimizer, every=1)
+        works: dict[str, Work] = {"copy": copier(d, where), "all-reduce": lambda: torch.distributed.all_reduce(vector)}
+        works["SGD's step and a round of local updates"] = optimizer.step
+        return ratios(side_by_side(works, repeats=repeats))  # the same number of calls on both
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the rows of all parts as one Markdown table; parts that failed have their reason."""
+    lines = ["| part | | measured |", "| --- | --- | --- |"]
+    for part, rows in found.items():
+        if isinstance(rows, dict):
+            whole = {"": rows} if not all(isinstance(row, dict) for row in rows.values()) else rows
+            for name, row in whole.items():
+                lines.append(f"| {part} | {name} | {', '.join(f'{key} {value}' for key, value in row.items())} |")
+        else:
+            lines.append(f"| {part} | | {rows} |")
+    return "\n".join(lines)
+
+
+def _made_before(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts that an earlier call on the same machine has written, without those that failed."""
+    old = json.loads(path.read_text()) if path.exists() else {}
+    if any(old.get(name) != value for name, value in here.items()):
+        return {}
+    return {name: part for name, part in old.items() if not (isinstance(part, dict) and {"failed", "rc"} & part.keys())}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,20 +252,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--d", type=int, nargs="+", default=[25_000_000, 100_000_000, 1_000_000_000])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--figure1", type=Path, help="CIFAR-10's folder, for figure 1 at the paper's scale")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"make gpu needs a CUDA GPU, and torch {torch.__version__} sees none here", file=sys.stderr)
         return 2
     end = time.monotonic() + SECONDS
-    found: dict[str, Any] = {"device": args.device, **machine(args.device)}
+    here: dict[str, Any] = {"device": args.device, **machine(args.device)}
+    found = here | _made_before(args.out, here)
     parts: dict[str, Work] = {"tests": lambda: tests(max(1.0, end - time.monotonic()))}
-    parts["two gloo processes"] = lambda: launch(trained, (args.device,), 2)
+    parts["waits"] = lambda: waits(args.device)
+    parts["two processes"] = lambda: launch(trained, (args.device,), 2)
+    if args.device == "cpu" or torch.cuda.device_count() > 1:
+        for d in args.d:
+            parts[f"exchange, d = {d:,}"] = partial(launch, exchanged, (args.device, d, args.repeats), 2)
     for d in args.d:
         parts[f"steps, d = {d:,}"] = partial(steps, args.device, d, args.repeats)
         parts[f"packing, d = {d:,}"] = partial(packing, args.device, d, args.repeats)
-    if args.figure1 is not None:
-        parts["figure 1"] = lambda: figure1(args.figure1, max(1.0, end - time.monotonic()))
+    parts = {name: part for name, part in parts.items() if name not in found}
     for name, part in parts.items():
         begin = time.monotonic()
         if begin > end:
@@ -202,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found[name] = {"failed": f"{type(error).__name__}: {error}"}
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"written: {args.out}")
+    print(f"written: {args.out}\n\n{table(found)}")
     failed = [name for name, part in found.items() if isinstance(part, dict) and ("failed" in part or part.get("rc"))]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

@@ -20,10 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "tests" / "support")]
-from gloo import run_in_processes  # noqa: E402 -- the tests' helper
+REPOSITORY = Path(__file__).parents[2]
+sys.path[:0] = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY / "tests" / "local")]
+from code_size import members, sizes, total  # noqa: E402 -- the tests' helpers
+from gloo import run_in_processes  # noqa: E402
+from test_exclusions import EXCLUDED  # noqa: E402
 
 ROOT = Path(packsaddle.__file__).parent
+LAB = [REPOSITORY / "lab", REPOSITORY / "experiments", REPOSITORY / "docs"]
 SHORT = 50  # lines
 CONFIG = """
 lr = 0.1
@@ -84,6 +88,20 @@ def step_calls() -> Counter[tuple[str, str]]:
         if t == 2:
             return traced(opt.step)
         opt.step()
+    raise AssertionError
+
+
+def round_calls() -> Counter[tuple[str, str]]:
+    """Trace the second round of LocalUpdates with its default settings, one step long, and the step before it."""
+    model = network()
+    inner = torch.optim.AdamW(model.parameters())
+    packsaddle.LocalUpdates(inner, every=1)
+    for t in range(3):
+        model.zero_grad()
+        model(torch.ones(4, 60) + torch.distributed.get_rank()).square().mean().backward()
+        if t == 2:
+            return traced(inner.step)
+        inner.step()
     raise AssertionError
 
 
@@ -154,30 +172,47 @@ def uncommented() -> tuple[int, int]:
     return bare, whole
 
 
+def imports_of(path: Path) -> int:
+    """Return the number of the package's modules that a file imports."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+    return len({n.module for n in nodes if n.module and n.module.startswith("packsaddle.")})
+
+
+def in_processes(work: Callable[[], Counter[tuple[str, str]]]) -> Counter[tuple[str, str]]:
+    """Return the trace of `work` on the first of two workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: list[Counter[tuple[str, str]]] = run_in_processes(work, 2, Path(folder))
+    return found[0]
+
+
 def main() -> None:
-    """Print the table of the architecture's targets."""
-    files = sorted(ROOT.rglob("*.py"))
-    lines = {path: len(path.read_text().splitlines()) for path in files}
-    packages: Counter[str] = Counter()
-    for path, n in lines.items():
-        packages[path.relative_to(ROOT).parts[0]] += n
-    short = [p for p in files if lines[p] < SHORT and p.name != "__init__.py"]
-    with tempfile.TemporaryDirectory() as folder:
-        step = run_in_processes(step_calls, 2, Path(folder))[0]
-    with tempfile.TemporaryDirectory() as folder:
-        hook = run_in_processes(hook_calls, 2, Path(folder))[0]
+    """Print the sizes of the rooms, and the table of the architecture's targets."""
+    for room, (files, lines) in sizes(ROOT).items():
+        print(f"{files:>7,} files {lines:>7,} code lines  {room or 'the root'}")
+    print()
+    paths = sorted(ROOT.rglob("*.py"))
+    short = [p for p in paths if len(p.read_text().splitlines()) < SHORT and p.name != "__init__.py"]
+    step, one_round, hook = map(in_processes, (step_calls, round_calls, hook_calls))
+    updates = ROOT / "local" / "updates.py"
+    methods, attributes = members(updates.read_text(), "LocalUpdates")
     bare, whole = uncommented()
+    library, lab, tests = total([ROOT]), total(LAB), total([REPOSITORY / "tests"])
     rows = {
-        "files of src": len(files),
-        "lines of src": sum(lines.values()),
-        "lines of the engine, its fronts, compressors and comm": sum(
-            packages[name] for name in ("feedback", "sgd", "hooks", "local", "compressors", "comm")
-        ),
-        "lines of plan and cli": packages["plan"] + packages["cli"],
+        "files of the library": library[0],
+        "code lines of the library": library[1],
+        "code lines of the lab": lab[1],
+        "code lines of the tests": tests[1],
+        "lines of local/updates.py": len(updates.read_text().splitlines()),
+        "methods of LocalUpdates": methods,
+        "attributes of LocalUpdates": attributes,
+        "modules that local/updates.py imports": imports_of(updates),
+        "files that one round of local updates runs": files_of(one_round),
+        "calls from file to file in it": hops_of(one_round),
         "files that one CompressedSGD step runs": files_of(step),
-        "calls from file to file in it": hops_of(step),
+        "calls from file to file in such a step": hops_of(step),
         "files that the DDP hook runs in three iterations": files_of(hook),
-        "files of src that python -m lab run executes": files_of(run_calls()),
+        "files of the library that python -m lab run executes": files_of(run_calls()),
+        "pairs of arguments of LocalUpdates that exclude each other": len(EXCLUDED),
         "arguments of LocalUpdates": arguments(packsaddle.LocalUpdates.__init__),
         "arguments of CompressedSGD": arguments(packsaddle.CompressedSGD.__init__),
         "arguments of certify": arguments(packsaddle.certify),

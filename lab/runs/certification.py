@@ -13,11 +13,13 @@ from lab.runs.tasks.images import Dataset, load_data
 from lab.runs.tasks.models import Task, make_task, task_loss
 from lab.runs.tasks.sharding import Examples
 from packsaddle.cli.findings import Finding, Questions, read_weights
+from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import resolve
-from packsaddle.comm.launching import launch, local_device, process_group
+from packsaddle.comm.launching import launch, process_group
 from packsaddle.curvature.hessian import NotFiniteError
 from packsaddle.curvature.population import check_population
 from packsaddle.errors import ConfigError
+from packsaddle.numerics.devices import device_of_doubles
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.options.schema import build
 
@@ -116,7 +118,7 @@ class Audit:
         batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
         if self.questions.population and self.batch_size is None:
             batch_size = max(1, min(batch_size, len(chosen) // _BATCHES_OF_POPULATION))
-        return Examples(data, mine, local_device(), dtype, batch_size)
+        return Examples(data, mine, device_of_doubles(local_device()), dtype, batch_size)
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:

@@ -155,9 +155,9 @@ class LocalConfig:
     schedule: Literal["constant", "cosine"] = "constant"  # lr after the warm-up; cosine: down to a tenth at the end
     clip: float | None = None  # maximum gradient norm; larger gradients are scaled down; by default no limit
     keep_unsent: bool = True  # after a round, start from the anchor minus the worker's error memory; false: the anchor
-    # after a round, the fraction of AdamW's first moments that is replaced by the direction of the mean update; try 0.5
-    # with adamw
-    mean_momentum: float = 0.0
+    # after a round, the fraction of AdamW's first moments that is replaced by the direction of the mean update; by
+    # default 0.5 with adamw and no outer momentum, else 0
+    mean_momentum: float | None = None
     overlap: Overlap = field(default_factory=Overlap)
     outer: OuterSGD | None = None
 
@@ -171,8 +171,9 @@ class LocalConfig:
         LocalOptions(Compression(Identity()), **self.arguments())
 
     def arguments(self) -> dict[str, Any]:
-        """Return the arguments of `LocalUpdates` that are keys of this table, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(LocalOptions) if hasattr(self, f.name)}
+        """Return the arguments of `LocalUpdates` that are keys of this table, by name, without those that are None."""
+        given = {f.name: getattr(self, f.name, None) for f in fields(LocalOptions)}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

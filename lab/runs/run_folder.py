@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from packsaddle.checkpoint.atomic_files import write_whole
+from packsaddle.comm.devices import accelerators
 from packsaddle.errors import ConfigError, read_text
 from packsaddle.messages import printable, shown
 from packsaddle.version import __version__
@@ -128,7 +129,7 @@ def environment(version: str, workers: int, device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device,
+        "device": accelerators().get(device) or platform.processor() or device,
         "workers": workers,
     }
 

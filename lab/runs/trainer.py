@@ -24,14 +24,15 @@ from lab.runs.training import CompressedTraining, LocalTraining, Training
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint
 from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import Group, Solo, resolve
-from packsaddle.comm.launching import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
 from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.guard import NonFiniteError
+from packsaddle.numerics.devices import device_of_doubles
 from packsaddle.numerics.seeds import Stream, mix
 
 
@@ -87,7 +88,7 @@ class Trainer:
     def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
         self.config = config
         self.group = resolve(None)
-        self.device = local_device()
+        self.device = device_of_doubles(local_device())  # losses are summed in float64
         self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.data = load_data(config.data, data_dir, train=True, download=download)
         self.test_data = load_data(config.data, data_dir, train=False, download=download)

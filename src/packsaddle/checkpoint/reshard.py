@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.comm.communicator import ObjectCollectives
 from packsaddle.feedback.exchanging import Exchanging, exchange_of
+from packsaddle.numerics.devices import device_of_doubles
 
 Path = tuple[Any, ...]  # keys and indices in nested containers, outermost first
 
@@ -194,13 +195,13 @@ def _mean(
 ) -> dict[Path, Tensor]:
     """Return the mean of each tensor over all workers that have it, accumulated in float64; collective. This worker has
     read `mine`, which count by `shares`; `total_share` is the sum over all workers."""
-    found = {}
+    found, device = {}, device_of_doubles(collectives.device)
     for path, tensor in like.items():
-        total = torch.zeros(tensor.shape, dtype=torch.float64, device=collectives.device)
+        total = torch.zeros(tensor.shape, dtype=torch.float64, device=device)
         for one, share in zip(mine, shares, strict=True):
             value = one[path]
             assert value is not None
-            total.add_(value.to(collectives.device, torch.float64), alpha=share)
+            total.add_(value.to(device, torch.float64), alpha=share)
         collectives.group.all_reduce(total)
         found[path] = total.div_(total_share).to(tensor.dtype).cpu()
     return found

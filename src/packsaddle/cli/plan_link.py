@@ -17,8 +17,9 @@ from packsaddle.cli.own_function import call
 from packsaddle.cli.parsing import Seconds
 from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables
 from packsaddle.cli.progress import countdown
+from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import Group
-from packsaddle.comm.launching import local_device, process_group, under_launcher
+from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors

@@ -22,6 +22,7 @@ from packsaddle.compressors.values import (
     value_parts,
     value_retention,
 )
+from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
@@ -94,7 +95,7 @@ def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
     if loop := kernel("sums_of_magnitudes", v):
         means: Tensor = loop(v, sizes) / torch.tensor(sizes).clamp_min_(1)
         return means
-    return torch.stack([t.abs().sum(dtype=torch.float64) / max(1, len(t)) for t in torch.split(v, sizes)])
+    return torch.stack([t.abs().sum(dtype=wide(v.device)) / max(1, len(t)) for t in torch.split(v, sizes)])
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ class QSGD(Compressor):
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
-        norms = unit.double().square().sum(1, keepdim=True).sqrt().to(unit.dtype)
+        norms = widened(unit).square().sum(1, keepdim=True).sqrt().to(unit.dtype)
         counters = torch.arange(first, first + buckets.numel(), device=buckets.device).to(torch.int32)
         chance = ((words(counters, key) >> 8) & 0xFFFFFF).to(unit.dtype).mul_(2.0**-24).view(unit.shape)
         level = (unit.abs() / norms.clamp_min(1) * self.levels).add_(chance).floor_().clamp_(max=self.levels)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 
 _WORTH_SAMPLING = 1 << 18  # elements; `largest` ranks shorter vectors directly, without a sampled threshold
@@ -136,12 +137,12 @@ def holding(v: Tensor, share: float) -> Tensor:
         values, below = v[inside], shift
         shift = max(0, shift - HISTOGRAM_BITS)
         bins = (as_integers(values) - threshold) >> shift
-        energy = torch.bincount(bins, weights=(values.double() / top).square_(), minlength=1 << (below - shift))
+        energy = torch.bincount(bins, weights=(widened(values) / top).square_(), minlength=1 << (below - shift))
         last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
     # Of the coordinates with this magnitude x, the first ceil(needed / x^2) suffice.
-    one = float(v[inside[0]].double() / top) ** 2  # all of `inside` now have the same magnitude
+    one = float(widened(v[inside[0]]) / top) ** 2  # all of `inside` now have the same magnitude
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = magnitudes >= threshold
     kept[(magnitudes == threshold).nonzero().squeeze(1)[taken:]] = False
@@ -163,11 +164,11 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
         counts, energy = loop(v, top, HISTOGRAM_BITS)
         return counts, energy
     counts = torch.zeros(1 << HISTOGRAM_BITS, dtype=torch.int64, device=v.device)
-    energy = torch.zeros(1 << HISTOGRAM_BITS, dtype=torch.float64, device=v.device)
+    energy = torch.zeros(1 << HISTOGRAM_BITS, dtype=wide(v.device), device=v.device)
     for slab in torch.split(v, _SLAB):
         bins = (as_integers(slab) >> shift).to(torch.int64)
         counts += torch.bincount(bins, minlength=len(counts))
-        energy += torch.bincount(bins, weights=(slab.double() / top).square_(), minlength=len(counts))
+        energy += torch.bincount(bins, weights=(widened(slab) / top).square_(), minlength=len(counts))
     return counts, energy
 
 
@@ -187,7 +188,7 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
     """Estimate the fraction of energy to send in each section, to send the fraction `share` of the vector's energy.
     `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`."""
-    pooled = torch.cat(list(samples)).double()
+    pooled = widened(torch.cat(list(samples)))
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
     index = holding(pooled, share)
     kept = _by_section(index, energies[index], samples)
@@ -199,8 +200,8 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
     """Return the sum of `values` within each sample; `index` has their positions in the concatenated samples."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
-    sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
-    found: list[float] = sums.index_add_(0, section, values.double()).tolist()
+    sums = torch.zeros(len(samples), dtype=wide(index.device), device=index.device)
+    found: list[float] = sums.index_add_(0, section, widened(values)).tolist()
     return found
 
 

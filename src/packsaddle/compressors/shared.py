@@ -35,6 +35,7 @@ from packsaddle.compressors.base import Message, Summary, check_count, check_fla
 from packsaddle.compressors.parts import Expected, floats
 from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells, KOfD
+from packsaddle.numerics.devices import widened
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
@@ -200,7 +201,7 @@ class SharedTopK(SharedSupport):
         blocks, kept, rows = self.grid(d)
         if not rows:
             return Cells(torch.arange(blocks, device=sketch.device), self.block(d))
-        energies = sketch.view(blocks, rows).double().square().sum(1)
+        energies = widened(sketch.view(blocks, rows)).square().sum(1)
         index = (largest(energies.roll(-drawn.first), kept) + drawn.first).remainder_(blocks)
         return Cells(index.sort().values, self.block(d))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from packsaddle.compressors.parts import Expected, check_magnitudes, floats, octets
 from packsaddle.compressors.wire import pack, unpack
 from packsaddle.errors import MessageError
+from packsaddle.numerics.devices import widened
 from packsaddle.numerics.kernels import kernel
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
@@ -79,7 +80,7 @@ def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
     # Padding is excluded from the means.
     blocks = _in_blocks(values)
     there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
-    codes, levels = _parted(blocks.abs().double(), there, halvings)
+    codes, levels = _parted(widened(blocks.abs()), there, halvings)
     codes += (blocks < 0).to(torch.uint8) << halvings
     return pack(codes.view(-1)[: len(values)].to(torch.int64), halvings + 1), torch.cat(levels, 1)
 
@@ -100,7 +101,7 @@ def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest as "unit", to relative error 2^-9
     (more below 2^-252 of the largest). The unit, in `dtype`, is non-finite if any scale is."""
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
-    ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0)
+    ratio = torch.where(unit > 0, widened(scales) / widened(unit), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
     return {"scales": ((bits + (1 << (_SCALE_SHIFT - 1))) >> _SCALE_SHIFT).to(torch.int16), "unit": unit}
 
@@ -109,7 +110,7 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     if "unit" not in parts:
         return parts["scales"].to(dtype)
     bits = (parts["scales"].to(torch.int32) & 0xFFFF) << _SCALE_SHIFT
-    return (bits.view(torch.float32).double() / _SCALE_UNIT * parts["unit"].double()).to(dtype)
+    return (widened(bits.view(torch.float32)) / _SCALE_UNIT * widened(parts["unit"])).to(dtype)
 
 
 def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from packsaddle.comm.group import resolve
 from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, differentiating, trainable
+from packsaddle.numerics.devices import device_of_doubles, wide, widened
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def gradient_noise(
     found = torch.tensor(apart, dtype=torch.float64)
     counts = torch.tensor([len(apart), examples, not apart], dtype=torch.float64)
     sums = torch.cat([found.sum().view(1), found.square().sum().view(1), counts])
-    sums = sums.to(next(model.parameters()).device)
+    sums = sums.to(device_of_doubles(next(model.parameters()).device))
     group.all_reduce(sums)
     total, squares, count, seen, short = sums.tolist()
     if short:  # identical on all workers, so that all raise
@@ -111,10 +112,10 @@ def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -
             n = batch_size(batch)
             grads = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
             # Move the mean toward this batch's gradient, and measure their squared distance.
-            square = torch.zeros((), dtype=torch.float64, device=mean[0].device)
+            square = torch.zeros((), dtype=wide(mean[0].device), device=mean[0].device)
             for m, g in zip(mean, grads, strict=True):
                 apart = -m if g is None else g.detach() - m
-                square += apart.double().square().sum()
+                square += widened(apart).square().sum()
                 m.add_(apart, alpha=n / (seen + n))
             if seen:
                 found.append(n * seen / (seen + n) * float(square))

@@ -26,6 +26,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import local_part, part_of
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
+from packsaddle.numerics.devices import device_of_doubles
 from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.seeds import Stream, generator
 
@@ -78,7 +79,7 @@ class Curvature:
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # largest number of elements of one vector that one worker stores
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
-        self.device = self.parameters[0].device
+        self.device = device_of_doubles(self.parameters[0].device)  # of vectors
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over the examples so far; passes over a part count in proportion
         self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
@@ -116,7 +117,7 @@ class Curvature:
         """Return True if two checksums of all parameters of this worker differ from rank 0's; collective."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self._model.parameters():
-            values = p.detach().to(self.device, torch.float64)
+            values = self._doubles(p.detach())
             sums += torch.stack([values.sum(), values.square().sum()])
         theirs = sums.clone()
         self._channel.broadcast(theirs, "certificate")
@@ -129,7 +130,7 @@ class Curvature:
             for batch, n in self.read():
                 with watch:
                     loss = self._value(batch)
-                total += float(loss.double()) * n
+                total += float(loss) * n
                 sizes.append(n)
         self._sizes_of_batches = sizes
         return total, sum(sizes)
@@ -186,7 +187,7 @@ class Curvature:
 
         def derivative(loss: Tensor, n: int) -> tuple[Tensor, ...]:
             grads = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-            spread[0] += n * sum(g.double().square().sum() for g in grads)
+            spread[0] += n * sum(self._doubles(g).square().sum() for g in grads)
             spread[1] += 1
             return grads
 
@@ -234,11 +235,16 @@ class Curvature:
             return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, materialize_grads=True))
 
     def _flat(self, parts: tuple[Tensor, ...]) -> Tensor:
-        return torch.cat([g.detach().reshape(-1) for g in parts]).double()
+        return self._doubles(torch.cat([g.detach().reshape(-1) for g in parts]))
+
+    def _doubles(self, tensor: Tensor) -> Tensor:
+        """Return a tensor in float64, on the device of vectors."""
+        # In two steps, since MPS converts no tensor to float64.
+        return tensor.to(self.device).to(torch.float64)
 
     def _shaped(self, v: Tensor) -> list[Tensor]:
         pieces = torch.split(v, [p.numel() for p in self.parameters])
-        return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
+        return [piece.view(p.shape).to(p.dtype).to(p.device) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     @sdpa_kernel(SDPBackend.MATH)
     def why_no_double_backward(self) -> str | None:
@@ -266,7 +272,7 @@ class Curvature:
         """Return a `Curvature` in float64 over this worker's batches alone; None without examples. Not collective."""
         if not sum(self._sizes_of_batches):
             return None
-        model, doubled = copy.deepcopy(self._model).double(), partial(map, _to_double)
+        model, doubled = copy.deepcopy(self._model).to(self.device).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
@@ -300,7 +306,7 @@ class Curvature:
         return math.sqrt(self.dot(a, a))
 
     def size_of_parameters(self) -> float:
-        return math.sqrt(sum(float(t.double().square().sum()) for t in self._tensors))
+        return math.sqrt(sum(float(self._doubles(t).square().sum()) for t in self._tensors))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor, ...]]) -> Tensor:
         """Average a derivative of each batch's mean loss over all examples of all workers, float64[d]; collective."""
@@ -329,12 +335,12 @@ class Curvature:
         pieces = torch.split(direction, [t.numel() for t in self._tensors])
         with _restored(self._tensors):
             for i, (p, piece) in enumerate(zip(self._tensors, pieces, strict=True)):
-                shift = (piece * distance).view(p.shape).to(p.device)
+                shift = (piece * distance).view(p.shape)
                 if dither is None or p.element_size() > 2:
-                    p.add_(shift.to(p.dtype))
+                    p.add_(shift.to(p.dtype).to(p.device))
                 else:
-                    rng = generator(dither, i, Stream.ROUNDING, device=p.device)
-                    p.copy_(_dithered(p.double() + shift, p.dtype, rng))
+                    rng = generator(dither, i, Stream.ROUNDING)
+                    p.copy_(_dithered(self._doubles(p) + shift, p.dtype, rng))
             yield
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
@@ -361,7 +367,9 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Round doubles x stochastically to a shorter dtype, so that the expected value is x (for normal numbers)."""
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # unit in last place
-    return (x + place * (torch.rand(x.shape, generator=rng, dtype=x.dtype, device=x.device) - 0.5)).to(dtype)
+    # Drawn on the CPU, so that workers with other devices round equally.
+    drawn = torch.rand(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+    return (x + place * (drawn - 0.5)).to(dtype)
 
 
 @contextmanager
@@ -429,7 +437,8 @@ def every_nth(batches: Iterable[Any], n: int, first: int = 0) -> Reread:
 
 
 def _to_double(batch: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
+    moved = tree_map_only(Tensor, lambda t: t.to(device_of_doubles(t.device)), batch)
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, moved)
 
 
 def batch_size(batch: Any) -> int:

@@ -87,7 +87,7 @@ class ShardedCurvature(Curvature):
 
     def size_of_parameters(self) -> float:
         pieces = zip(self._tensors, self._copies, strict=True)
-        return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
+        return math.sqrt(self.sum_of(sum(float(self._doubles(t).square().sum()) / copies for t, copies in pieces)))
 
     def _is_finite(self, vector: Tensor) -> bool:
         return math.isfinite(self.dot(vector, vector))
@@ -104,7 +104,7 @@ class ShardedCurvature(Curvature):
                         p.grad = None
                     torch.autograd.backward(self._loss_of(batch) * n)
                     flat = [
-                        _local_gradient(p, t).reshape(-1).double()
+                        self._doubles(_local_gradient(p, t).reshape(-1))
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
                     # Undo FSDP's mean over the workers with other batches.

@@ -14,6 +14,7 @@ from packsaddle.errors import GuardError
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.messages import numbered
+from packsaddle.numerics.devices import wide, widened
 
 OnDrift = Literal["stop", "repair"]
 Named = Sequence[tuple[str, Tensor]]
@@ -56,9 +57,9 @@ class Contraction:
         if not self._every.due(step):
             return
         if self._slice is None:
-            norms = torch.linalg.vector_norm(vector, dtype=torch.float64).reshape(1)
+            norms = torch.linalg.vector_norm(vector, dtype=wide(vector.device)).reshape(1)
         else:
-            norms = torch.stack(torch._foreach_norm([view.reshape(-1) for view in self._slice.views(vector)])).double()
+            norms = widened(torch.stack(torch._foreach_norm([v.reshape(-1) for v in self._slice.views(vector)])))
         self._energies.append(norms.square())
 
     def close(self, step: int, *, apply: bool) -> None:
@@ -163,7 +164,7 @@ class DriftGuard:
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
         if rates is not None and (others := apart.pop()):
-            mine = torch.tensor(rates.last, dtype=torch.float64, device=prints[0].device)
+            mine = torch.tensor(rates.last, dtype=wide(prints[0].device), device=prints[0].device)
             parts_of_all = self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")
             theirs, here = (parts_of_all[worker]["rates"].tolist() for worker in (others[0], 0))
             verb = "differs" if len(others) == 1 else "differ"

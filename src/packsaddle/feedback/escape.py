@@ -12,6 +12,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import check_integers, check_positive
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import ANY, Value, Vector, attribute
+from packsaddle.numerics.devices import wide
 from packsaddle.numerics.sketches import NormSketch
 
 
@@ -118,7 +119,7 @@ class EscapeCheck:
         """Return the distance from the start point to y_t = x_t - eta e_t; several workers estimate it by sketches."""
         moved = pending.sub(self._x).add_(self.start)
         if self._channel.group.size == 1:
-            return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
+            return float(torch.linalg.vector_norm(moved, dtype=wide(moved.device)))
         # Use a new hash after each reset, since x depends on the results of earlier sketches.
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.start_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
@@ -155,7 +156,7 @@ class EscapeCheck:
     def _objective(self) -> float:
         """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN. Collective."""
         with torch.no_grad():
-            value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._x.device).detach()
+            value = torch.as_tensor(self._rule.objective(), dtype=wide(self._x.device), device=self._x.device).detach()
         if value.numel() != 1:
             raise ValueError(f"objective of Escape must return one number, got shape {tuple(value.shape)}")
         mean = float(self._channel.mean(value.reshape(1).clone(), "objective"))

@@ -21,6 +21,7 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
 from packsaddle.messages import numbered
+from packsaddle.numerics.devices import widened
 from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_range
 
 _log = logging.getLogger("packsaddle")
@@ -171,7 +172,7 @@ class Verdict:
         if self.fraction is None:
             self.magnitude = float(self.magnitude)
             return math.isfinite(self.magnitude)
-        fraction, self.magnitude = torch.stack([self.fraction.double(), torch.as_tensor(self.magnitude)]).tolist()
+        fraction, self.magnitude = torch.stack([widened(self.fraction), torch.as_tensor(self.magnitude)]).tolist()
         return fraction == 0 and math.isfinite(self.magnitude)
 
 

@@ -12,6 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.devices import wide, widened
+
 _log = logging.getLogger("packsaddle")
 
 
@@ -61,7 +63,7 @@ class Standing(IntEnum):
 
 def norm_of(v: Tensor) -> Tensor:
     """Return the norm of an update v, float32[1]."""
-    norm: Tensor = torch.linalg.vector_norm(v, dtype=torch.float64).float().reshape(1)
+    norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).float().reshape(1)
     return norm
 
 
@@ -71,7 +73,7 @@ def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
     `norms`, float32[W], and `standings`, int64[W] of `Standing`, are the workers'. m is the median of the norms that
     count; of an even number the lower middle one, which half of the workers cannot raise. It is 1 for absent workers.
     """
-    wide = norms.double()
-    limit = most * wide.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()
-    factors: Tensor = torch.where((wide > limit) & (standings != Standing.ABSENT), limit / wide, 1.0)
+    norms = widened(norms)
+    limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()
+    factors: Tensor = torch.where((norms > limit) & (standings != Standing.ABSENT), limit / norms, 1.0)
     return factors

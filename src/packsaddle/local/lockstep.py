@@ -66,6 +66,8 @@ class Lockstep:
     ) -> None:
         self._channel, self._device, self._background, self._norms = channel, device, background, norms
         self._has_warned = False
+        # The host waits within collectives anyway, so a check there costs no wait.
+        self._waits = device.type == "cpu" or channel.group.stages(device)
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
@@ -86,11 +88,11 @@ class Lockstep:
         """Start `work`, which computes `result`, in the background; return a function that waits for it.
 
         That function raises the errors that `run` would raise, and returns True if all workers have the same `frozen`
-        parameters. On a GPU, with a `result`, the workers' calls are compared only there, so that the host does not
-        wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together with the check, and
-        `work` is called with all workers' norms, float32[W], and standings, int64[W].
+        parameters. With a `result`, and on a GPU over NCCL, the workers' calls are compared only there, so that the
+        host does not wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together with
+        the check, and `work` is called with all workers' norms, float32[W], and standings, int64[W].
         """
-        is_late = result is not None and compressor is None and self._device.type != "cpu"
+        is_late = result is not None and compressor is None and not self._waits
         unchecked: list[Tensor] = []
         agreed = [True]
 

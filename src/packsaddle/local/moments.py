@@ -22,10 +22,25 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
 from packsaddle.local.anchor import wide_dtype
 from packsaddle.local.inner import Shards, names_of
+from packsaddle.local.options import AnyOuter, OuterAgreement
 from packsaddle.local.round import LocalRound
+from packsaddle.numerics.devices import wide
 
 _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
+
+
+_USUAL = 0.5  # the fraction with which measured losses were lowest
+
+
+def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
+    """Return the default of `mean_momentum`: 0.5 if an optimizer is Adam or a variant of it, by the name of its class,
+    none is Muon, and the outer optimizer has no momentum, as far as is known; else 0."""
+    names = [type(optimizer).__name__.lower() for optimizer in with_members(optimizers)]
+    then = outer.then if isinstance(outer, OuterAgreement) else outer
+    outer_momentum = 0.0 if then is None else getattr(then, "momentum", 1.0)
+    is_adam = any("adam" in name for name in names) and not any("muon" in name for name in names)
+    return _USUAL if is_adam and not outer_momentum else 0.0
 
 
 class MeanMomentum:
@@ -56,8 +71,9 @@ class MeanMomentum:
             )
 
     def __call__(self, r: LocalRound) -> None:
-        """Mix the mean update of an applied round. No-op after a flush, whose update is of less than a round."""
-        if r.applied and not r.flush:
+        """Mix the mean update of an applied round. No-op after a flush, whose update is of less than a round, and with
+        one worker, whose own update it is."""
+        if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
             named = r.part.named(r.mean)
             updates = [None if place.name in r.frozen else update for place, update in named]
@@ -72,7 +88,8 @@ class MeanMomentum:
         """
         # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
         moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
-        norms = torch.zeros(2 * len(moments), dtype=torch.float64, device=local_part(parameters[0]).device)
+        device = local_part(parameters[0]).device
+        norms = torch.zeros(2 * len(moments), dtype=wide(device), device=device)
         for i, found in enumerate(moments):
             if found is not None:
                 m, v, update = found

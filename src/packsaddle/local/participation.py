@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import mix, sample_without_replacement
 
 
@@ -29,7 +30,7 @@ class Participation:
     def exchange(self, channel: Communicator, device: torch.device) -> None:
         """Gather the weights of all workers; collective. No-op for equal weights."""
         if self._mine is not None:
-            mine = {"weight": torch.tensor([self._mine], dtype=torch.float64, device=device)}
+            mine = {"weight": torch.tensor([self._mine], dtype=wide(device), device=device)}
             gathered = channel.gather(mine, fixed_size=True, purpose="start")
             self.weights = [float(parts["weight"][0]) for parts in gathered]
 

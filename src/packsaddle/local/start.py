@@ -21,6 +21,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.inner import OtherOptimizers
+from packsaddle.numerics.devices import widened
 
 T = TypeVar("T")
 _log = logging.getLogger("packsaddle")
@@ -96,8 +97,8 @@ def check_first_step(
     if any(grad != prints[0][1] for _, grad in prints):
         return
     # Zeros, and gradients with few different values, may be equal on all workers without an exchange.
-    different: list[Any] = [g[g.isfinite() & (g != 0)].double().unique() for g in gradients]
-    together: Any = torch.cat(different) if different else torch.empty(0)
+    nonzero: list[Any] = [widened(g[g.isfinite() & (g != 0)]) for g in gradients]
+    together: Any = torch.cat([values.unique() for values in nonzero]) if nonzero else torch.empty(0)
     values = len(together.unique())
     if not values:
         return

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 
 _PART = 1 << 18  # coordinates processed at a time, 1 MiB of float32
@@ -16,7 +17,8 @@ def is_finite(vector: Tensor) -> Tensor:
     """Return True if no coordinate is Inf or NaN, bool[]; does not synchronize with a GPU.
     Elements are checked only if the sum, which takes a tenth of the time, is non-finite."""
     if vector.device.type != "cpu":
-        return vector.sum(dtype=torch.float64).isfinite()
+        exact = wide(vector.device) is torch.float64  # else a sum of finite numbers may overflow
+        return vector.sum(dtype=torch.float64).isfinite() if exact else torch.isfinite(vector).all()
     finite = vector.sum().isfinite()
     return finite if finite else torch.isfinite(vector).all()
 
@@ -35,20 +37,21 @@ def is_in_range(vector: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(vector, dtype=dtype)
         if norm <= limit / max(1, vector.numel()) ** 0.5:
             return torch.tensor(True)
-    is_small: Tensor = torch.linalg.vector_norm(vector, 1, dtype=torch.float64) <= limit
+    is_small: Tensor = torch.linalg.vector_norm(vector, 1, dtype=wide(vector.device)) <= limit
     return is_small
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """Return an upper bound on the largest magnitude, float64[], finite if v is; does not synchronize with a GPU."""
+    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS), finite if v is; does not
+    synchronize with a GPU."""
     if not vector.numel():
-        return torch.zeros((), dtype=torch.float64, device=vector.device)
+        return torch.zeros((), dtype=wide(vector.device), device=vector.device)
     if vector.device.type == "cpu":  # the Euclidean norm is much faster there than the maximum norm, but can overflow
         norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.promote_types(vector.dtype, torch.float32))
         if norm.isfinite():
             return norm.double()
     largest: Tensor = torch.linalg.vector_norm(vector, float("inf"))
-    return largest.double()
+    return widened(largest)
 
 
 def overflow_margin(dtype: torch.dtype) -> float:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.kernels import kernel
 
 _MASK64 = (1 << 64) - 1
@@ -87,12 +88,12 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
         # drawn on the CPU, since CPU and CUDA generators give different numbers
-        return _moved(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
+        return to_device(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
     if loop := kernel("feistel_sample"):
         permuted: Tensor = loop(n, k, bits, keys).add_(keys[-1] % n).remainder_(n)
-        return _moved(permuted, device)  # cycle walking on a GPU would synchronize
+        return to_device(permuted, device)  # cycle walking on a GPU would synchronize
     index = _feistel(torch.arange(k, device=device), bits, keys)
     outside = (index >= n).nonzero().squeeze(1)
     while len(outside):
@@ -100,11 +101,6 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
         index[outside] = walked
         outside = outside[walked >= n]
     return index.add_(keys[-1] % n).remainder_(n)
-
-
-def _moved(index: Tensor, device: torch.device | str) -> Tensor:
-    on_cpu = torch.device(device).type == "cpu"
-    return index if on_cpu else index.pin_memory().to(device, non_blocking=True)
 
 
 def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.seeds import Stream, generator
 
 _MANY = 256  # number of chunks above which index arithmetic on blocks is faster than slices per chunk
@@ -208,7 +209,7 @@ class NormSketch:
     def norm(self, sketch: Tensor) -> float:
         """Return the estimate of ||v|| from `sketch`, the output of `encode` or a mean of such outputs."""
         if sketch.ndim == 1:
-            return float(torch.linalg.vector_norm(sketch, dtype=torch.float64))
-        energies = sketch.to(torch.float64).square().sum(1).sort().values
+            return float(torch.linalg.vector_norm(sketch, dtype=wide(sketch.device)))
+        energies = widened(sketch).square().sum(1).sort().values
         rows = len(energies)
         return float((energies[(rows - 1) // 2] + energies[rows // 2]).div(2).sqrt())

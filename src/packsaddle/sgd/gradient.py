@@ -14,6 +14,7 @@ from packsaddle.errors import check_momentum
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
+from packsaddle.numerics.devices import wide
 from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_out_of_range
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class Gradient:
         squares = add_if_finite(self._sums(out, scales, extras))
         if squares is None:
             return False
-        self.norm = out.flat.new_tensor(squares, dtype=torch.float64).sqrt()
+        self.norm = out.flat.new_tensor(squares, dtype=wide(out.flat.device)).sqrt()
         self.perturb(out.flat, scales, extras)
         return True
 

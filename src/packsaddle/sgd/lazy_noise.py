@@ -12,9 +12,11 @@ from packsaddle.compressors.sparse import Cells
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.state import check_tensor
+from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-_NEGLIGIBLE = 1e-9  # relative size below which a term added to a float64 sum loses too many digits
+# Relative size below which a term added to a sum of this dtype loses too many digits.
+_NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass
@@ -29,7 +31,7 @@ class OutstandingNoise:
     """
 
     total: float  # the variance of a coordinate that was never sent
-    kept: Tensor  # float64[cells], the total when each cell was last sent
+    kept: Tensor  # float64[cells] (float32 on MPS), the total when each cell was last sent
     size: int  # coordinates per cell
 
     def __post_init__(self) -> None:
@@ -37,7 +39,7 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE * self.total:  # rounding of the sum would lose it
+        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:  # rounding of the sum would lose it
             least = float(self.kept.min())
             self.kept -= least
             self.total -= least
@@ -97,7 +99,7 @@ class Perturber:
             )
         elif noise.std != 0 and self._d and noise.lazy is not False:
             cells, size = grid
-            kept = torch.zeros(cells, dtype=torch.float64, device=memory.vector.device)
+            kept = torch.zeros(cells, dtype=wide(where := memory.vector.device), device=where)
             self.outstanding = OutstandingNoise(0.0, kept, size)
         if problem and noise.lazy:
             raise ValueError(problem)
@@ -149,7 +151,8 @@ class Perturber:
             here.clear()
         if saved is None:
             return
-        found = replace(saved, kept=saved.kept.to(self._memory.vector.device, torch.float64, copy=True))
+        where = self._memory.vector.device
+        found = replace(saved, kept=saved.kept.to(where, wide(where), copy=True))
         if here is not None and (len(here.kept), here.size) == (len(found.kept), found.size):
             self.outstanding = found
         else:

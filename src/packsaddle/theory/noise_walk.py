@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from packsaddle.errors import check_positive
+from packsaddle.numerics.devices import widened
 
 GOOD = 3.0  # suggested length of the walk, as a multiple of ||x_0||
 FAR = 8.0  # length of the walk, as a multiple of ||x_0||, above which a run warns
@@ -63,5 +64,5 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
 
 def rms(model: nn.Module) -> float:
     parameters = [p.detach() for p in model.parameters() if p.requires_grad]
-    squares = sum(float(p.double().square().sum()) for p in parameters)
+    squares = sum(float(widened(p).square().sum()) for p in parameters)
     return math.sqrt(squares / max(1, sum(p.numel() for p in parameters)))

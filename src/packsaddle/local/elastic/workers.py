@@ -53,6 +53,7 @@ from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.participation import share
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
+from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
@@ -324,7 +325,7 @@ class ElasticWorkers:
             r.exchange(self.channel.step, norms, standings)
             r.gather_reports()
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
-        norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
+        norm = torch.tensor([self._norm_after()], dtype=wide(self._device), device=self._device)
         self._in_doubt = parts
         confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
@@ -658,4 +659,4 @@ def _hash(text: str) -> int:
 
 
 def _energy(vector: Tensor) -> float:
-    return float(vector.double().square().sum())
+    return float(widened(vector).square().sum())

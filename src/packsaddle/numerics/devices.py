@@ -1,0 +1,33 @@
+"""Facts about types of devices, without torch.distributed: float64, streams and pinned memory.
+
+They are here and not in `comm.devices`, since compressors and certificates need them and do not import `comm`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def wide(device: torch.device | str) -> torch.dtype:
+    """Return the widest floating-point dtype of a device: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return the tensor in the widest dtype of its device; no copy if it has this dtype already."""
+    return tensor.to(wide(tensor.device))
+
+
+def device_of_doubles(device: torch.device) -> torch.device:
+    """Return the device for float64 vectors that are computed from tensors on `device`: itself, or the CPU for MPS."""
+    return device if wide(device) is torch.float64 else torch.device("cpu")
+
+
+def has_streams(device: torch.device | str) -> bool:
+    """Return True if a device runs work in several streams, with asynchronous copies of pinned memory. The CPU has
+    none, and MPS has one queue, whose asynchronous copies of pageable memory may read it after it is freed."""
+    return torch.device(device).type not in ("cpu", "meta", "mps")
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return a tensor of the CPU on `device`; the host does not wait if the device has streams."""
+    return tensor.pin_memory().to(device, non_blocking=True) if has_streams(device) else tensor.to(device)
