@@ -1,13 +1,13 @@
 """Does a run that is resumed after its workers are killed at random moments end with an undisturbed run's weights?
 
-    python -m lab.bench.chaos [--runs 200] [--workers 2 3 4] [--seed 0] [--out chaos.json]
+    python -m lab.bench.chaos [--runs 200] [--workers 2 3 4] [--seed 0]
 
 Each run trains a small network with gloo processes and saves a checkpoint every step or every few; every second run
 uses local updates. At a random time (starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for
 longer than the group's timeout. When the first process ends, the others are ended, and the same command is restarted
 with --resume, as torchrun --max-restarts does. A run is disturbed up to three times; a run that ends before its first
 disturbance is repeated. Then all its files, except for times, must be bitwise identical with an undisturbed run's.
-Exit code 1 if anything differs.
+Prints the runs as JSON lines; the exit code is 1 if anything differs.
 """
 
 import argparse
@@ -71,11 +71,7 @@ class Trial:
     local: bool  # by local updates
     kills: int = 0  # processes that got SIGKILL while they were alive
     stops: int = 0  # or SIGSTOP
-    attempts: int = 0
-    saving: int = 0  # disturbances that left an incomplete file, or a step without some workers' files
-    late: int = 0  # attempts that resumed from a checkpoint
     equal: bool = False
-    seconds: float = 0.0
 
 
 def worker(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
@@ -100,7 +96,7 @@ def attempt(trial: Trial, arguments: Sequence[str], log: Path, disturb: tuple[fl
         environment = {name: str(value) for name, value in world.items()}
         processes.append(CONTEXT.Process(target=worker, args=(arguments, environment, str(log))))
         processes[-1].start()
-    begin, trial.attempts = time.monotonic(), trial.attempts + 1
+    begin = time.monotonic()
     running = {p.sentinel: p for p in processes}
     while running:
         now = time.monotonic() - begin
@@ -147,7 +143,6 @@ def disturbed(trial: Trial, config: Path, folder: Path, rng: random.Random, leng
 
 def try_once(trial: Trial, config: Path, folder: Path, rng: random.Random, length: float) -> None:
     """Disturb a run up to three times, resuming it after each, until it completes."""
-    begin = time.monotonic()
     arguments = ["run", str(config), "--resume", str(folder), "--checkpoint-every", str(trial.every)]
     arguments += ["--timeout", str(TIMEOUT)]
     disturbances = rng.randint(1, 3)
@@ -159,16 +154,6 @@ def try_once(trial: Trial, config: Path, folder: Path, rng: random.Random, lengt
             disturb = (rng.uniform(0, length), rng.randrange(trial.workers), number)
         if attempt(trial, arguments, log, disturb):
             break
-        trial.saving += is_half_saved(folder, trial.workers)
-    text = log.read_text()
-    trial.late = text.count(": goes on from step")
-    trial.seconds = time.monotonic() - begin
-
-
-def is_half_saved(folder: Path, workers: int) -> bool:
-    """Return True if a checkpoint was being written when the run was disturbed."""
-    steps = [p for p in folder.glob("checkpoint/step-*") if p.suffix != ".unusable"]
-    return bool(list(folder.rglob("*.partial"))) or any(len(list(p.glob("*.json"))) < workers for p in steps)
 
 
 def digest(folder: Path) -> str:
@@ -203,7 +188,6 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
@@ -227,13 +211,9 @@ def main() -> None:
             folder = disturbed(trial, config, base / f"run-{number}", rng, length)
             trial.equal = (folder / "summary.json").exists() and digest(folder) == expected
             trials.append(trial)
+            print(json.dumps(asdict(trial)), flush=True)
             if not trial.equal:
-                print(f"run {number}: {trial}\n{folder.with_suffix('.log').read_text()}", flush=True)
-            elif number % 20 == 19:
-                print(f"{number + 1} runs, {sum(t.equal for t in trials)} equal", flush=True)
-    show(trials)
-    if args.out is not None:
-        args.out.write_text(json.dumps({"seed": args.seed, "trials": [asdict(t) for t in trials]}, indent=1) + "\n")
+                print(folder.with_suffix(".log").read_text(), file=sys.stderr, flush=True)
     sys.exit(not all(t.equal for t in trials))
 
 
@@ -251,24 +231,7 @@ def undisturbed(key: tuple[int, int, bool], config: Path, base: Path) -> tuple[s
     begin = time.monotonic()
     assert attempt(trial, arguments, folder.with_suffix(".log"), None), folder.with_suffix(".log").read_text()
     length = time.monotonic() - begin
-    how = "local updates, " if key[2] else ""
-    print(f"{key[0]} workers, {how}a checkpoint every {key[1]} steps: {length:.1f} s undisturbed", flush=True)
     return digest(folder), length
-
-
-def show(trials: Sequence[Trial]) -> None:
-    """Print the table."""
-    columns = ("workers", "runs", "SIGKILL", "SIGSTOP", "while saving", "resumed", "equal", "seconds a run")
-    print(" | ".join(columns))
-    for workers in sorted({t.workers for t in trials}):
-        some = [t for t in trials if t.workers == workers]
-        counts = [sum(getattr(t, name) for t in some) for name in ("kills", "stops", "saving", "late", "equal")]
-        mean = sum(t.seconds for t in some) / len(some)
-        print(
-            " | ".join(
-                f"{x:>{len(c)}}" for x, c in zip([workers, len(some), *counts, round(mean, 1)], columns, strict=True)
-            )
-        )
 
 
 if __name__ == "__main__":

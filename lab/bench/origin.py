@@ -1,18 +1,15 @@
 """The origin of a measured row: machine, versions, date, commit, and text of the training."""
 
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lab.bench.result import cpu_model
+from lab.runs import commit
 
-_ROOT = Path(__file__).parents[2]
 NOT_RECORDED = "not recorded"
 
 
@@ -24,14 +21,14 @@ class Origin:
     torch: str = ""  # version
     threads: int = 0  # torch's threads of a worker
     date: str = ""  # in UTC, as 2026-11-28
-    commit: str = ""  # of this repository, with "+" if tracked files had changes
+    commit: str = ""  # of this repository, with "+" if its code had changes
     text: str = ""  # first 12 digits of the SHA-256 of the training text; empty also for other data
 
     @classmethod
     def here(cls, *, threads: int | None = None, text: str = "") -> "Origin":
         """Return the origin of a row that is made now, on this machine; `threads`: by default torch's."""
         count = torch.get_num_threads() if threads is None else threads
-        return cls(cpu_model(), torch.__version__, count, f"{datetime.now(UTC):%Y-%m-%d}", _commit(), text)
+        return cls(cpu_model(), torch.__version__, count, f"{datetime.now(UTC):%Y-%m-%d}", commit() or "", text)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Origin":
@@ -57,15 +54,3 @@ def check_text(origins: Iterable[Origin], text: str, where: object) -> None:
     others = sorted({origin.text for origin in origins} - {"", text})
     if others:
         raise ValueError(f"{where} must have rows of one text, {text}, got {', '.join(others)}: use another file")
-
-
-@cache
-def _commit() -> str:
-    """Return the commit of this checkout, "" without git."""
-    git = ["git", "-C", str(_ROOT)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "diff", "HEAD", "--quiet"], capture_output=True, check=False)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return commit.stdout.strip() + "+" * (changes.returncode != 0)

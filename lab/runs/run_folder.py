@@ -100,21 +100,16 @@ class RunFolder:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the running code, with "+" if files differ; None outside a checkout of packsaddle."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str | None:
-        call = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]  # no lock file remains if killed
-        try:
-            answer = subprocess.run(call, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return answer.stdout.strip()
-
-    if git("ls-files", "--error-unmatch", here.name) is None:
+    """Return the commit of the running code, with "+" if the package or the lab has changes; None without git."""
+    git = ["git", "--no-optional-locks", "-C", str(Path(__file__).parents[2])]  # no lock file remains if killed
+    try:
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "src", "lab"])
+        )
+    except (OSError, subprocess.CalledProcessError):
         return None
-    head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", ".")
-    return None if head is None else head + ("+" if changes else "")
+    return head + ("+" if changes else "")
 
 
 def environment(version: str, workers: int, device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from commandline import command, refused
 from forked_python import environment, python, torchrun
 from runs import CONFIG as PLAIN
 
+from lab.runs import run_folder
 from lab.runs.tasks import images
 
 CONFIG = (
@@ -342,3 +343,30 @@ def test_elastic_without_torchft(
     line = "elastic training needs torchft: pip install 'packsaddle[torchft]'"
     refused(capsys, line, "lab", "run", config, "--elastic", "http://localhost:1", "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_records_the_commit_and_if_its_code_had_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "lab" / "runs" / "run_folder.py"))
+
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        call = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    def recorded() -> str | None:
+        run_folder.commit.cache_clear()
+        return run_folder.commit()
+
+    assert recorded() is None
+    for name in ("src", "lab", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file.py").write_text("")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    head = git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "docs" / "file.py").write_text("changed")
+    assert recorded() == head
+    (tmp_path / "src" / "file.py").write_text("changed")
+    assert recorded() == f"{head}+"
+    run_folder.commit.cache_clear()
