@@ -305,8 +305,11 @@ class LowRankAllReduce(Aggregator):
             following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
             right = right[size:]
         # A compressor that `for_tensors` has not bound to shapes has no warm start: Q stays Gaussian.
-        valid = all(bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel())
-        return following if valid and len(following) == len(qs) else None
+        if len(following) != len(qs):
+            return None
+        # One number to read, for which the host waits on a GPU.
+        valid = [q.any() & q.isfinite().all() for q in following if q.numel()]
+        return following if not valid or torch.stack(valid).all() else None
 
     def reset(self) -> None:
         self._qs = None

@@ -165,8 +165,9 @@ class Verdict:
         """Return the outcome as numbers, float[3]: the fraction of workers with an invalid vector (NaN: with an invalid
         message), 1 if the result does not fit, 1 if workers exchanged different slices. All are 0 if it is applied."""
         assert isinstance(self.fraction, Tensor)
-        fits, unlike = (torch.as_tensor(flag, device=self.fraction.device) for flag in (self.fits, is_unlike))
-        return torch.stack([self.fraction, (~fits).to(self.fraction), unlike.to(self.fraction)])
+        flags = [self.fits, is_unlike]
+        fits, unlike = (f.to(self.fraction) if isinstance(f, Tensor) else self.fraction.new_full((), f) for f in flags)
+        return torch.stack([self.fraction, 1 - fits, unlike])
 
     def read(self) -> bool:
         """Return True if the exchange is applied. Waits for the device once."""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
-from packsaddle.local.anchor import wide_dtype
+from packsaddle.local.anchor import beside, wide_dtype
 from packsaddle.local.inner import Shards, names_of
 from packsaddle.local.options import AnyOuter, OuterAgreement
 from packsaddle.local.round import LocalRound
@@ -117,7 +117,7 @@ class MeanMomentum:
         if update is None or "exp_avg" not in state or v is None:
             return None
         m, v = local_part(state["exp_avg"]), local_part(v)
-        return (m, v, update) if m.shape == v.shape == local_part(p).shape else None
+        return (m, v, beside(m, update, update.dtype)) if m.shape == v.shape == local_part(p).shape else None
 
 
 def _has_momentum(group: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
-"""Copies of numbers from a device to the host, for which the host waits as rarely as possible."""
+"""Copies between a device and the host, for which the host waits as rarely as possible."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,3 +40,21 @@ class Readback:
             self._event.synchronize()
         numbers: list[Any] = self._copy.tolist()
         return numbers
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one device on the host: themselves if they are there, else copies, for which it waits once."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if not has_streams(device):
+        return [tensor.cpu() for tensor in tensors]
+    copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    torch.accelerator.current_stream(device).synchronize()
+    return copies
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy `value` to `target`. From the host to a device with streams, the host does not wait."""
+    if target.device != value.device and has_streams(target.device):
+        target.copy_(value.to(target.dtype).pin_memory(), non_blocking=True)
+    else:
+        target.copy_(value)
