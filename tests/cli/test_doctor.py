@@ -124,7 +124,7 @@ def test_a_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pyte
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ['nonesuch>=1; extra == "plot"'])
     fact = found(doctor.extras(), "plot")
     assert (fact.verdict, fact.advice) == ("note", "pip install 'packsaddle[plot]'")
-    assert fact.value.startswith("nonesuch missing, for figures")
+    assert fact.value.startswith("nonesuch missing, for the picture")
 
 
 def test_outside_an_installation_nothing_is_claimed_of_requirements(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # The first optimizer of a process imports torch._dynamo, which takes as long as torch; so does numba's first loop. The
 # processes that commands start in tests are of this server too.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "packsaddle.runs.job", "pytest"]
+    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "lab.runs.job", "pytest"]
 )
 
 
@@ -44,7 +44,7 @@ def run_in_processes(
     does not know (a patched torch, an extension loaded).
     """
     own = fresh or workers > _KEPT
-    pool = _Pool() if own else _kept()
+    pool = _Pool(reusable=False) if own else _kept()
     reusable = False
     try:
         pool.grow(workers)
@@ -58,8 +58,9 @@ def run_in_processes(
 class _Pool:
     """Workers by rank, each with the connection to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reusable: bool = True) -> None:
         self._members: list[tuple[Any, Connection]] = []
+        self._reusable = reusable  # False: the workers serve one call
         self._calls = count()
 
     @property
@@ -70,7 +71,7 @@ class _Pool:
         """Start the workers that there are not yet."""
         while len(self._members) < workers:
             ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(theirs,), daemon=True)
+            process = _CONTEXT.Process(target=_serve, args=(theirs, self._reusable), daemon=True)
             process.start()
             theirs.close()  # so that a worker's death is the end of the connection
             self._members.append((process, ours))
@@ -127,8 +128,8 @@ def _kept() -> _Pool:
     return _pool
 
 
-def _serve(connection: Connection) -> None:
-    """Make the calls that come, until the other side ends or one of them fails."""
+def _serve(connection: Connection, reusable: bool) -> None:
+    """Make the calls that come, until the other side ends or one of them fails; if `reusable`, without a trace."""
     torch.set_num_threads(1)
     while True:
         try:
@@ -148,7 +149,7 @@ def _serve(connection: Connection) -> None:
             leftovers.forget_tests()
             gc.collect()  # models and hooks go before their process group
             dist.destroy_process_group()
-            left = before.restore()
+            left = before.restore() if reusable else []
             outcome = result, "", left
         except BaseException:
             connection.send((b"", traceback.format_exc(), []))

@@ -64,12 +64,7 @@ class State:
         torch.use_deterministic_algorithms(False)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
-        _settled.extend(_caches())
-        if "torch.distributed.tensor" in sys.modules:
-            for cache in _settled:
-                cache.cache_clear()
-            if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
-                torch._C._clear_DTensor_sharding_propagator_cache()
+        forget_meshes()
 
     def _threads_left(self) -> list[str]:
         """Threads that go on, but for those of the kernels' pool and those that are not Python's."""
@@ -105,6 +100,16 @@ def _names() -> dict[str, dict[str, Any]]:
                 plain = {k: v for k, v in vars(value).items() if not k.startswith("__")}
                 found[f"{module_name}.{value.__qualname__}"] = plain
     return found
+
+
+def forget_meshes() -> None:
+    """Empty torch's caches of meshes, whose groups are gone with the default group."""
+    _settled.extend(_caches())
+    if "torch.distributed.tensor" in sys.modules:
+        for cache in _settled:
+            cache.cache_clear()
+        if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
+            torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def _caches() -> list[Any]:

@@ -143,14 +143,15 @@ _READ = "read docs/devices.md"
 _PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which takes about a second
 _MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules that differ from their package's
 _PURPOSES = {
-    "plot": "figures and pages of report and certify, and demo",
-    "digits": "the digits that demo and data.name = digits train on",
-    "vision": "MNIST, CIFAR-10 and image folders",
+    "plot": "the picture of certify-script",
+    "lab": "figures, pages and demo of python -m lab, in a clone",
+    "digits": "the digits on which examples train",
+    "vision": "MNIST, CIFAR-10 and image folders of python -m lab",
     "fast": "compiled loops on the CPU",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
     "torchft": "LocalUpdates(..., workers=): workers that join and leave",
-    "track": "run --track",
+    "track": "python -m lab run --track",
 }
 _OURS = ("dev", "docs")  # extras for developers of packsaddle
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}

@@ -20,6 +20,8 @@ from torch import Tensor
 from packsaddle.comm.group import Group
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.errors import MessageError
+from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.transfers import read
 from packsaddle.version import __version__
 
 Parts = Mapping[str, Tensor]
@@ -93,8 +95,7 @@ class Communicator:
         if fixed_size:
             sizes = [own] * self.group.size
         elif sizes is None:
-            announced = self.group.all_gather(torch.tensor(own, device=wire.device))
-            sizes = [s.tolist() for s in announced]
+            sizes = read(*self.group.all_gather(to_device(torch.tensor(own), wire.device)))
             for worker, of_worker in enumerate(sizes):
                 check_sizes(of_worker, parts, worker, most)
             self._count(purpose or "sizes", "all-gather", ring_all_gather(8 * len(parts), self.group.size))
@@ -121,9 +122,9 @@ class Communicator:
         incoming = [sizes[self.group.rank]] * self.group.size
         if not fixed_size:
             headers = self.group.all_to_all(
-                [torch.tensor(s, device=device).view(torch.uint8) for s in sizes], [8 * len(like)] * self.group.size
+                list(to_device(torch.tensor(sizes), device).view(torch.uint8)), [8 * len(like)] * self.group.size
             )
-            incoming = [h.view(torch.int64).tolist() for h in headers]
+            incoming = read(*(h.view(torch.int64) for h in headers))
             for worker, announced in enumerate(incoming):
                 check_sizes(announced, like, worker, most)
             self._count("sizes", "all-to-all", Bytes(*(3 * [8 * len(like) * len(others)])))
@@ -143,14 +144,15 @@ class Communicator:
         """Broadcast rank 0's parts (tensors by name) and return them; other ranks pass None. `like` has their names and
         dtypes. Raises MessageError if their sizes do not fit `like`, or exceed `most` bytes in total."""
         device = next(iter(like.values())).device
-        sizes = torch.tensor([0] * len(like) if parts is None else part_sizes(parts), device=device)
-        self.broadcast(sizes, "sizes")
-        check_sizes(sizes.tolist(), like, 0, most)
-        wire = torch.empty(int(sizes.sum()), dtype=torch.uint8, device=device) if parts is None else _join(parts)
+        own = [0] * len(like) if parts is None else part_sizes(parts)
+        self.broadcast(announced := to_device(torch.tensor(own), device), "sizes")
+        (sizes,) = read(announced)
+        check_sizes(sizes, like, 0, most)
+        wire = torch.empty(sum(sizes), dtype=torch.uint8, device=device) if parts is None else _join(parts)
         self.group.broadcast(wire)
-        for name, size in zip(like, sizes.tolist(), strict=True):
+        for name, size in zip(like, sizes, strict=True):
             self._count(name, "broadcast", star_broadcast(size, self.group.rank, self.group.size))
-        return _split(wire, like, sizes.tolist())
+        return _split(wire, like, sizes)
 
     def _count(self, purpose: str, collective: str, moved: Bytes) -> None:
         if moved != Bytes() and self.group.sends:

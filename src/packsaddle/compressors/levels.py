@@ -17,7 +17,9 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.parts import Expected, octets
 from packsaddle.errors import MessageError
+from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.kernels import kernel
+from packsaddle.numerics.transfers import read
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
 _FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
@@ -57,15 +59,29 @@ class Layer:
         return self.coded * (self.rice + 1 / (1 - (1 - self.coded / self.members) ** (1 << self.rice)))
 
 
-def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
-    """Entropy-code d levels from -top to top as uint8[...]; `codes`, uint8[d], has level + top, in `bits` bits each."""
+def histogram(codes: Tensor) -> Tensor:
+    """Return the numbers of each value in uint8[d], int64[256]; the host does not wait on a GPU."""
+    if loop := kernel("count_codes", device=codes.device):
+        counts: Tensor = loop(codes)
+        return counts
+    if codes.device.type == "cpu":
+        return torch.bincount(codes, minlength=256)
+    # In 64 histograms, so that fewer additions to one number wait for each other.
+    places = torch.arange(len(codes), device=codes.device).remainder_(64).mul_(256).add_(codes)
+    counts = torch.zeros(64 * 256, dtype=torch.int64, device=codes.device)
+    return counts.scatter_add_(0, places, torch.ones_like(places)).view(64, 256).sum(0)
+
+
+def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = None) -> Tensor:
+    """Entropy-code d levels from -top to top as uint8[...]; `codes`, uint8[d], has level + top, in `bits` bits each.
+    `counts`, int64[256] on the CPU, is their `histogram`. If it is None, the host waits for it on a GPU."""
     d = len(codes)
     if not d:
         return codes
     # Predict the size of each code from the histogram of the levels. The layered code has a header with two numbers
     # per layer, the gaps, and a sign bit per nonzero level.
-    loop, fixed = kernel("count_codes", device=codes.device), math.ceil(d * bits / 8)
-    counts = (loop(codes) if loop else torch.bincount(codes, minlength=256).cpu())[: 2 * top + 1]
+    fixed = math.ceil(d * bits / 8)
+    counts = (histogram(codes).cpu() if counts is None else counts)[: 2 * top + 1]
     numbers, members, layers = counts.tolist(), d, list[Layer]()
     for m in range(top + 1):
         going_on = members - numbers[top + m] - (numbers[top - m] if m else 0)
@@ -81,21 +97,28 @@ def encode_levels(codes: Tensor, top: int, bits: int) -> Tensor:
     are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
     coded = None
     if in_rice[b] < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * fixed):
-        coded = torch.cat([codes.new_tensor([_RICE, b]), wire.pack_rice(_folded(codes, top), b)])
+        coded = _headed((_RICE, b), wire.pack_rice(_folded(codes, top), b, in_rice[b] - d * b))
     elif in_layers < 8 * fixed:
         coded = _in_layers(codes, top, layers)
     if coded is None or len(coded) > fixed:
-        return torch.cat([codes.new_tensor([_FIXED]), wire.pack(codes, bits)])
+        return _headed((_FIXED,), wire.pack(codes, bits))
     return coded
+
+
+def _headed(head: Sequence[int], *bodies: Tensor) -> Tensor:
+    """Return bytes, of which the first are given as numbers; the host does not wait on a GPU."""
+    return torch.cat([*(bodies[0].new_full((1,), number) for number in head), *bodies])
 
 
 def level_bytes(d: int, bits: int) -> Expected:
     return octets(0, bool(d) + math.ceil(d * bits / 8))
 
 
-def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Invert `encode_levels`: return level + top for d levels, uint8[d]. Raises MessageError if `coded` is invalid."""
-    code = int(coded[0]) if d and len(coded) else _FIXED
+def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
+    """Invert `encode_levels`: return level + top for d levels, uint8[d]. `head` are the first two bytes of `coded`, as
+    far as it has them; None: they are read. Raises MessageError if `coded` is invalid."""
+    head = coded[:2].tolist() if head is None else head
+    code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
         raise MessageError("levels", f"in code {_FIXED}, {_LAYERS} or {_RICE}", f"code {code} in {len(coded)} bytes")
     if code == _FIXED:
@@ -103,8 +126,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
             raise MessageError("levels", f"{bool(d) + math.ceil(d * bits / 8)} bytes", len(coded))
         return unpack_levels(coded[1:], d, top, bits)
     if code == _LAYERS:
-        return _from_layers(coded, d, top)
-    if (b := int(coded[1])) >= MOST_BITS:
+        return _from_layers(coded, d, top, head[1])
+    if (b := head[1]) >= MOST_BITS:
         raise MessageError("levels", f"Rice codes with a parameter below {MOST_BITS}", b)
     folded = wire.unpack_rice(coded[2:], d, b, 2 * top, torch.uint8)
     if folded is None:
@@ -114,9 +137,10 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if one is invalid."""
+    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if one is invalid, except
+    on a GPU, where the check would synchronize."""
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
-    if d and (largest := int(codes.max())) > 2 * top:
+    if d and codes.device.type == "cpu" and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)
     return codes
 
@@ -127,25 +151,32 @@ def _folded(codes: Tensor, top: int) -> Tensor:
 
 
 def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
-    d, signs, bodies = len(codes), codes[:0], []
+    d, signs, bodies, gaps = len(codes), codes[:0], list[Tensor](), list[Tensor]()
     for j, layer in enumerate(layers):
         if loop := kernel("pack_layer", device=codes.device):
             body, codes = loop(codes, top - j, top + j, layer.inverted, layer.rice, layer.coded, layer.going_on)
+            bodies.append(body)
         else:
             goes_on = (codes < top - j) | (codes > top + j)
-            listed = wire.indices_where(goes_on != layer.inverted)
-            body, codes = wire.pack_gaps(listed, max(1, layer.coded), layer.members, layer.rice), codes[goes_on]
-        bodies.append(body)
+            members = wire.indices_where(goes_on, layer.going_on)
+            listed = wire.indices_where(~goes_on, layer.coded) if layer.inverted else members
+            gaps.append(wire.gaps_of(listed, max(1, layer.coded), layer.members))
+            codes = codes.index_select(0, members)
         signs = wire.pack_bits(codes < top) if j == 0 else signs
+    # The host waits once on a GPU, for the sizes of all layers.
+    rice = [layer.rice for layer in layers[: len(gaps)]]
+    unary = read(*(wire.unary_bits(listed, b) for listed, b in zip(gaps, rice, strict=True)))
+    bodies += [wire.pack_rice(listed, b, n) for listed, b, n in zip(gaps, rice, unary, strict=True)]
     sizes = [number for layer, body in zip(layers, bodies, strict=True) for number in (layer.going_on, len(body))]
-    head = wire.pack(torch.tensor(sizes, dtype=torch.int64, device=codes.device), _width(d))
-    return torch.cat([codes.new_tensor([_LAYERS, len(layers)]), head, *bodies, signs])
+    head = wire.pack(to_device(torch.tensor(sizes, dtype=torch.int64), codes.device), _width(d))
+    return _headed((_LAYERS, len(layers)), head, *bodies, signs)
 
 
-def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
-    """Decode the output of `_in_layers` to level + top, uint8[d]. Raises MessageError if its lengths disagree."""
+def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
+    """Decode the output of `_in_layers`, with `count` layers, to level + top, uint8[d]. Raises MessageError if its
+    lengths disagree."""
     # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
-    count, width = int(coded[1]), _width(d)
+    width = _width(d)
     start = 2 + math.ceil(2 * count * width / 8)
     if count > top or start > len(coded):
         raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
@@ -170,8 +201,8 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
         index = wire.unpack_gaps(body, layer.coded, kept, layer.members, layer.rice, layer.members, "levels")
         if layer.inverted:
             goes_on = torch.ones(layer.members, dtype=torch.bool, device=coded.device)
-            goes_on[index] = False
-            index = wire.indices_where(goes_on)
+            goes_on.index_fill_(0, index, False)
+            index = wire.indices_where(goes_on, layer.going_on)
         if layer is layers[0]:
             places, magnitudes = index, coded.new_ones(len(index))
         else:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, Summary, check_count, check_flag, cut_sizes
-from packsaddle.compressors.levels import MOST_BITS, decode_levels, encode_levels, level_bytes, unpack_levels
+from packsaddle.compressors.levels import (
+    MOST_BITS,
+    decode_levels,
+    encode_levels,
+    histogram,
+    level_bytes,
+    unpack_levels,
+)
 from packsaddle.compressors.parts import Expected, floats, octets
 from packsaddle.compressors.values import (
     ValueFormat,
@@ -25,6 +32,7 @@ from packsaddle.compressors.values import (
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
+from packsaddle.numerics.transfers import read
 
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
 _AT_ONCE = 1 << 16  # largest bucket that the Triton kernel supports, in coordinates
@@ -211,10 +219,16 @@ class QSGD(Compressor):
                 packed.append(wire.pack(codes.view(-1)[: len(slab)], width))
                 scales.append(of_buckets)
             levels, norms = torch.cat(packed), torch.cat(scales)
-        if not self.fixed_size:
-            some = self._not_zero(norms, len(v))  # skip buckets whose norm is 0
-            levels = encode_levels(levels if some is None else some.of(levels), self.levels, self.bits)
-        return Message({"levels": levels, "scales": norms})
+        if self.fixed_size:
+            return Message({"levels": levels, "scales": norms})
+        # Skip buckets whose norm is 0. The host waits once on a GPU, unless many are 0.
+        several = [norms.count_nonzero()] if on_cpu else [norms.count_nonzero(), histogram(levels)]
+        nonzero, *numbers = read(*several)
+        some = self._not_zero(norms, len(v), nonzero)
+        counts = torch.tensor(numbers[0]) if numbers and some is None else None
+        codes = levels if some is None else some.of(levels)
+        coded = encode_levels(codes, self.levels, self.bits, counts)
+        return Message({"levels": coded, "scales": norms}, (codes, some))
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Quantize n buckets, float[n, b], which begin at index `first` of v.
@@ -237,7 +251,7 @@ class QSGD(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         norms, d = message.parts["scales"], len(out)
         scale = alpha / (self.levels * (1 + self.omega(d)))
-        # `receive` stored the decoded levels in the context; a message from `encode` has no context.
+        # The levels are in the context, except of a message from `encode` in a fixed number of bits.
         codes, some = message.context or self.context_of(message.parts, d, seed=0, step=0)
         if some is None:
             self._add(codes, norms, self._width(d), out, scale)
@@ -253,8 +267,10 @@ class QSGD(Compressor):
         # codes of up to 8 bits stay packed, for the Triton kernel.
         coded = parts["levels"]
         if not self.fixed_size:
-            some = self._not_zero(parts["scales"], d)
-            return decode_levels(coded, d if some is None else some.coordinates, self.levels, self.bits), some
+            head, nonzero = read(coded[:2], parts["scales"].count_nonzero())
+            some = self._not_zero(parts["scales"], d, nonzero)
+            n = d if some is None else some.coordinates
+            return decode_levels(coded, n, self.levels, self.bits, head), some
         if coded.device.type != "cpu" and self.bits <= MOST_BITS:
             return coded, None
         return unpack_levels(coded, d, self.levels, self.bits), None
@@ -273,14 +289,13 @@ class QSGD(Compressor):
             levels = (found - self.levels).to(scales.dtype)
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # this order avoids overflow
 
-    def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
-        """Return the buckets with a nonzero norm: only their levels are entropy-coded and sent.
-        None (send all buckets) if over 7/8 of the norms are nonzero, or if buckets do not end at byte boundaries."""
+    def _not_zero(self, norms: Tensor, d: int, nonzero: int) -> "_Buckets | None":
+        """Return the buckets with a nonzero norm, of which there are `nonzero`: only their levels are entropy-coded and
+        sent. None (send all buckets) if over 7/8 are nonzero, or if buckets do not end at byte boundaries."""
         b = self._width(d)
-        if b * self.bits % 8:
+        if b * self.bits % 8 or 8 * nonzero > 7 * len(norms):
             return None
-        index = norms.nonzero().squeeze(1)
-        return None if 8 * len(index) > 7 * len(norms) else _Buckets(index, b, d)
+        return _Buckets(wire.indices_where(norms != 0, nonzero), b, d)
 
     def _width(self, d: int) -> int:
         return max(1, min(d, self.bucket))

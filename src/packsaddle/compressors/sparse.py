@@ -305,7 +305,9 @@ class RandomK(_OfEachTensor):
         return cells.coordinates(d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        message.context.add_to(out, decode_values(message.parts, self.values, out.dtype), alpha)
+        cells: Cells = message.context
+        k = len(cells.index) * cells.size
+        cells.add_to(out, decode_values(message.parts, self.values, out.dtype, k), alpha)
 
 
 class _CodedSupport(Compressor):
@@ -343,7 +345,8 @@ class _CodedSupport(Compressor):
         return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        Cells(message.context, 1).add_to(out, decode_values(message.parts, self.values, out.dtype), alpha)
+        index: Tensor = message.context
+        Cells(index, 1).add_to(out, decode_values(message.parts, self.values, out.dtype, len(index)), alpha)
 
 
 @dataclass(frozen=True)
@@ -436,8 +439,11 @@ class TopK(_CodedSupport, _OfEachTensor):
         return chunks.encode(index) if chunks else super()._encode_indices(index, d)
 
     def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
-        chunks = self.chunks(d)
-        return chunks.decode(parts["indices"]) if chunks else super()._decode_indices(parts, d)
+        if chunks := self.chunks(d):
+            return chunks.decode(parts["indices"])
+        if self.k is None:  # then the number of values is known
+            return wire.decode_indices(parts["indices"], self.count(d), d)
+        return super()._decode_indices(parts, d)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         chunks, k = self.chunks(d), self.count(d)

@@ -114,8 +114,10 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
-    """Raise MessageError if a value or a scale is out of range. `parts` must match `value_parts`."""
-    if how in _PACKED and len(parts["scales"]) and bool(parts["unit"].isfinite().all()):
+    """Raise MessageError if a value or a scale is out of range. `parts` must match `value_parts`.
+    No-op on a GPU: the check would synchronize."""
+    on_cpu = parts["values"].device.type == "cpu"
+    if how in _PACKED and on_cpu and len(parts["scales"]) and bool(parts["unit"].isfinite().all()):
         most = int((parts["scales"].to(torch.int32) & 0xFFFF).max())
         if most > _MOST_SCALE:
             raise MessageError("scales", f"codes of at most {_MOST_SCALE}", most)
@@ -123,11 +125,14 @@ def check_values(parts: Mapping[str, Tensor], how: ValueFormat | None) -> None:
         check_magnitudes("values", parts["values"], 1.0)
 
 
-def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype) -> Tensor:
-    """Invert `encode_values`: return the values, float[k]. `parts` must have passed `check_values`."""
+def decode_values(
+    parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype, k: int | None = None
+) -> Tensor:
+    """Invert `encode_values`: return the values, float[k]. `parts` must have passed `check_values`. If k is None, it is
+    read from them, for which the host waits on a GPU."""
     if how is None:
         return parts["values"].to(dtype)
-    k, scales = value_count(parts, how), _scales_of(parts, dtype)
+    k, scales = value_count(parts, how) if k is None else k, _scales_of(parts, dtype)
     if how in _HALVINGS and (loop := kernel("unpack_levels_of_blocks", scales)):
         values: Tensor = loop(parts["values"][:-1], k, _HALVINGS[how], VALUE_BLOCK, scales)
         return values
@@ -146,7 +151,7 @@ def add_values(parts: Mapping[str, Tensor], how: ValueFormat, out: Tensor, alpha
     if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", out)):
         loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, _scales_of(parts, out.dtype).mul_(alpha), out)
     else:
-        out.add_(decode_values(parts, how, out.dtype), alpha=alpha)
+        out.add_(decode_values(parts, how, out.dtype, len(out)), alpha=alpha)
 
 
 def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
@@ -171,7 +176,7 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 def _counted(packed: Tensor, k: int) -> Tensor:
     """Append a byte with the number of packed values modulo 8."""
-    return torch.cat([packed, packed.new_tensor([k % 8])])
+    return torch.nn.functional.pad(packed, (0, 1), value=k % 8)
 
 
 def value_retention(how: ValueFormat | None) -> float:

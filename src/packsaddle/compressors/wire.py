@@ -53,10 +53,15 @@ def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64)
     return torch.cat(slabs)
 
 
-def indices_where(mask: Tensor) -> Tensor:
+def indices_where(mask: Tensor, n: int) -> Tensor:
+    """Return the indices where bool[d] is True, increasing int64[n]. They must be n; on a GPU the first n are returned,
+    with zeros if there are fewer, since the host would wait for their number."""
     if mask.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().squeeze(1)
+    # The index at its place among those that are True; the others go to place n.
+    places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
+    found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
+    return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -77,16 +82,18 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
 
 
-def pack_rice(numbers: Tensor, b: int) -> Tensor:
+def pack_rice(numbers: Tensor, b: int, unary: int | None = None) -> Tensor:
     """Encode nonnegative integers, int64[n] or uint8[n], in Rice codes with parameter b, uint8[...]; n is not stored.
-    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits."""
+    The quotients by 2^b are stored first, each in unary as zeros and a one, then the remainders of b bits. `unary` is
+    the number of bits of the quotients. If it is None, the host waits for it on a GPU."""
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_rice", device=numbers.device)):
         coded: Tensor = loop(numbers, b)
         return coded
     ends = torch.cumsum((numbers >> b) + 1, 0)
-    unary = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.bool, device=numbers.device)
-    unary[ends - 1] = True
-    return torch.cat([pack_bits(unary), pack(numbers & ((1 << b) - 1), b)])
+    if unary is None:
+        unary = int(ends[-1]) if len(ends) else 0
+    bits = torch.zeros(unary, dtype=torch.bool, device=numbers.device).index_fill_(0, ends - 1, True)
+    return torch.cat([pack_bits(bits), pack(numbers & ((1 << b) - 1), b)])
 
 
 def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
@@ -94,16 +101,24 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
         numbers: Tensor | None = loop(packed, n, b, most, dtype)
         return numbers
+    numbers, is_valid = _rice_numbers(packed, n, b, most)
+    return numbers.to(dtype) if is_valid else None
+
+
+def _rice_numbers(packed: Tensor, n: int, b: int, most: int) -> tuple[Tensor, Tensor]:
+    """Return the n numbers that `packed` encodes, int64[n], and a bool[] that is True if they are valid."""
     split = len(packed) - math.ceil(n * b / 8)
-    ends = indices_where(unpack_bits(packed[: max(0, split)], max(0, split) * 8))
-    if len(ends) != n or split != (int(ends[-1]) // 8 + 1 if n else 0):
-        return None
-    quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
+    if split < 0 or not n:
+        return packed.new_zeros(n, dtype=torch.int64), packed.new_full((), split == 0, dtype=torch.bool)
+    bits = unpack_bits(packed[:split], split * 8)
+    ends = indices_where(bits, n)
+    if len(ends) != n:
+        return packed.new_zeros(n, dtype=torch.int64), packed.new_zeros((), dtype=torch.bool)
+    quotients = torch.nn.functional.pad(ends, (1, 0), value=-1).diff() - 1
     numbers = (quotients << b) | unpack(packed[split:], b, n)
     # Check the quotients too: a number with a very long quotient could overflow.
-    if n and (int(quotients.max()) > most >> b or int(numbers.max()) > most):
-        return None
-    return numbers.to(dtype)
+    is_whole = (bits.sum() == n) & (ends[-1] // 8 + 1 == split)
+    return numbers, is_whole & (quotients.max() <= most >> b) & (numbers.max() <= most)
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
@@ -112,23 +127,39 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
     There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
     c = floor(i / kept), and the first gap of a chunk is relative to its start.
     """
+    return pack_rice(gaps_of(index, kept, size), b)
+
+
+def gaps_of(index: Tensor, kept: int, size: int) -> Tensor:
+    """Return the gaps that `pack_gaps` encodes, int64[k]."""
     gaps, first = torch.empty_like(index), index[::kept]
     torch.sub(index[1:], index[:-1], out=gaps[1:]).sub_(1)
     gaps[::kept] = first - torch.arange(len(first), device=index.device) * size
-    return pack_rice(gaps, b)
+    return gaps
+
+
+def unary_bits(numbers: Tensor, b: int) -> Tensor:
+    """Return the number of bits of the quotients in `pack_rice`, int64[]."""
+    return (numbers >> b).sum() + len(numbers)
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
     """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or raise MessageError."""
-    index = unpack_rice(packed, k, b, stop, torch.int64)
-    if index is not None:
+    if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
+        found: Tensor | None = loop(packed, k, b, stop, torch.int64)
+        is_valid = torch.tensor(found is not None)
+    else:
+        found, is_valid = _rice_numbers(packed, k, b, stop)
+    if (index := found) is not None:
         # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
         edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
         whole = index.add_(1)[:edge].view(-1, kept)
         whole.cumsum_(1).add_(starts[: edge // kept, None])
         index[edge:].cumsum_(0).add_(starts[edge // kept :])
-        are_inside = len(starts) < 2 or not bool((whole[: len(starts) - 1, -1] > starts[1:]).any())
-        if are_inside and (not k or int(index[-1]) < stop):
+        # One number to read, for which the host waits on a GPU.
+        if len(starts) > 1:
+            is_valid = is_valid & (whole[: len(starts) - 1, -1] <= starts[1:]).all()
+        if is_valid & (index[-1] < stop) if k else is_valid:
             return index
     raise MessageError(part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
 
@@ -149,7 +180,7 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
     code = min(sizes, key=lambda c: sizes[c])
     body = pack(index, width) if code == _FIXED else _bitmap(index, d) if code == _BITMAP and b else rice
-    return torch.cat([torch.tensor([code], dtype=torch.uint8, device=index.device), body])
+    return torch.nn.functional.pad(body, (1, 0), value=code)
 
 
 def _bitmap(index: Tensor, d: int) -> Tensor:
@@ -169,10 +200,12 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
     size = math.ceil((d if code == _BITMAP else k * _width(d)) / 8)
     if len(body) != size:
         raise MessageError("indices", f"{size} bytes after the first", len(body))
-    index = indices_where(unpack_bits(body, d)) if code == _BITMAP else unpack(body, _width(d), k)
-    if len(index) != k or int(index[-1]) >= d or (code == _FIXED and bool((index[1:] <= index[:-1]).any())):
-        raise MessageError("indices", f"{k} increasing numbers below {d}", f"{len(index)} that are not")
-    return index
+    bits = unpack_bits(body, d) if code == _BITMAP else None
+    index = unpack(body, _width(d), k) if bits is None else indices_where(bits, k)
+    is_valid = (index[1:] > index[:-1]).all() if bits is None else bits.sum() == k
+    if len(index) == k and is_valid & (index[-1] < d):
+        return index
+    raise MessageError("indices", f"{k} increasing numbers below {d}", f"{len(index)} that are not")
 
 
 def index_bytes(d: int, k: int) -> Expected:

@@ -21,8 +21,8 @@ from packsaddle.feedback.report import Report
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
 from packsaddle.messages import numbered
-from packsaddle.numerics.devices import widened
 from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_range
+from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 
@@ -156,24 +156,34 @@ class Records:
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    fraction: Tensor | None  # fraction of workers with an invalid v, float[]; None: NaNs flag it instead, or no checks
+    # fraction of workers with an invalid v, float[]; a number after `read`. None: NaNs flag it instead, or no checks
+    fraction: Tensor | float | None
     magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
     def code(self, is_unlike: Tensor | bool = False) -> Tensor:
         """Return the outcome as numbers, float[3]: the fraction of workers with an invalid vector (NaN: with an invalid
         message), 1 if the result does not fit, 1 if workers exchanged different slices. All are 0 if it is applied."""
-        assert self.fraction is not None
-        fits, unlike = (torch.as_tensor(flag, device=self.fraction.device) for flag in (self.fits, is_unlike))
-        return torch.stack([self.fraction, (~fits).to(self.fraction), unlike.to(self.fraction)])
+        assert isinstance(self.fraction, Tensor)
+        flags = [self.fits, is_unlike]
+        fits, unlike = (f.to(self.fraction) if isinstance(f, Tensor) else self.fraction.new_full((), f) for f in flags)
+        return torch.stack([self.fraction, 1 - fits, unlike])
 
     def read(self) -> bool:
-        """Return True if the exchange is applied. Waits for the device once; `magnitude` is a float afterwards."""
-        if self.fraction is None:
-            self.magnitude = float(self.magnitude)
-            return math.isfinite(self.magnitude)
-        fraction, self.magnitude = torch.stack([widened(self.fraction), torch.as_tensor(self.magnitude)]).tolist()
-        return fraction == 0 and math.isfinite(self.magnitude)
+        """Return True if the exchange is applied. Waits for the device once."""
+        return self.settle(*read(*self.tensors()))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors whose numbers `settle` needs."""
+        found = [self.magnitude] if self.fraction is None else [self.fraction, self.magnitude]
+        return [torch.as_tensor(number) for number in found]
+
+    def settle(self, *numbers: float) -> bool:
+        """Replace the tensors with their `numbers`, and return True if the exchange is applied."""
+        *fraction, self.magnitude = numbers
+        if fraction:
+            (self.fraction,) = fraction
+        return not any(fraction) and math.isfinite(self.magnitude)  # a NaN is True
 
 
 class Guard:

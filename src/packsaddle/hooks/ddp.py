@@ -21,9 +21,9 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import TorchGroup, same_workers, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
-from packsaddle.compressors import QSGD, Compressor
+from packsaddle.compressors import QSGD
 from packsaddle.errors import suggests
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler, parameters_of
 from packsaddle.feedback.slices import Place, places, strides_of_view
@@ -38,7 +38,7 @@ from packsaddle.options.agreement import agreement
 @suggests(compression="compressor", error_feedback="compressor", optimizers="optimizer", start_iter="start_step")
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+    compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,

@@ -17,9 +17,9 @@ from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import QSGD, Compressor
+from packsaddle.compressors import QSGD
 from packsaddle.errors import suggests
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
@@ -212,7 +212,7 @@ class FSDPHook(GradientHook, Exchanging):
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,
-    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+    compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,

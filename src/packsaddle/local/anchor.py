@@ -19,6 +19,8 @@ from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.local.trained import Trained
+from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.transfers import assign, to_host
 
 
 class Anchor:
@@ -37,6 +39,11 @@ class Anchor:
     def tensors(self) -> list[Tensor]:
         return [local_part(each.parameter) for each in self._trained]
 
+    def values(self) -> list[Tensor]:
+        """Return the parameters on the anchor's device. If that is the CPU and theirs is not, these are copies, for
+        which the host waits once."""
+        return to_host(self.tensors()) if self.flat.device.type == "cpu" else self.tensors()
+
     @property
     def _frozen(self) -> set[str]:
         """The names of the parameters that are frozen now."""
@@ -48,10 +55,11 @@ class Anchor:
 
     def copy_starts(self) -> list[Tensor]:
         """Return a copy of the start point, one tensor per parameter, with the parameters' dtypes and device."""
-        return [start.to(x, copy=True) for start, x in zip(self.starts(), self.tensors(), strict=True)]
+        places = zip(self.starts(), self.tensors(), strict=True)
+        return [beside(x, start) if start.device != x.device else start.to(x, copy=True) for start, x in places]
 
     def set_from_parameters(self) -> None:
-        for a, x in zip(self.views, self.tensors(), strict=True):
+        for a, x in zip(self.views, self.values(), strict=True):
             a.copy_(x)
 
     def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None, frozen: Collection[str] | None) -> None:
@@ -87,7 +95,7 @@ class Anchor:
             self.move_to_start(frozen)
             return
         where = zip(self.tensors(), self.starts(), before, strict=True)
-        starts = ((x, a.to(x.device, x.dtype).to(wide_dtype(x)), s) for x, a, s in where)
+        starts = ((x, beside(x, a).to(wide_dtype(x)), s) for x, a, s in where)
         if blend is None:
             self._set(((x.to(start.dtype) - s).add_(start) for x, start, s in starts), frozen)
         else:
@@ -105,16 +113,16 @@ class Anchor:
             if name not in frozen and x.dtype == a.dtype and x.device == a.device:
                 torch.sub(a, e, out=x)
             elif name not in frozen:
-                x.copy_(a - e)
+                assign(x, a - e)
 
     def move_to_anchor(self) -> None:
         """Set x, except frozen parameters, from its start point to the anchor a; `owed` records the change, so that no
         update is lost."""
-        before = [x.clone() for x in self.tensors()]
+        before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:
             change = self.layout.zeros()
-            for view, x, old in zip(change.views, self.tensors(), before, strict=True):
+            for view, x, old in zip(change.views, self.values(), before, strict=True):
                 view.copy_(x).sub_(old.to(view))
             self.owed = change.flat if self.owed is None else change.flat.add_(self.owed)
 
@@ -123,7 +131,7 @@ class Anchor:
         frozen = self._frozen if frozen is None else frozen
         for name, x, value in zip(self.layout.names, self.tensors(), values, strict=True):
             if name not in frozen:
-                x.copy_(value)
+                assign(x, value)
 
     def clear_owed(self, frozen: Collection[str] = ()) -> None:
         """Clear `owed`, except of the parameters with names in `frozen`."""
@@ -171,7 +179,7 @@ class Anchor:
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
         self.clear_owed(frozen)
         pairs = zip(self.tensors(), self.layout.views(owed), strict=True)
-        self._set((x.to(wide_dtype(x)) - part.to(x.device, wide_dtype(x)) for x, part in pairs), frozen)
+        self._set((x.to(wide_dtype(x)) - beside(x, part, wide_dtype(x)) for x, part in pairs), frozen)
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
         """Set parameters, except those with names in `frozen`, to `values`, at least float32; add their rounding error
@@ -181,16 +189,20 @@ class Anchor:
         if rounds and self.owed is None:
             self.owed = self.layout.zeros().flat
         owed = self.layout.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
+        errors = []
         for name, x, value, lost in zip(self.layout.names, xs, values, owed, strict=True):
             if name not in frozen:
                 x.copy_(value)
                 if lost is not None:
-                    lost.add_((x.to(value.dtype) - value).to(lost))
+                    errors.append((lost, x.to(value.dtype) - value))
+        here = to_host([error for _, error in errors]) if self.flat.device.type == "cpu" else [e for _, e in errors]
+        for (lost, _), error in zip(errors, here, strict=True):
+            lost.add_(error.to(lost))
 
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
         """Add the local update start - x + owed to out, float[n], and return out; `starts` replace the start points."""
         starts = self.starts() if starts is None else starts
-        for x, start, view in zip(self.tensors(), starts, self.layout.views(out), strict=True):
+        for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
         return out if self.owed is None else out.add_(self.owed)
 
@@ -208,7 +220,7 @@ class PseudoGradient(Update):
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is another tensor."""
-        share, xs = self.decay, self.of.tensors()
+        share, xs = self.decay, self.of.values()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views
         if self.of.keeps and self.of.is_rounded:  # to x's dtype, so e cannot be combined with the start point
@@ -216,7 +228,7 @@ class PseudoGradient(Update):
         elif self.of.keeps:
             share -= 1.0
         for x, start, v in zip(xs, starts, out.views, strict=True):
-            torch.sub(start.to(x.dtype).to(start.dtype), x.to(start.device), out=v)
+            torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
         if self.of.owed is not None:
@@ -226,6 +238,12 @@ class PseudoGradient(Update):
         for name, v in zip(self.of.layout.names, out.views, strict=True):
             if name in self.frozen:
                 v.zero_()
+
+
+def beside(x: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return `value` on the device of x and in `dtype`, by default that of x, without a wait of the host."""
+    value = value.to(dtype or x.dtype)
+    return value if value.device == x.device else to_device(value, x.device)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

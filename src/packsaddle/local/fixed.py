@@ -157,7 +157,12 @@ class FixedWorkers:
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
         if not share:
             standing = Standing.ABSENT
-        r.wait = self.lockstep.start(call, steps, exchange, result, r.norm, compressor, r.frozen, standing)
+        # Other exchanges read the sizes of messages, for which the host would wait if the workers' calls do not match.
+        sent = part.feedback.compressor
+        may_be_late = delay > 0 or (sent is not None and sent.fixed_size)
+        r.call = self.lockstep.start(
+            *(call, steps, exchange, result, r.norm, compressor, r.frozen, standing), may_be_late=may_be_late
+        )
 
     def _end(self, part: Fragment) -> bool:
         r = part.apply_round(self._outer)

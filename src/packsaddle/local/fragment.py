@@ -57,7 +57,7 @@ class Fragment(Slice):
     ) -> None:
         self.trained = [Trained(parameters[place.name]) for place in places]
         super().__init__(places, device)
-        self.options = options
+        self.options, self.shards = options, agree
         self.parameters = [each.parameter for each in self.trained]
         self._is_sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
         memory, spec = ErrorMemory(self, spare=True), options.compression
@@ -120,7 +120,7 @@ class Fragment(Slice):
         """Wait for the current round, and roll it back, also if it failed."""
         if self.current is not None:
             with suppress(Exception):  # it may have failed long ago
-                self.current.wait()
+                self.current.call.wait()
             self.roll_back()
 
     def roll_back(self) -> None:

@@ -55,8 +55,9 @@ def equal_arguments(
     if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
+    fraction = same.pop("mean_momentum")  # its default depends on the optimizers, and nothing is sent for it
     if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
-        same |= settings_of(optimizers, of_groups=isinstance(workers, Workers))
+        same |= settings_of(optimizers, of_groups=isinstance(workers, Workers)) | {"mean_momentum": fraction}
     return same
 
 

@@ -18,6 +18,8 @@ from packsaddle.comm.failures import PeerLostError
 from packsaddle.compressors import Compressor, describe, identify
 from packsaddle.feedback.background import Background
 from packsaddle.local.clipping import Standing
+from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.transfers import Readback
 
 _log = logging.getLogger("packsaddle")
 Call = Literal[
@@ -50,10 +52,18 @@ class Header:
     standing: int = Standing.ABSENT
 
     def packed(self, device: torch.device) -> Tensor:
-        return torch.tensor(astuple(self), device=device)
+        return to_device(torch.tensor(astuple(self)), device)
 
 
 HEADER = 8 * len(fields(Header))  # bytes
+
+
+@dataclass
+class PendingCall:
+    """A collective that was started, with the check that all workers made the same call."""
+
+    wait: Callable[[], object] = lambda: None  # waits for the collective, and raises its errors
+    check: Callable[[], bool] = lambda: True  # compares the calls; True: frozen parameters are equal. Call after `wait`
 
 
 class Lockstep:
@@ -72,7 +82,9 @@ class Lockstep:
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
         Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`."""
-        self.start(call, steps, work)()
+        started = self.start(call, steps, work)
+        started.wait()
+        started.check()
 
     def start(
         self,
@@ -84,29 +96,31 @@ class Lockstep:
         compressor: Compressor | None = None,
         frozen: Sequence[str] = (),
         standing: Standing = Standing.ABSENT,
-    ) -> Callable[[], bool]:
-        """Start `work`, which computes `result`, in the background; return a function that waits for it.
+        *,
+        may_be_late: bool = False,
+    ) -> PendingCall:
+        """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
 
-        That function raises the errors that `run` would raise, and returns True if all workers have the same `frozen`
-        parameters. With a `result`, and on a GPU over NCCL, the workers' calls are compared only there, so that the
-        host does not wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together with
-        the check, and `work` is called with all workers' norms, float32[W], and standings, int64[W].
+        These raise the errors that `run` would raise; the check returns True if all workers have the same `frozen`
+        parameters. On a GPU over NCCL, if it `may_be_late`, the workers' calls are compared only in the check, so that
+        the host does not wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together
+        with the check, and `work` is called with all workers' norms, float32[W], and standings, int64[W].
         """
-        is_late = result is not None and compressor is None and not self._waits
-        unchecked: list[Tensor] = []
+        is_late = may_be_late and compressor is None and not self._waits
+        unchecked: list[Readback] = []
         agreed = [True]
 
         def checked() -> None:
             if self._channel.group.size == 1:
-                work(*([] if norm is None else [norm, torch.tensor([standing], device=norm.device)]))
+                work(*([] if norm is None else [norm, to_device(torch.tensor([standing]), norm.device)]))
                 return
             hashed = 0 if compressor is None else _hash(identify(compressor))
             mine = Header(_CALLS.index(call), steps, hashed, _hash({"frozen": frozen}), standing)
             headers, norms = self._gather(mine, norm)
-            if is_late:
-                unchecked.append(headers)
+            if is_late:  # the copy is in order before `work`, and so arrives also if the calls of `work` do not match
+                unchecked.append(Readback(headers))
             else:
-                agreed.append(self._check(headers, compressor))
+                agreed.append(self._check(headers.tolist(), compressor))
             work(*norms)  # with a norm
 
         promise = None if self._background is None else self._background.promise()
@@ -117,13 +131,12 @@ class Lockstep:
             done = torch.zeros(0, device=self._device) if result is None else result
             self._background.submit(checked, [(promise, done)])
 
-        def wait() -> bool:
-            if promise is not None:
-                promise.future.wait()
-            agreed.extend(self._check(headers, compressor) for headers in unchecked)
+        def check() -> bool:
+            while unchecked:
+                agreed.append(self._check(unchecked.pop().tolist(), compressor))
             return all(agreed)
 
-        return wait
+        return PendingCall(check=check) if promise is None else PendingCall(promise.future.wait, check)
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Gather all workers' headers, int64[W, 5], and with a norm [norms, float32[W], standings, int64[W]], else [];
@@ -142,11 +155,11 @@ class Lockstep:
         headers = torch.stack([parts["header"] for parts in gathered])
         return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), headers[:, -1]]
 
-    def _check(self, headers: Tensor, compressor: Compressor | None) -> bool:
-        """Compare the workers' `headers`, int64[W, 5]; return True if frozen parameters are equal. Raises RuntimeError
+    def _check(self, headers: list[list[int]], compressor: Compressor | None) -> bool:
+        """Compare the workers' `headers`, W lists of 5; return True if frozen parameters are equal. Raises RuntimeError
         as `run` does. If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
         # Find the first worker whose call differs from worker 0's, else number of steps, else compressor.
-        first, *_ = rows = [Header(*row) for row in headers.tolist()]
+        first, *_ = rows = [Header(*row) for row in headers]
         agreed = len({row.frozen for row in rows}) == 1
         compared = ("call", "steps", "compressor")
         unlike = [i for key in compared for i, row in enumerate(rows) if getattr(row, key) != getattr(first, key)]

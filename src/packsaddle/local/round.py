@@ -5,7 +5,7 @@ background of the next steps. `close` reads whether the round is applied, and co
 `Fragment.apply_round` applies the mean to the anchor. Elastic workers vote between `exchange` and `close`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,11 @@ from packsaddle.comm.devices import use_in_current_stream
 from packsaddle.compressors import Compressor
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Round
+from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
+from packsaddle.local.lockstep import PendingCall
+from packsaddle.numerics.transfers import read
 
 if TYPE_CHECKING:
     from packsaddle.local.fragment import Fragment
@@ -55,7 +58,7 @@ class LocalRound:
     owner_errors: list[Tensor] = field(default_factory=list)  # copies from `begin`; empty: no parameter is frozen
     residuals: dict[str, Tensor] = field(default_factory=dict)  # of the frozen parameters, 0 - C(0), by name
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
-    wait: Callable[[], bool] = lambda: True  # waits for an exchange in the background, and raises its errors
+    call: PendingCall = field(default_factory=PendingCall)  # of the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
     reports: list[Report] = field(default_factory=list)  # of all workers, by rank; empty if the exchange is valid
     norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
@@ -111,7 +114,8 @@ class LocalRound:
         part.feedback.channel.step = step
         if norms is not None and standings is not None and (limit := options.workers.clip) is not None:
             self.factors = factors_of(norms, standings, limit)
-        g = exchanged.exchange(weight=self.share, clip=self.own_factor)
+        measure = self._squares if self._is_lengthened else None
+        g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
         if self.share:
             exchanged.absorb()
             if self.frozen:  # zeros were sent of these parameters, which keep their error memory
@@ -120,10 +124,19 @@ class LocalRound:
                 part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
         # Else the mean is subtracted from the anchor term by term.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
+        as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
         # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
         if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
             self.gather_reports()
+
+    @property
+    def _is_lengthened(self) -> bool:
+        """True if the mean update is lengthened by the workers' agreement (see `OuterAgreement`)."""
+        return self.part.options.agreement > 0 and self.flush is None
+
+    def _squares(self, sent: Tensor) -> Tensor:
+        return squares_of([view for _, view in self.part.named(sent)], self.share)
 
     @property
     def own_factor(self) -> Tensor | None:
@@ -144,9 +157,8 @@ class LocalRound:
     def gather_reports(self) -> None:
         """Gather all workers' reports, if the exchange is invalid on one of them; collective."""
         assert self.exchanged is not None
-        fraction = self.exchanged.verdict.fraction
-        assert fraction is not None
-        if fraction != 0 and not self.reports:  # above 0: a worker's v is invalid; NaN: a message is
+        # Above 0: a worker's v is invalid; NaN: a message is.
+        if self.exchanged.verdict.fraction != 0 and not self.reports:
             texts = self.part.feedback.channel.gather_text(str(self.exchanged.report), self.invalid.device, "guard")
             self.reports = list(map(Report.read, texts))
 
@@ -155,15 +167,31 @@ class LocalRound:
         applied, False if it is rejected. Raises errors of an exchange in the background."""
         if self.applied is None:
             assert self.exchanged is not None
-            self.agrees &= self.wait()
+            self.call.wait()
+            self.agrees &= self.call.check()
             if isinstance(self.mean, Tensor):
                 use_in_current_stream(self.mean)
-            self.applied = self.exchanged.verdict.read()
+            self.applied = self._read()
             self.gather_reports()
             self._exclude_frozen()
+            if self.applied and self._is_lengthened:
+                assert isinstance(self.mean, Tensor)
+                means = [view for _, view in self.part.named(self.mean)]
+                workers = self.part.feedback.channel.group.size
+                lengthen(means, self.exchanged.measured, self.part.options.agreement, workers, self.part.shards)
             with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
                 self.finish(commit=self.applied and self.share > 0)
         return self.applied
+
+    def _read(self) -> bool:
+        """Read the verdict and the clipping factors of a completed exchange; return True if the round is applied."""
+        assert self.exchanged is not None
+        verdict = self.exchanged.verdict
+        if self.factors is None:
+            return verdict.read()
+        *numbers, factors = read(*verdict.tensors(), self.factors)
+        self.factors = torch.tensor(factors, dtype=self.factors.dtype)
+        return verdict.settle(*numbers)
 
     def _exclude_frozen(self) -> None:
         """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor and
@@ -203,8 +231,9 @@ class LocalRound:
     @property
     def leaves_rest(self) -> bool:
         """True of a flush that has not sent all of v: afterwards x is at the anchor, not at the start point."""
-        is_clipped = (factor := self.own_factor) is not None and bool(factor < 1)
-        return self.flush is not None and bool(self.share) and (is_clipped or not self.flush.lossless)
+        if self.flush is None or not self.share:
+            return False
+        return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))
 
     def saved(self) -> SavedExchange:
         """Return the closed round for a saved state."""

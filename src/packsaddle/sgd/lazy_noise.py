@@ -48,7 +48,7 @@ class OutstandingNoise:
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
         """Draw the noise of these m cells of b coordinates; add it to out, float[m b], and clear it."""
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
-        self.kept[cells.index] = self.total
+        self.kept.index_fill_(0, cells.index, self.total)
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""

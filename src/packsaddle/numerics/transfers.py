@@ -1,0 +1,60 @@
+"""Copies between a device and the host, for which the host waits as rarely as possible."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.devices import has_streams
+
+
+def read(*tensors: Tensor) -> list[Any]:
+    """Return the numbers of each tensor, as its `tolist` does. The host waits once for all tensors of a device."""
+    if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.tolist() for tensor in tensors]
+    # As bytes, so that tensors may have any dtypes.
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    pieces = torch.split(torch.cat(flat).cpu(), [len(piece) for piece in flat])
+    # Copied, so that their memory is aligned.
+    return [
+        piece.clone().view(tensor.dtype).view(tensor.shape).tolist()
+        for piece, tensor in zip(pieces, tensors, strict=True)
+    ]
+
+
+class Readback:
+    """A copy of a tensor to the host, begun here. `tolist` waits for this copy, and not for work that the device was
+    given since then."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event = None
+        self._copy = tensor
+        if has_streams(tensor.device):
+            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._event = torch.Event(tensor.device)
+            self._event.record()
+
+    def tolist(self) -> list[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        numbers: list[Any] = self._copy.tolist()
+        return numbers
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors of one device on the host: themselves if they are there, else copies, for which it waits once."""
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if not has_streams(device):
+        return [tensor.cpu() for tensor in tensors]
+    copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    torch.accelerator.current_stream(device).synchronize()
+    return copies
+
+
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy `value` to `target`. From the host to a device with streams, the host does not wait."""
+    if target.device != value.device and has_streams(target.device):
+        target.copy_(value.to(target.dtype).pin_memory(), non_blocking=True)
+    else:
+        target.copy_(value)

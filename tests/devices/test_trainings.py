@@ -1,0 +1,75 @@
+"""Trainings on a pretended device are those on the CPU, bit for bit, without a race of streams or an early free."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from device_trainings import ALONE, GLOO, HOOKS, LOCALS, MIXED, OPTIMIZERS, Key, Outcome
+
+from packsaddle.compressors import compressors, describe
+
+Outcomes = dict[Key, Outcome]
+TRAININGS = [*OPTIMIZERS, *LOCALS, *HOOKS]
+PROGRAMS = [*ALONE, *map(describe, compressors(0.05)), "RandomK without numba", "certify", "checkpoint"]
+DRAWS_OTHERWISE = ("CompressedSGD, LowRank", "LowRank()")  # Q from the device's generator
+# Its steps compute with tensors in place of numbers; NCCL averages where gloo adds.
+ROUNDS_OTHERWISE = ("LocalUpdates, capturable", "torch: FSDP2")
+# Not bitwise equal on MPS, which has float32 in place of float64: sums, and levels that are rounded at random.
+ROUNDS_ON_MPS = (
+    *("CompressedSGD, noise", "LocalUpdates", "LocalUpdates, Muon and AdamW", "LocalUpdates, overlap", "Rounded()"),
+    *("TopK(ratio=0.05, values='int2', chunk=4096)", "QSGD()", "QSGD(levels=127)"),
+)
+# Workers without an exchange, and workers with a part of the parameters each.
+UNLIKE = ("torch: SGD", "torch: AdamW", "torch: FSDP2")
+
+
+def check(found: Outcome, expected: Outcome, name: str, others: Sequence[str] = ROUNDS_OTHERWISE) -> None:
+    assert not expected.error
+    assert not found.error
+    assert not found.faults, "\n".join(found.faults)
+    assert found.x.isfinite().all()
+    if name in others:
+        assert (found.x - expected.x).norm() <= 1e-3 * expected.x.norm()
+    elif name not in DRAWS_OTHERWISE:
+        assert torch.equal(found.x, expected.x)
+
+
+Params = list[Any]
+
+
+def params(first: str, names: Iterable[str], fails: tuple[str, Callable[[str], bool]] | None = None) -> Params:
+    """Return parameters of tests, (first, name) for each name. `fails`: the reason why some names fail today."""
+    reason, is_failing = fails or ("", lambda name: False)
+    mark = pytest.mark.xfail(strict=True, reason=reason)
+    return [pytest.param(first, name, marks=[mark] if is_failing(name) else []) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        *params("nccl", TRAININGS, ("CPU tensors over NCCL", lambda name: "offload" in name)),
+        *params("mixed", MIXED),
+        *params("gloo", GLOO),
+    ],
+)
+def test_two_workers_train_as_on_the_cpu(backend: str, name: str, together: list[Outcomes]) -> None:
+    first, second = together
+    check(first[backend, name], first["cpu", name], name)
+    check(second[backend, name], second["cpu", name], name)
+    if name not in UNLIKE:
+        assert torch.equal(first[backend, name].x, second[backend, name].x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *params("cuda", PROGRAMS),
+        *params("xpu", PROGRAMS),
+        *params("mps", PROGRAMS, ("torch has no capturable AdamW on MPS", lambda name: "capturable" in name)),
+    ],
+)
+def test_one_worker_trains_as_on_the_cpu(kind: str, name: str, alone: Callable[[str], Outcomes]) -> None:
+    found = alone(kind)
+    others = ROUNDS_ON_MPS if kind == "mps" else ROUNDS_OTHERWISE
+    check(found[kind, name], found["cpu", name], name, others)
