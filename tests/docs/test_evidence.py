@@ -83,7 +83,7 @@ SETTINGS = (
     r"every \d+(?:, \d+)* and (?:every )?\d+(?: steps)?|every \d+|period \(8 and 32\)",
     r"(?:\d[\d,]*(?:, | and ))*\d[\d,]* Mbit/s|\| 50 \| (?:200 \| )?1,000 \|",
     r"600(?:- and 1,200-step)? (?:steps|runs)|600 and 1,200 steps|1,200[ -]steps?|600-",
-    r"0\.83 million|10\.7 million|0\.7 million|22\.6 million|ResNet-18|CIFAR-10|TopK 10%|float(?:16|32)",
+    r"0\.83 million|0\.36 million|1,000 steps|10\.7 million|0\.7 million|22\.6 million|ResNet-18|CIFAR-10|TopK 10%|float(?:16|32)",
     r"best of 0\.001, 0\.002 and 0\.004, which is 0\.002 for all|outer rate 0\.7|from step 100|momentum 0\.5",
     r"0\.001 and 0\.002|0\.002 for all|\(0\.001;|at 0\.0005|Only 0\.002|seed 0|rank (?:of )?4|at rate 1\)|16 bits",
     r"loss (?:is|of) 1\.[69]|1,000 scheduled|after 540 steps|aim was 1\.15|2 logical cores|rate of 256",
