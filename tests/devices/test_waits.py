@@ -74,7 +74,7 @@ PROGRAMS = {
     "LowRank()": 0,
     "Stages(compressor=Sign())": 0,
     "certify": 68,
-    "RandomK without numba": 22,
+    "RandomK without numba": 2,
 }
 
 
