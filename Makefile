@@ -1,11 +1,13 @@
 # Everything a checkout needs, made on demand: python3 3.11 or newer and make are all that must be there.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+COMPILE = @$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one. Some files are no Python 3
 
 .PHONY: demo test types tests quick test-integrations lint docs tutorials picture pictures shape figures race gpu audit clean
 
-demo: .venv/.installed
-	$(BIN)/packsaddle demo
+demo: .venv/.demo
+	$(BIN)/python -m lab demo
 
 # Lint, types and all tests.
 test: .venv/.installed
@@ -30,7 +32,7 @@ quick: .venv/.installed
 # With the real Lightning, transformers, accelerate, torchft and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track,torchft]'
-	$(BIN)/pytest -q tests/integrations tests/runs/test_trackers.py
+	$(BIN)/pytest -q tests/integrations tests/lab/runs/test_trackers.py
 	$(BIN)/pytest -q tests/local/test_elastic_workers.py tests/comm/test_network_faults.py
 	$(BIN)/pytest -q tests/lab/race/test_race_to_loss.py -k torchft
 	PACKSADDLE_ALL_TUTORIALS=1 $(BIN)/pytest -q tests/docs/test_tutorials.py
@@ -46,35 +48,35 @@ docs: .venv/.installed
 
 # The pages of docs/tutorials, from the scripts of examples/tutorials, which it runs (some minutes).
 tutorials: .venv/.installed
-	$(BIN)/python docs/tutorials.py
+	$(BIN)/python -m lab.docs.tutorials
 
 # The picture of docs/architecture.md, from the imports in the code.
 picture: .venv/.installed
-	$(BIN)/python docs/architecture.py
+	$(BIN)/python -m lab.docs.architecture
 
 # The pictures of ideas in docs/pictures, light and dark.
 pictures: .venv/.installed
-	$(BIN)/python docs/pictures.py
+	$(BIN)/python -m lab.docs.pictures
 
 # Sizes, imports, arguments, and how many files one step runs.
 shape: .venv/.installed
-	$(BIN)/python benchmarks/shape.py
+	$(BIN)/python -m lab.bench.shape
 
 # The paper's figures, Table 1 and further studies at their smallest scale, a new folder under runs/ for each: do the
 # commands of their cards run? MNIST and CIFAR10 are folders of data; without one its studies are left out.
 figures: .venv/.installed
-	@set -e; study() { echo "$$@"; $(BIN)/python -m experiments.paper "$$@" --scale smoke; }; \
+	@set -e; study() { echo "$$@"; $(BIN)/python -m lab.paper "$$@" --scale smoke; }; \
 	for name in text text-variants table1; do study $$name; done; \
 	if [ -n "$(MNIST)" ]; then for name in fig2 fig2-open fig2-compressors fig2-k fig2-escape; do study $$name --data-dir "$(MNIST)"; done; fi; \
 	if [ -n "$(CIFAR10)" ]; then for name in fig1 fig1-norms fig1-compressors; do study $$name --data-dir "$(CIFAR10)"; done; fi
 
 # The tables of the committed race, from its rows.
 race: .venv/.installed
-	$(BIN)/python -m benchmarks.race loss --out experiments/race --only tables --workers 2 4 --steps 600 --lrs 0.001 0.002
+	$(BIN)/python -m lab.race loss --out experiments/race --only tables --workers 2 4 --steps 600 --lrs 0.001 0.002
 
 # Tests, times and runs that need a GPU (at most nine minutes, no network); writes gpu.json. TORCH: a venv's python with CUDA.
 gpu:
-	$(or $(TORCH),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) -m benchmarks.gpu --out gpu.json
+	$(or $(TORCH),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) -m lab.bench.gpu --out gpu.json
 
 # Known vulnerabilities of what is installed, in an environment of its own; asks pypi.org. Offline: pip check alone.
 audit: .venv/.installed
@@ -87,11 +89,17 @@ audit: .venv/.installed
 	$(BIN)/python -m pip freeze --exclude-editable > build-audit.txt
 	.venv-audit/bin/pip-audit --requirement build-audit.txt --no-deps --disable-pip
 
-.venv/.installed: pyproject.toml
+# What the demo needs; then what developers need too. pip prints what it installs.
+.venv/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one. Some files are no Python 3
+	$(INSTALL) -e '.[fast,lab]'
+	$(COMPILE)
+	touch $@
+
+.venv/.installed: .venv/.demo
+	$(INSTALL) -e '.[dev]'
+	$(COMPILE)
 	touch $@
 
 clean:

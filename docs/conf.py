@@ -8,14 +8,15 @@ from pathlib import Path
 
 from packsaddle import __version__
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # the extensions; benchmarks, experiments
+sys.path.insert(0, str(Path(__file__).parents[1]))  # lab, which has the extensions
 
 project = "packsaddle"
 author = "the packsaddle authors"
 copyright = "the packsaddle authors, Apache 2.0"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design", "docstrings", "generated", "shades"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design"]
+extensions += [f"lab.docs.{name}" for name in ("docstrings", "generated", "shades")]
 root_doc = "docs/index"
 include_patterns = [
     "README.md",
@@ -25,7 +26,7 @@ include_patterns = [
     "examples/README.md",
     "experiments/README.md",
     "experiments/*/README.md",
-    "benchmarks/*.md",
+    "lab/bench/*.md",
 ]
 exclude_patterns = [".*", "build", "runs", "src", "tests"]  # an environment's folder has 20,000 files
 source_suffix = {".md": "markdown"}

@@ -67,8 +67,7 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.step()  # counted; the steps after which a round is due do it, with whoever is there
         losses.append(loss.item())
         if local.exchanging:
-            assert local.membership is not None
-            print(f"round {local.rounds}: loss {losses[-1]:.3f}, {local.membership.workers} workers", flush=True)
+            print(f"round {local.rounds}: loss {losses[-1]:.3f}, {local.workers} workers", flush=True)
 
     local.flush()  # what is pending of all that are there is exchanged, and they have one model
     if losses:

@@ -1,5 +1,4 @@
-"""The console script `packsaddle`. It prints overviews, the version and the error of an unreadable configuration file
-without importing torch, which takes seconds.
+"""The console script `packsaddle`. It prints overviews and the version without importing torch, which takes seconds.
 
 It is a module outside of the package, whose import would import torch.
 """
@@ -10,15 +9,11 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-
-def _run_module(name: str) -> dict[str, Any]:
-    """Run a root module of packsaddle without importing the package, and return the module's names."""
-    return runpy.run_path(str(Path(__file__).parent / "packsaddle" / f"{name}.py"))
-
-
-VERSION = _run_module("version")["__version__"]
+VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))[
+    "__version__"
+]  # without importing it
 
 
 class Entry(NamedTuple):
@@ -30,13 +25,8 @@ class Entry(NamedTuple):
 
 ABOUT = f"packsaddle {VERSION}: train on slow networks with the optimizer you have, and know where you have arrived."
 COMMANDS: Mapping[str, Entry] = {
-    "demo": Entry("Show compressed SGD leave a saddle on which plain SGD stalls.", "packsaddle.cli.run"),
-    "init": Entry("Write a configuration file with a comment on every key.", "packsaddle.cli.run"),
-    "run": Entry("Train from a TOML configuration, in one process or several.", "packsaddle.cli.run"),
-    "certify": Entry("Certify a run's last point: saddle or second-order stationary.", "packsaddle.cli.certify"),
     "certify-script": Entry("Certify a checkpoint of your own training script.", "packsaddle.cli.certify_script"),
-    "report": Entry("Compare runs: tables, figures and an HTML page.", "packsaddle.cli.report"),
-    "compressors": Entry("List the compressors with their bytes and their speed.", "packsaddle.cli.report"),
+    "compressors": Entry("List the compressors with their bytes and their speed.", "packsaddle.cli.compressors"),
     "plan": Entry(
         "Plan a run: parameters by theory, or step times on a link.",
         {
@@ -51,12 +41,8 @@ COMMANDS: Mapping[str, Entry] = {
 
 
 def main() -> None:
-    """Print an overview or the version, or run `packsaddle.cli.main`; exit code 130 if Ctrl-C stops its import.
-    Prints one line on stderr, with exit code 2, if `packsaddle run` cannot read its configuration file."""
-    text, error = _answer(sys.argv[1:]), _unreadable(sys.argv[1:])
-    if error is not None:
-        print(f"packsaddle: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Print an overview or the version, or run `packsaddle.cli.main`; exit code 130 if Ctrl-C stops its import."""
+    text = _answer(sys.argv[1:])
     if text is None:
         try:
             from packsaddle.cli import main as command_line
@@ -83,26 +69,6 @@ def _answer(words: Sequence[str]) -> str | None:
         entries, rest = target, rest[1:]
     summaries = {word: entry.summary for word, entry in entries.items()}
     return overview(about, summaries, name) if rest in ([], ["-h"], ["--help"]) else None
-
-
-def _unreadable(words: Sequence[str]) -> str | None:
-    """Return the error of the file in `run FILE ...` if it does not exist or is not valid TOML; else None.
-
-    Other spellings are left to the package, and so are workers of a launcher, of which one prints, and pipes, which can
-    be read only once.
-    """
-    if words[:1] != ["run"] or len(words) < 2 or words[1].startswith("-") or {"-h", "--help"} & {*words}:
-        return None
-    file = words[1]
-    if "RANK" in os.environ or (os.path.exists(file) and not os.path.isfile(file)):
-        return None
-    errors = _run_module("errors")
-    try:
-        errors["read_toml"](Path(file))
-    except errors["ConfigError"] as error:
-        message: str = _run_module("messages")["one_line"](str(error))
-        return message
-    return None
 
 
 def asked_for_help(words: Sequence[str]) -> list[str]:

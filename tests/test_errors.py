@@ -1,10 +1,11 @@
-"""Checks of single numbers: the words in which every package says that one is out of range."""
+"""Checks of single numbers, and texts of messages: the words in which every package says that one is out of range."""
 
 import math
 
 import pytest
 
 from packsaddle.errors import check_integers, check_not_negative, check_positive
+from packsaddle.messages import one_line, shown
 
 
 @pytest.mark.parametrize("value", [0, -1.5, math.inf, math.nan])
@@ -31,3 +32,10 @@ def test_what_is_no_integer_or_too_small_is_named(value: object) -> None:
     check_integers(1, every=1)
     with pytest.raises(ValueError, match=f"^start_step must be an integer of at least 1, got {value!r}$"):
         check_integers(1, every=2, start_step=value)
+
+
+def test_what_a_message_shows() -> None:
+    assert one_line("a\n b\x1b[2J\x9b\u202e") == "a b\\x1b[2J\\x9b\\u202e"
+    assert len(one_line("x" * 10_000)) < 1_100
+    assert shown(10**5_000) == "a int that is too large to show"
+    assert shown("x" * 300) == "'" + "x" * 99 + " ... " + "x" * 99 + "'"

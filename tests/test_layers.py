@@ -22,17 +22,15 @@ ALLOWED: dict[str, set[str]] = {
     "local": {"options", "numerics", "compressors", "comm", "feedback", "checkpoint"},
     "theory": {"numerics", "compressors", "comm"},
     "integrations": {"numerics", "compressors", "comm", *FRONTS, "checkpoint", "curvature"},
-    "runs": {
-        *("options", "numerics", "compressors", "comm", *FRONTS, "checkpoint", "curvature", "theory", "integrations")
-    },
     "plan": {"options", "numerics", "compressors", "comm", *FRONTS, "theory"},
-    "cli": {"options", "compressors", "comm", "checkpoint", "curvature", "theory", "runs", "plan", "numerics"},
+    "cli": {"options", "compressors", "comm", "checkpoint", "curvature", "theory", "plan", "numerics"},
 }
 ROOT_MODULES = {"errors", "messages", "version"}
-REFERENCE = {"reference": {"numerics", "compressors"}}  # Algorithm 1 for readers and tests: no package imports it
-# Modules of packsaddle that a report may import; it never imports torch.
-REPORT = ("errors", "messages", "version", "checkpoint.atomic_files", "runs.run_folder", "runs.report")
-DISTRIBUTED = ("comm.", "hooks.ddp.")
+# For readers and tests; no package imports them: Algorithm 1, and local updates in one file.
+REFERENCE: dict[str, set[str]] = {"reference": {"numerics", "compressors"}, "simple": set()}
+# Modules that a report may import; it never imports torch.
+REPORT = ("errors", "messages", "version", "checkpoint.atomic_files", "cli.certificate_figure", "cli.folders")
+DISTRIBUTED = ("comm.", "hooks.ddp.", "simple.")
 
 
 def module_name(path: Path) -> str:
@@ -71,7 +69,7 @@ def modules() -> dict[str, set[str]]:
     return {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
 
 
-def test_the_root_has_packages_three_modules_and_the_reference() -> None:
+def test_the_root_has_packages_three_modules_and_two_to_read() -> None:
     assert {p.parent.name for p in ROOT.glob("*/__init__.py")} == ALLOWED.keys()
     assert {p.stem for p in ROOT.glob("*.py")} == {"__init__"} | ROOT_MODULES | REFERENCE.keys()
 
@@ -129,6 +127,17 @@ def test_who_imports_torch_distributed() -> None:
     assert "feedback.background" not in users
 
 
+def test_one_module_knows_the_accelerators_by_name() -> None:
+    """Others use `torch.accelerator`, `comm.devices` and `numerics.devices`."""
+    for path in ROOT.rglob("*.py"):
+        used = {
+            node.attr
+            for node in nodes(path)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        }
+        assert module_name(path) == "comm.devices" or not used & {"cuda", "xpu", "mps"}, path
+
+
 def test_objects_are_registered_and_not_searched_for() -> None:
     """Neither among all objects in memory, nor on the call stack."""
     for path in ROOT.rglob("*.py"):
@@ -137,13 +146,17 @@ def test_objects_are_registered_and_not_searched_for() -> None:
 
 
 def test_reports_know_no_algorithm() -> None:
-    for name, imported in modules().items():
-        if name.startswith("runs.report"):
-            ours = {t for t in imported if t.partition(".")[0] in ALLOWED.keys() | ROOT_MODULES}
-            assert {t for t in ours if not t.startswith(REPORT)} == set(), name
-            assert {t for t in imported if t.partition(".")[0] == "torch"} == set(), name
+    paths = list((ROOT.parents[1] / "lab" / "runs" / "report").glob("*.py"))
+    assert len(paths) > 5
+    for path in paths:
+        imported = imports(path)
+        ours = {t for t in imported if t.partition(".")[0] in ALLOWED.keys() | ROOT_MODULES}
+        assert {t for t in ours if not t.startswith(REPORT)} == set(), path
+        lab = {t for t in imported if t.startswith("lab.")}
+        assert {t for t in lab if not t.startswith(("lab.runs.run_folder", "lab.runs.report"))} == set(), path
+        assert {t for t in imported if t.partition(".")[0] == "torch"} == set(), path
 
 
 def test_the_package_imports_no_lab() -> None:
     for name, imported in modules().items():
-        assert not {t for t in imported if t.partition(".")[0] in ("benchmarks", "experiments")}, name
+        assert not {t for t in imported if t.partition(".")[0] == "lab"}, name

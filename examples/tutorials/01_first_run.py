@@ -65,10 +65,10 @@ Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio 
 # %% [markdown]
 # ## Train
 #
-# `packsaddle run` starts the worker processes, trains, and writes everything into a new folder.
+# `python -m lab run` starts the worker processes, trains, and writes everything into a new folder.
 
 # %% tags=["varies"]
-shell("packsaddle run topk.toml --out runs/topk")
+shell("python -m lab run topk.toml --out runs/topk")
 
 # %% [markdown]
 # `MB per worker` are the megabytes that one worker sent in the whole run, and `compression` is the number of bytes of
@@ -99,7 +99,7 @@ show_ledger("runs/topk")
 # ## The same without compression
 
 # %% tags=["varies"]
-shell("packsaddle run dense.toml --out runs/dense")
+shell("python -m lab run dense.toml --out runs/dense")
 
 # %%
 show_ledger("runs/dense")
@@ -110,10 +110,10 @@ show_ledger("runs/dense")
 #
 # ## A page of both
 #
-# `packsaddle report` writes one HTML page with charts and configurations, and the numbers as CSV.
+# `python -m lab report` writes one HTML page with charts and configurations, and the numbers as CSV.
 
 # %% tags=["varies"]
-shell("packsaddle report runs/topk runs/dense --out report")
+shell("python -m lab report runs/topk runs/dense --out report")
 
 # %%
 shutil.copy("report/figure.png", "01_first_run.png")
@@ -130,4 +130,4 @@ print(*sorted(p.name for p in Path("report").iterdir()))
 # ## Next
 #
 # - AdamW, and an exchange every 8 steps: [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).
-# - Every key of the file, which `packsaddle init` writes: [configuration](docs/configuration.md).
+# - Every key of the file, which `python -m lab init` writes: [configuration](docs/configuration.md).

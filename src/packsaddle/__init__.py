@@ -20,7 +20,7 @@ from packsaddle.feedback.noise import Noise, Ramp
 from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.hooks.fsdp import register_fsdp_hook
 from packsaddle.local.clipping import Clip
-from packsaddle.local.options import Elastic, OuterSGD, Overlap, Workers
+from packsaddle.local.options import Elastic, OuterAgreement, OuterSGD, Overlap, Workers
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.sgd.gradient import Storm
@@ -49,6 +49,7 @@ __all__ = [
     "Noise",
     "NonFiniteError",
     "NormSketch",
+    "OuterAgreement",
     "OuterSGD",
     "Overlap",
     "Ramp",

@@ -14,7 +14,6 @@ from commandline import command, refused
 from forked_python import environment, python, torchrun
 
 from packsaddle.curvature.sharded import load_whole
-from packsaddle.runs.run_folder import RunFolder
 
 SCRIPT = """
 import torch
@@ -122,7 +121,7 @@ def test_what_is_found_is_told_where_it_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(RunFolder, "write_json", full)
+    monkeypatch.setattr("packsaddle.cli.findings.write_whole", full)
     words = ("certify-script", "script_of_mine:problem", "zero.pt", "--epsilon", 10, "--max-hvps", 5, "--out", "new")
     assert command(*words) == 2
     told = capsys.readouterr()

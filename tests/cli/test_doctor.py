@@ -124,7 +124,7 @@ def test_a_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pyte
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ['nonesuch>=1; extra == "plot"'])
     fact = found(doctor.extras(), "plot")
     assert (fact.verdict, fact.advice) == ("note", "pip install 'packsaddle[plot]'")
-    assert fact.value.startswith("nonesuch missing, for figures")
+    assert fact.value.startswith("nonesuch missing, for the picture")
 
 
 def test_outside_an_installation_nothing_is_claimed_of_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,15 +169,38 @@ def test_loops_say_that_the_compiler_cannot_be_used(monkeypatch: pytest.MonkeyPa
     assert found(doctor.loops(), "cpu").value == "torch alone: numba cannot be used: cannot cache function"
 
 
+def pretend(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let torch seem to have one accelerator, and backends for all types."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "is_backend_available", lambda name: True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "is_staged"),
+    [("xpu", "Arc B580, 12 GiB", False), ("mps", "Apple GPU, 12 GiB", True), ("hpu", "not known to packsaddle", True)],
+)
+def test_other_accelerators(kind: str, device: str, is_staged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(kind, monkeypatch)
+    card = SimpleNamespace(name="Arc B580", total_memory=12 * 2**30)
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
+    first, known = doctor.devices()
+    assert (first.name, first.value, known.advice) == (f"{kind}:0", device, "read docs/devices.md")
+    assert any(fact.name == kind for fact in doctor.built_with()) == is_staged
+    assert found(doctor.loops(), "cuda").value == "not used: there is no GPU"
+
+
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with one, and triton, with and without the C compiler that triton needs."""
     card = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    pretend("cuda", monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     monkeypatch.setattr(doctor, "backends", lambda: {"gloo": True, "nccl": True})
     monkeypatch.setattr(kernels, "obstacle", lambda where: "")
-    assert [fact.value for fact in doctor.devices()] == ["NVIDIA H100, 80 GiB, compute capability 9.0"]
+    first, known = doctor.devices()
+    assert (first.name, first.value) == ("cuda:0", "NVIDIA H100, 80 GiB, compute capability 9.0")
+    assert "no real one" in known.value
     assert found(doctor.built_with(), "nccl").value == "available, used if every worker has a GPU"
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
     assert found(doctor.loops(), "cuda").value.startswith("compiled by triton")
@@ -192,7 +215,7 @@ def test_a_gpu_that_torch_does_not_see(
     built_for: str | None, driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A driver without a device that torch can use is worth a warning; a machine without either is not."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "accelerators", dict)
     monkeypatch.setattr(torch.version, "cuda", built_for)
     monkeypatch.setattr(doctor, "_DRIVER", tmp_path if driver else tmp_path / "none")
     fact = found(doctor.devices(), "CUDA")

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import tyro
 from commandline import command, refused
+from forked_python import python
 
 import packsaddle_command
+from lab import __main__ as lab
 from packsaddle import __version__
 from packsaddle.cli import COMMANDS, parsing
 from packsaddle.cli.flags import flags_of, groups_of
@@ -41,46 +43,6 @@ def test_overviews_and_the_version_import_neither_torch_nor_tyro(
     assert __version__ in done.stdout or "plan" in words
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "config file c.toml does not exist"),
-        (b"\xff", "config file c.toml cannot be read: 'utf-8' codec"),
-        (b"lr = \n", "c.toml, line 1, column 6: not valid TOML: Invalid value"),
-    ],
-)
-def test_a_configuration_that_cannot_be_read_is_refused_without_torch(
-    content: bytes | None,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In a fresh interpreter; and the package's own command line prints the same."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RANK", raising=False)
-    if content is not None:
-        Path("c.toml").write_bytes(content)
-    report = "import atexit, packsaddle_command as c; atexit.register(lambda: print(*sys.modules)); c.main()"
-    done = subprocess.run(interpreter(report, "run", "c.toml"), capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"packsaddle: error: {message}")
-    assert {"packsaddle_command", "packsaddle", "torch"} & {*done.stdout.split()} == {"packsaddle_command"}
-    assert command("run", "c.toml") == 2
-    assert capsys.readouterr().err == done.stderr
-
-
-@pytest.mark.parametrize("words", [["run", "none.toml", "--help"], ["help", "run", "none.toml"], ["run", "pipe"]])
-def test_help_and_pipes_are_left_to_the_package(words: list[str], tmp_path: Path) -> None:
-    """Its import fails here. A pipe, as of `run <(...)`, can be read only once."""
-    (tmp_path / "packsaddle").mkdir()
-    (tmp_path / "packsaddle" / "__init__.py").write_text("raise SystemExit(7)")
-    os.mkfifo(tmp_path / "pipe")
-    script = "import packsaddle_command as c; sys.path.insert(0, ''); c.main()"
-    done = subprocess.run(interpreter(script, *words), capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (7, "")
-
-
 def entries(table: Mapping[str, Entry], *names: str) -> Iterator[tuple[tuple[str, ...], str]]:
     for name, (summary, target) in table.items():
         yield (*names, name), summary
@@ -89,10 +51,16 @@ def entries(table: Mapping[str, Entry], *names: str) -> Iterator[tuple[tuple[str
 
 
 @pytest.mark.parametrize(
-    ("names", "summary"), [pytest.param(n, s, id=" ".join(n)) for n, s in entries(packsaddle_command.COMMANDS)]
+    ("group", "names", "summary"),
+    [
+        *(pytest.param(COMMANDS, n, s, id=" ".join(n)) for n, s in entries(packsaddle_command.COMMANDS)),
+        *(pytest.param(lab.COMMANDS, n, s, id=f"lab {n[0]}") for n, s in entries(lab.COMMANDS.commands.data)),
+    ],
 )
-def test_summaries_are_the_first_lines_of_docstrings(names: tuple[str, ...], summary: str) -> None:
-    entry: parsing.Command | parsing.Group = COMMANDS
+def test_summaries_are_the_first_lines_of_docstrings(
+    group: parsing.Group, names: tuple[str, ...], summary: str
+) -> None:
+    entry: parsing.Command | parsing.Group = group
     for name in names:
         assert isinstance(entry, parsing.Group)
         entry = entry.commands[name]
@@ -105,11 +73,11 @@ def test_only_the_module_of_the_command_is_imported() -> None:
         "except SystemExit: print(*(m for m in sys.modules if m.startswith('packsaddle.cli.')))"
     )
     done = subprocess.run(interpreter(report), capture_output=True, text=True, check=True, timeout=120)
-    commands = ("run", "certify", "certify_script", "report", "plan_theory", "plan_link", "doctor")
+    commands = ("certify_script", "compressors", "plan_theory", "plan_link", "doctor")
     assert not {f"packsaddle.cli.{name}" for name in commands} & {*done.stdout.split()}
 
 
-@pytest.mark.parametrize("words", ["run", "plan link", "certify-script", "plan"])
+@pytest.mark.parametrize("words", ["compressors", "plan link", "certify-script", "plan"])
 def test_help_before_a_command_is_help_behind_it(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*words.split(), "--help") == 0
     expected = capsys.readouterr().out
@@ -118,7 +86,7 @@ def test_help_before_a_command_is_help_behind_it(words: str, capsys: pytest.Capt
     *group, last = words.split()
     assert command(*group, "help", last) == 0
     assert capsys.readouterr().out == expected
-    refused(capsys, "unknown command rnu (did you mean run?)", "help", "rnu")
+    refused(capsys, "unknown command paln (did you mean plan?)", "help", "paln")
 
 
 def test_an_overview_into_a_closed_pipe_exits_silently() -> None:
@@ -134,8 +102,8 @@ def test_an_overview_into_a_closed_pipe_exits_silently() -> None:
 
 
 FIRST = {
-    "run": ["set", "workers", "out"],
-    "certify": ["epsilon", "hessian_lipschitz", "examples"],
+    "lab run": ["set", "workers", "out"],
+    "lab certify": ["epsilon", "hessian_lipschitz", "examples"],
     "certify-script": ["epsilon", "hessian_lipschitz", "out"],
     "plan theory": ["d", "epsilon", "lipschitz_gradient"],
     "plan link": ["model", "d", "workers"],
@@ -145,8 +113,8 @@ FIRST = {
 @pytest.mark.parametrize("words", FIRST)
 def test_options_are_in_groups(words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each flag in one group; help shows the groups as boxes, in order, the common flags first."""
-    entry: parsing.Command | parsing.Group = COMMANDS
-    for name in words.split():
+    entry: parsing.Command | parsing.Group = lab.COMMANDS if words.startswith("lab ") else COMMANDS
+    for name in words.removeprefix("lab ").split():
         assert isinstance(entry, parsing.Group)
         entry = entry.commands[name]
     assert not isinstance(entry, parsing.Group)
@@ -158,7 +126,7 @@ def test_options_are_in_groups(words: str, capsys: pytest.CaptureFixture[str], m
 
     # The titles and flags shown, with or without boxes around them.
     monkeypatch.setenv("COLUMNS", "80")
-    command("help", *words.split())
+    command(*words.split(), "--help")
     shown = capsys.readouterr().out.partition("Examples:")[2].partition("\n\n")[2]
     rows = re.findall(r"^(?:. |  )(--[\w-]+)|^(?:╭─)? ((?:[\w ]+ )?options) ", shown, re.MULTILINE)
     found = [flag or title for flag, title in rows]
@@ -175,3 +143,27 @@ def test_flags_of_all_groups_reach_the_command(capsys: pytest.CaptureFixture[str
     found = json.loads(capsys.readouterr().out)
     assert (found["assumptions"]["d"], found["assumptions"]["sigma"]) == (25_000_000, 0.0)
     assert found["plans"][1]["k"] == 250_000
+
+
+READ_IN_PART: dict[str, tuple[str, ...]] = {
+    "overview": (),
+    "help": ("plan", "link", "--help"),
+    "table and lines": ("plan", "theory", "--d", "1000000", "--epsilon", "0.5"),
+    "document": ("compressors", "--json"),
+    "refusal": ("plan", "theory", "--d", "0", "--epsilon", "0.5"),
+}
+
+
+@pytest.mark.parametrize("name", READ_IN_PART)
+def test_a_reader_that_leaves_is_no_error(name: str) -> None:
+    """As `| head` does: a real pipe whose reading end is closed, before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    interpreter = sys.executable if name == "table and lines" else python()
+    words = [interpreter, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
+    os.close(write)
+    if name == "refusal":  # nothing was to be printed there
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    else:
+        assert (done.returncode, done.stderr) == (1, "")

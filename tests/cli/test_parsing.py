@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ import pytest
 from commandline import LAB, command, refused
 
 import packsaddle
-from benchmarks import pieces
-from benchmarks.race import __main__ as race
-from experiments.paper import __main__ as paper
+from lab import __main__ as lab
+from lab.bench import pieces
+from lab.paper import __main__ as paper
+from lab.race import __main__ as race
 from packsaddle.cli import COMMANDS, parsing
 from packsaddle.cli.flags import flags_of
 from packsaddle.cli.parsing import Group, parse
@@ -22,25 +24,26 @@ from packsaddle.cli.plan_link import LinkOptions
 from packsaddle.theory import Assumptions
 
 MISTAKES = {
-    "rnu": "unknown command rnu (did you mean run?)",
-    "zebra": "unknown command zebra (there is demo, init, ",
+    "paln": "unknown command paln (did you mean plan?)",
+    "zebra": "unknown command zebra (there is certify-script, compressors, ",
+    "lab rnu": "unknown command rnu (did you mean run?)",
     "'two words'": "unknown command 'two words' (there is ",
     "--verison": "unknown flag --verison (did you mean --version?)",
-    "--workers 2 run x.toml": "unknown flag --workers (flags come after a command: demo, init, ",
-    "run": "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR",
-    "run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
-    "run x.toml --wrokers=2": "run: unknown flag --wrokers (did you mean --workers?)",
-    "run x.toml --lr 0.1": "run: unknown flag --lr (set keys of the configuration by --set key=value)",
-    "run x.toml y.toml": "run: unexpected argument y.toml",
-    "run x.toml 'a\nb'": r"run: unexpected argument 'a\nb'",
-    "run x.toml --workers two": "run: --workers must be a whole number, got 'two'",
-    "run x.toml --workers 1.5": "run: --workers must be a whole number, got '1.5'",
-    "run x.toml --workers None": "run: --workers must be a whole number, got 'None'",
-    "run x.toml --workers": "run: --workers needs a value after it",
-    "run x.toml --workers 2 3": "run: unexpected argument 3",
-    "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
+    "lab --workers 2 run x.toml": "unknown flag --workers (flags come after a command: demo, init, ",
+    "lab run": "run needs CONFIG, a TOML file (python -m lab init writes one), or --resume RUN_DIR",
+    "lab run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
+    "lab run x.toml --wrokers=2": "run: unknown flag --wrokers (did you mean --workers?)",
+    "lab run x.toml --lr 0.1": "run: unknown flag --lr (set keys of the configuration by --set key=value)",
+    "lab run x.toml y.toml": "run: unexpected argument y.toml",
+    "lab run x.toml 'a\nb'": r"run: unexpected argument 'a\nb'",
+    "lab run x.toml --workers two": "run: --workers must be a whole number, got 'two'",
+    "lab run x.toml --workers 1.5": "run: --workers must be a whole number, got '1.5'",
+    "lab run x.toml --workers None": "run: --workers must be a whole number, got 'None'",
+    "lab run x.toml --workers": "run: --workers needs a value after it",
+    "lab run x.toml --workers 2 3": "run: unexpected argument 3",
+    "lab demo --epochs=many": "demo: --epochs must be a number, got 'many'",
     "plan link 1gbit --compute 55msec": "plan link: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
-    "benchmarks.race link --max-seconds": "link: --max-seconds needs a value after it",
+    "lab.race link --max-seconds": "link: --max-seconds needs a value after it",
     "plan theory --mode theorie": "plan theory: --mode must be one of practical, theory, got 'theorie' (did you mean ",
     "plan table --zebra": "plan table: unknown flag --zebra (see --help)",
     "plan --link 100mbit --model resnet18": "plan: unknown flag --link (did you mean link?)",
@@ -48,16 +51,18 @@ MISTAKES = {
     "plan theory": "plan theory: missing --d INT Number of parameters of the model (coordinates of x)",
     "plan theory --epsilon 0.2 --d 0": "--d must be an integer from 1 to 1e15, got 0",
     "plan theory --epsilon 0.2 --d 10 --f-max -1": "--f-max must be positive, from 1e-20 to 1e+20, got -1.0",
-    "experiments.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
-    "certify runs/a --checkpoint": "certify: --checkpoint needs a value after it",
-    "benchmarks.pieces stp": "unknown command stp (did you mean step?)",
-    "benchmarks.pieces step --dd 3": "step: unknown flag --dd (did you mean --d?)",
-    "benchmarks.race train --model net": "train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
+    "lab.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
+    "lab certify runs/a --checkpoint": "certify: --checkpoint needs a value after it",
+    "lab.bench.pieces stp": "unknown command stp (did you mean step?)",
+    "lab.bench.pieces step --dd 3": "step: unknown flag --dd (did you mean --d?)",
+    "lab.race train --model net": "train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
     "plan link 1gbit --d 1M --sigma 5": "plan link: unknown flag --sigma (see --help)",
     "plan link 1gbit --d 1M --mode theory": "plan link: unknown flag --mode (did you mean --model?)",
     "plan theory --d 1M --epsilon 0.1 --spread 1": "plan theory: unknown flag --spread (see --help)",
     "plan table --d 1000 --epsilon 0.1 --ratio 0.1": "plan table: unknown flag --ratio (see --help)",
-    "benchmarks.pieces compress --d 0": "d must be at least 1, got 0",
+    "lab.bench.pieces compress --d 0": "d must be at least 1, got 0",
+    "compressors --ratio 2": "ratio of RandomK must be in (0, 1], got 2.0",
+    "compressors --d 0": "d and workers must be at least 1, got 0 and 4",
     "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
 }
 
@@ -107,7 +112,7 @@ def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[st
     for arguments in (("--help",), ("-h",)):
         assert command(*arguments) == 0
         assert capsys.readouterr().out == shown
-    assert command("benchmarks.pieces") == 0
+    assert command("lab.bench.pieces") == 0
     assert "\n  exchange  Time one exchange" in capsys.readouterr().out
 
 
@@ -126,13 +131,14 @@ def leaves(group: Group, *names: str) -> Iterator[tuple[tuple[str, ...], Callabl
 
 PROGRAMS: dict[str, Group] = {
     "packsaddle": COMMANDS,
-    "benchmarks.pieces": pieces.COMMANDS,
-    "benchmarks.race": race.COMMANDS,
+    "lab.bench.pieces": pieces.COMMANDS,
+    "lab.race": race.COMMANDS,
+    "lab": lab.COMMANDS,
 }
 LEAVES = {
     **dict(leaves(COMMANDS)),
     **{(name, *words): entry for name in LAB if name in PROGRAMS for words, entry in leaves(PROGRAMS[name])},
-    ("experiments.paper",): paper.reproduce,
+    ("lab.paper",): paper.reproduce,
 }
 
 
@@ -144,8 +150,8 @@ def test_help_has_examples_that_parse(names: tuple[str, ...], capsys: pytest.Cap
     examples = shown.partition("\nExamples:\n")[2].partition("\n\n")[0].splitlines()
     assert examples
     for example in examples:
-        program = next(name for name in (*LAB, "packsaddle") if name in example)
-        words = shlex.split(example.split(program, 1)[1].removeprefix(".cli"), comments=True)
+        program = next((name for name in LAB if f"-m {name} " in example), "packsaddle")
+        words = shlex.split(re.split(rf"{program}(?:\.cli)? ", example, maxsplit=1)[1], comments=True)
         redirected = words[: words.index(">")] if ">" in words else words
         assert [*(program,) * (program in LAB), *redirected][: len(names)] == [*names]
         assert callable(parse(PROGRAMS.get(program, paper.reproduce), redirected, program))
@@ -189,9 +195,9 @@ def test_plans_have_the_fields_of_their_options_as_flags() -> None:
 
 
 COMPLETED = {
-    ("re",): {"report"},
+    ("do",): {"doctor"},
     ("com",): {"completion", "compressors"},
-    ("run", "--ser"): {"--serial"},
+    ("doctor", "--js"): {"--json"},
 }
 
 

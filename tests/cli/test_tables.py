@@ -80,19 +80,19 @@ def test_plans_state_the_order_of_their_rows(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.count("\nRows: shortest time to the same loss (step ms times x steps) first") == 2
 
 
-def test_an_empty_override_drops_a_key(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
-    from packsaddle.runs.config import configure
-
-    data = {"lr": 0.1, "epochs": 1.0, "batch_size": 8, "data": {"name": "digits"}, "model": {"name": "resnet18"}}
-    given = {**data, "compressor": {"kind": "TopK", "ratio": 0.1}}
-    config = configure(given, ["compressor.kind=Sign", "compressor.ratio="])
-    assert type(config.compressor).__name__ == "Sign"
-    with pytest.raises(ValueError, match=r"--set compressor.ratio= drops it"):
-        configure(
-            {**data, "compressor": {"kind": "TopK", "ratio": 0.1}},
-            ["compressor.kind=Sign"],
-            lambda key: "config.toml, line 9",
-        )
+def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list agrees with the protocols' own arithmetic, for d = 5000 and three workers."""
+    assert command("compressors", "--d", 5000, "--workers", 3, "--ratio", "0.02", "--json") == 0
+    entries = {e["compressor"]: e for e in map(json.loads, capsys.readouterr().out.splitlines())}
+    dense, random_k = entries["Identity()"], entries["RandomK(ratio=0.02)"]
+    assert dense["sent"] == dense["received"] == round(4 / 3 * 4 * 5000)
+    assert (random_k["mu"], random_k["linear"], random_k["protocol"]) == (0.02, True, "all-reduce")
+    assert random_k["sent"] == round(4 / 3 * 4 * 100)
+    sign = next(e for name, e in entries.items() if name.startswith("Sign"))
+    assert sign["sent"] == 2 * (5000 // 8 + 4)
+    assert sign["kept"] == pytest.approx(2 / 3.14159, abs=0.02)
+    assert command("compressors", "--d", 5000) == 0
+    assert "QSGD" in capsys.readouterr().out
 
 
 def test_doctor_checks_the_topics_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import Hosts
+from lab.bench.hosts import Hosts
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist

@@ -4,15 +4,20 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from forked_python import environment, python
 
-from packsaddle.comm.failures import Roll, explanation, is_network, roll_call
+from packsaddle.comm.failures import PeerLostError, Roll, explanation, is_network, roll_call
+from packsaddle.comm.group import TorchGroup
 
 
 class Board:
@@ -76,6 +81,40 @@ def test_words() -> None:
     cut = explanation(Roll((1,), (0,), False), 1, 2, error, timedelta(minutes=30))
     assert "network of rank 1 or rank 0 is cut" in cut
     assert max(map(len, (said, alone, late, cut))) <= 250
+
+
+NCCL = [
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a "
+    "network error, NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting prematurely.",
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=4, OpType=BROADCAST) ran for 1800011 "
+    "milliseconds before timing out.",
+    "NCCL communicator was aborted on rank 1. Original reason for failure was: ...",
+]
+
+
+def failures_of_nccl() -> list[str]:
+    """What a group that claims to have NCCL alone says of NCCL's errors."""
+    found = []
+    nccl_alone = mock.patch.object(torch.distributed, "get_backend_config", return_value="cuda:nccl")
+    for text in NCCL:
+        with nccl_alone, pytest.raises(PeerLostError) as raised, TorchGroup().naming_lost_workers():
+            raise RuntimeError(text)
+        found.append(str(raised.value))
+    return found
+
+
+def test_errors_of_nccl(gloo: Callable[..., list[Any]]) -> None:
+    reasons = [
+        "remote process exited or there was a network error",
+        "Watchdog caught collective",
+        "NCCL communicator was",
+    ]
+    for found in gloo(failures_of_nccl, 2):
+        for said, reason in zip(found, reasons, strict=True):
+            assert "lost the others, but all 2 answer now" in said
+            assert f"Reason: {reason}" in said
+    assert not is_network(RuntimeError("NCCL error in: a.cpp:1, invalid usage, NCCL version 2.21.5"))
 
 
 @pytest.mark.parametrize("how", ["kill", "stop", "held"])

@@ -35,7 +35,7 @@ from packsaddle.compressors import compressors, describe, identify, parse_compre
 from packsaddle.compressors.toy import Toy
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
-from packsaddle.runs.config import configure
+from lab.runs.config import configure
 
 assert packsaddle.Toy is Toy and {"Toy"} < {*packsaddle.__all__} & {*packsaddle.compressors.__all__}
 assert compressors(0.1)[-2:] == [Toy(0.1), Toy(0.1, extra=2)]
@@ -61,7 +61,7 @@ except ConfigError as error:
 from families import COMPRESSORS
 assert Toy(0.3) in COMPRESSORS
 try:
-    from generated import compressors as pages, configuration
+    from lab.docs.generated import compressors as pages, configuration
 except ModuleNotFoundError:
     raise SystemExit
 assert "| `Toy(ratio=0.5, extra=1)` | one | all values | yes | all-reduce | 6,000.0 |" in pages.markdown()
@@ -77,7 +77,7 @@ def test_a_compressor_of_one_file_and_one_line_is_in_all_lists(tmp_path: Path) -
     (source / "compressors" / "toy.py").write_text(TOY)
     with (source / "compressors" / "kinds.py").open("a") as file:
         file.write(LINE)
-    path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests" / "support", ROOT / "docs", ROOT)))
+    path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests" / "support", ROOT)))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, "PYTHONPATH": path, "PACKSADDLE_KERNELS": "torch"},  # compiles nothing

@@ -11,7 +11,7 @@ import torch
 from searches import arguments
 from torch import Tensor, nn
 
-from experiments.paper.problems import (
+from lab.paper.problems import (
     Cosine,
     CurvedValley,
     DoubleWells,
@@ -308,9 +308,9 @@ def test_a_real_plateau_is_a_saddle() -> None:
     """The demo's autoencoder with tanh (ReLU has no second derivative at its kinks, which finite steps do see): plain
     SGD, then full-batch steps, stalls where the Hessian has a negative eigenvalue along which the loss bends down.
     """
-    from packsaddle.runs.config import DataConfig
-    from packsaddle.runs.tasks.images import load_images
-    from packsaddle.runs.tasks.sharding import Batches
+    from lab.runs.config import DataConfig
+    from lab.runs.tasks.images import load_images
+    from lab.runs.tasks.sharding import Batches
 
     images = load_images(DataConfig("digits"), None, train=True)
     with torch.random.fork_rng(devices=[]):

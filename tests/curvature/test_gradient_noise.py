@@ -11,10 +11,10 @@ import torch
 from forked_python import environment, python
 from torch import Tensor, nn
 
+from lab.runs.run_checks import noise_warning
 from packsaddle import CompressedSGD, Identity, Ramp, certify, gradient_noise, simulate, suggest_noise
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import NotFiniteError
-from packsaddle.runs.run_checks import noise_warning
 from packsaddle.theory.noise_walk import FAR, GOOD, Walk, rms
 
 
@@ -207,7 +207,7 @@ std = {std}
 def command(folder: Path, std: float) -> subprocess.CompletedProcess[str]:
     (folder / "c.toml").write_text(CONFIG.format(std=std))
     words = ["run", str(folder / "c.toml"), "--out", str(folder / "run")]
-    line = [python(), "-m", "packsaddle.cli", *words]
+    line = [python(), "-m", "lab", *words]
     return subprocess.run(line, capture_output=True, text=True, check=True, env=environment())
 
 

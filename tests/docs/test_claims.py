@@ -7,7 +7,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.muon import COMPARED, compare
+from lab.bench.muon import COMPARED, compare
 from packsaddle import SketchTopK, TopK
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -59,8 +59,8 @@ def test_local_updates_of_muon() -> None:
     """The guide's table, and the bytes on the front pages, are those of the rows."""
     methods = {
         "AdamW, dense gradients, every step": "AdamW, dense, beta1 0.8",
-        "AdamW, `LocalUpdates(mean_momentum=0.5)`, every 8, 1 bit": "AdamW, local 8, Sign, mean momentum 0.5",
-        "AdamW, `LocalUpdates(mean_momentum=0.5)`, every 2, 1 bit": "AdamW, local 2, Sign, mean momentum 0.5",
+        "AdamW, `LocalUpdates`, every 8, 1 bit (the default)": "AdamW, local 8, Sign, mean momentum 0.5",
+        "AdamW, `LocalUpdates`, every 2, 1 bit": "AdamW, local 2, Sign, mean momentum 0.5",
         "Muon and AdamW, dense gradients, every step": "Muon, dense",
         "Muon and AdamW, `LocalUpdates`, every 8, `Rounded()`, 2 bits": "Muon, local 8, Rounded int2",
         "Muon and AdamW, `LocalUpdates`, every 8, 1 bit (the default)": "Muon, local 8, Sign",
@@ -75,7 +75,7 @@ def test_local_updates_of_muon() -> None:
     # What a mean momentum gains with AdamW, and loses with Muon.
     sign, mixed = "local 8, Sign", "local 8, Sign, mean momentum 0.5"
     first = muon("char-4", seeds="0")
-    said = r"has ([\d.]+) instead of ([\d.]+) with four workers.*?Muon \(([\d.]+), ([\d.]+) without, seed 0"
+    said = r"loss of ([\d.]+) with it and of ([\d.]+) without it.*?loss \(([\d.]+), and ([\d.]+) without it, seed 0"
     gain = re.search(said, re.sub(r"\s+", " ", guide))
     assert gain
     losses = [four[f"AdamW, {how}"][0] for how in (mixed, sign)] + [first[f"Muon, {how}"][0] for how in (mixed, sign)]

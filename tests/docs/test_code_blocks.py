@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 from forked_python import environment, torchrun
 
+from lab.runs.config import Config, load
 from packsaddle.options.schema import build
-from packsaddle.runs.config import Config, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ def test_the_documented_configuration_is_one() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/*.toml")), ids=lambda p: p.parent.name)
 def test_experiment_configs_load(path: Path) -> None:
     assert load(path).plateau
-    assert "packsaddle run" in (path.parent / "README.md").read_text()
+    assert "python -m lab run" in (path.parent / "README.md").read_text()
 
 
 def test_links_exist() -> None:

@@ -8,27 +8,28 @@ from typing import Any
 
 import pytest
 
-from benchmarks import pieces
-from benchmarks.race import __main__ as race
-from experiments.paper import __main__ as paper
+from lab import __main__ as lab
+from lab.bench import pieces
+from lab.paper import __main__ as paper
+from lab.race import __main__ as race
+from lab.runs.config import load
 from packsaddle import cli
 from packsaddle.cli.flags import Command
 from packsaddle.cli.parsing import Group, parse
-from packsaddle.runs.config import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tutorials/*.md"))]
-PAGES += [*sorted(ROOT.glob("experiments/*/README.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
+PAGES += [*sorted(ROOT.glob("experiments/*/README.md")), *sorted(ROOT.glob("lab/bench/*.md"))]
 PROGRAMS: dict[str, Command | Group] = {
     "packsaddle": cli.COMMANDS,
     "packsaddle.cli": cli.COMMANDS,
-    "benchmarks.pieces": pieces.COMMANDS,
-    "benchmarks.race": race.COMMANDS,
-    "experiments.paper": paper.reproduce,
+    "lab.bench.pieces": pieces.COMMANDS,
+    "lab.race": race.COMMANDS,
+    "lab.paper": paper.reproduce,
+    "lab": lab.COMMANDS,
 }
-PROGRAM = re.compile(
-    r"(?:(?:^|\s)(packsaddle)|-m (packsaddle\.cli|benchmarks\.pieces|benchmarks\.race|experiments\.paper))(?: |$)"
-)
+MODULES = "|".join(map(re.escape, [*PROGRAMS][1:]))
+PROGRAM = re.compile(rf"(?:(?:^|\s)(packsaddle)|-m ({MODULES}))(?: |$)")
 
 
 def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
@@ -47,7 +48,7 @@ def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
 def inline_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """The program and the words of each command named in a sentence or a table."""
     outside = re.sub(r"^ {4,}[^\n]*$|```.*?```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for code in re.findall(r"`((?:packsaddle|python -m (?:benchmarks|experiments)\.\w+) [a-z-][^`]*)`", outside):
+    for code in re.findall(r"`((?:packsaddle|python -m lab[.\w]*) [a-z-][^`]*)`", outside):
         found = PROGRAM.search(code)
         if found is not None:
             yield found[1] or found[2], re.sub(r"[\[\]]", " ", code[found.end() :]).split()

@@ -3,29 +3,26 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from benchmarks import pieces
-from benchmarks.race import __main__ as race
-from experiments.paper import __main__ as paper
+from lab import __main__ as lab
+from lab.bench import pieces
+from lab.paper import __main__ as paper
+from lab.race import __main__ as race
+from lab.runs.config import Config
 from packsaddle import cli
 from packsaddle.cli.flags import flags_of
 from packsaddle.cli.parsing import Group
 from packsaddle.compressors.registry import CLASSES
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.options.schema import choices, settable
-from packsaddle.runs.config import Config
 
 pytest.importorskip("sphinx")
-DOCS = Path(__file__).parents[2] / "docs"
-sys.path.insert(0, str(DOCS))
-
-from generated import commands, compressors, configuration, metrics  # noqa: E402
-from generated.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity  # noqa: E402
+from lab.docs.generated import commands, compressors, configuration, metrics
+from lab.docs.generated.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity
 
 
 def rows(markdown: str) -> list[list[str]]:
@@ -70,7 +67,7 @@ def test_every_option_of_every_command_is_explained() -> None:
     text = commands.markdown()
     sections = {part.partition("\n")[0]: part for part in re.split(r"^#{3,4} ", text, flags=re.MULTILINE)}
     found = every(cli.COMMANDS, "packsaddle")
-    found += [entry for program in (pieces, race) for entry in every(program.COMMANDS, program.PROGRAM)]
+    found += [entry for program in (lab, pieces, race) for entry in every(program.COMMANDS, program.PROGRAM)]
     found += [(paper.PROGRAM, paper.reproduce)]
     assert len(found) > 15
     for name, command in found:
@@ -95,8 +92,8 @@ def test_every_number_is_in_the_tables() -> None:
 def test_the_options_of_a_search_are_flags_and_keys() -> None:
     names = ("max-hvps", "failure-probability", "tolerance", "sharpness", "pilot-examples", "hvp", "memory-limit")
     text, certify = commands.markdown(), configuration.markdown().partition("### `[certify]`")[2].partition("###")[0]
-    for command in ("certify", "certify-script"):
-        section = text.partition(f"### packsaddle {command}\n")[2].partition("\n### ")[0]
+    for command in ("python -m lab certify", "packsaddle certify-script"):
+        section = text.partition(f"### {command}\n")[2].partition("\n### ")[0]
         assert all(f"| `--{name}` |" in section for name in names)
         assert "generator" not in section
     assert all(f"| `{name.replace('-', '_')}` |" in certify for name in names)
@@ -140,7 +137,7 @@ def test_a_run_records_the_documented_numbers(more: dict[str, Any], tmp_path: Pa
     pytest.importorskip("sklearn")
     (tmp_path / "empty.toml").write_text("")
     words = [f"{key}={json.dumps(value)}" for key, value in (RUN | more).items()]
-    run = cli.COMMANDS.commands["run"]
+    run = lab.COMMANDS.commands["run"]
     run(tmp_path / "empty.toml", set=tuple(words), workers=2, serial=True, out=tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ import packsaddle.reference
 pytest.importorskip("matplotlib")
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
 
-import pictures  # noqa: E402
-from shades import images  # noqa: E402
+from lab.docs import pictures  # noqa: E402
+from lab.docs.shades import images  # noqa: E402
 
 SIZE = re.compile(r"<text style=\"[^\"]*?\b([\d.]+)px")
 

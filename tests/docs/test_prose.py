@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/README.md")]
-FOLDERS = ("docs", "docs/api", "docs/tutorials", "experiments/*", "benchmarks")
+FOLDERS = ("docs", "docs/api", "docs/tutorials", "experiments/*", "lab/bench")
 PAGES += [page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))]
 CODE = sorted((ROOT / "src").rglob("*.py"))
 WIDTH = 140

@@ -16,18 +16,18 @@ ALLOWED = {
     "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
-    "packsaddle.compressors.selection": "benchmarks/selection.py measures this internal function",
-    "packsaddle.feedback.checks": "benchmarks/guards.py measures this internal function",
-    "packsaddle.options.describe": "docs/docstrings.py shows the comments of fields",
-    "packsaddle.messages": "experiments/paper/progress.py prints what a terminal must not obey",
-    "packsaddle.runs.progress": "experiments/paper/progress.py says the time left as a run does",
+    "packsaddle.compressors.selection": "lab/bench/pieces.py measures this internal function",
+    "packsaddle.options.describe": "lab/docs/docstrings.py shows the comments of fields",
+    "packsaddle.messages": "lab/paper/progress.py prints what a terminal must not obey",
+    "packsaddle.cli.progress": "lab/paper/progress.py says the time left as a plan does",
 }
 
 
 def sources() -> list[str]:
-    """Return the Python code of pages, examples, benchmarks and experiments; docs/generated reads the code itself."""
-    found = [p for d in ("docs", "examples", "benchmarks", "experiments") for p in (ROOT / d).rglob("*")]
-    found = [p for p in found if p.parent.name != "generated"]
+    """Return the Python code of pages, examples and the lab. Some of it uses the package as the package does: the
+    trainer and its commands, and lab/docs/generated, which reads the code itself."""
+    found = [p for d in ("docs", "examples", "experiments", "lab") for p in (ROOT / d).rglob("*")]
+    found = [p for p in found if not {"generated", "runs", "cli"} & {*p.relative_to(ROOT).parts}]
     texts = [p.read_text() for p in found if p.suffix == ".py"]
     for page in [ROOT / "README.md", *(p for p in found if p.suffix == ".md")]:
         texts += re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from forked_python import environment, python
 
-import experiments.paper.problems
-import experiments.paper.proof
+import lab.paper.problems
+import lab.paper.proof
 import packsaddle
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def test_every_page_is_reached_from_the_index(site: Path) -> None:
         (index.parent / href).resolve() for href in re.findall(r'href="([^"#:]+\.html)', index.read_text())
     }
     written = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
-    written += [*ROOT.glob("experiments/*/README.md"), *ROOT.glob("benchmarks/*.md")]
+    written += [*ROOT.glob("experiments/*/README.md"), *ROOT.glob("lab/bench/*.md")]
     for page in written:
         assert site / page.relative_to(ROOT).with_suffix(".html") in linked, page
 
@@ -51,7 +51,7 @@ def test_generated_tables_are_on_their_pages(site: Path) -> None:
     """That they are whole, test_generated says; here, that they became tables and headings."""
     for page, id, word in (
         ("configuration", "local", "keep_unsent"),
-        ("command-line", "python-m-benchmarks-race-link", "--target-loss"),
+        ("command-line", "python-m-lab-race-link", "--target-loss"),
         ("compressors", "compressors-and-exchanges", "SketchTopK(ratio, k, rows"),
         ("metrics", "summary-json", "exchange_reason"),
     ):
@@ -63,7 +63,7 @@ def test_generated_tables_are_on_their_pages(site: Path) -> None:
 
 def test_every_export_is_in_the_api(site: Path) -> None:
     pages = "".join(page.read_text() for page in (site / "docs" / "api").glob("*.html"))
-    for module in (packsaddle, experiments.paper.proof, experiments.paper.problems):
+    for module in (packsaddle, lab.paper.proof, lab.paper.problems):
         for name in module.__all__:
             assert f'id="{module.__name__}.{name}"' in pages, f"{module.__name__}.{name}"
 

@@ -1,34 +1,19 @@
 """The tutorials: each page has its script's prose and code, and the script still prints what the page says."""
 
-import importlib.util
 import math
 import os
 import re
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from forked_python import environment, python
 
+from lab.docs import tutorials as maker
+
 ROOT = Path(__file__).parents[2]
-MAKER = ROOT / "docs" / "tutorials.py"
-
-
-def _maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tutorial_pages", MAKER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-maker = _maker()
-SCRIPTS: list[Path] = maker.SCRIPTS
+SCRIPTS = maker.SCRIPTS
 LONG = {"03_adamw_over_a_slow_link", "04_one_machine_to_four_hosts"}
 
 NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
@@ -64,7 +49,7 @@ def test_pages_have_the_prose_and_code_of_their_scripts(script: Path) -> None:
 def test_scripts_print_what_their_pages_say(script: Path, tmp_path: Path) -> None:
     if script.stem in LONG and "PACKSADDLE_ALL_TUTORIALS" not in os.environ:
         pytest.skip("a minute of processes that other tests start too: see `make test-integrations`")
-    words = [python(), str(MAKER), "--out", str(tmp_path), str(script)]
+    words = [python(), "-m", "lab.docs.tutorials", "--out", str(tmp_path), str(script)]
     commands = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # torchrun is not beside python()
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment(PATH=commands), cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from specs import folded
 from torch import Tensor, nn
 
+from lab.runs.job import Job
+from lab.runs.templates import TASKS
 from packsaddle import (
     CompressedSGD,
     Compression,
@@ -29,8 +31,6 @@ from packsaddle import (
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.runs.job import Job
-from packsaddle.runs.templates import TASKS
 
 Gloo = Callable[..., list[Any]]
 

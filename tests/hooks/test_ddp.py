@@ -274,7 +274,7 @@ def test_an_optimizer_that_calls_a_closure_leaves_a_bad_step_out(gloo: Gloo) -> 
 
 def unlike_loops() -> str:
     other = torch_only() if torch.distributed.get_rank() else contextlib.nullcontext()
-    with other, pytest.raises(ValueError, match="kernels") as raised:
+    with other, pytest.raises(ValueError, match="arithmetic") as raised:
         register_ddp_hook(wrapped(network(torch.float32), SEVERAL), TopK(0.1))
     return str(raised.value)
 
@@ -283,7 +283,7 @@ def test_workers_have_the_same_loops(gloo: Gloo) -> None:
     """Their sums of decoded messages differ in the last digit, and so would the replicas."""
     pytest.importorskip("numba")
     for message in gloo(unlike_loops, 2):
-        assert "worker 0 has kernels='numba' and worker 1 has kernels='torch'" in message
+        assert "worker 0 has arithmetic='numba on cpu' and worker 1 has arithmetic='torch on cpu'" in message
 
 
 def held_elsewhere() -> str:

@@ -509,7 +509,7 @@ def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]]
 
 def test_importing_packsaddle_imports_no_framework() -> None:
     code = (
-        "import sys, packsaddle, packsaddle.integrations, packsaddle.runs.trackers, packsaddle.cli; "
+        "import sys, packsaddle, packsaddle.integrations, lab.runs.trackers, packsaddle.cli; "
         "print([m for m in "
         "('lightning', 'accelerate', 'transformers', 'tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
     )

@@ -54,8 +54,7 @@ def launched(script: Path) -> tuple[float, int]:
 
 @contextlib.contextmanager
 def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import elastic
+    from lab.bench import elastic
 
     with elastic.lighthouse(2) as address:
         yield address

@@ -1,4 +1,4 @@
-"""Real workers under torchft that are killed, stopped, told to leave and added, as benchmarks/elastic.py has them."""
+"""Real workers under torchft that are killed, stopped, told to leave and added, as lab/bench/elastic.py has them."""
 
 import contextlib
 import importlib.util
@@ -19,16 +19,10 @@ needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, 
 pytestmark = pytest.mark.process
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_are_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`import elastic` is benchmarks/elastic.py, also in the processes that it starts."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 @contextlib.contextmanager
 def crew(folder: Path, workers: int, **spec: Any) -> Iterator[tuple[Any, Any]]:
     """The benchmark, and workers of it under a lighthouse of their own."""
-    import elastic
+    from lab.bench import elastic
 
     elastic.CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle"])
     with elastic.lighthouse() as address:
@@ -204,7 +198,7 @@ def test_a_confirmation_that_breaks_on_one_worker(tmp_path: Path) -> None:
 
 @needs_torchft
 def test_the_example(tmp_path: Path) -> None:
-    import elastic
+    from lab.bench import elastic
 
     with elastic.lighthouse(2) as address:
         command = [python(), str(ROOT / "examples" / "elastic.py"), "--lighthouse", address, "--rounds", "4"]
@@ -224,12 +218,12 @@ def test_the_example(tmp_path: Path) -> None:
 @needs_torchft
 def test_configured_runs(tmp_path: Path) -> None:
     """Two commands train one model, each into a folder of its own, with steps and epochs of both together."""
-    import elastic
+    from lab.bench import elastic
 
     config = tmp_path / "local.toml"
     config.write_text(LOCAL)
     with elastic.lighthouse(2) as address:
-        command = [python(), "-m", "packsaddle.cli", "run", str(config), "--elastic", address, "--out"]
+        command = [python(), "-m", "lab", "run", str(config), "--elastic", address, "--out"]
         env = environment(RUST_LOG="error")
         folders = [tmp_path / name for name in "ab"]
         started = [

@@ -118,7 +118,8 @@ def train(worker: int, make: Make, **options: Any) -> tuple[list[Tensor], LocalU
     net, seen = network(), []
     optimizer = make(list(net.parameters()))
     whole = Compression(Identity(), dense_below=0)
-    local = LocalUpdates(optimizer, every=EVERY, **local_options(compressor=whole, keep_unsent=False, **options))
+    given = {"compressor": whole, "keep_unsent": False, "mean_momentum": 0.0} | options
+    local = LocalUpdates(optimizer, every=EVERY, **local_options(**given))
     for n in range(1, STEPS + 1):
         backward(net, worker, n, bad=n == BAD and worker == 1)
         optimizer.step()

@@ -44,13 +44,13 @@ def whole(model: nn.Module) -> list[Tensor]:
     return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]  # type: ignore[operator]
 
 
-def fully_sharded(mean_momentum: float) -> tuple[list[Tensor], list[Tensor], int]:
+def fully_sharded(more: dict[str, float]) -> tuple[list[Tensor], list[Tensor], int]:
     from torch.distributed.fsdp import fully_shard
 
     grid = mesh()
     replica, group = dist.get_rank() // 2, grid["replicate"].get_group()
     plain = network()
-    options = {"compressor": WHOLE, "group": group, "mean_momentum": mean_momentum}
+    options = {"compressor": WHOLE, "group": group, "mean_momentum": 0.0, **more}
     train(plain, replica, 7, **options)
     model = network()
     for layer in (model[0], model[2]):
@@ -60,14 +60,14 @@ def fully_sharded(mean_momentum: float) -> tuple[list[Tensor], list[Tensor], int
     return [p.detach().clone() for p in plain.parameters()], whole(model), local.rounds
 
 
-@pytest.mark.parametrize("mean_momentum", [0.0, 0.5])
-def test_fsdp2_is_the_unsharded_run(gloo: Gloo, mean_momentum: float) -> None:
-    """2 x 2: replicas exchange their own shards; bit for bit the run of two whole models. With `mean_momentum`, to
-    rounding, since its norms are sums over shards."""
-    for plain, sharded, rounds in gloo(fully_sharded, 4, mean_momentum):
+@pytest.mark.parametrize("more", [{}, {"mean_momentum": 0.5}, {"agreement": 0.5}], ids=lambda m: "".join(m) or "plain")
+def test_fsdp2_is_the_unsharded_run(gloo: Gloo, more: dict[str, float]) -> None:
+    """2 x 2: replicas exchange their own shards; bit for bit the run of two whole models. With `mean_momentum` and
+    agreement, to rounding, since their norms are sums over shards."""
+    for plain, sharded, rounds in gloo(fully_sharded, 4, more):
         assert rounds == 2
         for a, b in zip(plain, sharded, strict=True):
-            assert torch.equal(a, b) if not mean_momentum else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+            assert torch.equal(a, b) if not more else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
 def tensor_parallel(ratio: float) -> tuple[list[Tensor], list[Tensor], bool, int]:

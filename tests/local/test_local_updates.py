@@ -151,7 +151,7 @@ def test_identity_is_the_mean_of_workers() -> None:
     def body(worker: int) -> list[tuple[Tensor, Tensor]]:
         here, alone = (torch.nn.Parameter(begin()["w"]) for _ in range(2))
         inner, free = (torch.optim.AdamW([p], lr=0.05) for p in (here, alone))
-        LocalUpdates(inner, every=4, compressor=Identity())
+        LocalUpdates(inner, every=4, compressor=Identity(), mean_momentum=0.0)
         seen = []
         for n in range(1, 13):
             for p, optimizer in ((here, inner), (alone, free)):

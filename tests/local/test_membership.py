@@ -67,6 +67,7 @@ CASES: list[dict[str, Any]] = [
         "keep_unsent": False,
     },
     {"compressor": Compression(RandomK(0.3), dense_below=0), "noise": 0.01, "decay": 0.9},
+    {"inner": adamw, "outer": nesterov, "agreement": 0.5, "mean_momentum": 0.0, "exchange": "direct"},
 ]
 
 

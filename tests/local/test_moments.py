@@ -11,8 +11,8 @@ from elastic_fakes import FakeGroup, FakeManager
 from torch import Tensor
 from torch.optim import AdamW
 
-from packsaddle import Compression, Elastic, Identity, LocalUpdates, simulate
-from packsaddle.comm import Solo, resolve
+from packsaddle import Compression, Elastic, Identity, LocalUpdates, OuterAgreement, OuterSGD, simulate
+from packsaddle.comm import resolve
 from packsaddle.local.inner import Shards
 from packsaddle.local.moments import MeanMomentum
 
@@ -143,10 +143,11 @@ def without_moments_on_a_shard() -> tuple[int, int]:
     def shards(whole: Tensor) -> Tensor:
         return distribute_tensor(whole, mesh, [Shard(0)])
 
-    mesh, rng = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("worker", "shard"))
+    mesh, rng = grid["shard"], torch.Generator().manual_seed(0)
     p, q = (torch.nn.Parameter(shards(torch.ones(4, 3))) for _ in range(2))
     optimizer = AdamW([p, q], lr=0.1)
-    local = LocalUpdates(optimizer, WHOLE, every=1, mean_momentum=0.5, workers=Solo())
+    local = LocalUpdates(optimizer, WHOLE, every=1, mean_momentum=0.5, workers=grid["worker"].get_group())
     for n in range(4):
         of_p = torch.randn(4, 3, generator=rng)
         if n == 1:
@@ -158,7 +159,7 @@ def without_moments_on_a_shard() -> tuple[int, int]:
 
 
 def test_a_shard_may_have_lost_its_moments(gloo: Gloo) -> None:
-    assert gloo(without_moments_on_a_shard, 2) == [(3, 1)] * 2
+    assert gloo(without_moments_on_a_shard, 4) == [(3, 1)] * 4
 
 
 def counted() -> list[float]:
@@ -207,3 +208,42 @@ def test_after_a_round_workers_step_along_the_anchors_change(elastic: bool) -> N
         assert [cosine(moments[n], change) for n, change in zip((1, 3), changes, strict=True)] == pytest.approx([1, 1])
         assert cosine(moments[0], changes[0]) < 0.99
         assert torch.equal(moments[-1], moments[-2])
+
+
+USUAL: dict[str, tuple[list[str], Any, float]] = {
+    "AdamW": (["AdamW"], None, 0.5),
+    "RAdam and SGD": (["RAdam", "SGD"], None, 0.5),
+    "SGD": (["SGD"], None, 0.0),
+    "Muon and AdamW": (["Muon", "AdamW"], None, 0.0),
+    "outer momentum": (["AdamW"], OuterSGD(), 0.0),
+    "outer rate": (["AdamW"], OuterSGD(momentum=0.0), 0.5),
+    "agreement": (["AdamW"], OuterAgreement(), 0.5),
+    "agreement and momentum": (["AdamW"], OuterAgreement(then=OuterSGD()), 0.0),
+    "a function": (["AdamW"], lambda anchor: torch.optim.SGD(anchor, lr=1.0), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_the_default(name: str) -> None:
+    """Half with Adam alone; none with Muon, or with an outer momentum, which a function may have."""
+    inner, outer, expected = USUAL[name]
+    ps = [torch.nn.Parameter(torch.ones(4, 3)) for _ in inner]
+    made = [getattr(torch.optim, name)([p], lr=0.1) for name, p in zip(inner, ps, strict=True)]
+    assert LocalUpdates(made, WHOLE, outer=outer).options.mean_momentum == expected
+
+
+def test_one_worker_trains_as_without_local_updates() -> None:
+    """Its mean update is its own."""
+    found = []
+    for exchanges in (True, False):
+        p, rng = torch.nn.Parameter(torch.ones(4, 3)), torch.Generator().manual_seed(0)
+        optimizer = AdamW([p], lr=0.1)
+        local = LocalUpdates(optimizer, WHOLE, every=2, keep_unsent=False) if exchanges else None
+        for _ in range(6):
+            p.grad = torch.randn(4, 3, generator=rng)
+            optimizer.step()
+        found.append(p.detach().clone())
+        if local is not None:
+            assert local.rounds == 3
+            local.flush()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)

@@ -31,7 +31,7 @@ from packsaddle.compressors.selection import as_integers, holding, largest, larg
 from packsaddle.compressors.sparse import Cells
 from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.numerics.finite import add_if_finite
-from packsaddle.numerics.kernels import SlowKernelsWarning, compiler, kernel
+from packsaddle.numerics.kernels import SlowKernelsWarning, arithmetic, compiler, kernel
 from packsaddle.numerics.seeds import sample_without_replacement
 
 pytest.importorskip("numba")
@@ -271,6 +271,7 @@ def test_strided_and_half_vectors_take_the_plain_way() -> None:
     assert kernel("gather_cells", v.to(torch.bfloat16)) is None
     assert kernel("gather_cells", v, torch.randn(3, device="meta")) is None
     assert (compiler("cpu"), compiler("meta")) == ("numba", "torch")
+    assert (arithmetic("cpu"), arithmetic("meta")) == ("numba on cpu", "torch on meta")
     with torch_only():
         assert kernel("gather_cells", v) is None
         assert compiler("cpu") == "torch"

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lab.runs.config import Config
 from packsaddle.comm import connect
 from packsaddle.errors import ConfigError
 from packsaddle.options.numerals import real, seconds, whole
 from packsaddle.options.schema import build
 from packsaddle.plan import Fleet, Link
-from packsaddle.runs.config import Config
 
 DATA = {
     "data": {"name": "digits"},

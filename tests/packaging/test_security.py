@@ -15,15 +15,16 @@ import pytest
 from rich.console import Console
 
 import packsaddle
-from experiments.paper.progress import StudyProgress
-from packsaddle.cli.console import print_runs
-from packsaddle.runs.progress import live
-from packsaddle.runs.report import write_report
-from packsaddle.runs.report.curves import read_curves
-from packsaddle.runs.run_folder import read_runs
+from lab.cli.console import print_runs
+from lab.paper.progress import StudyProgress
+from lab.runs.progress import live
+from lab.runs.report import write_report
+from lab.runs.report.curves import read_curves
+from lab.runs.run_folder import read_runs
 
-SOURCES = sorted(Path(packsaddle.__file__).parent.rglob("*.py"))
 ROOT = Path(__file__).parents[2]
+FOLDERS = (Path(packsaddle.__file__).parent, ROOT / "lab" / "runs", ROOT / "lab" / "cli")
+SOURCES = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
 HOSTILE = [
     "</script><script>alert(1)</script>",
     "\"><img src=x onerror='alert(1)'>",
@@ -112,7 +113,7 @@ def test_terminals_show_and_do_not_obey(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_progress_of_a_study_shows_names_as_they_are(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(force_terminal=terminal, color_system=None, width=200, file=io.StringIO())
-    monkeypatch.setattr("experiments.paper.progress.Console", lambda: console)
+    monkeypatch.setattr("lab.paper.progress.Console", lambda: console)
     with StudyProgress("[red]study[/]", 2) as progress:
         progress.show({"[bold]one[/bold]": 0.5, "two[/]": 0.5}, ["[bold]one[/bold]", "two[/]"])
         progress.show({"[bold]one[/bold]": 1.0, "two[/]": 0.5}, ["two[/]"])

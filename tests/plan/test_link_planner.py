@@ -17,6 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lab import toys
+from lab.runs.tasks.images import load_data
+from lab.runs.tasks.models import make_task
+from lab.runs.templates import TASKS
 from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
 from packsaddle.cli.plan_link_text import advice, ms
 from packsaddle.comm.group import Solo
@@ -29,10 +33,6 @@ from packsaddle.plan.local import Setting, forecast_local
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 from packsaddle.plan.timing import Timing
-from packsaddle.runs.tasks.images import load_data
-from packsaddle.runs.tasks.models import make_task
-from packsaddle.runs.tasks.toys import build_model
-from packsaddle.runs.templates import TASKS
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_the_exchange_is_the_fastest_one() -> None:
 def test_a_model_has_its_shapes() -> None:
     """LowRank of a model is that of its matrices; of a number of coordinates, of one square."""
     before = torch.get_rng_state()
-    model = ModelSize.of_model("mnist-autoencoder", build_model("mnist-autoencoder"))
+    model = ModelSize.of_model("mnist-autoencoder", toys.mnist_autoencoder())
     assert torch.equal(torch.get_rng_state(), before)
     assert (model.d, model.dense) == (209_920, 449)
     bound = model.bind(LowRank())
@@ -218,7 +218,7 @@ def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyP
 
 def test_resnet_of_the_optimizer() -> None:
     pytest.importorskip("torchvision")
-    size = ModelSize.of_model("resnet18", build_model("resnet18"))
+    size = ModelSize.of_model("resnet18", toys.resnet18())
     assert size.d + size.dense == 11_173_962
 
 
@@ -276,7 +276,9 @@ def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) ->
         "link",
         "1gbit",
         "--model",
-        "mnist-autoencoder",
+        "lab.toys:mnist_autoencoder",
+        "--input",
+        "1x28x28",
         "--batch",
         2,
         "--compressor",
@@ -290,13 +292,15 @@ def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
-    """The model that a run of `packsaddle init`'s configuration trains."""
+    """The model that a run of `python -m lab init`'s configuration trains."""
     asked = (
         "plan",
         "link",
         "1gbit",
         "--model",
-        "char-transformer",
+        "lab.toys:char_transformer",
+        "--input",
+        "int64:64",
         "--batch",
         2,
         "--compressor",
@@ -336,9 +340,9 @@ def test_plan_link_auto_under_torchrun() -> None:
 
 LINK = ("1gbit",)
 REFUSALS = {
-    LINK: "--model NAME or --d NUMBER must be given, the model to plan for",
+    LINK: "--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for",
     ("100mbits",): "rate must be",
-    (*LINK, "--d", "5", "--model", "resnet18"): "--model resnet18 and --d 5 exclude each other: give one of them",
+    (*LINK, "--d", "5", "--model", "a:b"): "--model a:b and --d 5 exclude each other: give one of them",
     (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
@@ -351,8 +355,7 @@ REFUSALS = {
     (*LINK, "--d", "5", "--compute", "1", "--compressor", "topq"): "compressor must be one of best, randomk",
     (*LINK, "--d", "5", "--compute", "1", "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",
     (*LINK, "--d", "5", "--compute", "1", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
-    (*LINK, "--model", "resnet19"): "model must be one of mnist-autoencoder, char-transformer, resnet18",
-    (*LINK, "--model", "mnist-autoencoder", "--batch", "0"): "batch must be at least 1, got 0",
+    (*LINK, "--model", "resnet18"): "--model must be MODULE:FUNCTION, got 'resnet18'",
     ("fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
     ("0mbit", "--d", "5", "--compute", "1"): "rate must be positive",
     ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured if RATE is auto",

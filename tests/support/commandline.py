@@ -11,9 +11,10 @@ from packsaddle import cli
 
 # Programs of the lab, and the modules that `python -m` runs.
 LAB = {
-    "benchmarks.pieces": "benchmarks.pieces",
-    "benchmarks.race": "benchmarks.race.__main__",
-    "experiments.paper": "experiments.paper.__main__",
+    "lab.bench.pieces": "lab.bench.pieces",
+    "lab.race": "lab.race.__main__",
+    "lab.paper": "lab.paper.__main__",
+    "lab": "lab.__main__",
 }
 
 

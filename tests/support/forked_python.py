@@ -25,7 +25,7 @@ MODULES = (
     "torch._dynamo",
     "torch.distributed.run",
     "packsaddle.cli",
-    "packsaddle.runs.job",
+    "lab.runs.job",
     "packsaddle.numerics.kernels.preloaded",
     # What several tests import, in pytest's processes or in the programs that they start.
     "torch.distributed.fsdp",

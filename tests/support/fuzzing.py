@@ -10,18 +10,18 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
+from lab.runs.certification import read_config
+from lab.runs.config import Config, configure, load
+from lab.runs.job import Job
+from lab.runs.report import tables
+from lab.runs.report.curves import curve
+from lab.runs.report.page import title
+from lab.runs.report.settings import settings as grouped
+from lab.runs.report.tables import document
+from lab.runs.run_folder import read_runs
 from packsaddle.curvature import Verdict
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import choices, settable
-from packsaddle.runs.certification import read_config
-from packsaddle.runs.config import Config, configure, load
-from packsaddle.runs.job import Job
-from packsaddle.runs.report import tables
-from packsaddle.runs.report.curves import curve
-from packsaddle.runs.report.page import title
-from packsaddle.runs.report.settings import settings as grouped
-from packsaddle.runs.report.tables import document
-from packsaddle.runs.run_folder import read_runs
 
 GOOD = """lr = 0.5
 epochs = 1

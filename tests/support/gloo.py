@@ -31,7 +31,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # The first optimizer of a process imports torch._dynamo, which takes as long as torch; so does numba's first loop. The
 # processes that commands start in tests are of this server too.
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "packsaddle.runs.job", "pytest"]
+    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "lab.runs.job", "pytest"]
 )
 
 

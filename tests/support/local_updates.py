@@ -72,6 +72,7 @@ class Case:
     delay: int = 0
     blend: float | None = None
     outer: str = "none"
+    agreement: float = 0.0
     mean_momentum: float = 0.0
     keep_unsent: bool = False
     decay: float = 1.0
@@ -221,7 +222,7 @@ class Part:
     """A fragment: its coordinates in the vector of the model, compressed ones first."""
 
     def __init__(self, names: list[str], case: Case, places: Mapping[str, Tensor], order: list[str], of: int) -> None:
-        self.names, mine = names, [name for name in order if name in names]
+        self.names, self.in_order = names, (mine := [name for name in order if name in names])
         self.at = torch.cat([places[name] for name in mine])
         self.shapes = [torch.Size(case.shapes[name]) for name in mine if case.is_compressed(name)]
         self.n, self.of = sum(map(prod, self.shapes)), of  # the number of compressed coordinates, here and in all
@@ -370,12 +371,23 @@ class Twin:
         if agrees:
             r.mean[frozen[0]] = 0
             error[:, frozen[0]] = self.r[:, at][:, frozen[0]]
+        if case.agreement and flush is None:
+            self.lengthen(part, r.mean, sent, share[:, 0])
         residual = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
         self.e[:, at] = torch.where(is_in, residual, self.e[:, at])
         self.u[:, at] = torch.where(is_in & ~frozen, 0, self.u[:, at])
         self.r[:, at] = error
         for i, mine in enumerate(self.is_sent):
             mine.update(dict.fromkeys(part.names, True) if share[i] else {})
+
+    def lengthen(self, part: Part, mean: Tensor, sent: Tensor, share: Tensor) -> None:
+        """Multiply the mean of each tensor by ((sum_i w_i |q_i|^2) / |D|^2)^(p/2), the ratio held in [1, W]."""
+        sizes = [len(self.places[name]) for name in part.in_order]
+        for d, rows in zip(mean.split(sizes), sent.split(sizes, 1), strict=True):
+            of_workers = [w / self.size * (q / w).square().sum() for w, q in zip(share, rows, strict=True) if w > 0]
+            if d.any():
+                ratio = float(sum(of_workers) / d.square().sum())
+                d *= min(max(ratio, 1.0), self.size) ** (self.case.agreement / 2)
 
     def average(self, part: Part, c: Compressor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return C(v_i), the mean, and owners' errors; the part that is not compressed is sent whole."""

@@ -13,8 +13,8 @@ from commandline import command, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.paper.problems import Cosine, Oracle
-from experiments.paper.proof import predicted_escape_time
+from lab.paper.problems import Cosine, Oracle
+from lab.paper.proof import predicted_escape_time
 from packsaddle import (
     QSGD,
     CompressedSGD,

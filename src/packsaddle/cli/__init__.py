@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
+from packsaddle.cli.console import is_first, plain_text, print_table
 from packsaddle.cli.flags import Command
 from packsaddle.cli.parsing import HIDE_DEFAULT, Group, ImportedCommands, Seconds, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
@@ -20,12 +20,11 @@ __all__ = [
     "COMMANDS",
     "HIDE_DEFAULT",
     "Group",
+    "ImportedCommands",
     "Seconds",
-    "dated",
     "main",
     "plain_text",
     "print_table",
-    "require_plots",
     "serve",
 ]
 

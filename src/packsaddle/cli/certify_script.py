@@ -41,10 +41,10 @@ def certify_script(
 ) -> None:
     """Certify a checkpoint of your own training script.
 
-    The verdict is that of packsaddle certify: saddle, second-order stationary, or undecided; without --epsilon it is on
-    the curvature alone. FUNCTION is imported from the current folder and called without arguments. It returns a model,
-    a loss function of (model, batch), and the batches as an iterable that can be iterated repeatedly. Under torchrun
-    every worker calls it and returns its own batches; it may shard the model with FSDP2.
+    The verdict is saddle, second-order stationary, or undecided; without --epsilon it is on the curvature alone.
+    FUNCTION is imported from the current folder and called without arguments. It returns a model, a loss function of
+    (model, batch), and the batches as an iterable that can be iterated repeatedly. Under torchrun every worker calls it
+    and returns its own batches; it may shard the model with FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
@@ -66,7 +66,8 @@ def certify_script(
         seed: Seed of the random start vector.
         json: Print one JSON document.
     """
-    from packsaddle.runs.certification import Questions, new_folder, write
+    from packsaddle.cli.findings import Questions, write
+    from packsaddle.cli.folders import new_folder
 
     # Validate the input before the work.
     with config_errors("--"):
@@ -115,8 +116,8 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
 
 
 def _load(model: Any, checkpoint: Path) -> None:
+    from packsaddle.cli.findings import read_weights
     from packsaddle.curvature.sharded import load_whole
-    from packsaddle.runs.certification import read_weights
 
     weights = read_weights(checkpoint)
     model = getattr(model, "_orig_mod", model)  # the original of a compiled model

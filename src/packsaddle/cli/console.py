@@ -1,10 +1,7 @@
-"""Functions for all commands: print tables, name new folders, and test if this process prints (rank 0)."""
+"""Functions for all commands: print tables, and test if this process prints (rank 0)."""
 
 import os
 import re
-from collections.abc import Sequence
-from datetime import datetime
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -12,25 +9,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from packsaddle.errors import require
 from packsaddle.messages import printable
-from packsaddle.runs.run_folder import Run
 
 _WIDTH, _UNLIMITED = 80, 10_000
-
-
-def print_runs(runs: Sequence[Run]) -> None:
-    from packsaddle.runs.report.tables import run_table
-
-    found = run_table(runs)
-    still = any(cell.endswith("+") for cells in found.rows for cell in cells[1:])
-    caption = "MB per worker: without rank 0's parameters at the start"
-    caption += "; + still on the plateau at the end of the run" if still else ""
-    table = number_table(*found.headings)
-    table.caption, table.caption_justify = caption, "left"
-    for cells in found.rows:
-        table.add_row(*map(plain_text, cells))
-    print_table(table)
 
 
 def number_table(*headings: str, words: int = 1) -> Table:
@@ -91,16 +72,6 @@ def brief(compressor: str) -> str:
 
 def short_exchange(name: str) -> str:
     return name.removesuffix(" all-reduce")
-
-
-def require_plots(purpose: str) -> None:
-    """Raise MissingExtraError if matplotlib or jinja2 is missing. Call before the work, not after it."""
-    for module in ("matplotlib", "jinja2"):
-        require(module, "plot", purpose)
-
-
-def dated(name: str) -> Path:
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def is_first() -> bool:

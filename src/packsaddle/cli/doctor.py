@@ -26,6 +26,7 @@ from rich.text import Text
 
 import packsaddle
 from packsaddle.cli.console import is_first, print_table
+from packsaddle.comm.devices import accelerator, accelerators, direct_backend
 from packsaddle.comm.group import backends
 from packsaddle.comm.launching import launch, process_group, under_launcher
 from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_address, reach
@@ -138,17 +139,19 @@ Verdict = Literal["ok", "note", "warning", "problem"]
 Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", "environment", "exchange"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
+_READ = "read docs/devices.md"
 _PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which takes about a second
 _MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules that differ from their package's
 _PURPOSES = {
-    "plot": "figures and pages of report and certify, and demo",
-    "digits": "the digits that demo and data.name = digits train on",
-    "vision": "MNIST, CIFAR-10 and image folders",
+    "plot": "the picture of certify-script",
+    "lab": "figures, pages and demo of python -m lab, in a clone",
+    "digits": "the digits on which examples train",
+    "vision": "MNIST, CIFAR-10 and image folders of python -m lab",
     "fast": "compiled loops on the CPU",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
     "torchft": "LocalUpdates(..., workers=): workers that join and leave",
-    "track": "run --track",
+    "track": "python -m lab run --track",
 }
 _OURS = ("dev", "docs")  # extras for developers of packsaddle
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
@@ -234,12 +237,11 @@ def machine() -> Iterator[Fact]:
 
 
 def devices() -> Iterator[Fact]:
-    """Yield findings: the GPUs that torch can use, or the reason why there are none."""
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            of = torch.cuda.get_device_properties(i)
-            size, capability = f"{of.total_memory / 2**30:.0f} GiB", f"compute capability {of.major}.{of.minor}"
-            yield Fact("devices", f"cuda:{i}", f"{of.name}, {size}, {capability}")
+    """Yield findings: the GPUs that torch can use and what is known of them, or the reason why there are none."""
+    if found := accelerators():
+        for name, text in found.items():
+            yield Fact("devices", name, text)
+        yield Fact("devices", "experience", "tried on a pretended device alone, on no real one", "note", _READ)
         return
     driver = _DRIVER.exists()
     if torch.version.cuda is None:
@@ -260,10 +262,12 @@ def built_with() -> Iterator[Fact]:
     else:
         yield Fact("exchange", "gloo", "not in this torch", "problem", "install torch from PyPI")
     if found["nccl"]:
-        used = "used if every worker has a GPU" if torch.cuda.is_available() else "not used: there is no GPU"
+        used = "used if every worker has a GPU" if accelerator() == "cuda" else "not used: there is no GPU"
         yield Fact("exchange", "nccl", f"available, {used}")
     else:
         yield Fact("exchange", "nccl", "not in this build of torch: workers with GPUs would use gloo", "note")
+    if (kind := accelerator()) and direct_backend(1) is None:
+        yield Fact("exchange", kind, "its tensors are exchanged by gloo, through host memory", "note", _READ)
 
 
 _REACH = 3.0  # timeout for connecting to a lighthouse, in seconds
@@ -295,7 +299,7 @@ def elastic() -> Iterator[Fact]:
 def loops() -> Iterator[Fact]:
     """Yield findings: the compiler of inner loops, by device; without one torch computes the same, more slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
-        if where == "cuda" and not torch.cuda.is_available():
+        if where == "cuda" and accelerator() != "cuda":
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():

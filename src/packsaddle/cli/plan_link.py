@@ -16,8 +16,10 @@ from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call
 from packsaddle.cli.parsing import Seconds
 from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables
+from packsaddle.cli.progress import countdown
+from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import Group
-from packsaddle.comm.launching import local_device, process_group, under_launcher
+from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors
@@ -26,12 +28,9 @@ from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure_with_spread
 from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.plan.model import ModelSize, TrainingStep, update_seconds
+from packsaddle.plan.model import ModelSize, TrainingStep, hidden_matrices, muon_and_adamw, update_seconds
 from packsaddle.plan.step_time import LATENCY, Fleet, Link
 from packsaddle.plan.timing import Timing
-from packsaddle.runs.progress import countdown
-from packsaddle.runs.tasks.toys import MODELS, build_model
-from packsaddle.runs.training import hidden_matrices, muon_and_adamw
 
 _BATCH = 32
 
@@ -42,13 +41,13 @@ class LinkOptions:
 
     Args:
         d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
-        model: Network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
-            Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images). For your own model
-            MODULE:FUNCTION, which is imported from the current folder and called without arguments; implies --local
-            except with --optimizer sgd.
-        data: MODULE:FUNCTION that returns a batch for your own model, called with the number of examples. A batch is
-            the model's argument, a tuple of its arguments, or a dict of keyword arguments.
-        input: Shape of one example for your own model, instead of --data: 3x224x224 for random numbers, int64:1024 for
+        model: MODULE:FUNCTION that returns the network to train, instead of --d. It is imported from the current folder
+            and called without arguments; implies --local except with --optimizer sgd. In a clone lab.toys has networks:
+            mnist_autoencoder, char_transformer (117,221 parameters), and resnet18, resnet34 and resnet50 for 32 x 32
+            images.
+        data: MODULE:FUNCTION that returns a batch for the model, called with the number of examples. A batch is the
+            model's argument, a tuple of its arguments, or a dict of keyword arguments.
+        input: Shape of one example for the model, instead of --data: 3x224x224 for random numbers, int64:1024 for
             random tokens.
         latency: Time of a small message on the link; by default 100us. It is measured if RATE is auto.
         compute: Time of a step without communication (forward, backward, optimizer), such as 55ms; by default
@@ -82,14 +81,12 @@ class LinkOptions:
         if self.compute is not None and self.batch is not None:
             raise ValueError("batch is for measuring the compute time, which --compute sets: leave out one of them")
         example = (self.data is not None) + (self.input is not None)
-        if example and not self.is_own:
+        if self.model is None and example:
             raise ValueError(f"{'input' if self.data is None else 'data'} is for --model MODULE:FUNCTION")
-        if self.is_own and example != (self.compute is None):
+        if self.model is not None and ":" not in self.model:
+            raise ValueError(f"model must be MODULE:FUNCTION, got {self.model!r}")
+        if self.model is not None and example != (self.compute is None):
             raise ValueError("model MODULE:FUNCTION needs one of --data MODULE:FUNCTION, --input SHAPE and --compute")
-
-    @property
-    def is_own(self) -> bool:
-        return ":" in (self.model or "")
 
     def training_step(self) -> TrainingStep | None:
         """Make the training step (model and batch) to time; None for --d. Its batch is None with --compute.
@@ -97,9 +94,6 @@ class LinkOptions:
         batch = _BATCH if self.batch is None else self.batch
         if self.model is None:
             return None
-        if not self.is_own:
-            model, shape = build_model(self.model), MODELS[self.model]
-            return TrainingStep.of_model(model, shape, batch, tokens=len(shape) == 1)
         with torch.random.fork_rng(devices=[]):
             model = call(self.model)
             if not isinstance(model, torch.nn.Module):
@@ -140,12 +134,12 @@ def link(
     Forecasts the time of a step with each compressor, and compares it with uncompressed (dense) training.
 
     Examples:
-        packsaddle plan link 100mbit --model char-transformer --workers 2 --local
-        packsaddle plan link 100mbit --model char-transformer --workers 2 --optimizer muon
-        packsaddle plan link 100mbit --model resnet18 --optimizer sgd
         packsaddle plan link 100mbit --model train:make_model --input int64:256 --batch 8 --workers 2
-        packsaddle plan link 20mbit/100mbit --model char-transformer --local
-        torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
+        packsaddle plan link 100mbit --model lab.toys:char_transformer --input int64:64 --workers 2
+        packsaddle plan link 100mbit --model lab.toys:char_transformer --input int64:64 --optimizer muon
+        packsaddle plan link 100mbit --model lab.toys:resnet18 --input 3x32x32 --optimizer sgd
+        packsaddle plan link 20mbit/100mbit --d 25M --compute 55ms --local
+        torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --d 25M --compute 55ms
 
     Args:
         rate: Rate of each worker's link, such as 100mbit, 1gbit or 12.5MB/s; UP/DOWN, such as 20mbit/100mbit, for
@@ -163,7 +157,7 @@ def link(
     if options.local and optimizer == "sgd":
         raise ConfigError("--local was measured with adamw and muon only: leave out --optimizer sgd")
     with config_errors():
-        if optimizer == "muon" or (options.is_own and optimizer != "sgd"):
+        if optimizer == "muon" or (options.model is not None and optimizer != "sgd"):
             options = replace(options, local=True)
         if options.most_steps is not None and not options.local:
             raise ConfigError("--most-steps is for local updates: it needs --local")
@@ -186,7 +180,7 @@ def _plan(
     candidates = _candidates(compressor, ratio, optimizer)
     given, workers = _given(rate, options.latency), _workers(workers)
     if options.d is None and options.model is None:
-        raise ConfigError("--model NAME or --d NUMBER must be given, the model to plan for")
+        raise ConfigError("--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for")
     step = options.training_step()
     workload = _size(options, step)
     if optimizer == "muon" and step is not None:

@@ -1,7 +1,7 @@
 """Aggregators: averaging of compressed vectors over workers. Each class here returns the exact mean of the messages."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,13 +40,17 @@ class Term:
         return torch.stack(parts).sum() * self.weight
 
 
+# The uncompressed part of a vector, float[m], or a function that returns it from this worker's C(v).
+Dense = Tensor | Callable[[tuple[Term, ...]], Tensor]
+
+
 @dataclass(frozen=True)
 class Averaged:
     """The result of averaging a vector over workers. `own` and `mean` are sums of terms, on compressed coordinates."""
 
     own: tuple[Term, ...]  # this worker's compressed vector C(v); its error memory becomes v - C(v)
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
-    dense: Tensor  # float[d - compressed d], the mean of the uncompressed parts
+    dense: Tensor  # float[m], the mean of the uncompressed parts
     error: MessageError | None = None  # error of an invalid message, for which all workers reject the mean; None: valid
 
     def write_to(self, out: Tensor) -> Tensor:
@@ -90,7 +94,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         """Average C(v), v float[d], and the uncompressed part `dense` over workers; collective. Inputs do not change.
 
@@ -166,9 +170,10 @@ class AllReduce(Aggregator):
         self._buffer = torch.zeros(0)
 
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         own = self.compressor.encode(v, seed=seed, step=step)
+        dense = dense_of(dense, self._terms(own, len(v)))
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
         n = len(payload) + len(dense)
@@ -186,10 +191,10 @@ class AllGather(Aggregator):
     """All-gather of the messages, averaged locally by every worker, and an all-reduce of the uncompressed part."""
 
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_of_dense(channel, dense))
+            return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
         mean: list[Term] = []
         gathered: list[Parts] = []
@@ -203,8 +208,9 @@ class AllGather(Aggregator):
                     message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
                 mean += self._terms(message, len(v), 1.0 / channel.group.size)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
-        mean_dense = mean_of_dense(channel, dense, invalid.error, flag)
-        return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense, invalid.error)
+        sent = self._terms(own, len(v))
+        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid.error, flag)
+        return Averaged(sent, tuple(mean), mean_dense, invalid.error)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         sizes = 0 if self.compressor.fixed_size or not d else 8 * part_count(self.compressor, d)
@@ -222,21 +228,25 @@ class SharedSupportAllReduce(Aggregator):
     compressor: SharedSupport
 
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         d, compressor = len(v), self.compressor
         if not d:
-            return Averaged((), (), mean_of_dense(channel, dense))
+            return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         drawn = compressor.draw(d, seed=seed, step=step)
         sketch = compressor.sketch(v, drawn)
         if len(sketch):
             sketch = channel.mean(sketch, "sketch")
         places = compressor.places(sketch, drawn, d)
         own = places.gather(v)
-        mean, mean_dense = mean_with_dense(channel, own, "values", dense)
+        # C(v) depends on the mean of the values, so what is computed from it needs an all-reduce of its own.
+        with_values = dense if isinstance(dense, Tensor) else v[:0]
+        mean, mean_dense = mean_with_dense(channel, own, "values", with_values)
         kept = compressor.keep(places, mean, d)
-        sent, reduced = (Message({"values": values}, kept) for values in (own, mean))
-        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean_dense)
+        sent, reduced = (self._terms(Message({"values": values}, kept), d) for values in (own, mean))
+        if not isinstance(dense, Tensor):
+            mean_dense = mean_of_dense(channel, dense(sent))
+        return Averaged(sent, reduced, mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         sketch, values = (part.nbytes(itemsize) for part in self.compressor.expected_parts(d).values())
@@ -260,7 +270,7 @@ class LowRankAllReduce(Aggregator):
         self._qs: list[Tensor] | None = None
 
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
@@ -276,6 +286,7 @@ class LowRankAllReduce(Aggregator):
             products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
         # The second all-reduce: the mean of P^T M_i. This worker's C(v) is P P^T M_i; all workers apply P P^T M.
         own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
+        dense = dense_of(dense, self._terms(own, d))
         right = own.parts["right"] if d else dense[:0]
         mean, mean_dense = mean_with_dense(channel, right, "right", dense)
         message = Message({"left": own.parts["left"], "right": mean}) if d else own
@@ -360,6 +371,10 @@ def mean_of_dense(
             raise error
         mine[flag] = float("nan")
     return channel.mean(mine, "dense")
+
+
+def dense_of(dense: Dense, own: tuple[Term, ...]) -> Tensor:
+    return dense if isinstance(dense, Tensor) else dense(own)
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:

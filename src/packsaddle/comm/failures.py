@@ -1,5 +1,6 @@
 """Failures of workers: errors for lost peers and failed launches, and a roll call to find unresponsive workers."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,12 @@ from packsaddle.messages import numbered
 
 GRACE = 5.0  # seconds for the remaining workers to answer a roll call
 _PAUSE = 0.1
-# Substrings of gloo's network errors.
-_NETWORK = ("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
+# Substrings of gloo's network errors, and of NCCL's: on the host, in a collective (`TORCH_NCCL_BLOCKING_WAIT=1`, or the
+# first one of a group) or in a later one.
+_NETWORK = (
+    *("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe"),
+    *("remote process exited", "collective operation timeout", "NCCL communicator was aborted"),
+)
 
 
 class PeerLostError(RuntimeError):
@@ -82,7 +87,8 @@ def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
     """Return the error message for a failed collective: the lost worker, the remedy, and the backend's reason."""
-    reason = " ".join(str(error).split("] ", 1)[-1].split()).partition(". ")[0][:60]
+    text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])  # without torch's file and line
+    reason = " ".join(text.split()).partition(". ")[0][:60]
     limit = "the timeout" if timeout is None else f"the timeout of {timeout.total_seconds():g} s"
     advice = f"Read its output and resume from the last checkpoint; if it was late, raise {limit}"
     if not roll.reached:

@@ -2,6 +2,10 @@
 
 `Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL).
 `packsaddle.simulate` adds a group of threads.
+
+A TorchGroup stages tensors that its backends do not exchange where they are: those of MPS, of XPU without xccl, and of
+CUDA over gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
+current stream wait for that, so in a background thread it overlaps with training.
 """
 
 import os
@@ -16,11 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from packsaddle.comm import devices
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
+from packsaddle.numerics.devices import to_device
 
 ProcessGroup = dist.ProcessGroup
 SMALL = 4096  # bytes up to which a message is sent to all at once: gloo's ring would pass on W - 1 of them in sequence
 _NO_TAG = 7_654_321  # message tag for a receive that no send matches
+_CPU = torch.device("cpu")
 
 
 class Group(ABC):
@@ -50,6 +57,15 @@ class Group(ABC):
         """Return a new group of the same workers whose collectives can overlap those of this one; collective.
         None if collectives of this group cannot overlap other work."""
         return None
+
+    def stages(self, device: torch.device) -> bool:
+        """Return True if the host waits within collectives of tensors on `device`, an accelerator: they are copied to
+        the host and back."""
+        return False
+
+    def accepts(self, device: torch.device) -> bool:
+        """Return True if the group can exchange tensors on `device`; else the group that `background` returns can."""
+        return True
 
 
 class Solo(Group):
@@ -91,10 +107,16 @@ class TorchGroup(Group):
         return group
 
     def all_reduce(self, tensor: Tensor) -> None:
+        if self.stages(tensor.device):
+            self.all_reduce(host := devices.to_host(tensor))
+            tensor.copy_(host, non_blocking=host.is_pinned())
+            return
         with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        if self.stages(tensor.device):
+            return [to_device(t, tensor.device) for t in self.all_gather(devices.to_host(tensor))]
         if self.size > 2 and tensor.device.type == "cpu" and 0 < tensor.nbytes <= SMALL:
             stacked = tensor.new_empty((self.size, *tensor.shape))
             with self.naming_lost_workers():
@@ -106,6 +128,11 @@ class TorchGroup(Group):
         return gathered
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        device = outgoing[0].device
+        if self.stages(device):
+            joined = devices.to_host(torch.cat(list(outgoing)))  # one copy
+            found = self.all_to_all(torch.split(joined, [len(t) for t in outgoing]), sizes)
+            return list(torch.split(to_device(torch.cat(found), device), list(sizes)))
         received = outgoing[0].new_empty(sum(sizes))
         with self.naming_lost_workers():
             dist.all_to_all_single(
@@ -114,6 +141,10 @@ class TorchGroup(Group):
         return list(torch.split(received, list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
+        if self.stages(tensor.device):
+            self.broadcast(host := devices.to_host(tensor))
+            tensor.copy_(host, non_blocking=host.is_pinned())
+            return
         whole = tensor.contiguous()  # gloo ignores the strides of its output
         data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no numbers of 8 bits
         with self.naming_lost_workers():
@@ -124,6 +155,12 @@ class TorchGroup(Group):
     def background(self, device: torch.device) -> Group:
         return TorchGroup(same_workers(self.process_group, device))
 
+    def stages(self, device: torch.device) -> bool:
+        return devices.stages(self.process_group, device)
+
+    def accepts(self, device: torch.device) -> bool:
+        return devices.accepts(self.process_group, device)
+
     @contextmanager
     def naming_lost_workers(self) -> Iterator[None]:
         """Convert a network error of a collective to PeerLostError, which names the lost workers."""
@@ -133,14 +170,16 @@ class TorchGroup(Group):
             if not is_network(error):
                 raise
             # A receive without a matching send: on its timeout gloo closes the group's connections, so that workers
-            # waiting for this one fail too, and answer the roll call.
-            backend: Any = self.process_group._get_backend(torch.device("cpu"))
-            for peer in set(range(self.size)) - {self.rank}:
-                with suppress(RuntimeError):
-                    backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
+            # waiting for this one fail too, and answer the roll call. NCCL's workers fail at their own timeouts.
+            if devices.carries(self.process_group, _CPU):
+                backend: Any = self.process_group._get_backend(_CPU)
+                for peer in set(range(self.size)) - {self.rank}:
+                    with suppress(RuntimeError):
+                        backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
             mine = self.ranks[self.rank]
             roll = roll_call(self.process_group.get_group_store(), mine, self.ranks)
-            raise PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout)) from error
+            timeout = timeout_of(self.process_group)
+            raise PeerLostError(explanation(roll, mine, self.size, error, timeout)) from error
 
 
 _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)
@@ -189,12 +228,18 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Return a new process group with the workers and timeout of another; collective."""
-    timeout = process_group._get_backend(device).options._timeout
-    ranks = dist.get_process_group_ranks(process_group)
-    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    """Return a new process group with the workers, timeout and backends of another, or with gloo if that cannot
+    exchange tensors on `device`; collective."""
+    ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
+    backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
+    group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # not a placeholder, since this worker is one of them
     return group
+
+
+def timeout_of(process_group: dist.ProcessGroup) -> Any:
+    kinds: Any = process_group
+    return process_group._get_backend(kinds._device_types[0]).options._timeout
 
 
 def backends() -> dict[str, bool]:

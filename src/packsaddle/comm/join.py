@@ -40,7 +40,8 @@ class JoinableSteps(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        return self._device
+        # Join calls torch's collectives, which are not staged.
+        return torch.device("cpu") if self._group.stages(self._device) else self._device
 
     @property
     def join_process_group(self) -> Any:

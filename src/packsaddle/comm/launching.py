@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext
 
+from packsaddle.comm.devices import direct_backend
 from packsaddle.comm.failures import TerminatedError, failure_of
 from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
@@ -200,18 +201,19 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
-    """Context manager of the launcher's process group: NCCL if every worker has a GPU, else gloo. Collectives that
-    exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if it cannot be initialized."""
+    """Context manager of the launcher's process group: NCCL (xccl on XPU) if every worker has a GPU, else gloo.
+    Collectives that exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if it cannot be
+    initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
-    if use_nccl:
-        torch.cuda.set_device(local_rank)
+    direct = direct_backend(local_size)
+    if direct is not None:
+        torch.accelerator.set_device_index(local_rank)
     # Add gloo for CPU scalars (metrics, flags) even if vectors use NCCL.
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_store_arguments(timeout)
+            "gloo" if direct is None else f"cpu:gloo,{direct}", timeout=timeout, **_store_arguments(timeout)
         )
     except (OSError, RuntimeError, ValueError) as error:  # torch raises RuntimeError for errors of stores and networks
         raise ConfigError(not_joined(error)) from error
@@ -262,11 +264,6 @@ def bound_store(address: str, port: int = 0, **options: Any) -> Any:
     make: Any = dist.TCPStore  # type: ignore[attr-defined]
     options = {"wait_for_workers": False, "is_master": True, "master_listen_fd": listener.detach()} | options
     return make(here, port, use_libuv=False, **options)  # libuv with such a listener breaks forks of this process
-
-
-def local_device() -> torch.device:
-    """Return this worker's GPU (see `process_group`), or the CPU if there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from packsaddle.comm import devices
 from packsaddle.comm.group import Group, TorchGroup, same_workers
 
 
@@ -52,6 +53,12 @@ class MachineGroup(Group):
         if self._between is not None:
             self._between.broadcast(tensor)
         self._within.broadcast(tensor)
+
+    def stages(self, device: torch.device) -> bool:
+        return any(devices.stages(group, device) for group in (self.within, self.process_group))
+
+    def accepts(self, device: torch.device) -> bool:
+        return all(devices.accepts(group, device) for group in (self.within, self.process_group))
 
     def background(self, device: torch.device) -> Group:
         return MachineGroup(same_workers(self.within, device), same_workers(self.process_group, device))

@@ -13,9 +13,11 @@ from torch import Tensor
 from packsaddle.comm.aggregators import (
     Aggregator,
     Averaged,
+    Dense,
     Invalid,
     Term,
     Work,
+    dense_of,
     mean_of_dense,
     message_bytes,
     most_bytes,
@@ -59,10 +61,10 @@ class Owners(Aggregator):
         """Return the chunk boundaries, W + 1 integers: worker j owns the coordinates [bounds[j], bounds[j + 1])."""
 
     def average(
-        self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int, flag: int | None = None
+        self, channel: Communicator, v: Tensor, dense: Dense, *, seed: int, step: int, flag: int | None = None
     ) -> Averaged:
         if not len(v):
-            return Averaged((), (), mean_of_dense(channel, dense))
+            return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         rank, size = channel.group.rank, channel.group.size
         chunks = list(pairwise(self.bounds(len(v), size)))
         self._own = chunks[rank]
@@ -80,7 +82,9 @@ class Owners(Aggregator):
         known = sizes if self._knows_replies else None
         mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
-        return Averaged(tuple(own.values()), mean, mean_of_dense(channel, dense, invalid.error, flag), invalid.error)
+        sent = tuple(own.values())
+        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid.error, flag)
+        return Averaged(sent, mean, mean_dense, invalid.error)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid

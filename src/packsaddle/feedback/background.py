@@ -1,14 +1,17 @@
-"""The thread or CUDA stream in which exchanges run during training."""
+"""The thread and the stream of the device in which exchanges run during training."""
 
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.futures import Future
+
+from packsaddle.comm.devices import new_stream
 
 _PATIENCE = 1.0  # seconds to wait at interpreter exit for a thread that is about to end
 
@@ -26,19 +29,24 @@ Results = Sequence[tuple[Promise, Tensor]]
 
 class Background:
     """Runs functions one at a time in the background, since all workers must start their collectives in the same order.
-    On a CPU they run in a thread, on a GPU in a stream, whose collectives do not block the host."""
 
-    def __init__(self, device: torch.device) -> None:
+    On a device with streams they run in a stream of their own, which begins after the work of the stream of `submit`.
+    They run in a thread as well if the host waits within them: on a CPU, on MPS, which has one queue, and with
+    `blocks`, for a group that stages its collectives (see `Group.stages`).
+    """
+
+    def __init__(self, device: torch.device, *, blocks: bool = False) -> None:
         self._device = device
-        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._waiting: deque[tuple[Callable[[], object], Results]] = deque()
+        self._stream = new_stream(device)
+        self._has_thread = blocks or self._stream is None
+        self._waiting: deque[tuple[Callable[[], object], Results, torch.Event | None]] = deque()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []  # the last thread started; empty on a GPU
+        self._threads: list[threading.Thread] = []  # the last thread started; empty without threads
         self._busy = False
         weakref.finalize(self, _join, self._threads)  # also at interpreter exit
 
     def promise(self) -> Promise:
-        """Return a new promise. Any CUDA stream may wait for its `future`."""
+        """Return a new promise. Any stream of the device may wait for its `future`."""
         source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
         # DDP reads a future's value without checking for an error, so the future that it gets raises the error itself.
         return Promise(source, source.then(lambda done: done.value()))
@@ -49,13 +57,14 @@ class Background:
         for _, result in results:
             if result.device.type != self._device.type:
                 raise ValueError(f"results must be on {self._device}, and one is on {result.device}")
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                _run(work, results)
+        if self._stream is None:  # a Future holds no tensor of MPS, whose one queue orders all work
+            results = [(p, r if r.device.type == "cpu" else torch.empty(0)) for p, r in results]
+        ready = None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
+        if not self._has_thread:
+            self._run(work, results, ready)
             return
         with self._lock:
-            self._waiting.append((work, results))
+            self._waiting.append((work, results, ready))
             if self._busy:
                 return
             self._busy = True
@@ -70,23 +79,26 @@ class Background:
                 if not self._waiting:
                     self._busy = False
                     return
-                work, results = self._waiting.popleft()
-            _run(work, results)
+                submitted = self._waiting.popleft()
+            self._run(*submitted)
+
+    @torch.no_grad()
+    def _run(self, work: Callable[[], object], results: Results, ready: torch.Event | None) -> None:
+        """Run `work` after the event `ready`, and complete the promises in the stream in which it ran."""
+        with nullcontext() if self._stream is None else self._stream:
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
+            try:
+                work()
+            except Exception as error:
+                for promise, _ in results:
+                    promise.source.set_exception(error)  # type: ignore[arg-type]
+            else:
+                for promise, result in results:
+                    promise.source.set_result(result)
 
 
 def _join(threads: list[threading.Thread]) -> None:
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(_PATIENCE)
-
-
-@torch.no_grad()
-def _run(work: Callable[[], object], results: Results) -> None:
-    try:
-        work()
-    except Exception as error:
-        for promise, _ in results:
-            promise.source.set_exception(error)  # type: ignore[arg-type]
-    else:
-        for promise, result in results:
-            promise.source.set_result(result)

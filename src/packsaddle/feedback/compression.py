@@ -11,7 +11,7 @@ from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
 from packsaddle.options.agreement import Option
 
-Schedule = Callable[[int], Compressor]
+CompressorSchedule = Callable[[int], Compressor]  # a function of the step or round
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Compression(Option):
     64
     """
 
-    compressor: Compressor | Schedule
+    compressor: Compressor | CompressorSchedule
     exchange: Exchange | None = None
     back: Compressor | None = None
     dense_below: int = 1024
@@ -90,7 +90,7 @@ class Compression(Option):
         check_integers(0, compare_every=self.compare_every, monitor_every=self.monitor_every)
 
     @classmethod
-    def of(cls, given: "Compressor | Schedule | Compression", exchange: Exchange = "direct") -> "Compression":
+    def of(cls, given: "AnyCompression", exchange: Exchange = "direct") -> "Compression":
         """Return `given` as a `Compression`; a compressor or schedule gets the default of each other setting.
 
         If its exchange is None, it is set to `exchange` with memory="buffer", and to "direct" with another memory.
@@ -135,3 +135,6 @@ class Compression(Option):
                 f"returns one, got {found!r} at step {step}"
             )
         return found
+
+
+AnyCompression = Compressor | CompressorSchedule | Compression  # what an argument `compressor` accepts

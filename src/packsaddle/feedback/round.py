@@ -14,14 +14,14 @@ before the verdict is read, and its caller commits the round later. Local update
 apply the mean to the anchor after the commit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import Averaged, message_bytes
+from packsaddle.comm.aggregators import Averaged, Term, message_bytes
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import Compressor, identify
@@ -201,6 +201,7 @@ class Round:
     report: Report  # of this worker; "valid" also if the guard does not name invalid vectors
     g: Averaged  # the mean update; deleted by `absorb`
     extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
+    measured: Tensor  # float[m], the means over workers of the numbers that `measure` of `exchange` returns
     verdict: Verdict
 
     def __init__(self, feedback: ErrorFeedback, step: int) -> None:
@@ -219,12 +220,21 @@ class Round:
         f.contraction.measure(self.step, v)
         return v
 
-    def exchange(self, extras: Sequence[Tensor] = (), *, weight: float = 1.0, clip: Tensor | None = None) -> Averaged:
+    def exchange(
+        self,
+        extras: Sequence[Tensor] = (),
+        *,
+        weight: float = 1.0,
+        clip: Tensor | None = None,
+        measure: Callable[[Tensor], Tensor] | None = None,
+    ) -> Averaged:
         """Average C(v) and v's uncompressed part over workers, and return the means; collective (line 10).
 
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
         collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
-        the removed part is added to the residual. May run in another thread.
+        the removed part is added to the residual. `measure` computes numbers, float[m], from the vector that this
+        worker sends, float[n], C(v) and v's uncompressed part; they are averaged as `extras` are. May run in another
+        thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
@@ -236,11 +246,21 @@ class Round:
         flag, at = f.guard.flag(dense, self.invalid)
         extras = [flag, *extras]
         sent = torch.cat([dense, *extras]) if any(len(extra) for extra in extras) else dense
-        g = self._aggregator.average(f.channel, v[:n], sent, seed=f.seed, step=self.step, flag=at)
+
+        def with_measured(own: tuple[Term, ...]) -> Tensor:
+            assert measure is not None
+            whole = torch.cat([torch.zeros_like(v[:n]), dense])
+            for term in own:
+                term.add_to(whole, 1.0)
+            return torch.cat([sent, measure(whole)])
+
+        to_send = sent if measure is None else with_measured
+        g = self._aggregator.average(f.channel, v[:n], to_send, seed=f.seed, step=self.step, flag=at)
         if g.error is not None:
             self.report = self.report or Report.of_message(g.error)
-        mean, flag, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
-        self.extras = [other.clone() for other in others]
+        lengths = [len(v) - n, *(len(extra) for extra in extras)]
+        mean, flag, *others = torch.split(g.dense, [*lengths, len(g.dense) - sum(lengths)])
+        *self.extras, self.measured = [other.clone() for other in others]
         # `g.own` is C(weight * v), and `absorb` needs C(v).
         if weight not in (0.0, 1.0):
             g = replace(g, own=tuple(replace(term, weight=term.weight / weight) for term in g.own))

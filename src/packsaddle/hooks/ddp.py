@@ -21,16 +21,16 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import TorchGroup, same_workers, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
-from packsaddle.compressors import QSGD, Compressor
+from packsaddle.compressors import QSGD
 from packsaddle.errors import suggests
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import as_optimizers, check_scaler, parameters_of
 from packsaddle.feedback.slices import Place, places, strides_of_view
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook
 from packsaddle.hooks.fsdp import uses_fsdp
 from packsaddle.hooks.hook import HookOptions, Scope
-from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 
@@ -38,7 +38,7 @@ from packsaddle.options.agreement import agreement
 @suggests(compression="compressor", error_feedback="compressor", optimizers="optimizer", start_iter="start_step")
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+    compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,
@@ -112,7 +112,7 @@ def register_ddp_hook(
     hook.may_be_unused = model.find_unused_parameters
     # Options and parameters must match on all workers.
     same = {**agreement(rules), "lr": [float(group["lr"]) for each in optimizers for group in each.param_groups]}
-    same["kernels"] = compiler(found[0].parameter.device)
+    same["arithmetic"] = arithmetic(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.

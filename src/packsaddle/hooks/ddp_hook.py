@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.devices import check_not_capturing
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
@@ -57,7 +58,7 @@ class DDPHook(GradientHook, Exchanging):
         self._sizes = {place.name: place.parameter.nbytes for place in places}
         if scaler is not None:  # while enabled, it skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
-        self._background = Background(self.device)
+        self._background = Background(self.device, blocks=channel.group.stages(self.device))
         self.calls = 0  # number of buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
@@ -71,6 +72,7 @@ class DDPHook(GradientHook, Exchanging):
         """Start averaging a bucket; return a future of its mean gradients. DDP calls this in the backward pass."""
         self.calls += 1
         if bucket.index == 0:
+            check_not_capturing("the hook", self.device)
             self._waiting = []
             for name, p in self._module.named_parameters():
                 if p.requires_grad and id(p) not in self._named:

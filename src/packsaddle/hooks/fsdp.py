@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import QSGD, Compressor
+from packsaddle.compressors import QSGD
 from packsaddle.errors import suggests
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.exchanging import Exchanging
 from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
@@ -27,7 +28,7 @@ from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, State, Value, Vector
 from packsaddle.hooks.hook import RULES, GradientHook, HookOptions
 from packsaddle.numerics.finite import fill_where
-from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.options.agreement import agreement
 
@@ -132,6 +133,7 @@ class FSDPHook(GradientHook, Exchanging):
                 f"call backward() after each use"
             )
         if not self._pass or name in self._seen:  # a new pass begins
+            check_not_capturing("the hook", gradient.device)
             self._open()
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
@@ -210,7 +212,7 @@ class FSDPHook(GradientHook, Exchanging):
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,
-    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+    compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,
@@ -280,7 +282,7 @@ def register_fsdp_hook(
     hook = FSDPHook(model, channel, rules)
     # Options must match on all replicas of the shard, which start from the same parameters.
     same = {**agreement(rules), "modules": [name for name, _ in modules], "shard": hook.shard}
-    same["kernels"] = compiler(hook.device)
+    same["arithmetic"] = arithmetic(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
     choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)

@@ -18,9 +18,8 @@ from packsaddle.checkpoint.reshard import resharded
 from packsaddle.checkpoint.save_load import holders_of, saved_by
 from packsaddle.comm.communicator import Communicator, ObjectCollectives, check_agreement
 from packsaddle.comm.group import resolve, training_group
-from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.optimizers import load_states
 from packsaddle.feedback.state import check_tensor
 from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
@@ -37,7 +36,7 @@ class Attached:
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
-    def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
+    def __init__(self, compressor: AnyCompression, options: Mapping[str, Any]) -> None:
         known = signature(self._makes).parameters
         if given := [name for name in ("optimizer", "optimizers", "model") if name in options]:
             raise TypeError(
@@ -144,7 +143,7 @@ def attach_local_updates(
     wrapped: nn.Module,
     model: nn.Module,
     optimizers: list[Optimizer],
-    compressor: Compressor | Schedule | Compression,
+    compressor: AnyCompression,
     **options: Any,
 ) -> WorkerState:
     """Make a `LocalUpdates` of a framework's optimizers, and stop the exchange of gradients by its wrapper.
@@ -165,7 +164,7 @@ def attach_local_updates(
     return WorkerState(local, model, options.get("scaler"))
 
 
-def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Compression:
+def monitored(compressor: AnyCompression, every: int) -> Compression:
     """Return a `Compression` that measures its contraction every `every` steps; a given `Compression` is unchanged."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compressors import QSGD, Compressor, Sign
+from packsaddle.compressors import QSGD, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression
 from packsaddle.integrations.callbacks import (
     Attached,
     WorkerState,
@@ -41,7 +41,7 @@ class _Attached(Attached, TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+        compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
         *,
         resume_from: str | Path | None = None,
         **options: Any,
@@ -126,7 +126,7 @@ class LocalUpdatesCallback(_Attached):
         self,
         trainer: Trainer,
         *,
-        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
+        compressor: AnyCompression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:

@@ -17,11 +17,11 @@ from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from packsaddle.compressors import QSGD, Compressor, Sign
+from packsaddle.compressors import QSGD, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression
 from packsaddle.integrations.callbacks import (
     Attached,
     WorkerState,
@@ -39,7 +39,7 @@ class _Attached(Attached, Callback):
 
     def __init__(
         self,
-        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+        compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         super().__init__(compressor, options)
@@ -118,7 +118,7 @@ class LocalUpdatesCallback(_Attached):
     def __init__(
         self,
         *,
-        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
+        compressor: AnyCompression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         super().__init__(compressor, **options)

@@ -52,8 +52,11 @@ class Connection:
             group = workers.group or ManagedGroup(workers.manager)
             return cls(group, Communicator(group, Ledger()), None)
         group = training_group(workers.group)
+        if not group.accepts(device):  # with `offload`, and NCCL alone
+            group = group.background(device) or group
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
-        return cls(group, Communicator(apart or group, Ledger()), None if apart is None else Background(device))
+        behind = None if apart is None else Background(device, blocks=apart.stages(device))
+        return cls(group, Communicator(apart or group, Ledger()), behind)
 
 
 class FixedWorkers:

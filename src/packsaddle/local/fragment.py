@@ -57,7 +57,7 @@ class Fragment(Slice):
     ) -> None:
         self.trained = [Trained(parameters[place.name]) for place in places]
         super().__init__(places, device)
-        self.options = options
+        self.options, self.shards = options, agree
         self.parameters = [each.parameter for each in self.trained]
         self._is_sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
         memory, spec = ErrorMemory(self, spare=True), options.compression

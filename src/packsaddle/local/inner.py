@@ -18,7 +18,7 @@ from packsaddle.feedback.exchanging import Exchanging, exchange_of
 from packsaddle.feedback.optimizers import parameters_of, shape_and_name, with_members
 from packsaddle.feedback.slices import check_no_shared_memory
 from packsaddle.local.options import LocalOptions, Workers
-from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.kernels import arithmetic
 from packsaddle.options.agreement import agreement
 
 
@@ -51,12 +51,13 @@ def equal_arguments(
     """Return the arguments of local updates that must be equal on all workers, by name."""
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": workers.weight is not None} if isinstance(workers, Workers) else {}
-    same |= agreement(options) | {"kernels": compiler(device)}
+    same |= agreement(options) | {"arithmetic": arithmetic(device)}
     if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
+    fraction = same.pop("mean_momentum")  # its default depends on the optimizers, and nothing is sent for it
     if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
-        same |= settings_of(optimizers, of_groups=isinstance(workers, Workers))
+        same |= settings_of(optimizers, of_groups=isinstance(workers, Workers)) | {"mean_momentum": fraction}
     return same
 
 

@@ -76,6 +76,8 @@ class Lockstep:
     ) -> None:
         self._channel, self._device, self._background, self._norms = channel, device, background, norms
         self._has_warned = False
+        # The host waits within collectives anyway, so a check there costs no wait.
+        self._waits = device.type == "cpu" or channel.group.stages(device)
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
         """Run `work`, which is collective, after all background work; errors of `work` are raised.
@@ -100,11 +102,11 @@ class Lockstep:
         """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
 
         These raise the errors that `run` would raise; the check returns True if all workers have the same `frozen`
-        parameters. On a GPU, if it `may_be_late`, the workers' calls are compared only in the check, so that the host
-        does not wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together with the
-        check, and `work` is called with all workers' norms, float32[W], and standings, int64[W].
+        parameters. On a GPU over NCCL, if it `may_be_late`, the workers' calls are compared only in the check, so that
+        the host does not wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together
+        with the check, and `work` is called with all workers' norms, float32[W], and standings, int64[W].
         """
-        is_late = may_be_late and compressor is None and self._device.type != "cpu"
+        is_late = may_be_late and compressor is None and not self._waits
         unchecked: list[Readback] = []
         agreed = [True]
 

@@ -22,11 +22,25 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.optimizers import CompositeOptimizer, with_members
 from packsaddle.local.anchor import beside, wide_dtype
 from packsaddle.local.inner import Shards, names_of
+from packsaddle.local.options import AnyOuter, OuterAgreement
 from packsaddle.local.round import LocalRound
-from packsaddle.numerics.devices import wide
+from packsaddle.numerics.devices import to_device, wide
 
 _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
+
+
+_USUAL = 0.5  # the fraction with which measured losses were lowest
+
+
+def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
+    """Return the default of `mean_momentum`: 0.5 if an optimizer is Adam or a variant of it, by the name of its class,
+    none is Muon, and the outer optimizer has no momentum, as far as is known; else 0."""
+    names = [type(optimizer).__name__.lower() for optimizer in with_members(optimizers)]
+    then = outer.then if isinstance(outer, OuterAgreement) else outer
+    outer_momentum = 0.0 if then is None else getattr(then, "momentum", 1.0)
+    is_adam = any("adam" in name for name in names) and not any("muon" in name for name in names)
+    return _USUAL if is_adam and not outer_momentum else 0.0
 
 
 class MeanMomentum:
@@ -57,10 +71,12 @@ class MeanMomentum:
             )
 
     def __call__(self, r: LocalRound) -> None:
-        """Mix the mean update of an applied round. No-op after a flush, whose update is of less than a round."""
-        if r.applied and not r.flush:
+        """Mix the mean update of an applied round. No-op after a flush, whose update is of less than a round, and with
+        one worker, whose own update it is."""
+        if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
-            named = r.part.named(r.mean)
+            # The mean may be on the CPU, with `offload`: one copy for all parameters.
+            named = r.part.named(to_device(r.mean, local_part(r.part.parameters[0]).device))
             updates = [None if place.name in r.frozen else update for place, update in named]
             self.mix(r.part.parameters, updates)
 
@@ -109,5 +125,5 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
-    """Return d in at least float32, on the device of m."""
-    return v.to(wide_dtype(m)).sqrt() * update.to(m.device, wide_dtype(m)).view_as(m)
+    """Return d in at least float32; all are on one device."""
+    return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)

@@ -1,4 +1,4 @@
-"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the outer optimizer."""
+"""Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the step of the anchor."""
 
 import math
 from collections.abc import Callable
@@ -233,12 +233,45 @@ class OuterSGD(Option):
 
 
 @dataclass(frozen=True)
+class OuterAgreement(Option):
+    """A step of the anchor by the workers' agreement: the mean update of each tensor is lengthened where they disagree.
+
+    The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
+    the ratio of the lengths to the power p (see `local.agreement`), which is 1 if all workers send the same update.
+    Each exchange sends four more bytes a tensor. An exchange of `flush` is not lengthened.
+
+    Args:
+        p: the exponent, in [0, 1]; 0: the mean update as it is.
+        then: the outer optimizer that gets the lengthened mean update as its gradient, such as
+            `OuterSGD(lr=1.0, momentum=0.5)`. None: it is subtracted from the anchor.
+
+    Raises ValueError if p is out of range.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, OuterAgreement
+    >>> optimizer = torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())
+    >>> local = LocalUpdates(optimizer, outer=OuterAgreement())
+    """
+
+    p: float = 0.5
+    then: Outer | None = own(None)  # not compared between workers; the optimizer that it returns is
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.p) and 0 <= self.p <= 1):
+            raise ValueError(f"p must be in [0, 1], got {self.p!r}")
+
+
+AnyOuter = Outer | OuterAgreement | None  # what an argument `outer` accepts
+
+
+@dataclass(frozen=True)
 class LocalOptions(Option):
     """The arguments of `LocalUpdates` as one value. Raises ValueError for incompatible arguments."""
 
     compression: Compression
     every: int
     outer: Outer | None = own(None)  # not compared between workers; the optimizer that it returns is
+    agreement: float = 0.0  # p of `OuterAgreement`; 0: the mean update as it is
     mean_momentum: float = 0.0
     overlap: Overlap = Overlap()
     workers: Workers | Elastic = Workers()
@@ -291,9 +324,12 @@ class LocalOptions(Option):
             self._check_plain("with weight or sample", overlaps=self.workers.sample < 1)
 
     @classmethod
-    def of(cls, compressor: Any, overlap: Any, workers: Any, noise: Any, **others: Any) -> "LocalOptions":
+    def of(
+        cls, compressor: Any, overlap: Any, workers: Any, noise: Any, outer: AnyOuter = None, **others: Any
+    ) -> "LocalOptions":
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
+        p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
         # "auto" may choose an exchange whose residuals are valid only for a fixed set of equally weighted workers.
         if hasattr(workers, "start_quorum"):
             workers = Elastic(workers)
@@ -308,7 +344,8 @@ class LocalOptions(Option):
                 raise TypeError(f"workers must be a process group, Workers or Elastic, got {workers!r}") from None
             workers = Workers(workers)
         compression = Compression.of(compressor, "direct" if workers.are_uneven else "auto")
-        return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
+        given = {"overlap": overlap, "workers": workers, "noise": Noise.of(noise), "outer": outer, "agreement": p}
+        return cls(compression, **given, **others)
 
     @property
     def averages_senders(self) -> bool:

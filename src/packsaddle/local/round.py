@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.devices import use_in_current_stream
 from packsaddle.compressors import Compressor
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.round import Round
+from packsaddle.local.agreement import lengthen, squares_of
 from packsaddle.local.anchor import PseudoGradient
 from packsaddle.local.clipping import factors_of, norm_of
 from packsaddle.local.lockstep import PendingCall
@@ -112,7 +114,8 @@ class LocalRound:
         part.feedback.channel.step = step
         if norms is not None and standings is not None and (limit := options.workers.clip) is not None:
             self.factors = factors_of(norms, standings, limit)
-        g = exchanged.exchange(weight=self.share, clip=self.own_factor)
+        measure = self._squares if self._is_lengthened else None
+        g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
         if self.share:
             exchanged.absorb()
             if self.frozen:  # zeros were sent of these parameters, which keep their error memory
@@ -121,10 +124,19 @@ class LocalRound:
                 part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
         # Else the mean is subtracted from the anchor term by term.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
+        as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
         # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
-        if self.invalid.device.type == "cpu":
+        if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
             self.gather_reports()
+
+    @property
+    def _is_lengthened(self) -> bool:
+        """True if the mean update is lengthened by the workers' agreement (see `OuterAgreement`)."""
+        return self.part.options.agreement > 0 and self.flush is None
+
+    def _squares(self, sent: Tensor) -> Tensor:
+        return squares_of([view for _, view in self.part.named(sent)], self.share)
 
     @property
     def own_factor(self) -> Tensor | None:
@@ -157,9 +169,16 @@ class LocalRound:
             assert self.exchanged is not None
             self.call.wait()
             self.agrees &= self.call.check()
+            if isinstance(self.mean, Tensor):
+                use_in_current_stream(self.mean)
             self.applied = self._read()
             self.gather_reports()
             self._exclude_frozen()
+            if self.applied and self._is_lengthened:
+                assert isinstance(self.mean, Tensor)
+                means = [view for _, view in self.part.named(self.mean)]
+                workers = self.part.feedback.channel.group.size
+                lengthen(means, self.exchanged.measured, self.part.options.agreement, workers, self.part.shards)
             with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
                 self.finish(commit=self.applied and self.share > 0)
         return self.applied

@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.join import JoinableSteps
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign
 from packsaddle.errors import suggests
-from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.compression import AnyCompression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.exchanging import Exchanging, register_exchange
 from packsaddle.feedback.noise import Noise
@@ -48,7 +49,8 @@ from packsaddle.local.inner import (
     named_parameters,
 )
 from packsaddle.local.lockstep import Call
-from packsaddle.local.options import AnyWorkers, Elastic, LocalOptions, Outer, Overlap
+from packsaddle.local.moments import usual_fraction
+from packsaddle.local.options import AnyOuter, AnyWorkers, Elastic, LocalOptions, Overlap
 from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.records import Baseline, LocalRecords
 from packsaddle.local.saved import saved_state
@@ -94,10 +96,12 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             parameter that is in none of the optimizers. Saved states have its names of parameters: a run that resumes
             needs `model` if it was given before. None: another optimizer of the same module raises RuntimeError once it
             steps, unless the module was made before `import packsaddle`, copied or unpickled.
-        outer: the outer optimizer of the anchor, `OuterSGD()` or a function of the anchor's tensors that returns a
-            torch optimizer. Its gradient is the workers' mean update. None: the mean update is subtracted.
+        outer: the step of the anchor. The outer optimizer, `OuterSGD()` or a function of the anchor's tensors that
+            returns a torch optimizer, has the workers' mean update as its gradient. `OuterAgreement()` lengthens the
+            mean update where workers disagree. None: the mean update is subtracted.
         mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
-            workers' mean update after a round (see `local.moments`). It sends nothing. 0: none.
+            workers' mean update after a round (see `local.moments`). It sends nothing. None: 0.5 if an optimizer is
+            Adam or a variant of it, none is Muon, and `outer` has no momentum; else 0.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         noise: the standard deviation of Gaussian noise added in each round, or a `Noise`.
         escape: the saddle escape check of the anchor, an `Escape`, which counts rounds. None: no check.
@@ -132,11 +136,11 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
-        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
+        compressor: AnyCompression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         *,
         every: int = 8,
-        outer: Outer | None = None,
-        mean_momentum: float = 0.0,
+        outer: AnyOuter = None,
+        mean_momentum: float | None = None,
         overlap: int | Overlap = 0,
         workers: AnyWorkers = None,
         noise: float | Callable[[int], float] | Noise = 0.0,
@@ -157,10 +161,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         if not (model is None or isinstance(model, torch.nn.Module)):
             raise TypeError(f"model must be a torch Module or None, got {model!r}")
         self.options = options = LocalOptions.of(
-            *(compressor, overlap, workers, noise),
+            *(compressor, overlap, workers, noise, outer),
             every=every,
-            outer=outer,
-            mean_momentum=mean_momentum,
+            mean_momentum=usual_fraction(self.optimizers, outer) if mean_momentum is None else mean_momentum,
             escape=escape,
             keep_unsent=keep_unsent,
             offload=offload,
@@ -187,7 +190,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             self._fragments, schedule = partition(parameters, options, to.channel, device, agree)
         check_compressor(self._fragments, options.compression, stacklevel=4)
         self._whole = WholeAnchor(self._fragments, parameters)
-        made = None if outer is None else OuterOptimizer(outer, self._whole.leaves())
+        made = None if options.outer is None else OuterOptimizer(options.outer, self._whole.leaves())
         self.outer: Optimizer | None = None if made is None else made.optimizer
         self._workers: FixedWorkers | ElasticWorkers
         if is_elastic:
@@ -227,6 +230,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._whole.check_closed("optimizer.step()")
         trained = self._whole.trained
         check_no_others(optimizer, trained)
+        check_not_capturing("optimizer.step()", next(iter(trained.values())).parameter.device)
         for p in parameters_of([optimizer]):
             if id(p) in trained:
                 trained[id(p)].note_step()

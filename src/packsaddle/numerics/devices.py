@@ -29,5 +29,7 @@ def has_streams(device: torch.device | str) -> bool:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor of the CPU on `device`; the host does not wait if the device has streams."""
-    return tensor.pin_memory().to(device, non_blocking=True) if has_streams(device) else tensor.to(device)
+    """Return a tensor on `device`; the host does not wait for a copy from the CPU if the device has streams."""
+    if tensor.device.type == "cpu" and has_streams(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import Group
-from packsaddle.comm.launching import launch, local_device, process_group
+from packsaddle.comm.launching import launch, process_group
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import QSGD, Compressor, LowRank, RandomK, Sign, TopK
 from packsaddle.compressors.registry import describe

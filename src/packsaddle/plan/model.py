@@ -143,3 +143,29 @@ class TrainingStep:
                 each.step()
 
         return repeated(step)
+
+
+def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
+
+    AdamW is left out if it has no parameters. Raises ConfigError if Muon has none.
+    """
+    hidden = hidden_matrices(model)
+    muons = {id(p) for _, p in hidden}
+    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in muons]
+    return [torch.optim.Muon(hidden, **muon), *([torch.optim.AdamW(others, **adamw)] if others else [])]
+
+
+def hidden_matrices(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the trained parameters for Muon, with their names: all matrices except embeddings and the weight of the
+    last linear layer, as torch's documentation of Muon recommends. Raises ConfigError if there are none."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    ends = [*linear[-1:], *(module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag))]
+    apart = {id(module.weight) for module in ends}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = [(name, p) for name, p in named if p.ndim == 2 and id(p) not in apart]
+    if not found:
+        raise ConfigError(
+            "muon is for matrices of hidden layers, and the model has none but embeddings and its last layer: use adamw"
+        )
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 from statistics import median
 
-import torch
+from packsaddle.comm.devices import synchronize
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,8 @@ def _is_reproduced(fastest: list[float], within: float) -> bool:
 
 def clocked(work: Callable[[], object]) -> float:
     """Return the seconds of one call of `work`, including the GPU work that it launches."""
-    _synchronise()
+    synchronize()
     begin = time.perf_counter()
     work()
-    _synchronise()
+    synchronize()
     return time.perf_counter() - begin
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

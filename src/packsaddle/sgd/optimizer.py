@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.modules import is_averaged_by_ddp
@@ -36,7 +37,7 @@ from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggreg
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, skip
 from packsaddle.numerics.finite import overflow_margin
-from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.kernels import arithmetic
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
@@ -212,7 +213,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same |= {"seed": self.seed, **agreement(spec), "noise": noise, "momentum": momentum, "nesterov": nesterov}
-        same["kernels"] = compiler(self._flat.x.device)
+        same["arithmetic"] = arithmetic(self._flat.x.device)
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
@@ -300,6 +301,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
                 "a DistributedDataParallel has these parameters and sends every gradient uncompressed before the step: "
                 "run the module without it, or keep it and use packsaddle.register_ddp_hook in place of CompressedSGD"
             )
+        check_not_capturing("step()", self._flat.x.device)
         self._flat.check_attached()
         if self._step == 0 and self._escape is not None:
             self._escape.begin()

@@ -73,6 +73,7 @@ def drawn(number: int) -> Case:
         delay=delay,
         blend=some(0.5, (0.3,), None) if delay else None,
         outer=some(0.4, list(OUTERS), "none"),
+        agreement=some(0.3, (0.5, 1.0), 0.0),
         mean_momentum=some(0.4, (0.5, 1.0), 0.0) if "adamw" in inner else 0.0,
         keep_unsent=some(0.6, (True,), False),
         decay=some(0.2, (0.9,), 1.0),
@@ -105,7 +106,7 @@ def drawn(number: int) -> Case:
 
 def loses_nothing(case: Case) -> bool:
     plain = Case(1, Identity())
-    names = ("outer", "decay", "sample", "noise", "blend", "escape", "bad")
+    names = ("outer", "agreement", "decay", "sample", "noise", "blend", "escape", "bad")
     return case.exchange != "senders" and all(getattr(case, name) == getattr(plain, name) for name in names)
 
 

@@ -10,7 +10,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from experiments.paper.problems import (
+from lab.paper.problems import (
     Cosine,
     DoubleWells,
     MonkeySaddle,
@@ -20,7 +20,7 @@ from experiments.paper.problems import (
     QuadraticQuartic,
     RankOnePCA,
 )
-from experiments.paper.proof import (
+from lab.paper.proof import (
     Method,
     accumulate,
     couple,

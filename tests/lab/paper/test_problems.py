@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.paper.problems import (
+from lab.paper.problems import (
     Cosine,
     CurvedValley,
     DeepLinear,

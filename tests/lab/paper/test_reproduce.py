@@ -21,17 +21,18 @@ from commandline import command, refused
 from forked_python import environment, fork_of, python
 from PIL import Image
 
-from experiments.paper import figure1, figure2, table1
-from experiments.paper.results import by_setting, interval, paired
-from experiments.paper.studies import REPRODUCTIONS
-from experiments.paper.study import Study, StudyFolder, make_folder
+from lab.paper import figure1, figure2, table1
+from lab.paper.results import by_setting, interval, paired
+from lab.paper.studies import REPRODUCTIONS
+from lab.paper.study import Study, StudyFolder, make_folder
+from lab.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
+from lab.runs.job import How, Job, can_be_fused, fastest_simulation
+from lab.runs.report.settings import estimate, settings
+from lab.runs.run_folder import RunFolder, read_runs
+from lab.runs.trainer import Trainer
+from packsaddle.cli.folders import make_new
 from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
-from packsaddle.runs.job import How, Job, can_be_fused, fastest_simulation
-from packsaddle.runs.report.settings import estimate, settings
-from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
-from packsaddle.runs.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -285,11 +286,11 @@ def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tm
         'widths = [32]\n[compressor]\nkind = "Sign"\n'
     )
     out = ("--out", tmp_path / "o")
-    refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "run", toml, "--fused", *out)
+    refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "lab", "run", toml, "--fused", *out)
     assert not (tmp_path / "o").exists()
-    refused(capsys, "--serial and --fused are two ways", "run", toml, "--fused", "--serial", *out)
+    refused(capsys, "--serial and --fused are two ways", "lab", "run", toml, "--fused", "--serial", *out)
     local = ("local={every=4, optimizer='sgd'}", "momentum=0.0")
-    refused(capsys, "workers have an x each", "run", toml, "--batched", *out, "--set", *local)
+    refused(capsys, "workers have an x each", "lab", "run", toml, "--batched", *out, "--set", *local)
 
 
 # Studies.
@@ -309,9 +310,9 @@ def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 
 def study(mnist: Path, folder: Path, *options: Any, seeds: int = 2) -> list[Any]:
-    """`python -m experiments.paper fig2` at smoke scale on few images."""
+    """`python -m lab.paper fig2` at smoke scale on few images."""
     where = ("--data-dir", mnist, "--out", folder)
-    return ["experiments.paper", "fig2", "--scale", "smoke", *where, *FEW, "--seeds", seeds, *options]
+    return ["lab.paper", "fig2", "--scale", "smoke", *where, *FEW, "--seeds", seeds, *options]
 
 
 def written(runs: list[Path]) -> list[int]:
@@ -351,7 +352,7 @@ def test_a_study_goes_on_where_it_stopped(
     assert (cut / "metrics.jsonl").exists()
     arguments = [a if a != "smoke" else "cpu" for a in study(mnist, folder, "--resume")]
     refused(capsys, "holds fig2 at scale smoke, not fig2 at scale cpu", *arguments)
-    refused(capsys, "is not the folder of a study", "experiments.paper", "fig2", "--resume", "--out", tmp_path)
+    refused(capsys, "is not the folder of a study", "lab.paper", "fig2", "--resume", "--out", tmp_path)
 
 
 @pytest.mark.slow
@@ -389,7 +390,7 @@ def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: 
     folder = tmp_path / "study"
     few = ("--set", "data.limit=80", "epochs=1", "model.name=resnet18")
     arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, *few)
-    assert command("experiments.paper", "fig1", *arguments) == 0
+    assert command("lab.paper", "fig1", *arguments) == 0
     assert "RandomK 0.1%: final loss" in capsys.readouterr().out
     entries = by_setting(json.loads((folder / "summary.json").read_text()))
     assert list(entries) == ["100%", "RandomK 10%", "RandomK 1%", "RandomK 0.1%"]
@@ -400,17 +401,17 @@ def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: 
 
 
 def test_mistakes_are_found_before_runs_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path, mnist: Path) -> None:
-    fig2 = ("experiments.paper", "fig2", "--out", tmp_path / "o", "--data-dir", mnist, "--scale", "smoke")
+    fig2 = ("lab.paper", "fig2", "--out", tmp_path / "o", "--data-dir", mnist, "--scale", "smoke")
     refused(capsys, "fig2 has no setting 'sparse'; it has dense, dense-noise", *fig2, "--only", "sparse")
     refused(capsys, "seeds must be at least 1, got 0", *fig2, "--seeds", "0")
     refused(capsys, "unknown key lrr", *fig2, "--set", "lrr=1")
     refused(capsys, "data.limit must be at most 640", *fig2)
-    refused(capsys, "mnist needs --data-dir", "experiments.paper", "fig2", "--scale", "smoke", "--out", tmp_path / "o")
+    refused(capsys, "mnist needs --data-dir", "lab.paper", "fig2", "--scale", "smoke", "--out", tmp_path / "o")
     for seeds in ("3", "0"):
-        refused(capsys, "--seeds does not apply to table1", "experiments.paper", "table1", "--seeds", seeds)
-    for what in (fig2, ("experiments.paper", "table1")):
+        refused(capsys, "--seeds does not apply to table1", "lab.paper", "table1", "--seeds", seeds)
+    for what in (fig2, ("lab.paper", "table1")):
         refused(capsys, "--jobs must be at least 1, got 0", *what, "--jobs", "0")
-    refused(capsys, "--resume needs --out, the folder of the study", "experiments.paper", "table1", "--resume")
+    refused(capsys, "--resume needs --out, the folder of the study", "lab.paper", "table1", "--resume")
     differ = "noise.std is what settings differ in, 0.0 in dense and 0.01 in dense-noise"
     refused(capsys, differ, *fig2, "--set", "noise.std=0.1")
     refused(capsys, "--set seed=3: a study has seeds of its own", *fig2, "--set", "seed=3")
@@ -451,7 +452,7 @@ def test_a_table_goes_on_in_its_own_folder_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a measurement that was cut off does not take the next one with it."""
-    words = ("experiments.paper", "table1", "--scale", "smoke", "--resume", "--out", tmp_path)
+    words = ("lab.paper", "table1", "--scale", "smoke", "--resume", "--out", tmp_path)
     (tmp_path / "runs.jsonl").write_text('{"a": 1}\n{"a": ')
     refused(capsys, "is not the folder of a study", *words)
     make_folder(tmp_path / "other", "table1", "cpu")

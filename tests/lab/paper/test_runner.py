@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from forked_python import environment, python
 
-from experiments.paper import runner
-from experiments.paper.runner import in_parallel
+from lab.paper import runner
+from lab.paper.runner import in_parallel
 from packsaddle.comm.failures import WorkerFailedError
 from packsaddle.errors import ConfigError, GuardError
 
@@ -72,7 +72,7 @@ def test_a_process_that_does_not_hear_is_killed(monkeypatch: pytest.MonkeyPatch)
 DYING = """
 import sys
 import packsaddle.cli as cli
-from experiments.paper import runner
+from lab.paper import runner
 sys.path[:0] = {folders!r}
 from test_runner import work
 cli.parse = lambda *arguments: lambda: list(runner.in_parallel(work, ["first", "killed"], 1, lambda active: None))

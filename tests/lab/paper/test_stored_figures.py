@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.paper.results import digest, save_figure
-from experiments.paper.studies import REPRODUCTIONS
-from packsaddle.runs.report.curves import Curve, read_curves
+from lab.paper.results import digest, save_figure
+from lab.paper.studies import REPRODUCTIONS
+from lab.runs.report.curves import Curve, read_curves
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 STORED = {path.parent.name: json.loads(path.read_text()) for path in sorted(EXPERIMENTS.glob("*/summary.json"))}

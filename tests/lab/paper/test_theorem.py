@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.paper.table1 import saddles
-from experiments.paper.theorem import Job, measure, saddle_jobs
+from lab.paper.table1 import saddles
+from lab.paper.theorem import Job, measure, saddle_jobs
 
 SHORT = {"question": "share", "problem": "cosine", "epsilon": 0.4, "d": 64, "seed": 0, "quiet": True, "factor": 64.0}
 

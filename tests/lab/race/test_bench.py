@@ -11,11 +11,11 @@ import torch
 from commandline import command
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.race import race
-from benchmarks.race.contenders import parse, parse_all
-from benchmarks.race.peers import enter, uint8_hook
-from benchmarks.race.race import Lap, Outcome, Race, step_rows
-from benchmarks.race.workload import TrainingWorkload
+from lab.race import race
+from lab.race.contenders import parse, parse_all
+from lab.race.peers import enter, uint8_hook
+from lab.race.race import Lap, Outcome, Race, step_rows
+from lab.race.workload import TrainingWorkload
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Sign, TopK, compressors
 
@@ -25,7 +25,7 @@ real = pytest.mark.usefixtures("forks_on_hosts")
 
 
 def program(arguments: tuple[Any, ...]) -> str:
-    return "benchmarks.race" if arguments[0] in ("train", "link") else "benchmarks.pieces"
+    return "lab.race" if arguments[0] in ("train", "link") else "lab.bench.pieces"
 
 
 def tables(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
@@ -272,13 +272,13 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[Any,
 
 
 def test_link_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.race.train.available", lambda: "needs root")
-    assert command("benchmarks.race", "link") == 2
-    assert capsys.readouterr().err == "python -m benchmarks.race: error: link needs root\n"
+    monkeypatch.setattr("lab.race.train.available", lambda: "needs root")
+    assert command("lab.race", "link") == 2
+    assert capsys.readouterr().err == "python -m lab.race: error: link needs root\n"
 
 
 def test_data_that_cannot_be_read_is_said_before_workers_start(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert command("benchmarks.race", "train", "--data-dir", tmp_path) == 2
+    assert command("lab.race", "train", "--data-dir", tmp_path) == 2
     assert f"mnist is not in --data-dir {tmp_path}" in capsys.readouterr().err

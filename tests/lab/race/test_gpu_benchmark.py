@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu as benchmark
+from lab.bench import gpu as benchmark
 from packsaddle.compressors import compressors, describe
 
 
@@ -21,34 +21,45 @@ def test_it_refuses_without_a_gpu(
 
 
 @pytest.mark.process
-def test_all_parts_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_parts_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     monkeypatch.setattr(benchmark, "tests", lambda seconds: {"rc": 0})  # this suite, in another process
     assert (
         benchmark.main(["--device", "cpu", "--d", "5000", "--repeats", "2", "--out", str(tmp_path / "gpu.json")]) == 0
     )
     found = json.loads((tmp_path / "gpu.json").read_text())
-    for run in found["two gloo processes"].values():
+    for run in found["two processes"].values():
         assert run["one model"]
         assert run["last loss"] < run["first loss"]
     steps, packing = found["steps, d = 5,000"], found["packing, d = 5,000"]
     assert {"SGD, fused", "AdamW, fused", "CompressedSGD TopK(ratio=0.01)"} < set(steps)
     packed = {name.rsplit(" ", 1)[0] for name in packing} - {"copy"}
     assert packed == set(map(describe, compressors(0.01)))
-    for row in (*steps.values(), *packing.values()):
+    exchange = found["exchange, d = 5,000"]
+    assert exchange.keys() == {"copy", "all-reduce", "SGD's step and a round of local updates"}
+    for row in (*steps.values(), *packing.values(), *exchange.values()):
         assert 0 < row["low"] <= row["copies"] <= row["high"], row
+    assert "| exchange, d = 5,000 | all-reduce | ms " in capsys.readouterr().out
 
 
 def test_a_part_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("no")
 
-    for name in ("tests", "launch", "steps"):
+    for name in ("tests", "waits", "launch", "steps"):
         monkeypatch.setattr(benchmark, name, refuse)
     monkeypatch.setattr(benchmark, "packing", lambda *_: {"copy": {}})
     assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["tests"] == found["steps, d = 10"] == {"failed": "RuntimeError: no"}
     assert found["packing, d = 10"] == {"copy": {}}
+    # Started again, it makes the missing parts alone.
+    monkeypatch.setattr(benchmark, "steps", lambda *_: {"copy": {}})
+    monkeypatch.setattr(benchmark, "packing", refuse)
+    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "gpu.json")]) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["steps, d = 10"] == found["packing, d = 10"] == {"copy": {}}
     monkeypatch.setattr(benchmark, "SECONDS", -1.0)
     assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "late.json")]) == 1
     assert json.loads((tmp_path / "late.json").read_text())["tests"] == {"failed": "no time was left"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hosts import HostFailedError, Hosts, available
+from lab.bench.hosts import HostFailedError, Hosts, available
 
 real = pytest.mark.usefixtures("hosts_here")
 
@@ -36,7 +36,7 @@ else:
 HOLD = """
 import signal, subprocess, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what runs in the background
-from benchmarks.hosts import Hosts
+from lab.bench.hosts import Hosts
 with Hosts(2, 100.0) as hosts:
     print(hosts.name, flush=True)
     hosts.run([["sleep", "1000"]] * 2)
@@ -73,7 +73,7 @@ def test_hosts_have_a_link_to_each_other_and_to_nobody_else() -> None:
 
 @real
 def test_a_failing_command_says_why_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.hosts._GRACE", 0.3)
+    monkeypatch.setattr("lab.bench.hosts._GRACE", 0.3)
     with Hosts(2, 100.0) as hosts:
         bad = [sys.executable, "-c", "raise ValueError('no such gradient')"]
         with pytest.raises(HostFailedError, match=r"^host 1 failed: ValueError: no such gradient$"):
@@ -121,7 +121,7 @@ def test_nothing_is_left_when_hosts_cannot_be_completed(monkeypatch: pytest.Monk
         seen.append(namespaces())
         return ["rate", "nonsense"]
 
-    monkeypatch.setattr("benchmarks.hosts._bucket", broken)
+    monkeypatch.setattr("lab.bench.hosts._bucket", broken)
     with pytest.raises(RuntimeError, match=r"tc .*nonsense"), hosts:
         pass
     assert hosts.name in seen[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.race.inner import ProductsInFloat32, muon
+from lab.race.inner import ProductsInFloat32, muon
 
 SHAPES = ((24, 16), (16, 16), (16, 40))
 

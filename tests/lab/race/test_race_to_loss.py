@@ -15,18 +15,19 @@ import torch
 from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.origin import UNKNOWN, Origin, check_text, described
-from benchmarks.race import curves as curves_module
-from benchmarks.race import library as library_module
-from benchmarks.race import search as search_module
-from benchmarks.race.contenders import parse
-from benchmarks.race.curves import Curve, Job, Training, append, load, train, validate
-from benchmarks.race.figures import draw, titled
-from benchmarks.race.library import library_text
-from benchmarks.race.peers import Racer, enter
-from benchmarks.race.recipe import CONSTANT, Recipe
-from benchmarks.race.search import Search
-from benchmarks.race.time_to_loss import (
+from lab.bench.origin import UNKNOWN, Origin, check_text, described
+from lab.bench.rows_file import add_rows, read_rows
+from lab.race import curves as curves_module
+from lab.race import library as library_module
+from lab.race import search as search_module
+from lab.race.contenders import parse
+from lab.race.curves import Curve, Job, Training, append, load, train, validate
+from lab.race.figures import draw, titled
+from lab.race.library import library_text
+from lab.race.peers import Racer, enter
+from lab.race.recipe import CONSTANT, Recipe
+from lab.race.search import Search
+from lab.race.time_to_loss import (
     Rates,
     StepOnLink,
     computing,
@@ -37,11 +38,10 @@ from benchmarks.race.time_to_loss import (
     targets_of,
     verdicts,
 )
-from benchmarks.race.workload import TrainingWorkload, load_library
-from benchmarks.rows_file import add_rows, read_rows
+from lab.race.workload import TrainingWorkload, load_library
+from lab.runs.config import DataConfig
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import DataConfig
 
 IMAGES = TrainingWorkload("mnist-autoencoder", 4)
 TEXT = TrainingWorkload("gpt", 4)
@@ -339,7 +339,7 @@ def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path
     for one in curves:
         append(tmp_path / "curves.csv", one)
     save_steps(tmp_path / "steps.csv", steps)
-    assert command("benchmarks.race", "loss", "--out", tmp_path, "--only", "tables", "--json") == 0
+    assert command("lab.race", "loss", "--out", tmp_path, "--only", "tables", "--json") == 0
     losses, first, shares = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # Infinity is no JSON
     assert losses["rows"][3]["10 Mbit/s"] == pytest.approx(0.84)
     assert "by seed (2.0000)" in losses["notes"][0]
@@ -383,7 +383,7 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
         "TopK(0.01) every=1",
     )
     for _ in range(2):
-        assert command("benchmarks.race", *arguments, "--json") == 0
+        assert command("lab.race", *arguments, "--json") == 0
         document = capsys.readouterr().out
         losses, _, _ = json.loads(document[document.index("[\n") :])
         assert [row["method"] for row in losses["rows"]] == ["ddp", "TopK(0.01) every=1"]
@@ -396,11 +396,11 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
     asked = [
         other if word is tmp_path and arguments[i - 1] == "--data-dir" else word for i, word in enumerate(arguments)
     ]
-    refused(capsys, "must have rows of one text, ", "benchmarks.race", *asked, "--only", "tables")
+    refused(capsys, "must have rows of one text, ", "lab.race", *asked, "--only", "tables")
     for part in ("all", "tables"):  # the losses after two steps are none after four
         asked = [4 if word == 2 else word for word in arguments]
         said = f"out must be the folder of a race of steps 4, got {tmp_path}, which is of 2"
-        refused(capsys, said, "benchmarks.race", *asked, "--only", part)
+        refused(capsys, said, "lab.race", *asked, "--only", part)
     d = losses["setting"]["d"]
     assert losses["rows"][0]["kB"] == pytest.approx(4e-3 * d, rel=1e-3)
     assert len(load(tmp_path / "curves.csv")) == 2
@@ -427,7 +427,7 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
 def test_bad_settings_of_a_race(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[Any, ...], message: str
 ) -> None:
-    assert command("benchmarks.race", "loss", "--out", tmp_path / "race", *arguments) == 2
+    assert command("lab.race", "loss", "--out", tmp_path / "race", *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "race").exists()
@@ -437,7 +437,7 @@ def test_a_file_in_the_place_of_a_races_folder_is_refused(capsys: pytest.Capture
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
     file = tmp_path / "race"
     file.write_text("mine")
-    asked = ("benchmarks.race", "loss", "--out", file, "--data-dir", tmp_path, "--only", "curves")
+    asked = ("lab.race", "loss", "--out", file, "--data-dir", tmp_path, "--only", "curves")
     refused(capsys, f"out {file} cannot be written: File exists", *asked)
     assert file.read_text() == "mine"
 

@@ -1,6 +1,5 @@
 """The race to a target by the clock: its settings, its trainings on local processes, and its tables."""
 
-import importlib
 import json
 import math
 import tomllib
@@ -14,16 +13,17 @@ import torch
 from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.race import target_settings
-from benchmarks.race.entrant import enter
-from benchmarks.race.inner import Half
-from benchmarks.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
-from benchmarks.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
+from lab.bench import muon
+from lab.race import target_settings
+from lab.race.entrant import enter
+from lab.race.inner import Half
+from lab.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
+from lab.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
+from lab.runs import ModelConfig
+from lab.runs.tasks import Task, make_task
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError
-from packsaddle.runs import ModelConfig
-from packsaddle.runs.tasks import Task, make_task
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "experiments" / "race" / "target" / "settings.toml"
@@ -79,9 +79,8 @@ def test_the_committed_settings_have_peers_and_rates() -> None:
     assert predicted_steps(settings.method("AdamW, DDP"), 2, 1.0) is None  # never reached
 
 
-def test_rows_named_in_the_settings_are_of_the_same_method(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    simulated = importlib.import_module("muon").METHODS
+def test_rows_named_in_the_settings_are_of_the_same_method() -> None:
+    simulated = muon.METHODS
     methods = [method for method in TargetSettings.read(COMMITTED).methods if method.row]
     assert len(methods) > 9
     for method in methods:
@@ -107,14 +106,12 @@ def test_rates_of_peers_are_the_best_of_their_search() -> None:
     ("target", "best", "tried"), [(None, 0.008, [0.004, 0.008, 0.016]), (1.6, 0.032, [0.008, 0.016, 0.032, 0.064])]
 )
 def test_a_search_ends_between_two_worse_rates(
-    target: float | None, best: float, tried: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: float | None, best: float, tried: list[float], tmp_path: Path
 ) -> None:
     """With losses and steps to the target that are least at different rates; the search begins at 0.016."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    muon = importlib.import_module("muon")
     rows = []
 
-    class Synthetic(muon.Runs):  # type: ignore[misc, name-defined]
+    class Synthetic(muon.Runs):
         def rows(self, method: str) -> list[dict[str, str]]:
             return rows
 
@@ -259,7 +256,7 @@ def test_tables_of_stored_rows(
     assert load_steps(tmp_path / "steps.csv")[0].low == 90.0
 
     asked = ("target", "--settings", settings, "--rates", 10, "--only")
-    assert command("benchmarks.race", *asked, "tables", "--json") == 0
+    assert command("lab.race", *asked, "tables", "--json") == 0
     (table,) = json.loads(capsys.readouterr().out)
     ours, torchs = table["rows"]
     assert (ours["method"], ours["seconds"], ours["low"], ours["high"]) == ("ours", 11.0, 10.0, 12.0)
@@ -271,17 +268,17 @@ def test_tables_of_stored_rows(
     # Without simulated rows, the steps of a method are those of its trainings on any link.
     (tmp_path / "gpt-2.csv").write_text(header)
     save(tmp_path / "runs.csv", [replace(a_run("DDP", 0, 9.0), rate="1000", steps=40.0)])
-    assert command("benchmarks.race", *asked, "tables", "--json") == 0
+    assert command("lab.race", *asked, "tables", "--json") == 0
     (table,) = json.loads(capsys.readouterr().out)
     assert (table["rows"][0]["predicted"], table["rows"][0]["to"]) == pytest.approx((10 * 0.1, 10 * 0.12))
     assert table["rows"][0]["/ limit"] == pytest.approx(11.0 / (40 * 0.05))
 
     # The time of computing alone around a method's trainings replaces that of the timed blocks.
     save(tmp_path / "runs.csv", [replace(a_run("ours", 2, 11.0), alone_ms=40.0)])
-    assert command("benchmarks.race", *asked, "tables", "--json") == 0
+    assert command("lab.race", *asked, "tables", "--json") == 0
     (table,) = json.loads(capsys.readouterr().out)
     assert table["rows"][0]["/ limit"] == pytest.approx(12.0 / (40 * 0.04))
-    assert command("benchmarks.race", *asked, "plan", "--seeds", 2, "--json") == 0
+    assert command("lab.race", *asked, "plan", "--seeds", 2, "--json") == 0
     (plan,) = json.loads(capsys.readouterr().out)
     missing = [(row["method"], row["seed"]) for row in plan["rows"]]
     assert missing == [("DDP", 0), ("torch", 1), ("DDP", 1)]
@@ -296,7 +293,7 @@ def test_a_race_on_local_processes(capsys: pytest.CaptureFixture[str], tmp_path:
     assert tomllib.loads(settings.read_text())["rates"] == ["local"]
     asked = ("target", "--settings", settings, "--out", tmp_path / "out")
     for part in ("steps", "all", "all"):
-        assert command("benchmarks.race", *asked, "--only", part, "--json") == 0
+        assert command("lab.race", *asked, "--only", part, "--json") == 0
         output = capsys.readouterr().out
         (table,) = json.loads(output[output.index("[\n") :])
         assert len(table["rows"]) == (4 if part == "steps" else 2)
@@ -314,5 +311,5 @@ def test_a_race_on_local_processes(capsys: pytest.CaptureFixture[str], tmp_path:
         assert run.origin.text
         assert run.origin.threads == 1
     assert all(0 < step.low <= step.ms <= step.high for step in steps)
-    refused(capsys, "methods must be one of ours, torch", "benchmarks.race", *asked, "--methods", "theirs")
-    refused(capsys, "rate must be Mbit/s", "benchmarks.race", *asked, "--rates", "fast")
+    refused(capsys, "methods must be one of ours, torch", "lab.race", *asked, "--methods", "theirs")
+    refused(capsys, "rate must be Mbit/s", "lab.race", *asked, "--rates", "fast")

@@ -47,6 +47,12 @@ def compiler(device: torch.device | str) -> str:
     return _COMPILERS[where][0] if _load(where)[0] else "torch"
 
 
+def arithmetic(device: torch.device | str) -> str:
+    """Return a type of device and its compiler of loops, such as "numba on cpu". Workers must have the same: with
+    another, random numbers, sums and the order of equal magnitudes may differ in what all workers compute alone."""
+    return f"{compiler(device)} on {torch.device(device).type}"
+
+
 def obstacle(device: torch.device | str) -> str:
     """Return the reason why a device has no compiled loops; "" if it has them."""
     return _load(torch.device(device).type)[1]

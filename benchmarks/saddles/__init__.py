@@ -1,1 +1,0 @@
-"""Time out of saddles by optimizer: `python -m benchmarks.saddles`."""

@@ -1,1 +1,0 @@
-"""Experiments: the paper's figures and further studies, with their committed results."""

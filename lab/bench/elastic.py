@@ -1,0 +1,425 @@
+"""Workers that join and leave under torchft: tests kill, stop and add them, and a host's link is disconnected.
+
+    python -m lab.bench.elastic [--out FILE]                            (root and iproute2 needed)
+
+Needs packsaddle[torchft]. Three of four hosts, network namespaces, train by local updates with TopK and error memories;
+the link of one is disconnected for 15 seconds. Anchors must be bitwise identical on all workers of a round, and in each
+round the anchor must change by the mean of those workers' messages, where a message is a worker's local updates minus
+its error memory: checked along four random directions, from each worker's own account.
+
+An inner step is small and sleeps for `step` seconds in place of computing, so that waiting is measured, on few cores.
+Exit code 1 if a check fails.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CONTEXT = multiprocessing.get_context("forkserver")
+HEARTBEAT = 1.0  # seconds without a heartbeat after which the lighthouse considers a worker dead
+JOIN = 2.0  # seconds that it waits for live workers that have not joined the round: the grace period
+TIMEOUT = 4.0  # timeout of a collective, seconds
+IN, HIDDEN, OUT = 16, 48, 8
+DIRECTIONS = 4
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The settings of one worker."""
+
+    name: str
+    lighthouse: str
+    log: str
+    every: int
+    rounds: int | None  # number of rounds after which it ends; None: by `position`
+    position: int | None  # committed inner steps of all workers after which it ends
+    step: float  # seconds
+    seed: int
+    memory: str | None = None
+    life: int = 0
+    until: str | None = None  # it ends once this file exists
+    grace: float = 25.0  # maximum seconds of leaving
+    fault: int = 0  # its confirmation fails in this round, counted from 1, on this worker only; 0: never
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Log:
+    """A file of JSON lines, each written immediately."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def write(self, **said: Any) -> None:
+        os.write(self._file, (json.dumps({"t": time.time(), **said}) + "\n").encode())
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT)
+    return nn.Sequential(*layers).double()
+
+
+def batch(seed: int, worker: str, step: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Return a batch of a fixed function of sixteen numbers, with noise; a pure function of its arguments."""
+    word = int.from_bytes(hashlib.sha256(f"{seed} {worker} {step}".encode()).digest()[:7], "little")
+    rng = torch.Generator().manual_seed(word)
+    fixed = torch.Generator().manual_seed(99)
+    mix_in, mix_out = torch.randn(IN, 24, generator=fixed) / 2, torch.randn(24, OUT, generator=fixed) / 4
+    x = torch.randn(size, IN, generator=rng)
+    y = torch.sin(x @ mix_in) @ mix_out + 0.1 * torch.randn(size, OUT, generator=rng)
+    return x.double(), y.double()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def digest(vector: Tensor) -> str:
+    return hashlib.sha256(vector.numpy().tobytes()).hexdigest()[:16]
+
+
+def work(spec: Spec) -> None:
+    """Run one worker until it ends."""
+    os.environ.update(spec.environment)
+    os.environ["RUST_LOG"] = "error"
+    torch.set_num_threads(1)
+    errors = os.open(spec.log.replace(".jsonl", ".err"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(errors, 2)
+    os.dup2(errors, 1)
+    import logging
+
+    logging.getLogger("torchft").setLevel(logging.CRITICAL)
+    log = Log(spec.log)
+    try:
+        Worker(spec, log).train()
+        log.write(event="end")
+    except SystemExit as leaving:
+        log.write(event="left", code=leaving.code)
+    except BaseException as error:
+        log.write(event="error", error=f"{type(error).__name__}: {error}"[:500])
+        raise
+    os._exit(0)
+
+
+class Worker:
+    """A worker with packsaddle's local updates, and an account of its local updates and messages."""
+
+    def __init__(self, spec: Spec, log: Log) -> None:
+        import packsaddle
+        from packsaddle.comm import connect
+
+        self.spec, self.log = spec, log
+        self.model = network()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
+        self.optimizer.register_step_post_hook(self._stepped)  # runs before LocalUpdates' hook
+        manager = connect(spec.lighthouse, name=spec.name, timeout=TIMEOUT, quorum_timeout=60.0, connect_timeout=20.0)
+        elastic = packsaddle.Elastic(
+            manager,
+            memory_file=Path(spec.memory) if spec.memory else None,
+            patience=90.0,
+            grace=spec.grace,
+        )
+        compression = packsaddle.Compression(packsaddle.TopK(1 / 8, values="int8"), dense_below=10, compare_every=1)
+        self.local = packsaddle.LocalUpdates(self.optimizer, compression, every=spec.every, workers=elastic)
+        if spec.fault:
+            self._break(spec.fault)
+        rng = torch.Generator().manual_seed(7)
+        d = sum(p.numel() for p in self.model.parameters())
+        self.directions = torch.randn(DIRECTIONS, d, generator=rng, dtype=torch.float64)
+        self.moved = torch.zeros(d, dtype=torch.float64)
+
+    def _break(self, number: int) -> None:
+        """Make a confirmation raise after its collective has completed."""
+        assert self.local._workers is not None
+        channel, gather, seen = self.local._workers.channel, self.local._workers.channel.gather, [0]
+
+        def gathered(parts: Any, **how: Any) -> Any:
+            found = gather(parts, **how)
+            seen[0] += "norm" in parts
+            if "norm" in parts and seen[0] == number:
+                raise RuntimeError("broken by the benchmark")
+            return found
+
+        channel.gather = gathered  # type: ignore[method-assign]
+
+    def _stepped(self, *_: Any) -> None:
+        self.moved += self.before - flat(list(self.model.parameters())).double()
+
+    def anchor(self) -> Tensor:
+        return flat(list(self.local.anchor().values()))
+
+    def along(self, vector: Tensor) -> list[float]:
+        return (self.directions @ vector.double()).tolist()
+
+    def train(self) -> None:
+        local, spec = self.local, self.spec
+        local.join()
+        membership = local._workers
+        assert membership is not None
+        pending = local.pending().double()
+        self.say("join", None, pending)
+        step = 0
+        while not self.over():
+            x, y = batch(spec.seed, f"{spec.name} {spec.life}", step)
+            self.optimizer.zero_grad()
+            nn.functional.mse_loss(self.model(x), y).backward()
+            self.before = flat(list(self.model.parameters())).double()
+            try:
+                self.optimizer.step()
+            except SystemExit:
+                self.say("leave", None, local.pending().double())
+                raise
+            time.sleep(spec.step)
+            step += 1
+            if local.exchanging:
+                now = local.pending().double()
+                self.say("round", self.moved - (now - pending), now)
+                pending = now
+                self.moved.zero_()
+        local.flush()
+        now = local.pending().double()
+        self.say("round", self.moved - (now - pending), now)
+
+    def over(self) -> bool:
+        if self.spec.until is not None and Path(self.spec.until).exists():
+            return True
+        if self.spec.rounds is not None:
+            return self.local.rounds >= self.spec.rounds
+        return self.local.position >= (self.spec.position or 0)
+
+    def say(self, event: str, sent: Tensor | None, pending: Tensor) -> None:
+        local, membership = self.local, self.local._workers
+        assert membership is not None
+        anchor = self.anchor()
+        self.log.write(
+            event=event,
+            round=local.rounds,
+            history=membership.roster.history,
+            past=list(membership.roster.past)[-2:-1],
+            run=membership.roster.run,
+            worker=membership.worker,
+            here=sorted(w for w, m in membership.roster.members.items() if m.here),
+            sends=membership.account.included == membership.account.attempts,
+            weight=membership.account.last_weight,
+            hash=digest(anchor),
+            anchor=self.along(anchor),
+            sent=None if sent is None else self.along(sent),
+            pending=self.along(pending),
+            workers=membership.workers,
+            position=local.position,
+            steps=local.steps,
+            lost=local.lost,
+            waiting=membership.waiting,
+        )
+
+
+def shine(pipe: Any, seconds: float, bind: str, minimum: int) -> None:
+    """Run a lighthouse for at most `seconds`."""
+    os.environ["RUST_LOG"] = "off"
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(
+        bind=bind,
+        min_replicas=minimum,
+        join_timeout_ms=int(1000 * JOIN),
+        quorum_tick_ms=20,
+        heartbeat_timeout_ms=int(1000 * HEARTBEAT),
+    )
+    pipe.send(server.address().rsplit(":", 1)[1])
+    time.sleep(seconds)
+
+
+@contextmanager
+def lighthouse(minimum: int = 1) -> Iterator[str]:
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=shine, args=(theirs, 3600.0, "[::]:0", minimum), daemon=True)
+    process.start()
+    try:
+        yield f"http://localhost:{ours.recv()}"
+    finally:
+        process.kill()
+        process.join()
+
+
+class Crew:
+    """The workers of a run."""
+
+    def __init__(self, folder: Path, first: Spec) -> None:
+        self.folder, self.first = folder, first
+        self.processes: dict[str, Any] = {}
+        self.lives: dict[str, int] = {}
+        self.logs: list[Path] = []
+
+    def start(self, name: str, **more: Any) -> None:
+        self.lives[name] = self.lives.get(name, -1) + 1
+        log = self.folder / f"{name}-{self.lives[name]}.jsonl"
+        self.logs.append(log)
+        spec = replace(self.first, name=name, log=str(log), life=self.lives[name], **more)
+        self.processes[name] = CONTEXT.Process(target=work, args=(spec,), daemon=True)
+        self.processes[name].start()
+
+    def alive(self) -> list[str]:
+        return [name for name, process in self.processes.items() if process.is_alive()]
+
+    def signal(self, name: str, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.processes[name].pid, number)
+
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.join()
+
+    def read(self) -> list[list[dict[str, Any]]]:
+        found = []
+        for log in self.logs:
+            lines = log.read_text().splitlines() if log.exists() else []
+            found.append([json.loads(line) for line in lines if line.endswith("}")])
+        return found
+
+    def newest(self, key: str) -> float:
+        """Return the largest value that any worker has logged for its last round."""
+        return max((line[key] for lines in self.read() for line in lines if key in line), default=0)
+
+
+def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Compare the workers' logs of the same rounds: anchors, and the mean of their messages."""
+    wrong: list[str] = []
+    rounds: dict[int, list[dict[str, Any]]] = {}
+    for lines in logs:
+        for line in lines:
+            if line["event"] in ("round", "join"):
+                rounds.setdefault(line["history"], []).append(line)
+    anchors = {history: lines[0]["anchor"] for history, lines in rounds.items()}
+    checked = 0
+    for lines in rounds.values():
+        if len({line["hash"] for line in lines}) > 1:
+            wrong.append(f"anchors differ after round {lines[0]['round']}")
+        before = [anchors[p] for line in lines for p in line["past"] if p in anchors]
+        sent = {line["worker"]: line for line in lines if line["sent"] is not None}
+        joined = {line["worker"] for line in lines if line["sent"] is None}
+        here = set(lines[0]["here"])
+        if not before or here - joined - sent.keys() or not sent:
+            continue  # a worker of the round has not logged it
+        total = sum(line["weight"] for line in sent.values() if line["sends"])
+        for i in range(DIRECTIONS):
+            mean = sum(line["weight"] * line["sent"][i] for line in sent.values() if line["sends"]) / (total or 1.0)
+            if abs(before[0][i] - lines[0]["anchor"][i] - mean) > 1e-8:
+                wrong.append(
+                    f"round {lines[0]['round']}: the anchor moved by {before[0][i] - lines[0]['anchor'][i]:.6g}, "
+                    f"and {mean:.6g} was sent"
+                )
+                break
+        checked += 1
+    return {"wrong": wrong, "rounds": len(rounds), "accounted": checked}
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def cut(folder: Path) -> dict[str, Any]:
+    """Run three workers on three hosts and a lighthouse on a fourth; disconnect the last worker for 15 seconds."""
+    import threading
+
+    from lab.bench.hosts import Hosts
+
+    with Hosts(4, 100.0) as hosts:
+        address = f"http://{hosts.address(3)}:29510"
+        environment = {"GLOO_SOCKET_IFNAME": hosts.interface}
+        specs = [
+            Spec(f"w{i}", address, str(folder / f"w{i}.jsonl"), 10, 40, None, 0.1, 0, environment=environment, life=i)
+            for i in range(3)
+        ]
+        crew = Crew(folder, specs[0])
+        crew.logs = [Path(spec.log) for spec in specs]
+        script = [sys.executable, __file__]
+        commands = [["sh", "-c", 'sleep 1; exec "$@"', "sh", *script, "worker", json.dumps(asdict(s))] for s in specs]
+        commands.append([*script, "lighthouse", str(folder / "over")])
+        moments: list[float] = []
+
+        def disturb() -> None:
+            _until(lambda: crew.newest("round") >= 5, 60)
+            hosts.plug(2, connected=False)
+            moments.append(time.time())
+            time.sleep(15)
+            hosts.plug(2, connected=True)
+            moments.append(time.time())
+            _until(lambda: sum(any(x["event"] == "end" for x in lines) for lines in crew.read()) == 3, 120)
+            (folder / "over").touch()
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        hosts.run(commands)
+        thread.join()
+    logs = crew.read()
+    rounds = [[line for line in lines if line["event"] == "round"] for lines in logs]
+    out, back = moments
+    during = [line for line in rounds[0] if out < line["t"] < back]
+    after = [line for line in rounds[2] if line["t"] > back]
+    wrong = account(logs)["wrong"]
+    wrong += [] if any(line["workers"] == 2 for line in during) else ["no round without the one behind the cable"]
+    wrong += [] if any(line["workers"] == 3 for line in after) else ["the one behind the cable does not come back"]
+    wrong += [line["error"] for lines in logs for line in lines if line["event"] == "error"]
+    return {
+        "wrong": wrong,
+        "rounds_during": len(during),
+        "first_after": during[0]["t"] - out if during else None,
+        "back_after": after[0]["t"] - back if after else None,
+        "rounds_of_all": sum(line["workers"] == 3 for line in after),
+    }
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["worker"]:
+        work(Spec(**json.loads(sys.argv[2])))
+    if sys.argv[1:2] == ["lighthouse"]:
+        ours, theirs = multiprocessing.Pipe()
+        import threading
+
+        threading.Thread(target=shine, args=(theirs, 3600.0, "[::]:29510", 1), daemon=True).start()
+        ours.recv()
+        _until(Path(sys.argv[2]).exists, 3600.0)
+        os._exit(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle", "torchft", "torchft.local_sgd"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that started processes are ended
+    folder = Path(tempfile.mkdtemp(prefix="elastic-"))
+    found = cut(folder)
+    if found["wrong"]:
+        print(f"see {folder}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    line = json.dumps(found)
+    print(line, flush=True)
+    if arguments.out is not None:
+        arguments.out.write_text(line + "\n")
+    sys.exit(bool(found["wrong"]))
+
+
+if __name__ == "__main__":
+    main()

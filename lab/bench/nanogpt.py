@@ -1,0 +1,221 @@
+"""nanoGPT's recipe for a CPU, on its text, with local updates of AdamW: validation losses of one, two and more workers.
+
+The network has 4 layers, 4 heads, width 128 and no biases (0.80 million parameters); the recipe is 2,000 steps of 12
+windows of 64 characters, AdamW with betas 0.9 and 0.99, a rate of 0.001 with 100 steps of warm-up and a cosine to a
+tenth, and gradients clipped to norm 1. Its README reports a loss of 1.88 on tinyshakespeare. Each worker has 12 windows
+a step, so W workers read W times as much text; "dense" is one process with the windows of all workers, which is what
+DistributedDataParallel computes. Nothing is tuned: local updates have the recipe's rate. Workers are simulated in one
+process. The loss is over all windows of the last tenth of the text.
+
+    python -m lab.bench.nanogpt run --text FOLDER/tinyshakespeare/input.txt --workers 2 4 --seeds 0 1 2
+    python -m lab.bench.nanogpt table
+
+The text is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt (1.1 MB).
+"""
+
+import argparse
+import csv
+import hashlib
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import packsaddle
+from lab.bench.origin import Origin
+from lab.bench.rows_file import add_rows
+from packsaddle.comm.group import resolve
+
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+ROWS = Path("experiments/nanogpt/runs.csv")
+BLOCK, BATCH, STEPS, RATE = 64, 12, 2000, 1e-3
+WIDTH, HEADS, LAYERS = 128, 4, 4
+
+
+@dataclass(frozen=True)
+class Method:
+    """Dense training, or local updates of one bit every 8 steps with further arguments of `LocalUpdates`."""
+
+    local: Mapping[str, Any] | None = None  # None: dense training
+    warm_up: int = 100  # steps
+
+
+METHODS = {
+    "dense": Method(),
+    "local": Method({}),
+    "local, no mean momentum": Method({"mean_momentum": 0.0}),
+    "local, agreement": Method({"outer": packsaddle.OuterAgreement(0.5)}),
+    "local, warm-up 500": Method({}, 500),
+    "local, agreement, warm-up 500": Method({"outer": packsaddle.OuterAgreement(0.5)}, 500),
+    "dense, warm-up 500": Method(None, 500),
+}
+
+
+class Layer(nn.Module):
+    """A transformer layer of nanoGPT: causal self-attention and an MLP, both after a norm and without biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, WIDTH))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """nanoGPT's network; its output layer has the weights of the embedding. It returns the loss of predicting y."""
+
+    def __init__(self, characters: int, seed: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(characters, WIDTH), nn.Embedding(BLOCK, WIDTH)
+        self.layers, self.norm = nn.ModuleList(Layer() for _ in range(LAYERS)), nn.LayerNorm(WIDTH, bias=False)
+        rng = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                is_residual = name.endswith(("out.weight", "down.weight"))
+                p.data.normal_(0, 0.02 / (math.sqrt(2 * LAYERS) if is_residual else 1), generator=rng)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.tokens(x) + self.places.weight
+        for layer in self.layers:
+            h = layer(h)
+        logits = functional.linear(self.norm(h), self.tokens.weight)
+        return functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as codes of its characters: the first nine tenths to train on, and the last tenth, int64[...]."""
+
+    train: Tensor
+    held_out: Tensor
+    characters: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Text":
+        """Read nanoGPT's text. Raises ValueError for another one."""
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != SHA256:
+            raise ValueError(f"{path} must be tinyshakespeare, with the SHA-256 {SHA256}")
+        text = data.decode()
+        code = {character: i for i, character in enumerate(sorted(set(text)))}
+        codes = torch.tensor([code[character] for character in text])
+        cut = int(0.9 * len(codes))
+        return cls(codes[:cut], codes[cut:], len(code))
+
+    @property
+    def last(self) -> Tensor:
+        """The held-out windows, one after the other, int64[n, 65]."""
+        starts = torch.arange((len(self.held_out) - 1) // BLOCK) * BLOCK
+        return self.held_out[starts[:, None] + torch.arange(BLOCK + 1)]
+
+
+def rate_at(step: int, warm_up: int, steps: int) -> float:
+    """nanoGPT's schedule: a linear warm-up, then a cosine to a tenth of the rate."""
+    if step < warm_up:
+        return RATE * (step + 1) / (warm_up + 1)
+    return 0.1 * RATE + 0.45 * RATE * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
+    """Train as this worker; return the held-out loss of the model of all workers, and the bytes that it has sent."""
+    # The recipe's network and optimizer; matrices alone have weight decay.
+    rank, net = resolve(None).rank, GPT(text.characters, seed)
+    matrices = [p for p in net.parameters() if p.dim() >= 2]
+    others = [p for p in net.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
+    local = None if how.local is None else packsaddle.LocalUpdates(optimizer, every=8, model=net, **how.local)
+
+    # Each worker draws its own windows; dense training those of all workers.
+    mine = range(workers) if local is None else [rank]
+    generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, how.warm_up, steps)
+        starts = torch.cat([torch.randint(len(text.train) - BLOCK, (BATCH,), generator=g) for g in generators])
+        windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
+        optimizer.zero_grad()
+        net(windows[:, :-1], windows[:, 1:]).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+
+    if local is not None:
+        local.flush()
+    with torch.no_grad():
+        pieces = text.last.split(128)
+        total = sum(float(net(w[:, :-1], w[:, 1:])) * len(w) for w in pieces)
+    sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # a ring all-reduce
+    return total / len(text.last), sent if local is None else local.ledger.total.sent
+
+
+def make(path: Path, text: Text, name: str, workers: int, seed: int) -> None:
+    """Train, and add a row to a file, unless it has this one already."""
+    if any((row["method"], int(row["workers"]), int(row["seed"])) == (name, workers, seed) for row in rows(path)):
+        return
+    torch.set_num_threads(1)
+    how = METHODS[name]
+    processes = 1 if how.local is None else workers
+    loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed), processes)[0]
+    row = {"method": name, "workers": workers, "seed": seed, "loss": round(loss, 4), "sent": sent}
+    add_rows(path, [row | asdict(Origin.here(text=SHA256[:12]))])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(found: Sequence[Mapping[str, str]]) -> str:
+    """Return the Markdown table of the mean losses over seeds, with the range, and of the megabytes sent."""
+    lines = ["| workers | method | loss | range, seeds | MB sent by a worker |", "| --- " * 5 + "|"]
+    keys = sorted({(int(row["workers"]), list(METHODS).index(row["method"])) for row in found})
+    for workers, index in keys:
+        name = list(METHODS)[index]
+        mine = [row for row in found if row["method"] == name and int(row["workers"]) == workers]
+        losses = sorted(float(row["loss"]) for row in mine)
+        spread = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
+        sent = int(mine[0]["sent"]) / 1e6
+        lines.append(f"| {workers} | {name} | {statistics.fmean(losses):.3f} | {spread} | {sent:,.4g} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("--text", type=Path, help="nanoGPT's input.txt")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=ROWS)
+    options = parser.parse_args()
+    if options.command == "table":
+        print(table(rows(options.out)))
+        return
+    if options.text is None:
+        parser.error("run needs --text")
+    text = Text.read(options.text)
+    for seed in options.seeds:
+        for workers in options.workers:
+            for name in options.methods:
+                if workers > 1 or name.startswith("dense"):
+                    make(options.out, text, name, workers, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Generators of the documentation: extensions of Sphinx, pictures, and the pages of tutorials."""

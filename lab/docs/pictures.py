@@ -1,0 +1,369 @@
+"""The pictures of ideas in docs/pictures: each as NAME-light.svg and NAME-dark.svg, with text as text.
+
+make pictures, or: python -m lab.docs.pictures [--out FOLDER]
+
+A picture is 560 units wide, with text of at least 18, which is 11 pixels on a phone. Positions are in these units, from
+the upper left corner. Vectors, certificates and bytes are computed by the package, or read from an experiment's rows.
+"""
+
+import argparse
+import csv
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+from torch import Tensor
+
+import packsaddle
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "docs" / "pictures"
+WIDTH = 560
+TEXT = 18  # the smallest size of a letter
+D = 200  # coordinates of the saddle's problem
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "packsaddle", "font.size": TEXT, "lines.solid_capstyle": "round"}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colors on a transparent background."""
+
+    ink: str
+    muted: str
+    fill: str
+    page: str  # behind text that crosses a line
+    first: str  # worker 1, and what is computed
+    second: str  # worker 2
+    kept: str  # residuals
+    level: str  # contour lines
+
+
+THEMES = {
+    "light": Theme("#1f2328", "#59636e", "#eef1f4", "#ffffff", "#0969da", "#bc4c00", "#1a7f37", "#c3ccd5"),
+    "dark": Theme("#e6edf3", "#a4afba", "#262c34", "#131416", "#6cb6ff", "#f69d50", "#57c264", "#444c56"),
+}
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A picture that is being drawn: marks at (x, y) in units, y downwards."""
+
+    axes: Axes
+    theme: Theme
+
+    def text(self, x: float, y: float, words: str, color: str = "", wrap: int = 99, **options: object) -> None:
+        """Write words from (x, y) on, in lines of at most `wrap` letters."""
+        style = {"color": color or self.theme.ink, "fontsize": TEXT, "va": "center", **options}
+        for i, line in enumerate(textwrap.wrap(words, wrap)):
+            self.axes.text(x, y + 1.3 * TEXT * i, line, **style)
+
+    def arrow(self, start: tuple[float, float], end: tuple[float, float], color: str = "", **options: object) -> None:
+        style = {"arrowstyle": "-|>", "mutation_scale": 16, "lw": 2, "shrinkA": 0, "shrinkB": 0, **options}
+        self.axes.add_patch(FancyArrowPatch(start, end, color=color or self.theme.muted, zorder=3, **style))
+
+    def box(self, x: float, y: float, width: float, height: float, color: str = "", **options: object) -> None:
+        """Draw a box from its upper left corner."""
+        style = {"facecolor": self.theme.fill, "edgecolor": color or self.theme.muted, "lw": 1.5, **options}
+        self.axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=8", **style))
+
+    def dot(self, x: float, y: float, color: str, size: float = 7) -> None:
+        self.axes.add_patch(Circle((x, y), size, color=color, zorder=4, lw=0))
+
+
+def local_updates(canvas: Canvas) -> None:
+    """Three rows: the steps of two workers, their changes as message and residual, and the exchange."""
+    theme = canvas.theme
+
+    # The vectors.
+    colors = theme.first, theme.second
+    paths = [walk(torch.tensor(minimum), seed) for seed, minimum in enumerate(([3.0, 0.9], [0.8, -2.2]))]
+    changes = [path[-1] for path in paths]
+    messages = [packsaddle.Sign()(change) for change in changes]
+    mean_message = torch.stack(messages).mean(0)
+
+    # The texts, and where row i has a vector of the plane.
+    rows = (
+        ("1  H steps alone", "Each worker steps from the anchor with its own optimizer and its own data."),
+        (
+            "2  Compress",
+            "Its change is a message of a bit a coordinate, which it sends, and a residual, which it keeps.",
+        ),
+        (
+            "3  Exchange",
+            "The mean message moves the anchor. A worker resumes there, plus its residual: no change is lost.",
+        ),
+    )
+    for i, (title, words) in enumerate(rows):
+        canvas.text(268, 220 * i + 26, title, weight="bold", fontsize=20)
+        canvas.text(268, 220 * i + 60, words, wrap=27)
+        canvas.box(0, 220 * i, 248, 204, lw=0)
+
+    def place(row: int, v: Tensor) -> tuple[float, float]:
+        return 86 + 58 * float(v[0]), 220 * row + 100 - 48 * float(v[1])
+
+    for row in range(3):
+        x, y = place(row, torch.zeros(2))
+        canvas.dot(x, y, theme.ink, 8)
+        canvas.text(x - 14, y, "anchor", weight="bold", ha="right")
+
+    # Row 1: every step of both workers.
+    for path, color in zip(paths, colors, strict=True):
+        canvas.axes.plot(*zip(*(place(0, point) for point in path), strict=True), color=color, lw=2, marker="o", ms=5)
+    canvas.text(104, 34, "worker 1", theme.first)
+    canvas.text(136, 184, "worker 2", theme.second)
+
+    # Row 2: change = message + residual.
+    for change, message, color in zip(changes, messages, colors, strict=True):
+        canvas.arrow(place(1, torch.zeros(2)), place(1, message), color, lw=4, mutation_scale=22)
+        canvas.arrow(place(1, message), place(1, change), theme.kept, lw=3)
+        canvas.dot(*place(1, change), color)
+    canvas.text(42, 220 + 36, "message", theme.first)
+    canvas.text(160, 220 + 94, "residual", theme.kept)
+
+    # Row 3: the new anchor, and the points from which the workers continue.
+    canvas.arrow(place(2, torch.zeros(2)), place(2, mean_message), theme.ink, lw=4, mutation_scale=22, shrinkB=7)
+    for change, message, color in zip(changes, messages, colors, strict=True):
+        start = place(2, mean_message + change - message)
+        canvas.arrow(place(2, mean_message), start, theme.kept, lw=3)
+        canvas.dot(*start, color)
+    canvas.dot(*place(2, mean_message), theme.ink, 8)
+    canvas.text(170, 440 + 68, "new anchor", weight="bold", ha="center")
+
+
+def walk(minimum: Tensor, seed: int, steps: int = 8) -> Tensor:
+    """Return SGD's points from 0 towards a minimum in the plane, float[steps + 1, 2]."""
+    rng = torch.Generator().manual_seed(seed)
+    points = [torch.zeros(2)]
+    for _ in range(steps):
+        points.append(points[-1] + 0.2 * (minimum - points[-1]) + 0.14 * torch.randn(2, generator=rng))
+    return torch.stack(points)
+
+
+def algorithm(canvas: Canvas) -> None:
+    """Algorithm 1 from top to bottom; numbers are the paper's lines, as in packsaddle.reference."""
+    theme = canvas.theme
+
+    def line(number: int, x: float, y: float, words: str = "", **options: object) -> None:
+        canvas.dot(x, y, theme.muted, 15)
+        canvas.text(x, y + 1, str(number), theme.page, ha="center", weight="bold", zorder=5)
+        canvas.text(x + 44, y, words, **options)
+
+    # The start, and the frame of the loop.
+    canvas.box(96, 4, 448, 76)
+    line(1, 66, 24, "memory e = 0 on every worker")
+    line(2, 66, 58, "first segment: x' = x")
+    canvas.arrow((360, 80), (360, 146))
+    canvas.box(2, 96, 556, 552, facecolor="none", linestyle="--")
+    line(3, 66, 122, "for t = 0, 1, ...", weight="bold")
+
+    # The escape check.
+    canvas.box(96, 146, 448, 76)
+    line(4, 66, 166, "y = x - eta mean(e)")
+    line(5, 66, 200, "segment too long, or y too far from x'?")
+    canvas.arrow((260, 222), (260, 260))
+    canvas.text(272, 241, "yes")
+    canvas.box(96, 260, 360, 76)
+    line(6, 66, 280, "if the loss fell x = y, else x = x'")
+    line(7, 66, 314, "new segment: x' = x, e = 0")
+    canvas.arrow((260, 336), (260, 374))
+    canvas.arrow((500, 222), (500, 374))
+    canvas.text(512, 241, "no")
+
+    # Each worker's message and residual.
+    for shift in (12, 6, 0):
+        canvas.box(96 + shift, 374 + shift, 436, 148, zorder=1)
+    canvas.text(110, 396, "each worker", weight="bold")
+    line(9, 66, 430, "v = e + gradient + noise")
+    line(10, 66, 464, "g = C(v), the message")
+    line(12, 66, 498, "e = v - g, the residual", color=theme.kept)
+    canvas.axes.plot((348, 386, 386), (498, 498, 430), color=theme.kept, lw=2.5)
+    canvas.arrow((386, 430), (356, 430), theme.kept, lw=2.5)
+    canvas.text(400, 464, "next step", theme.kept)
+
+    # The exchange, the way back, and the end.
+    canvas.arrow((260, 534), (260, 576), theme.first, lw=3)
+    canvas.text(274, 556, "g of all workers", theme.first)
+    canvas.box(96, 576, 448, 46, theme.first)
+    line(11, 66, 599, "x = x - eta mean(g), on all workers")
+    canvas.axes.plot((180, 180, 26, 26), (622, 635, 635, 122), color=theme.muted, lw=2)
+    canvas.arrow((26, 122), (50, 122))
+    canvas.arrow((260, 622), (260, 666))
+    line(14, 66, 680, "x, the result after T steps")
+
+
+def saddle(canvas: Canvas) -> None:
+    """The loss around a saddle and a minimum, and what a certificate of each proves about its smallest eigenvalue."""
+    points = torch.zeros(2, D, dtype=torch.float64)
+    points[1, 0] = 0.5**0.5  # where the derivative of x^4 / 4 - x^2 / 4 is 0
+    certificates = [certificate(point) for point in points]
+    landscape(canvas, float(points[1, 0]), certificates[0].escape_direction)
+    intervals(canvas, certificates, exact=[float((eigenvalues() + 3 * point**2).min()) for point in points])
+
+
+def landscape(canvas: Canvas, minimum: float, direction: Tensor) -> None:
+    """Draw contours in the plane of the first and the last coordinate, and the escape direction, float[D]."""
+    theme = canvas.theme
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 280 + 250 * x, 160 - 150 * y
+
+    # The loss, and the points.
+    x, y = torch.meshgrid(torch.linspace(-1.1, 1.1, 89), torch.linspace(-0.85, 0.85, 61), indexing="xy")
+    f = loss(torch.stack((x, y), -1), eigenvalues()[[0, -1]])
+    contours = [-0.06, -0.045, -0.03, -0.015, 0, 0.03, 0.08, 0.16, 0.28]
+    canvas.axes.contour(*place(x, y), f, contours, colors=theme.level, linewidths=1.5, linestyles="solid")
+    v = direction[[0, -1]] / direction[0]
+    for side in (-1, 1):
+        canvas.arrow(place(0, 0), place(*(0.45 * side * v).tolist()), theme.second, lw=3, shrinkA=8)
+    canvas.dot(*place(0, 0), theme.second, 9)
+    canvas.dot(*place(minimum, 0), theme.first, 9)
+
+    # Their names.
+    canvas.text(280, 16, "The loss around a saddle and a minimum", weight="bold", ha="center")
+    halo = {"ha": "center", "bbox": {"facecolor": theme.page, "edgecolor": "none", "pad": 1}}
+    canvas.text(280, 128, "saddle", theme.second, **halo)
+    canvas.text(280 + 250 * minimum, 128, "minimum", theme.first, **halo)
+    canvas.text(204, 190, "v: the loss falls", theme.second, **halo)
+
+
+def intervals(canvas: Canvas, certificates: list[packsaddle.Certificate], exact: list[float]) -> None:
+    """Draw the certified intervals of the smallest eigenvalue, on one axis with the threshold."""
+    theme = canvas.theme
+
+    def at(curvature: float) -> float:
+        return 396 + 480 * curvature
+
+    # The two verdicts.
+    threshold, top = at(certificates[0].threshold), 326
+    canvas.text(280, top, "The Hessian's smallest eigenvalue, certified", weight="bold", ha="center")
+    canvas.box(4, top + 22, threshold - 6, 176, lw=0)
+    canvas.box(threshold + 2, top + 22, 554 - threshold, 176, lw=0)
+    canvas.text((4 + threshold) / 2, top + 42, "a saddle", theme.muted, ha="center")
+    canvas.text((threshold + 558) / 2, top + 42, "second-order stationary", theme.muted, ha="center")
+
+    # An interval each.
+    rows = ((top + 104, 14, "saddle", theme.second), (top + 172, threshold + 12, "minimum", theme.first))
+    for (y, left, name, color), found, value in zip(rows, certificates, exact, strict=True):
+        low, high = found.lambda_min_lower, found.lambda_min_upper
+        canvas.text(left, y - 28, f"{name}: {low:.2f} to {high:.2f}", color)
+        canvas.axes.plot((max(at(low), 30), at(high)), (y, y), color=color, lw=10, solid_capstyle="butt")
+        if at(low) < 30:  # beyond the left edge
+            canvas.arrow((40, y), (10, y), color, lw=10, mutation_scale=26)
+        canvas.axes.plot(at(value), y, "D", color=theme.ink, ms=9, zorder=5)
+
+    # The threshold and the legend.
+    canvas.axes.plot((threshold, threshold), (top + 22, top + 206), color=theme.ink, lw=2, linestyle="--")
+    canvas.text(threshold, top + 222, f"threshold {certificates[0].threshold:.2f}", ha="center")
+    canvas.axes.plot(440, top + 222, "D", color=theme.ink, ms=9)
+    canvas.text(456, top + 222, "exact")
+
+
+def eigenvalues() -> Tensor:
+    """Return the eigenvalues of the Hessian at 0, float64[D]; only the first is negative."""
+    values = torch.linspace(0.05, 1, D, dtype=torch.float64)
+    values[0] = -0.5
+    return values
+
+
+def loss(x: Tensor, curvatures: Tensor) -> Tensor:
+    """Return f(x) = sum_i lambda_i x_i^2 / 2 + x_i^4 / 4, float[...], of x, float[..., n], and lambda, float[n]."""
+    return (curvatures * x**2 / 2 + x**4 / 4).sum(-1)
+
+
+def certificate(point: Tensor) -> packsaddle.Certificate:
+    """Certify a point, float64[D], of f."""
+    search = packsaddle.Search(generator=torch.Generator().manual_seed(0))
+    return packsaddle.certify(
+        torch.nn.ParameterList([point]),
+        lambda model, batch: loss(model[0], eigenvalues()),
+        [torch.zeros(1)],
+        epsilon=0.04,
+        hessian_lipschitz=1.0,
+        search=search,
+    )
+
+
+def wire(canvas: Canvas) -> None:
+    """The bytes that a worker sends after each of eight steps, by three methods, on one scale."""
+    theme = canvas.theme
+
+    # The methods: name, row of the table, period.
+    sent = kilobytes()
+    methods = (
+        ("DistributedDataParallel", "ddp", 1, "every step, {:.0f} bits a parameter", theme.muted),
+        ("register_ddp_hook", "QSGD(127) hook=bucket", 1, "every step, {:.0f} bits a parameter", theme.second),
+        ("LocalUpdates", "Sign(per_tensor=True) every=8", 8, "every 8 steps, {:.0f} bit a parameter", theme.first),
+    )
+    parameters = 1e3 * sent["ddp"] / 4  # of two workers each sends every gradient once
+
+    # Bars of eight steps and their mean.
+    canvas.text(4, 14, "Bytes that a worker sends after each of 8 steps", weight="bold")
+    for i, (name, row, every, words, color) in enumerate(methods):
+        top, ground = 44 + 142 * i, 174 + 142 * i
+        canvas.text(4, top + 10, name, color, weight="bold")
+        canvas.text(4, top + 34, words.format(8e3 * every * sent[row] / parameters))
+        for step in range(1, 9):
+            height = 76 * every * sent[row] / sent["ddp"] if step % every == 0 else 0
+            canvas.axes.bar(44 * step - 20, -height, 30, ground, color=color)
+        canvas.axes.plot((4, 370), (ground, ground), color=theme.muted, lw=1.5)
+        canvas.text(386, ground - 46, f"{sent[row]:,.0f} kB", color, fontsize=26, weight="bold")
+        canvas.text(386, ground - 14, "a step")
+    for step in range(1, 9):
+        canvas.text(44 * step - 20, 474, str(step), theme.muted, ha="center")
+    canvas.text(386, 474, f"of {parameters:,.0f}", theme.muted)
+    canvas.text(386, 498, "parameters", theme.muted)
+
+
+def kilobytes() -> dict[str, float]:
+    """Return the kB that a worker of two sends in a step on average, by method, of the GPT in experiments/race."""
+    with (ROOT / "experiments" / "race" / "curves.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["workers"], row["steps"], row["seed"]) == ("2", "600", "0")]
+    return {row["contender"].partition(" lr=")[0]: float(row["sent"]) / 1e3 for row in rows if row["lr"] == "0.002"}
+
+
+def svg(draw: Callable[[Canvas], None], height: int, theme: Theme) -> str:
+    """Return a picture as SVG; one point of matplotlib is one unit."""
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(WIDTH / 72, height / 72))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
+        axes.axis("off")
+        draw(Canvas(axes, theme))
+        out = StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    return re.sub(r'(width|height)="(\d+)pt"', r'\1="\2"', out.getvalue())
+
+
+PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
+    "local-updates": (local_updates, 646),
+    "algorithm": (algorithm, 704),
+    "saddle": (saddle, 566),
+    "wire": (wire, 512),
+}
+
+
+def write(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, (draw, height) in PICTURES.items():
+        for shade, theme in THEMES.items():
+            (out / f"{name}-{shade}.svg").write_text(svg(draw, height, theme))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    write(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

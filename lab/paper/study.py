@@ -1,0 +1,194 @@
+"""A study: settings times seeds, each a run folder of its own, so that what is done is never done again."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lab.runs import Config, RunFolder, commit, configure, make_new, override
+from packsaddle.errors import ConfigError
+from packsaddle.options import build, first_difference, plain
+
+Scale = Literal["paper", "cpu", "smoke"]
+Data = Literal["mnist", "cifar10", "folder", "text"]
+
+
+@dataclass(frozen=True)
+class SubRun:
+    """One run of a study."""
+
+    setting: str  # its folder
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Its folder inside the study's `runs`."""
+        return f"{self.setting}/seed-{self.config.seed}"
+
+    def __str__(self) -> str:
+        return f"run {self.name}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a study; `settings` gives each setting's folder and configuration, whose seed is replaced."""
+
+    name: str
+    scale: Scale
+    settings: dict[str, Config]
+    seeds: int  # 0 ... seeds - 1
+
+    def sub_runs(self) -> list[SubRun]:
+        """All runs, seed by seed, so that a study that is cut off has every setting."""
+        return [
+            SubRun(name, replace(config, seed=seed))
+            for seed in range(self.seeds)
+            for name, config in self.settings.items()
+        ]
+
+    def changed(self, overrides: Sequence[str], seeds: int | None, only: Sequence[str]) -> "Study":
+        """Return the study with `key=value` overrides in every configuration, other seeds, or some settings only.
+
+        Raises ConfigError.
+        """
+        unknown = [name for name in only if name not in self.settings]
+        if unknown:
+            raise ConfigError(f"{self.name} has no setting {unknown[0]!r}; it has {', '.join(self.settings)}")
+        if seeds is not None and seeds < 1:
+            raise ConfigError(f"seeds must be at least 1, got {seeds}")
+        kept = {name: config for name, config in self.settings.items() if not only or name in only}
+        told = [text for text in overrides if self._varies(text, kept)]
+        settings = {name: _overridden(config, overrides, told) for name, config in kept.items()}
+        return replace(self, settings=settings, seeds=self.seeds if seeds is None else seeds)
+
+    def _varies(self, text: str, kept: Mapping[str, Config]) -> bool:
+        """Tell if the study's settings differ in an override's key. Raises ConfigError if the kept ones do."""
+        key = override({}, text)
+        if key[0] in ("seed", "label"):
+            instead = "choose how many with --seeds" if key[0] == "seed" else "they name its settings"
+            raise ConfigError(f"--set {text}: a study has {key[0]}s of its own; {instead}")
+        first, value = next((name, _value(config, key)) for name, config in kept.items())
+        for name, config in kept.items():
+            if (other := _value(config, key)) != value:
+                raise ConfigError(
+                    f"--set {text}: {'.'.join(key)} is what settings differ in, {value!r} in {first} and {other!r} in "
+                    f"{name}; choose those with one value by --only"
+                )
+        return any(_value(config, key) != value for config in self.settings.values())
+
+
+def _value(config: Config, key: Sequence[str]) -> Any:
+    """The value at a dotted key; None if there is nothing."""
+    found: Any = plain(config)
+    for name in key:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _overridden(config: Config, overrides: Sequence[str], told: Sequence[str]) -> Config:
+    """The configuration with overrides, of which its label tells those; what is told in epochs keeps its share."""
+    if not overrides:
+        return config
+    changed = configure(plain(config), overrides)
+    share, noise, certify = changed.epochs / config.epochs, changed.noise, changed.certify
+    if share != 1:
+        before = {name: getattr(config.noise, name) for name in ("lower_from", "lower_until")}
+        kept = {name: epoch for name, epoch in before.items() if epoch is not None and epoch == getattr(noise, name)}
+        try:
+            noise = replace(noise, **{name: share * epoch for name, epoch in kept.items()})
+        except ValueError as error:
+            raise ConfigError(f"--set {' '.join(overrides)}: noise: {error}") from None
+        if certify is not None and config.certify is not None and certify.at == config.certify.at:
+            certify = replace(certify, at=tuple(share * epoch for epoch in certify.at))
+    label = f"{changed.label} ({', '.join(told)})" if told else changed.label
+    return replace(changed, noise=noise, certify=certify, label=label)
+
+
+def check_folder(path: Path, name: str, scale: Scale, *, resume: bool) -> None:
+    """Raise ConfigError if a study's folder is there, unless it is this study's and is to be continued."""
+    if not path.exists():
+        return
+    if not resume:
+        raise ConfigError(f"output folder {path} exists; continue it with --resume, or choose another --out")
+    try:
+        found = json.loads((path / "study.json").read_text())
+        there = found["study"], found["scale"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"--resume: {path} is not the folder of a study (no readable study.json)") from None
+    if there != (name, scale):
+        raise ConfigError(f"--resume: {path} holds {there[0]} at scale {there[1]}, not {name} at scale {scale}")
+
+
+def make_folder(path: Path, name: str, scale: Scale) -> None:
+    """Make a study's folder if it is not there. Raises ConfigError if it cannot be made."""
+    if not path.exists():
+        make_new(path)
+        RunFolder(path).write_json("study.json", {"study": name, "scale": scale, "commit": commit()})
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study's folder: study.json, runs/SETTING/seed-N, and what is made of them."""
+
+    path: Path
+
+    @property
+    def runs(self) -> Path:
+        """The folder of the runs."""
+        return self.path / "runs"
+
+    def run(self, sub_run: SubRun) -> Path:
+        """A run's folder."""
+        return self.runs / sub_run.name
+
+    def check(self, study: Study, *, resume: bool) -> None:
+        """Raise ConfigError if the folder is there, unless it is this study's, so configured, and to be continued."""
+        check_folder(self.path, study.name, study.scale, resume=resume)
+        for sub_run in study.sub_runs():
+            there = self._config_of(sub_run)
+            if there is None and not self.is_done(sub_run):
+                continue  # there is nothing of it
+            if there != sub_run.config:
+                known = {} if there is None else plain(there)
+                workers = "workers", sub_run.config.workers, known.get("workers")
+                key, now, before = first_difference(plain(sub_run.config), known) or workers
+                raise ConfigError(
+                    f"--resume: {self.run(sub_run)} was made with another configuration: {key} was {before!r}, and is "
+                    f"{now!r}"
+                )
+
+    def make(self, study: Study) -> None:
+        """Make the folder if it is not there. Raises ConfigError if it cannot be made."""
+        make_folder(self.path, study.name, study.scale)
+
+    def _config_of(self, sub_run: SubRun) -> Config | None:
+        """The configuration in a run's folder, keys that are newer than it at their defaults."""
+        try:
+            return build(Config, json.loads((self.run(sub_run) / "config.json").read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def is_done(self, sub_run: SubRun) -> bool:
+        """Tell if a run has been finished (its summary comes last)."""
+        return (self.run(sub_run) / "summary.json").is_file()
+
+    def is_begun(self, sub_run: SubRun) -> bool:
+        """Tell if there is something of this run to continue."""
+        return self._config_of(sub_run) == sub_run.config
+
+    def missing(self, sub_runs: Iterable[SubRun]) -> list[SubRun]:
+        """Those that are still to be done."""
+        return [sub_run for sub_run in sub_runs if not self.is_done(sub_run)]
+
+    def progress(self, sub_run: SubRun) -> float:
+        """The share of a run that is done, by the epochs in its metrics."""
+        if self.is_done(sub_run):
+            return 1.0
+        try:
+            with (self.run(sub_run) / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 65536))
+                last = [line for line in file.read().split(b"\n")[:-1] if line][-1]
+            return min(1.0, float(json.loads(last)["epoch"]) / sub_run.config.epochs)
+        except (OSError, IndexError, ValueError, KeyError):
+            return 0.0

@@ -1,0 +1,291 @@
+"""Table 1 with numbers: the paper's orders, plans for one d and epsilon, and exponents measured on known saddles.
+
+`theorem` makes the measurements. The tables have the shares of stationary iterates, steps, and their exponents; the
+figure shows steps and bytes against epsilon and d.
+"""
+
+import csv
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from lab.paper.progress import StudyProgress
+from lab.paper.runner import default_jobs, in_parallel
+from lab.paper.study import Scale, check_folder, make_folder
+from lab.paper.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
+from lab.runs import RunFolder, check_free, commit, environment, locked, written
+from lab.runs.report import COLOURS
+from packsaddle.errors import require
+from packsaddle.theory import TABLE_1, Assumptions, plan
+
+Run = dict[str, Any]
+
+
+def shares(runs: list[Run]) -> list[Run]:
+    """The share of epsilon-SOSPs among x_0 ... x_T for the planned T, a row per setting."""
+    groups = defaultdict(list)
+    for run in runs:
+        if run["question"] == "share" and not run["quiet"]:
+            groups[run["constants"], run["problem"], run["epsilon"], run["d"], run["compressor"]].append(run)
+    rows = []
+    for (constants, problem, epsilon, d, compressor), group in sorted(groups.items()):
+        rows.append(
+            {
+                "constants": constants,
+                "problem": problem,
+                "epsilon": epsilon,
+                "d": d,
+                "compressor": compressor,
+                "theorem": group[0]["theorem"],
+                "T": group[0]["planned_steps"],
+                "seeds": len(group),
+                "smallest_share": min(run["share"] for run in group),
+                "first_half_at": max((run["half"] or math.inf) for run in group),
+                "rolled_back": sum(run["rolled_back"] for run in group),
+            }
+        )
+    return rows
+
+
+def saddles(runs: list[Run]) -> list[Run]:
+    """The same for runs that only xi_t can bring off the saddle, by variant, and the first epsilon-SOSP's step."""
+    groups = defaultdict(list)
+    for run in runs:
+        if run["quiet"]:
+            groups[run["compressor"], run["variant"]].append(run)
+    return [
+        {
+            "compressor": compressor,
+            "variant": variant,
+            "T": group[0]["planned_steps"],
+            "seeds": len(group),
+            "smallest_share": min(run["share"] for run in group),
+            "largest_share": max(run["share"] for run in group),
+            "first": median(math.inf if run["first"] is None else run["first"] for run in group),
+            "rolled_back": sum(run["rolled_back"] for run in group),
+        }
+        for (compressor, variant), group in groups.items()
+    ]
+
+
+def steps(runs: list[Run]) -> list[Run]:
+    """Steps until half of the iterates are epsilon-SOSPs, with the planned step size and with the best one tried."""
+    groups: dict[Any, dict[float, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run["question"] == "half":
+            key = (run["lipschitz"], run["epsilon"], run["d"], run["compressor"])
+            groups[key][run["factor"]].append(run)
+    rows = []
+    for (lipschitz, epsilon, d, compressor), by_factor in sorted(groups.items()):
+        medians = {f: median(run["half"] or math.inf for run in group) for f, group in by_factor.items()}
+        every = {f: m for f, m in medians.items() if all(run["half"] for run in by_factor[f])}
+        best = min(every, key=lambda f: every[f])
+        planned = by_factor[1.0][0]
+        fall = 2 * (WIDTH * math.sqrt(epsilon)) ** 3  # of f from one saddle; a fall of 1 takes 1 / fall of them
+        rows.append(
+            {
+                "lipschitz": lipschitz,
+                "epsilon": epsilon,
+                "d": d,
+                "compressor": compressor,
+                "seeds": len(by_factor[1.0]),
+                "eta": planned["eta"],
+                "bound_by": planned["bound_by"],
+                "planned": planned["planned_steps_f1"],
+                "measured": medians[1.0] / fall,
+                "best": every[best] / fall,
+                "best_factor": best,
+                "bytes_per_step": planned["bytes_per_step"],
+                "planned_bytes": medians[1.0] / fall * planned["bytes_per_step"],
+                "best_bytes": every[best] / fall * planned["bytes_per_step"],
+            }
+        )
+    return rows
+
+
+def exponents(rows: list[Run]) -> list[Run]:
+    """Slopes in log-log of steps and bytes, against epsilon and against d; `limit` is what T's tends to."""
+    out = []
+    for compressor in COMPRESSORS:
+        for lipschitz in (True, False):
+            mine = [row for row in rows if row["compressor"] == compressor and row["lipschitz"] == lipschitz]
+            for variable in ("epsilon", "d"):
+                points = sweep(mine, variable)
+                if len(points) > 2:
+                    fits = {
+                        name: fit(points, variable, name)
+                        for name in ("planned", "measured", "best", "planned_bytes", "best_bytes")
+                    }
+                    out.append(
+                        {"compressor": compressor, "lipschitz": lipschitz, "against": variable}
+                        | {"limit": limit(compressor, lipschitz, variable)}
+                        | {name: round(slope, 2) for name, slope in fits.items()}
+                    )
+    return out
+
+
+def limit(compressor: str, lipschitz: bool, variable: str) -> float:
+    """The exponent of the planned T where epsilon is small, or d large, at the mu that was measured."""
+
+    def steps_at(epsilon: float, d: int) -> float:
+        known = Assumptions(d, epsilon, sigma=SIGMA, lipschitz_gradient=1.0 if lipschitz else None)
+        return plan(known, COMPRESSORS[compressor]).steps
+
+    if variable == "epsilon":
+        ends = [(math.log(e), math.log(steps_at(e, 16))) for e in (1e-9, 1e-8)]
+    else:
+        ends = [(math.log(d), math.log(steps_at(0.2, d))) for d in (10**10, 10**9)]
+    (x, y), (u, v) = ends
+    return round((v - y) / (u - x), 2)
+
+
+def sweep(rows: list[Run], variable: str) -> list[Run]:
+    """The rows in which only this variable changes."""
+    other = "d" if variable == "epsilon" else "epsilon"
+    counts: dict[Any, list[Run]] = defaultdict(list)
+    for row in rows:
+        counts[row[other]].append(row)
+    most: list[Run] = max(counts.values(), key=len) if counts else []
+    return sorted(most, key=lambda row: row[variable])
+
+
+def fit(rows: list[Run], variable: str, quantity: str) -> float:
+    return float(np.polyfit(np.log([r[variable] for r in rows]), np.log([r[quantity] for r in rows]), 1)[0])
+
+
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+
+
+def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
+    """Return steps against epsilon and d, and bytes against epsilon, of `exponents.steps`'s rows."""
+    require("matplotlib", "lab", "drawing figures")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    colours = dict(zip(compressors, COLOURS, strict=False))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+        axes = figure.subplots(1, 3)
+        lipschitz = [row for row in rows if row["lipschitz"]]
+        panels = (
+            (axes[0], "epsilon", ("planned", "measured", "best"), "steps per unit of f"),
+            (axes[1], "d", ("planned", "measured", "best"), "steps per unit of f"),
+            (axes[2], "epsilon", ("planned_bytes", "best_bytes"), "bytes sent per worker and unit of f"),
+        )
+        styles = {"planned": ":", "measured": "--", "best": "-", "planned_bytes": "--", "best_bytes": "-"}
+        for axis, variable, quantities, label in panels:
+            for name, colour in colours.items():
+                points = sweep([row for row in lipschitz if row["compressor"] == name], variable)
+                for quantity in quantities:
+                    xs, ys = [p[variable] for p in points], [p[quantity] for p in points]
+                    axis.plot(xs, ys, styles[quantity], color=colour, marker="o", markersize=3.5)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            ticks = sorted({row[variable] for row in lipschitz})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.set_xlabel({"epsilon": "epsilon (d = 16)", "d": "d (epsilon = 0.2)"}[variable])
+            axis.set_ylabel(label)
+        handles = [mpl.lines.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+        handles += [
+            mpl.lines.Line2D([], [], color="grey", linestyle=":", label="planned T"),
+            mpl.lines.Line2D([], [], color="grey", linestyle="--", label="measured, planned step size"),
+            mpl.lines.Line2D([], [], color="grey", linestyle="-", label="measured, best step size"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
+        return figure
+
+
+# The paper's rows, and what stands for them in the measurements (with k/d = 1/8, or half of the energy kept).
+STANDS_FOR = {"uncompressed": "Identity", "SketchTopK": "SketchTopK", "RandomK": "RandomK", "constant": "AdaptiveTopK"}
+
+
+def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: int | None) -> list[dict[str, Any]]:
+    """Measure what is missing, write tables and figure, and return the rows of exponents. Raises ConfigError."""
+    wanted = list(few_jobs() if scale == "smoke" else all_jobs())
+    check_free(folder)
+    check_folder(folder, "table1", scale, resume=resume)
+    make_folder(folder, "table1", scale)
+    with locked(folder), written(folder):
+        return _tabulated(wanted, folder, version, scale, jobs)
+
+
+def _tabulated(
+    wanted: Sequence[Job], folder: Path, version: str, scale: Scale, jobs: int | None
+) -> list[dict[str, Any]]:
+    lines = _measured(folder / "runs.jsonl")
+    done = {Job(**{key: line[key] for key in Job.__dataclass_fields__}) for line in lines}
+    lines += _measure([job for job in wanted if job not in done], len(wanted), folder, jobs or default_jobs())
+    rows = steps(lines)
+    RunFolder(folder).write_json("environment.json", {**environment(version, 1, "cpu"), "scale": scale})
+    RunFolder(folder).write_json("table1.json", table(rows))
+    for name, content in (
+        ("shares", shares(lines)),
+        ("saddles", saddles(lines)),
+        ("steps", rows),
+        ("exponents", exponents(rows)),
+    ):
+        _write(content, folder / f"{name}.csv")
+    draw(rows, list(COMPRESSORS)).savefig(folder / "figure.png", dpi=130)
+    return exponents(rows)
+
+
+def _measured(record: Path) -> list[dict[str, Any]]:
+    """The measurements that are there. A last line that was cut off is ended, so that the next one is apart from it."""
+    lines, found = [], record.read_text() if record.exists() else ""
+    for text in found.splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    if found and not found.endswith("\n"):
+        with record.open("a") as file:
+            file.write("\n")
+    return lines
+
+
+def _measure(missing: Sequence[Job], all_of_them: int, folder: Path, jobs: int) -> list[dict[str, Any]]:
+    if not missing:
+        return []
+    found: list[dict[str, Any]] = []
+    done = dict.fromkeys((str(i) for i in range(all_of_them - len(missing))), 1.0)
+    with StudyProgress("table1", all_of_them) as progress:
+
+        def look(active: Collection[Job]) -> None:
+            progress.show({**done, **dict.fromkeys(map(str, active), 0.0)}, set(map(str, active)))
+
+        for job, result in in_parallel(measure, missing, jobs, look):
+            RunFolder(folder).append("runs.jsonl", {**result, "commit": commit()})
+            found.append(result)
+            done[f"{job}"] = 1.0
+        look(())
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]], d: int = 1_000_000, epsilon: float = 0.1) -> dict[str, Any]:
+    """Return Table 1 at a d and an epsilon, each row with the plan that stands for it and the measured exponents."""
+    slopes = exponents([dict(row) for row in rows])
+    found = []
+    for row in TABLE_1:
+        ours = STANDS_FOR[row.compressor.split()[0]]
+        known = Assumptions(d, epsilon, lipschitz_gradient=1.0 if row.lipschitz else None)
+        planned = plan(known, COMPRESSORS[ours])
+        measured = [s for s in slopes if s["compressor"] == ours and s["lipschitz"] == row.lipschitz]
+        numbers = {key: getattr(planned, key) for key in ("mu", "eta", "steps", "sent", "total", "theorem")}
+        found.append({**row.plain(d, epsilon), "stands_for": ours, "plan": numbers, "exponents": measured})
+    return {"d": d, "epsilon": epsilon, "rows": found}
+
+
+def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    if not rows:
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

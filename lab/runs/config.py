@@ -1,0 +1,311 @@
+"""The configuration of a run: typed, frozen, read from TOML, and saved with all defaults in every run folder.
+
+The comments on fields are written into the file of `python -m lab init` (see `templates`).
+"""
+
+import inspect
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from packsaddle.compressors import Compressor, Identity
+from packsaddle.compressors.registry import PLAIN
+from packsaddle.curvature.options import Search
+from packsaddle.errors import ConfigError, check_counts, check_momentum, check_not_negative, check_positive, read_toml
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.escape import EscapeRule
+from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
+from packsaddle.local.updates import LocalUpdates
+from packsaddle.messages import shortened, shown
+from packsaddle.options.schema import build, line_of
+from packsaddle.sgd.gradient import Storm
+
+# The classes that `kind` may name; for type checkers, which cannot read PLAIN, their base class.
+if TYPE_CHECKING:
+    AnyCompressor = Compressor
+else:
+    AnyCompressor = reduce(or_, PLAIN)
+_LOCAL_COMPRESSOR = inspect.signature(LocalUpdates).parameters["compressor"].default
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training examples, and their distribution to the workers."""
+
+    name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
+    # iid: at random; class: worker i gets the classes c with c mod W = i, or of text the i-th of W consecutive parts
+    shard: Literal["iid", "class"] = "iid"
+    limit: int | None = None  # use only this many training examples; by default all
+    context: int = 64  # text only: characters per example
+
+    def __post_init__(self) -> None:
+        check_counts(limit=self.limit, context=self.context)
+        if self.name != "text" and self.context != 64:
+            raise ValueError(f"context is only for text, got name = {self.name!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    # mnist-autoencoder: the paper's; autoencoder: fully connected, with the widths below
+    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
+    widths: tuple[int, ...] = ()  # autoencoder: units of the encoder's layers after the input; the decoder mirrors them
+    output: Literal["sigmoid", "linear"] = "sigmoid"  # autoencoders: the last activation
+    width: int = 64  # resnet: channels of the first stage; char-transformer: embedding dimension
+    stem: Literal["small", "imagenet"] = "small"  # resnet: 3 x 3 convolution, or 7 x 7 with stride 2 and max pooling
+    norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm per worker or over all, or group norm
+    depth: int = 2  # char-transformer: number of blocks
+    heads: int = 2  # char-transformer: attention heads, of dimension width / heads each
+
+    def __post_init__(self) -> None:
+        if self.width < 4:
+            raise ValueError(f"width must be at least 4, got {self.width}")
+        resnet, text = "resnet" in self.name, self.name == "char-transformer"
+        self._check_applies("a resnet", resnet, stem="small", norm="worker")
+        self._check_applies("a resnet or the char-transformer", resnet or text, width=64)
+        self._check_applies("the char-transformer", text, depth=2, heads=2)
+        self._check_applies("an autoencoder", "autoencoder" in self.name, output="sigmoid")
+        if (self.name == "autoencoder") != bool(self.widths):
+            raise ValueError(f"widths must be set for the autoencoder, and for no other model, got {list(self.widths)}")
+        if any(w < 1 for w in self.widths):
+            raise ValueError(f"widths must be at least 1, got {list(self.widths)}")
+        check_counts(depth=self.depth, heads=self.heads)
+        if text and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+
+    def _check_applies(self, models: str, applies: bool, **defaults: object) -> None:
+        for name, default in defaults.items():
+            if not applies and getattr(self, name) != default:
+                raise ValueError(f"{name} is only for {models}, got name = {self.name!r}")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Artificial noise xi_t in each step t, Gaussian with standard deviation r in each coordinate."""
+
+    # standard deviation r; 0: no noise. python -m lab run suggests a value at its end, and warns if r is too large.
+    # With [local], r is in the units of x and one xi is added per round
+    std: float = 0.0
+    lower_from: float | None = None  # epoch from which r falls linearly; by default never
+    lower_until: float | None = None  # epoch at which r reaches zero; by default the end of the run
+
+    def __post_init__(self) -> None:
+        check_not_negative(std=self.std, lower_from=self.lower_from, lower_until=self.lower_until)
+        start, stop = self.lower_from, self.lower_until
+        if stop is not None and (start is None or start > stop):
+            raise ValueError(
+                f"lower_until needs a lower_from that is not above it, got lower_from = {start} and {stop}"
+            )
+
+
+@dataclass(frozen=True)
+class EscapeConfig(EscapeRule):
+    """The escape check of Algorithm 1."""
+
+    examples: int = 1024  # examples per worker on which the loss is evaluated
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(examples=self.examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyConfig(Search):
+    """Certificates along the run (see `packsaddle.certify`), and iterates saved for certification afterwards.
+    The defaults of `max_hvps` and `pilot_examples` are below those of `Search`, since a certificate along the run
+    interrupts it, and a pilot gives one bound only."""
+
+    epsilon: float  # target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
+    hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
+    every: float | None = None  # epochs between certificates; by default none along the run
+    at: tuple[float, ...] = ()  # epochs at which a certificate is computed in addition to `every`
+    last_epsilon: float | None = None  # epsilon of the certificate at the end; by default epsilon
+    iterates: int = 0  # iterates drawn uniformly from x_0 ... x_T and saved, for python -m lab certify --iterates
+    examples: int = 1024  # examples per worker, along the run
+    max_hvps: int = 100
+    pilot_examples: int = 0  # examples of a first, cheaper search, which gives one bound only; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(examples=self.examples)
+        check_positive(epsilon=self.epsilon, last_epsilon=self.last_epsilon, hessian_lipschitz=self.hessian_lipschitz)
+        check_positive(every=self.every)
+        check_not_negative(iterates=self.iterates)
+        if any(not 0 < epoch < math.inf for epoch in self.at):
+            raise ValueError(f"at must be epochs above 0, got {list(self.at)}")
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """Local updates: workers step separately and exchange their changes (see `packsaddle.LocalUpdates`).
+    A fragment is a set of parameters exchanged together; a round is one exchange of a fragment."""
+
+    # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
+    # matrices of hidden layers, AdamW for the rest
+    optimizer: Literal["sgd", "adamw", "muon"]
+    every: int = 8  # H, steps between two exchanges
+    betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's betas
+    warm_up: float = 0.0  # epochs in which lr rises linearly at the start
+    schedule: Literal["constant", "cosine"] = "constant"  # lr after the warm-up; cosine: down to a tenth at the end
+    clip: float | None = None  # maximum gradient norm; larger gradients are scaled down; by default no limit
+    keep_unsent: bool = True  # after a round, start from the anchor minus the worker's error memory; false: the anchor
+    # after a round, the fraction of AdamW's first moments that is replaced by the direction of the mean update; by
+    # default 0.5 with adamw and no outer momentum, else 0
+    mean_momentum: float | None = None
+    overlap: Overlap = field(default_factory=Overlap)
+    outer: OuterSGD | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(clip=self.clip)
+        check_not_negative(warm_up=self.warm_up)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
+            raise ValueError(f"betas are only for adamw and muon, not sgd, got {list(self.betas)}")
+        LocalOptions(Compression(Identity()), **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `LocalUpdates` that are keys of this table, by name, without those that are None."""
+        given = {f.name: getattr(self, f.name, None) for f in fields(LocalOptions)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Compression):
+    """The configuration of one run. The options of `Compression` are top-level keys."""
+
+    data: DataConfig
+    model: ModelConfig
+    lr: float  # eta, the step size
+    epochs: float  # passes of all workers together over the data
+    batch_size: int  # examples per worker and step
+    # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds. Without this table
+    # it is Identity (uncompressed), and with [local] the default of `packsaddle.LocalUpdates`, one bit per coordinate
+    compressor: AnyCompressor = field(default=cast(Any, None))
+    # the compressor of the mean sent back to the workers, in the two-way and coordinator exchanges
+    back: AnyCompressor | None = None
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    escape: EscapeConfig | None = None
+    certify: CertifyConfig | None = None
+    local: LocalConfig | None = None
+    label: str = ""  # name in tables and figures; by default the folder's
+    weight_decay: float = 0.0  # times x is added to the gradient before compression (L2); decoupled in adamw and muon
+    # applied to each worker's gradients before compression; by default 0, or for local.optimizer = "muon" 0.95 with
+    # nesterov
+    momentum: float | None = None
+    nesterov: bool = False  # Nesterov momentum
+    memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
+    # weight of the new gradient in STORM's variance reduction, which needs two gradients per step; by default off
+    storm: float | None = None
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: autocast of the forward pass only
+    # maximum number of consecutive steps (with [local]: of rounds) skipped because of non-finite gradients
+    max_skipped: int = 20
+    monitor_every: int = field(default=0, init=False)  # replaced by log_every
+    seed: int = 0  # seed of all random numbers
+    workers: int = 1  # W; overridden by --workers
+    log_every: int = 100  # steps averaged in one line of metrics
+    test_every: float | None = None  # epochs between tests along the run; by default only at its end
+    plateau: float | None = None  # loss level of a plateau; with it, tables show the epochs spent there
+
+    def __post_init__(self) -> None:
+        if self.compressor is None:
+            object.__setattr__(self, "compressor", Identity() if self.local is None else _LOCAL_COMPRESSOR)
+        check_counts(batch_size=self.batch_size, workers=self.workers, log_every=self.log_every)
+        check_positive(epochs=self.epochs, test_every=self.test_every, plateau=self.plateau)
+        check_not_negative(lr=self.lr, weight_decay=self.weight_decay)
+        super().__post_init__()
+        if self.storm is not None:
+            if self.momentum:
+                raise ValueError(f"storm replaces the momentum: it needs momentum = 0, got {self.momentum:g}")
+            Storm(self.storm)
+        check_momentum(*self.effective_momentum())
+
+        # The option classes raise for options that the optimizer of all workers, or local updates, do not support.
+        local = self.local
+        if local is None:
+            self.compression().for_sgd()
+            return
+        LocalOptions(self.compression(), **local.arguments())
+
+        # Each worker steps with local.optimizer: lr, momentum and nesterov are its options.
+        if self.storm is not None:
+            raise ValueError("storm cannot be used with [local], where each worker steps with its own optimizer")
+        if self.momentum and local.optimizer == "adamw":
+            raise ValueError('momentum is only for local.optimizer = "sgd" and "muon"; for adamw set local.betas')
+        if local.warm_up >= self.epochs:
+            raise ValueError(f"local.warm_up must be less than epochs = {self.epochs:g}, got {local.warm_up:g}")
+        if self.escape is not None and (local.overlap.fragments > 1 or local.overlap.delay):
+            raise ValueError("escape needs local.overlap.fragments = 1 and delay = 0: it compares whole anchors")
+
+    def compression(self) -> Compression:
+        values = {f.name: getattr(self, f.name) for f in fields(Compression)}
+        return Compression(**values | {"monitor_every": self.log_every})
+
+    def effective_momentum(self) -> tuple[float, bool]:
+        """Return the momentum and whether it is Nesterov's; by default those of the optimizer."""
+        if self.momentum is None and self.local is not None and self.local.optimizer == "muon":
+            return 0.95, True
+        return self.momentum or 0.0, self.nesterov
+
+    def sgd_lr(self) -> float | None:
+        """Return the equivalent step size lr / (1 - momentum) of plain SGD; None for other optimizers."""
+        if self.local is not None and (self.local.optimizer != "sgd" or self.local.outer is not None):
+            return None
+        return self.lr / (1 - self.effective_momentum()[0])
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
+    text, data = read_toml(path)
+    return configure(data, overrides, lambda key: line_of(key, path, text))
+
+
+def configure(
+    data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
+) -> Config:
+    """Build a Config from nested dictionaries, after applying overrides, such as "data.limit=100", to them in place.
+    Raises ConfigError, naming the override at fault, else the key's place: `origin(key)`, such as a line of a file."""
+    given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
+    try:
+        return build(Config, data)
+    except ConfigError as error:
+        # At fault is the last override of the key or of a table that contains it, else that of a key in it.
+        key = error.key
+        about = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
+        where = given[about[-1]] if about else origin(key)
+        same = [text for k, text in given.items() if k[:1] == key[:1] and text != where]
+        also = f" (with {same[-1]})" if same else ""  # an override may make a value in the file invalid
+        drop = f"; --set {'.'.join(key)}= drops it" if same and str(error).startswith("unknown key") else ""
+        raise ConfigError(f"{where}{also}: {error}{drop}" if where else str(error), key) from None
+
+
+def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key; `key=` removes it.
+    Raises ConfigError."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set needs key=value, got {shown(assignment)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--set {shortened(assignment)}: too many digits, or too deeply nested brackets") from None
+
+    # Create missing tables.
+    *path, last = key = tuple(name.strip().split("."))
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {shortened(assignment)}: {shortened(part)} is not a table")
+    if text.strip():
+        data[last] = value
+    else:
+        data.pop(last, None)
+    return key

@@ -1,0 +1,342 @@
+"""The networks of the paper's experiments, small relatives of them, and a decoder-only transformer over characters.
+
+Batch normalization with W workers: if each worker has examples of few classes, its statistics are those of its classes
+and differ from the running statistics used in tests, so the network does not generalize. Statistics over all workers
+equal those of one machine with the whole batch, and cost two small all-reduces per layer, which are counted.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lab.runs.config import ModelConfig
+from packsaddle.comm.communicator import Communicator
+from packsaddle.errors import ConfigError, require
+
+Norm = Literal["worker", "all", "group"]
+_MOMENTUM, _EPS = 0.1, 1e-5
+
+
+class WorkerBatchNorm2d(nn.Module):
+    """Batch normalization over each worker's batch ("worker") or all workers' ("all"), for float[b, c, h, w].
+
+    The local batch is the concatenation of the batches of `parts` workers (1 except in a fused simulation). Running
+    statistics are first and second moments, whose averages over workers are the moments of all batches. Call `connect`
+    before training with "all".
+    """
+
+    def __init__(self, channels: int, over: Literal["worker", "all"], parts: int = 1) -> None:
+        super().__init__()
+        self.over, self.parts = over, parts
+        self.channel: Communicator | None = None
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_square: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_square", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            variance = self.running_square - self.running_mean.square()
+            return _normalise(x, self.running_mean, variance.clamp(min=0), self.weight, self.bias)
+        if self.over == "worker":
+            if self.parts == 1:
+                return self._local(x, self.weight, self.bias)
+            # Normalize each worker's part by its own statistics, by folding workers into the channel dimension.
+            n, c, h, w = x.shape
+            apart = x.view(self.parts, n // self.parts, c, h, w).transpose(0, 1).reshape(n // self.parts, -1, h, w)
+            y = self._local(apart, self.weight.repeat(self.parts), self.bias.repeat(self.parts))
+            return y.view(n // self.parts, self.parts, c, h, w).transpose(0, 1).reshape(x.shape)
+
+        # Statistics over all workers: exchange the moments, unless all workers are in this process.
+        channel = self.channel
+        if channel is not None and channel.group.size > self.parts:
+            exact = x.to(self.weight.dtype)  # moments and their difference need more than 16 bits
+            local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
+            mean, square = _mean_over_workers(local, channel).chunk(2)
+            self._run(mean.detach(), square.detach())
+            return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
+        if channel is not None and self.parts > 1:  # all workers are here: count the bytes of their exchanges
+            for _ in ("forward", "backward"):
+                channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
+        return self._local(x, self.weight, self.bias)
+
+    def _local(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
+        y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=_EPS)
+        count = x.numel() // x.shape[1]
+        # batch_norm's running variance is unbiased, but it normalizes batches by the biased one.
+        biased = variance * ((count - 1) / count)
+        self._run(mean.detach(), (biased + mean.square()).detach())
+        return y
+
+    @torch.no_grad()
+    def _run(self, mean: Tensor, square: Tensor) -> None:
+        channels = len(self.running_mean)
+        self.running_mean.lerp_(mean.view(-1, channels).mean(0), _MOMENTUM)
+        self.running_square.lerp_(square.view(-1, channels).mean(0), _MOMENTUM)
+
+
+def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    scale = weight * (variance + _EPS).rsqrt()
+    return x * scale[:, None, None] + (bias - mean * scale)[:, None, None]
+
+
+class _MeanOverWorkers(torch.autograd.Function):
+    """Differentiable mean of a tensor over workers, whose backward averages gradients: the total loss is a mean of
+    losses. Under `vmap` over workers (see `batched`) all their tensors are in this process."""
+
+    @staticmethod
+    def forward(local: Tensor, channel: Communicator) -> Tensor:
+        return channel.mean(local.detach().clone(), "batch norm")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Communicator], output: Tensor) -> None:
+        ctx.channel = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _mean_over_workers(gradients[0], ctx.channel), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], local: Tensor, channel: Communicator) -> tuple[Tensor, None]:
+        return local.mean(in_dims[0]), None
+
+
+def _mean_over_workers(local: Tensor, channel: Communicator) -> Tensor:
+    mean: Tensor = _MeanOverWorkers.apply(local, channel)  # type: ignore[no-untyped-call]
+    return mean
+
+
+def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
+    """Make the normalization layer for `channels` channels; "group": groups of four channels, at most 32 groups."""
+    if norm == "group":
+        return nn.GroupNorm(max(1, min(32, channels // 4)), channels)
+    return WorkerBatchNorm2d(channels, norm, parts)
+
+
+def connect(model: nn.Module, channel: Communicator) -> None:
+    for module in model.modules():
+        if isinstance(module, WorkerBatchNorm2d):
+            module.channel = channel
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module, channel: Communicator) -> None:
+    """Replace floating-point buffers (running statistics) with their means over workers, in place; collective."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()]
+    if buffers and channel.group.size > 1:
+        channel.average(buffers, "buffers")
+
+
+class Attention(nn.Module):
+    """Causal self-attention: position i of [b, length, width] attends to positions 0 to i."""
+
+    def __init__(self, width: int, heads: int, gain: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.inwards = linear(width, 3 * width)
+        self.outwards = linear(width, width, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.inwards(x).chunk(3, 2)
+        )
+        # The fused kernels of scaled_dot_product_attention have no second derivative, which certificates need.
+        scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
+        read = scores.masked_fill(later, -math.inf).softmax(3) @ value
+        joined: Tensor = self.outwards(read.transpose(1, 2).flatten(2))
+        return joined
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then an MLP with GELU and four times the width, each with a residual."""
+
+    def __init__(self, width: int, heads: int, gain: float) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads, gain)
+        self.mlp = nn.Sequential(linear(width, 4 * width), nn.GELU(), linear(4 * width, width, gain))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
+
+
+class CharTransformer(nn.Module):
+    """Decoder-only transformer: embeddings of characters and positions, `depth` blocks, logits of the next character.
+
+    Without dropout, so that the loss is a function of weights and batch only; without weight tying, since CompressedSGD
+    rejects parameters that share memory. For SGD with a single step size, initial embeddings are small, residual
+    branches are scaled by 1 / sqrt(2 depth), and logits are nearly equal, so the initial loss is near log(classes).
+    """
+
+    def __init__(self, classes: int, context: int, *, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.characters, self.places = nn.Embedding(classes, width), nn.Embedding(context, width)
+        for embedding in (self.characters, self.places):
+            nn.init.normal_(embedding.weight, std=0.1)
+        gain = 1 / math.sqrt(2 * depth)
+        self.blocks = nn.Sequential(*(Block(width, heads, gain) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = linear(width, classes, 0.1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return the logits of the next character at every position, [b, length, classes], for int64[b, length]."""
+        places = self.places.weight[: codes.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(self.characters(codes) + places)))
+        return logits
+
+
+def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
+    """Make a linear layer with zero initial bias; inputs of variance 1 give outputs of standard deviation `gain`."""
+    layer = nn.Linear(width_in, width_out)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(width_in))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
+    """Make the paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters, for float[b, 1, 28, 28].
+
+    Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The decoder is
+    symmetrical": transposed convolutions in reverse. The paper does not specify activations of the code and output
+    layers; here the former has none, and the output has a sigmoid (experiments/figure2 shows results without it).
+    """
+    layers = [
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 7),
+        nn.ConvTranspose2d(64, 32, 7),
+        nn.ReLU(),
+        nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, output_padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1),
+    ]
+    return nn.Sequential(*layers, *_last(output))
+
+
+def _last(output: str) -> list[nn.Module]:
+    return [nn.Sigmoid()] if output == "sigmoid" else []
+
+
+def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
+    sizes = [shape.numel(), *widths]
+    sizes += sizes[-2::-1]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width_in, width_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1], *_last(output), nn.Unflatten(1, shape))
+
+
+def resnet(
+    depth: int, classes: int, *, width: int = 64, stem: str = "small", norm: Norm = "worker", parts: int = 1
+) -> nn.Module:
+    """Make torchvision's ResNet with `width` channels in its first stage.
+
+    `stem`: torchvision's ("imagenet"), or for small images a 3 x 3 convolution without max pooling ("small"). `norm`:
+    batch normalization per worker or over all, or group normalization. `parts`: see `WorkerBatchNorm2d`.
+    """
+    vision = require("torchvision", "vision", f"ResNet-{depth}")
+
+    def scaled(channels: int) -> int:
+        return channels * width // 64
+
+    def norm_layer(channels: int) -> nn.Module:
+        return make_norm(scaled(channels), norm, parts)
+
+    network: nn.Module = getattr(vision.models, f"resnet{depth}")(num_classes=classes, norm_layer=norm_layer)
+    if width != 64:
+        _narrow(network, scaled)
+    if stem == "small":
+        network.conv1 = _convolution(3, width, 3, 1, 1)
+        network.maxpool = nn.Identity()
+    return network
+
+
+def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
+    """Replace all convolutions and the last layer of a ResNet with ones that have `scaled(n)` for n channels."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Conv2d):
+            inside = child.in_channels if child.in_channels == 3 else scaled(child.in_channels)
+            size, stride, padding = child.kernel_size[0], child.stride[0], int(child.padding[0])
+            setattr(module, name, _convolution(inside, scaled(child.out_channels), size, stride, padding))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, nn.Linear(scaled(child.in_features), child.out_features))
+        else:
+            _narrow(child, scaled)
+
+
+def _convolution(inside: int, outside: int, size: int, stride: int, padding: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(inside, outside, size, stride, padding, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
+
+
+class Task(nn.Module):
+    """A network with its loss: mean squared reconstruction error, or cross-entropy of images or characters."""
+
+    def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
+        super().__init__()
+        self.reads_text = config.name == "char-transformer"
+        self.classifies = self.reads_text or config.name.startswith("resnet")
+        if self.reads_text != (len(shape) == 1):
+            examples = "data.name = 'text'" if self.reads_text else "images"
+            raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
+
+        # Make the network, after checking that it supports the shape of the examples.
+        if self.reads_text:
+            self.network: nn.Module = CharTransformer(
+                classes, shape[0], width=config.width, depth=config.depth, heads=config.heads
+            )
+        elif config.name == "mnist-autoencoder":
+            if tuple(shape) != (1, 28, 28):
+                raise ConfigError(f"model mnist-autoencoder needs 1 x 28 x 28 images, got {list(shape)}")
+            self.network = mnist_autoencoder(config.output)
+        elif config.name == "autoencoder":
+            self.network = autoencoder(shape, config.widths, config.output)
+        else:
+            if shape[0] != 3:
+                raise ConfigError(f"model {config.name} needs images of 3 channels, got {list(shape)}")
+            depth = int(config.name.removeprefix("resnet"))
+            options = {"width": config.width, "stem": config.stem, "norm": config.norm}
+            self.network = resnet(depth, classes, **options, parts=parts)  # type: ignore[arg-type]
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch: pixels float[b, c, h, w] in [0, 1] and labels int64[b], or windows of text
+        and the characters that follow, int64[b, context] both."""
+        if not self.classifies:
+            return nn.functional.mse_loss(self.network(inputs), inputs)
+        return nn.functional.cross_entropy(self._logits(inputs).flatten(0, -2), targets.flatten())
+
+    def correct(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the number of correct predictions in a batch; windows of text count by fraction of characters."""
+        hits = (self._logits(inputs).argmax(-1) == targets).sum()
+        return hits * len(targets) / targets.numel()
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        # From [0, 1] to [-2, 2]: about zero mean and unit variance for natural images.
+        logits: Tensor = self.network(inputs if self.reads_text else (inputs - 0.5) * 4.0)
+        return logits  # float[b, classes], or float[b, context, classes]
+
+
+def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
+    """Build a task whose initial weights depend on `seed` only; the global random state is restored. `shape`: of one
+    input; `parts`: see `WorkerBatchNorm2d`."""
+    # torch's layers can be initialized from the global generator only.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Task(config, shape, classes, parts)
+
+
+def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss: Tensor = task(*batch)
+    return loss

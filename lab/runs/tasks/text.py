@@ -1,0 +1,110 @@
+"""Text in memory as character codes, cut into windows: Python's language reference, or the files of a folder."""
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lab.runs.config import DataConfig
+from packsaddle.errors import ConfigError, read_text
+
+UNKNOWN = 0  # the code of every character outside the vocabulary
+_MOST = 1024  # most codes, UNKNOWN included
+_LEAST = 5  # fewest occurrences in the training text of a character with its own code
+_CODE_POINTS = 0x110000
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text cut into windows: example i reads codes[i c : i c + c] and predicts codes[i c + 1 : i c + c + 1]."""
+
+    codes: Tensor  # codes of the characters, int16[n c + 1]
+    context: int  # c, characters of a window
+    vocabulary: str  # the character of code j is vocabulary[j - 1]; others are UNKNOWN
+
+    def __len__(self) -> int:
+        return (len(self.codes) - 1) // self.context
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.context,))
+
+    @property
+    def classes(self) -> int:
+        """Number of classes to predict: the characters of the vocabulary, and one class for all others."""
+        return len(self.vocabulary) + 1
+
+    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return windows `index` and the characters after each position, both int64[b, c]; `dtype` is unused."""
+        at = index[:, None] * self.context + torch.arange(self.context + 1)
+        windows = self.codes[at].to(device, torch.int64)
+        return windows[:, :-1], windows[:, 1:]
+
+    def owners(self, workers: int) -> Tensor:
+        """Return the owner of each window, int64[n]: consecutive parts of the text, equal up to one window."""
+        return torch.arange(len(self)) * workers // len(self)
+
+
+def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text:
+    """Load a text without its last tenth (`train`), or that last tenth. Raises ConfigError if it is missing or short.
+    `data.limit` selects the first windows, so that they stay consecutive."""
+    return cut_text(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
+
+
+def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
+    """Return a text without its last tenth (`train`), or that tenth, in whole windows. Raises ConfigError if none fit.
+    `codes` are indices into `vocabulary`; `source` is the text's name in messages."""
+    cut, c = len(codes) - len(codes) // 10, config.context
+    part = codes[:cut] if train else codes[cut:]
+    windows = (len(part) - 1) // c
+    if windows < 1:
+        raise ConfigError(
+            f"{'training' if train else 'test'} text must have more than data.context = {c} characters, "
+            f"got {len(part)} of the {len(codes)} in {source} (the last tenth is the test set)"
+        )
+    if train and config.limit is not None:
+        if config.limit > windows:
+            raise ConfigError(f"data.limit must be at most {windows} (the windows of the training text)")
+        windows = config.limit
+    return Text(part[: windows * c + 1], c, vocabulary)
+
+
+@lru_cache(maxsize=4)  # the workers of a simulation share one copy
+def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
+    """Return the whole text's codes, int16[n], and the vocabulary of all but its last tenth."""
+    if data_dir is None:
+        # The topics of pydoc's help are the parts of the language reference that CPython includes.
+        try:
+            topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        except ImportError:
+            raise ConfigError(
+                "text without --data-dir is read from the module pydoc_data.topics, which is missing in this Python; "
+                "set --data-dir"
+            ) from None
+        return encode_text("\n".join(topics[name] for name in sorted(topics)))
+    if not data_dir.is_dir():
+        raise ConfigError(f"--data-dir {data_dir} is not a folder")
+    files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+    if not files:
+        raise ConfigError(f"--data-dir {data_dir} must contain *.txt or *.md files, also in subfolders, but has none")
+    text = "\n".join(read_text(file, f"text file {file}") for file in files)
+    if not text:
+        raise ConfigError(f"the text in --data-dir {data_dir} is empty")
+    return encode_text(text)
+
+
+def encode_text(text: str) -> tuple[Tensor, str]:
+    """Return a text's codes, int16[n], and their vocabulary, that of all but its last tenth."""
+    points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    # The vocabulary is the most frequent code points, in ascending order; ties go to the lower code point.
+    count = torch.bincount(points[: len(points) - len(points) // 10], minlength=_CODE_POINTS)
+    by_count = count.sort(descending=True, stable=True).indices[: _MOST - 1]
+    vocabulary = by_count[count[by_count] >= _LEAST].sort().values
+
+    # Encode by a table of all code points, which takes 1/1000 of the time of a dictionary.
+    table = torch.zeros(_CODE_POINTS, dtype=torch.int16)
+    table[vocabulary] = torch.arange(1, len(vocabulary) + 1, dtype=torch.int16)
+    return table[points], "".join(map(chr, vocabulary.tolist()))

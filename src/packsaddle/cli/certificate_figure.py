@@ -1,0 +1,144 @@
+"""The figure of a certificate: the loss along the extreme directions, and the spectrum of the Hessian."""
+
+from pathlib import Path
+from typing import Any
+
+from packsaddle.errors import require
+
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "packsaddle",  # reproducible files
+}
+NO_METADATA = {"Date": None, "Creator": None}
+# Okabe and Ito's palette for color-blind readers; black first, for the baseline.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
+_LEAST_SHARE = 1e-9  # lower end of the logarithmic axis of shares
+_LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the maximum
+
+
+def draw_certificate(certificate: dict[str, Any]) -> Any:
+    """Return a figure of a certificate (`Finding.to_dict`).
+
+    Panels: the loss along the escape direction and, if measured, the sharpest direction; the spectrum, with bounds on
+    the extreme eigenvalues: the density if measured, else Ritz values.
+    """
+    require("matplotlib", "plot", "drawing figures")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
+    random = len(certificate["ritz_values"]) == 1  # one product: v is the start vector, and there is no spectrum
+    panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
+
+    # Panels from the left: along v, along w, the spectrum.
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        name = "a random direction v" if random else "the escape direction v"
+        _draw_profile(axes[0], certificate, certificate["profile"], name, has_model=True)
+        if sharpest is not None:
+            pilot = certificate["pilot_examples"]
+            whose = "" if pilot is None else f", of {pilot:,} examples"
+            _draw_profile(axes[1], certificate, sharpest, f"the sharpest direction w{whose}", has_model=False)
+        if spectrum is not None:
+            _draw_density(axes[-1], certificate, spectrum)
+        elif not random:
+            _draw_ritz_values(axes[-1], certificate)
+        title = f"{certificate['headline']} (gradient norm {certificate['grad_norm']:.3e})"
+        figure.suptitle(title, fontsize=11, wrap=True)
+        return figure
+
+
+def _draw_profile(
+    axis: Any, certificate: dict[str, Any], profile: dict[str, Any], along: str, *, has_model: bool
+) -> None:
+    s, losses = profile["distances"], profile["losses"]
+    letter = along.split("direction ")[1][0]
+    finite = [loss for loss in losses if loss is not None]
+    measured = [float("nan") if loss is None else loss for loss in losses]
+    examples = profile["examples"]
+    part = "" if examples == certificate["examples"] else f" on {examples:,} of the examples"
+    axis.plot(s, measured, color=COLOURS[1], label=f"measured{part}")
+
+    # The quadratic model f(x) + slope s + bend s^2 / 2.
+    here = losses[len(losses) // 2]
+    if has_model and here is not None:
+        slope, bend = certificate["slope"], certificate["lambda_min_upper"]
+        model = [here + slope * x + bend * x**2 / 2 for x in s]
+        axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
+    low, high = min(finite), max(finite)
+    room = 0.25 * (high - low) or abs(high) or 1.0
+    axis.set_ylim(low - room, high + room)  # the model may exceed the axes
+    axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_xlabel(f"distance s along {along}")
+    axis.set_ylabel(f"loss f(x + s {letter})")
+    _legend(axis)
+
+
+def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
+    """Draw each Ritz value with the start vector's squared component along its vector: a spectral density."""
+    values = certificate["ritz_values"]
+    shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
+    axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
+    pilot = certificate["pilot_examples"]
+    whose = "Ritz values" if pilot is None else f"Ritz values of {pilot:,} examples"
+    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label=whose)
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=min(*shares, 0.1) / 3)
+    _draw_bounds(axis, certificate, values[0], values[-1])
+    axis.set_ylabel("share of a random direction")
+
+
+def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, Any]) -> None:
+    t, density, error = spectrum["values"], spectrum["density"], spectrum["error"]
+    least = _LEAST_DENSITY * max(density)
+    probes = len(spectrum["nodes"])
+    axis.plot(t, [max(d, least) for d in density], color=COLOURS[1], label=f"density, {probes} probes")
+    if probes > 1:
+        below = [max(d - e, least) for d, e in zip(density, error, strict=True)]
+        above = [max(d + e, least) for d, e in zip(density, error, strict=True)]
+        axis.fill_between(t, below, above, color=COLOURS[1], alpha=0.25, linewidth=0)
+    axis.set_yscale("log")
+    axis.set_ylim(bottom=least)
+    _draw_bounds(axis, certificate, min(n[0] for n in spectrum["nodes"]), max(n[-1] for n in spectrum["nodes"]))
+    axis.set_ylabel(f"density of eigenvalues (Gaussian of {spectrum['width']:.0e})")
+
+
+def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:
+    """Draw the known bounds on the extreme eigenvalues, and with epsilon the threshold of a saddle."""
+    threshold = certificate["threshold"]
+    for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
+        low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
+        if low is not None and high is not None:
+            axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
+        elif end == "min":
+            axis.axvline(high, color=colour, label="lambda_min is at most this")
+    if threshold is not None:
+        axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
+    near = max(abs(least), abs(threshold or 0.0))
+    if near and max(largest - least, near) > 20 * abs(least):  # on a linear axis the smallest ones would be one point
+        axis.set_xscale("symlog", linthresh=near, linscale=0.5)
+        axis.margins(x=0.08)
+        axis.xaxis.get_major_locator().set_params(numticks=7)
+    axis.set_xlabel("eigenvalue of the Hessian")
+    _legend(axis)
+
+
+def _legend(axis: Any) -> None:
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
+
+
+def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
+    said = {"Source": source} if source else {}
+    figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
+    figure.set_layout_engine("none")  # keep the layout: to compute it again takes as long as drawing
+    figure.savefig(folder / f"{name}.svg", metadata={**NO_METADATA, **said})

@@ -1,0 +1,182 @@
+"""The certification of the weights in a file as a saddle or a second-order stationary point, and its options."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.checkpoint.atomic_files import write_whole
+from packsaddle.cli.certificate_figure import draw_certificate, save
+from packsaddle.cli.folders import written
+from packsaddle.cli.progress import Report, countdown
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.sharding import is_sharded
+from packsaddle.curvature.certificate import Certificate, Verdict
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.hessian import LossFn, every_nth
+from packsaddle.curvature.options import Search
+from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
+from packsaddle.curvature.search import Bounds
+from packsaddle.curvature.sharded import derivatives
+from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
+from packsaddle.errors import ConfigError
+from packsaddle.messages import first_line
+from packsaddle.numerics.seeds import Stream, generator
+
+_POINTS = 20  # number of points of a loss profile on each side of x
+_PROFILED = 4096  # examples for a loss profile: its 41 losses over all examples would dominate the cost
+_PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products of each
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The loss along a direction v: f(x + s v)."""
+
+    distances: tuple[float, ...]  # distances s along v
+    losses: tuple[float | None, ...]  # losses f(x + s v); None: non-finite
+    examples: int  # number of examples in the mean loss
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The results of the certification of one point, a file of weights."""
+
+    file: Path  # file of the weights
+    certificate: Certificate
+    profile: Profile  # loss along the escape direction
+    sharpest: Profile | None  # loss along the sharpest direction; None if unknown
+    spectrum: SpectralDensity | None
+    population: PopulationCertificate | None
+    sharded: bool  # True: the model is sharded, and directions are this worker's shards
+    lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "file": str(self.file),
+            **self.certificate.to_dict(self.lr),
+            "profile": asdict(self.profile),
+            "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
+            "spectrum": None if self.spectrum is None else asdict(self.spectrum),
+            "population": None if self.population is None else self.population.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        more = [str(part) for part in (self.population, self.spectrum) if part is not None]
+        steps = None if self.lr is None else self.certificate.escape_steps(self.lr)
+        if steps is not None and self.certificate.verdict is Verdict.SECOND_ORDER_STATIONARY:
+            more.insert(0, f"  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps")
+        return "\n".join([f"{self.file}: {self.certificate}", *more])
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Options for certifying a point."""
+
+    epsilon: float | None = None  # threshold of the gradient norm; None: no verdict on stationarity
+    hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
+    search: Search = Search()  # noqa: RUF009 -- immutable
+    spectrum: bool = False  # estimate the density of all eigenvalues
+    population: bool = False  # certify the loss of the population from which the examples are drawn
+    distance: float | None = None  # length of the profiles to each side; None: twice the escape distance, else 1
+    lr: float | None = None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
+    seed: int = 0  # seed of the random start vectors
+    quiet: bool = True  # False: rank 0 shows progress on stderr
+
+    def certify(
+        self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
+    ) -> Certificate:
+        """Certify the model's parameters; collective. `progress` gets the number of products, at most `max_hvps`."""
+        most = self.search.max_hvps
+        progress(0, f"0 of at most {most} products")
+
+        def tell(b: Bounds) -> None:
+            progress(round(most * b.products / b.most), f"{b.products} of at most {b.most} products: {b}")
+
+        search = self._started(1)
+        return certify(model, loss_fn, batches, **self._goal, search=search, sample_of=sample_of, progress=tell)
+
+    def finding(
+        self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
+    ) -> Finding:
+        """Return all results at a certified point: loss profiles, optional spectrum and population; collective."""
+        # Evaluate the loss along the escape and the sharpest direction.
+        v, w = certificate.escape_direction, certificate.sharpest_direction
+        every = every_nth(batches, max(1, certificate.examples // _PROFILED))
+        reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
+        escape = _profile(model, loss_fn, every, v, reach)
+        sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
+
+        # Estimate the density of all eigenvalues, and certify the population loss.
+        spectrum = population = None
+        if self.spectrum:
+            with self._counting("spectral density", _PROBES * _STEPS) as progress:
+                limits = {"probes": _PROBES, "steps": _STEPS}
+                search = self._started(2)
+                spectrum = spectral_density(model, loss_fn, batches, **limits, search=search, progress=progress)
+        if self.population:
+            with self._counting("population", MOST_PRODUCTS) as progress:
+                goal, search = self._goal, self._started(3)
+                population = certify_population(model, loss_fn, batches, **goal, search=search, progress=progress)
+        return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
+
+    def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
+        """Context manager that shows progress through at most `most` products, on rank 0 unless `quiet`."""
+        return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
+
+    @property
+    def _goal(self) -> dict[str, float | None]:
+        return {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
+
+    def _started(self, step: int) -> Search:
+        return replace(self.search, generator=generator(self.seed, step, Stream.CERTIFY))
+
+    @contextmanager
+    def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
+        """Context manager that shows progress; yields a function to call with the number of products so far."""
+        with self.countdown(what, most) as progress:
+            yield lambda products: progress(products, f"{products} of at most {most} products")
+
+
+def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
+    curvature = derivatives(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
+    direction = direction.to(curvature.device)
+    distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
+    losses = [curvature.loss_at(direction, s) for s in distances]
+    finite = tuple(loss if math.isfinite(loss) else None for loss in losses)
+    return Profile(tuple(distances), finite, curvature.examples)
+
+
+def read_weights(file: Path) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # warnings about the format; an error mentions it too
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"checkpoint {file} does not exist") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise ConfigError(f"checkpoint {file} cannot be read: {first_line(error)}") from None
+
+
+def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
+    """Write certificates.json (`document`), and the directions and plot of every point. Raises ConfigError.
+    Directions of a sharded model are not written, since each worker has only its shard of them."""
+    text = json.dumps(document, indent=2).encode() + b"\n"
+    with written(folder):
+        write_whole(folder / "certificates.json", lambda file: file.write(text))
+        for finding, point in zip(findings, document["points"], strict=True):
+            name = "certificate" if len(findings) == 1 else finding.file.stem
+            directions = {"escape_direction": finding.certificate.escape_direction}
+            if finding.certificate.sharpest_direction is not None:
+                directions["sharpest_direction"] = finding.certificate.sharpest_direction
+            if not finding.sharded:
+                write_whole(folder / f"{name}.direction.pt", partial(torch.save, directions))
+            save(draw_certificate(point), folder, name)

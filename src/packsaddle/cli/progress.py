@@ -1,0 +1,42 @@
+"""Live progress on the terminal: a bar or lines with a text, and an upper bound on the time left."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_BETWEEN_LINES = 10.0  # seconds between two printed lines
+Report = Callable[[int, str], None]  # called with the current step and a text to show, such as the loss
+
+
+@contextmanager
+def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
+    """Context manager that shows an upper bound on the time left, on stderr: a bar on a terminal, else lines."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda step, text: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}, left at most"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(escape(label), total=total, text="starting")
+            yield lambda step, text: bar.update(task, completed=step, text=text)
+    else:
+        # Print few lines, since the output may go to a log file.
+        begin = printed = time.monotonic()
+
+        def report(step: int, text: str) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= _BETWEEN_LINES and step:
+                printed = now
+                left = (now - begin) / step * (total - step)
+                console.print(f"{label}: {text}, {time_left(left)}", highlight=False, soft_wrap=True, markup=False)
+
+        yield report
+
+
+def time_left(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"

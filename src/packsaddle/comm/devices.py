@@ -1,0 +1,122 @@
+"""Devices of workers: accelerators, their streams, and the backends of process groups that carry their tensors.
+
+No other module names torch.cuda, torch.xpu or torch.mps. Facts that need no torch.distributed are in
+`numerics.devices`.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from packsaddle.numerics.devices import has_streams
+
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # by type of device: the backend that needs no copy to the host
+
+
+def accelerator() -> str | None:
+    """Return the type of the accelerator that torch can use: "cuda" (also for AMD's), "xpu", "mps", ...; else None."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else found.type
+
+
+def local_device() -> torch.device:
+    """Return this process's accelerator, by LOCAL_RANK (0 if unset), or the CPU if there is none. Processes share
+    accelerators if the machine has fewer of them."""
+    kind = accelerator()
+    if kind is None:
+        return torch.device("cpu")
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK") or 0) % torch.accelerator.device_count())
+
+
+def direct_backend(processes: int) -> str | None:
+    """Return the backend for an accelerator's own collectives, such as "cuda:nccl". None if torch lacks it, or if the
+    machine has fewer accelerators than `processes`."""
+    kind = accelerator() or "cpu"
+    name = _BACKENDS.get(kind, "")
+    is_built = bool(name) and dist.is_backend_available(name)
+    return f"{kind}:{name}" if is_built and torch.accelerator.device_count() >= processes else None
+
+
+def backend_for(group: dist.ProcessGroup, device: torch.device) -> str | None:
+    """Return the name of a process group's backend for a type of device, such as "gloo"; None if it has none."""
+    pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
+    return dict(pairs).get(device.type)
+
+
+def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if a process group has a backend that exchanges tensors on `device` where they are. Gloo copies an
+    accelerator's tensors to the host itself, and blocks the host meanwhile, so it carries tensors of the CPU alone."""
+    return backend_for(group, device) not in ((None,) if device.type == "cpu" else (None, "gloo"))
+
+
+def stages(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if tensors on `device`, an accelerator, are copied to the host for a group's collectives."""
+    return device.type != "cpu" and not carries(group, device)
+
+
+def accepts(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True if a group can exchange tensors on `device`, staged or not."""
+    return carries(group, device) or backend_for(group, torch.device("cpu")) is not None
+
+
+def new_stream(device: torch.device) -> torch.Stream | None:
+    """Return a new stream of a device; None if its work has one order only."""
+    return torch.Stream(device) if has_streams(device) else None
+
+
+def use_in_current_stream(tensor: Tensor) -> None:
+    """Keep the memory of a tensor that another stream allocated until the current stream has used it: if it is freed
+    before, that stream may already overwrite it with its next work."""
+    if has_streams(tensor.device):
+        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor on the CPU. The host waits for the current stream alone, not for the device."""
+    if not has_streams(tensor.device):
+        return tensor.cpu()
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    torch.accelerator.current_stream(tensor.device).synchronize()
+    return host
+
+
+def _has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
+
+
+def check_not_capturing(call: str, device: torch.device) -> None:
+    """Raise RuntimeError if a CUDA graph is being captured: `call` runs code of the host, which no replay repeats."""
+    if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "
+            f"backward pass alone, and step outside of the graph"
+        )
+
+
+def accelerators() -> dict[str, str]:
+    """Return a description of each accelerator that torch can use, by device, such as "NVIDIA H100, 80 GiB, compute
+    capability 9.0"; {} if there is none."""
+    kind = accelerator()
+    if kind is None:
+        return {}
+    return {f"{kind}:{i}": _described(kind, i) for i in range(torch.accelerator.device_count())}
+
+
+def _described(kind: str, index: int) -> str:
+    if kind == "mps":
+        return f"Apple GPU, {torch.mps.recommended_max_memory() / 2**30:.0f} GiB"
+    if kind not in ("cuda", "xpu"):
+        return "not known to packsaddle"
+    of: Any = torch.cuda.get_device_properties(index) if kind == "cuda" else torch.xpu.get_device_properties(index)
+    capability = f", compute capability {of.major}.{of.minor}" if kind == "cuda" else ""
+    return f"{of.name}, {of.total_memory / 2**30:.0f} GiB{capability}"
+
+
+def synchronize() -> None:
+    """Wait for the work of the accelerator; no-op without one."""
+    if accelerator() is not None:
+        torch.accelerator.synchronize()

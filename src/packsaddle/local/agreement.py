@@ -1,0 +1,37 @@
+"""Agreement of workers: the mean update of each tensor is lengthened by how much the workers' updates differ.
+
+The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D is
+shorter than the updates q_i. With p in [0, 1], D is multiplied by
+
+    r^p,    r^2 = sum_i w_i norm(q_i)^2 / norm(D)^2,    r held in [1, sqrt(W)],
+
+for each tensor separately. r is 1 if all workers send the same update, and sqrt(W) if W updates of equal norm are
+orthogonal. Each worker adds the numbers w_i norm(q_i)^2 to the uncompressed part of an exchange: four bytes a tensor.
+The rule is ours, measured in experiments/nanogpt.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from packsaddle.local.inner import Shards
+
+
+def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
+    """Return W w_i norm(q_i)^2 of each tensor, float[p], to be averaged over workers. `sent` are the tensors of
+    W w_i q_i, which a worker sends, and `share` is W w_i; 0: it is not in the exchange."""
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in sent])
+    return norms.square() / share if share else torch.zeros_like(norms)
+
+
+def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, shards: Shards) -> None:
+    """Multiply the mean update of each tensor by r^p, in place; collective over the shards of this worker.
+
+    `squares`, float[p], are the means over workers of `squares_of`. A mean update of zeros stays.
+    """
+    of_mean = torch.stack([torch.linalg.vector_norm(mean) for mean in means]).square()
+    both = shards.total(torch.stack([squares.to(of_mean), of_mean]))
+    ratio = (both[0] / both[1]).nan_to_num(1.0).clamp(1.0, workers).sqrt()
+    for mean, factor in zip(means, ratio**p, strict=True):
+        mean.mul_(factor)

@@ -1,0 +1,372 @@
+"""The command line as a user meets it: real runs in all three ways of having workers, and one-line refusals."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import command, refused
+from forked_python import environment, python, torchrun
+from runs import CONFIG as PLAIN
+
+from lab.runs import run_folder
+from lab.runs.tasks import images
+
+CONFIG = (
+    PLAIN
+    + """[escape]
+interval = 8
+radius = 2.0
+"""
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def finished(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
+
+
+def lab(*arguments: Any) -> list[str]:
+    return [python(), "-W", "error", "-m", "lab", *map(str, arguments)]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path: Path) -> None:
+    """The same two workers three ways; also what a run folder holds."""
+    folders = {name: tmp_path / name for name in ("processes", "serial", "torchrun")}
+    done = finished(lab("run", config, "--workers", 2, "--out", folders["processes"]))
+    assert done.returncode == 0, done.stderr
+    assert "small" not in done.stderr
+    assert "100%" in done.stdout
+    assert "MB per worker: without rank 0's parameters at the start" in done.stdout
+    assert command("lab", "run", config, "--workers", 2, "--serial", "--out", folders["serial"]) == 0
+    done = finished(torchrun("-m", "lab", "run", config, "--out", folders["torchrun"]))
+    assert done.returncode == 0, done.stderr
+
+    summaries = {name: json.loads((folder / "summary.json").read_text()) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        assert losses(folder) == pytest.approx(losses(folders["serial"]), rel=1e-4), name
+        assert summaries[name]["bytes_by_purpose"] == summaries["serial"]["bytes_by_purpose"]
+        assert summaries[name]["test_loss"] == pytest.approx(summaries["serial"]["test_loss"], rel=1e-4)
+        assert summaries[name]["workers"] == 2
+        assert (summaries[name]["exchange"], summaries[name]["exchange_reason"]) == ("all-gather", "asked for")
+        assert len(summaries[name]["resets"]) >= 2
+        saved = json.loads((folder / "config.json").read_text())
+        assert saved["compressor"] == {
+            "kind": "TopK",
+            "ratio": 0.1,
+            "k": None,
+            "per_tensor": False,
+            "values": None,
+            "chunk": None,
+        }
+        assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+        for part in ("model", "worker-0", "worker-1"):
+            torch.load(folder / "checkpoint" / f"{part}.pt", weights_only=True)
+        assert not list(folder.rglob("*.partial"))
+    errors = [torch.load(folders["processes"] / "checkpoint" / f"worker-{i}.pt")["state"][0]["error"] for i in (0, 1)]
+    assert not torch.equal(errors[0], errors[1])
+
+
+@pytest.mark.slow
+def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> None:
+    """Each key changes the run, and local updates leave out exchanges; fused workers give what serial ones do."""
+    linear = ("compressor={kind='RandomK', ratio=0.1}", "precision=float64")
+    variants: dict[str, tuple[str, ...]] = {
+        "plain": (),
+        "momentum": ("momentum=0.5",),
+        "nesterov": ("momentum=0.5", "nesterov=true"),
+        "ef21": ("memory=ef21",),
+        "storm": ("storm=0.5",),
+        "local": ("local={every=4, optimizer='sgd'}",),
+    }
+    found = {}
+    for name, keys in variants.items():
+        for how in ("serial", "fused") if name != "local" else ("serial",):
+            out = tmp_path / f"{name}-{how}"
+            assert command("lab", "run", config, "--workers", 2, f"--{how}", "--out", out, "--set", *linear, *keys) == 0
+            found[name, how] = json.loads((out / "summary.json").read_text())
+        if name != "local":
+            assert found[name, "fused"]["final_loss"] == pytest.approx(found[name, "serial"]["final_loss"], rel=1e-6)
+    assert len({summary["final_loss"] for (_, how), summary in found.items() if how == "serial"}) == len(variants)
+    sent = {name: found[name, "serial"]["bytes_by_purpose"]["values"]["payload"] for name in variants}
+    everything = 8 * found["local", "serial"]["compressed_parameters"]  # at the end, since rounds send 6.4 bits a value
+    assert (sent["local"] - everything) * 4 == sent["plain"] == sent["momentum"]
+
+
+@pytest.mark.slow
+def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, extra in (("a", ()), ("b", ("escape.interval=1000", "noise.lower_from=0.5", "plateau=0.1"))):
+        assert command("lab", "run", config, "--out", tmp_path / "runs" / name, "--set", f"label={name}", *extra) == 0
+    assert losses(tmp_path / "runs" / "a")[-1] < losses(tmp_path / "runs" / "a")[0]
+    capsys.readouterr()
+    assert command("lab", "report", tmp_path / "runs") == 0
+    page = tmp_path / "runs" / "report" / "index.html"
+    assert f"report: {page}" in capsys.readouterr().out.replace("\n", "")
+    assert page.exists()
+    assert command("lab", "report", tmp_path / "runs") == 2
+    assert "report already exists" in capsys.readouterr().err
+    assert command("lab", "report", tmp_path / "runs", "--overwrite") == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ((), ""),
+        (("compressor=",), "compressor.kind is Identity, the default without [local]; packsaddle compressors compares"),
+        (("compressor=", "local={optimizer='sgd', every=2}"), ""),
+        (
+            ("compressor={kind='Identity'}", "local={optimizer='sgd', every=2}"),
+            "compressor.kind is Identity; packsaddle",
+        ),
+        (("dense_below=99999",), "all tensors are vectors or smaller than dense_below = 99999"),
+    ],
+    ids=["TopK", "no compressor", "no compressor, local", "Identity, local", "small tensors"],
+)
+@pytest.mark.filterwarnings("ignore:nothing will be compressed")
+def test_a_run_ends_with_a_line_if_it_compressed_nothing(
+    keys: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = tmp_path / "small.toml", tmp_path / "run"
+    path.write_text(PLAIN)
+    assert command("lab", "run", path, "--serial", "--workers", 2, "--out", folder, "--set", "epochs=0.1", *keys) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was compressed: ")]
+    assert len(lines) == bool(reason)
+    assert reason in "".join(lines)
+    summary = json.loads((folder / "summary.json").read_text())
+    sent = summary["payload"] - summary["bytes_by_purpose"]["start"]["payload"]
+    assert (sent >= 4 * summary["rounds"] * summary["parameters"]) == bool(reason)
+
+
+@pytest.mark.slow
+def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
+    """One class per worker, batch normalisation, test accuracy: the shape of the paper's Figure 1 in miniature."""
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for label, colour in enumerate(((250, 20, 20), (20, 250, 20))):
+            folder = tmp_path / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (8, 8), tuple(c - 3 * i if c > 100 else c + i for c in colour)).save(
+                    folder / f"{i}.png"
+                )
+    path = tmp_path / "classes.toml"
+    path.write_text(
+        'lr=0.01\nepochs=4\nbatch_size=3\n[data]\nname="folder"\nshard="class"\n[model]\nname="resnet18"\nwidth=16\n'
+        '[compressor]\nkind="RandomK"\nratio=0.1\n'
+    )
+    arguments = (
+        "lab",
+        "run",
+        path,
+        "--serial",
+        "--workers",
+        2,
+        "--data-dir",
+        tmp_path / "images",
+        "--out",
+        tmp_path / "run",
+    )
+    assert command(*arguments) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["compression"] > 5
+
+
+REFUSALS = {
+    ("run", "none.toml"): "config file none.toml does not exist",
+    ("run", "CONFIG", "--set", "compresor.ratio=1"): "unknown key compresor (did you mean compressor?)",
+    ("run", "CONFIG", "--set", "compressor.ratio=2"): "ratio of TopK must be in (0, 1] and not an integer, got 2",
+    ("run", "CONFIG", "--set", "lr=-1"): "lr must be finite and not negative, got -1.0",
+    ("run", "CONFIG", "--set", "noise.std=-1"): "std must be finite and not negative, got -1.0",
+    ("run", "CONFIG", "--set", "compressor={kind='RandomK', k=100000}"): "k of RandomK must be at most d = 10240",
+    ("run", "CONFIG", "--set", "data.name=mnist"): "mnist needs --data-dir",
+    ("run", "CONFIG", "--set", "data.name=mnist", "--data-dir", "EMPTY"): "mnist is not in --data-dir",
+    ("run", "CONFIG", "--set", "model={name='mnist-autoencoder'}"): "needs 1 x 28 x 28 images",
+    ("run", "CONFIG", "--workers", "0"): "workers must be an integer of at least 1, got 0",
+    ("run", "CONFIG", "--workers", "11", "--set", "data.shard=class"): "worker 10 of 11 gets no examples",
+    ("run", "CONFIG", "--out", "EMPTY"): "already exists; choose another with --out",
+    ("run", "CONFIG", "--timeout", "0"): "--timeout must be from 1 to 1e+07 seconds, got 0",
+    ("run", "CONFIG", "--timeout", "55ms"): "--timeout must be from 1 to 1e+07 seconds, got 0.055",
+    ("run", "CONFIG", "--timeout", "nan"): "--timeout must be from 1 to 1e+07 seconds, got nan",
+    ("run", "CONFIG", "--timeout", "9", "--serial"): "--timeout applies to worker processes",
+    ("demo", "--workers", "0"): "workers must be an integer of at least 1, got 0",
+    ("demo", "--epochs", "nan"): "epochs must be positive and finite, got nan",
+    ("demo", "--epochs", "-1"): "epochs must be positive and finite, got -1.0",
+    ("demo", "--out", "EMPTY"): "already exists; choose another with --out",
+    ("report", "EMPTY"): "is not a run folder",
+    ("report",): "report needs at least one run folder",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.items(), ids=map(" ".join, REFUSALS))
+def test_bad_input_is_one_line_and_code_2(
+    arguments: tuple[str, ...],
+    message: str,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = {"CONFIG": config, "EMPTY": empty}
+    refused(capsys, message, "lab", *(names.get(a, a) for a in arguments))
+    assert not list(empty.iterdir())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> None:
+    done = finished(torchrun("-m", "lab", "run", config, "--out", tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.count("python -m lab: error: output folder") == 1
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: Path) -> None:
+    """Also where it is a worker process that prints: as far as it came, the folder can be gone on with."""
+    folder = tmp_path / "run"
+    read, write = os.pipe()
+    os.close(read)
+    words = lab("run", config, "--workers", 2, "--out", folder)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180, env=environment())
+    os.close(write)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert command("lab", "run", "--resume", folder, "--workers", 2) == 0
+    assert len(losses(folder)) == 2
+
+
+@pytest.mark.slow
+def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's whole path in a second or two; its four runs at full length are `make demo`. It needs no package of
+    extras that the README does not install."""
+    root = Path(__file__).parents[3]
+    (names,) = re.findall(r"pip install '\.\[([\w,]+)\]'", (root / "README.md").read_text())
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    installed = {package.partition(">=")[0] for name in names.split(",") for package in extras[name]}
+    for package, module in {"scikit-learn": "sklearn", "torchvision": "torchvision"}.items():
+        if package not in installed:
+            monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    images._load.cache_clear()
+    assert command("lab", "demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
+    out = capsys.readouterr().out
+    for i, label in enumerate(("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"), 1):
+        assert f"run {i} of 4, {label}: " in out
+    html = (tmp_path / "demo" / "report" / "index.html").read_text()
+    assert "<svg" in html
+    summaries = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "demo").glob("*/summary.json")}
+    assert summaries["dense"]["compression"] == 1.0
+    assert summaries["randomk-noise"]["compression"] > 40
+    assert summaries["topk-noise"]["compression"] > 25
+
+
+def test_demo_plateau_is_the_best_constant() -> None:
+    from lab.runs.config import DataConfig
+    from lab.runs.tasks.images import load_images
+    from lab.runs.templates import PLATEAU
+
+    images = load_images(DataConfig("digits"), None, train=True)
+    pixels = images.pixels(torch.arange(len(images)))
+    assert float((pixels - pixels.mean(0)).square().mean()) == pytest.approx(PLATEAU, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--memory-file", "m"), "--memory-file needs --elastic"),
+        (("--elastic", "http://localhost:1", "--workers", "2"), "--workers cannot be used with --elastic"),
+        (("--elastic", "http://localhost:1", "--serial"), "--serial cannot be used with --elastic"),
+        (
+            ("--elastic", "http://localhost:1", "--checkpoint-every", "5"),
+            "--checkpoint-every cannot be used with --elastic",
+        ),
+        (("--elastic", "http://localhost:1"), "--elastic needs [local] in the file"),
+        (
+            ("--elastic", "http://localhost:1", "--set", "local={every=4, optimizer='adamw', overlap=1}"),
+            "local.overlap.delay cannot be used with --elastic",
+        ),
+    ],
+)
+def test_what_does_not_go_with_workers_that_come_and_go(
+    flags: tuple[str, ...], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "plain.toml"
+    config.write_text(PLAIN)
+    refused(capsys, line, "lab", "run", config, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--batched",), "--batched simulates workers in one process, but torchrun started several"),
+        (("--workers", "3"), "--workers is 3, but torchrun started 2"),
+    ],
+)
+def test_what_does_not_go_with_torchrun(
+    flags: tuple[str, ...],
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "plain.toml"
+    config.write_text(PLAIN)
+    refused(capsys, line, "lab", "run", config, *flags, "--out", tmp_path / "run")
+
+
+def test_elastic_without_torchft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchft", None)
+    config = tmp_path / "local.toml"
+    config.write_text(PLAIN + "[local]\nevery = 4\noptimizer = 'adamw'\n")
+    line = "elastic training needs torchft: pip install 'packsaddle[torchft]'"
+    refused(capsys, line, "lab", "run", config, "--elastic", "http://localhost:1", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_records_the_commit_and_if_its_code_had_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "lab" / "runs" / "run_folder.py"))
+
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        call = ["git", "-C", str(tmp_path), *identity, *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    def recorded() -> str | None:
+        run_folder.commit.cache_clear()
+        return run_folder.commit()
+
+    assert recorded() is None
+    for name in ("src", "lab", "docs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file.py").write_text("")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    head = git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "docs" / "file.py").write_text("changed")
+    assert recorded() == head
+    (tmp_path / "src" / "file.py").write_text("changed")
+    assert recorded() == f"{head}+"
+    run_folder.commit.cache_clear()

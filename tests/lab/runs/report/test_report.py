@@ -1,0 +1,301 @@
+"""Reports are made from run folders alone: the plateau's length, the table, the page."""
+
+import csv
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.cli.console import print_runs
+from lab.cli.report import report
+from lab.cli.run import remarks
+from lab.runs.report import figures, write_report
+from lab.runs.report.curves import curve, read_curves, write_curves
+from lab.runs.report.settings import position, settings
+from lab.runs.report.tables import document, plateau, row, run_table
+from lab.runs.run_folder import Run, RunFolder, read_runs
+from packsaddle.cli.folders import make_new
+from packsaddle.errors import ConfigError, MissingExtraError
+
+
+def line(epoch: float, loss: float) -> dict[str, Any]:
+    n = int(epoch * 1000)
+    return {
+        "step": int(epoch * 10),
+        "epoch": epoch,
+        "loss": loss,
+        "grad_norm": 0.1,
+        "payload": n,
+        "sent": n,
+        "received": n,
+        "seconds": epoch,
+        "resets": 0,
+    }
+
+
+LINES = [line(*p) for p in ((0.5, 0.2), (1.0, 0.104), (1.5, 0.1), (2.0, 0.096), (2.5, 0.094), (3.0, 0.05))]
+
+
+def make_run(folder: Path, label: str, lines: list[dict[str, Any]], *, done: bool = True) -> Path:
+    run = RunFolder(folder)
+    make_new(run.path)
+    run.write_json("config.json", {"label": label, "plateau": 0.1})
+    run.write_json("environment.json", {"torch": "2"})
+    for entry in lines:
+        run.append("metrics.jsonl", entry)
+    if done:
+        run.write_json("summary.json", {"final_loss": lines[-1]["loss"], "test_loss": 0.06, "compression": 40.0})
+    return folder
+
+
+def test_plateau() -> None:
+    """Entered at 1.0 (0.104 <= 0.105), left at 2.5 (0.094 < 0.095)."""
+    assert plateau(LINES, 0.1) == (1.5, True)
+    assert plateau(LINES[:4], 0.1) == (1.0, False)
+    assert plateau(LINES[:1], 0.1) == (0.0, None)
+    assert plateau(LINES, None) == (None, None)
+
+
+@pytest.mark.slow
+def test_report(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a", "<b>bold</b> & co", LINES)
+    make_run(tmp_path / "runs" / "b", "", LINES[:4], done=False)
+    runs = read_runs([tmp_path / "runs"])
+    inner = tmp_path / "runs" / ".." / "runs" / runs[-1].path.name
+    assert [run.path for run in read_runs([tmp_path / "runs", inner])] == [run.path for run in runs]
+    assert [r.label for r in runs] == ["<b>bold</b> & co", "b"]
+    html = write_report(runs, tmp_path / "report").read_text()
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; co" in html
+    assert "<b>bold" not in html
+    assert "b (unfinished)" in html
+    assert "1.0+" in html
+    assert (tmp_path / "report" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "figure.svg").read_text().count("<svg") == 1
+    with (tmp_path / "report" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["plateau_epochs"] == "1.5"
+    assert float(rows[0]["megabytes"]) == pytest.approx(0.003)
+
+
+def test_the_plateau_is_explained_where_a_run_is_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left, still = make_run(tmp_path / "a", "a", LINES), make_run(tmp_path / "b", "b", LINES[:4])
+    print_runs(read_runs([left]))
+    assert "still on the plateau" not in capsys.readouterr().out
+    print_runs(read_runs([left, still]))
+    assert "+ still on the plateau at the end of the run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_of_one_seed_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
+    """A mean of a run, its copy and a repetition would have an interval as of three seeds."""
+    folders = []
+    for i, seed in enumerate((0, 0, 1, 0)):
+        folders.append(make_run(tmp_path / str(i), "mine", LINES))
+        config = {"label": "mine", "plateau": 0.1, "seed": seed}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    found = settings(read_runs(folders))
+    assert [(s.label, s.seeds) for s in found] == [("mine", [0, 1]), ("mine (2)", [0]), ("mine (3)", [0])]
+
+
+def test_rounds_that_are_null_were_not_counted() -> None:
+    assert math.isnan(position({**LINES[0], "rounds": None}, "rounds"))
+
+
+def test_labels_are_written_whatever_the_locale_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = settings(read_runs([make_run(tmp_path / "run", "\u03b7 = 0.3", LINES)]))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened(path, *a, **{"encoding": "ascii", **k}))
+    write_curves([curve(found)], tmp_path / "curves.csv")
+    assert read_curves(tmp_path / "curves.csv")[0].setting == "\u03b7 = 0.3"
+
+
+def test_row_of_an_empty_run(tmp_path: Path) -> None:
+    (run,) = read_runs([make_run(tmp_path / "a", "new", [], done=False)])
+    assert (row(run).run, row(run).finished) == ("new", False)
+    assert run_table([run]).rows[0][0] == "new (unfinished)"
+    write_report([run], tmp_path / "report")
+
+
+def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match=r"is not a run folder \(it has no config\.json\)"):
+            read_runs([path])
+    folder = make_run(tmp_path / "a", "a", LINES)
+    (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n{cut of")  # as a killed run leaves it
+    assert len(read_runs([folder])[0].metrics) == 1
+    (folder / "metrics.jsonl").write_text("{broken\n" + json.dumps(LINES[0]))
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_runs([folder])
+
+
+def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
+    """A study's runs come by path, seed 2 before seed 10; a run without a label is called by its setting."""
+    for name in ("b/seed-10", "b/seed-2", "a/seed-0"):
+        make_run(tmp_path / "study" / "runs" / name, "", LINES)
+    names = ["a/seed-0", "b/seed-2", "b/seed-10"]
+    for above in ("study", "study/runs"):
+        runs = read_runs([tmp_path / above])
+        assert [str(run.path.relative_to(tmp_path / "study" / "runs")) for run in runs] == names
+    assert [run.label for run in runs] == ["a", "b", "b"]
+    assert len(read_runs([tmp_path / "study" / "runs" / "b"])) == 2
+
+
+def test_folders_are_never_overwritten(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", "a", LINES)
+    with pytest.raises(ConfigError, match="already exists; choose another with --out"):
+        make_new(folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be created"):
+        make_new(tmp_path / "file" / "run")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json("a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        folder.write_json("a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the terminal, in the tables and on the charts of loss; runs that fall carry no mark."""
+    levels = [0.3, 0.25, 0.2, 0.15, *[0.1] * 16]
+    falling = make_run(tmp_path / "a", "falls", [line(0.5 * (i + 1), 0.3 * 0.9**i) for i in range(20)])
+    still = make_run(tmp_path / "b", "stands", [line(0.5 * (i + 1), loss) for i, loss in enumerate(levels)])
+    runs = read_runs([falling, still])
+    assert [row(run).still_since for run in runs] == [None, 20]  # the fourth line is of steps 16 to 20
+    print_runs(runs[:1])
+    assert "since" not in capsys.readouterr().out.split()
+    print_runs(runs)
+    assert "since" in capsys.readouterr().out.split()  # the heading has three lines
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "stands (standing still)" in page
+    assert "falls (standing" not in page
+    found = settings(runs)
+    loss_by_epoch = figures.draw(found, [curve(setting) for setting in found]).axes[1]
+    (bar,) = [drawn for drawn in loss_by_epoch.lines if drawn.get_linewidth() == 7]
+    assert (bar.get_gid(), [*bar.get_xdata()]) == ("setting-1", [2.5, 10])
+    assert [*bar.get_ydata()] == pytest.approx([0.1, 0.1])
+    with (tmp_path / "report" / "table.csv").open() as file:
+        assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
+    with (tmp_path / "report" / "settings.csv").open() as file:
+        assert [r["still"] for r in csv.DictReader(file)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        ({"r": 0.0, "suggested": 0.003, "walk": 0.0, "times": 0.0}, "noise.std = 0.003 is suggested"),
+        ({"r": 0.01, "suggested": 0.003, "walk": 10.0, "times": 360.0}, "or the noise keeps the loss high"),
+        ({"r": 0.003, "suggested": 0.003, "walk": 3.0, "times": 107.0}, "distinguishes them"),
+        (None, "distinguishes them"),
+    ],
+)
+def test_the_end_of_a_run_tells_of_a_loss_that_stands_still(
+    tmp_path: Path, noise: dict[str, float] | None, expected: str
+) -> None:
+    folder = make_run(tmp_path / "a", "a", [line(0.5 * (i + 1), 0.3 if i < 4 else 0.0867) for i in range(20)])
+    (folder / "summary.json").write_text(json.dumps({"final_loss": 0.0867, "noise": noise}))
+    *first, last = remarks(read_runs([folder])[0])
+    assert last.startswith(
+        "the loss has stopped falling at step 20 (0.0867): a plateau or a minimum; python -m lab certify "
+    )
+    assert last.endswith(expected) or expected in last
+    assert ["noise.std = 0.003 would move x" in said for said in first] == [True] * (noise is not None)
+
+
+def test_noise_is_suggested_only_for_a_run_that_ends_on_a_plateau(tmp_path: Path) -> None:
+    """LINES enter the plateau of the configuration and leave it; the first four stay there, and the first is above."""
+    for name, lines, expected in (("left", LINES, 0), ("stays", LINES[:4], 1), ("above", LINES[:1], 0)):
+        folder = make_run(tmp_path / name, name, lines)
+        (folder / "summary.json").write_text(json.dumps({"noise": {"r": 0.0, "suggested": 0.003}}))
+        assert len(remarks(read_runs([folder])[0])) == expected
+
+
+def test_the_table_needs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
+    run = make_run(tmp_path / "a", "a", [line(i / 10, 0.5) for i in range(1, 4)])
+    with pytest.raises(MissingExtraError, match=r"the report's page needs matplotlib: pip install 'packsaddle\[lab\]'"):
+        report((run,))
+    assert "final loss" in capsys.readouterr().out
+    assert not (run / "report").exists()
+
+
+def test_the_report_as_json_has_the_numbers_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against the lines on disk; a diverged loss is text that float reads, since JSON has no infinity."""
+    folders = [make_run(tmp_path / "a", "a", LINES), make_run(tmp_path / "b", "a", LINES[:4], done=False)]
+    folders.append(make_run(tmp_path / "c", "c", [line(1.0, math.inf)]))
+    for seed, folder in enumerate(folders[:2]):
+        (folder / "config.json").write_text(json.dumps({"label": "a", "plateau": 0.1, "seed": seed}))
+    certificate = {"step": 10, "epoch": 1.0, "verdict": "saddle", "lambda_min_lower": -0.3, "lambda_min_upper": -0.2}
+    (folders[0] / "certificates.jsonl").write_text(json.dumps(certificate) + "\n")
+    report(tuple(folders), json=True)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["format"], [r["setting"] for r in found["runs"]]) == (1, ["a", "a", "c"])
+
+    # Runs, by their files.
+    for told, folder in zip(found["runs"], folders, strict=True):
+        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        summary = folder / "summary.json"
+        done = json.loads(summary.read_text()) if summary.exists() else {"final_loss": lines[-1]["loss"]}
+        assert told["folder"] == str(folder)
+        assert told["finished"] == summary.exists()
+        assert told["megabytes"] == lines[-1]["sent"] / 1e6
+        assert told["seconds"] == lines[-1]["seconds"]
+        assert float(told["final_loss"]) == done["final_loss"]
+        assert [told[name] for name in ("test_loss", "compression")] == [done.get("test_loss"), done.get("compression")]
+    assert [(r["plateau_epochs"], r["left_plateau"]) for r in found["runs"][:2]] == [(1.5, True), (1.0, False)]
+    assert found["runs"][2]["final_loss"] == "inf"
+
+    # Settings, and the certificate's line.
+    a, c = found["settings"]
+    assert (a["seeds"], a["unfinished"], a["on_plateau"], c["seeds"]) == (2, 1, 1, 1)
+    assert a["final_loss"]["values"] == [0.05, 0.096]
+    half = 12.7062 * abs(0.096 - 0.05) / 2  # Student's t with one degree of freedom
+    assert a["final_loss"]["mean"] == pytest.approx(0.073)
+    assert (a["final_loss"]["low"], a["final_loss"]["high"]) == pytest.approx((0.073 - half, 0.073 + half), rel=1e-4)
+    assert c["plateau_epochs"] == {"mean": 0.0, "low": None, "high": None, "values": [0.0]}
+    (told,) = found["certificates"]
+    assert {name: told[name] for name in certificate} == certificate
+    assert (told["setting"], told["seed"], told["threshold"]) == ("a", 0, None)
+
+
+def test_the_report_as_json_is_documented() -> None:
+    """Every key of a run, and no other, has a row with its unit in docs/metrics.md."""
+    text = (Path(__file__).parents[4] / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| ", text[text.index("| of a run | unit |") :], re.MULTILINE)
+    named = [name for keys, _ in rows for name in re.findall(r"`(\w+)`", keys)]
+    (made,) = document([Run(Path("a"), {}, {}, [], None, [])])["runs"]
+    assert sorted(named) == sorted(made)
+
+
+def test_the_json_file_is_never_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = make_run(tmp_path / "a", "a", LINES), tmp_path / "new" / "report.json"
+    report((folder,), out, json=True)
+    assert json.loads(out.read_text())["runs"][0]["run"] == "a"
+    assert capsys.readouterr().out == ""
+    assert not (folder / "report").exists()
+    out.write_text("mine")
+    with pytest.raises(ConfigError, match=r"report\.json exists already; name a new file or add --overwrite"):
+        report((folder,), out, json=True)
+    assert out.read_text() == "mine"
+    with pytest.raises(ConfigError, match=r"new exists already; name a new file$"):
+        report((folder,), out.parent, overwrite=True, json=True)
+    with pytest.raises(ConfigError, match=r"--out: .* cannot be written: "):
+        report((folder,), out / "inner.json", json=True)
+    report((folder,), out, overwrite=True, json=True)
+    assert json.loads(out.read_text())["format"] == 1
+
+
+def test_a_second_report_says_how_to_overwrite_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lab.runs.report.page.inline_svg", lambda *arguments: "<svg></svg>")
+    runs = read_runs([make_run(tmp_path / "a", "a", LINES)])
+    write_report(runs, tmp_path / "report")
+    with pytest.raises(ConfigError, match="already exists; add --overwrite, or choose another with --out"):
+        write_report(runs, tmp_path / "report")
+    assert write_report(runs, tmp_path / "report", overwrite=True).is_file()

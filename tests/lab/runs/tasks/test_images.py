@@ -1,0 +1,234 @@
+"""Datasets, shards and batches; and the networks on them."""
+
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lab.runs.config import DataConfig, ModelConfig
+from lab.runs.tasks.images import Images, _digits, load_images
+from lab.runs.tasks.models import make_task, mnist_autoencoder
+from lab.runs.tasks.sharding import Batches, Calendar, deal, shard
+from packsaddle.errors import ConfigError, MissingExtraError, require
+
+
+def test_digits() -> None:
+    train, test = (load_images(DataConfig("digits"), None, train=t) for t in (True, False))
+    assert len(train) + len(test) == 1797
+    assert train.levels.shape[1:] == (1, 8, 8)
+    assert set(train.labels.tolist()) == set(range(10))
+    pixels = train.pixels(torch.tensor([0, 5]))
+    assert (pixels.dtype, float(pixels.min()), float(pixels.max())) == (torch.float32, 0.0, 1.0)
+    assert len(load_images(DataConfig("digits", limit=100), None, train=True)) == 100
+    with pytest.raises(ConfigError, match="limit must be at most 1498"):
+        load_images(DataConfig("digits", limit=5000), None, train=True)
+
+
+def test_digits_are_read_from_their_file_as_scikit_learn_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [_digits(train) for train in (True, False)]
+    monkeypatch.setattr("lab.runs.tasks.images.find_spec", lambda name: None)
+    for ours, theirs in zip(found, [_digits(train) for train in (True, False)], strict=True):
+        assert torch.equal(ours.levels, theirs.levels)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
+def write_idx(path: Path, shape: tuple[int, ...], values: list[int]) -> None:
+    """Write MNIST's own file format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape) + bytes(values))
+
+
+def test_mnist_files(tmp_path: Path) -> None:
+    for prefix, n in (("train", 6), ("t10k", 4)):
+        raw = tmp_path / "MNIST" / "raw"
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", (n, 28, 28), [i % 256 for i in range(n * 784)])
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", (n,), list(range(n)))
+    train = load_images(DataConfig("mnist"), tmp_path, train=True)
+    assert train.levels.shape == (6, 1, 28, 28)
+    assert train.pixels(torch.tensor([0]))[0, 0, 0, 5] == pytest.approx(5 / 255)
+    assert load_images(DataConfig("mnist"), tmp_path, train=False).labels.tolist() == [0, 1, 2, 3]
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (5, 4), (10 * label, i, 0)).save(tmp_path / part / name / f"{i}.png")
+    images = load_images(DataConfig("folder"), tmp_path, train=True)
+    assert images.levels.shape == (4, 3, 4, 5)
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    assert images.levels[3, :, 0, 0].tolist() == [10, 1, 0]
+    few = [load_images(DataConfig("folder", limit=3), tmp_path, train=True) for _ in range(2)]
+    assert few[0].classes == 2  # of the whole folder, whatever the three are
+    assert torch.equal(few[0].levels, few[1].levels)
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "cow")
+    with pytest.raises(ConfigError, match="must have the same classes; only one has cat, cow"):
+        load_images(DataConfig("folder"), tmp_path, train=False)
+
+
+def test_bad_image_folders(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs train/CLASS/\* and test/CLASS/\*"):
+        load_images(DataConfig("folder"), tmp_path, train=True)
+    (tmp_path / "train" / "empty").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="Found no valid file for the classes empty"):
+        load_images(DataConfig("folder"), tmp_path, train=True)
+    Image.new("RGB", (5, 4)).save(tmp_path / "train" / "empty" / "a.png")
+    Image.new("RGB", (6, 4)).save(tmp_path / "train" / "empty" / "b.png")
+    with pytest.raises(ConfigError, match=r"images must be of one size, but .*b\.png is \[3, 4, 6\]"):
+        load_images(DataConfig("folder"), tmp_path, train=True)
+    (tmp_path / "train" / "empty" / "b.png").write_bytes(b"not an image")
+    with pytest.raises(ConfigError, match=r"b\.png cannot be read as an image"):
+        load_images(DataConfig("folder"), tmp_path, train=True)
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mnist needs --data-dir"):
+        load_images(DataConfig("mnist"), None, train=True)
+    with pytest.raises(ConfigError, match="nowhere is not a folder"):
+        load_images(DataConfig("mnist"), tmp_path / "nowhere", train=True)
+    for name in ("mnist", "cifar10"):
+        with pytest.raises(ConfigError, match=f"{name} is not in --data-dir .*; add --download to download it there"):
+            load_images(DataConfig(name), tmp_path, train=True)  # type: ignore[arg-type]
+
+
+def test_missing_extra() -> None:
+    with pytest.raises(MissingExtraError, match=r"flying needs nonesuch: pip install 'packsaddle\[plot\]'"):
+        require("nonesuch.sub", "plot", "flying")
+
+
+def labelled(labels: torch.Tensor) -> Images:
+    return Images(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels, 255, 10)
+
+
+def test_iid_shards_partition_the_data() -> None:
+    images = labelled(torch.arange(103) % 10)
+    shards = [shard(images, "iid", worker=w, workers=4, seed=1) for w in range(4)]
+    assert sorted(torch.cat(shards).tolist()) == list(range(103))
+    assert {len(s) for s in shards} == {25, 26}
+    assert not torch.equal(shards[0], shard(images, "iid", worker=0, workers=4, seed=2))
+
+
+def test_class_shards() -> None:
+    labels = torch.arange(50) % 10
+    images = labelled(labels)
+    for w in range(10):
+        assert set(labels[shard(images, "class", worker=w, workers=10, seed=0)].tolist()) == {w}
+    assert set(labels[shard(images, "class", worker=1, workers=4, seed=0)].tolist()) == {1, 5, 9}
+    with pytest.raises(ConfigError, match=r"worker 10 of 11 gets no examples with data\.shard = 'class'"):
+        shard(images, "class", worker=10, workers=11, seed=0)
+
+
+def test_batches_visit_everything_once_a_pass_and_depend_on_the_step_alone() -> None:
+    indices = torch.arange(100, 110)
+    batches = Batches(indices, 4, worker=0, seed=3)
+    order = torch.cat([batches[t] for t in range(10)]).tolist()  # four passes of ten
+    for start in range(0, 40, 10):
+        assert sorted(order[start : start + 10]) == indices.tolist()
+    assert order[:10] != order[10:20]
+    fresh = Batches(indices, 4, worker=0, seed=3)
+    assert torch.equal(fresh[7], batches[7])
+    assert torch.equal(fresh[2], batches[2])
+    assert not torch.equal(Batches(indices, 10, worker=1, seed=3)[0], Batches(indices, 10, worker=0, seed=3)[0])
+    assert len(Batches(indices, 25, worker=0, seed=3)[1]) == 25
+
+
+def test_the_papers_autoencoder() -> None:
+    """210,369 parameters: 160 + 4,640 + 100,416 and back 100,384 + 4,624 + 145."""
+    model = mnist_autoencoder()
+    by_layer = [sum(p.numel() for p in layer.parameters()) for layer in model]
+    assert [n for n in by_layer if n] == [160, 4640, 100416, 100384, 4624, 145]
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (ModelConfig("mnist-autoencoder"), (1, 28, 28)),
+        (ModelConfig("autoencoder", (12, 3)), (1, 8, 8)),
+        (ModelConfig("resnet18"), (3, 16, 16)),
+    ],
+)
+def test_tasks(config: ModelConfig, shape: tuple[int, ...]) -> None:
+    state = torch.random.get_rng_state()
+    task, twin, other = (make_task(config, torch.Size(shape), 10, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    vectors = [torch.nn.utils.parameters_to_vector(t.parameters()) for t in (task, twin, other)]
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.equal(vectors[0], vectors[2])
+    loss = task(torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 9]))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in task.parameters())
+
+
+def test_models_refuse_images_of_the_wrong_shape() -> None:
+    with pytest.raises(ConfigError, match=r"mnist-autoencoder needs 1 x 28 x 28 images, got \[1, 8, 8\]"):
+        make_task(ModelConfig("mnist-autoencoder"), torch.Size((1, 8, 8)), 10, 0)
+    with pytest.raises(ConfigError, match=r"resnet18 needs images of 3 channels, got \[1, 8, 8\]"):
+        make_task(ModelConfig("resnet18"), torch.Size((1, 8, 8)), 10, 0)
+
+
+def drawn(batches: Batches, first: int, last: int) -> list[int]:
+    return torch.cat([batches[step] for step in range(first, last)]).tolist()
+
+
+@pytest.mark.parametrize("how", ["iid", "class"])
+@pytest.mark.parametrize(("old", "new"), [(4, 3), (2, 5), (3, 1)])
+def test_the_rest_of_a_pass_is_dealt_anew(how: str, old: int, new: int) -> None:
+    """A pass that `old` workers begin and `new` end has every example once; then all have passes of their own."""
+    images = labelled(torch.arange(403) % 10)
+    size, seed, stop, n = 4, 7, 9, len(images)
+    history, longer = [(0, old)], [(0, old), (stop, new)]
+    before = deal(images, how, size, seed=seed, history=history, workers=range(old))
+    after = deal(images, how, size, seed=seed, history=longer, workers=range(new))
+    passes = [len(shard(images, how, worker=w, workers=old, seed=seed)) for w in range(old)]
+    assert all(stop * size < length for length in passes)  # all are in their first pass
+    seen = [example for batches in before for example in drawn(batches, 0, stop)]
+    rest = []
+    for worker, batches in enumerate(after):
+        owned = shard(images, how, worker=worker, workers=new, seed=seed).tolist()
+        left = len(set(owned) - set(seen))
+        following = drawn(batches, stop, stop + 1 + (left + len(owned)) // size)
+        rest += following[:left]
+        assert sorted(following[left : left + len(owned)]) == sorted(owned)
+    assert sorted(seen + rest) == list(range(n))
+    again = deal(images, how, size, seed=seed, history=longer, workers=[new - 1])[0]
+    assert torch.equal(again[stop + 5], after[-1][stop + 5])
+
+
+def test_dealing_anew_twice_and_between_passes() -> None:
+    """What two numbers of workers leave of a pass, a third ends; where all passes have ended there is nothing left."""
+    images = labelled(torch.arange(403) % 10)
+    n, size = len(images), 4
+    stops = [0, 5, 11]
+    history = [(0, 4), (5, 2), (11, 3)]
+    seen: list[int] = []
+    for i, (start, workers) in enumerate(history[:-1]):
+        for batches in deal(images, "iid", size, seed=0, history=history[: i + 1], workers=range(workers)):
+            seen += drawn(batches, start, stops[i + 1])
+    for worker, batches in enumerate(deal(images, "iid", size, seed=0, history=history, workers=range(3))):
+        owned = set(shard(images, "iid", worker=worker, workers=3, seed=0).tolist())
+        left = len(owned - set(seen))
+        seen += drawn(batches, 11, 12 + left // size)[:left]
+    assert sorted(seen) == list(range(n))
+    half = len(shard(images, "iid", worker=0, workers=2, seed=0))
+    whole = deal(images, "iid", half, seed=0, history=[(0, 2)], workers=[0])[0]
+    assert len(whole.left(1)[0]) == 0
+    assert whole.left(1)[1] == 1
+
+
+def test_calendar() -> None:
+    """Epochs of one number of workers are steps by a constant; a change keeps what was done."""
+    always = Calendar.of([(0, 2)], 640, 16, 3.0)
+    assert (always.per_epoch, always.steps) == (20, 60)
+    assert [always.epoch(step) for step in (0, 7, 60)] == [0.0, 7 / 20, 3.0]
+    assert [always.step_at(epoch) for epoch in (0.0, 0.5, 3.0)] == [0, 10, 60]
+    changed = Calendar.of([(0, 2), (30, 4)], 640, 16, 3.0)
+    assert (changed.per_epoch, changed.steps) == (10, 30 + 15)
+    assert changed.epoch(30) == 1.5
+    assert changed.epoch(45) == 3.0
+    assert [changed.step_at(epoch) for epoch in (1.0, 2.0)] == [30, 35]
+    assert Calendar.of([(0, 2), (59, 1)], 640, 16, 3.0).steps == 61

@@ -1,0 +1,243 @@
+"""Text as data, and runs on it."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import command, refused
+
+from lab.runs.config import DataConfig, ModelConfig
+from lab.runs.tasks import text
+from lab.runs.tasks.images import load_data
+from lab.runs.tasks.models import make_task, task_loss
+from lab.runs.tasks.sharding import shard
+from lab.runs.tasks.text import UNKNOWN, Text, load_text
+from packsaddle import certify
+from packsaddle.curvature import Search
+from packsaddle.errors import ConfigError
+from packsaddle.options.schema import build
+
+CPU = torch.device("cpu")
+WORDS = ("saddle", "mule", "a long way", "packs?", "\u00fcber", "noise,", "42")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two files of words in no particular order, 4,000 characters or so, some of them rare."""
+    picks = torch.randint(len(WORDS), (700,), generator=torch.Generator().manual_seed(5)).tolist()
+    story = " ".join(WORDS[i] for i in picks)
+    (tmp_path / "text" / "part").mkdir(parents=True)
+    (tmp_path / "text" / "b.txt").write_text(story[1500:] + "\u2203", encoding="utf-8")
+    (tmp_path / "text" / "part" / "a.md").write_text("~\u2200" + story[:1500], encoding="utf-8")
+    (tmp_path / "text" / "ignored.py").write_text("%" * 100)
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No text remembered from before, and none after."""
+    text._encoded.cache_clear()
+    yield
+    text._encoded.cache_clear()
+
+
+def load(folder: Path | None, *, train: bool = True, **options: Any) -> Text:
+    return load_text(DataConfig("text", **options), folder, train=train)
+
+
+def everything(data: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    return data.batch(torch.arange(len(data)), CPU)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_windows_and_targets(folder: Path, train: bool) -> None:
+    """Against lists, a dictionary and a loop."""
+    whole = (folder / "b.txt").read_text("utf-8") + "\n" + (folder / "part" / "a.md").read_text("utf-8")
+    cut = len(whole) - len(whole) // 10
+    known = sorted(c for c, n in Counter(whole[:cut]).items() if n >= 5)
+    codes = [known.index(c) + 1 if c in known else 0 for c in (whole[:cut] if train else whole[cut:])]
+    windows = [codes[i : i + 11] for i in range(0, len(codes) - 10, 10)]
+
+    data = load(folder, train=train, context=10)
+    assert (data.vocabulary, data.classes, data.shape) == ("".join(known), len(known) + 1, torch.Size([10]))
+    inputs, targets = everything(data)
+    assert inputs.tolist() == [w[:-1] for w in windows]
+    assert targets.tolist() == [w[1:] for w in windows]
+    assert (inputs.dtype, targets.dtype) == (torch.int64, torch.int64)
+    assert data.batch(torch.tensor([3]), CPU, torch.float64)[0].tolist() == [windows[3][:-1]]
+
+
+def test_the_vocabulary_leaves_out_what_is_rare(tmp_path: Path) -> None:
+    """Below five occurrences, and beyond 1,023 characters; of equally frequent ones the lower code points stay."""
+    (tmp_path / "few.txt").write_text("aaaaabbbbccccc" + "a" * 20)
+    data = load(tmp_path, context=2)
+    assert data.vocabulary == "ac"
+    assert everything(data)[0][:7].flatten().tolist() == [1] * 5 + [UNKNOWN] * 4 + [2] * 5
+    (tmp_path / "many").mkdir()
+    characters = [chr(0x4E00 + i) for i in range(1500)]
+    (tmp_path / "many" / "a.txt").write_text("".join(reversed(characters)) * 6 + characters[-1] * 1100, "utf-8")
+    assert load(tmp_path / "many").vocabulary == "".join([*characters[:1022], characters[-1]])
+
+
+def test_the_same_text_gives_the_same_codes(folder: Path, tmp_path: Path, fresh: None) -> None:
+    """Whatever the order in which its files were made, and however many windows are used."""
+    twin = tmp_path / "twin"
+    (twin / "part").mkdir(parents=True)
+    for name in ("part/a.md", "b.txt"):
+        (twin / name).write_bytes((folder / name).read_bytes())
+    a, b, few = load(folder), load(twin), load(folder, limit=7)
+    assert torch.equal(a.codes, b.codes)
+    assert a.vocabulary == b.vocabulary == few.vocabulary
+    assert len(few) == 7
+    assert torch.equal(everything(few)[1], everything(a)[1][:7])
+    assert len(load(folder, limit=7, train=False)) == len(load(folder, train=False))
+
+
+def test_the_default_text() -> None:
+    """Python's own reference: enough to train on, mostly known characters, and entropy to compare losses with."""
+    train, test = load(None), load(None, train=False)
+    assert len(train) > 5000
+    assert len(test) == pytest.approx(len(train) / 9, rel=0.01)
+    assert {"\n", " ", "a", "Z", "_", "0"} <= set(train.vocabulary)
+    assert (test.codes == UNKNOWN).float().mean() < 1e-3
+    share = torch.bincount(train.codes.long()) / len(train.codes)
+    assert -torch.special.xlogy(share, share).sum() == pytest.approx(3.25, abs=0.05)
+
+
+def test_shards(folder: Path) -> None:
+    """class: one stretch after the other; iid: at random; both disjoint and complete."""
+    data = load(folder, context=10)
+    for how in ("iid", "class"):
+        shards = [shard(data, how, worker=w, workers=3, seed=1) for w in range(3)]
+        assert sorted(torch.cat(shards).tolist()) == list(range(len(data)))
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
+        assert (torch.cat(shards).tolist() == list(range(len(data)))) == (how == "class")
+    few = load(folder, limit=4)
+    assert [shard(few, "class", worker=w, workers=4, seed=0).tolist() for w in range(4)] == [[0], [1], [2], [3]]
+    with pytest.raises(ConfigError, match=r"worker 4 of 5 gets no examples with data\.shard = 'class'"):
+        shard(few, "class", worker=4, workers=5, seed=0)
+
+
+CONFIG = """
+lr = 0.3
+epochs = 12
+batch_size = 4
+workers = 2
+log_every = 20
+[data]
+name = "text"
+shard = "class"
+context = 16
+[model]
+name = "char-transformer"
+width = 16
+depth = 1
+[compressor]
+kind = "TopK"
+ratio = 0.1
+[certify]
+epsilon = 10.0
+hessian_lipschitz = 1.0
+every = 6
+max_hvps = 20
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "text.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.mark.slow
+def test_run_and_certify_commands(
+    config: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on a folder learns more than the frequencies, tests itself per character, and is certified."""
+    run = tmp_path / "run"
+    assert command("lab", "run", config, "--serial", "--data-dir", folder, "--out", run) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    train, test = (load(folder, context=16, train=t) for t in (True, False))
+    share = torch.bincount(train.codes.long()) / len(train.codes)
+    assert summary["final_loss"] < 0.8 * float(-torch.special.xlogy(share, share).sum())
+    task = make_task(ModelConfig("char-transformer", width=16, depth=1), train.shape, train.classes, 0)
+    task.network.load_state_dict(torch.load(run / "checkpoint" / "model.pt", weights_only=True))
+    task.requires_grad_(False)
+    inputs, targets = everything(test)
+    hits = (task.network(inputs).argmax(2) == targets).double().mean()
+    assert summary["test_accuracy"] == pytest.approx(float(hits), abs=1e-6)
+    assert summary["test_loss"] == pytest.approx(float(task(inputs, targets)), rel=1e-5)
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    assert [line["examples"] for line in lines] == [len(train)] * 2
+
+    capsys.readouterr()
+    assert command("lab", "certify", run, "--data-dir", folder, "--double", "--json") == 0
+    (point,) = json.loads(capsys.readouterr().out)["points"]
+    expected = certify(
+        task.requires_grad_(),
+        task_loss,
+        [everything(train)],
+        epsilon=10.0,
+        hessian_lipschitz=1.0,
+        search=Search(max_hvps=20),
+    )
+    assert point["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-3)
+    assert point["lambda_min_upper"] < 0  # far from trained, some direction still bends down
+    assert lines[-1]["loss"] == pytest.approx(point["loss"], rel=1e-5)
+
+
+REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
+    "no folder": (("--data-dir", "NOWHERE"), "nowhere is not a folder"),
+    "no files": (("--data-dir", "EMPTY"), "empty must contain *.txt or *.md files, also in subfolders, but has none"),
+    "bytes": (("--data-dir", "BYTES"), "bad.txt must be UTF-8, but byte 2 is not"),
+    "short": (
+        ("--data-dir", "SHORT"),
+        "test text must have more than data.context = 16 characters, got 10 of the 100 in",
+    ),
+    "very short": (("--data-dir", "SHORT", "--set", "data.context=95"), "training text must have more than"),
+    "limit": (("--set", "data.limit=1000000"), "(the windows of the training text)"),
+    "context": (("--set", "data.context=0"), "context must be an integer of at least 1, got 0"),
+    "heads": (("--set", "model.heads=3"), "width must be a multiple of heads, got 16 and 3"),
+    "depth": (("--set", "model.depth=0"), "depth must be an integer of at least 1, got 0"),
+    "context of images": (("--set", "data.name=digits"), "context is only for text, got name = 'digits'"),
+    "depth of images": (
+        ("--set", "model.name=resnet18", "model.depth=3", "model.width=64"),
+        "depth is only for the char-transformer, got name = 'resnet18'",
+    ),
+    "images": (
+        ("--set", "data.name=digits", "data.context=64"),
+        "model char-transformer needs data.name = 'text', got examples of shape [1, 8, 8]",
+    ),
+    "image model": (("--set", "model={name='resnet18'}"), "model resnet18 needs images, got examples of shape [16]"),
+    "workers": (("--set", "data.limit=1"), "gets no examples with data.shard = 'class'; use fewer workers"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_bad_input_is_one_line_and_code_2(
+    arguments: tuple[str, ...], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = {name: tmp_path / name.lower() for name in ("NOWHERE", "EMPTY", "BYTES", "SHORT")}
+    for name in ("EMPTY", "BYTES", "SHORT"):
+        folders[name].mkdir()
+    (folders["BYTES"] / "bad.txt").write_bytes(b"ab\xff")
+    (folders["SHORT"] / "a.txt").write_text("x" * 100)
+    refused(capsys, message, "lab", "run", config, "--out", tmp_path / "run", *(folders.get(a, a) for a in arguments))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_python_without_the_default_text(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ConfigError, match=r"is read from the module pydoc_data\.topics, which is missing"):
+        load(None)
+
+
+def test_text_and_images_load_alike() -> None:
+    assert isinstance(load_data(build(DataConfig, {"name": "text", "context": 32}), None, train=True), Text)

@@ -1,0 +1,421 @@
+"""Certificates of runs: along the way, of what they left, of iterates drawn from them, and the command."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from commandline import command, refused
+from forked_python import environment, torchrun
+from scipy.stats import binomtest
+
+from lab.runs.certification import Audit, read_config
+from lab.runs.config import CertifyConfig, DataConfig
+from lab.runs.report import write_report
+from lab.runs.run_checks import Inspector
+from lab.runs.run_folder import read_runs
+from lab.runs.tasks.images import load_images
+from lab.runs.tasks.models import make_task
+from packsaddle import Search, Verdict, certify
+from packsaddle.cli.certificate_figure import draw_certificate
+from packsaddle.cli.findings import Questions
+from packsaddle.curvature.certificate import Share, draw_iterates
+from packsaddle.errors import ConfigError
+from packsaddle.numerics.seeds import Stream, generator
+
+CONFIG = """
+lr = 0.5
+epochs = 2
+batch_size = 20
+log_every = 8
+[data]
+name = "digits"
+limit = 320
+[model]
+name = "autoencoder"
+widths = [16]
+[certify]
+every = 1
+iterates = 6
+epsilon = 0.5
+hessian_lipschitz = 0.1
+examples = 1000
+max_hvps = 60
+"""
+STEPS = 16  # of two workers: 320 / 40 an epoch
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two simulated workers, certified along the way."""
+    folder = tmp_path_factory.mktemp("certified")
+    (folder / "c.toml").write_text(CONFIG)
+    assert command("lab", "run", folder / "c.toml", "--workers", 2, "--serial", "--out", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the figures of certificates, which take longer to draw than a small search."""
+    monkeypatch.setattr("lab.runs.certification.draw_certificate", lambda *arguments: None)
+    monkeypatch.setattr("lab.runs.certification.figures.save", lambda *arguments: None)
+
+
+def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> None:
+    """The line of epoch 2 against `certify` on the saved weights and the union of the workers' examples."""
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(8, 1.0), (16, 2.0)]
+    assert [line["examples"] for line in lines] == [320, 320]
+    assert [line["sample_of"] for line in lines] == [None, None]
+    images = load_images(DataConfig("digits", limit=320), None, train=True)
+    task = make_task(read_config(run).model, images.levels.shape[1:], images.classes, 0)
+    task.network.load_state_dict(torch.load(run / "checkpoint" / "model.pt", weights_only=True))
+    batch = (images.pixels(torch.arange(320)), images.labels)
+    again = certify(task, lambda m, b: m(*b), [batch], epsilon=0.5, hessian_lipschitz=0.1)
+    assert lines[1]["loss"] == pytest.approx(again.loss, rel=1e-5)
+    assert lines[1]["grad_norm"] == pytest.approx(again.grad_norm, rel=1e-4)
+    assert lines[1]["verdict"] == str(again.verdict)
+
+
+def test_training_does_not_depend_on_being_certified(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG.partition("[certify]")[0])
+    assert command("lab", "run", tmp_path / "c.toml", "--workers", 2, "--serial", "--out", tmp_path / "run") == 0
+    plain, certified = (read_runs([folder])[0].metrics for folder in (tmp_path / "run", run))
+    for a, b in zip(plain, certified, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_drawn_iterates_are_kept(run: Path) -> None:
+    drawn = draw_iterates(6, STEPS, 0)
+    assert sorted({f"step-{step:08d}.pt" for step in drawn}) == sorted(p.name for p in (run / "iterates").iterdir())
+    every = [step for seed in range(4000) for step in draw_iterates(2, 4, seed)]
+    counts = [every.count(step) for step in range(5)]
+    assert all(abs(count - 1600) < 5 * math.sqrt(8000 * 0.2 * 0.8) for count in counts), counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
+def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
+    out = tmp_path / f"certificate-{workers}"
+    common = ("certify", run, "--epsilon", 0.5, "--hessian-lipschitz", 0.1, "--double", "--workers", workers)
+    assert command("lab", *common, "--out", out, "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    (point,) = document["points"]
+    assert point["examples"] == 320
+    assert point["sample_of"] is None
+    assert point["precision"] == "float64"
+    direction = torch.load(out / "certificate.direction.pt", weights_only=True)["escape_direction"]
+    assert len(direction) == 64 * 16 + 16 + 16 * 64 + 64
+    assert float(direction.norm()) == pytest.approx(1.0)
+    middle = len(point["profile"]["distances"]) // 2
+    assert point["profile"]["distances"][middle] == 0.0
+    assert point["profile"]["losses"][middle] == pytest.approx(point["loss"], rel=1e-12)
+    assert (out / "certificate.png").stat().st_size > 10_000
+    assert json.loads((out / "certificates.json").read_text())["points"] == document["points"]
+    expected = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1), double=True).certify()[0].certificate
+    assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
+    assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
+    assert point["hvps"] == expected.hvps
+
+
+def test_more_workers_than_have_work_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    before = set(run.iterdir())
+    for workers, message in (
+        (100_000, "--workers must be at most 320 for the number of examples, got 100000"),
+        (9, "--workers must be at most 8 for the number of cores, got 9"),
+    ):
+        refused(capsys, message, "lab", "certify", run, "--workers", workers)
+    assert set(run.iterdir()) == before
+
+
+def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
+    """Two workers of a launcher give what one process gives; only the first speaks and writes."""
+    words = torchrun("-m", "lab", "certify", run, "--double", "--json", "--out", tmp_path / "certificate")
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=180)
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(done.stdout)["points"]
+    search = read_config(run).certify
+    assert search is not None
+    assert search.max_hvps == 60
+    audit = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1, search), double=True)
+    expected = audit.certify()[0].certificate
+    assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
+    assert (point["verdict"], point["hvps"]) == (str(expected.verdict), expected.hvps)
+    assert point["bytes_sent"] > 0
+    assert sorted(p.name for p in (tmp_path / "certificate").iterdir()) == sorted(
+        ["certificate.direction.pt", "certificate.png", "certificate.svg", "certificates.json"]
+    )
+
+
+def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its [certify] has max_hvps = 60; a pilot along the run is of other examples than the command's."""
+    audits: list[Audit] = []
+
+    def certify(audit: Audit, workers: int) -> None:
+        audits.append(audit)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Audit, "execute", certify)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    assert config["certify"]["tolerance"] == "inf"
+    config["certify"] |= {"tolerance": 0.25, "pilot_examples": 3, "hvp": "differences"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert command("lab", "certify", copy, "--hvp", "auto", "--sharpness", 0.5) == 2
+    (audit,) = audits
+    assert (audit.questions.epsilon, audit.questions.hessian_lipschitz, audit.questions.lr) == (0.5, 0.1, 0.5)
+    found = audit.questions.search
+    assert (found.max_hvps, found.tolerance, found.sharpness) == (60, 0.25, 0.5)
+    assert (found.pilot_examples, found.hvp) == (2048, "auto")
+
+
+def test_the_steps_in_which_sgd_leaves_are_printed(run: Path) -> None:
+    """At the run's learning rate, where a point passes with negative curvature."""
+    search = Search(max_hvps=60, sharpness=1e-9)  # to the smallest Ritz value
+    questions = Questions(1e3, 1e3, search, lr=read_config(run).sgd_lr())
+    (found,) = Audit(run, (run / "checkpoint" / "model.pt",), questions, double=True).certify()
+    assert found.certificate.lambda_min_upper < 0
+    steps = math.log(10) / math.log1p(-0.5 * found.certificate.lambda_min_upper)
+    assert f"\n  at lr 0.5 SGD's distance along v grows tenfold in about {steps:,.0f} steps" in str(found)
+    kept = found.to_dict()
+    assert (kept["lr"], kept["escape_steps"]) == (0.5, pytest.approx(steps))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
+def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The configuration's epsilon and rho by default; every draw counts, equal ones as often as they were drawn."""
+    assert command("lab", "certify", run, "--iterates", "--examples", 100) == 0
+    out = capsys.readouterr().out
+    assert "of 6 iterates drawn uniformly are certified second-order stationary" in out
+    assert "all 6 draws fail with probability at most 0.016" in out
+    assert (run / "certificate" / "certificates.json").exists()
+    assert command("lab", "certify", run, "--checkpoint", f"iterates/step-{draw_iterates(6, STEPS, 0)[0]:08d}.pt") == 0
+    assert f"certificate: {run / 'certificate-2'}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_iterates_of_a_run_that_lacks_some(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before any work, and nothing is left behind."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    name = f"step-{draw_iterates(6, STEPS, 0)[2]:08d}.pt"
+    (copy / "iterates" / name).unlink()
+    assert command("lab", "certify", copy, "--iterates", "--out", tmp_path / "new") == 2
+    assert f"iterate iterates/{name} is missing" in capsys.readouterr().err
+    (copy / "summary.json").unlink()
+    assert command("lab", "certify", copy, "--iterates", "--out", tmp_path / "new") == 2
+    assert "has not finished, so its saved iterates are not a uniform sample" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_samples_along_a_run_are_at_random(run: Path) -> None:
+    """Of a shard that is sorted by class, every class is looked at."""
+    config = replace(read_config(run), certify=CertifyConfig(epsilon=1.0, examples=40))
+    images = load_images(DataConfig("digits"), None, train=True)
+    task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
+    inspector = Inspector(config, task, images, [images.labels.argsort()], 10, 10)
+    assert set(images.labels[inspector.examples.index].tolist()) == set(range(10))
+
+
+def test_losses_that_overflow_along_the_direction(run: Path, tmp_path: Path) -> None:
+    assert command("lab", "certify", run, "--distance", "1e45", "--out", tmp_path / "far") == 0
+    text = (tmp_path / "far" / "certificates.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert None in json.loads(text)["points"][0]["profile"]["losses"]
+
+
+def test_share() -> None:
+    """Against scipy's exact binomial test."""
+    good, bad, open_ = Verdict.SECOND_ORDER_STATIONARY, Verdict.SADDLE, Verdict.UNDECIDED
+    share = Share.of([good] * 7 + [bad] * 2 + [open_])
+    assert (share.drawn, share.stationary, share.refuted) == (10, 7, 2)
+    assert share.all_fail == 2**-10
+    assert share.surprise == pytest.approx(binomtest(8, 10, 0.5, alternative="less").pvalue)
+    exact = binomtest(7, 10, 0.5, alternative="greater").proportion_ci(0.95).low
+    assert share.at_least() == pytest.approx(exact)
+    none = Share.of([bad] * 10)
+    assert (none.at_least(), none.surprise) == (0.0, pytest.approx(2**-10))
+
+
+@pytest.mark.slow
+def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
+    page = write_report(read_runs([run]), tmp_path / "report").read_text()
+    assert "Certificates along the way" in page
+    assert (
+        page.count("<td>second-order stationary</td>")
+        + page.count("<td>undecided</td>")
+        + page.count("<td>saddle</td>")
+        + page.count("<td>gradient too large</td>")
+        == 2
+    )
+    assert "smallest eigenvalue of the Hessian" in page
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    for name in ("summary.json", "metrics.jsonl"):
+        (killed / name).unlink()
+    write_report(read_runs([run, killed]), tmp_path / "both")
+
+
+def test_a_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    diverge = ("--set", "lr=1e30", "model.output=linear", "certify.iterates=0", "max_skipped=99")
+    assert command("lab", "run", tmp_path / "c.toml", *diverge, "--out", tmp_path / "run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "certificates.jsonl").read_text().splitlines()]
+    assert lines[-1]["verdict"] == "gradient too large"
+    write_report(read_runs([tmp_path / "run"]), tmp_path / "report")
+    assert command("lab", "certify", tmp_path / "run") == 2
+    assert "there is nothing to certify" in capsys.readouterr().err
+
+
+REFUSALS: list[tuple[Sequence[str], str]] = [
+    (("NOTHING",), "is not a run folder (it has no config.json)"),
+    (("RUN", "--epsilon", "0"), "--epsilon must be positive and finite, got 0.0"),
+    (("RUN", "--hessian-lipschitz", "-1"), "--hessian-lipschitz must be positive and finite, got -1.0"),
+    (("RUN", "--failure-probability", "1"), "--failure-probability must be in [1e-100, 1), got 1.0"),
+    (("RUN", "--tolerance", "0"), "--tolerance must be positive, got 0.0"),
+    (("RUN", "--max-hvps", "0"), "--max-hvps must be at least 1, got 0"),
+    (("RUN", "--pilot-examples", "-1"), "--pilot-examples must not be negative, got -1"),
+    (("RUN", "--memory-limit", "-1"), "--memory-limit must not be negative, got -1"),
+    (("RUN", "--examples", "321"), "examples must be from 1 to 320, the training examples, got 321"),
+    (("RUN", "--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
+    (("RUN", "--checkpoint", "config.json"), "cannot be read"),
+    (("RUN", "--checkpoint", "checkpoint/worker-0.pt"), "does not hold the weights of this run's network"),
+    (("RUN", "--checkpoint", "x", "--iterates"), "--checkpoint and --iterates exclude each other"),
+    (("RUN", "--out", "RUN"), "already exists; choose another with --out"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS, ids=lambda a: " ".join(a) if isinstance(a, tuple) else "")
+def test_bad_input_is_one_line_and_code_2(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
+) -> None:
+    names = {"RUN": run, "NOTHING": tmp_path}
+    refused(capsys, message, "lab", "certify", *(names.get(a, a) for a in arguments))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run whose configuration says nothing of certificates."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "c.toml").write_text(CONFIG.partition("[certify]")[0].replace("epochs = 2", "epochs = 0.5"))
+    assert command("lab", "run", folder / "c.toml", "--out", folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
+def test_where_nothing_states_epsilon_there_is_no_verdict_on_stationarity(
+    plain: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a sample, which is the same however many workers."""
+    asked = ("certify", plain, "--examples", 200, "--max-hvps", 40, "--workers", workers)
+    capsys.readouterr()
+    assert command("lab", *asked, "--json", "--out", tmp_path / "c") == 0
+    captured = capsys.readouterr()
+    (point,) = json.loads(captured.out)["points"]
+    assert captured.err == ""
+    assert (point["examples"], point["sample_of"]) == (200, 320)
+    assert (point["epsilon"], point["threshold"]) == (None, None)
+    assert point["verdict"] == "not a minimum"
+    assert point["lambda_min_upper"] < 0
+    data = load_images(DataConfig("digits", limit=320), None, train=True)
+    task = make_task(read_config(plain).model, data.levels.shape[1:], data.classes, 0)
+    task.network.load_state_dict(torch.load(plain / "checkpoint" / "model.pt", weights_only=True))
+    index = torch.randperm(320, generator=generator(0, 0, Stream.CERTIFY))[:200]
+    task(data.pixels(index), data.labels[index]).backward()
+    norm = torch.cat([p.grad.reshape(-1) for p in task.network.parameters() if p.grad is not None]).norm()
+    assert point["grad_norm"] == pytest.approx(float(norm), rel=1e-4)  # single precision, summed in another order
+    if workers == 1:
+        assert command("lab", *asked, "--out", tmp_path / "again") == 0
+        said = capsys.readouterr().out
+        assert f"model.pt: {point['headline']}\n" in said
+        assert "no verdict on stationarity without epsilon (--epsilon)" in said
+        assert "stationary" not in said
+        assert command("lab", "certify", plain, "--examples", "all", "--epsilon", 1, "--out", tmp_path / "all") == 0
+        assert "without epsilon" not in capsys.readouterr().out
+        refused(
+            capsys,
+            "--examples must be a whole number or all, got 'some'",
+            "lab",
+            "certify",
+            plain,
+            "--examples",
+            "some",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
+def test_the_command_takes_a_sample_unless_told_otherwise(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lab.cli.certify._SAMPLE", 100)
+    found = {}
+    for name, words in {"sample": (), "again": (), "all": ("--examples", "all"), "some": ("--examples", 150)}.items():
+        capsys.readouterr()
+        assert command("lab", "certify", plain, *words, "--max-hvps", 3, "--json", "--out", tmp_path / name) == 0
+        (found[name],) = json.loads(capsys.readouterr().out)["points"]
+    assert [found[name]["examples"] for name in found] == [100, 100, 320, 150]
+    assert {**found["sample"], "seconds": 0} == {**found["again"], "seconds": 0}
+
+
+@pytest.mark.parametrize(("epsilon", "first"), [(None, "not a minimum: lambda_min is at most "), (0.4, "saddle")])
+def test_the_figures_title_is_the_first_line_of_the_text(epsilon: float | None, first: str) -> None:
+    """f = (x_1^2 - x_0^2) / 2 + 0.3 x_0 at 0. Only epsilon makes a threshold, which is drawn."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()
+
+    def loss_fn(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        x = model.weight[0]
+        return (x[1] ** 2 - x[0] ** 2) / 2 + 0.3 * x[0] + 0 * batch.sum()
+
+    questions, batches = Questions(epsilon, 0.1), [torch.ones(1, 2)]
+    certificate = questions.certify(model, loss_fn, batches, lambda step, text: None)
+    finding = questions.finding(Path("w.pt"), model, loss_fn, batches, certificate)
+    figure = draw_certificate(finding.to_dict())
+    headline = str(finding).splitlines()[0].removeprefix("w.pt: ")
+    assert headline.startswith(first)
+    assert figure.get_suptitle() == f"{headline} (gradient norm 3.000e-01)"
+    labels = figure.axes[-1].get_legend_handles_labels()[1]
+    assert ("threshold of a saddle" in labels) == (epsilon is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
+def test_progress_and_the_time_left_go_to_stderr(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line where ten seconds have gone by; by a clock that goes six seconds with every look at it."""
+    ticks = itertools.count(0, 6)
+    monkeypatch.setattr("lab.runs.progress.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    asked = ("certify", plain, "--epsilon", 100, "--hessian-lipschitz", 1e-12, "--max-hvps", 4)
+    capsys.readouterr()
+    assert command("lab", *asked, "--out", tmp_path / "loud") == 0
+    captured = capsys.readouterr()
+    first = captured.err.splitlines()[0]
+    assert first.startswith("certify: 1 of at most 4 products: lambda_min in [-")
+    assert first.endswith(" of 320 examples, threshold -1.0e-05, about 36 s left")  # 12 s for the first
+    assert "certify:" not in captured.out
+    assert command("lab", *asked, "--json", "--out", tmp_path / "quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_iterates_are_asked_for_where_there_are_none(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("lab", "certify", plain, "--epsilon", 1, "--iterates") == 2
+    assert "has no saved iterates" in capsys.readouterr().err

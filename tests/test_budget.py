@@ -1,0 +1,75 @@
+"""The budget of the code: files and code lines of each room, and of the library, the lab and the tests.
+
+Who needs more removes as much elsewhere, or raises a number here and says why in the commit. `make shape` prints them.
+"""
+
+from pathlib import Path
+
+import pytest
+from code_size import code_lines, members, sizes, total
+
+import packsaddle
+
+ROOT = Path(packsaddle.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
+# The most files and code lines of a room of the library; "" are the modules in its root.
+ROOMS = {
+    "": (5, 255),
+    "checkpoint": (8, 830),
+    "cli": (15, 1850),
+    "comm": (16, 1720),
+    "compressors": (17, 1980),
+    "curvature": (15, 1910),
+    "feedback": (14, 1420),
+    "hooks": (7, 800),
+    "integrations": (5, 660),
+    "local": (26, 3035),
+    "numerics": (12, 1310),
+    "options": (5, 270),
+    "plan": (7, 710),
+    "sgd": (5, 780),
+    "theory": (5, 430),
+}
+# The most code lines in all.
+LIBRARY, LAB, TESTS = 21_500, 13_000, 31_700
+# The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
+# each other are counted in local/test_exclusions.py.)
+METHODS, ATTRIBUTES = 24, 13
+
+
+def test_the_rooms() -> None:
+    assert sizes(ROOT).keys() == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room(room: str) -> None:
+    (files, lines), (most_files, most_lines) = sizes(ROOT)[room], ROOMS[room]
+    assert files <= most_files
+    assert lines <= most_lines
+
+
+def test_the_whole() -> None:
+    lab = [REPOSITORY / name for name in ("lab", "experiments", "docs")]
+    for most, roots in ((LIBRARY, [ROOT]), (LAB, lab), (TESTS, [REPOSITORY / "tests"])):
+        assert total(roots)[1] <= most, roots
+
+
+def test_local_updates() -> None:
+    methods, attributes = members((ROOT / "local" / "updates.py").read_text(), "LocalUpdates")
+    assert methods <= METHODS
+    assert attributes <= ATTRIBUTES
+
+
+def test_code_lines_are_no_docstrings_comments_or_blanks() -> None:
+    source = '''"""A module.
+
+Two lines."""
+
+# a comment
+def f() -> str:  # one line
+    """A docstring."""
+
+    return """two
+lines"""
+'''
+    assert code_lines(source) == 3
