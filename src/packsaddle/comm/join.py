@@ -54,7 +54,9 @@ class JoinableSteps(Joinable):
             return
         if not self._join_config.is_first_joinable:
             raise RuntimeError("Join must have one LocalUpdates and nothing else: Join([local])")
-        Join.notify_join_context(self)
+        work: Any = Join.notify_join_context(self)  # None if it is the only worker's
+        if work is not None:
+            work.wait()  # the all-reduce's tensor is freed here
 
 
 class EndedWorker(JoinHook):
