@@ -19,7 +19,7 @@ from packsaddle.compressors.parts import Expected, octets
 from packsaddle.errors import MessageError
 from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.transfers import read
+from packsaddle.numerics.transfers import indices_where, read
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
 _FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
@@ -158,8 +158,8 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
             bodies.append(body)
         else:
             goes_on = (codes < top - j) | (codes > top + j)
-            members = wire.indices_where(goes_on, layer.going_on)
-            listed = wire.indices_where(~goes_on, layer.coded) if layer.inverted else members
+            members = indices_where(goes_on, layer.going_on)
+            listed = indices_where(~goes_on, layer.coded) if layer.inverted else members
             gaps.append(wire.gaps_of(listed, max(1, layer.coded), layer.members))
             codes = codes.index_select(0, members)
         signs = wire.pack_bits(codes < top) if j == 0 else signs
@@ -202,7 +202,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
         if layer.inverted:
             goes_on = torch.ones(layer.members, dtype=torch.bool, device=coded.device)
             goes_on.index_fill_(0, index, False)
-            index = wire.indices_where(goes_on, layer.going_on)
+            index = indices_where(goes_on, layer.going_on)
         if layer is layers[0]:
             places, magnitudes = index, coded.new_ones(len(index))
         else:

@@ -32,7 +32,7 @@ from packsaddle.compressors.values import (
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
-from packsaddle.numerics.transfers import read
+from packsaddle.numerics.transfers import indices_where, read
 
 _SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
 _AT_ONCE = 1 << 16  # largest bucket that the Triton kernel supports, in coordinates
@@ -295,7 +295,7 @@ class QSGD(Compressor):
         b = self._width(d)
         if b * self.bits % 8 or 8 * nonzero > 7 * len(norms):
             return None
-        return _Buckets(wire.indices_where(norms != 0, nonzero), b, d)
+        return _Buckets(indices_where(norms != 0, nonzero), b, d)
 
     def _width(self, d: int) -> int:
         return max(1, min(d, self.bucket))

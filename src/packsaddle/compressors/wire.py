@@ -9,6 +9,7 @@ from torch import Tensor
 from packsaddle.compressors.parts import Expected, octets
 from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
+from packsaddle.numerics.transfers import indices_where
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
 _COMPILED_WIDTH = 56  # largest width in bits that the compiled loops support
@@ -51,17 +52,6 @@ def unpack(packed: Tensor, width: int, n: int, dtype: torch.dtype = torch.int64)
         bits = unpack_bits(slab, count * width).view(count, width)
         slabs.append((bits.to(torch.int64) << shifts).sum(1).to(dtype))
     return torch.cat(slabs)
-
-
-def indices_where(mask: Tensor, n: int) -> Tensor:
-    """Return the indices where bool[d] is True, increasing int64[n]. They must be n; on a GPU the first n are returned,
-    with zeros if there are fewer, since the host would wait for their number."""
-    if mask.device.type == "cpu":  # four times as fast as torch.nonzero
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    # The index at its place among those that are True; the others go to place n.
-    places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
-    found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
-    return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]
 
 
 def pack_bits(bits: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import local_part, part_of
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
-from packsaddle.numerics.devices import device_of_doubles
+from packsaddle.numerics.devices import device_of_doubles, to_device
 from packsaddle.numerics.finite import is_finite
 from packsaddle.numerics.seeds import Stream, generator
 
@@ -90,8 +90,9 @@ class Curvature:
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
-        problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
-        found = [*first, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
+        (loss, examples), again = ((float(loss), n) for loss, n in (first, second))
+        problems = [float(repr((loss, examples)) != repr(again)), float(self._differs_from_rank_0())]
+        found = [loss, examples, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
         total = torch.tensor(found, dtype=torch.float64, device=self.device)
         loss, examples, differ, apart, *short = self.sum(total).tolist()
         if apart:
@@ -123,14 +124,15 @@ class Curvature:
         self._channel.broadcast(theirs, "certificate")
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
-    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
-        """Return the summed loss of this worker's examples and their number; each loss runs in the context `watch`."""
-        total, sizes = 0.0, []
+    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
+        """Return the summed loss of this worker's examples, float64[], and their number; each loss runs in the context
+        `watch`."""
+        total, sizes = torch.zeros((), dtype=torch.float64, device=self.device), []
         with evaluating(self._model):
             for batch, n in self.read():
                 with watch:
                     loss = self._value(batch)
-                total += float(loss) * n
+                total += self._doubles(loss.reshape(())) * n
                 sizes.append(n)
         self._sizes_of_batches = sizes
         return total, sum(sizes)
@@ -168,11 +170,12 @@ class Curvature:
         return round(self.sum_of(sum(self._sizes_of_batches[::n]))) // self._alike
 
     def sum(self, values: Tensor) -> Tensor:
-        values = values.to(self.device, torch.float64)
+        values = values.to(torch.float64)
+        values = values if values.device == self.device else to_device(values, self.device)
         return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
 
-    def sum_of(self, value: float) -> float:
-        return float(self.sum(torch.tensor([value], dtype=torch.float64)))
+    def sum_of(self, value: Tensor | float) -> float:
+        return float(self.sum(torch.as_tensor(value, dtype=torch.float64).reshape(1)))
 
     def on_any_worker(self, found: bool) -> bool:
         return self.sum_of(found) > 0
@@ -300,7 +303,11 @@ class Curvature:
         return torch.Generator().manual_seed(int(seed))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        return float(a @ b)
+        return float(self.inner(a, b))
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor | float:
+        """Return the inner product <a, b>; not sharded, as float64[], for which the host does not wait."""
+        return a @ b
 
     def norm(self, a: Tensor) -> float:
         return math.sqrt(self.dot(a, a))

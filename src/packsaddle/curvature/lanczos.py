@@ -30,12 +30,13 @@ for each j separately: beyond the memory limit the bound uses the largest term i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+Number = Tensor | float
 _EVALUATIONS = 100  # most evaluations of the sum of p_j^2 for one bound; about a dozen are usual
 _ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, typical of long sums
 _LEAST_PROBABILITY = 1e-100  # for smaller probabilities the quantile underflows
@@ -134,7 +135,8 @@ class Lanczos:
 
     `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, fresh for every certificate and
     equal on all workers. `precision` is the unit roundoff of the products, and `error()` the current estimate of their
-    other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is collective.
+    other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is collective. It
+    returns a number, or float64[], for which the host waits once in a step.
 
     The first `max_vectors` vectors (None: all) are stored; while all are, each new one is orthogonalized against them
     twice. A Ritz vector needs one product for each vector that is not stored. Recurrences are in float64. Raises
@@ -150,7 +152,7 @@ class Lanczos:
         precision: float = torch.finfo(torch.float64).eps,
         error: Callable[[], float] = lambda: 0.0,
         n: int | None = None,
-        dot: Callable[[Tensor, Tensor], float] = lambda a, b: float(a @ b),
+        dot: Callable[[Tensor, Tensor], Number] = torch.dot,
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
@@ -180,16 +182,18 @@ class Lanczos:
         w = self._product(q)
         alpha = self._dot(w, q)
         w = self._recur(w, alpha, q, before)
-        orthogonal = len(self._alphas) < self._limit
+        orthogonal, components = len(self._alphas) < self._limit, list[Number]()
         if orthogonal:
             for sweep in range(2):
                 for p in self._basis:
-                    found = self._dot(w, p)
-                    w.sub_(p, alpha=found)
+                    component = self._dot(w, p)
+                    _subtract(w, p, component, out=w)
                     if sweep == 0 and p is not q:  # p is q: the component is the rounding error of alpha
-                        self._error = max(self._error, abs(found))
+                        components.append(component)
+        alpha, square, *found = _read([alpha, self._dot(w, w), *components])
+        self._error = max([self._error, *map(abs, found)])
         self._alphas.append(alpha)
-        beta = self._norm(w)
+        beta = math.sqrt(square)
 
         # Ritz values: eigenvalues of the tridiagonal; the process ends if beta is at rounding level.
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
@@ -245,17 +249,30 @@ class Lanczos:
         return v.div_(self._norm(v))
 
     def _norm(self, v: Tensor) -> float:
-        return math.sqrt(self._dot(v, v))
+        return math.sqrt(float(self._dot(v, v)))
 
     def _product(self, q: Tensor) -> Tensor:
         self.products += 1
         return self._matvec(q)
 
-    def _recur(self, product: Tensor, alpha: float, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
+    def _recur(self, product: Tensor, alpha: Number, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
         """Return the next Lanczos vector, A q_j - alpha_j q_j - beta_j q_{j-1}; `product`, A q_j, is not modified."""
         j = len(self._alphas) if j is None else j
-        w = product.sub(q, alpha=alpha)
+        w = _subtract(product, q, alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
+
+
+def _subtract(w: Tensor, p: Tensor, by: Number, out: Tensor | None = None) -> Tensor:
+    """Return w - by p; the host does not wait for a number on a GPU."""
+    if isinstance(by, Tensor) and by.device.type != "cpu":
+        return torch.addcmul(w, p, by, value=-1.0, out=out)
+    return torch.sub(w, p, alpha=float(by), out=out)
+
+
+def _read(numbers: Sequence[Number]) -> list[float]:
+    """Return numbers of one kind, as floats; the host waits once on a GPU."""
+    tensors = [number for number in numbers if isinstance(number, Tensor)]
+    return torch.stack(tensors).tolist() if tensors else list(map(float, numbers))
 
 
 def check_probability(failure_probability: float) -> None:

@@ -340,7 +340,7 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
         precision=products.precision,
         error=lambda: 0.0 if matvec else products.error,
         n=curvature.d,
-        dot=curvature.dot,
+        dot=curvature.inner,
     )
 
 

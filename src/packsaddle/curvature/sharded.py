@@ -80,7 +80,7 @@ class ShardedCurvature(Curvature):
     def why_no_double_backward(self) -> str | None:
         return "parameters are sharded"
 
-    def dot(self, a: Tensor, b: Tensor) -> float:
+    def inner(self, a: Tensor, b: Tensor) -> float:
         """Return the inner product <a, b> of two sharded vectors, given this worker's parts; collective, one double."""
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
@@ -121,7 +121,7 @@ class ShardedCurvature(Curvature):
         for _ in range(self._rounds - read):
             yield batch, 0
 
-    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
+    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
         try:
             return super()._totals(watch)
         finally:  # after a forward pass alone FSDP keeps the outermost parameters unsharded, and would reuse them

@@ -1,8 +1,9 @@
-"""Copies between a device and the host, for which the host waits as rarely as possible."""
+"""Copies between a device and the host, and indices, for which the host waits as rarely as possible."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,17 @@ class Readback:
             self._event.synchronize()
         numbers: list[Any] = self._copy.tolist()
         return numbers
+
+
+def indices_where(mask: Tensor, n: int) -> Tensor:
+    """Return the indices where bool[d] is True, increasing int64[n]. They must be n; on a GPU the first n are returned,
+    with zeros if there are fewer, since the host would wait for their number."""
+    if mask.device.type == "cpu":  # four times as fast as torch.nonzero
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    # The index at its place among those that are True; the others go to place n.
+    places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
+    found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
+    return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
