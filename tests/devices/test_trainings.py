@@ -48,7 +48,7 @@ def params(first: str, names: Iterable[str], fails: tuple[str, Callable[[str], b
 @pytest.mark.parametrize(
     ("backend", "name"),
     [
-        *params("nccl", TRAININGS, ("CPU tensors over NCCL", lambda name: "offload" in name)),
+        *params("nccl", TRAININGS),
         *params("mixed", MIXED),
         *params("gloo", GLOO),
     ],
