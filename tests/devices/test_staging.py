@@ -68,10 +68,13 @@ def _held(kind: Kind, delay: int, fragments: int, library: Path) -> tuple[list[b
                 reached.append(turn.wait_for(lambda: done >= last, timeout=20))
         return gather(group, tensor)
 
-    training = local(ps.Rounded("int4"), overlap=ps.Overlap(delay, fragments=fragments))(network(where))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 64), torch.nn.Linear(64, 24)).to(where)  # two fragments of one size
+    batches = [batch(i, dist.get_rank(), where) for i in range(2 * STEPS)]  # the host waits here
+    training = local(ps.Rounded("int4"), overlap=ps.Overlap(delay, fragments=fragments))(model)
     with mock.patch.object(TorchGroup, "all_gather", held), device.record() as log:
-        for i in range(2 * STEPS):
-            step(training, *batch(i, dist.get_rank(), where))
+        for i in range(len(batches)):
+            step(training, *batches[i])
             with turn:
                 done = i + 1
                 turn.notify_all()
