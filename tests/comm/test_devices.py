@@ -19,6 +19,7 @@ from packsaddle.feedback.background import Background
 from packsaddle.feedback.slices import places
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook
 from packsaddle.hooks.hook import HookOptions
+from packsaddle.numerics.transfers import to_host
 
 Gloo = Callable[..., list[Any]]
 
@@ -59,17 +60,16 @@ class Staged(TorchGroup):
 def exchanged() -> tuple[list[list[float]], list[list[float]], int]:
     """The results of the four collectives, of a plain group and a staged one, and how often that copied to the host."""
     found, copies = [], []
-    real = devices.to_host
 
-    def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    def counted(tensor: torch.Tensor) -> torch.Tensor:
         copies.append(tensor)
-        return real(tensor).clone()
+        return to_host(tensor).clone()
 
     for group in (TorchGroup(), Staged()):
         mine = torch.arange(3.0) + 10 * group.rank
         total, root = mine.clone(), mine.clone()
         outgoing = [mine[:2], mine[2:], mine]  # to ranks 0, 1 and 2
-        with mock.patch.object(devices, "to_host", to_host):
+        with mock.patch("packsaddle.comm.group.to_host", counted):
             group.all_reduce(total)
             group.broadcast(root)
             received = group.all_to_all(outgoing, [[2, 1, 3][group.rank]] * 3)

@@ -41,9 +41,13 @@ def in_child(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 @pytest.fixture(scope="session")
 def together(
     in_child: Callable[..., list[Any]], library: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Outcomes]:
-    """The outcomes of two workers, by rank."""
-    return in_child(device_trainings.together, library, tmp_path_factory.mktemp("groups"), workers=2)
+) -> Callable[[str], list[Outcomes]]:
+    """together(kind) returns the outcomes of two workers on a kind of device, by rank."""
+
+    def run(kind: str) -> list[Outcomes]:
+        return in_child(device_trainings.together, kind, library, tmp_path_factory.mktemp("groups"), workers=2)
+
+    return cache(run)
 
 
 @pytest.fixture(scope="session")

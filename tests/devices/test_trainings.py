@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_trainings import ALONE, GLOO, HOOKS, LOCALS, MIXED, OPTIMIZERS, Key, Outcome
+from device_trainings import ALONE, GLOO, HOOKS, LOCALS, MIXED, OPTIMIZERS, STAGED, Key, Outcome
 
 from packsaddle.compressors import compressors, describe
 
@@ -45,20 +45,24 @@ def params(first: str, names: Iterable[str], fails: tuple[str, Callable[[str], b
     return [pytest.param(first, name, marks=[mark] if is_failing(name) else []) for name in names]
 
 
-@pytest.mark.parametrize(
-    ("backend", "name"),
-    [
-        *params("nccl", TRAININGS),
-        *params("mixed", MIXED),
-        *params("gloo", GLOO),
-    ],
-)
-def test_two_workers_train_as_on_the_cpu(backend: str, name: str, together: list[Outcomes]) -> None:
-    first, second = together
-    check(first[backend, name], first["cpu", name], name)
-    check(second[backend, name], second["cpu", name], name)
+def check_both(found: list[Outcomes], backend: str, name: str, others: Sequence[str] = ROUNDS_OTHERWISE) -> None:
+    first, second = found
+    check(first[backend, name], first["cpu", name], name, others)
+    check(second[backend, name], second["cpu", name], name, others)
     if name not in UNLIKE:
         assert torch.equal(first[backend, name].x, second[backend, name].x)
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [*params("nccl", TRAININGS), *params("mixed", MIXED), *params("gloo", GLOO)]
+)
+def test_two_workers_train_as_on_the_cpu(backend: str, name: str, together: Callable[[str], list[Outcomes]]) -> None:
+    check_both(together("cuda"), backend, name)
+
+
+@pytest.mark.parametrize(("kind", "name"), [*params("xpu", STAGED), *params("mps", STAGED)])
+def test_two_workers_of_other_devices(kind: str, name: str, together: Callable[[str], list[Outcomes]]) -> None:
+    check_both(together(kind), "gloo", name, ROUNDS_ON_MPS if kind == "mps" else ())
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,8 @@ def check(found: Outcome, expected: int | list[int]) -> None:
 @pytest.mark.parametrize(
     ("backend", "name"), [*(("nccl", name) for name in STEPS), *(("mixed", name) for name in MIXED_STEPS)]
 )
-def test_waits_of_a_step(backend: str, name: str, together: list[Outcomes]) -> None:
-    check(together[0][backend, name], {"nccl": STEPS, "mixed": MIXED_STEPS}[backend][name])
+def test_waits_of_a_step(backend: str, name: str, together: Callable[[str], list[Outcomes]]) -> None:
+    check(together("cuda")[0][backend, name], {"nccl": STEPS, "mixed": MIXED_STEPS}[backend][name])
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

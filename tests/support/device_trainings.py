@@ -215,6 +215,8 @@ BACKENDS = {"nccl": "nccl", "mixed": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
 # Few cases with backends whose paths differ from NCCL's in few places.
 MIXED = ("LocalUpdates", "LocalUpdates, offload", "LocalUpdates, offload overlap", "DDP hook")
 GLOO = (*MIXED, "CompressedSGD, TopK", "LocalUpdates, overlap", "DDP hook, TopK model", "FSDP hook, uncoded")
+# On devices whose tensors are exchanged by way of the host alone, where torch has no DistributedDataParallel.
+STAGED = ("CompressedSGD, TopK", "LocalUpdates", "LocalUpdates, overlap", "LocalUpdates, offload")
 # Without a group: those whose paths differ there, and on other devices than CUDA.
 ALONE = (
     *("torch: SGD", "torch: AdamW", "CompressedSGD, noise", "CompressedSGD, TopK two-way", "CompressedSGD, LowRank"),
@@ -228,22 +230,24 @@ def trained(cases: Mapping[str, Make], where: Any, device: Device | None = None,
     return {name: train(make, where, device, rank) for name, make in cases.items()}
 
 
-def together(library: Path, folder: Path) -> dict[Key, Outcome]:
-    """Train all cases as one of two workers; return the outcomes by backend ("cpu": without a device) and name."""
-    rank, device = dist.get_rank(), start("cuda", library, devices=2)
-    torch.cuda.set_device(rank)
+def together(kind: Kind, library: Path, folder: Path) -> dict[Key, Outcome]:
+    """Train as one of two workers; return the outcomes by backend ("cpu": without a device) and name."""
+    rank, device = dist.get_rank(), start(kind, library, devices=1 if kind == "mps" else 2)
+    where = torch.device(kind, 0 if kind == "mps" else rank)
+    torch.accelerator.set_device_index(where.index)
     cases = OPTIMIZERS | LOCALS | HOOKS
-    chosen = {"nccl": cases, **{name: {n: cases[n] for n in of} for name, of in (("mixed", MIXED), ("gloo", GLOO))}}
+    chosen = {"nccl": tuple(cases), "mixed": MIXED, "gloo": GLOO} if kind == "cuda" else {"gloo": STAGED}
     dist.destroy_process_group()
     found: dict[Key, Outcome] = {}
-    for name in ("cpu", *BACKENDS):
+    for name, names in {"cpu": tuple(cases) if kind == "cuda" else STAGED, **chosen}.items():
         backend, store = BACKENDS.get(name, "gloo"), f"file://{folder}/{name}"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=2)
+        these = {case: cases[case] for case in names}
         if name == "cpu":
             with torch_only():
-                outcomes = trained(cases, "cpu", rank=rank)
+                outcomes = trained(these, "cpu", rank=rank)
         else:
-            outcomes = trained(chosen[name], torch.device("cuda", rank), device, rank)
+            outcomes = trained(these, where, device, rank)
         found |= {(name, case): outcome for case, outcome in outcomes.items()}
         if name != "gloo":  # whose group the caller destroys
             dist.destroy_process_group()

@@ -20,7 +20,7 @@ from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.local.trained import Trained
 from packsaddle.numerics.devices import to_device
-from packsaddle.numerics.transfers import assign, to_host
+from packsaddle.numerics.transfers import all_to_host, assign
 
 
 class Anchor:
@@ -42,7 +42,7 @@ class Anchor:
     def values(self) -> list[Tensor]:
         """Return the parameters on the anchor's device. If that is the CPU and theirs is not, these are copies, for
         which the host waits once."""
-        return to_host(self.tensors()) if self.flat.device.type == "cpu" else self.tensors()
+        return all_to_host(self.tensors()) if self.flat.device.type == "cpu" else self.tensors()
 
     @property
     def _frozen(self) -> set[str]:
@@ -195,7 +195,7 @@ class Anchor:
                 x.copy_(value)
                 if lost is not None:
                     errors.append((lost, x.to(value.dtype) - value))
-        here = to_host([error for _, error in errors]) if self.flat.device.type == "cpu" else [e for _, e in errors]
+        here = all_to_host([error for _, error in errors]) if self.flat.device.type == "cpu" else [e for _, e in errors]
         for (lost, _), error in zip(errors, here, strict=True):
             lost.add_(error.to(lost))
 

@@ -54,7 +54,7 @@ def indices_where(mask: Tensor, n: int) -> Tensor:
     return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+def all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return tensors of one device on the host: themselves if they are there, else copies, for which it waits once."""
     device = tensors[0].device if tensors else torch.device("cpu")
     if not has_streams(device):
@@ -62,6 +62,11 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies = [torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
     torch.accelerator.current_stream(device).synchronize()
     return copies
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a copy of a device's tensor on the host, which waits for the current stream alone."""
+    return all_to_host([tensor])[0]
 
 
 def assign(target: Tensor, value: Tensor) -> None:
