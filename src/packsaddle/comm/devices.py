@@ -74,16 +74,6 @@ def use_in_current_stream(tensor: Tensor) -> None:
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor on the CPU. The host waits for the current stream alone, not for the device."""
-    if not has_streams(tensor.device):
-        return tensor.cpu()
-    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    torch.accelerator.current_stream(tensor.device).synchronize()
-    return host
-
-
 def _has_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and (torch.version.cuda or torch.version.hip) is not None
 

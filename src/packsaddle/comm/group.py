@@ -23,6 +23,7 @@ from torch import Tensor
 from packsaddle.comm import devices
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 from packsaddle.numerics.devices import to_device
+from packsaddle.numerics.transfers import assign, to_host
 
 ProcessGroup = dist.ProcessGroup
 SMALL = 4096  # bytes up to which a message is sent to all at once: gloo's ring would pass on W - 1 of them in sequence
@@ -108,15 +109,16 @@ class TorchGroup(Group):
 
     def all_reduce(self, tensor: Tensor) -> None:
         if self.stages(tensor.device):
-            self.all_reduce(host := devices.to_host(tensor))
-            tensor.copy_(host, non_blocking=host.is_pinned())
+            (host,) = to_host([tensor])
+            self.all_reduce(host)
+            assign(tensor, host)
             return
         with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         if self.stages(tensor.device):
-            return [to_device(t, tensor.device) for t in self.all_gather(devices.to_host(tensor))]
+            return [to_device(t, tensor.device) for t in self.all_gather(*to_host([tensor]))]
         if self.size > 2 and tensor.device.type == "cpu" and 0 < tensor.nbytes <= SMALL:
             stacked = tensor.new_empty((self.size, *tensor.shape))
             with self.naming_lost_workers():
@@ -130,7 +132,7 @@ class TorchGroup(Group):
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         device = outgoing[0].device
         if self.stages(device):
-            joined = devices.to_host(torch.cat(list(outgoing)))  # one copy
+            (joined,) = to_host([torch.cat(list(outgoing))])
             found = self.all_to_all(torch.split(joined, [len(t) for t in outgoing]), sizes)
             return list(torch.split(to_device(torch.cat(found), device), list(sizes)))
         received = outgoing[0].new_empty(sum(sizes))
@@ -142,8 +144,9 @@ class TorchGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         if self.stages(tensor.device):
-            self.broadcast(host := devices.to_host(tensor))
-            tensor.copy_(host, non_blocking=host.is_pinned())
+            (host,) = to_host([tensor])
+            self.broadcast(host)
+            assign(tensor, host)
             return
         whole = tensor.contiguous()  # gloo ignores the strides of its output
         data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no numbers of 8 bits
