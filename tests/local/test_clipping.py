@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable
-from itertools import cycle
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from packsaddle import (
     Clip,
     Compression,
     Compressor,
-    Escape,
     Identity,
     LocalUpdates,
     LowRank,
@@ -86,75 +84,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_clipped_stays_in_the_memory(case: str) -> None:
-    """y = a - mean e moves as without clipping and compression, and flush leaves all workers at one model."""
-    weights = (1.0, 2.0, 3.0, 0.5, 1.5) if case == "weights" else (1.0,) * W
-
-    def work(rank: int) -> dict[str, Any]:
-        weight = {"weight": weights[rank]} if case == "weights" else {}
-        run = Run(clip=4.0, **CASES[case], **weight)
-        start, laws = run.anchor(), []
-        for steps in (7, 6, 9):
-            run.train(steps)
-            laws.append((run.anchor() - run.local.error(), run.moved.clone()))
-        clips = run.local.clips
-        assert run.local.flush(Identity())
-        assert run.local.clipped == run.local.rounds
-        return {
-            "start": start,
-            "laws": [*laws, (run.anchor() - run.local.error(), run.moved)],
-            "clips": clips,
-            "end": run.x(),
-            "anchor": run.anchor(),
-            "pending": run.local.pending(),
-        }
-
-    found = simulate(work, W)
-    for i in range(4):
-        mean = sum(w * run["laws"][i][1] for w, run in zip(weights, found, strict=True)) / sum(weights)
-        for run in found:
-            torch.testing.assert_close(run["laws"][i][0], run["start"] - mean, rtol=1e-12, atol=1e-11)
-    assert all(run["clips"] == found[0]["clips"] for run in found)
-    assert len(found[0]["clips"]) == (11 if "fragments" in CASES[case] else 5)  # the exchanges of 22 steps
-    assert {clip.worker for clip in found[0]["clips"]} == {str(LOUD)}
-    for worker, run in enumerate(found):
-        assert torch.equal(run["end"], found[0]["anchor"])
-        assert (run["pending"].norm() > 1) == (worker == LOUD)
-
-
-def test_an_escape_check_commits_the_mean_of_what_was_clipped() -> None:
-    """Also of the vector, which is sent uncompressed."""
-
-    def work(rank: int) -> Tensor:
-        losses = cycle((0.0, 1.0))  # at x, and at the start of the segment
-        run = Run(clip=2.0, escape=Escape(1, 1e9, lambda: next(losses)), compressor=TopK(0.2))
-        run.train(16)
-        assert [reset.committed for reset in run.local.resets] == [True, True]
-        return run.anchor()
-
-    first, *others = simulate(work, W)
-    assert all(torch.equal(anchor, first) for anchor in others)
-
-
-def test_after_flush_the_rest_is_sent_in_later_rounds() -> None:
-    def work(rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        run = Run(clip=2.0, loud=20.0, compressor=Identity())
-        start = run.anchor()
-        run.train(4)
-        run.local.flush()
-        kept = float(run.local.pending().norm())
-        run.loud = 1.0
-        run.train(40)
-        return start, run.anchor() - run.local.error(), run.moved, float(run.local.pending().norm()) - kept
-
-    found = simulate(work, W)
-    mean = sum(moved for _, _, moved, _ in found) / W
-    for start, y, *_ in found:
-        torch.testing.assert_close(y, start - mean, rtol=1e-12, atol=1e-12)
-    assert found[LOUD][3] < -5
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keep", [True, False])
 def test_sixteen_bits(dtype: torch.dtype, keep: bool) -> None:
@@ -180,51 +109,6 @@ def test_sixteen_bits(dtype: torch.dtype, keep: bool) -> None:
         for change, clipped in found:
             assert clipped
             assert change.abs().max() < 1e-4
-
-
-def top(v: Tensor, k: int) -> Tensor:
-    kept = torch.zeros_like(v)
-    index = v.abs().argsort(descending=True)[:k]
-    kept[index] = v[index]
-    return kept
-
-
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("limit", [1.0, 3.0])
-def test_a_naive_twin(limit: float, keep: bool) -> None:
-    """Clipped error feedback written out: s = min(1, c median / norm), e <- v - C(s v), a <- a - mean C(s v)."""
-    k, every, rounds = 10, 4, 8
-
-    def work(rank: int) -> tuple[list[Tensor], list[Clip]]:
-        run = Run(clip=limit, loud=30.0, compressor=TopK(k=k), exchange="direct", keep_unsent=keep)
-        anchors = []
-        for _ in range(rounds):
-            run.train(every)
-            anchors.append(run.anchor())
-        return anchors, run.local.clips
-
-    a = torch.cat([torch.linspace(-1, 1, 48, dtype=torch.float64), torch.ones(5, dtype=torch.float64)])
-    es, expected, clips = [torch.zeros(53, dtype=torch.float64) for _ in range(W)], [], []
-    for t in range(rounds):
-        vs = []
-        for i in range(W):
-            steps = range(every * t, every * (t + 1))
-            grads = [torch.cat([gradient(i, n, (6, 8), 30.0).view(-1), gradient(i, n, (5,), 30.0)]) for n in steps]
-            vs.append(es[i] + LR * torch.stack(grads).sum(0))
-        norms = [float(v.norm()) for v in vs]
-        median, sent = sorted(norms)[W // 2], []
-        for i, v in enumerate(vs):
-            s = min(1.0, limit * median / norms[i])
-            sent.append(torch.cat([top(s * v[:48], k), s * v[48:]]))
-            es[i] = v - sent[i]
-            clips += [(t, str(i), s)] if s < 1 else []
-        a = a - torch.stack(sent).mean(0)
-        expected.append(a)
-    for anchors, found in simulate(work, W):
-        for mine, theirs in zip(anchors, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)  # norms are compared in float32
-        assert [(clip.step, clip.worker) for clip in found] == [clip[:2] for clip in clips]
-        assert [clip.factor for clip in found] == pytest.approx([clip[2] for clip in clips], rel=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -266,48 +150,6 @@ def test_the_median_is_over_the_workers_of_the_round(
     norms: list[float], standings: list[Standing], factors: list[float]
 ) -> None:
     assert factors_of(torch.tensor(norms), torch.tensor(standings), 2.0).tolist() == factors
-
-
-def test_a_sample_of_the_workers() -> None:
-    """A worker that trains but is not drawn accumulates a long update, which must not count in the median."""
-
-    def work(rank: int) -> tuple[list[Clip], list[bool]]:
-        run = Run(clip=2.0, sample=0.6, compressor=TopK(0.2), exchange="direct")
-        drawn = []
-        for _ in range(12):
-            drawn.append(run.local.sampled)
-            run.train(4)
-        return run.local.clips, drawn
-
-    found = simulate(work, W)
-    clips, rounds = found[0][0], {clip.step for clip in found[0][0] if clip.worker == str(LOUD)}
-    assert all(run[0] == clips for run in found)
-    assert rounds == {t for t, is_drawn in enumerate(found[LOUD][1]) if is_drawn}
-    for clip in clips:
-        assert found[int(clip.worker)][1][clip.step]
-
-
-def test_a_run_resumes_bit_for_bit() -> None:
-    def work(rank: int, stop: int | None) -> tuple[list[Tensor], int]:
-        options: dict[str, Any] = {"clip": 2.0, "compressor": TopK(0.2), "exchange": "direct", "delay": 2}
-        run = Run(**options)
-        run.train(22 if stop is None else stop)
-        if stop is not None:
-            again = Run(**options)
-            again.local.load_state_dict(run.local.state_dict())
-            for mine, saved in zip(again.parameters, run.parameters, strict=True):
-                mine.data.copy_(saved.data)
-            again.train(22 - stop)
-            run = again
-        return [run.x(), run.anchor(), run.local.pending()], run.local.clipped
-
-    whole = simulate(lambda rank: work(rank, None), W)
-    for stop in (8, 9, 15):  # an exchange runs after step 8 and step 9
-        for (mine, clipped), (theirs, count) in zip(
-            simulate(lambda rank, s=stop: work(rank, s), W), whole, strict=True
-        ):
-            assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-            assert clipped == count == 5
 
 
 def test_a_log_line_names_worker_and_factor(caplog: pytest.LogCaptureFixture) -> None:

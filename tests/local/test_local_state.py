@@ -19,14 +19,11 @@ from packsaddle import (
     QSGD,
     CheckpointError,
     Compression,
-    Compressor,
     Escape,
     Identity,
     LocalUpdates,
     LowRank,
     RandomK,
-    Rounded,
-    Sign,
     TopK,
     simulate,
 )
@@ -165,37 +162,6 @@ def test_y_stays_for_another_number_of_workers(new: int, delay: int, keep: bool,
         torch.testing.assert_close(x, before, rtol=1e-12, atol=1e-12)
 
 
-def test_a_bad_update_under_way_is_remembered() -> None:
-    """Saved between a round's start and its end: the worker goes back to the anchor, and forgets its momentum."""
-
-    def work(rank: int, resumes: bool) -> tuple[list[bool], list[Any], Tensor]:
-        def made() -> tuple[nn.Parameter, torch.optim.Optimizer, LocalUpdates]:
-            x = nn.Parameter(torch.linspace(-1, 1, 64, dtype=torch.float64).view(8, 8))
-            optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
-            kind = Compression(TopK(0.25), dense_below=0, max_skipped=1)
-            return x, optimizer, LocalUpdates(optimizer, every=4, overlap=2, compressor=kind)
-
-        x, optimizer, local = made()
-        rng, finite = torch.Generator().manual_seed(rank), []
-        for n in range(16):
-            x.grad = torch.randn(8, 8, generator=rng, dtype=torch.float64)
-            if n == 2 and rank == 1:
-                x.grad[0, 0] = torch.nan
-            optimizer.step()
-            if n == 4 and resumes:
-                states, at = (local.state_dict(), optimizer.state_dict()), x.detach().clone()
-                x, optimizer, local = made()
-                x.data.copy_(at)
-                optimizer.load_state_dict(states[1])
-                local.load_state_dict(states[0])
-            finite.append(bool(x.isfinite().all()))
-        return finite, list(local.skips), x.detach()
-
-    for straight, resumed in zip(*(simulate(lambda r, s=s: work(r, s), 2) for s in (False, True)), strict=True):
-        assert straight[:2] == resumed[:2]
-        assert torch.equal(straight[2], resumed[2])
-
-
 def test_a_state_that_does_not_fit() -> None:
     one = Training(0, {"every": 4})
     one.train(0, 5)
@@ -296,31 +262,6 @@ def test_what_x_begins_at_is_part_of_a_state() -> None:
         other.local.load_state_dict(one.local.state_dict())
 
 
-@pytest.mark.parametrize("given", [(), (Rounded("int2"),)], ids=["default", "other compressor"])
-def test_a_run_resumed_after_a_flush_is_the_one_that_went_on(given: tuple[Compressor, ...]) -> None:
-    """With three workers, whose owners keep residuals of the means; there is no round between the two flushes."""
-
-    def body(rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        spec = Compression(Sign(per_tensor=True), exchange="two-way", dense_below=1)
-        one, other = (Training(rank, {"every": 4, "compressor": spec}) for _ in range(2))
-        one.train(0, 6)
-        assert one.local.flush(*given)
-        saved = {name: copy.deepcopy(part.state_dict()) for name, part in one.parts.items()}
-        assert one.local.pending().any()
-        for name, part in other.parts.items():
-            part.load_state_dict(saved[name])
-        for each in (one, other):
-            each.train(6, 7)
-            assert each.local.flush(*given)
-        anchors = one.local.anchor(), other.local.anchor(), saved["local"]["fragments"][0]["anchor"]
-        first, second, before = (torch.cat([a.flatten() for a in anchor.values()]) for anchor in anchors)
-        return first, second, before
-
-    for went_on, resumed, before in simulate(body, 3):
-        assert torch.equal(went_on, resumed)
-        assert not torch.equal(went_on, before)
-
-
 def slow_exchange(local: LocalUpdates) -> threading.Event:
     """Have the next exchange wait for the event that is returned."""
     may_end = threading.Event()
@@ -397,55 +338,3 @@ def test_a_state_with_other_names_of_parameters() -> None:
     named = LocalUpdates(optimizers[1], Identity(), model=model)
     with pytest.raises(ValueError, match="parameters is by name here, but the state was saved with parameters by numb"):
         named.load_state_dict(numbered.state_dict())
-
-
-class Apart(torch.optim.SGD):
-    """SGD with a momentum that is outside of `state`, as some optimizers have it."""
-
-    buffer: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        (x,) = self.param_groups[0]["params"]
-        self.buffer = x.grad.clone() if self.buffer is None else 0.9 * self.buffer + x.grad
-        x.sub_(0.1 * self.buffer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "buffer": None if self.buffer is None else self.buffer.clone()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.buffer = state_dict["buffer"]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "buffer"})
-
-
-def test_a_run_resumed_after_a_rejected_round_is_the_one_that_went_on() -> None:
-    """The optimizer of worker 1 is reset in the step after it, by its state dict."""
-
-    def made() -> tuple[torch.nn.Parameter, Apart, LocalUpdates]:
-        x = torch.nn.Parameter(torch.ones(4, 4))
-        optimizer = Apart([x], lr=0.1)
-        return x, optimizer, LocalUpdates(optimizer, Identity(), every=4)
-
-    def train(x: Tensor, optimizer: Apart, rank: int, first: int, last: int) -> None:
-        for n in range(first, last):
-            x.grad = torch.randn(4, 4, generator=torch.Generator().manual_seed(100 * rank + n))
-            if (n, rank) == (2, 1):
-                x.grad[0, 0] = torch.nan
-            optimizer.step()
-
-    def body(rank: int) -> tuple[Tensor, Tensor, list[int]]:
-        x, optimizer, local = made()
-        train(x, optimizer, rank, 0, 4)
-        saved = copy.deepcopy((x.detach(), optimizer.state_dict(), local.state_dict()))
-        train(x, optimizer, rank, 4, 16)
-        y, other, resumed = made()
-        with torch.no_grad():
-            y.copy_(saved[0])
-        other.load_state_dict(saved[1])
-        resumed.load_state_dict(saved[2])
-        train(y, other, rank, 4, 16)
-        return x.detach(), y.detach(), [local.rounds, resumed.rounds]
-
-    for went_on, resumed, rounds in simulate(body, 2):
-        assert torch.equal(went_on, resumed)
-        assert rounds == [3, 3]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gloo import run_in_processes
-from local_updates import Case, Trace, begin, check_twin, flat, gradient, made, train
+from local_updates import Case, Trace, begin, check_twin, gradient, train
 from specs import local_options
 from torch import Tensor
 
@@ -63,43 +63,6 @@ def test_a_bad_round_is_left_out_by_all(case: Case) -> None:
         assert all("of u" in str(skip) or "of w" in str(skip) for skip in trace.skips)
         assert trace.skipped == len(trace.skips)
     assert [skip.workers for skip in found[0].skips] == [skip.workers for skip in found[1].skips]
-
-
-def flushed(worker: int, exchange: Any, change: str) -> tuple[Tensor, Tensor, bool]:
-    """x after a flush, and what this worker has moved, where an owner has held something back."""
-
-    def made(compressor: Any) -> tuple[torch.nn.Parameter, torch.optim.Optimizer, LocalUpdates]:
-        x = torch.nn.Parameter(torch.zeros(10, 6, dtype=torch.float64))
-        optimizer = torch.optim.SGD([x], lr=0.1)
-        kind = Compression(compressor, exchange=exchange, dense_below=0)
-        return x, optimizer, LocalUpdates(optimizer, every=2, compressor=kind)
-
-    x, optimizer, local = made((lambda t: TopK(0.2 if t < 3 else 0.4)) if change == "schedule" else TopK(0.2))
-    moved = torch.zeros_like(x)
-    for n in range(10):
-        if n == 5 and change in ("load", "load another"):
-            state, at = local.state_dict(), x.detach().clone()
-            x, optimizer, local = made(TopK(0.2 if change == "load" else 0.4))
-            x.data.copy_(at)
-            local.load_state_dict(state)
-        rng = torch.Generator().manual_seed(50 * worker + n)
-        x.grad = torch.randn(10, 6, generator=rng, dtype=torch.float64)
-        moved -= 0.1 * x.grad
-        optimizer.step()
-    y = local.anchor()["parameter 0"].flatten() - local.error()
-    assert local.flush(Identity())
-    assert not local.pending().any()
-    torch.testing.assert_close(y, x.detach().flatten(), rtol=1e-12, atol=1e-12)
-    return x.detach(), moved, bool(local.rounds)
-
-
-@pytest.mark.parametrize("change", ["nothing", "schedule", "load", "load another"])
-@pytest.mark.parametrize("exchange", ["direct", "two-way", "coordinator"])
-def test_a_flush_sends_what_owners_hold_back(exchange: str, change: str) -> None:
-    found = simulate(lambda worker: flushed(worker, exchange, change), 3)
-    mean = sum(moved for _, moved, _ in found) / 3
-    for x, _, _ in found:
-        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
 
 
 def test_at_the_anchor_nothing_looks_at_this_workers_own_changes() -> None:
@@ -168,28 +131,6 @@ def test_identity_is_the_mean_of_workers() -> None:
         mean = torch.stack([alone for _, alone in (seen[i] for seen in found)]).mean(0)
         for here, _ in (seen[i] for seen in found):
             torch.testing.assert_close(here, mean, rtol=1e-13, atol=1e-13)
-
-
-def test_flush_leaves_nothing_behind() -> None:
-    """From between two rounds, with an exchange under way: all that was moved, by every worker, is in the anchor."""
-
-    def body(worker: int) -> tuple[Tensor, Tensor, Tensor]:
-        training, local = made(Case(8, TopK(0.1), delay=3, fragments=2, inner="sgd"))
-        start = flat(training.parameters)
-        for n in range(1, 15):
-            training.step(n, worker)
-        assert any(part.current is not None for part in local._fragments)
-        y = flat(local.anchor()) - local.error()
-        assert local.flush(Identity())
-        assert not local.error().any()
-        return flat(training.parameters), y, start - training.moved
-
-    found = simulate(body, 3)
-    mean = sum(moved for _, _, moved in found) / 3
-    for x, y, _ in found:
-        assert torch.equal(x, found[0][0])
-        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(y, mean, rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_sent_is_counted() -> None:

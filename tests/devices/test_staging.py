@@ -1,0 +1,116 @@
+"""Groups without a backend for the device: gloo exchanges by way of the host, and overlap hides that from training."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from device_trainings import EVERY, LOCALS, OPTIMIZERS, STEPS, Outcome, batch, local, network, step, trained
+from pretended_device import FAULTS, Kind, start
+from torch.distributed.algorithms.join import Join
+from torch_loops import torch_only
+
+import packsaddle as ps
+from packsaddle.comm.group import TorchGroup
+
+CASES = ("CompressedSGD, TopK", "CompressedSGD, QSGD uncoded", "LocalUpdates, offload", "LocalUpdates, overlap")
+CASES += ("LocalUpdates, clip", "LocalUpdates, overlap fragments")
+ON_MPS = ("CompressedSGD, TopK", "LocalUpdates, offload")  # bitwise equal there: nothing is computed in float64
+
+
+def _here(kind: Kind) -> torch.device:
+    where = torch.device(kind, 0 if kind == "mps" else dist.get_rank())
+    torch.accelerator.set_device_index(where)
+    return where
+
+
+def _over_gloo(kind: Kind, library: Path) -> dict[str, tuple[Outcome, Outcome]]:
+    """Train as one of two workers on the CPU and on a device; return both outcomes by name."""
+    device = start(kind, library, devices=1 if kind == "mps" else 2)
+    where, cases = _here(kind), {name: (OPTIMIZERS | LOCALS)[name] for name in CASES}
+    with torch_only():
+        on_cpu = trained(cases, "cpu", rank=dist.get_rank())
+    found = trained(cases, where, device, dist.get_rank())
+    return {name: (found[name], on_cpu[name]) for name in CASES}
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps"])
+def test_two_workers_over_gloo_train_as_on_the_cpu(
+    kind: Kind, in_child: Callable[..., list[Any]], library: Path
+) -> None:
+    first, second = in_child(_over_gloo, kind, library, workers=2)
+    for name in CASES:
+        found, expected = first[name]
+        assert not found.error
+        assert not found.faults, "\n".join(found.faults)
+        assert torch.equal(found.x, second[name][0].x)
+        if kind == "mps" and name not in ON_MPS:
+            assert (found.x - expected.x).norm() <= 1e-3 * expected.x.norm()
+        else:
+            assert torch.equal(found.x, expected.x)
+
+
+def _held(kind: Kind, delay: int, fragments: int, library: Path) -> tuple[list[bool], list[str]]:
+    """Hold each exchange in the background until the last step before its end is done; return for each whether that
+    step was reached meanwhile, and the faults."""
+    device = start(kind, library, devices=1 if kind == "mps" else 2)
+    where, turn, done, reached = _here(kind), threading.Condition(), 0, []
+    gather = TorchGroup.all_gather
+
+    def held(group: TorchGroup, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if threading.current_thread().name == "packsaddle" and tensor.device.type == "cpu" and len(tensor) > 100:
+            last = EVERY // fragments * (len(reached) + 1) + delay - 1
+            with turn:
+                reached.append(turn.wait_for(lambda: done >= last, timeout=20))
+        return gather(group, tensor)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 64), torch.nn.Linear(64, 24)).to(where)  # two fragments of one size
+    batches = [batch(i, dist.get_rank(), where) for i in range(2 * STEPS)]  # the host waits here
+    training = local(ps.Rounded("int4"), overlap=ps.Overlap(delay, fragments=fragments))(model)
+    with mock.patch.object(TorchGroup, "all_gather", held), device.record() as log:
+        for i in range(len(batches)):
+            step(training, *batches[i])
+            with turn:
+                done = i + 1
+                turn.notify_all()
+        done = 1000
+        assert training.local is not None
+        training.local.flush()
+    return reached, log.lines(*FAULTS)
+
+
+@pytest.mark.parametrize(("kind", "delay", "fragments"), [("cuda", 2, 1), ("cuda", 3, 2), ("xpu", 2, 1), ("mps", 2, 1)])
+def test_overlap_hides_an_exchange_over_gloo(
+    kind: Kind, delay: int, fragments: int, in_child: Callable[..., list[Any]], library: Path
+) -> None:
+    """Steps continue, and no memory is used again by a second fragment's exchange before the first one's is applied."""
+    for reached, faults in in_child(_held, kind, delay, fragments, library, workers=2):
+        assert len(reached) > 3 * fragments
+        assert all(reached)
+        assert not faults
+
+
+def _joined(folder: Path, library: Path) -> list[str]:
+    """Train within torch's Join over NCCL, one worker longer than the other; return the faults."""
+    device, rank = start("cuda", library, devices=2), dist.get_rank()
+    dist.destroy_process_group()
+    where = torch.device("cuda", rank)
+    torch.accelerator.set_device_index(where)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/joined", rank=rank, world_size=2)
+    training = local()(network(where))
+    assert training.local is not None
+    with device.record() as log:
+        with Join([training.local]):
+            for i in range(STEPS + 3 * rank):
+                step(training, *batch(i, rank, where))
+        training.local.flush()
+    return log.lines(*FAULTS)
+
+
+def test_join_frees_nothing_too_early(in_child: Callable[..., list[Any]], library: Path, tmp_path: Path) -> None:
+    assert in_child(_joined, tmp_path, library, workers=2) == [[], []]
