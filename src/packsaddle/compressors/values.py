@@ -176,7 +176,7 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 def _counted(packed: Tensor, k: int) -> Tensor:
     """Append a byte with the number of packed values modulo 8."""
-    return torch.nn.functional.pad(packed, (0, 1), value=k % 8)
+    return torch.cat([packed, packed.new_full((1,), k % 8)])
 
 
 def value_retention(how: ValueFormat | None) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 from packsaddle.compressors.parts import Expected, octets
 from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.transfers import indices_where
+from packsaddle.numerics.transfers import indices_where, read
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
 _COMPILED_WIDTH = 56  # largest width in bits that the compiled loops support
@@ -136,20 +136,22 @@ def unary_bits(numbers: Tensor, b: int) -> Tensor:
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
     """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or raise MessageError."""
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
-        found: Tensor | None = loop(packed, k, b, stop, torch.int64)
-        is_valid = torch.tensor(found is not None)
+        index: Tensor | None = loop(packed, k, b, stop, torch.int64)
+        checks = []
     else:
-        found, is_valid = _rice_numbers(packed, k, b, stop)
-    if (index := found) is not None:
+        index, is_valid = _rice_numbers(packed, k, b, stop)
+        checks = [is_valid]
+    if index is not None:
         # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
         edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
         whole = index.add_(1)[:edge].view(-1, kept)
         whole.cumsum_(1).add_(starts[: edge // kept, None])
         index[edge:].cumsum_(0).add_(starts[edge // kept :])
-        # One number to read, for which the host waits on a GPU.
         if len(starts) > 1:
-            is_valid = is_valid & (whole[: len(starts) - 1, -1] <= starts[1:]).all()
-        if is_valid & (index[-1] < stop) if k else is_valid:
+            checks.append((whole[: len(starts) - 1, -1] <= starts[1:]).all())
+        if k:
+            checks.append(index[-1] < stop)
+        if all(read(*checks)):
             return index
     raise MessageError(part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
 
@@ -170,7 +172,7 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
     code = min(sizes, key=lambda c: sizes[c])
     body = pack(index, width) if code == _FIXED else _bitmap(index, d) if code == _BITMAP and b else rice
-    return torch.nn.functional.pad(body, (1, 0), value=code)
+    return torch.cat([body.new_full((1,), code), body])
 
 
 def _bitmap(index: Tensor, d: int) -> Tensor:

@@ -187,7 +187,7 @@ class Lanczos:
             for sweep in range(2):
                 for p in self._basis:
                     component = self._dot(w, p)
-                    _subtract(w, p, component, out=w)
+                    _minus(w, p, component, in_place=True)
                     if sweep == 0 and p is not q:  # p is q: the component is the rounding error of alpha
                         components.append(component)
         alpha, square, *found = _read([alpha, self._dot(w, w), *components])
@@ -258,15 +258,15 @@ class Lanczos:
     def _recur(self, product: Tensor, alpha: Number, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
         """Return the next Lanczos vector, A q_j - alpha_j q_j - beta_j q_{j-1}; `product`, A q_j, is not modified."""
         j = len(self._alphas) if j is None else j
-        w = _subtract(product, q, alpha)
+        w = _minus(product, q, alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
 
 
-def _subtract(w: Tensor, p: Tensor, by: Number, out: Tensor | None = None) -> Tensor:
+def _minus(w: Tensor, p: Tensor, by: Number, *, in_place: bool = False) -> Tensor:
     """Return w - by p; the host does not wait for a number on a GPU."""
     if isinstance(by, Tensor) and by.device.type != "cpu":
-        return torch.addcmul(w, p, by, value=-1.0, out=out)
-    return torch.sub(w, p, alpha=float(by), out=out)
+        return (w.addcmul_ if in_place else w.addcmul)(p, by, value=-1.0)
+    return (w.sub_ if in_place else w.sub)(p, alpha=float(by))
 
 
 def _read(numbers: Sequence[Number]) -> list[float]:
