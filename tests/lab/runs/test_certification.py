@@ -66,8 +66,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the figures of certificates, which take longer to draw than a small search."""
-    monkeypatch.setattr("lab.runs.certification.draw_certificate", lambda *arguments: None)
-    monkeypatch.setattr("lab.runs.certification.figures.save", lambda *arguments: None)
+    monkeypatch.setattr("packsaddle.cli.findings.draw_certificate", lambda *arguments: None)
+    monkeypatch.setattr("packsaddle.cli.findings.save", lambda *arguments: None)
 
 
 def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> None:
@@ -403,7 +403,7 @@ def test_progress_and_the_time_left_go_to_stderr(
 ) -> None:
     """A line where ten seconds have gone by; by a clock that goes six seconds with every look at it."""
     ticks = itertools.count(0, 6)
-    monkeypatch.setattr("lab.runs.progress.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    monkeypatch.setattr("packsaddle.cli.progress.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     asked = ("certify", plain, "--epsilon", 100, "--hessian-lipschitz", 1e-12, "--max-hvps", 4)
     capsys.readouterr()
     assert command("lab", *asked, "--out", tmp_path / "loud") == 0
