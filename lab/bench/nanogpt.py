@@ -30,10 +30,10 @@ from torch.nn import functional
 import packsaddle
 from lab.bench.origin import Origin
 from lab.bench.rows_file import add_rows
-from packsaddle.comm.group import resolve
+from packsaddle.comm import resolve
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-ROWS = Path("experiments/nanogpt/runs.csv")
+ROWS = Path(__file__).parents[2] / "experiments" / "nanogpt" / "runs.csv"
 BLOCK, BATCH, STEPS, RATE = 64, 12, 2000, 1e-3
 WIDTH, HEADS, LAYERS = 128, 4, 4
 

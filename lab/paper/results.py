@@ -1,7 +1,6 @@
 """The results of a study's runs as plain numbers, small enough to keep: summary.json and curves.csv."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -95,12 +94,6 @@ def save_figure(figure: Any, folder: Path) -> None:
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_summary(folder: Path) -> Json:
-    """Read what `write_results` wrote."""
-    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return content
 
 
 def print_settings(summary: Mapping[str, Any]) -> None:

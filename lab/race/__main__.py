@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from lab.bench.result import Question, Result
 from lab.race import train
@@ -14,7 +14,7 @@ from lab.race.target_settings import TargetSettings
 from lab.race.time_to_loss import Rates
 from lab.race.to_loss import FullRace
 from lab.race.workload import TrainingWorkload
-from packsaddle.cli import HIDE_DEFAULT, Group, Seconds, serve
+from packsaddle.cli import HIDE_DEFAULT, Group, serve
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class _Training(Question):
     seed: int = 0
     """Seed of the network and of the batches."""
 
-    def race(self, **more: Any) -> Race:
+    def race(self) -> Race:
         batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
         workload = TrainingWorkload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
-        return Race(workload, self.contenders, self.lr, self.rounds, self.block, **more)
+        return Race(workload, self.contenders, self.lr, self.rounds, self.block)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,6 @@ class Link(_Training):
 
     Examples:
         python -m lab.race link --rate 100 --model resnet18
-        python -m lab.race link --rate 10 --data-dir MNIST --target-loss 0.05
     """
 
     hosts: int = 2
@@ -80,14 +79,9 @@ class Link(_Training):
     """Mbit/s of every host's link: of what it receives, and without --up also of what it sends."""
     up: Annotated[float | None, HIDE_DEFAULT] = None
     """Mbit/s of what a host sends, where that is another rate."""
-    target_loss: Annotated[float | None, HIDE_DEFAULT] = None
-    """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
-    max_seconds: Seconds = 300.0
-    """Time limit for a contender that does not reach the target."""
 
     def run(self) -> list[Result]:
-        race = self.race(target_loss=self.target_loss, max_seconds=self.max_seconds)
-        return train.race_on_hosts(race, self.hosts, self.rate, self.up)
+        return train.race_on_hosts(self.race(), self.hosts, self.rate, self.up)
 
 
 _PEERS_OF_A_RACE = ("ddp", "ddp-fp16", "powersgd-1", "powersgd-4", "local-sgd-32", "diloco-32", "sparseloco-32")

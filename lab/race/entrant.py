@@ -102,6 +102,7 @@ def _local(method: Method, entrant: Entrant) -> None:
         every=method.every,
         overlap=method.overlap,
         outer=None if method.outer is None else OuterSGD(*method.outer),
+        mean_momentum=0.0,  # as in all rows
         keep_unsent=method.keep_unsent,
     )
     last = method.make_compressor() if method.flush == "compressed" else Identity()

@@ -134,6 +134,7 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
         every=contender.every,
         outer=torchft_diloco.outer if contender.outer == "nesterov" else None,
         overlap=Overlap(contender.delay, contender.fragments),
+        mean_momentum=0.0,  # as in all rows
         noise=contender.noise,
     )
     return Racer(task, task, sgd, _counted(local), wait=local.wait)
@@ -157,7 +158,7 @@ def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) ->
     """
     compression = Compression(TopK(64 / 4096, chunk=4096, values="int2"), exchange="senders", decay=0.95)
     outer = OuterSGD(1.0, momentum=0.0)
-    local = LocalUpdates(sgd, compression, every=contender.number, outer=outer, keep_unsent=False)
+    local = LocalUpdates(sgd, compression, every=contender.number, outer=outer, mean_momentum=0.0, keep_unsent=False)
     return Racer(task, task, sgd, _counted(local))
 
 

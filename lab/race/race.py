@@ -1,12 +1,10 @@
-"""A race of contenders in the same worker processes: alternating blocks of steps, or sequential runs to a target.
+"""A race of contenders in the same worker processes, by alternating blocks of steps.
 
-`Outcome` is the result of a race: laps, finishes, and the rows of its tables.
+`Outcome` is the result of a race: laps, and the rows of its table.
 """
 
-import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,7 @@ import torch
 from lab.race.contenders import ALONE, DENSE, Contender, parse_all
 from lab.race.peers import CannotRunError, Racer, enter, probe
 from lab.race.recipe import CONSTANT, Recipe
-from lab.race.workload import Batch, TrainingWorkload, evenly_spaced
-from lab.runs.tasks import Dataset, Task
+from lab.race.workload import Batch, TrainingWorkload
 from packsaddle.comm import Group, process_group, resolve
 from packsaddle.plan import Timing
 
@@ -36,22 +33,10 @@ class Lap:
 
 
 @dataclass(frozen=True)
-class Finish:
-    """Training of one contender until its loss reached the target, or the time limit."""
-
-    contender: str
-    reached: bool
-    seconds: float  # of training, without evaluation
-    steps: int
-    loss: float | None  # the smoothed loss at the end; None: it diverged
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """Laps, finishes and notes of one race."""
+    """Laps and notes of one race."""
 
     laps: tuple[Lap, ...] = ()
-    finishes: tuple[Finish, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -87,24 +72,7 @@ def step_rows(laps: Sequence[Lap], up: float | None, down: float | None = None) 
     return rows
 
 
-def finish_rows(finishes: Sequence[Finish]) -> list[dict[str, Any]]:
-    """Return rows of the times to a target; None for a contender that did not reach it."""
-    return [
-        {
-            "contender": f.contender,
-            "s to target": f.seconds if f.reached else None,
-            "s trained": f.seconds,
-            "steps": f.steps,
-            "loss at the end": f.loss,
-        }
-        for f in finishes
-    ]
-
-
 _WARM_UP = 3  # steps: DDP rebuilds its buckets after the first, torch's PowerSGD begins at the third
-_EVALUATED = 512  # training images that evaluate the loss of a race to a target
-_EVERY = 25  # steps between evaluations
-_SMOOTHED = 3  # number of evaluations that are averaged
 
 
 @dataclass(frozen=True)
@@ -118,24 +86,18 @@ class Race:
     block: int = 4  # minimum number of consecutive steps per contender and round
     recipe: Recipe = CONSTANT
     interface: str | None = None  # network interface whose counted bytes are read
-    target_loss: float | None = None  # loss of a race to a target; None: a race by step time
-    max_seconds: float = 300.0  # of training, for each contender
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
-        for name in ("rounds", "block", "max_seconds"):
+        for name in ("rounds", "block"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.target_loss is not None and not self.workload.is_real:
-            raise ValueError("target-loss needs data-dir: synthetic images say nothing about a time to a loss")
-        if not self.field():
-            raise ValueError("contenders must be at least one")
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        self.field()  # raises ValueError for an invalid contender
 
     def field(self) -> list[Contender]:
-        """Return the contenders; races by step time always include ALONE and DENSE."""
-        baselines = (ALONE, DENSE) if self.target_loss is None else ()
-        return parse_all((*baselines, *self.contenders), self.lr)
+        """Return the contenders, with ALONE and DENSE."""
+        return parse_all((ALONE, DENSE, *self.contenders), self.lr)
 
 
 def in_process_group(race: Race) -> Outcome:
@@ -143,18 +105,6 @@ def in_process_group(race: Race) -> Outcome:
     with process_group() as group:
         settle(group)
         return run(race)
-
-
-def run(race: Race) -> Outcome:
-    """Run a race; collective."""
-    torch.set_num_threads(1)
-    group = resolve(None)
-    examples = race.workload.examples()
-    batches = race.workload.batches(examples, group.rank, group.size)
-    contenders = race.field()
-    if race.target_loss is None:
-        return _step_times(race, contenders, batches, group)
-    return _times_to_target(race, contenders, batches, examples, group)
 
 
 def settle(group: Group) -> None:
@@ -165,7 +115,11 @@ def settle(group: Group) -> None:
         os.sched_setaffinity(0, {cores[group.rank % len(cores)]})
 
 
-def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int], Batch], group: Group) -> Outcome:
+def run(race: Race) -> Outcome:
+    """Run a race; collective."""
+    torch.set_num_threads(1)
+    group, contenders = resolve(None), race.field()
+    batches = race.workload.batches(race.workload.examples(), group.rank, group.size)
     racers: dict[str, Racer] = {}
     notes = []
     for contender in contenders:
@@ -173,6 +127,8 @@ def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int]
             racers[contender.text] = _ready(contender, race, batches)
         except CannotRunError as error:
             notes.append(f"{contender.text} cannot run here: {error}")
+
+    # Each contender takes a turn in each round.
     taken: dict[str, list[Lap]] = {text: [] for text in racers}
     for _ in range(race.rounds):
         for contender in contenders:
@@ -235,56 +191,6 @@ def _merged(laps: list[Lap]) -> Lap:
         mean([lap.interface_sent for lap in laps]),
         mean([lap.interface_received for lap in laps]),
     )
-
-
-def _times_to_target(
-    race: Race, contenders: list[Contender], batches: Callable[[int], Batch], examples: Dataset, group: Group
-) -> Outcome:
-    fixed = examples.batch(evenly_spaced(len(examples), _EVALUATED), torch.device("cpu"))
-    finishes, notes = [], []
-    for contender in contenders:
-        try:
-            racer = enter(contender, race.workload.task(), race.recipe)
-            probe(racer, contender, batches(0))
-            racer.end()
-            racer = enter(contender, race.workload.task(), race.recipe)
-        except CannotRunError as error:
-            notes.append(f"{contender.text} cannot run here: {error}")
-            continue
-        finishes.append(_train(racer, contender, race, batches, fixed, group))
-        racer.end()
-    return Outcome(finishes=tuple(finishes), notes=tuple(notes))
-
-
-def _train(
-    racer: Racer, contender: Contender, race: Race, batches: Callable[[int], Batch], fixed: Batch, group: Group
-) -> Finish:
-    """Train until the smoothed loss reaches the target, or the time limit. Workers decide identically, by worker 0's
-    clock and the mean of their losses."""
-    assert race.target_loss is not None
-    recent: deque[float] = deque(maxlen=_SMOOTHED)
-    seconds = 0.0
-    while True:
-        read = [batches(racer.steps + i) for i in range(_EVERY)]
-        begin = time.perf_counter()
-        for batch in read:
-            racer.step(batch)
-        racer.wait()  # an exchange must not run during the evaluation, whose time is not counted
-        seconds += time.perf_counter() - begin
-        seen = group.all_gather(torch.tensor([_evaluate(racer.task, fixed), seconds], dtype=torch.float64))
-        recent.append(sum(float(s[0]) for s in seen) / len(seen))
-        loss, clock = sum(recent) / len(recent), float(seen[0][1])
-        reached = len(recent) == _SMOOTHED and loss <= race.target_loss
-        if reached or clock >= race.max_seconds or not math.isfinite(loss):
-            return Finish(contender.text, reached, clock, racer.steps, loss if math.isfinite(loss) else None)
-
-
-@torch.no_grad()
-def _evaluate(task: Task, batch: Batch) -> float:
-    task.eval()
-    loss = float(task(*batch))
-    task.train()
-    return loss
 
 
 def _meet(group: Group) -> None:

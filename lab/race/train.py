@@ -13,7 +13,7 @@ from lab.bench.hosts import HostFailedError, Hosts, available
 from lab.bench.origin import Origin
 from lab.bench.result import Result, machine
 from lab.race.contenders import PEERS
-from lab.race.race import Outcome, Race, finish_rows, in_process_group, step_rows
+from lab.race.race import Outcome, Race, in_process_group, step_rows
 from packsaddle.comm import WorkerFailedError, launch
 from packsaddle.options import build
 
@@ -67,21 +67,13 @@ def race_on_hosts(race: Race, hosts: int, rate_mbit: float, up_mbit: float | Non
         outcome = hold(race, network)
     rates = {"rate Mbit/s": rate_mbit} if up_mbit is None else {"down Mbit/s": rate_mbit, "up Mbit/s": up_mbit}
     setting = {"hosts": hosts, **rates, **described(race), **machine(threads=1)}
-    if race.target_loss is None:
-        question = "What does a training step cost over this link, and what do its bytes allow?"
-        rows = step_rows(outcome.laps, (up_mbit or rate_mbit) * 1e6 / 8, rate_mbit * 1e6 / 8)
-        columns = [
-            "kB: per step, by the ledger (peers: by arithmetic), of the fuller direction; counted: by the interface",
-            "floor: a step of alone, then the bytes at the link's rate; allowed: the floor of ddp over the contender's",
-        ]
-        return [Result(question, setting, rows, [*columns, *legend(race), *outcome.notes])]
-    setting |= {"target loss": race.target_loss, "max s": race.max_seconds}
-    rule = (
-        "the loss: of the mean over workers, on 512 fixed training images, every 25 steps, the last three averaged; "
-        "evaluation is not in the times; local-sgd's workers are evaluated as they are"
-    )
-    question = "How long until the training loss is down to the target?"
-    return [Result(question, setting, finish_rows(outcome.finishes), [rule, *legend(race), *outcome.notes])]
+    question = "What does a training step cost over this link, and what do its bytes allow?"
+    rows = step_rows(outcome.laps, (up_mbit or rate_mbit) * 1e6 / 8, rate_mbit * 1e6 / 8)
+    columns = [
+        "kB: per step, by the ledger (peers: by arithmetic), of the fuller direction; counted: by the interface",
+        "floor: a step of alone, then the bytes at the link's rate; allowed: the floor of ddp over the contender's",
+    ]
+    return [Result(question, setting, rows, [*columns, *legend(race), *outcome.notes])]
 
 
 def hold(race: Race, hosts: Hosts) -> Outcome:

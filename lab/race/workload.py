@@ -76,11 +76,6 @@ class TrainingWorkload:
         """True if its examples are windows of text."""
         return self.network in _GPTS
 
-    @property
-    def is_real(self) -> bool:
-        """True if the data are not synthetic, so that losses are meaningful."""
-        return self.reads_text or self.data_dir is not None
-
     def source(self) -> str:
         """Return a description of the examples' source."""
         if self.reads_text:

@@ -48,6 +48,7 @@ _EXAMPLES: dict[str, Any] = {
     "certify.last_epsilon": 1e-2,
     "local": LocalConfig("adamw"),
     "local.clip": 1.0,
+    "local.mean_momentum": 0.0,
     "local.overlap": Overlap(),
     "local.overlap.blend": 0.5,
     "local.outer": OuterSGD(),

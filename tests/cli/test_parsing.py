@@ -43,7 +43,7 @@ MISTAKES = {
     "lab run x.toml --workers 2 3": "run: unexpected argument 3",
     "lab demo --epochs=many": "demo: --epochs must be a number, got 'many'",
     "plan link 1gbit --compute 55msec": "plan link: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
-    "lab.race link --max-seconds": "link: --max-seconds needs a value after it",
+    "lab.race link --rate": "link: --rate needs a value after it",
     "plan theory --mode theorie": "plan theory: --mode must be one of practical, theory, got 'theorie' (did you mean ",
     "plan table --zebra": "plan table: unknown flag --zebra (see --help)",
     "plan --link 100mbit --model resnet18": "plan: unknown flag --link (did you mean link?)",

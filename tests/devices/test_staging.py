@@ -9,13 +9,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from device_trainings import EVERY, LOCALS, OPTIMIZERS, STEPS, Outcome, batch, local, network, step, trained
-from pretended_device import FAULTS, Kind, start
+from device_trainings import EVERY, LOCALS, OPTIMIZERS, STEPS, Outcome, Training, batch, local, network, step, trained
+from pretended_device import FAULTS, Device, Kind, start
 from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
 from torch_loops import torch_only
 
 import packsaddle as ps
 from packsaddle.comm.group import TorchGroup
+from packsaddle.hooks.ddp_hook import DDPHook
 
 CASES = ("CompressedSGD, TopK", "CompressedSGD, QSGD uncoded", "LocalUpdates, offload", "LocalUpdates, overlap")
 CASES += ("LocalUpdates, clip", "LocalUpdates, overlap fragments")
@@ -95,13 +97,52 @@ def test_overlap_hides_an_exchange_over_gloo(
         assert not faults
 
 
-def _joined(folder: Path, library: Path) -> list[str]:
-    """Train within torch's Join over NCCL, one worker longer than the other; return the faults."""
+def _on_cuda(backend: str, folder: Path, library: Path) -> tuple[torch.device, Device]:
+    """Join a group with this backend for CUDA."""
     device, rank = start("cuda", library, devices=2), dist.get_rank()
     dist.destroy_process_group()
-    where = torch.device("cuda", rank)
-    torch.accelerator.set_device_index(where)
-    dist.init_process_group("nccl", init_method=f"file://{folder}/joined", rank=rank, world_size=2)
+    dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    return _here("cuda"), device
+
+
+def _hooked(folder: Path, library: Path) -> tuple[bool, list[str]]:
+    """Hold the first bucket's exchange until the backward pass has computed the second one; return whether it did so
+    meanwhile, and the faults."""
+    where, device = _on_cuda("gloo", folder, library)
+    net = DistributedDataParallel(network(where), device_ids=[where.index], bucket_cap_mb=0.005)
+    hook, turn, reached, first = ps.register_ddp_hook(net, ps.Rounded("int4")), threading.Condition(), [], 0
+    call, gather = DDPHook.__call__, TorchGroup.all_gather
+
+    def called(self: DDPHook, bucket: Any) -> Any:
+        future = call(self, bucket)
+        with turn:
+            turn.notify_all()
+        return future
+
+    def held(group: TorchGroup, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if first and not reached and tensor.device.type == "cpu":
+            with turn:
+                reached.append(turn.wait_for(lambda: hook.calls > first, timeout=20))
+        return gather(group, tensor)
+
+    replaced = mock.patch.object(TorchGroup, "all_gather", held), mock.patch.object(DDPHook, "__call__", called)
+    with replaced[0], replaced[1], device.record() as log:
+        for i in range(4):
+            first = hook.calls + 1 if i == 2 else 0  # DistributedDataParallel has made its final buckets
+            step(Training(net, [torch.optim.SGD(net.parameters(), 0.1)]), *batch(i, dist.get_rank(), where))
+    return reached == [True], log.lines(*FAULTS)
+
+
+def test_the_hook_hides_an_exchange_over_gloo(
+    in_child: Callable[..., list[Any]], library: Path, tmp_path: Path
+) -> None:
+    assert in_child(_hooked, tmp_path, library, workers=2) == [(True, []), (True, [])]
+
+
+def _joined(folder: Path, library: Path) -> list[str]:
+    """Train within torch's Join over NCCL, one worker longer than the other; return the faults."""
+    where, device = _on_cuda("nccl", folder, library)
+    rank = dist.get_rank()
     training = local()(network(where))
     assert training.local is not None
     with device.record() as log:

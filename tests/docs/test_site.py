@@ -51,7 +51,7 @@ def test_generated_tables_are_on_their_pages(site: Path) -> None:
     """That they are whole, test_generated says; here, that they became tables and headings."""
     for page, id, word in (
         ("configuration", "local", "keep_unsent"),
-        ("command-line", "python-m-lab-race-link", "--target-loss"),
+        ("command-line", "python-m-lab-race-link", "--contenders"),
         ("compressors", "compressors-and-exchanges", "SketchTopK(ratio, k, rows"),
         ("metrics", "summary-json", "exchange_reason"),
     ):

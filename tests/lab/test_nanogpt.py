@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab.bench.nanogpt import GPT, METHODS, RATE, Text, make, rate_at, rows, table, train
+from lab.bench.nanogpt import GPT, METHODS, RATE, ROWS, Text, make, rate_at, rows, table, train
 
 
 def text() -> Text:
@@ -43,3 +43,18 @@ def test_a_row_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         make(tmp_path / "runs.csv", text(), "local", 2, seed)
     assert len(made) == 2 * 2  # on two workers
     assert table(rows(tmp_path / "runs.csv")).endswith("| 2 | local | 1.500 | 1.500 to 1.500, 2 | 2 |")
+
+
+def test_the_card_has_the_table_of_the_rows() -> None:
+    card = (ROWS.parent / "README.md").read_text()
+    assert table(rows(ROWS)) in card
+    losses = {(row["workers"], row["method"]): f"{float(row['loss']):.3f}" for row in rows(ROWS)}
+    claims = {
+        "loss is {}, that of dense": losses["2", "local"],
+        "both workers {}, and": losses["2", "dense"],
+        "alone {}.": losses["1", "dense"],
+        "the loss is {}. Lengthening": losses["2", "local, no mean momentum"],
+        "lowers it to {}.": losses["2", "local, agreement"],
+    }
+    text = " ".join(card.split())
+    assert [claim.format(loss) for claim, loss in claims.items() if claim.format(loss) not in text] == []

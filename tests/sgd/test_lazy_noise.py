@@ -190,17 +190,19 @@ def test_noise_is_settled_where_a_state_goes_on_otherwise(other: dict[str, Any])
     assert sizes[0] > 0.5
 
 
-def test_small_noise_after_much_is_not_lost() -> None:
-    outstanding = OutstandingNoise(0.0, torch.zeros(5000, dtype=torch.float64), 2)
+@pytest.mark.parametrize(("dtype", "std"), [(torch.float64, 1e-6), (torch.float32, 10.0)])
+def test_small_noise_after_much_is_not_lost(dtype: torch.dtype, std: float) -> None:
+    """In the dtype of variances, which is float32 on MPS."""
+    outstanding = OutstandingNoise(0.0, torch.zeros(5000, dtype=dtype), 2)
     every = Cells(torch.arange(5000), 2)
     for _ in range(100):
         outstanding.grow(1e4)
     outstanding.take(every, torch.zeros(10_000, dtype=torch.float64), seed=0, step=0)
     for _ in range(25):
-        outstanding.grow(1e-6)
+        outstanding.grow(std)
     out = torch.zeros(10_000, dtype=torch.float64)
     outstanding.take(every, out, seed=0, step=1)
-    assert kstest(out.numpy() / 5e-6, "norm").pvalue > 1e-3
+    assert kstest(out.numpy() / (5 * std), "norm").pvalue > 1e-3
 
 
 def test_workers_whose_rates_part_are_told() -> None:

@@ -1,7 +1,7 @@
 """Objectives with known saddles, spectra and constants, and their stochastic oracle."""
 
 from lab.paper.problems.base import CriticalPoint, Oracle, Problem
-from lab.paper.problems.matrices import DeepLinear, MatrixFactorisation, MatrixSensing, RankOnePCA
+from lab.paper.problems.matrices import MatrixFactorisation, RankOnePCA
 from lab.paper.problems.nonconvex import CurvedValley, MonkeySaddle, OrthogonalTensor, PhaseRetrieval
 from lab.paper.problems.separable import Cosine, DoubleWells, Octopus, Quadratic, QuadraticQuartic
 
@@ -9,10 +9,8 @@ __all__ = [
     "Cosine",
     "CriticalPoint",
     "CurvedValley",
-    "DeepLinear",
     "DoubleWells",
     "MatrixFactorisation",
-    "MatrixSensing",
     "MonkeySaddle",
     "Octopus",
     "Oracle",
