@@ -16,22 +16,22 @@ REPOSITORY = Path(__file__).parents[1]
 ROOMS = {
     "": (5, 255),
     "checkpoint": (8, 830),
-    "cli": (17, 1760),
+    "cli": (15, 1850),
     "comm": (16, 1720),
-    "compressors": (17, 1980),
-    "curvature": (15, 1910),
+    "compressors": (17, 2045),
+    "curvature": (15, 1925),
     "feedback": (14, 1420),
     "hooks": (7, 800),
     "integrations": (5, 660),
     "local": (26, 3035),
-    "numerics": (12, 1310),
+    "numerics": (14, 1390),
     "options": (5, 270),
-    "plan": (7, 725),
+    "plan": (7, 710),
     "sgd": (5, 780),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 21_500, 11_500, 31_700
+LIBRARY, LAB, TESTS = 21_500, 13_000, 31_800
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

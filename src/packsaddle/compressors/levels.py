@@ -24,6 +24,7 @@ from packsaddle.numerics.transfers import indices_where, read
 _FIXED, _LAYERS, _RICE = 0, 1, 2
 _FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
 _LARGE = 2.0  # large levels: the nonzero ones have a mean magnitude above this
+_SLAB = 1 << 22  # levels counted at a time on a GPU
 MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
 
 
@@ -66,10 +67,12 @@ def histogram(codes: Tensor) -> Tensor:
         return counts
     if codes.device.type == "cpu":
         return torch.bincount(codes, minlength=256)
-    # In 64 histograms, so that fewer additions to one number wait for each other.
-    places = torch.arange(len(codes), device=codes.device).remainder_(64).mul_(256).add_(codes)
+    # In 64 histograms, so that fewer additions to one number wait for each other, and in pieces, to bound memory.
     counts = torch.zeros(64 * 256, dtype=torch.int64, device=codes.device)
-    return counts.scatter_add_(0, places, torch.ones_like(places)).view(64, 256).sum(0)
+    for slab in torch.split(codes, _SLAB):
+        places = torch.arange(len(slab), device=codes.device).remainder_(64).mul_(256).add_(slab)
+        counts.scatter_add_(0, places, torch.ones_like(places))
+    return counts.view(64, 256).sum(0)
 
 
 def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ class Readback:
         if has_streams(tensor.device):
             self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
             self._event = torch.Event(tensor.device)
-            self._event.record()
+            self._event.record(torch.accelerator.current_stream(tensor.device))
 
     def tolist(self) -> list[Any]:
         if self._event is not None:
@@ -48,6 +48,8 @@ def indices_where(mask: Tensor, n: int) -> Tensor:
     with zeros if there are fewer, since the host would wait for their number."""
     if mask.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    if mask.device.type == "cuda":  # other devices may lack it
+        return torch.nonzero_static(mask, size=n, fill_value=0).squeeze(1)
     # The index at its place among those that are True; the others go to place n.
     places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
     found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
