@@ -8,6 +8,7 @@ import io
 import tokenize
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 _NO_CODE = {
@@ -31,6 +32,7 @@ def code_lines(source: str) -> int:
     return len(used - documents)
 
 
+@cache
 def sizes(root: Path) -> dict[str, tuple[int, int]]:
     """Return the number of files and of code lines in each folder of `root`, and as "" of the files in `root`."""
     files, lines = Counter[str](), Counter[str]()

@@ -69,7 +69,9 @@ def _start(interpreter: str, modules: tuple[str, ...]) -> str:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {place} "$@"\n')
     command = Path(folder.name) / "packsaddle"  # where scripts look for it: beside python
     command.write_text(f'#!/bin/sh\nexec {program} -m packsaddle.cli "$@"\n')
-    for made in (program, command):
+    alias = Path(folder.name) / "python"  # which scripts call by this name
+    alias.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    for made in (program, command, alias):
         made.chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(place))

@@ -182,12 +182,12 @@ def worker_of(folder: Path, rank: int) -> int:
 
 
 def test_workers_killed_at_random_moments() -> None:
-    words = [python(), ROOT / "lab" / "bench" / "chaos.py", "--runs", "3", "--workers", "2", "--seed", "1"]
+    words = [python(), ROOT / "lab" / "bench" / "chaos.py", "--runs", "1", "--workers", "2", "--seed", "1"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     trials = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(trial["workers"], trial["equal"]) for trial in trials] == [(2, True)] * 3
-    assert sum(trial["kills"] + trial["stops"] for trial in trials) >= 3
+    assert [(trial["workers"], trial["equal"]) for trial in trials] == [(2, True)]
+    assert sum(trial["kills"] + trial["stops"] for trial in trials) >= 1
 
 
 def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
