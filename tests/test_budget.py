@@ -14,24 +14,24 @@ ROOT = Path(packsaddle.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
 # The most files and code lines of a room of the library; "" are the modules in its root.
 ROOMS = {
-    "": (5, 255),
+    "": (6, 305),
     "checkpoint": (8, 830),
-    "cli": (15, 1850),
-    "comm": (16, 1720),
-    "compressors": (17, 2045),
+    "cli": (17, 1760),
+    "comm": (17, 1835),
+    "compressors": (17, 2040),
     "curvature": (15, 1925),
-    "feedback": (14, 1420),
-    "hooks": (7, 800),
+    "feedback": (14, 1445),
+    "hooks": (7, 805),
     "integrations": (5, 660),
-    "local": (26, 3035),
+    "local": (27, 3130),
     "numerics": (14, 1390),
-    "options": (5, 270),
-    "plan": (7, 710),
-    "sgd": (5, 780),
+    "options": (5, 265),
+    "plan": (7, 725),
+    "sgd": (5, 785),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 21_500, 13_000, 31_800
+LIBRARY, LAB, TESTS = 18_300, 11_500, 31_750
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13
