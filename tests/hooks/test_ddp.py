@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -388,18 +388,23 @@ def unused_in_turn(options: dict[str, Any], scope: str, by_one: bool) -> float:
     for step, batch in enumerate(batches(9)):
         model.module.used = step % 2 == 0 if not by_one else step % 3 == resolve(None).rank
         model.module.sometimes.weight.requires_grad_(step < 6)
-        of = [p for p in named.values() if p.requires_grad]
-        local = torch.autograd.grad(loss(model.module, batch), of, materialize_grads=True)
-        for (name, _), g in zip([(n, p) for n, p in named.items() if p.requires_grad], local, strict=True):
-            resolve(None).all_reduce(g)
-            y[name] -= rate * g / resolve(None).size
+        of = {name: p for name, p in named.items() if p.requires_grad}
+        local = torch.autograd.grad(loss(model.module, batch), list(of.values()), materialize_grads=True)
+        for name, g in zip(of, means(local), strict=True):
+            y[name] -= rate * g
         train(model, optimizer, [batch])
         memory = hook.memory()
-        for name, p in named.items():
-            e = memory[name].clone()
-            resolve(None).all_reduce(e)
-            far = max(far, float((p.detach() - rate * e / resolve(None).size - y[name]).abs().max()))
+        for (name, p), e in zip(named.items(), means([memory[name] for name in named]), strict=True):
+            far = max(far, float((p.detach() - rate * e - y[name]).abs().max()))
     return far
+
+
+def means(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Means over workers, by one all-reduce."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    resolve(None).all_reduce(flat)
+    pieces = torch.split(flat / resolve(None).size, [tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def unused_in_all_ways(ways: list[dict[str, Any]], scope: str) -> list[float]:

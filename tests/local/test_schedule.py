@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from packsaddle.local.schedule import Event, Schedule, offsets
 
-SETTINGS = st.integers(1, 24).flatmap(
+SETTINGS = st.integers(1, 12).flatmap(
     lambda every: st.tuples(st.just(every), st.integers(1, every), st.integers(0, every - 1))
 )
 
