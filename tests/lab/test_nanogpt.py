@@ -55,6 +55,9 @@ def test_the_card_has_the_table_of_the_rows() -> None:
         "alone {}.": losses["1", "dense"],
         "the loss is {}. Lengthening": losses["2", "local, no mean momentum"],
         "lowers it to {}.": losses["2", "local, agreement"],
+        "dense training has {}, local": losses["4", "dense"],
+        "local updates {}, and with agreement": losses["4", "local"],
+        "with agreement {}.": losses["4", "local, agreement"],
     }
     text = " ".join(card.split())
     assert [claim.format(loss) for claim, loss in claims.items() if claim.format(loss) not in text] == []
