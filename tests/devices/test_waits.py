@@ -35,6 +35,7 @@ STEPS: dict[str, int | list[int]] = {
     "LocalUpdates, TopK int2": [0, 0, 0, 6, 1],
     "LocalUpdates, Sign two-way": [0, 0, 0, 1, 3],
     "LocalUpdates, overlap": [0, 1, 0, 0, 2],
+    "LocalUpdates, overlap agreement": [0, 1, 0, 0, 2],
     "LocalUpdates, overlap TopK int2": [0, 1, 0, 4, 2],
     "LocalUpdates, overlap fragments": [1, 0, 1, 0, 3],
     "torch: DDP": 0,

@@ -190,6 +190,7 @@ LOCALS: dict[str, Make] = {
     "LocalUpdates, TopK int2": local(ps.TopK(1 / 32, values="int2")),
     "LocalUpdates, Sign two-way": local(ps.Compression(ps.Sign(), exchange="two-way")),
     "LocalUpdates, overlap": local(overlap=2),
+    "LocalUpdates, overlap agreement": local(overlap=2, outer=ps.OuterAgreement()),
     "LocalUpdates, overlap TopK int2": local(ps.TopK(1 / 32, values="int2"), overlap=2),
     "LocalUpdates, overlap fragments": local(overlap=ps.Overlap(1, fragments=2)),
     "LocalUpdates, offload": local(offload=True),

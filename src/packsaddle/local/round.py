@@ -136,7 +136,16 @@ class LocalRound:
         return self.part.options.agreement > 0 and self.flush is None
 
     def _squares(self, sent: Tensor) -> Tensor:
-        return squares_of([view for _, view in self.part.named(sent)], self.share)
+        return squares_of(self.part.views(sent), self.share)
+
+    def _lengthen(self) -> None:
+        """Lengthen the mean of an applied round by the workers' agreement."""
+        assert self.exchanged is not None
+        assert isinstance(self.mean, Tensor)
+        part, measured = self.part, self.exchanged.measured
+        use_in_current_stream(measured)
+        workers = part.feedback.channel.group.size
+        lengthen(part.views(self.mean), measured, part.options.agreement, workers, part.shards)
 
     @property
     def own_factor(self) -> Tensor | None:
@@ -175,10 +184,7 @@ class LocalRound:
             self.gather_reports()
             self._exclude_frozen()
             if self.applied and self._is_lengthened:
-                assert isinstance(self.mean, Tensor)
-                means = [view for _, view in self.part.named(self.mean)]
-                workers = self.part.feedback.channel.group.size
-                lengthen(means, self.exchanged.measured, self.part.options.agreement, workers, self.part.shards)
+                self._lengthen()
             with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
                 self.finish(commit=self.applied and self.share > 0)
         return self.applied
