@@ -14,7 +14,6 @@ The text is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tiny
 """
 
 import argparse
-import csv
 import hashlib
 import math
 import statistics
@@ -29,7 +28,7 @@ from torch.nn import functional
 
 import packsaddle
 from lab.bench.origin import Origin
-from lab.bench.rows_file import add_rows
+from lab.bench.rows_file import add_rows, read_rows
 from packsaddle.comm import resolve
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -174,10 +173,7 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int) -> None:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_rows(path, dict, "row")
 
 
 def table(found: Sequence[Mapping[str, str]]) -> str:

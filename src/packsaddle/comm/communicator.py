@@ -223,9 +223,7 @@ def check_agreement(
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.
-    text = as_text(arguments)
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
-    mine = {"hash": torch.tensor([digest], device=device)}
+    mine = {"hash": torch.tensor([hash_of(text := as_text(arguments))], device=device)}
     gathered = channel.gather(mine, fixed_size=True, purpose="start")
     if len({int(parts["hash"]) for parts in gathered}) == 1:
         return
@@ -243,3 +241,8 @@ def as_text(arguments: Mapping[str, object]) -> str:
     arguments = {"packsaddle": __version__, **arguments}
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # memory addresses in a repr differ between processes
+
+
+def hash_of(text: str) -> int:
+    """Return a hash of a text, below 2^63, that is the same in all processes."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

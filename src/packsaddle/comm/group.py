@@ -23,7 +23,7 @@ from torch import Tensor
 from packsaddle.comm import devices
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 from packsaddle.numerics.devices import to_device
-from packsaddle.numerics.transfers import to_host
+from packsaddle.numerics.transfers import assign, to_host
 
 ProcessGroup = dist.ProcessGroup
 SMALL = 4096  # bytes up to which a message is sent to all at once: gloo's ring would pass on W - 1 of them in sequence
@@ -110,7 +110,7 @@ class TorchGroup(Group):
     def all_reduce(self, tensor: Tensor) -> None:
         if self.stages(tensor.device):
             self.all_reduce(host := to_host(tensor))
-            tensor.copy_(host, non_blocking=host.is_pinned())
+            assign(tensor, host)
             return
         with self.naming_lost_workers():
             dist.all_reduce(tensor, group=self._group)
@@ -144,7 +144,7 @@ class TorchGroup(Group):
     def broadcast(self, tensor: Tensor) -> None:
         if self.stages(tensor.device):
             self.broadcast(host := to_host(tensor))
-            tensor.copy_(host, non_blocking=host.is_pinned())
+            assign(tensor, host)
             return
         whole = tensor.contiguous()  # gloo ignores the strides of its output
         data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no numbers of 8 bits

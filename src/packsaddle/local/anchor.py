@@ -42,7 +42,10 @@ class Anchor:
     def values(self) -> list[Tensor]:
         """Return the parameters on the anchor's device. If that is the CPU and theirs is not, these are copies, for
         which the host waits once."""
-        return all_to_host(self.tensors()) if self.flat.device.type == "cpu" else self.tensors()
+        return self._beside_anchor(self.tensors())
+
+    def _beside_anchor(self, tensors: list[Tensor]) -> list[Tensor]:
+        return all_to_host(tensors) if self.flat.device.type == "cpu" else tensors
 
     @property
     def _frozen(self) -> set[str]:
@@ -195,7 +198,7 @@ class Anchor:
                 x.copy_(value)
                 if lost is not None:
                     errors.append((lost, x.to(value.dtype) - value))
-        here = all_to_host([error for _, error in errors]) if self.flat.device.type == "cpu" else [e for _, e in errors]
+        here = self._beside_anchor([error for _, error in errors])
         for (lost, _), error in zip(errors, here, strict=True):
             lost.add_(error.to(lost))
 

@@ -4,16 +4,15 @@ In rounds with a schedule of compressors the check compares these too.
 If workers made different calls, collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator, as_text
+from packsaddle.comm.communicator import Communicator, as_text, hash_of
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.compressors import Compressor, describe, identify
 from packsaddle.feedback.background import Background
@@ -114,8 +113,8 @@ class Lockstep:
             if self._channel.group.size == 1:
                 work(*([] if norm is None else [norm, to_device(torch.tensor([standing]), norm.device)]))
                 return
-            hashed = 0 if compressor is None else _hash(identify(compressor))
-            mine = Header(_CALLS.index(call), steps, hashed, _hash({"frozen": frozen}), standing)
+            hashed = 0 if compressor is None else hash_of(as_text(identify(compressor)))
+            mine = Header(_CALLS.index(call), steps, hashed, hash_of(as_text({"frozen": frozen})), standing)
             headers, norms = self._gather(mine, norm)
             if is_late:  # the copy is in order before `work`, and so arrives also if the calls of `work` do not match
                 unchecked.append(Readback(headers))
@@ -186,8 +185,3 @@ class Lockstep:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)
         return agreed
-
-
-def _hash(values: Mapping[str, object]) -> int:
-    """Return a hash of plain types, below 2^48, that is the same in all processes."""
-    return int.from_bytes(hashlib.sha256(as_text(values).encode()).digest()[:6])

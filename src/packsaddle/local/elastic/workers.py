@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Communicator, as_text
+from packsaddle.comm.communicator import Communicator, as_text, hash_of
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.sharding import local_part
@@ -54,7 +54,6 @@ from packsaddle.local.participation import share
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
 from packsaddle.numerics.devices import wide, widened
-from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
 _PAUSE = 0.05  # seconds between two attempts at a round
@@ -224,7 +223,7 @@ class ElasticWorkers:
         and ConfigError if this worker's arguments differ from the others'.
         """
         if not self.has_joined:
-            self._arguments_hash = _hash(self._arguments())
+            self._arguments_hash = hash_of(self._arguments())
         # Measure the time of an inner step: `_commit` reduces the steps of slower workers by it.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
@@ -342,7 +341,7 @@ class ElasticWorkers:
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
-            message=_hash(self._message()),
+            message=hash_of(self._message()),
             history=self.roster.history,
             anchor=int(torch.stack([fingerprint(p.anchor.flat) for p in self._fragments]).sum()) if compared else 0,
             run=self.roster.run,
@@ -351,7 +350,7 @@ class ElasticWorkers:
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
             has_pending=int(bool(own.norm or has_more)),
-            frozen=_hash(as_text({"frozen": [part.frozen_next for part in self._fragments]})),
+            frozen=hash_of(as_text({"frozen": [part.frozen_next for part in self._fragments]})),
             weight=self.account.weight(self.settings.weight) if self.has_joined else 0.0,
             idle_weight=idle_weight,
             seconds=seconds,
@@ -377,7 +376,7 @@ class ElasticWorkers:
         hashes = [h.arguments for h in hellos]
         self._compare("be given the same arguments", hashes, self._arguments, hellos)
         if len(set(hashes)) > 1:  # frozen parameters have changed, equally on all workers, after some had joined
-            self._arguments_hash = _hash(self._arguments())
+            self._arguments_hash = hash_of(self._arguments())
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
             self._compare("send messages of one kind", [h.message for h in hellos], self._message, hellos)
@@ -652,10 +651,6 @@ _FIXED = {
     "average": "average is for a fixed set of workers; with a manager, evaluate the anchor",
     "sit_out": "sit_out is for a fixed set of workers; with a manager, an absent one is left out",
 }
-
-
-def _hash(text: str) -> int:
-    return mix(*text.encode()) >> 1
 
 
 def _energy(vector: Tensor) -> float:
