@@ -8,7 +8,12 @@ DistributedDataParallel computes. Nothing is tuned: local updates have the recip
 process. The loss is over all windows of the last tenth of the text.
 
     python -m lab.bench.nanogpt run --text FOLDER/tinyshakespeare/input.txt --workers 2 4 --seeds 0 1 2
+    python -m lab.bench.nanogpt run --text FOLDER/tinyshakespeare/input.txt --workers 2 --steps 1000 1250
     python -m lab.bench.nanogpt table
+
+`--steps` shortens the whole recipe, its cosine too. The second table has the length at which W workers reach the loss
+of one machine alone after 2,000 steps, interpolated in the logarithm of the steps, and the time of that many steps and
+bytes over that of one machine.
 
 The text is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt (1.1 MB).
 """
@@ -35,16 +40,18 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ROWS = Path(__file__).parents[2] / "experiments" / "nanogpt" / "runs.csv"
 BLOCK, BATCH, STEPS, RATE = 64, 12, 2000, 1e-3
 WIDTH, HEADS, LAYERS = 128, 4, 4
+STEP_TIME = 0.055  # seconds of a step of 12 windows on a core of its own
 
 
 @dataclass(frozen=True)
 class Method:
-    """Dense training, or local updates of one bit every 8 steps with further arguments of `LocalUpdates`."""
+    """Dense training, or local updates of one bit every 8 steps, or with other arguments of `LocalUpdates`."""
 
     local: Mapping[str, Any] | None = None  # None: dense training
     warm_up: int = 100  # steps
 
 
+BARE = {"compressor": packsaddle.Rounded("bfloat16"), "mean_momentum": 0.0, "keep_unsent": False}
 METHODS = {
     "dense": Method(),
     "local": Method({}),
@@ -53,6 +60,9 @@ METHODS = {
     "local, warm-up 500": Method({}, 500),
     "local, agreement, warm-up 500": Method({"outer": packsaddle.OuterAgreement(0.5)}, 500),
     "dense, warm-up 500": Method(None, 500),
+    "local SGD in bfloat16, every 8": Method(BARE),
+    "local SGD in bfloat16, every 32": Method({**BARE, "every": 32}),
+    "DiLoCo in bfloat16, every 32": Method({**BARE, "every": 32, "outer": packsaddle.OuterSGD(0.7, 0.9)}),
 }
 
 
@@ -136,7 +146,7 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     others = [p for p in net.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
-    local = None if how.local is None else packsaddle.LocalUpdates(optimizer, every=8, model=net, **how.local)
+    local = None if how.local is None else packsaddle.LocalUpdates(optimizer, model=net, **how.local)
 
     # Each worker draws its own windows; dense training those of all workers.
     mine = range(workers) if local is None else [rank]
@@ -160,34 +170,73 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     return total / len(text.last), sent if local is None else local.ledger.total.sent
 
 
-def make(path: Path, text: Text, name: str, workers: int, seed: int) -> None:
+def make(path: Path, text: Text, name: str, workers: int, seed: int, steps: int = STEPS) -> None:
     """Train, and add a row to a file, unless it has this one already."""
-    if any((row["method"], int(row["workers"]), int(row["seed"])) == (name, workers, seed) for row in rows(path)):
+    here = name, workers, seed, steps
+    if any((row["method"], int(row["workers"]), int(row["seed"]), int(row["steps"])) == here for row in rows(path)):
         return
     torch.set_num_threads(1)
     how = METHODS[name]
     processes = 1 if how.local is None else workers
-    loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed), processes)[0]
-    row = {"method": name, "workers": workers, "seed": seed, "loss": round(loss, 4), "sent": sent}
+    loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed, steps), processes)[0]
+    row = {"method": name, "workers": workers, "seed": seed, "steps": steps, "loss": round(loss, 4), "sent": sent}
     add_rows(path, [row | asdict(Origin.here(text=SHA256[:12]))])
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    return read_rows(path, dict, "row")
+    return read_rows(path, lambda row: {**row, "steps": row.get("steps") or str(STEPS)}, "row")
 
 
 def table(found: Sequence[Mapping[str, str]]) -> str:
     """Return the Markdown table of the mean losses over seeds, with the range, and of the megabytes sent."""
     lines = ["| workers | method | loss | range, seeds | MB sent by a worker |", "| --- " * 5 + "|"]
-    keys = sorted({(int(row["workers"]), list(METHODS).index(row["method"])) for row in found})
-    for workers, index in keys:
-        name = list(METHODS)[index]
-        mine = [row for row in found if row["method"] == name and int(row["workers"]) == workers]
+    for workers, name in _settings(found):
+        mine = _of(found, workers, name, STEPS)
         losses = sorted(float(row["loss"]) for row in mine)
         spread = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
         sent = int(mine[0]["sent"]) / 1e6
         lines.append(f"| {workers} | {name} | {statistics.fmean(losses):.3f} | {spread} | {sent:,.4g} |")
     return "\n".join(lines)
+
+
+def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50, 200, 1000)) -> str:
+    """Return the Markdown table of the lengths at which workers reach the loss of one machine alone, seed 0.
+
+    Its times are those of one machine alone over those of W: steps times `STEP_TIME`, and the bytes at each link's
+    megabits a second, which neither an overlap nor the link's latency changes.
+    """
+    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    heads = ["workers", "method", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for workers, name in _settings(found):
+        # Interpolate between the two lengths around the target.
+        seen = {int(row["steps"]): row for row in found if row in _of(found, workers, name) and row["seed"] == "0"}
+        longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
+        if workers == 1 or not longer or longer[0] == min(seen):
+            continue
+        low, high = max(n for n in seen if n < longer[0]), longer[0]
+        above, below = (float(seen[n]["loss"]) - target for n in (low, high))
+        steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
+
+        # Divide the times.
+        seconds = [steps * STEP_TIME + int(seen[high]["sent"]) * steps / high * 8 / (mbit * 1e6) for mbit in links]
+        ratios = [f"{STEPS * STEP_TIME / each:.2f}" for each in seconds]
+        lines.append(f"| {' | '.join([str(workers), name, f'{steps:,.0f}', *ratios])} |")
+    return "\n".join(lines)
+
+
+def _of(
+    found: Sequence[Mapping[str, str]], workers: int, name: str, steps: int | None = None
+) -> list[Mapping[str, str]]:
+    """Return the rows of a setting, of one length or of all, ordered by seed."""
+    mine = [row for row in found if row["method"] == name and int(row["workers"]) == workers]
+    return sorted((row for row in mine if steps in (None, int(row["steps"]))), key=lambda row: int(row["seed"]))
+
+
+def _settings(found: Sequence[Mapping[str, str]]) -> list[tuple[int, str]]:
+    names = list(METHODS)
+    keys = {(int(row["workers"]), names.index(row["method"])) for row in found if int(row["steps"]) == STEPS}
+    return [(workers, names[index]) for workers, index in sorted(keys)]
 
 
 def main() -> None:
@@ -198,10 +247,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, nargs="+", default=[STEPS])
     parser.add_argument("--out", type=Path, default=ROWS)
     options = parser.parse_args()
     if options.command == "table":
-        print(table(rows(options.out)))
+        print(f"{table(rows(options.out))}\n\n{speed_ups(rows(options.out))}")
         return
     if options.text is None:
         parser.error("run needs --text")
@@ -210,7 +260,8 @@ def main() -> None:
         for workers in options.workers:
             for name in options.methods:
                 if workers > 1 or name.startswith("dense"):
-                    make(options.out, text, name, workers, seed)
+                    for steps in options.steps:
+                        make(options.out, text, name, workers, seed, steps)
 
 
 if __name__ == "__main__":
