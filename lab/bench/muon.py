@@ -26,9 +26,10 @@ matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match
 
 import argparse
 import csv
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -41,7 +42,6 @@ from torch import nn
 import packsaddle
 from lab.bench.origin import Origin, check_text
 from lab.bench.rows_file import add_rows
-from lab.race.figures import label_ends
 from lab.race.inner import Half, held_out_loss, make_inner
 from lab.race.recipe import share_of_peak
 from lab.race.target_settings import steps_and_loss
@@ -385,7 +385,7 @@ class Runs:
         left.set_xticks(range(0, self.setting.steps + 1, self.setting.steps // 4))
         right.set(xlabel="megabytes that a worker has sent", xscale="log")
 
-        label_ends(left, ends, self.setting.steps * 1.02)
+        _label_ends(left, ends, self.setting.steps * 1.02)
         for axes in (left, right):
             axes.grid(alpha=0.2)
         figure.savefig(path, dpi=130)
@@ -441,6 +441,15 @@ FIGURE = {
     "Muon, local SGD 8": ("Muon, torch's local SGD", "#6a994e"),
     "Muon, DiLoCo 32, 0.5": ("Muon, DiLoCo", "#2e6f95"),
 }
+
+
+def _label_ends(axes: Any, ends: Mapping[str, tuple[float, str]], x: float) -> None:
+    """Write names at the ends of curves, from their last values and colors; apart where the ends are close."""
+    low, high = axes.get_ylim()
+    at, gap = -math.inf, (high - low) * 0.06
+    for label, (last, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+        at = max(last, at + gap)
+        axes.text(x, at, label, color=colour, va="center")
 
 
 def main() -> None:

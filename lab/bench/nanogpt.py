@@ -22,7 +22,7 @@ import argparse
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -200,29 +200,34 @@ def table(found: Sequence[Mapping[str, str]]) -> str:
 
 
 def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50, 200, 1000)) -> str:
-    """Return the Markdown table of the lengths at which workers reach the loss of one machine alone, seed 0.
-
-    Its times are those of one machine alone over those of W: steps times `STEP_TIME`, and the bytes at each link's
-    megabits a second, which neither an overlap nor the link's latency changes.
-    """
-    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    """Return the Markdown table of `lengths`, and of the speed-up over one machine alone on each link, Mbit/s."""
     heads = ["workers", "method", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for workers, name in _settings(found):
-        # Interpolate between the two lengths around the target.
-        seen = {int(row["steps"]): row for row in found if row in _of(found, workers, name) and row["seed"] == "0"}
-        longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
-        if workers == 1 or not longer or longer[0] == min(seen):
-            continue
-        low, high = max(n for n in seen if n < longer[0]), longer[0]
-        above, below = (float(seen[n]["loss"]) - target for n in (low, high))
-        steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
-
-        # Divide the times.
-        seconds = [steps * STEP_TIME + int(seen[high]["sent"]) * steps / high * 8 / (mbit * 1e6) for mbit in links]
-        ratios = [f"{STEPS * STEP_TIME / each:.2f}" for each in seconds]
+    for workers, name, steps, sent in lengths(found):
+        ratios = [f"{speed_up(steps, sent, mbit):.2f}" for mbit in links]
         lines.append(f"| {' | '.join([str(workers), name, f'{steps:,.0f}', *ratios])} |")
     return "\n".join(lines)
+
+
+def lengths(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str, float, float]]:
+    """Yield workers, method, steps and bytes of the training that ends at the loss of one machine alone, at seed 0.
+
+    They are interpolated between the two trainings whose losses are next to it, in the logarithm of the steps.
+    """
+    target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
+    for workers, name in _settings(found):
+        seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == "0"}
+        longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
+        if workers > 1 and longer and longer[0] > min(seen):
+            low, high = max(n for n in seen if n < longer[0]), longer[0]
+            above, below = (float(seen[n]["loss"]) - target for n in (low, high))
+            steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
+            yield workers, name, steps, int(seen[high]["sent"]) * steps / high
+
+
+def speed_up(steps: float, sent: float, mbit: float) -> float:
+    """Return the time of one machine alone over that of `steps` and `sent` bytes one after the other."""
+    return STEPS * STEP_TIME / (steps * STEP_TIME + 8 * sent / (mbit * 1e6))
 
 
 def _of(

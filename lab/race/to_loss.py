@@ -1,14 +1,13 @@
 """The race to a loss: the curve of each contender, its step time on each link, and the resulting time to the loss.
 
 The folder of a race has `curves.csv` and `steps.csv`. Rows are appended to both, so that an interrupted race can be
-resumed, and contenders added later; tables and figures are made from these files alone. `race.json` has the network,
+resumed, and contenders added later; tables are made from these files alone. `race.json` has the network,
 its data and the recipe.
 """
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -116,17 +115,13 @@ class FullRace:
             save_steps(path, [StepOnLink.of(workers, link, lap, origin) for lap in laps])
 
     def _tables(self) -> list[Result]:
-        """Return the tables of the files, two or three per number of workers; with matplotlib also draw figures."""
+        """Return the tables of the files, two or three per number of workers."""
         curves, steps = load(self.folder / "curves.csv"), load_steps(self.folder / "steps.csv")
         found = []
         for workers in self.workers:
             mine = [curve for curve in curves if curve.workers == workers]
             timed = [step for step in steps if step.workers == workers]
             found += tables(self, workers, mine, timed)
-            if (mine or timed) and find_spec("matplotlib"):
-                from lab.race.figures import draw
-
-                draw(self.folder, workers, mine, timed)
         return found
 
 

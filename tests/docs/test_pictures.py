@@ -67,17 +67,17 @@ def test_algorithm_has_the_numbers_of_the_reference(drawn: dict[str, str]) -> No
     assert {int(word) for word in words(drawn["algorithm-light.svg"]) if word.isdigit()} == lines | {14}
 
 
-def test_bytes_are_those_of_the_evidence(drawn: dict[str, str]) -> None:
-    """The table of evidence.md, and the rows of the Muon benchmark, have the same network and workers."""
-    evidence = (ROOT / "docs" / "evidence.md").read_text()
+def test_bytes_are_those_of_the_race(drawn: dict[str, str]) -> None:
+    """The table of the race's card, and the rows of the Muon benchmark, have the same network and workers."""
+    card = (ROOT / "experiments" / "race" / "README.md").read_text()
     with (ROOT / "experiments" / "muon" / "gpt-2.csv").open(newline="") as file:
         muon = {row["method"]: float(row["kB_a_step"]) for row in csv.DictReader(file)}
     expected = [
-        re.search(rf"^\| {re.escape(name)} \| ([\d,]+) \|", evidence, re.MULTILINE)
-        for name in ("DDP, float32", "the hook, `QSGD(127)`")
+        re.search(rf"^\| `{re.escape(name)}` \| 600 \| 3 \| [^|]* \| ([\d,.]+) \|", card, re.MULTILINE)
+        for name in ("ddp", "QSGD(127) hook=bucket")
     ]
     texts = words(drawn["wire-light.svg"])
-    assert all(match and f"{match[1]} kB" in texts for match in expected)
+    assert all(match and f"{float(match[1].replace(',', '')):,.0f} kB" in texts for match in expected)
     assert f"{muon['Muon, dense']:,.0f} kB" in texts
     assert f"{muon['Muon, local 8, Sign']:,.0f} kB" in texts
 
