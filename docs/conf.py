@@ -25,7 +25,7 @@ include_patterns = [
     "docs/**.md",
     "examples/README.md",
     "experiments/README.md",
-    "experiments/*/README.md",
+    "experiments/*/*.md",
     "lab/bench/*.md",
 ]
 exclude_patterns = [".*", "build", "runs", "src", "tests"]  # an environment's folder has 20,000 files

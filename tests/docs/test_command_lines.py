@@ -19,7 +19,7 @@ from packsaddle.cli.parsing import Group, parse
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tutorials/*.md"))]
-PAGES += [*sorted(ROOT.glob("experiments/*/README.md")), *sorted(ROOT.glob("lab/bench/*.md"))]
+PAGES += [*sorted(ROOT.glob("experiments/*/*.md")), *sorted(ROOT.glob("lab/bench/*.md"))]
 PROGRAMS: dict[str, Command | Group] = {
     "packsaddle": cli.COMMANDS,
     "packsaddle.cli": cli.COMMANDS,

@@ -420,7 +420,7 @@ def test_evidence() -> None:
 def test_cards() -> None:
     """The tables that evidence.md sums up, in the cards of the race."""
     for name, claims in (
-        ("experiments/race/target/README.md", clock_card()),
+        ("experiments/race/times.md", clock_card()),
         ("experiments/race/README.md", shares(Race(2))),
     ):
         text = page(name)
