@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from lab.runs.tasks.text import Text
 from packsaddle.comm import resolve
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 from packsaddle.compressors.sparse import _CodedSupport
-from packsaddle.compressors.values import ValueFormat, check_format, value_retention
+from packsaddle.compressors.values import ValueFormat, value_retention
 
 ROWS = Path(__file__).parents[2] / "experiments" / "fine-tuning" / "runs.csv"
 MODEL = ModelConfig("char-transformer", width=64, depth=2, heads=4)
@@ -224,7 +224,8 @@ def table(found: Sequence[Mapping[str, str]], what: str) -> str:
             losses = [float(r["loss"]) for r in mine]
             over = [float(r["loss"]) - float(by_key["dense", rate, r["seed"]]["loss"]) for r in mine]
             anchor = [float(r["anchor_loss"]) - float(by_key["dense", rate, r["seed"]]["loss"]) for r in mine]
-            spread = f"{statistics.fmean(over):+.4f} ({min(over):+.4f} to {max(over):+.4f}), anchor {statistics.fmean(anchor):+.4f}"
+            spread = f"{statistics.fmean(over):+.4f} ({min(over):+.4f} to {max(over):+.4f})"
+            spread += f", anchor {statistics.fmean(anchor):+.4f}"
             gain = statistics.fmean(float(r["before"]) for r in mine)
             shown = f"{statistics.fmean(losses):.4f} (before {gain:.4f})" if name == "dense" else spread
             cells.append(f"{bits:.3f}, {shown} [{len(mine)}]")
