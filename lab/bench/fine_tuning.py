@@ -246,6 +246,7 @@ def main() -> None:
             print(what, table(rows(options.out), what), sep="\n\n", end="\n\n")
         return
     torch.set_num_threads(1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for what, rates in RATES.items():
             for rate in rates:
