@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "table"))
     parser.add_argument("--text", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, default=ROWS)
     options = parser.parse_args()
     if options.command == "table":
@@ -250,7 +251,7 @@ def main() -> None:
     for seed in options.seeds:
         for what, rates in RATES.items():
             for rate in rates:
-                for name in METHODS:
+                for name in options.methods:
                     if what == "lora" or METHODS[name].dense_below == 0:
                         make(options.out, options.text, what, name, rate, seed)
 
