@@ -1,9 +1,9 @@
 """Fine-tuning with local updates of AdamW: losses and bytes of a gate on bfloat16, one bit and two bits, two workers.
 
-A character transformer of 123,000 parameters is pretrained on the first half of tinyshakespeare (1,500 steps of 16
+A character transformer of 123,000 parameters is pretrained on the first half of tinyshakespeare (400 steps of 16
 windows), and fine-tuned on Python's language reference, whole ("full") or by added factors of rank 4 in the linear
-layers of its blocks ("lora"). 256 steps of two workers with 8 windows each, AdamW with betas 0.9 and 0.99, a warm-up of
-26 steps and a cosine to a tenth. Workers are simulated in one process; dense training has all windows.
+layers of its blocks ("lora"). 128 steps of two workers with 8 windows each, AdamW with betas 0.9 and 0.99, a warm-up of
+13 steps and a cosine to a tenth. Workers are simulated in one process; dense training has all windows.
 
     python -m lab.bench.fine_tuning run --text FOLDER/tinyshakespeare/input.txt
     python -m lab.bench.fine_tuning table
@@ -36,7 +36,7 @@ from packsaddle.compressors.values import ValueFormat, value_retention
 
 ROWS = Path(__file__).parents[2] / "experiments" / "fine-tuning" / "runs.csv"
 MODEL = ModelConfig("char-transformer", width=64, depth=2, heads=4)
-STEPS, BATCH, PRETRAINING, WORKERS, RANK, CONTEXT = 256, 8, 1500, 2, 4, 64
+STEPS, BATCH, PRETRAINING, WORKERS, RANK, CONTEXT = 128, 8, 400, 2, 4, 64
 RATES = {"full": (1e-4, 1e-5, 1e-6), "lora": (1e-3, 1e-4, 1e-5)}
 
 
@@ -137,7 +137,7 @@ def pretrained(path: Path, seed: int) -> Mapping[str, Tensor]:
     optimizer = torch.optim.AdamW(task.parameters(), 3e-3, betas=(0.9, 0.99))
     batches = Batches(shard(data, "iid", worker=0, workers=1, seed=seed), 16, worker=0, seed=seed)
     for step in range(PRETRAINING):
-        optimizer.param_groups[0]["lr"] = 3e-3 * share_of_peak(step, 150, PRETRAINING)
+        optimizer.param_groups[0]["lr"] = 3e-3 * share_of_peak(step, 40, PRETRAINING)
         optimizer.zero_grad()
         loss = task(*data.batch(batches[step], torch.device("cpu")))
         loss.backward()
@@ -174,7 +174,7 @@ def train(weights: Mapping[str, Tensor], what: str, how: Method, rate: float, se
     shards = [shard(data, "iid", worker=i, workers=WORKERS, seed=seed) for i in mine]
     batches = [Batches(part, BATCH, worker=i, seed=seed) for i, part in zip(mine, shards, strict=True)]
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = rate * share_of_peak(step, 26, STEPS)
+        optimizer.param_groups[0]["lr"] = rate * share_of_peak(step, 13, STEPS)
         optimizer.zero_grad()
         task(*data.batch(torch.cat([batch[step] for batch in batches]), cpu)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
