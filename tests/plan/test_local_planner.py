@@ -5,12 +5,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
+from torch import nn
 
-from packsaddle import Identity, Rounded, Sign
+from packsaddle import Identity, LocalUpdates, OuterAgreement, Rounded, Sign, simulate
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.local import Setting, forecast_local, measured_with
@@ -144,6 +147,27 @@ def test_with_more_than_two_workers_messages_go_by_owners() -> None:
         for f in forecast_local(size, Link(1e-3, 1e6), fleet, lambda compressor, d: FREE):
             message = 2 * (workers - 1) / workers * f.setting.compressor.message_bytes(1_000_000)
             assert f.sent == pytest.approx(message / f.setting.every, rel=0.05)
+
+
+def test_agreement_sends_a_number_a_tensor() -> None:
+    """The forecast against the ledger of the second step of local updates, with `OuterAgreement` and without."""
+    for workers, p in product((2, 4), (0.0, 0.5)):
+
+        def sent(rank: int, p: float = p) -> int:
+            model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            local = LocalUpdates(optimizer, every=1, model=model, outer=OuterAgreement(p))
+            totals = []
+            for _ in range(2):  # the first step is also compared between workers
+                model(torch.full((2, 64), 1.0 + rank)).sum().backward()
+                optimizer.step()
+                totals.append(local.ledger.total.sent)
+            return totals[1] - totals[0]
+
+        size = ModelSize.of_model("two layers", nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)))
+        setting = Setting(1, Sign(per_tensor=True), agreement=p)
+        (f,) = forecast_local(size, Link(1e-3, 1e6), Fleet(workers, 0.1), lambda c, d: FREE, measured={setting: 1.0})
+        assert max(simulate(sent, workers)) == f.sent
 
 
 def test_a_plan_takes_the_quickest_number_of_fragments_and_counts_the_delays_steps() -> None:

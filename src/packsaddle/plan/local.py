@@ -24,6 +24,7 @@ class Setting:
     compressor: Compressor
     keep_unsent: bool = False
     delay: int = 0
+    agreement: float = 0.0  # p of `OuterAgreement`, whose exchanges have four more bytes a tensor; 0: without it
 
 
 Inner = Literal["adamw", "muon"]
@@ -163,8 +164,7 @@ def forecast_local(
     measured = measured_with(fleet.workers, optimizer) if measured is None else measured
     check_most_steps(most_steps, measured)
     chosen = {setting: steps for setting, steps in measured.items() if steps <= most_steps}
-    bound = {compressor: workload.bind(compressor) for compressor in (s.compressor for s in chosen)}
-    paces = {compressor: pace(b, workload.d).seconds for compressor, b in bound.items()}
+    paces = {c: pace(workload.bind(c), workload.d).seconds for c in dict.fromkeys(s.compressor for s in chosen)}
     found = [_forecast(s, steps, workload, link, fleet, paces[s.compressor], update) for s, steps in chosen.items()]
     return tuple(sorted(found, key=lambda f: f.seconds))
 
@@ -185,9 +185,10 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    exchange = "direct" if bound.lossless else "auto"
-    choice = choose(bound, exchange, d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
-    coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
+    # Averaged with the uncompressed coordinates: a flag, and a number a tensor with `agreement`.
+    dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
+    choice = choose(bound, "direct" if bound.lossless else "auto", d=workload.d, dense=dense, workers=fleet.workers)
+    coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
     # Workers wait only at exchanges, so that random differences between their steps average out.
@@ -200,7 +201,6 @@ def _forecast(
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
-    exchanged = choice.aggregator.most_sent(workload.d, workload.dense + 1, fleet.workers, 4)
-    sent = exchanged + header.wire(0, fleet.workers).sent
+    sent = choice.aggregator.most_sent(workload.d, dense, fleet.workers, 4) + header.wire(0, fleet.workers).sent
     coding = (coded.compression + update) / every
     return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)

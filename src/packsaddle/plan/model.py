@@ -28,6 +28,7 @@ class ModelSize:
     d: int  # compressed coordinates
     dense: int  # uncompressed coordinates
     shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown
+    tensors: int = 0  # number of all tensors, compressed or not; 0: unknown
 
     def bind(self, compressor: Compressor) -> Compressor:
         """Return the compressor bound to the shapes of the model's tensors, if known."""
@@ -51,7 +52,7 @@ class ModelSize:
         if not flat.compressed_d:
             few = f"every tensor is a vector or below {_DENSE_BELOW:,} elements"
             raise ConfigError(f"model {name} has nothing to compress: {few}")
-        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes))
+        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes), len(parameters))
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
