@@ -32,7 +32,7 @@ COMMANDS: Mapping[str, Entry] = {
         {
             "theory": Entry("Compute the parameters of Algorithm 1 from the theorems.", "packsaddle.cli.plan_theory"),
             "table": Entry("Print the paper's Table 1 for a given d and epsilon.", "packsaddle.cli.plan_theory"),
-            "link": Entry("Find the compressor that trains fastest on a network link.", "packsaddle.cli.plan_link"),
+            "link": Entry("Find the method that trains fastest on a network link.", "packsaddle.cli.plan_link"),
         },
     ),
     "doctor": Entry("Check this machine's hardware, software and network.", "packsaddle.cli.doctor"),

@@ -144,8 +144,8 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 # %% [markdown]
 # ![Test loss against the megabytes that a worker has sent, for four methods](03_adamw_over_a_slow_link.png)
 #
-# Both axes are logarithmic. Compressed local updates reach a loss of 0.02 with some 100 times fewer bytes than
-# gradients at every step, but after about three times as many steps (each dot is 24). With an exchange every 24 steps
+# Both axes are logarithmic. Compressed local updates reach a loss of 0.02 with some 90 times fewer bytes than
+# gradients at every step, but after almost four times as many steps (each dot is 24). With an exchange every 24 steps
 # 0.02 is not reached in this short training.
 #
 # So compression trades steps for bytes, also [on a transformer](docs/local-updates.md#what-was-measured).
@@ -174,25 +174,18 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
 #
 # ## The time on a link of 50 Mbit/s
 #
-# `packsaddle plan link` predicts the time of a step from the link, the size of your model (`--d`), the seconds of a
-# forward and backward pass on your worker (`--compute`) and the number of workers. `--local` adds a second table, of
-# local updates, which we print.
+# `packsaddle plan link` forecasts the fastest method from the link, the size of your model (`--d`), the seconds of a
+# forward and backward pass on your worker (`--compute`) and the number of workers.
 
 # %% tags=["varies"]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
-command = "packsaddle plan link 50mbit --d 10000000 --compute 0.1 --workers 4 --local"
-done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
-lines = done.stdout.splitlines()
-start = next(i for i, line in enumerate(lines) if line.startswith("local updates"))
-print("\n".join(lines[start - 1 :]))  # with the upper line of the headings
+command = "packsaddle plan link 50mbit --d 10000000 --compute 0.1 --workers 4"
+print(subprocess.run(shlex.split(command), capture_output=True, text=True, check=True).stdout)
 
 # %% [markdown]
-# `x steps` is the number of steps that a setting needs, relative to dense training: a rough guide, measured on one
-# small language model. A dense step takes about 10 seconds on this link, nearly all of it waiting. The best setting
-# makes the same progress in a fraction of a second.
-#
-# With half a second of computing for each step, the plan recommends an exchange every 2 steps; at 10 Gbit/s it advises
-# against local updates.
+# The comparison counts the steps that each method needs, as measured on one small language model: a rough guide. A
+# dense step takes about 10 seconds on this link, nearly all of it waiting. Local SGD without compression avoids most of
+# that, and compression most of the rest. `--table` prints the forecast of every compressor and period.
 #
 # ## Next
 #

@@ -184,7 +184,7 @@ def test_plans_have_the_fields_of_their_options_as_flags() -> None:
     assert isinstance(group, Group)
     for name, cls, others in (
         ("theory", Assumptions, {"compressor", "ratio", "mode", "workers", "json"}),
-        ("link", LinkOptions, {"rate", "compressor", "ratio", "optimizer", "workers", "json"}),
+        ("link", LinkOptions, {"rate", "compressor", "ratio", "optimizer", "workers", "table", "json"}),
     ):
         flags = flags_of(group.commands[name])
         fields = {f.name: f.default for f in dataclasses.fields(cls)}

@@ -40,10 +40,9 @@ def test_brief_names_may_be_typed() -> None:
 
 LINK = ("plan", "link", "20mbit", "--d", "1e4", "--compute", "0.1")
 TABLES = {
-    "link": (*LINK, "--compressor", "topk"),
-    "link, best": LINK,
-    "link, local": (*LINK, "--optimizer", "adamw", "--local"),
-    "link, slow": ("plan", "link", "1mbit", "--d", "1e5", "--compute", "10s", "--optimizer", "sgd"),
+    "link": (*LINK, "--table"),
+    "link, one compressor": (*LINK, "--compressor", "topk"),
+    "link, slow": ("plan", "link", "1mbit", "--d", "1e5", "--compute", "10s", "--optimizer", "sgd", "--table"),
     "theory": ("plan", "theory", "--d", "25M", "--epsilon", "0.2", "--lipschitz-gradient", "1"),
     "theory, small epsilon": ("plan", "theory", "--d", "1M", "--epsilon", "0.1"),
     "theory, proofs": ("plan", "theory", "--d", "25M", "--epsilon", "0.01", "--mode", "theory"),
@@ -75,9 +74,7 @@ def test_tables_fit_80_columns(
 
 def test_plans_state_the_order_of_their_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*TABLES["link"]) == 0
-    assert "\nRows: shortest step first." in capsys.readouterr().out
-    assert command(*TABLES["link, local"]) == 0
-    assert capsys.readouterr().out.count("\nRows: shortest time to the same loss (step ms times x steps) first") == 2
+    assert "\nRows: shortest time to the same loss (step ms times x steps) first" in capsys.readouterr().out
 
 
 def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:

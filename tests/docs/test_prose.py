@@ -67,7 +67,7 @@ HOMES = {
     r"59\s+MB\s+instead\s+of\s+135": "docs/checkpoints.md",
     r"`\.lock`": "docs/checkpoints.md",
     r"8\s+d\s+\(W\s+-\s+1\)\s+/\s+W\s+bytes": "docs/slow-links.md",
-    r"`HARDLY WORTH IT`": "docs/slow-links.md",
+    r"too\s+small\s+to\s+forecast": "docs/slow-links.md",
     r"model\.join\(\)": "docs/ddp.md",
     r"download\.pytorch\.org/whl/cpu": "docs/start.md",
     r"38%\s+at\s+1,024": "docs/scale.md",

@@ -22,14 +22,13 @@ from lab.runs.tasks.images import load_data
 from lab.runs.tasks.models import make_task
 from lab.runs.templates import TASKS
 from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
-from packsaddle.cli.plan_link_text import advice, ms
+from packsaddle.cli.plan_link_text import LinkPlan, methods, ms
 from packsaddle.comm.group import Solo
 from packsaddle.plan import link as link_planner
 from packsaddle.plan import model as workload
 from packsaddle.plan import timing
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.link import MEASURED, StepsNeeded, forecast, steps_needed
-from packsaddle.plan.local import Setting, forecast_local
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 from packsaddle.plan.timing import Timing
@@ -223,28 +222,27 @@ def test_resnet_of_the_optimizer() -> None:
 
 
 def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    """The verdict first; the rates below which a compressor pays stand in the table."""
     asked = ("--d", 50_000, "--compute", "10ms", "--workers", 3)
     assert command("plan", "link", "1mbit", *asked) == 0
     out = capsys.readouterr().out
-    assert "Shortest step: " in out
-    assert "Its step is shorter than DDP's below" in out
-    assert "Best: " not in out
-    assert "QSGD(levels=127" in out
-    assert "DO NOT COMPRESS" not in out
-    assert "These are times of one step" in out
-    assert command("plan", "link", "100tbit", *asked, "--compressor", "qsgd") == 0
+    assert out.startswith("Use: ")
+    assert "one machine alone " in out
+    assert "pays" not in out
+    assert command("plan", "link", "100tbit", *asked, "--compressor", "qsgd", "--table") == 0
     out = capsys.readouterr().out
-    assert "DO NOT COMPRESS: no compressor is known to be faster than dense training. Compression pays below" in out
+    assert out.startswith("Use: DistributedDataParallel.\n")
+    assert "QSGD()" in out.partition("Mbit/s")[2]
     assert (
         command("plan", "link", "1mbit", *asked, "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json")
         == 0
     )
     document = json.loads(capsys.readouterr().out)
     assert document["fleet"]["compute"] == 0.01
-    assert document["compress"] is True
-    assert document["best"] == "TopK(ratio=0.02)"
+    assert document["compress"] is False  # its number of steps is unknown
     assert document["link"]["nominal_bits"] == pytest.approx(1e6)
-    best, dense = document["forecasts"]
+    dense, best = document["forecasts"]
+    assert best["compressor"] == "TopK(ratio=0.02)"
     assert best["seconds"] == pytest.approx(sum(best["time"].values()))
     assert dense["time"]["waiting"] == pytest.approx(0.01 * 0.5 * 0.8, rel=0.2)
     assert dense["time"]["bandwidth"] == pytest.approx(4 / 3 * 200_000 / (1e6 / 8 * 1448 / 1514))
@@ -258,16 +256,8 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     shown = json.loads(capsys.readouterr().out)
     assert shown["optimizer"] == "adamw"
     assert not shown["best"].startswith(("RandomK", "Sign", "QSGD(levels=7"))
-    assert command(*asked, "--optimizer", "adamw") == 0
-    shown_text = capsys.readouterr().out
-    assert "x steps" in shown_text
-    assert "for the progress of one dense step (" in shown_text
-    assert "Best: " in shown_text
-    assert command(*asked, "--optimizer", "adamw", "--compressor", "TopK(1.23%)") == 0
-    shown_text = capsys.readouterr().out
-    assert "unknown" in shown_text
-    assert "The number of steps is unknown for TopK(ratio=0.0123)." in shown_text
-    assert "on any link" not in shown_text
+    assert command(*asked, "--compressor", "TopK(1.23%)") == 0
+    assert "Left out, as the number of steps is unknown: TopK(ratio=0.0123)." in capsys.readouterr().out
 
 
 def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,9 +379,8 @@ def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
     size, fleet, link = workload.ModelSize.of_size(10_000_000), Fleet(32, 0.5), Link(1e-5, 30e6)
     verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
     assert verdict.best.exchange == "two-way"
-    (local,) = forecast_local(size, link, fleet, lambda c, d: free, measured={Setting(1, Identity()): 100.0})
-    found = advice(verdict, local, "adamw")
-    assert found.use.startswith('register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
+    found = methods(LinkPlan(verdict, (), size, link, "as given", fleet, 0.0, "adamw"))[-1]
+    assert 'packsaddle.Compression(packsaddle.QSGD(levels=127), exchange="two-way")' in found.lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -404,19 +393,18 @@ def test_the_slower_direction_counts(text: str, bits: float) -> None:
 
 def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--d", 200_000, "--compute", 0.05, "--workers", 2, "--compressor", "randomk", "--json")
-    assert command("plan", "link", "20mbit/100mbit", *asked, "--local") == 0
+    assert command("plan", "link", "20mbit/100mbit", *asked) == 0
     asymmetric = json.loads(capsys.readouterr().out)
     assert asymmetric["link"]["nominal_bits"] == pytest.approx(20e6)
     assert {f["every"] for f in asymmetric["local"]} == {2, 8, 32}
-    assert command("plan", "link", "20mbit", *asked) == 0
-    assert "local" not in json.loads(capsys.readouterr().out)
+    assert command("plan", "link", "20mbit", *asked, "--optimizer", "sgd") == 0
+    assert json.loads(capsys.readouterr().out)["local"] == []
     refused = {
         ("20mbit/fast",): "rate must be positive",
         ("20mbit/1mbit/2mbit",): "rate must be positive",
-        ("1gbit", "--local", "--optimizer", "sgd"): "--local was measured with adamw and muon only",
         ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
-        ("1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
-        ("1gbit", "--local", "--most-steps", 0.5): "--most-steps must be at least",
+        ("1gbit", "--most-steps", 2, "--optimizer", "sgd"): "--most-steps is for local updates, which were not",
+        ("1gbit", "--most-steps", 0.5): "--most-steps must be at least",
     }
     for words, message in refused.items():
         assert command("plan", "link", *words, *asked) == 2
@@ -424,7 +412,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     assert command("plan", "link", "1gbit", "--optimizer", "muon", "--most-steps", 1.1, *asked) == 0
     document = json.loads(capsys.readouterr().out)
     assert {f["steps"] for f in document["local"]} == {1.06}
-    assert (document["use"], document["lines"]) == ("DistributedDataParallel as it is.", [])
+    assert (document["use"], document["lines"]) == ("DistributedDataParallel", [])
     assert command("plan", "link", "1mbit", "--optimizer", "muon", *asked) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["use"].startswith("LocalUpdates, ")
@@ -432,24 +420,27 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:
-    """With local updates gradients count with their steps too; slow links are for local updates, fast ones for DDP."""
-    asked = ("--d", 200_000, "--workers", 2, "--local")
+    """Slow links are for local updates, fast ones for DDP, the slowest for one machine; the fastest comes first."""
+    asked = ("--d", 200_000, "--workers", 2, "--json")
     verdicts = {
-        ("1mbit", 0.05): "Use: LocalUpdates, ",
-        ("100gbit", 10.0): "Use: DistributedDataParallel as it is.",
+        ("1mbit", 0.5): "LocalUpdates, ",
+        ("100gbit", 10.0): "Distributed",
+        ("1kbit", 0.05): "one machine alone",
     }
     for (link, compute), verdict in verdicts.items():
         assert command("plan", "link", link, *asked, "--compute", compute) == 0
-        out = capsys.readouterr().out
-        assert "x steps" in out.partition("local updates")[0]  # of gradients
-        assert out.splitlines()[-1].startswith(verdict)
+        document = json.loads(capsys.readouterr().out)
+        assert document["use"].startswith(verdict)
+        assert document["compared"]["one machine alone"] == 2 * compute
+        assert list(document["compared"].values()) == sorted(document["compared"].values())
+        assert not document["too_small"]
 
 
 def test_a_long_flush_and_more_workers_than_steps_were_measured_with_are_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A ring all-reduce of 4 d bytes by two workers sends 4 d bytes; the link carries 95.6% of its nominal rate."""
-    asked = ("plan", "link", "1mbit", "--local", "--compute", 0.05)
+    asked = ("plan", "link", "1mbit", "--compute", 1)
     assert command(*asked, "--workers", 2, "--d", 4_000_000) == 0
     said = capsys.readouterr().out
     assert "more steps are needed" not in said
@@ -459,7 +450,6 @@ def test_a_long_flush_and_more_workers_than_steps_were_measured_with_are_named(
     assert command(*asked, "--workers", 16, "--d", 100_000) == 0
     said = capsys.readouterr().out
     assert "flush()" not in said.replace("local.flush()", "")
-    assert "with 2 or 4 workers" in said
     assert "With 16 workers, more steps are needed than with 4, whose numbers these are: gains are smaller" in said
 
 

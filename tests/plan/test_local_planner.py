@@ -72,7 +72,7 @@ def test_the_multiples_are_those_of_the_races_rows() -> None:
 
 
 MUON = {2: "gpt-2.csv", 4: "char-4.csv", 8: "char-8.csv"}
-METHODS = {Sign(per_tensor=True): "Sign", Rounded(): "Rounded int2"}
+METHODS = {Sign(per_tensor=True): "local {}, Sign", Rounded(): "local {}, Rounded int2", Identity(): "local SGD {}"}
 
 
 def muon_loss(rows: list[dict[str, str]], method: str) -> float:
@@ -94,7 +94,7 @@ def test_the_multiples_of_muon_are_those_of_its_rows(workers: int) -> None:
     words = ("", ", half of the steps", ", quarter of the steps")
     losses = [muon_loss(dense, f"Muon, dense{w}") for w in words if any(w in row["method"] for row in dense)]
     for setting, stated in measured_with(workers, "muon").items():
-        name = f"Muon, local {setting.every}, {METHODS[setting.compressor]}"
+        name = f"Muon, {METHODS[setting.compressor].format(setting.every)}"
         loss = muon_loss(muon_rows(MUON[workers]), name)
         halvings = max(i for i, low in enumerate(losses[:-1]) if loss >= low)
         halvings += (loss - losses[halvings]) / (losses[halvings + 1] - losses[halvings])

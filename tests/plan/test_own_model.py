@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from packsaddle import QSGD, Identity, LocalUpdates, OuterSGD, Rounded, Sign
 from packsaddle.cli.plan_link import _optimizers
-from packsaddle.cli.plan_link_text import advice, coding_spread, flush_seconds, spread
+from packsaddle.cli.plan_link_text import LinkPlan, Method, advised, compared, methods, print_verdict
 from packsaddle.errors import ConfigError
 from packsaddle.hooks import DDPHook
 from packsaddle.plan import Fleet, Line, Link, ModelSize, Pace, Setting, TrainingStep, forecast, forecast_local, timing
@@ -72,18 +73,21 @@ def test_a_model_of_ones_own(example: tuple[str, str], capsys: pytest.CaptureFix
     assert 0 < step["low"] <= step["median"] <= step["high"]
     assert step["repeats"] >= 5
     assert found["fleet"]["compute"] == step["low"]
-    assert found["local"]  # implied
+    assert found["local"]
 
 
 @pytest.mark.usefixtures("script")
 def test_a_model_of_ones_own_is_advised(capsys: pytest.CaptureFixture[str]) -> None:
-    """The tables end with the spread, the lines to paste and the advice, for the slowest step too."""
+    """The advice and the lines to paste come first; tables are printed on demand only."""
     assert command(*ASKED, "--model", "script_to_plan:make_model", "--input", "int64:7", "--batch", 2) == 0
     out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("Use: ")
+    assert "x steps" not in out
+    assert command(*ASKED, "--model", "script_to_plan:make_model", "--input", "int64:7", "--batch", 2, "--table") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].startswith("Use: ")
     assert "steps with adamw, which took" in out
-    assert "    import packsaddle\n" in out
-    assert "as long as the slowest measured one, use: " in out
-    assert out.splitlines()[-1].startswith("Use: ")
+    assert "x steps" in out
 
 
 @pytest.mark.usefixtures("script")
@@ -181,15 +185,66 @@ def test_a_step_is_repeated_until_its_minimum_is_reproduced(
     assert found == Timing.of(seconds[:repeats])
 
 
-def test_a_busy_machine_is_named() -> None:
-    busy = spread(Timing.of([1.0, 1.5, 2.0]), "muon")
-    assert busy == (
-        "That is the minimum of 3 steps with muon, which took 1,000 to 2,000 ms. The machine is busy: the median is "
-        "50% longer. Repeat this on an idle one."
-    )
-    assert "busy" not in spread(Timing.of([1.0, 1.05, 2.0]), "adamw")
-    assert coding_spread(0.15) == "Coding times are minima of repeated calls, whose medians are up to 15% longer."
-    assert coding_spread(0.6).endswith("up to 60% longer. The machine is busy: repeat this on an idle one.")
+def planned(size: int, rate: float, workers: int, compute: float, measured: Any, optimizer: Any = "adamw") -> LinkPlan:
+    """Return the plan for a link of `rate` bytes a second, with settings of local updates and free coding."""
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    model, fleet, link = ModelSize.of_size(size), Fleet(workers, compute), Link(1e-5, rate)
+    verdict = forecast(model, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
+    local = forecast_local(model, link, fleet, lambda c, d: free, measured=measured)
+    return LinkPlan(verdict, local, model, link, "as given", fleet, 0.0, optimizer)
+
+
+def test_a_busy_machine_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """By a median far above the minimum; if the slowest step changes the advice, that is printed too."""
+    quick = planned(10_000_000, 30e6, 2, 0.5, {Setting(8, Identity()): 1.3})
+    slow = planned(10_000_000, 30e6, 2, 5.0, {Setting(8, Identity()): 1.3})
+    for seconds, coding, busy in (([0.5, 0.5, 5.0], 0.1, False), ([0.5, 0.6, 5.0], 0.1, True), ([0.5] * 3, 0.4, True)):
+        timing = Timing.of(seconds)
+        print_verdict(replace(quick, timing=timing, slowest=slow, coding_spread=coding))
+        out = capsys.readouterr().out
+        assert ("The machine is busy: repeat this on an idle one." in out) is busy
+        same = advised(quick).name == advised(slow).name
+        assert (f"ms, as the slowest measured one, use: {advised(slow).name}." in out) is not same
+        assert not same
+
+
+def test_the_simplest_method_within_the_error_is_advised() -> None:
+    """10 million parameters, 40 MB: by W machines in turn, by DDP, behind the hook, and by local updates."""
+    every = {Setting(8, Sign(per_tensor=True), keep_unsent=True): 1.2, Setting(8, Identity()): 1.1}
+    expected = {(1e3, 1.0): "one machine", (1e6, 1.0): "LocalUpdates", (1e12, 1.0): "Distributed", (1e5, 1e-3): "one"}
+    for (rate, compute), name in expected.items():
+        plan = planned(10_000_000, rate, 2, compute, every)
+        found = methods(plan)
+        assert found[0] == Method("one machine alone", 2 * compute)
+        assert advised(plan).name.startswith(name), (rate, compute)
+        least = min(method.seconds for method in found)
+        assert all(m.seconds >= 1.1 * least for m in found[: found.index(advised(plan))])
+
+
+def test_uncompressed_local_sgd_is_compared() -> None:
+    """The fastest without compression and delay, at its own number of steps; not twice if it is the fastest of all."""
+    sign, sgd = Setting(8, Sign(per_tensor=True), keep_unsent=True), Setting(8, Identity())
+    late = Setting(8, Identity(), delay=4)
+    plan = planned(10_000_000, 1e6, 2, 1.0, {sign: 1.2, sgd: 1.1, late: 1.1, Setting(32, Identity()): 9.0})
+    (found,) = (method for method in compared(plan) if method.name == "uncompressed local SGD, every 8")
+    assert found.seconds == pytest.approx(1.1 * (1.0 + 40 / 8), rel=1e-3)
+    seconds = [method.seconds for method in compared(plan)]
+    assert seconds == sorted(seconds)
+    names = [method.name for method in compared(planned(10_000_000, 1e6, 2, 1.0, {sgd: 1.1}))]
+    assert names.count("LocalUpdates, every 8, Identity()") == 1
+    assert "uncompressed local SGD, every 8" not in names
+
+
+def test_a_step_of_fixed_costs_is_too_small_to_forecast(capsys: pytest.CaptureFixture[str]) -> None:
+    """Below 10 ms a step of DDP is advised, whatever the forecast."""
+    measured = {Setting(8, Sign(per_tensor=True), keep_unsent=True): 1.2}
+    for size, small in ((2_000, True), (20_000, False)):  # 8 and 80 kB at 1 MB/s: 8 and 80 ms by two workers, about
+        plan = planned(size, 1e6, 2, 1e-4, measured)
+        assert (plan.verdict.dense.seconds < 0.01) is small
+        print_verdict(plan)
+        out = capsys.readouterr().out
+        assert ("Too small to forecast: " in out) is small
+        assert out.startswith(f"Use: {'DistributedDataParallel' if small else 'one machine alone'}.")
 
 
 def test_functions_are_repeated_until_their_minima_are_reproduced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,16 +267,18 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize(
-    ("rate", "workers", "steps", "expected"),
-    [(1e5, 2, 1.0, "local"), (1e6, 2, 100.0, "hook"), (30e6, 32, 100.0, "hook"), (1e15, 2, 100.0, None)],
+    ("rate", "workers", "steps", "index", "expected"),
+    [
+        (1e5, 2, 1.0, 3, "local"),
+        (1e6, 2, 100.0, 2, "hook"),
+        (30e6, 32, 100.0, 2, "hook"),
+        (1e15, 2, 100.0, 1, None),
+        (1e3, 2, 100.0, 0, None),
+    ],
 )
-def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expected: str | None) -> None:
-    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
-    size, fleet, link = ModelSize.of_size(10_000_000), Fleet(workers, 0.5), Link(1e-5, rate)
-    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
+def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, index: int, expected: str | None) -> None:
     settings = {Setting(8, Sign(per_tensor=True), keep_unsent=True, delay=4): steps, Setting(1, Identity()): 2 * steps}
-    local = forecast_local(size, link, fleet, lambda c, d: free, measured=settings)[0]
-    lines = advice(verdict, local, "adamw").lines
+    lines = methods(planned(10_000_000, rate, workers, 0.5, settings))[index].lines
     model = nn.Linear(64, 64)
     names: dict[str, Any] = {"torch": torch, "model": model, "optimizer": torch.optim.AdamW(model.parameters())}
     exec("\n".join(line.strip() for line in lines), names)
@@ -231,7 +288,7 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
     elif expected == "hook":
         assert isinstance(names["hook"], DDPHook)
     else:
-        assert lines == []
+        assert lines == ()
 
 
 @pytest.mark.parametrize(
@@ -247,11 +304,7 @@ def test_the_lines_to_paste_run(rate: float, workers: int, steps: float, expecte
     ids=["AdamW", "Muon", "Muon, every 32", "Muon, two bits every 32", "delay", "uncompressed"],
 )
 def test_the_lines_have_a_momentum_where_it_helped(setting: Setting, optimizer: Any, expected: str | None) -> None:
-    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
-    size, fleet, link = ModelSize.of_size(10_000_000), Fleet(2, 0.5), Link(1e-5, 1e5)
-    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
-    local = forecast_local(size, link, fleet, lambda c, d: free, measured={setting: 1.0})[0]
-    lines = advice(verdict, local, optimizer).lines
+    lines = methods(planned(10_000_000, 1e5, 2, 0.5, {setting: 1.0}, optimizer))[-1].lines
     outer = "outer=packsaddle.OuterSGD(momentum=0.5)"
     assert [outer] * (outer in lines[1]) == ([expected] if expected else [])
     model = nn.Linear(64, 64)
@@ -269,8 +322,5 @@ def test_the_lines_have_a_momentum_where_it_helped(setting: Setting, optimizer: 
 )
 def test_the_flush_of_uncompressed_rounds_takes_longer(setting: Setting, bits: int) -> None:
     """A ring all-reduce by two workers sends each value once."""
-    free, size, rate = Pace(Line(0, 0), Line(0, 0), Line(0, 0)), ModelSize.of_size(10_000_000), 1e5
-    fleet, link = Fleet(2, 0.5), Link(1e-5, rate)
-    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
-    local = forecast_local(size, link, fleet, lambda c, d: free, measured={setting: 1.0})[0]
-    assert flush_seconds(verdict, local, rate) == pytest.approx(10_000_000 * bits / 8 / rate, rel=0.01)
+    found = methods(planned(10_000_000, 1e5, 2, 0.5, {setting: 1.0}))[-1]
+    assert found.flush == pytest.approx(10_000_000 * bits / 8 / 1e5, rel=0.01)

@@ -15,7 +15,7 @@ from packsaddle.cli.console import brief, is_first
 from packsaddle.cli.flags import grouped
 from packsaddle.cli.own_function import call
 from packsaddle.cli.parsing import Seconds
-from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables
+from packsaddle.cli.plan_link_text import LinkPlan, print_json, print_tables, print_verdict
 from packsaddle.cli.progress import countdown
 from packsaddle.comm.devices import local_device
 from packsaddle.comm.group import Group
@@ -26,7 +26,7 @@ from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure_with_spread
-from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
+from packsaddle.plan.link import MEASURED, Optimizer, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.plan.model import ModelSize, TrainingStep, hidden_matrices, muon_and_adamw, update_seconds
 from packsaddle.plan.step_time import LATENCY, Fleet, Link
@@ -42,9 +42,8 @@ class LinkOptions:
     Args:
         d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
         model: MODULE:FUNCTION that returns the network to train, instead of --d. It is imported from the current folder
-            and called without arguments; implies --local except with --optimizer sgd. In a clone lab.toys has networks:
-            mnist_autoencoder, char_transformer (117,221 parameters), and resnet18, resnet34 and resnet50 for 32 x 32
-            images.
+            and called without arguments. In a clone lab.toys has networks: mnist_autoencoder, char_transformer (117,221
+            parameters), and resnet18, resnet34 and resnet50 for 32 x 32 images.
         data: MODULE:FUNCTION that returns a batch for the model, called with the number of examples. A batch is the
             model's argument, a tuple of its arguments, or a dict of keyword arguments.
         input: Shape of one example for the model, instead of --data: 3x224x224 for random numbers, int64:1024 for
@@ -55,9 +54,6 @@ class LinkOptions:
         batch: Examples per worker and step when the compute time is measured; by default 32.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
         noise: Include the time for generating the artificial noise of Algorithm 1.
-        local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest
-            method. Their numbers of steps were measured with adamw, which becomes the default of --optimizer, and with
-            muon.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
     """
 
@@ -70,7 +66,6 @@ class LinkOptions:
     batch: int | None = None
     spread: float = 0.0
     noise: bool = False
-    local: bool = False
     most_steps: float | None = None
 
     def __post_init__(self) -> None:
@@ -114,9 +109,9 @@ class LinkOptions:
 @names_compressors
 @grouped(
     {
-        "": "model d workers data input json",
+        "": "model d workers data input table json",
         "compressor": "compressor ratio optimizer",
-        "local update": "local most_steps",
+        "local update": "most_steps",
         "step time": "compute batch spread noise latency",
     }
 )
@@ -125,20 +120,22 @@ def link(
     options: LinkOptions,
     compressor: str = "best",
     ratio: float | None = None,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer = "adamw",
     workers: int | None = None,
+    table: bool = False,
     json: bool = False,
 ) -> None:
-    """Find the compressor that trains fastest on a network link.
+    """Find the method that trains fastest on a network link.
 
-    Forecasts the time of a step with each compressor, and compares it with uncompressed (dense) training.
+    Forecasts the time of local updates and of compressed gradients, and compares the fastest with uncompressed local
+    SGD, with DistributedDataParallel and with one machine alone.
 
     Examples:
         packsaddle plan link 100mbit --model train:make_model --input int64:256 --batch 8 --workers 2
         packsaddle plan link 100mbit --model lab.toys:char_transformer --input int64:64 --workers 2
         packsaddle plan link 100mbit --model lab.toys:char_transformer --input int64:64 --optimizer muon
         packsaddle plan link 100mbit --model lab.toys:resnet18 --input 3x32x32 --optimizer sgd
-        packsaddle plan link 20mbit/100mbit --d 25M --compute 55ms --local
+        packsaddle plan link 20mbit/100mbit --d 25M --compute 55ms --table
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --d 25M --compute 55ms
 
     Args:
@@ -147,25 +144,25 @@ def link(
             torchrun's workers, or without torchrun between processes on this machine.
         compressor: "best" (all of them), or one of COMPRESSORS, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%; by default 0.01.
-        optimizer: Multiply step times by the number of steps that each compressor needed with this optimizer, relative
-            to dense training. sgd, adamw: measured with the DDP hook; only measured compressors are compared, unless
-            --ratio is given. muon (with AdamW for all except hidden matrices): measured with local updates; implies
-            --local.
+        optimizer: Optimizer of the training. Step times are multiplied by the number of steps that each method needed
+            with it, relative to dense training. sgd was measured with the DDP hook; adamw with the hook and with local
+            updates; muon (with AdamW for all except hidden matrices) with local updates.
         workers: Number of workers; by default 4, or the number that torchrun started.
+        table: Also print the forecasts of all compressors and settings.
         json: Print one JSON document.
     """
-    if options.local and optimizer == "sgd":
-        raise ConfigError("--local was measured with adamw and muon only: leave out --optimizer sgd")
     with config_errors():
-        if optimizer == "muon" or (options.model is not None and optimizer != "sgd"):
-            options = replace(options, local=True)
-        if options.most_steps is not None and not options.local:
-            raise ConfigError("--most-steps is for local updates: it needs --local")
-        chosen = optimizer or ("adamw" if options.local else None)
-        plan = _plan(rate, options, compressor, ratio, chosen, workers)
-    if is_first():
-        show = print_json if json else print_tables
-        show(plan)
+        if options.most_steps is not None and optimizer == "sgd":
+            raise ConfigError("--most-steps is for local updates, which were not measured with --optimizer sgd")
+        plan = _plan(rate, options, compressor, ratio, optimizer, workers)
+    if not is_first():
+        return
+    if json:
+        print_json(plan)
+        return
+    print_verdict(plan)
+    if table:
+        print_tables(plan)
 
 
 def _plan(
@@ -173,7 +170,7 @@ def _plan(
     options: LinkOptions,
     compressor: str,
     ratio: float | None,
-    optimizer: Optimizer | None,
+    optimizer: Optimizer,
     workers: int | None,
 ) -> LinkPlan:
     # Validate all options before measuring.
@@ -186,10 +183,11 @@ def _plan(
     if optimizer == "muon" and step is not None:
         hidden_matrices(step.model)  # raises ConfigError if Muon would have none
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
-    settings = measured_with(workers, inner)
+    settings = {} if optimizer == "sgd" else measured_with(workers, inner)
     most = math.inf if options.most_steps is None else options.most_steps
-    with config_errors("--"):
-        check_most_steps(most, settings)
+    if settings:
+        with config_errors("--"):
+            check_most_steps(most, settings)
 
     with process_group() if under_launcher() else nullcontext() as group:
         device = torch.device("cpu") if group is None else local_device()
@@ -198,25 +196,25 @@ def _plan(
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
         # Measure once: the compute time unless it is given, the time of an update, and the speed of each compressor.
-        total = len(candidates) + len({s.compressor for s in settings}) * options.local + 1
+        total = len(candidates) + len({s.compressor for s in settings}) + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
             timing = None
             if options.compute is None and step is not None:
-                timing = _timed(step.to(device), optimizer or "adamw", str(options.model))
+                timing = _timed(step.to(device), optimizer, str(options.model))
             update, pace = update_seconds(workload.d, noise=options.noise, device=device), _Paces(report, device)
 
-            def forecasts(compute: float) -> tuple[Fleet, Verdict, tuple[LocalForecast, ...]]:
+            def plan(compute: float) -> LinkPlan:
                 fleet = Fleet(workers, compute, options.spread)
                 verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
-                if not options.local:
-                    return fleet, verdict, ()
-                local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
-                return fleet, verdict, local
+                local: tuple[LocalForecast, ...] = ()
+                if settings:
+                    local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
+                return LinkPlan(verdict, local, workload, link, source, fleet, update, optimizer)
 
-            fleet, verdict, local = forecasts(timing.low if timing else options.compute or 0.0)
-            slowest = forecasts(timing.high)[1:] if timing else None
-    return LinkPlan(verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest, pace.spread)
+            fastest = plan(timing.low if timing else options.compute or 0.0)
+            slowest = plan(timing.high) if timing else None
+    return replace(fastest, timing=timing, slowest=slowest, coding_spread=pace.spread)
 
 
 def _given(rate: str, latency: float | None) -> Link | None:
@@ -276,13 +274,13 @@ def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Opt
     return muon_and_adamw(model, muon={"lr": rate}, adamw={"lr": rate})
 
 
-def _candidates(text: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
+def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Compressor]:
     """Return the compressors to compare: the one that `text` names or makes; for "best" all that were measured with
-    `optimizer`, or all lossy ones without an optimizer."""
+    `optimizer`, or all lossy ones with a ratio."""
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [name]
-    if optimizer is not None and name == "best" and ratio is None:
+    if name == "best" and ratio is None:
         return list(MEASURED[optimizer])
     if ratio is not None and name in FIXED:
         raise ConfigError(f"ratio is for one of best, {', '.join(WITH_RATIO)}, got compressor {name!r}")

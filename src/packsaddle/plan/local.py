@@ -67,14 +67,18 @@ _ADAMW: Mapping[int, Mapping[Setting, float]] = {
 # The same for Muon, relative to dense training with Muon: experiments/muon.
 _MUON: Mapping[int, Mapping[Setting, float]] = {
     2: {
+        Setting(8, Identity()): 1.06,
         Setting(8, _SIGN, keep_unsent=True): 1.15,
         Setting(8, _TWO_BITS, keep_unsent=True): 1.06,
+        Setting(32, Identity()): 1.23,
         Setting(32, _SIGN, keep_unsent=True): 1.33,
         Setting(32, _TWO_BITS, keep_unsent=True): 1.23,
     },
     4: {
+        Setting(8, Identity()): 1.13,
         Setting(8, _SIGN, keep_unsent=True): 1.39,
         Setting(8, _TWO_BITS, keep_unsent=True): 1.18,
+        Setting(32, Identity()): 1.9,
         Setting(32, _SIGN, keep_unsent=True): 2.49,
         Setting(32, _TWO_BITS, keep_unsent=True): 2.05,
     },
