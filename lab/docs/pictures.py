@@ -19,7 +19,7 @@ from torch import Tensor
 import packsaddle
 from lab.bench.muon import CURVE, Runs
 from lab.docs.canvas import THEMES, Canvas, svg
-from lab.docs.charts import times
+from lab.docs.charts import speed_ups, times
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "pictures"
@@ -325,6 +325,7 @@ PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
     "wire": (wire, 512),
     "losses": (losses, 436),
     "times": (times, 436),
+    "speed-ups": (speed_ups, 436),
 }
 
 

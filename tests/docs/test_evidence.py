@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lab.bench import nanogpt
 from lab.bench.result import shown
 from lab.race.contenders import parse
 from lab.race.curves import load
@@ -323,7 +324,21 @@ def _range(found: list[float]) -> str:
 
 def nano_gpt() -> Iterator[str]:
     """nanoGPT's recipe: losses at its length, and the speed-up over one machine alone."""
-    yield from ()
+    rows = nanogpt.rows(nanogpt.ROWS)
+
+    def loss(workers: int, method: str, seeds: int = 3) -> float:
+        key = str(workers), method, str(nanogpt.STEPS)
+        found = [float(row["loss"]) for row in rows if (row["workers"], row["method"], row["steps"]) == key]
+        assert len(found) == seeds
+        return fmean(found)
+
+    yield f"loss of {loss(2, 'local'):.3f} over three seeds"
+    yield f"dense training with their windows at {loss(2, 'dense'):.3f}"
+    yield f"one machine alone at {loss(1, 'dense'):.3f}"
+    yield f"four lose {loss(4, 'local', 1) - loss(4, 'dense', 1):.3f}"
+    fewer = {key: nanogpt.STEPS / steps for *key, steps, _ in nanogpt.lengths(rows) for key in [tuple(key)]}
+    yield f"in {fewer[2, 'local']:.2f} times fewer steps with two workers, and in {fewer[4, 'local']:.2f} times fewer"
+    yield f"would need {fewer[2, 'dense']:.2f} times fewer"
 
 
 def other_tasks() -> Iterator[str]:
