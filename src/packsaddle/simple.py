@@ -41,7 +41,7 @@ class SimpleLocalUpdates:
     >>> torch.distributed.destroy_process_group()
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, every: int = 8, dense_below: int = 1024) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, every: int = 8, dense_below: int = 256) -> None:
         self._every, self._steps = every, 0
         xs: list[Tensor] = [x for group in optimizer.param_groups for x in group["params"] if x.requires_grad]
         self._coded = [x for x in xs if x.dim() > 1 and x.numel() >= dense_below]

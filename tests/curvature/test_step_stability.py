@@ -122,7 +122,7 @@ def test_the_advice_names_the_coordinate_and_settings() -> None:
     text = Overshoot(CoordinateStep("decoder.bias", 0.1, 1000.0), (12,), 0.139).advice()
     for part in ("decoder.bias[12] waits 1/mu = 1,000 steps", "eta/mu = 100", "0.139", "13.9", "lr below 0.019"):
         assert part in text, text
-    assert "dense_below = 1024" in text
+    assert "dense_below = 256" in text
 
 
 def test_what_follows_the_advice_is_stable() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle import LocalUpdates, LowRank
+from packsaddle import CompressedSGD, LocalUpdates, LowRank, TopK
 from packsaddle.feedback.slices import FlatParameters, Place, Slice, check_no_shared_memory
 
 
@@ -143,3 +143,9 @@ def test_a_moved_parameter_is_noticed() -> None:
     module.double()
     with pytest.raises(RuntimeError, match=r"weight was moved or replaced.*make the optimizer last"):
         flat.check_attached()
+
+
+def test_factors_of_a_lora_are_compressed_by_default() -> None:
+    """Rank 4 of a layer of 64 inputs; vectors of any size and tiny matrices are sent uncompressed."""
+    ps = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 64), (2048,), (15, 17))]
+    assert CompressedSGD(ps, 0.1, TopK(0.5)).compressed_numel == 4 * 64

@@ -40,6 +40,7 @@ LOCAL: dict[str, tuple[list[str], str, int, int]] = {
     "lightning": (["lightning_example.py", "--local-updates", "--out", "l"], "lightning", 176, 22 + 1),
     "accelerate": (["accelerate_local_updates.py", "--checkpoint", "a"], "accelerate", 176, 22 + 1),
     "huggingface": (["huggingface_example.py", "--local-updates", "--out", "h"], "transformers", 80, 10 + 1),
+    "trl": (["trl_lora.py", "--out", "t"], "trl", 80, 10 + 1),
 }
 LINE = re.compile(
     r"worker (?P<rank>\d+): loss (?P<first>[\d.]+) -> (?P<last>[\d.]+), (?P<steps>\d+) steps, "
@@ -218,6 +219,18 @@ def test_local_updates_go_on_from_every_workers_state(name: str, tmp_path: Path)
             assert all(torch.equal(one[key], other[key]) for key in one)
         assert not any(torch.equal(own[0][0][key], own[1][0][key]) for key in own[0][0])
     assert ("saved" in found, "best" in found) == (name != "accelerate", name == "huggingface")
+
+
+def test_a_lora_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """The factors and the error memories are restored: 80 steps and the rest of 120 train on; the base is not sent."""
+    needs("trl")
+    first = workers_of(LOCAL["trl"][0], tmp_path)
+    resumed = workers_of([*LOCAL["trl"][0], "--resume", "--steps", "120"], tmp_path)
+    assert {worker["steps"] for worker in resumed} == {"120"}
+    assert len({worker["weights"] for worker in resumed}) == 1
+    assert float(resumed[0]["last"]) < float(first[0]["last"])
+    alone = int(first[0]["alone"].replace(",", ""))  # of 80 steps, 4 bytes a value of the factors
+    assert alone < 80 * 4 * 20_000 < 80 * 4 * 107_000  # values in the factors, and in the base
 
 
 def test_a_loop_of_local_updates_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = EXAMPLES / "migrations"
 LINE = re.compile(r"worker (\d): loss ([\d.]+), sent ([\d,]+) bytes, weights (\w+)")
-PAIRS = ("torchft_diloco", "torchft_local_sgd", "accelerate_local_sgd")
-UNCOMPRESSED = ", compressor=packsaddle.Identity(), keep_unsent=False"
+PAIRS = ("torchft_diloco", "torchft_local_sgd", "accelerate_local_sgd", "torch_post_local_sgd")
+EVERY = {"torchft_diloco": 20, "torchft_local_sgd": 20, "accelerate_local_sgd": 8, "torch_post_local_sgd": 8}
+UNCOMPRESSED = ", compressor=packsaddle.Identity(), keep_unsent=False, mean_momentum=0"
 pytestmark = [pytest.mark.process, pytest.mark.xdist_group("migrations")]  # each script run once
 
 
@@ -67,14 +68,13 @@ def under_torchft(script: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float,
         return workers_of(outputs([torchrun(script, workers=1)] * 2, *places))
 
 
-@pytest.mark.parametrize("name", [*PAIRS, "deepspeed_onebit_adam"])
+@pytest.mark.parametrize("name", [*PAIRS, "deepspeed_onebit_adam", "torch_powersgd"])
 def test_afterwards_it_trains_with_fewer_bytes(name: str) -> None:
     if name.startswith("accelerate"):
         needs("accelerate")
     loss, sent = launched(SCRIPTS / f"{name}_after.py")
     assert loss < 1  # ln 64 = 4.16 at the start
-    steps, every = 240, {"torchft": 20, "accelera": 8}.get(name[: 7 + name.startswith("a")], 1)
-    reduced = 4 * 32_992 * steps // every
+    reduced = 4 * 32_992 * 240 // EVERY.get(name, 1)
     assert sent < reduced / 5  # the flush is two thirds of what DiLoCo's script sends
 
 
@@ -98,6 +98,12 @@ def test_without_compression_it_is_what_was_replaced(
     ours = launched(tmp_path / "exact.py")
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
     assert theirs[0] < 1
+
+
+def test_powersgd_has_a_higher_loss_and_more_bytes() -> None:
+    """At equal steps and learning rate, with the warm-up that torch advises."""
+    theirs, ours = (launched(SCRIPTS / f"torch_powersgd_{when}.py") for when in ("before", "after"))
+    assert ours < theirs
 
 
 def test_after_torchft_workers_are_elastic(monkeypatch: pytest.MonkeyPatch) -> None:

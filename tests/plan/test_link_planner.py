@@ -261,21 +261,8 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = (
-        "plan",
-        "link",
-        "1gbit",
-        "--model",
-        "lab.toys:mnist_autoencoder",
-        "--input",
-        "1x28x28",
-        "--batch",
-        2,
-        "--compressor",
-        "randomk",
-        "--json",
-    )
-    assert command(*asked) == 0
+    own = ("--model", "lab.toys:mnist_autoencoder", "--input", "1x28x28", "--batch", 2)
+    assert command("plan", "link", "1gbit", *own, "--compressor", "randomk", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["compressed"], document["dense"], document["fleet"]["workers"]) == (209_920, 449, 4)
     assert document["fleet"]["compute"] > 0
@@ -283,21 +270,8 @@ def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) ->
 
 def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
     """The model that a run of `python -m lab init`'s configuration trains."""
-    asked = (
-        "plan",
-        "link",
-        "1gbit",
-        "--model",
-        "lab.toys:char_transformer",
-        "--input",
-        "int64:64",
-        "--batch",
-        2,
-        "--compressor",
-        "randomk",
-        "--json",
-    )
-    assert command(*asked) == 0
+    own = ("--model", "lab.toys:char_transformer", "--input", "int64:64", "--batch", 2)
+    assert command("plan", "link", "1gbit", *own, "--compressor", "randomk", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     config = TASKS["char-transformer"].config
     text = load_data(config.data, None, train=True)

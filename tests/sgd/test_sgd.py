@@ -356,7 +356,7 @@ def test_a_process_of_several_may_train_alone_on_purpose(monkeypatch: pytest.Mon
 
 
 def test_nothing_to_compress_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=1024"):
+    with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=256"):
         CompressedSGD([nn.Parameter(torch.ones(3, 3))], 0.1)
 
 

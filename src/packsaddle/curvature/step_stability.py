@@ -58,7 +58,7 @@ class Overshoot:
             f"moves by all their gradients, an effective step eta/mu = {self.step.effective:.3g} at curvature "
             f"{self.curvature:.3g}; their product is {self.gain:.3g}, and beyond {LIMIT:.1f} it overshoots more each "
             f"time. Lower lr below {lr:.2g}, send {self.gain / LIMIT:.2g} times as many coordinates, or send vectors "
-            f"and small tensors dense (dense_below = 1024)"
+            f"and small tensors dense (dense_below = 256)"
         )
 
 

@@ -55,7 +55,7 @@ class Compression(Option):
     compressor: Compressor | CompressorSchedule
     exchange: Exchange | None = None
     back: Compressor | None = None
-    dense_below: int = 1024
+    dense_below: int = 256
     memory: Memory = "buffer"
     decay: float = 1.0
     max_skipped: int | None = 20

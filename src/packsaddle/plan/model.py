@@ -17,8 +17,6 @@ from packsaddle.plan.coding import LONGEST
 from packsaddle.plan.timing import Timing, repeated, side_by_side
 from packsaddle.sgd.optimizer import CompressedSGD
 
-_DENSE_BELOW = 1024  # elements, as in CompressedSGD
-
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -48,9 +46,9 @@ class ModelSize:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise ConfigError(f"model {name} has no parameters that require gradients")
-        flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
+        flat = FlatParameters([{"params": parameters}], Compression.dense_below)
         if not flat.compressed_d:
-            few = f"every tensor is a vector or below {_DENSE_BELOW:,} elements"
+            few = f"every tensor is a vector or below {Compression.dense_below} elements"
             raise ConfigError(f"model {name} has nothing to compress: {few}")
         return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes), len(parameters))
 
