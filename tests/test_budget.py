@@ -17,13 +17,13 @@ ROOMS = {
     "": (6, 305),
     "checkpoint": (8, 830),
     "cli": (17, 1760),
-    "comm": (17, 1835),
+    "comm": (17, 1837),
     "compressors": (17, 2040),
     "curvature": (15, 1925),
     "feedback": (14, 1445),
     "hooks": (7, 805),
     "integrations": (5, 660),
-    "local": (27, 3130),
+    "local": (28, 3305),
     "numerics": (14, 1390),
     "options": (5, 265),
     "plan": (7, 725),
@@ -31,7 +31,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_300, 11_500, 31_800
+LIBRARY, LAB, TESTS = 18_480, 11_500, 32_050
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -217,5 +217,7 @@ def test_a_call_without_a_result_waits_on_the_device() -> None:
 
     meta = torch.device("meta")
     behind = Recorder(torch.device("cpu"))
-    Lockstep(Communicator(resolve(None), Ledger()), meta, behind).start("calls flush()", 1, lambda: None)
+    Lockstep(Communicator(resolve(None), Ledger()), meta, behind, norms=False, paced=False).start(
+        "calls flush()", 1, lambda: None
+    )
     assert devices == ["meta"]

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from clock import WorkersClock
 from specs import local_options
 from torch import Tensor, nn
 
 from packsaddle import (
     QSGD,
+    CheckpointError,
     Compression,
     Compressor,
     Escape,
@@ -20,9 +23,12 @@ from packsaddle import (
     SketchTopK,
     TopK,
     Workers,
+    load_checkpoint,
+    save_checkpoint,
     simulate,
 )
 from packsaddle.comm.group import resolve
+from packsaddle.integrations import measures
 from packsaddle.local.participation import Participation
 
 Gloo = Callable[..., list[Any]]
@@ -194,9 +200,9 @@ def test_processes_are_the_simulation(gloo: Gloo) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": 0.0}, "weight must be finite and above 0, or None, got 0.0"),
-        ({"weight": float("nan")}, "weight must be finite and above 0, or None, got nan"),
-        ({"weight": True}, "weight must be finite and above 0, or None, got True"),
+        ({"weight": 0.0}, 'weight must be finite and above 0, "steps" or None, got 0.0'),
+        ({"weight": float("nan")}, 'weight must be finite and above 0, "steps" or None, got nan'),
+        ({"weight": True}, 'weight must be finite and above 0, "steps" or None, got True'),
         ({"sample": 0.0}, "sample must be a fraction of the workers in (0, 1], got 0.0"),
         ({"sample": 1.5}, "sample must be a fraction of the workers in (0, 1], got 1.5"),
         ({"sample": 0.5, "delay": 1}, "delay must be 0 with weight or sample, got 1"),
@@ -205,6 +211,14 @@ def test_processes_are_the_simulation(gloo: Gloo) -> None:
         (
             {"weight": 2.0, "compressor": Compression(TopK(0.1), exchange="two-way")},
             'exchange must be "direct" with weight',
+        ),
+        ({"weight": "steps", "sample": 0.5}, 'sample must be 1 with weight="steps", got 0.5'),
+        ({"steps": [8, 3]}, 'steps must be None unless weight="steps", got [8, 3]'),
+        ({"weight": "steps", "steps": {0: 8, 2: 3}}, "steps must have the ranks 0, 1, ... as keys, got {0: 8, 2: 3}"),
+        ({"weight": "steps", "steps": {1: 0, 0: 8}}, "steps[1] must be an integer of at least 1, got 0"),
+        (
+            {"weight": "steps", "steps": {1: 3, 0: 8}},
+            "steps must have a number for each of the 1 workers, got 2 numbers",
         ),
         ({"sample": 0.5, "compressor": SketchTopK(0.1)}, "must average messages directly with a manager or a sample"),
     ],
@@ -216,13 +230,25 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     assert message in str(refusal.value)
 
 
-def test_weights_are_of_all_workers_or_of_none() -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([{}, {"weight": 2.0}], "worker 0 has weight=False and worker 1 has weight=True"),
+        ([{"weight": "steps"}, {"weight": 2.0}], "worker 0 has weight='steps' and worker 1 has weight=True"),
+        (
+            [{"weight": "steps", "steps": {0: 3, 1: 1}}, {"weight": "steps", "steps": [3, 2]}],
+            "worker 0 has workers.steps=(3, 1) and worker 1 has workers.steps=(3, 2)",
+        ),
+    ],
+)
+def test_weights_are_of_all_workers_or_of_none(options: list[dict[str, Any]], message: str) -> None:
     def run(rank: int) -> None:
         x = nn.Parameter(torch.zeros(50, 50))
-        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, workers=Workers(weight=2.0 if rank else None))
+        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, workers=Workers(**options[rank]))
 
-    with pytest.raises(ValueError, match="workers must be given the same arguments, but worker 0 has weight"):
+    with pytest.raises(ValueError, match="workers must be given the same arguments") as caught:
         simulate(run, 2)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -263,3 +289,75 @@ def test_a_flush_needs_no_owners(options: dict[str, Any]) -> None:
     first, *others = simulate(run, 4)
     for x in others:
         assert torch.equal(x, first)
+
+
+def paced(rank: int, seconds: Callable[[int], tuple[int, ...]], clock: WorkersClock, **options: Any) -> list[list[int]]:
+    """Train for 14 rounds on a worker whose steps in round r take `seconds`(r); return the paces in each round."""
+    x, found = nn.Parameter(torch.zeros(40, 50)), list[list[int]]()
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    local = LocalUpdates(optimizer, every=8, workers=Workers(weight="steps"), **options)
+    rng = torch.Generator().manual_seed(rank)
+    while local.position < 14 * 16:
+        if local.position // 16 == len(found):
+            found.append(local.paces)
+        clock.work(seconds(len(found) - 1)[rank])
+        x.grad = torch.randn(40, 50, generator=rng)
+        optimizer.step()
+    assert measures(local)["pace"] == local.paces[rank]
+    return found
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+def test_paces_follow_the_speeds(delay: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """One worker is three times slower, and as fast as the other one from round 7 on; both log nothing else."""
+    monkeypatch.setattr("packsaddle.local.pace.time", clock := WorkersClock())
+    with caplog.at_level("INFO", logger="packsaddle"):
+        found = simulate(lambda rank: paced(rank, lambda r: (1, 3 if r < 7 else 1), clock, overlap=delay), 2)
+    late = delay > 0  # an exchange that ends in the next round has its times
+    expected = [[8, 8]] * (2 + late) + [[12, 4]] * 7 + [[8, 8]] * (5 - late)
+    assert found == [expected, expected]
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition("workers")[2] for text in said] == [
+        f" make {h} inner steps in a round" for h in ("[12, 4]", "[8, 8]")
+    ]
+
+
+def on_paces(folder: Path, lengths: tuple[int, ...], **options: Any) -> tuple[list[int], list[int], Tensor]:
+    """Load a checkpoint, if there is one; train, save; return the rounds after each step, the paces and the anchor."""
+    rank = resolve(None).rank
+    model = nn.Linear(40, 50)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    local = LocalUpdates(optimizer, every=6, overlap=5, workers=Workers(**{"weight": "steps"} | options))
+    parts, rounds = {"model": model, "optimizer": optimizer, "local": local}, list[int]()
+    load_checkpoint(folder, parts)
+    for n in range(lengths[rank]):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(n + 100 * rank))
+        optimizer.step()
+        rounds.append(local.rounds)
+    save_checkpoint(folder, parts, step=local.position)
+    return rounds, local.paces, torch.cat([a.view(-1) for a in local.anchor().values()])
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of step 12 was saved by 2 workers")
+def test_another_number_of_workers_continues_at_the_tick(tmp_path: Path) -> None:
+    """The exchange of tick 6, saved at tick 10 of two workers that make 9 and 3 steps a round, ends at tick 11."""
+    found = simulate(lambda rank: on_paces(tmp_path, (9 + 7, 3 + 2), steps=[9, 3]), 2)
+    assert [rounds[-1] for rounds, _, _ in found] == [0, 0]
+    later = simulate(lambda rank: on_paces(tmp_path, (8, 8, 8)), 3)
+    for rounds, paces, anchor in later:
+        assert rounds == [1, 1, 1, 1, 1, 1, 2, 2]
+        assert paces == [6, 6, 6]
+        assert torch.equal(anchor, later[0][2])
+    with pytest.raises(
+        CheckpointError, match="weight_by_steps is False here, but the state was saved with weight_by_steps"
+    ):
+        simulate(lambda rank: on_paces(tmp_path, (0, 0, 0), weight=None), 3)
+
+
+def test_other_fixed_paces_begin_with_the_next_round(tmp_path: Path) -> None:
+    simulate(lambda rank: on_paces(tmp_path, (7, 2), steps=[9, 3]), 2)  # at tick 4
+    found = simulate(lambda rank: on_paces(tmp_path, (6, 9), steps=[4, 8]), 2)
+    assert [paces for _, paces, _ in found] == [[4, 8]] * 2
+    assert [rounds for rounds, _, _ in found] == [[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1, 1]]
+    assert torch.equal(found[0][2], found[1][2])

@@ -1,8 +1,12 @@
-"""The schedule of exchanges equals its definition, for 10,000 random settings."""
+"""The schedule of exchanges equals its definition, for 10,000 random settings; paces of workers of unequal speeds."""
 
+from collections.abc import Iterator, Sequence
+
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from packsaddle.local.pace import Pacing, paces
 from packsaddle.local.schedule import Event, Schedule, offsets
 
 SETTINGS = st.integers(1, 12).flatmap(
@@ -17,9 +21,9 @@ def by_definition(every: int, fragments: int, delay: int, steps: int) -> list[li
     for n in range(1, steps + 1):
         for i in range(fragments):
             if (n + i * every // fragments) % every == 0:
-                found[n - 1].append(Event(True, i))
+                found[n - 1].append(Event(True, i, n))
                 if n + delay <= steps:
-                    found[n - 1 + delay].append(Event(False, i))
+                    found[n - 1 + delay].append(Event(False, i, n + delay))
     if delay:  # what ends after a step ends before others begin
         return [sorted(events, key=lambda event: event.begins) for events in found]
     return found
@@ -53,3 +57,61 @@ def test_an_exchange_ends_once_and_before_the_next_of_its_fragment(setting: tupl
                 assert running.pop(event.fragment) == n - delay
     assert sorted(begun) == sorted(4 * list(range(fragments)))
     assert all(n > 4 * every - delay for n in running.values())
+
+
+@given(SETTINGS, st.integers(1, 30), st.integers(0, 40), st.integers(1, 9))
+def test_a_pace_spreads_the_steps_of_a_worker_over_the_rounds(
+    setting: tuple[int, int, int], pace: int, steps: int, other: int
+) -> None:
+    """Each event is due once, in order, after the first step k of its round with k every / pace >= its tick."""
+    every, fragments, delay = setting
+    plain = Schedule(every, delay, tuple(offsets(every, fragments)))
+    schedule, at = plain.paced(pace, 0), 0
+    for h in (pace, other):  # two rounds of each
+        for first in (schedule.tick(at), schedule.tick(at) + every):
+            ticks = iter(range(first + 1, first + every + 1))
+            expected: list[list[Event]] = [[] for _ in range(h)]
+            for tick in ticks:
+                expected[next(k for k in range(1, h + 1) if k * every >= (tick - first) * h) - 1] += plain.after(tick)
+            assert [schedule.after(at + k) for k in range(1, h + 1)] == expected
+            at += h
+        schedule = schedule.paced(other, at)
+
+
+def parts(total: int, workers: int) -> Iterator[tuple[int, ...]]:
+    """Yield all ways to give each of these workers at least one of `total` steps."""
+    if workers == 1:
+        yield (total,)
+    for mine in range(1, total - workers + 2) if workers > 1 else ():
+        yield from ((mine, *others) for others in parts(total - mine, workers - 1))
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(1, 4))
+def test_paces_make_the_shortest_round(times: list[int], every: int) -> None:
+    def end(steps: Sequence[int]) -> int:
+        return max(n * t for n, t in zip(steps, times, strict=True))
+
+    found, total = paces(times, every * len(times)), every * len(times)
+    assert sum(found) == total
+    assert end(found) == min(map(end, parts(total, len(times))))
+    assert paces([7] * len(times), total) == [every] * len(times)
+
+
+def test_paces_of_some_workers() -> None:
+    assert paces([1, 3], 16) == [12, 4]
+    assert paces([1, 1, 1, 4], 32) == [10, 10, 10, 2]  # 3.2 steps in the time of one, of 3.25
+    assert paces([1, 100], 4) == [3, 1]
+
+
+def test_paces_are_chosen_anew_after_two_rounds_of_other_speeds() -> None:
+    pacing = Pacing.of(None, 2, 8)
+    chosen = list[list[int]]()
+    #         equal    once      noise     unknown  twice               all slower  back in two rounds
+    rounds = [(5, 5), (10, 30), (50, 51), (0, 90), (9, 27), (10, 30), (300, 900), (7, 7), (8, 8), (8, 8)]
+    for times in rounds:
+        pacing.measure(times)
+        chosen.append(pacing.following)
+    assert chosen == [[8, 8]] * 5 + [[12, 4]] * 3 + [[8, 8]] * 2
+    pacing.measure(())
+    with pytest.raises(ValueError, match="steps must have a number for each of the 3 workers, got 2 numbers"):
+        Pacing.of((4, 2), 3, 8)

@@ -84,6 +84,26 @@ def test_a_worker_without_data(gloo: Gloo) -> None:
         torch.testing.assert_close(flat(found[1]), twin.a, rtol=1e-9, atol=1e-11)
 
 
+PACED = [
+    Case(every=4, compressor=TopK(0.1), weight="steps", paces=(6, 2, 1), keep_unsent=True, steps=16),
+    Case(every=4, compressor=RandomK(0.2), fragments=2, delay=1, weight="steps", paces=(3, 7, 2), steps=16),
+]
+
+
+@pytest.mark.parametrize("ends", [(24, 3, 0), (3, 28, 8)])
+def test_paces(ends: tuple[int, ...], gloo: Gloo) -> None:
+    """Of workers that end in the middle of a round, one of them without a step; the first or the second is the last."""
+    case = PACED[ends[0] == 3]
+    found = gloo(ended, 3, [case], ends)
+    twin = Twin(case, 3)
+    twin.run(ends)
+    for ((x, anchor, _, rounds),), expected in zip(found, twin.x, strict=True):
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(flat(anchor), twin.a, rtol=1e-9, atol=1e-11)
+        assert torch.equal(flat(anchor), flat(found[0][0][1]))
+        assert rounds == found[0][0][3] > 0
+
+
 def test_sampled_workers(gloo: Gloo) -> None:
     """With a sample of the workers in each round, anchors are bitwise identical too."""
     found = gloo(ended, 3, [replace(case, sample=0.5) for case in CASES[:2]], ENDS)

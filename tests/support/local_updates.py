@@ -2,15 +2,16 @@
 each worker; and the toy training that it and `LocalUpdates` are run on."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from clock import WorkersClock
 from specs import local_options
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from packsaddle.compressors.low_rank import orthonormal, scaled
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.local.options import LocalOptions
+from packsaddle.local.pace import paces
 from packsaddle.local.participation import Participation
 from packsaddle.numerics.seeds import mix
 
@@ -57,9 +59,10 @@ OUTERS: dict[str, Any] = {
 }
 
 
-# All options, by the names that they have in `Case`.
+# All options, by the names that they have in `Case`, where `steps` of Workers are `paces`.
 OPTIONS = {f.name for cls in (LocalOptions, Compression, Overlap, Workers) for f in fields(cls)}
-OPTIONS -= {"compression", "overlap", "workers", "group", "memory"}
+OPTIONS = OPTIONS - {"compression", "overlap", "workers", "group", "memory", "steps"} | {"paces"}
+CLOCK = WorkersClock()
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Case:
     exchange: Any = "direct"
     back: Compressor | None = None
     dense_below: int = 1
-    weight: tuple[float, ...] | None = None  # by worker
+    weight: tuple[float, ...] | Literal["steps"] | None = None  # by worker
+    paces: tuple[int, ...] | None = None  # by worker
+    speeds: tuple[tuple[int, ...], ...] = ((1,) * 9,)  # seconds of a step by worker, in each round; the last: and later
     sample: float = 1.0
     clip: float | None = None
     escape: tuple[int, float, Any, int] | None = None  # interval, radius, compare, every
@@ -95,7 +100,7 @@ class Case:
     model: int = 0
     inner: str = "adamw"  # two with a comma between them: of the first half of the parameters, and of the others
     second_first: bool = False  # of two optimizers the second steps first
-    steps: int = 17
+    steps: int = 17  # ticks: with paces, parts of `every` of a round
     loud: float = 1.0  # factor of worker 1's gradients
     bad: Mapping[int, int] = field(default_factory=dict)  # inner step (from 1) in which which worker computes a NaN
     flushes: Mapping[int, Compressor | None] = field(default_factory=dict)  # after these inner steps
@@ -117,6 +122,27 @@ class Case:
     def compressor_at(self, t: int) -> Compressor:
         return self.compressor[t % len(self.compressor)] if isinstance(self.compressor, tuple) else self.compressor
 
+    def seconds(self, tick: int) -> tuple[int, ...]:
+        """Return the seconds of each worker's step at a tick."""
+        return self.speeds[min((tick - 1) // self.every, len(self.speeds) - 1)]
+
+    def last_step(self, tick: int, pace: int) -> int:
+        """Return the last step of a round whose exchanges are all due by a tick of it: the k-th runs those of the ticks
+        up to k every / pace."""
+        return max(k for k in range(pace + 1) if k * self.every // pace <= tick)
+
+    def is_quiet(self, n: int, pace: Iterable[int]) -> bool:
+        """Return True if no worker is ahead of others by an exchange, or by the first step's check, at tick n."""
+        tick = (n - 1) % self.every + 1
+        lasts = [(self.last_step(tick, h), h) for h in pace]
+        first = min(k * self.every // h for k, h in lasts)
+        return (n > self.every or min(lasts)[0] > 0) and not any(map(self.is_due, range(first + 1, tick + 1)))
+
+    def is_due(self, tick: int) -> bool:
+        """Return True if an exchange begins or ends at a tick."""
+        offsets = [i * self.every // self.fragments for i in range(self.fragments)]
+        return any((tick + offset - late) % self.every == 0 for offset in offsets for late in (0, self.delay))
+
     def is_frozen(self, name: str, worker: int, n: int) -> bool:
         """For spells of three steps; the first parameter never."""
         if self.freezes not in ("all", "each") or name == next(iter(self.shapes)):
@@ -127,9 +153,11 @@ class Case:
     def local(self, training: "Training") -> LocalUpdates:
         """Return the `LocalUpdates` of this worker."""
         rank = resolve(None).rank
-        given = {name: getattr(self, name) for name in OPTIONS} | {"outer": OUTERS[self.outer]}
+        given = {name: getattr(self, name) for name in OPTIONS - {"paces"}} | {"outer": OUTERS[self.outer]}
         given["compressor"] = self.compressor_at if isinstance(self.compressor, tuple) else self.compressor
-        given["weight"] = self.weight and self.weight[rank]
+        given["weight"], given["steps"] = self.weight, self.paces
+        if isinstance(self.weight, tuple):
+            given["weight"] = self.weight[rank]
         if self.escape is not None:
             interval, radius, compare, every = self.escape
             f = partial(lambda training: objective(flat(training.parameters), rank), training)
@@ -216,6 +244,7 @@ class Round:
     flush: Compressor | None
     mean: Tensor | None = None  # float[n]; None: the round is rejected
     rest: Tensor | None = None  # bool[W]: of a flush, not all was sent
+    times: tuple[int, ...] = ()  # seconds of the workers' steps
 
 
 class Part:
@@ -265,6 +294,11 @@ class Twin:
         self.segment, self.segment_t = self.a.clone(), 0  # of the escape check
         self.resets: list[tuple[int, bool]] = []
         self.skipped = self.streak = 0
+        self.paces = self.following = list(case.paces or (case.every,) * self.size)
+        self.times, self.changed = (1,) * self.size, 0  # of a step, as the paces are; rounds with others
+        self.made, self.done = [0] * self.size, [0] * self.size  # steps of each worker, and those of this round
+        self.waits = set[int]()  # workers whose last step reaches a later tick
+        self.traces = [Trace() for _ in range(self.size)]
 
     def _views(self, vector: Tensor) -> dict[str, Tensor]:
         return {k: vector[at[0] : at[-1] + 1].view(self.case.shapes[k]) for k, at in self.places.items()}
@@ -274,7 +308,8 @@ class Twin:
 
     def shares(self, n: int, flush: bool) -> Tensor:
         """Return each worker's factor in the mean, float[W, 1]; 0: it is not in the sample."""
-        w = torch.tensor(self.case.weight or (1.0,) * self.size, dtype=torch.float64)
+        weight = self.paces if self.case.weight == "steps" else self.case.weight
+        w = torch.tensor(weight or (1.0,) * self.size, dtype=torch.float64)
         if self.case.sample < 1 and not flush:
             members = Participation(None, self.case.sample, self.size, 0, self.case.seed).members(n)
             w *= torch.tensor([i in members for i in range(self.size)])
@@ -288,17 +323,59 @@ class Twin:
                 pending[:, part.at] += part.current.mean
         return pending
 
+    def train(self, i: int, ends: tuple[int, ...] | None) -> None:
+        """Do the next inner step of worker i, unless it has ended."""
+        before = self.x[i].clone()
+        self.made[i] += 1
+        self.done[i] += 1
+        n = self.made[i]
+        if ends is None or n <= ends[i]:
+            self.trainings[i].step(n, i)
+        for name in self.places:
+            trained = not self.case.is_frozen(name, i, n)
+            self.seen[i][name] = trained or (self.seen[i][name] and not self.is_sent[i][name])
+            self.is_sent[i][name] = False
+        self.u[i] += before - self.x[i]
+
     def step(self, n: int, ends: tuple[int, ...] | None = None) -> None:
-        """Do inner step n on each worker that has not ended, and the exchanges that end or begin after it."""
-        before = self.x.clone()
-        for i, training in enumerate(self.trainings):
-            if ends is None or n <= ends[i]:
-                training.step(n, i)
-            for name in self.places:
-                trained = not self.case.is_frozen(name, i, n)
-                self.seen[i][name] = trained or (self.seen[i][name] and not self.is_sent[i][name])
-                self.is_sent[i][name] = False
-        self.u += before - self.x
+        """Do the inner steps up to tick n, and the exchanges that end or begin at it."""
+        case, part = self.case, (n - 1) % self.case.every + 1
+        if part == 1:
+            self.done = [0] * self.size
+            self.traces[0].paces.append(list(self.paces))
+        for i, pace in enumerate(self.paces if case.is_due(part) else ()):
+            while self.done[i] * case.every < part * pace:
+                self.train(i, ends)
+                if self.done[i] * case.every // pace < part:
+                    self.note(i)
+                else:
+                    self.waits.add(i)
+        try:
+            self.exchange(n)
+        finally:
+            for i in [i for i in self.waits if self.done[i] * case.every // self.paces[i] == part]:
+                self.note(i)
+                self.waits.discard(i)
+        # Further steps at this tick.
+        for i, pace in enumerate(self.paces):
+            while self.done[i] < case.last_step(part, pace):
+                self.train(i, ends)
+                self.note(i)
+        if part == case.every:
+            self.paces = self.following
+
+    def note(self, i: int) -> None:
+        """Record a row of worker i."""
+        self.traces[i].rows.append(torch.stack([self.x[i], self.a, self.pending()[i]]))
+
+    def measure(self, times: tuple[int, ...]) -> None:
+        """Choose other paces after two rounds in which a worker's part of the speeds has changed by over a tenth."""
+        now, then = ([1 / t / sum(1 / s for s in both) for t in both] for both in (times, self.times))
+        self.changed = self.changed + 1 if any(abs(a / b - 1) > 0.1 for a, b in zip(now, then, strict=True)) else 0
+        if self.changed == 2:
+            self.following, self.times, self.changed = paces(times, sum(self.paces)), times, 0
+
+    def exchange(self, n: int) -> None:
         case, count = self.case, len(self.parts)
         due = [p for i, p in enumerate(self.parts) if (n + i * case.every // count) % case.every == 0]
         late = n - case.delay
@@ -354,6 +431,8 @@ class Twin:
         v[frozen] = 0
         invalid = ~v.isfinite().all(1)
         part.current = r = Round(frozen, invalid, self.x[:, at].clone(), flush)
+        if case.weight == "steps" and not case.paces and not flush and n % case.every == 0:
+            r.times = case.seconds(n)[: self.size]
         if invalid.any():
             return
         # v is weighted and clipped, and sent.
@@ -430,6 +509,8 @@ class Twin:
         case, at, r = self.case, part.at, part.current
         assert r is not None
         part.current, part.was_rejected = None, r.mean is None
+        if r.times:
+            self.measure(r.times)
         if r.mean is None:
             self.reject(part, r)
             return
@@ -519,19 +600,22 @@ class Twin:
 
     def run(self, ends: tuple[int, ...] | None = None) -> list["Trace"]:
         """Do all steps; return what there was, by worker."""
-        traces = [Trace() for _ in range(self.size)]
-        for n in range(1, self.case.steps + 1):
+        case, traces = self.case, self.traces
+        for n in range(1, case.steps + 1):
+            here = self.paces
             try:
                 self.step(n, ends)
-                if n in self.case.flushes:
-                    self.flush(n, self.case.flushes[n])
+                if n in case.flushes and case.is_quiet(n, here):
+                    try:
+                        self.flush(n, case.flushes[n])
+                    finally:
+                        for i in range(self.size):
+                            self.note(i)
             except NonFiniteError:
                 traces[0].stopped = n
-            for trace, *rows in zip(traces, self.x, self.a.expand_as(self.x), self.pending(), strict=True):
-                trace.rows.append(torch.stack(rows))
-            if traces[0].stopped:
                 break
         for trace in traces:
+            trace.paces = traces[0].paces
             trace.rounds, trace.skipped = sum(part.t for part in self.parts), self.skipped
             trace.resets, trace.stopped = self.resets, traces[0].stopped
             trace.clips = sorted((clip for part in self.parts for clip in part.clips), key=lambda clip: clip[0])
@@ -557,6 +641,9 @@ class Trace:
 
     rows: list[Tensor] = field(default_factory=list)  # x, the anchor, and what that does not include: float[3, d]
     moved: list[Tensor] = field(default_factory=list)  # by its own steps alone, float[d]
+    marks: list[int] = field(default_factory=list)  # numbers of rows when all workers' anchors are equal
+    ends: list[int] = field(default_factory=list)  # those at the ends of rounds
+    paces: list[list[int]] = field(default_factory=list)  # of all workers in each round
     rounds: int = 0
     skipped: int = 0
     stopped: int = 0  # the step with a NonFiniteError
@@ -567,26 +654,46 @@ class Trace:
 
 
 def train(case: Case, rank: int, *, resumes: bool = False) -> Trace:
-    """Run `LocalUpdates` as this worker; with `resumes` in new objects after each step."""
-    (training, local), trace = made(case), Trace()
-    for n in range(1, case.steps + 1):
+    """Run `LocalUpdates` as this worker; with `resumes` in new objects after each step, where all workers can."""
+    (training, local), trace, n = made(case), Trace(), 0
+    for tick in range(1, case.steps + 1):
+        part = (tick - 1) % case.every + 1
+        if part == 1:
+            done, here = 0, local.paces
+            trace.paces.append(list(here))
+        is_quiet, last = case.is_quiet(tick, here), case.last_step(part, here[rank])
         try:
-            training.step(n, rank)
-            if n in case.flushes:
-                local.flush(case.flushes[n])
+            while done < last:
+                n, done = n + 1, done + 1
+                CLOCK.work(case.seconds(tick)[rank])
+                try:
+                    training.step(n, rank)
+                finally:
+                    note(trace, training, local)
+            if tick in case.flushes and is_quiet:
+                try:
+                    local.flush(case.flushes[tick])
+                finally:
+                    note(trace, training, local)
         except NonFiniteError:
-            trace.stopped = n
-        trace.rows.append(torch.stack([flat(training.parameters), flat(local.anchor()), local.pending()]))
-        trace.moved.append(training.moved.clone())
-        if trace.stopped:
+            trace.stopped = tick
             break
-        if resumes:
+        if is_quiet:
+            trace.marks.append(len(trace.rows))
+            trace.ends += [len(trace.rows)] * (part == case.every)
+        if resumes and is_quiet:
             training, local = resumed(training, local)
     trace.rounds, trace.skipped, trace.skips = local.rounds, local.skipped, local.skips
     trace.resets = [(reset.step, reset.committed) for reset in local.resets]
     trace.clips = [(clip.step, clip.worker, clip.factor) for clip in local.clips]
     assert resumes or len(trace.clips) == local.clipped
     return trace
+
+
+def note(trace: Trace, training: Training, local: LocalUpdates) -> None:
+    """Record a row."""
+    trace.rows.append(torch.stack([flat(training.parameters), flat(local.anchor()), local.pending()]))
+    trace.moved.append(training.moved.clone())
 
 
 def resumed(old: Training, local: LocalUpdates) -> tuple[Training, LocalUpdates]:
@@ -607,11 +714,16 @@ def resumed(old: Training, local: LocalUpdates) -> tuple[Training, LocalUpdates]
 def check_twin(case: Case, found: list[Trace]) -> None:
     """Compare all workers with the twin, and their anchors bit for bit."""
     for i, (trace, twin) in enumerate(zip(found, Twin(case, len(found)).run(), strict=True)):
-        for n, (rows, twins, first) in enumerate(zip(trace.rows, twin.rows, found[0].rows, strict=False), start=1):
+        assert trace.paces == twin.paces
+        assert trace.stopped or len(trace.rows) == len(twin.rows)
+        for n, (rows, twins) in enumerate(zip(trace.rows, twin.rows, strict=False), start=1):
             where = f"worker {i} after step {n}: "
             torch.testing.assert_close(rows, twins, rtol=1e-9, atol=1e-11, equal_nan=True, msg=where.__add__)
-            assert torch.equal(rows[1], first[1]), where
-        for name in ("rounds", "skipped", "stopped", "resets"):
+        for mine, first in zip(trace.marks, found[0].marks, strict=True):
+            assert torch.equal(trace.rows[mine - 1][1], found[0].rows[first - 1][1]), mine
+        for name in ("rounds", "skipped", "resets"):
             assert getattr(trace, name) == getattr(twin, name), name
+        # A worker that makes fewer steps than the round has ticks is ahead of the exchange that stops it.
+        assert trace.stopped == twin.stopped or (trace.stopped > twin.stopped > 0 and case.weight == "steps")
         assert [clip[:2] for clip in trace.clips] == [clip[:2] for clip in twin.clips]
         assert [clip[2] for clip in trace.clips] == pytest.approx([clip[2] for clip in twin.clips])

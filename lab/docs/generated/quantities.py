@@ -170,6 +170,7 @@ LOGGED = (
     _of("rounds", "of local updates: exchanges so far, one for each fragment", optional=True),
     _of("resets", "of local updates: resets by the escape check so far", optional=True),
     _of("clipped", "of local updates: updates of all workers so far that `Workers.clip` has clipped", optional=True),
+    _of("pace", 'of local updates with weight="steps": inner steps of worker 0 in a round', optional=True),
     _of("sent received", "on this worker's wire so far, forwarding included", "bytes"),
     _of("sent_in_step", "the part of it in the last step; not of local updates", "bytes", optional=True),
     _of(

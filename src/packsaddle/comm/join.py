@@ -15,13 +15,14 @@ from packsaddle.comm.group import Group
 
 
 class JoinableSteps(Joinable):
-    """A torch Joinable that counts its steps. Unsupported with `elastic` workers, which may join and leave."""
+    """A torch Joinable that counts its steps. Unsupported with `elastic` workers, which may join and leave.
+    `equal`: all workers make the same number of steps between two exchanges."""
 
     steps: int
 
-    def __init__(self, group: Group, device: torch.device, *, elastic: bool) -> None:
+    def __init__(self, group: Group, device: torch.device, *, elastic: bool, equal: bool) -> None:
         super().__init__()
-        self._group, self._device, self._has_manager = group, device, elastic
+        self._group, self._device, self._has_manager, self._is_equal = group, device, elastic, equal
 
     @abstractmethod
     def _attempted(self, *, has_ended: bool = False) -> bool:
@@ -71,6 +72,9 @@ class EndedWorker(JoinHook):
             pass
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Set the step count to the largest of all workers, so that later exchanges are due at the same step on all."""
+        """Set the step count to the largest of all workers, so that later exchanges are due at the same step on all.
+        No-op if the workers' steps are not equal."""
+        if not self._of._is_equal:
+            return
         mine = torch.tensor([self._of.steps], device=self._of.join_device)
         self._of.steps = max(int(steps) for steps in self._of._group.all_gather(mine))

@@ -174,7 +174,8 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
 
     They are totals of this worker's steps and bytes, and the contraction `mu`, the fraction of the squared norm that
     compression keeps, once `monitor_every` has measured it. A hook also has `sent_in_step`, in bytes; local updates
-    have `rounds`, and with `Workers.clip` the number of `clipped` updates. Empty for None (`attach` with one worker).
+    have `rounds`, with `Workers.clip` the number of `clipped` updates, and with weight="steps" the `pace` of worker 0,
+    its inner steps in a round. Empty for None (`attach` with one worker).
     """
     if exchange is None:
         return {}
@@ -193,6 +194,8 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
         found |= {"rounds": float(exchange.rounds), "resets": float(len(exchange.resets))}
         if exchange.options.workers.clip is not None:
             found["clipped"] = float(exchange.clipped)
+        if exchange.options.workers.weight == "steps":
+            found["pace"] = float(exchange.paces[0])
     else:
         found["sent_in_step"] = float(sum(b.sent for b in exchange.ledger.at(steps - 1).values()))
     return found if exchange.contraction is None else found | {"mu": exchange.contraction}

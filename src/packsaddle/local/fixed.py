@@ -1,8 +1,10 @@
 """A fixed set of workers: their collectives run in lockstep, on each worker after the same number of inner steps."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, NoReturn
 
 import torch
@@ -17,22 +19,25 @@ from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, describe
 from packsaddle.feedback.background import Background
-from packsaddle.feedback.state import Value, skip
+from packsaddle.feedback.state import Value, attribute, skip
 from packsaddle.local.after import Reactions
 from packsaddle.local.clipping import Standing
 from packsaddle.local.fragment import Fragment
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Workers
+from packsaddle.local.pace import Pacing, StepClock
 from packsaddle.local.participation import Participation
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
 from packsaddle.local.start import check_first_step, share_start
+from packsaddle.numerics.devices import to_device
 
+_log = logging.getLogger("packsaddle")
 # What to do if an argument differs between workers, by the beginning of its name.
 _HINTS = {
-    "every=": "For workers of different speeds, keep `every` equal: give the faster workers larger batches and "
-    "workers=Workers(weight=examples in a batch), or use Elastic(..., weight='steps'), where a slow worker makes fewer "
-    "steps in a round",
+    "every=": "For workers of different speeds, keep `every` equal and set workers=Workers(weight='steps'), with which "
+    "a slow worker makes fewer steps in a round, or give the faster workers larger batches and "
+    "workers=Workers(weight=examples in a batch)",
     "optimizer[": "If they should differ, set workers=Workers(compare_optimizers=False) on all workers",
 }
 
@@ -72,7 +77,7 @@ class FixedWorkers:
         announce: announces a collective to workers that have ended, in torch's `Join`.
     """
 
-    steps = 0  # the number of inner steps of other workers, by which this one begins
+    steps = 0  # the number of inner steps of this worker
     has_joined = False
 
     def __init__(
@@ -89,14 +94,19 @@ class FixedWorkers:
         assert isinstance(settings, Workers)
         self._settings, self._fragments, self._schedule = settings, fragments, schedule
         self._outer, self._announce = outer, announce
-        self.channel, self._device = to.channel, device
-        has_norms = settings.clip is not None
-        self.lockstep = Lockstep(self.channel, device, to.behind, norms=has_norms)
-        self._checks = Lockstep(Communicator(self.channel.group, Ledger()), device, to.behind, norms=has_norms)
-        group = self.channel.group
-        self._participation = Participation(settings.weight, settings.sample, group.size, group.rank, options.seed)
-        self._has_schedule = not isinstance(options.compression.compressor, Compressor)
         self._has_ended = False  # in torch's Join: this worker has no more data
+        self.channel, self._device = to.channel, device
+        group = self.channel.group
+        has_norms, paced = settings.clip is not None, settings.weight == "steps"
+        self.lockstep = Lockstep(self.channel, device, to.behind, norms=has_norms, paced=paced)
+        self._checks = Lockstep(Communicator(group, Ledger()), device, to.behind, norms=has_norms, paced=paced)
+        weight = None if settings.weight == "steps" else settings.weight
+        self._participation = Participation(weight, settings.sample, group.size, group.rank, options.seed)
+        # With weight="steps" the workers' paces differ; unless they are fixed, a clock measures this worker's steps.
+        self._is_paced, self._pacing = paced, Pacing.of(settings.steps, group.size, schedule.every)
+        self._clock = StepClock(fragments[0].parameters[0].device if paced and settings.steps is None else None)
+        self._set_pace(0)
+        self._has_schedule = not isinstance(options.compression.compressor, Compressor)
 
     def start(
         self,
@@ -121,32 +131,69 @@ class FixedWorkers:
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Run the collectives after an inner step: the first one's check, and the exchanges that end or begin. Returns
         True if there were any. `parameters` have the gradients of the first step."""
-        self._has_ended = has_ended
-        # With a delay an exchange that was to end now may have been applied by a flush.
-        events = self._schedule.after(steps)
-        events = [e for e in events if e.begins or not self._schedule.delay or self._fragments[e.fragment].current]
-        if steps > 1 and not events:
+        has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
+        if has_changed and self._is_paced:  # a worker that has ended exchanges at one tick at a time
+            self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
+        self._clock.steps += 1
+        events, ran = self._schedule.after(steps), steps == 1
+        if not events and not ran:
             return False
-        if not has_ended:
+        with self._clock.paused():
+            if ran:
+                self._check_first_step(parameters)
+            for tick, due in groupby(events, lambda event: event.tick):
+                ran |= self._run(tick, [(self._fragments[e.fragment], e.begins) for e in due])
+        return ran
+
+    def _check_first_step(self, parameters: Iterable[Tensor]) -> None:
+        if not self._has_ended:
             self._announce()
-        if steps == 1:
-            anchors = [part.anchor.flat for part in self._fragments]
-            run = partial(self.lockstep.run, "checks its first step", steps)
-            check_first_step(self.channel, anchors, parameters, run)
-        for event in events:
-            part = self._fragments[event.fragment]
-            if event.begins:
-                self._begin(part, steps)
+        anchors = [part.anchor.flat for part in self._fragments]
+        run = partial(self.lockstep.run, "checks its first step", self.steps)
+        check_first_step(self.channel, anchors, parameters, run)
+
+    def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
+        """Begin (True) or end the exchanges of one tick; return True if there were any."""
+        # With a delay an exchange that was to end now may have been applied by a flush.
+        due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
+        # With equal steps the announcement of the first step is also that of its exchanges.
+        if due and not self._has_ended and (self.steps > 1 or self._is_paced):
+            self._announce()
+        for part, begins in due:
+            if begins:
+                self._begin(part, tick)
             elif part.current is not None:
                 self._end(part)
-        return True
+        if self._schedule.ends_round(tick) and self._pacing.steps != self._pacing.following:
+            self._pacing.steps = self._pacing.following
+            self._set_pace(self.steps)
+            if self.channel.group.rank == 0:
+                _log.info("after step %d workers make %s inner steps in a round", self.steps, self.paces)
+        return bool(due)
+
+    def _set_pace(self, step: int, idle: int = 0) -> None:
+        """Use the paces for this worker's schedule after an inner step, and for the weights of all workers."""
+        pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
+        self._schedule = self._schedule.paced(pace, step, idle=idle)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        if self._is_paced:
+            self._participation.weights = list(map(float, self.paces))
+
+    def _nanoseconds(self, part: Fragment) -> int:
+        """Return the time of this worker's step in the round that ends, the same for all of its shards; 0: unknown."""
+        mine = to_device(torch.tensor([self._clock.read()]), self._device)
+        return 0 if self._has_ended else int(part.shards.total(mine))
 
     def _begin(self, part: Fragment, steps: int, flush: Compressor | None = None) -> None:
-        """Begin a round of one fragment, in the background if it has a delay."""
+        """Begin a round of one fragment, in the background if it has a delay. `steps`: the tick."""
         # A flush has no delay, and all workers take part in it.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
         share = self._participation.share() if flush else self._participation.share_after(steps)
+        is_timed = self._is_paced and not flush and self._schedule.ends_round(steps)
+        nanoseconds = self._nanoseconds(part) if is_timed else 0
         r = LocalRound.begin(part, steps + delay, share, later=delay > 0, flush=flush)
         self._reactions.outcomes.register(r)
         assert r.exchanged is not None
@@ -161,16 +208,20 @@ class FixedWorkers:
         sent = part.feedback.compressor
         may_be_late = delay > 0 or (sent is not None and sent.fixed_size)
         r.call = self.lockstep.start(
-            *(call, steps, exchange, result, r.norm, compressor, r.frozen, standing), may_be_late=may_be_late
+            *(call, steps, exchange, result, r.norm, compressor, r.frozen, standing),
+            may_be_late=may_be_late,
+            nanoseconds=nanoseconds,
         )
 
     def _end(self, part: Fragment) -> bool:
         r = part.apply_round(self._outer)
+        self._pacing.measure(r.call.times)
         self._reactions(r)
         return bool(r.applied)
 
     def flush(self, compressor: Compressor | None, steps: int) -> bool:
         """Apply the running exchanges, and exchange all pending updates (see `LocalUpdates.flush`); collective."""
+        steps = self._schedule.tick(steps)
         self._announce()
         if compressor is not None:
             self._check_flush(compressor, steps)
@@ -199,6 +250,7 @@ class FixedWorkers:
 
     def mean(self, vectors: Sequence[Tensor], steps: int) -> Sequence[Tensor]:
         """Replace vectors with their weighted means over workers, in place; collective."""
+        steps = self._schedule.tick(steps)
         self._announce()
         for vector in vectors:
             vector.mul_(self._participation.share())
@@ -224,11 +276,11 @@ class FixedWorkers:
                     self.channel.broadcast(part, "average")
 
         self._announce()
-        self.lockstep.run("calls average()", steps, exchange)
+        self.lockstep.run("calls average()", self._schedule.tick(steps), exchange)
 
     def check_call(self, call: Call, steps: int) -> None:
         """Raise RuntimeError, on all workers, if others make another call; collective, and not in the ledger."""
-        self._checks.run(call, steps, lambda: None)
+        self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
     # Which rounds this worker is in.
 
@@ -257,16 +309,41 @@ class FixedWorkers:
     def workers(self) -> int:
         return self.channel.group.size
 
+    @property
+    def paces(self) -> list[int]:
+        """The inner steps of each worker in a round, by rank."""
+        return self._pacing.steps
+
     def position(self, steps: int) -> int:
-        return steps * self.channel.group.size
+        """Return the inner steps of all workers; with paces those in whole rounds."""
+        schedule = self._schedule
+        return schedule.tick(steps) // schedule.every * sum(self.paces) if self._is_paced else steps * self.workers
 
     def identity(self) -> dict[str, Any]:
         group = self.channel.group
         sample = {} if self._settings.sample == 1 else {"sample": self._settings.sample}
-        return {**sample, "rank": group.rank, "workers": group.size}
+        return {**sample, "rank": group.rank, "workers": group.size, "weight_by_steps": self._is_paced}
 
     def fields(self) -> list[Value]:
-        return [Value(("share",), float, self._participation.share, skip)]
+        pacing = attribute(("pacing",), self, "_pacing", Pacing)
+        pace = Value(("pace",), list[int], self._saved_pace, self._load_pace)
+        return [Value(("share",), float, self._participation.share, skip), pacing, pace]
+
+    def _saved_pace(self) -> list[int]:
+        schedule = self._schedule
+        return [schedule.pace or schedule.every, schedule.since, schedule.origin, self.steps]
+
+    def _load_pace(self, saved: list[int]) -> None:
+        """Continue at the saved tick. Call after the paces are loaded; for another number of workers they are new."""
+        pace, since, origin, steps = saved
+        self._schedule = replace(self._schedule, pace=pace, since=since, origin=origin)
+        fresh = Pacing.of(self._settings.steps, self.workers, self._schedule.every)
+        if len(self.paces) != self.workers:
+            self._pacing = fresh
+            self._set_pace(steps)
+        elif self._settings.steps is not None:
+            self._pacing.following = fresh.steps
+        self._weigh()
 
 
 _FOR_ELASTIC = "{} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))"

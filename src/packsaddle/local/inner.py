@@ -50,7 +50,7 @@ def equal_arguments(
 ) -> dict[str, object]:
     """Return the arguments of local updates that must be equal on all workers, by name."""
     spec, workers = options.compression, options.workers
-    same: dict[str, object] = {"weight": workers.weight is not None} if isinstance(workers, Workers) else {}
+    same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
     if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
         same["compressor of round 0"] = describe(spec.at(0))
@@ -59,6 +59,10 @@ def equal_arguments(
     if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
         same |= settings_of(optimizers, of_groups=isinstance(workers, Workers)) | {"mean_momentum": fraction}
     return same
+
+
+def _kind(workers: Workers) -> str | bool:
+    return "steps" if workers.weight == "steps" else workers.weight is not None
 
 
 def _is_plain(value: object) -> bool:

@@ -6,7 +6,7 @@ If workers made different calls, collectives of different sizes would be paired:
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
@@ -49,12 +49,15 @@ class Header:
     compressor: int  # hash of the compressor; 0: not compared
     frozen: int  # hash of the names of the frozen parameters
     standing: int = Standing.ABSENT
+    nanoseconds: int = 0  # time of an inner step; 0: unknown. Sent only if the workers' paces follow from it
 
-    def packed(self, device: torch.device) -> Tensor:
-        return to_device(torch.tensor(astuple(self)), device)
+    def packed(self, device: torch.device, size: int) -> Tensor:
+        return to_device(torch.tensor(astuple(self)[:size]), device)
 
 
-HEADER = 8 * len(fields(Header))  # bytes
+_SIZE = len(fields(Header)) - 1  # number of integers without the time
+_STANDING = [each.name for each in fields(Header)].index("standing")
+HEADER = 8 * _SIZE  # bytes
 
 
 @dataclass
@@ -63,18 +66,20 @@ class PendingCall:
 
     wait: Callable[[], object] = lambda: None  # waits for the collective, and raises its errors
     check: Callable[[], bool] = lambda: True  # compares the calls; True: frozen parameters are equal. Call after `wait`
+    times: list[int] = field(default_factory=list)  # nanoseconds of the workers' inner steps, after `check`
 
 
 class Lockstep:
     """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
-    "guard" in the ledger. `background` runs collectives that overlap with inner steps; None: nothing overlaps.
-    `norms`: every check has room for a norm, so that checks of all calls have one size."""
+    "guard" in the ledger. `behind` runs collectives that overlap with inner steps; None: nothing overlaps. `norms`:
+    every check has room for a norm, so that checks of all calls have one size. `paced`: it has room for the time of an
+    inner step, and workers may make other calls than exchanges after different numbers of steps."""
 
     def __init__(
-        self, channel: Communicator, device: torch.device, background: Background | None, *, norms: bool = False
+        self, channel: Communicator, device: torch.device, behind: Background | None, *, norms: bool, paced: bool
     ) -> None:
-        self._channel, self._device, self._background, self._norms = channel, device, background, norms
-        self._has_warned = False
+        self._channel, self._device, self._background, self._norms = channel, device, behind, norms
+        self._size, self._has_warned = _SIZE + paced, paced
         # The host waits within collectives anyway, so a check there costs no wait.
         self._waits = device.type == "cpu" or channel.group.stages(device)
 
@@ -97,6 +102,7 @@ class Lockstep:
         standing: Standing = Standing.ABSENT,
         *,
         may_be_late: bool = False,
+        nanoseconds: int = 0,
     ) -> PendingCall:
         """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
 
@@ -107,19 +113,20 @@ class Lockstep:
         """
         is_late = may_be_late and compressor is None and not self._waits
         unchecked: list[Readback] = []
-        agreed = [True]
+        agreed, times = [True], list[int]()
 
         def checked() -> None:
             if self._channel.group.size == 1:
                 work(*([] if norm is None else [norm, to_device(torch.tensor([standing]), norm.device)]))
                 return
             hashed = 0 if compressor is None else hash_of(as_text(identify(compressor)))
-            mine = Header(_CALLS.index(call), steps, hashed, hash_of(as_text({"frozen": frozen})), standing)
+            same = hash_of(as_text({"frozen": frozen}))
+            mine = Header(_CALLS.index(call), steps, hashed, same, standing, nanoseconds)
             headers, norms = self._gather(mine, norm)
             if is_late:  # the copy is in order before `work`, and so arrives also if the calls of `work` do not match
                 unchecked.append(Readback(headers))
             else:
-                agreed.append(self._check(headers.tolist(), compressor))
+                agreed.append(self._check(headers.tolist(), compressor, times))
             work(*norms)  # with a norm
 
         promise = None if self._background is None else self._background.promise()
@@ -132,16 +139,18 @@ class Lockstep:
 
         def check() -> bool:
             while unchecked:
-                agreed.append(self._check(unchecked.pop().tolist(), compressor))
+                agreed.append(self._check(unchecked.pop().tolist(), compressor, times))
             return all(agreed)
 
-        return PendingCall(check=check) if promise is None else PendingCall(promise.future.wait, check)
+        if promise is None:
+            return PendingCall(check=check, times=times)
+        return PendingCall(promise.future.wait, check, times)
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather all workers' headers, int64[W, 5], and with a norm [norms, float32[W], standings, int64[W]], else [];
-        collective."""
+        """Gather all workers' headers, int64[W, 5 or 6], and with a norm [norms, float32[W], standings, int64[W]], else
+        []; collective."""
         call, steps = _CALLS[header.call], header.steps
-        mine = {"header": header.packed(self._device)}
+        mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
             mine["norm"] = torch.zeros(1, device=self._device) if norm is None else norm
         self._channel.step = max(self._channel.step, steps - 1)
@@ -152,13 +161,17 @@ class Lockstep:
             advice = _LOST.format(rank=rank, advice=_ADVICE)
             raise PeerLostError(f"{error}. It was when worker {rank} {call} after step {steps}. {advice}") from error
         headers = torch.stack([parts["header"] for parts in gathered])
-        return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), headers[:, -1]]
+        if norm is None:
+            return headers, []
+        return headers, [torch.cat([parts["norm"] for parts in gathered]), headers[:, _STANDING]]
 
-    def _check(self, headers: list[list[int]], compressor: Compressor | None) -> bool:
-        """Compare the workers' `headers`, W lists of 5; return True if frozen parameters are equal. Raises RuntimeError
-        as `run` does. If only the steps of another call, such as `flush`, differ, rank 0 logs a warning."""
+    def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
+        """Compare the workers' `headers`, W lists, and append their times to `times`; return True if frozen parameters
+        are equal. Raises RuntimeError as `run` does. If only the steps of another call, such as `flush`, differ, rank 0
+        logs a warning."""
         # Find the first worker whose call differs from worker 0's, else number of steps, else compressor.
         first, *_ = rows = [Header(*row) for row in headers]
+        times += [row.nanoseconds for row in rows]
         agreed = len({row.frozen for row in rows}) == 1
         compared = ("call", "steps", "compressor")
         unlike = [i for key in compared for i, row in enumerate(rows) if getattr(row, key) != getattr(first, key)]

@@ -1,7 +1,7 @@
 """Option classes of `LocalUpdates`: overlap of exchanges with training, workers, and the step of the anchor."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -81,7 +81,13 @@ class Workers(Option):
     Args:
         group: the process group of the workers; None is the default group, or this process alone without one.
         weight: w_i > 0, the weight of this worker in the mean sum_i w_i C(v_i) / sum_i w_i of the compressed updates,
-            such as its number of examples; set on all workers or on none. None: equal weights.
+            such as its number of examples; set on all workers or on none. None: equal weights. "steps": each worker
+            makes its own number of inner steps in a round, its pace, such that all end the round together, and that
+            number is its weight. The paces follow from the measured times of the workers' steps, and their sum is
+            W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
+            more than a tenth. `LocalUpdates.paces` returns them; end a training by `LocalUpdates.rounds`.
+        steps: fixed paces for weight="steps", one per worker by rank, such as {0: 12, 1: 4} or [12, 4]. Such a run
+            measures nothing, and is bitwise reproducible. None: measured.
         sample: fraction of the workers, in (0, 1], that exchange in a round. They are drawn again for each round, as in
             federated averaging. A worker that is not drawn keeps its local update, or skips the steps of the round
             (see `LocalUpdates.sampled`).
@@ -94,8 +100,8 @@ class Workers(Option):
             setting of a parameter group, such as the learning rate. Set it to False on all workers if they should.
 
     With a weight or a sample, escape checks are not supported, nor is any exchange except "direct" (see `Compression`).
-    Delays are not supported with a sample, nor DTensors with clip. Raises ValueError for a setting that is out of
-    range, and TypeError if compare_optimizers is not a bool.
+    Delays and weight="steps" are not supported with a sample, nor DTensors with clip. Raises ValueError for a setting
+    that is out of range, and TypeError if compare_optimizers is not a bool.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -104,10 +110,11 @@ class Workers(Option):
     """
 
     group: Any = own(None)
-    weight: float | None = own(None)
+    weight: float | Literal["steps"] | None = own(None)
     sample: float = 1.0
     clip: float | None = None
     compare_optimizers: bool = True
+    steps: Sequence[int] | Mapping[int, int] | None = None
 
     @property
     def are_uneven(self) -> bool:
@@ -115,10 +122,21 @@ class Workers(Option):
         return self.weight is not None or self.sample < 1
 
     def __post_init__(self) -> None:
-        if self.weight is not None and not (_is_number(self.weight) and 0 < self.weight < math.inf):
-            raise ValueError(f"weight must be finite and above 0, or None, got {self.weight!r}")
+        weight, steps = self.weight, self.steps
+        if not (weight is None or weight == "steps") and not (_is_number(weight) and 0 < weight < math.inf):
+            raise ValueError(f'weight must be finite and above 0, "steps" or None, got {weight!r}')
         if not (_is_number(self.sample) and 0 < self.sample <= 1):
             raise ValueError(f"sample must be a fraction of the workers in (0, 1], got {self.sample!r}")
+        if weight == "steps" and self.sample < 1:
+            raise ValueError(f'sample must be 1 with weight="steps", got {self.sample!r}')
+        if steps is not None:
+            if weight != "steps":
+                raise ValueError(f'steps must be None unless weight="steps", got {steps!r}')
+            ranks = dict(sorted(steps.items())) if isinstance(steps, Mapping) else dict(enumerate(steps))
+            if list(ranks) != list(range(len(ranks))):
+                raise ValueError(f"steps must have the ranks 0, 1, ... as keys, got {steps!r}")
+            check_integers(1, **{f"steps[{rank}]": n for rank, n in ranks.items()})
+            object.__setattr__(self, "steps", tuple(ranks.values()))
         _check_options(self)
 
 
@@ -136,7 +154,8 @@ class Elastic(Option):
             MEMORY_FILE.lock. None: no file.
         weight: the worker's weight in the mean. None: 1 if it has stepped; "steps": its inner steps since its last
             round; or a function that returns a running total, such as its number of tokens, whose increase is the
-            weight. Unless None, a slower worker makes fewer inner steps per round, to finish with the fastest.
+            weight. Unless None, a slower worker makes fewer inner steps in a round and a faster one more, so that all
+            end it together; the sum of their steps is W `every` (see `Workers`).
         share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text

@@ -97,6 +97,12 @@ class LocalRecords(Records):
         return self._workers.workers
 
     @property
+    def paces(self) -> list[int]:
+        """The inner steps of each worker in a round, by rank: `every`, unless weight is "steps" (see `Workers`). With a
+        manager, those of this worker alone."""
+        return self._workers.paces
+
+    @property
     def lost(self) -> float:
         """The sum of the norms of error memories that workers lost; 0 with a fixed set of workers."""
         return self._workers.lost

@@ -39,6 +39,7 @@ class SavedExchange:
     mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
     frozen: list[str]  # parameters that were frozen at `begin`, on this worker
     agrees: bool  # the same parameters are frozen on all workers
+    times: list[int]  # nanoseconds of the workers' inner steps, by rank; 0: unknown
 
 
 @dataclass
@@ -247,7 +248,7 @@ class LocalRound:
         start = {place.name: s for place, s in zip(self.part.places, self.before, strict=True)}
         mean = self.part.by_name(self.mean) if self.applied and isinstance(self.mean, Tensor) else {}
         outcome = self.due, self.applied, bool(self.invalid), list(self.reports)
-        return SavedExchange(*outcome, start, mean, self.frozen, self.agrees)
+        return SavedExchange(*outcome, start, mean, self.frozen, self.agrees, self.call.times)
 
     @classmethod
     def loaded(cls, part: "Fragment", saved: SavedExchange) -> "LocalRound":
@@ -262,6 +263,7 @@ class LocalRound:
             frozen=saved.frozen,
             agrees=saved.agrees,
             before=before,
+            call=PendingCall(times=saved.times),
             mean=None if mean is None else mean.flat,
             reports=saved.reports,
             applied=saved.applied,

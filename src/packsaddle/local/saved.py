@@ -14,7 +14,7 @@ from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.records import Baseline
 
 
-def _rules(*, keep_unsent: bool) -> list[Rule]:
+def _rules(*, keep_unsent: bool, by_steps: bool) -> list[Rule]:
     """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
 
     With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e moves this point but not the
@@ -35,7 +35,9 @@ def _rules(*, keep_unsent: bool) -> list[Rule]:
         *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "share", "membership")),
-        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
+        *(Rule((name,), "own") for name in ("pacing", "pace")),
+        Rule(("steps",), "own" if by_steps else "shared"),
+        *(Rule((name,), "shared") for name in ("format", "identity", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),
     ]
 
@@ -83,4 +85,5 @@ def saved_state(
             *workers.fields(),
         ]
 
-    return State("LocalUpdates", _rules(keep_unsent=options.keep_unsent), identity, fields)
+    rules = _rules(keep_unsent=options.keep_unsent, by_steps=options.workers.weight == "steps")
+    return State("LocalUpdates", rules, identity, fields)

@@ -1,6 +1,6 @@
 """The schedule of exchanges of local updates: all arithmetic of inner steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -9,34 +9,56 @@ class Event:
 
     begins: bool  # False: it ends, if one is running
     fragment: int  # index of the fragment
+    tick: int  # the tick at which it is due, identical on all workers
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The inner steps after which each fragment is exchanged. A value without state; steps are counted from 1.
 
-    An exchange of fragment i begins after each step n with (n + offsets[i]) % every = 0, and ends `delay` steps later.
+    Time is counted in ticks, `every` in a round, which are identical on all workers. A worker makes `pace` inner steps
+    in a round, spread evenly over its ticks. An exchange of fragment i begins at each tick n with
+    (n + offsets[i]) % every = 0, and ends `delay` ticks later, each after the first inner step that reaches the tick.
     Workers that join and leave exchange one fragment in each round, in rotation, and a round every `period` steps.
     """
 
     every: int
     delay: int
     offsets: tuple[int, ...]  # one per fragment, below `every`
+    pace: int | None = None  # inner steps of this worker in a round; None: `every`, so each step is a tick
+    since: int = 0  # the inner step after which the pace began
+    origin: int = 0  # the tick after that step
+
+    def tick(self, step: int) -> int:
+        """Return the tick that inner step n reaches."""
+        return self.origin + (step - self.since) * self.every // (self.pace or self.every)
+
+    def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":
+        """Return this schedule with another pace after inner step n; the next `idle` steps stay at its tick."""
+        return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
         """Return the events after inner step n, in order. Without a delay an exchange ends before the next begins."""
-        begun = self._begun(step)
-        if not self.delay:
-            return [Event(begins, i) for i in begun for begins in (True, False)]
-        ended = self._begun(step - self.delay) if step > self.delay else []
-        return [Event(False, i) for i in ended] + [Event(True, i) for i in begun]
+        before = max(0, self.tick(step - 1))
+        return [event for tick in range(before + 1, self.tick(step) + 1) for event in self._at(tick)]
 
-    def _begun(self, step: int) -> list[int]:
-        return [i for i, offset in enumerate(self.offsets) if (step + offset) % self.every == 0]
+    def _at(self, tick: int) -> list[Event]:
+        begun = self._begun(tick)
+        if not self.delay:
+            return [Event(begins, i, tick) for i in begun for begins in (True, False)]
+        ended = self._begun(tick - self.delay) if tick > self.delay else []
+        return [Event(False, i, tick) for i in ended] + [Event(True, i, tick) for i in begun]
+
+    def _begun(self, tick: int) -> list[int]:
+        return [i for i, offset in enumerate(self.offsets) if (tick + offset) % self.every == 0]
 
     def next_begin(self, step: int) -> int:
-        """Return the first inner step after step n that an exchange follows."""
-        return step + min(self.every - (step + offset) % self.every for offset in self.offsets)
+        """Return the tick of the first exchange that begins after inner step n."""
+        tick = self.tick(step)
+        return tick + min(self.every - (tick + offset) % self.every for offset in self.offsets)
+
+    def ends_round(self, tick: int) -> bool:
+        return tick % self.every == 0
 
     @property
     def period(self) -> int:

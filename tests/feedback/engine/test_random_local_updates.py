@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from fronts import differences
-from local_updates import MODELS, OPTIONS, OUTERS, Case, begin, check_twin, flat, train
+from local_updates import CLOCK, MODELS, OPTIONS, OUTERS, Case, Trace, begin, check_twin, flat, train
+from torch import Tensor
 
 from packsaddle import (
     QSGD,
@@ -66,7 +67,7 @@ def drawn(number: int) -> Case:
         is_between = all((n + i * every // fragments) % every for i in range(fragments))
         if is_between or not (clip and "weight" in kind):  # which clips rounding errors of weights
             flushes[n] = rng.choice([None, *kinds] if is_between and rng.random() < 0.7 else SAFE)
-    return Case(
+    case = Case(
         every,
         some(0.2, [tuple(rng.choices(kinds, k=3))], rng.choice(kinds)),
         fragments=fragments,
@@ -102,6 +103,23 @@ def drawn(number: int) -> Case:
         flushes=flushes,
         freezes=freezes,
     )
+    return paced(case, rng) if kind == "" and rng.random() < 0.4 else case
+
+
+def paced(case: Case, rng: random.Random) -> Case:
+    """Return the case with workers of unequal speeds: with fixed paces, or in rounds of two sets of speeds."""
+    steps, slow, ranks = case.every * rng.randint(3, 6), rng.randint(1, 3), range(case.workers)
+    speeds = [tuple(rng.choice((1, 2, 3, 7)) for _ in ranks) for _ in range(2)]
+    return replace(
+        case,
+        weight="steps",
+        paces=tuple(rng.randint(1, 7) for _ in ranks) if rng.random() < 0.5 else None,
+        speeds=(*[speeds[0]] * slow, speeds[1]),
+        steps=steps,
+        exchange="all-gather" if case.exchange == "all-gather" else "direct",
+        back=None,
+        flushes={} if case.clip else case.flushes,
+    )
 
 
 def loses_nothing(case: Case) -> bool:
@@ -114,11 +132,12 @@ def check(case: Case) -> None:
     found = simulate(lambda rank: train(case, rank), case.workers)
     check_twin(case, found)
     # The anchor less the mean of what is pending moves as the workers do in the mean.
-    share = torch.tensor(case.weight or (1.0,) * case.workers, dtype=torch.float64)
-    for n, (_, anchor, _) in enumerate(found[0].rows if loses_nothing(case) else ()):
-        lost = anchor - flat(begin(case.shapes))
-        for w, trace in zip(share / share.sum(), found, strict=True):
-            lost -= w * (trace.rows[n][2] - trace.moved[n])
+    for rows, before, share in moments(case, found) if loses_nothing(case) else ():
+        lost = rows[0][1] - before[0][1]
+        for w, (_, _, pending, moved), (_, _, pending_then, moved_then) in zip(
+            share / share.sum(), rows, before, strict=True
+        ):
+            lost -= w * (pending - pending_then - moved + moved_then)
         assert lost.abs().max() < 1e-12
     if case.seed % (3 if case.freezes else 12) == 0:
         again = simulate(lambda rank: train(case, rank, resumes=True), case.workers)
@@ -126,6 +145,18 @@ def check(case: Case) -> None:
             assert differences(straight.rows, trace.rows) == []
             for name in ("rounds", "skipped", "stopped", "resets"):
                 assert getattr(trace, name) == getattr(straight, name), name
+
+
+def moments(case: Case, found: list[Trace]) -> Iterator[tuple[list[Any], list[Any], Tensor]]:
+    """Yield the rows of all workers, and what they have moved, at a common tick; those at an earlier one; and the
+    workers' weights between the two: from one round to the next with paces, else from the beginning."""
+    start = flat(begin(case.shapes))
+    before = [(start, start, 0 * start, 0 * start)] * case.workers
+    for n, marks in enumerate(zip(*(t.ends if case.weight == "steps" else t.marks for t in found), strict=True)):
+        now = [(*trace.rows[mark - 1], trace.moved[mark - 1]) for trace, mark in zip(found, marks, strict=True)]
+        weights = found[0].paces[n] if case.weight == "steps" else case.weight or (1.0,) * case.workers
+        yield now, before, torch.tensor(weights, dtype=torch.float64)
+        before = now if case.weight == "steps" else before
 
 
 @pytest.fixture
@@ -138,7 +169,8 @@ def few_objects() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:mean_momentum raised the loss", "ignore:nothing will be compressed")
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_random_settings(batch: int, few_objects: None) -> None:
+def test_random_settings(batch: int, few_objects: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packsaddle.local.pace.time", CLOCK)
     for number in range(batch, SETTINGS, BATCHES):
         case = drawn(number)
         try:

@@ -50,6 +50,7 @@ from packsaddle.local.fragment import Fragment, by_parameter
 from packsaddle.local.lockstep import Lockstep
 from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outer import OuterOptimizer
+from packsaddle.local.pace import paces
 from packsaddle.local.participation import share
 from packsaddle.local.round import LocalRound
 from packsaddle.local.schedule import Schedule
@@ -151,6 +152,10 @@ class ElasticWorkers:
         return sum(member.here for member in self.roster.members.values())
 
     @property
+    def paces(self) -> list[int]:
+        return [self._target]
+
+    @property
     def lost(self) -> float:
         """The sum of the norms of error memories that workers lost."""
         return self.roster.gone + self.roster.absent(keeps=False)
@@ -224,7 +229,7 @@ class ElasticWorkers:
         """
         if not self.has_joined:
             self._arguments_hash = hash_of(self._arguments())
-        # Measure the time of an inner step: `_commit` reduces the steps of slower workers by it.
+        # Measure the time of an inner step, from which `_commit` chooses the steps of the next round.
         arrived = time.monotonic()
         until = float(self.settings.patience) if patience is None else patience
         ahead = self.account.ahead
@@ -435,11 +440,11 @@ class ElasticWorkers:
             own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
             if taken:
                 own.start_count(mine.weight)
-        # Let a slower worker make fewer steps before the next round, so that the others do not wait for it.
+        # Let a slower worker make fewer steps before the next round, and a faster one more, so that none waits.
         if self.settings.weight is not None and mine.seconds:
-            fastest = min(h.seconds for h in attempt.hellos if h.seconds)
-            period = self._schedule.period
-            self._target = max(1, min(period, round(period * fastest / mine.seconds)))
+            times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
+            steps = paces(list(times.values()), len(times) * self._schedule.period)
+            self._target = dict(zip(times, steps, strict=True))[self.worker]
         # The error memory in the file has now been sent, so replace the file before training continues.
         applied, reports = True, 0
         for part in attempt.parts:

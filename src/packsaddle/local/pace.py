@@ -1,0 +1,94 @@
+"""Paces: the inner steps of each worker in a round, such that workers of different speeds end it together.
+
+The sum of the paces is W `every`, as for equal workers: a round trains on as many examples, and the bytes per example
+do not change. A faster worker makes more than `every` steps, and a slower one fewer.
+"""
+
+import heapq
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from packsaddle.numerics.transfers import to_host
+
+_TOLERANCE = 0.1  # relative change of a worker's part of the speeds' sum that counts
+_ROUNDS = 2  # consecutive rounds with such changes after which paces are chosen anew
+
+
+def paces(times: Sequence[int], total: int) -> list[int]:
+    """Return the steps of each worker in the shortest round of `total` steps, at least 1 each.
+
+    `times` are positive times of the workers' steps, as integers, so that all workers compute the same result.
+    """
+    steps = [1] * len(times)
+    ends = [(2 * t, i) for i, t in enumerate(times)]  # when each worker would end with one more step
+    heapq.heapify(ends)
+    for _ in range(total - len(steps)):
+        _, i = ends[0]
+        steps[i] += 1
+        heapq.heapreplace(ends, ((steps[i] + 1) * times[i], i))
+    return steps
+
+
+@dataclass
+class Pacing:
+    """The paces of a fixed set of workers; lists are by rank, and identical on all workers."""
+
+    steps: list[int]  # paces in this round
+    following: list[int]  # paces in the next round
+    times: list[int]  # nanoseconds of a step for which the paces were chosen; all 1: none was measured
+    changed: int = 0  # consecutive rounds whose times differ from these
+
+    @classmethod
+    def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":
+        """Return fixed paces, or equal ones if `fixed` is None. Raises ValueError for another number of workers."""
+        steps = [every] * workers if fixed is None else list(fixed)
+        if len(steps) != workers:
+            raise ValueError(f"steps must have a number for each of the {workers} workers, got {len(steps)} numbers")
+        return cls(steps, steps, [1] * workers)
+
+    def measure(self, times: Sequence[int]) -> None:
+        """Choose the next paces from the nanoseconds of each worker's step in a round, if speeds have changed in
+        consecutive rounds. No-op if a time is 0, i.e. unknown, or if there are none."""
+        if not times or not all(times):
+            return
+        pairs = zip(_parts(times), _parts(self.times), strict=True)
+        self.changed = self.changed + 1 if any(abs(now / then - 1) > _TOLERANCE for now, then in pairs) else 0
+        if self.changed == _ROUNDS:
+            self.following, self.times, self.changed = paces(times, sum(self.steps)), list(times), 0
+
+
+def _parts(times: Sequence[int]) -> list[float]:
+    """Return each worker's part of the sum of the workers' speeds."""
+    total = sum(1 / t for t in times)
+    return [1 / t / total for t in times]
+
+
+class StepClock:
+    """Measures the time of this worker's inner steps, without that of exchanges. `steps`, which the caller counts, are
+    those since the last reading. Before and after an exchange the host waits for `device`. None: measures nothing."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._last = None if device is None else torch.zeros(1, device=device)
+        self.steps, self._seconds, self._resumed = 0, 0.0, self._now()
+
+    def _now(self) -> float:
+        if self._last is None:
+            return 0.0
+        to_host(self._last)  # waits for the device
+        return time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._seconds += self._now() - self._resumed
+        yield
+        self._resumed = self._now()
+
+    def read(self) -> int:
+        """Return the mean nanoseconds of a step since the last reading; 0: unknown. Call within `paused`."""
+        found = round(1e9 * self._seconds / self.steps) if self.steps else 0
+        self.steps, self._seconds = 0, 0.0
+        return found
