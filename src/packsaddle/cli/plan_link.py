@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan import link as link_planner
+from packsaddle.plan import local as local_planner
 from packsaddle.plan.coding import Pace, measure_with_spread
 from packsaddle.plan.link import MEASURED, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
@@ -59,6 +61,8 @@ class LinkOptions:
             method. Their numbers of steps were measured with adamw, which becomes the default of --optimizer, and with
             muon.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
+        speeds: Speed of each worker, relative to that of --compute, such as 1,0.33, for local updates of workers of
+            unequal speeds. Implies --local; their number is the default of --workers.
     """
 
     d: int | None = None
@@ -72,6 +76,15 @@ class LinkOptions:
     noise: bool = False
     local: bool = False
     most_steps: float | None = None
+    speeds: str | None = None
+
+    @property
+    def of_workers(self) -> list[float]:
+        """The numbers in `speeds`. Raises ConfigError."""
+        texts = self.speeds.split(",") if self.speeds is not None else []
+        if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) and float(text) > 0 for text in texts):
+            raise ConfigError(f"--speeds must be numbers above 0, such as 1,0.33, got {self.speeds!r}")
+        return list(map(float, texts))
 
     def __post_init__(self) -> None:
         if self.d is not None and self.model is not None:
@@ -116,7 +129,7 @@ class LinkOptions:
     {
         "": "model d workers data input json",
         "compressor": "compressor ratio optimizer",
-        "local update": "local most_steps",
+        "local update": "local most_steps speeds",
         "step time": "compute batch spread noise latency",
     }
 )
@@ -154,10 +167,10 @@ def link(
         workers: Number of workers; by default 4, or the number that torchrun started.
         json: Print one JSON document.
     """
-    if options.local and optimizer == "sgd":
+    if (options.local or options.speeds) and optimizer == "sgd":
         raise ConfigError("--local was measured with adamw and muon only: leave out --optimizer sgd")
     with config_errors():
-        if optimizer == "muon" or (options.model is not None and optimizer != "sgd"):
+        if optimizer == "muon" or options.speeds or (options.model is not None and optimizer != "sgd"):
             options = replace(options, local=True)
         if options.most_steps is not None and not options.local:
             raise ConfigError("--most-steps is for local updates: it needs --local")
@@ -178,7 +191,10 @@ def _plan(
 ) -> LinkPlan:
     # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
-    given, workers = _given(rate, options.latency), _workers(workers)
+    speeds = options.of_workers
+    given, workers = _given(rate, options.latency), _workers(workers or len(speeds) or None)
+    if speeds and len(speeds) != workers:
+        raise ConfigError(f"--speeds must have a number for each of the {workers} workers, got {len(speeds)}")
     if options.d is None and options.model is None:
         raise ConfigError("--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for")
     step = options.training_step()
@@ -216,7 +232,9 @@ def _plan(
 
             fleet, verdict, local = forecasts(timing.low if timing else options.compute or 0.0)
             slowest = forecasts(timing.high)[1:] if timing else None
-    return LinkPlan(verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest, pace.spread)
+    unequal = local_planner.forecast_unequal(local[0], fleet.compute, speeds) if speeds and fleet.compute else None
+    parts = verdict, local, workload, link, source, fleet, update, optimizer, timing, slowest
+    return LinkPlan(*parts, unequal, pace.spread)
 
 
 def _given(rate: str, latency: float | None) -> Link | None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from json import dumps
+from typing import Any
 
 from packsaddle.cli.console import brief, digits, number_table, print_table, short_exchange
 from packsaddle.compressors.registry import describe
@@ -29,6 +30,10 @@ _LOCAL_NOTE = (
     "x steps: measured on a small language model with {}, with {} workers (learning rates and seeds: {}). Your model "
     "may differ."
 )
+_UNEQUAL = (
+    "Steps a second of all workers with these speeds: {} with equal steps, {} with "
+    'workers=Workers(weight="steps"), {} by the fastest alone. Steps in a round: {}.'
+)
 _LONG_FLUSH = 10.0  # seconds of a flush from which it is named
 _MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
@@ -47,6 +52,7 @@ class LinkPlan:
     optimizer: Optimizer | None
     timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`. None: --compute was given
     slowest: tuple[Verdict, tuple[LocalForecast, ...]] | None = None  # forecasts for the maximum of `timing`
+    unequal: dict[str, Any] | None = None  # `forecast_unequal` of the fastest local updates. None: speeds are equal
     coding_spread: float = 0.0  # median over minimum of the encoding times, minus 1: the largest of all compressors
 
 
@@ -70,6 +76,7 @@ def print_json(plan: LinkPlan) -> None:
     if plan.local:
         best = advice(verdict, plan.local[0], plan.optimizer)
         document |= {"local": [f.plain() for f in plan.local], "use": best.use, "lines": best.lines}
+        document |= {"unequal": plan.unequal}
     print(dumps(document, indent=2))
 
 
@@ -108,6 +115,9 @@ def print_tables(plan: LinkPlan) -> None:
         print(_NOTE if plan.optimizer is None else _STEPS_NOTE.format(plan.optimizer))
     if plan.local:
         _print_local(verdict.dense.seconds, plan.local, fleet.workers, "muon" if plan.optimizer == "muon" else "adamw")
+        if plan.unequal:
+            *rates, steps = plan.unequal.values()
+            print(_UNEQUAL.format(*map(digits, rates), ", ".join(map(str, steps))))
         best = advice(verdict, plan.local[0], plan.optimizer)
         if best.lines:
             print("\n    ".join(["Lines for your script:", *best.lines]))
