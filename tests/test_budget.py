@@ -16,22 +16,22 @@ REPOSITORY = Path(__file__).parents[1]
 ROOMS = {
     "": (6, 305),
     "checkpoint": (8, 830),
-    "cli": (17, 1760),
-    "comm": (17, 1837),
+    "cli": (17, 1780),
+    "comm": (17, 1836),
     "compressors": (17, 2040),
     "curvature": (15, 1925),
     "feedback": (14, 1445),
     "hooks": (7, 805),
-    "integrations": (5, 660),
-    "local": (28, 3305),
+    "integrations": (5, 664),
+    "local": (28, 3286),
     "numerics": (14, 1390),
     "options": (5, 265),
-    "plan": (7, 725),
+    "plan": (7, 730),
     "sgd": (5, 785),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_480, 11_500, 32_050
+LIBRARY, LAB, TESTS = 18_495, 11_560, 32_080
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 from packsaddle.integrations import WorkerState
-from packsaddle.integrations.callbacks import Attached
+from packsaddle.integrations.callbacks import Attached, attach_local_updates
 
 
 class OfLocalUpdates(Attached):
@@ -28,6 +28,16 @@ def test_an_unknown_argument_is_refused_at_construction(kind: type[Attached], na
 def test_what_the_framework_has_is_refused_at_construction(name: str) -> None:
     with pytest.raises(TypeError, match=f"OfLocalUpdates takes {name} from the framework; several optimizers"):
         OfLocalUpdates(packsaddle.TopK(0.1), {name: []})
+
+
+def test_paces_are_refused() -> None:
+    model = torch.nn.Linear(64, 64)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters())]
+    with (
+        pytest.warns(UserWarning, match="there is one worker"),
+        pytest.raises(ValueError, match='weight must not be "steps" in a framework'),
+    ):
+        attach_local_updates(model, model, optimizers, packsaddle.TopK(0.1), workers=packsaddle.Workers(weight="steps"))
 
 
 def names_in_state(wrapped: bool) -> list[str]:

@@ -257,7 +257,7 @@ def test_weighted_by_what_workers_have_trained_on(compressor: Any, weight: str) 
         start = worker.anchor()
         for _ in range(6):
             steps = 3 if weight == "function" or rank else 1
-            membership._target = steps
+            membership.paces = [steps]
             for _ in range(steps):
                 total[0] += tokens[rank]
                 worker.train(1)

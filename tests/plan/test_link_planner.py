@@ -379,6 +379,8 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
         ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
         ("1gbit", "--most-steps", 2, "--optimizer", "sgd"): "--most-steps is for local updates, which were not",
         ("1gbit", "--most-steps", 0.5): "--most-steps must be at least",
+        ("1gbit", "--speeds", "1,fast"): "--speeds must be numbers above 0, such as 1,0.33, got '1,fast'",
+        ("1gbit", "--speeds", "1,1,0.5"): "--speeds must have a number for each of the 2 workers, got 3",
     }
     for words, message in refused.items():
         assert command("plan", "link", *words, *asked) == 2
@@ -391,6 +393,23 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     document = json.loads(capsys.readouterr().out)
     assert document["use"].startswith("LocalUpdates, ")
     assert document["lines"][1].startswith("local = packsaddle.LocalUpdates([muon, adamw], every=")
+
+
+def test_workers_of_unequal_speeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a link without a cost: a step of 60 ms at speed 1; rounds of 2 steps by one bit are the fastest."""
+    asked = ("plan", "link", "100gbit", "--d", 2000, "--compute", 60, "--speeds", "1, 0.25,1", "--latency", 0)
+    assert command(*asked, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    every, found = document["local"][0]["every"], document["unequal"]
+    assert (sum(found["steps"]), document["fleet"]["workers"]) == (3 * every, 3)
+    expected = {"equal": 3 / 240, "paced": 3 * every / (60 * max(found["steps"][0], 4)), "alone": 1 / 60}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert command(*asked) == 0
+    steps = ", ".join(map(str, found["steps"]))
+    assert "Inner steps a second of all workers with these speeds: 0.0125 with equal steps, " in (
+        out := capsys.readouterr().out
+    )
+    assert f"0.01667 by the fastest alone. Steps in a round: {steps}." in out
 
 
 def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import first_line
 from packsaddle.plan import link as link_planner
+from packsaddle.plan import local as local_planner
 from packsaddle.plan.coding import Pace, measure_with_spread
 from packsaddle.plan.link import MEASURED, Optimizer, forecast, probe, probe_locally
 from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
@@ -55,6 +57,8 @@ class LinkOptions:
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
         noise: Include the time for generating the artificial noise of Algorithm 1.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
+        speeds: Speed of each worker, relative to that of --compute, such as 1,0.33, for local updates of workers of
+            unequal speeds. Their number is the default of --workers.
     """
 
     d: int | None = None
@@ -67,6 +71,15 @@ class LinkOptions:
     spread: float = 0.0
     noise: bool = False
     most_steps: float | None = None
+    speeds: str | None = None
+
+    @property
+    def of_workers(self) -> list[float]:
+        """The numbers in `speeds`. Raises ConfigError."""
+        texts = self.speeds.split(",") if self.speeds is not None else []
+        if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) and float(text) > 0 for text in texts):
+            raise ConfigError(f"--speeds must be numbers above 0, such as 1,0.33, got {self.speeds!r}")
+        return list(map(float, texts))
 
     def __post_init__(self) -> None:
         if self.d is not None and self.model is not None:
@@ -111,7 +124,7 @@ class LinkOptions:
     {
         "": "model d workers data input table json",
         "compressor": "compressor ratio optimizer",
-        "local update": "most_steps",
+        "local update": "most_steps speeds",
         "step time": "compute batch spread noise latency",
     }
 )
@@ -152,8 +165,9 @@ def link(
         json: Print one JSON document.
     """
     with config_errors():
-        if options.most_steps is not None and optimizer == "sgd":
-            raise ConfigError("--most-steps is for local updates, which were not measured with --optimizer sgd")
+        for flag, given in (("--most-steps", options.most_steps), ("--speeds", options.speeds)):
+            if given is not None and optimizer == "sgd":
+                raise ConfigError(f"{flag} is for local updates, which were not measured with --optimizer sgd")
         plan = _plan(rate, options, compressor, ratio, optimizer, workers)
     if not is_first():
         return
@@ -175,7 +189,10 @@ def _plan(
 ) -> LinkPlan:
     # Validate all options before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
-    given, workers = _given(rate, options.latency), _workers(workers)
+    speeds = options.of_workers
+    given, workers = _given(rate, options.latency), _workers(workers or len(speeds) or None)
+    if speeds and len(speeds) != workers:
+        raise ConfigError(f"--speeds must have a number for each of the {workers} workers, got {len(speeds)}")
     if options.d is None and options.model is None:
         raise ConfigError("--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for")
     step = options.training_step()
@@ -214,7 +231,9 @@ def _plan(
 
             fastest = plan(timing.low if timing else options.compute or 0.0)
             slowest = plan(timing.high) if timing else None
-    return replace(fastest, timing=timing, slowest=slowest, coding_spread=pace.spread)
+    local, compute = fastest.local, fastest.fleet.compute
+    unequal = local_planner.forecast_unequal(local[0], compute, speeds) if speeds and compute else None
+    return replace(fastest, unequal=unequal, timing=timing, slowest=slowest, coding_spread=pace.spread)
 
 
 def _given(rate: str, latency: float | None) -> Link | None:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict, dataclass
 from json import dumps
+from typing import Any
 
 from packsaddle.cli.console import brief, digits, number_table, print_table, short_exchange
 from packsaddle.compressors.registry import describe
@@ -16,6 +17,10 @@ _UNCUT = "--json prints it whole"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
 _SMALLEST = 0.01  # seconds of a dense step; shorter ones consist of fixed costs of some ms (experiments/scale)
 _BUSY = 0.3  # largest normal median over minimum of coding times, minus 1; more is a sign of other work on the machine
+_UNEQUAL = (
+    "Inner steps a second of all workers with these speeds: {} with equal steps, {} with "
+    'workers=packsaddle.Workers(weight="steps"), {} by the fastest alone. Steps in a round: {}.'
+)
 _LONG_FLUSH = 10.0  # seconds of a flush from which it is named
 _NAMES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon and AdamW"}
 
@@ -34,6 +39,7 @@ class LinkPlan:
     optimizer: Optimizer
     timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`. None: --compute was given
     slowest: "LinkPlan | None" = None  # the plan for the maximum of `timing`
+    unequal: dict[str, Any] | None = None  # `forecast_unequal` of the fastest local updates. None: speeds are equal
     coding_spread: float = 0.0  # median over minimum of the encoding times, minus 1: the largest of all compressors
 
 
@@ -138,6 +144,7 @@ def print_json(plan: LinkPlan) -> None:
         "lines": best.lines,
         "too_small": is_too_small(plan),
         "compared": {method.name: method.seconds for method in compared(plan)},
+        "unequal": plan.unequal,
     }
     print(dumps(document, indent=2))
 
@@ -170,6 +177,9 @@ def print_verdict(plan: LinkPlan) -> None:
         f"Forecasts count the steps that each method needed on a small language model with {_NAMES[plan.optimizer]}; "
         "your model may differ. --table shows all of them."
     )
+    if plan.unequal:
+        *rates, steps = plan.unequal.values()
+        print(_UNEQUAL.format(*map(digits, rates), ", ".join(map(str, steps))))
     for sentence in _doubts(plan, best):
         print(sentence)
 

@@ -74,7 +74,6 @@ class EndedWorker(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """Set the step count to the largest of all workers, so that later exchanges are due at the same step on all.
         No-op if the workers' steps are not equal."""
-        if not self._of._is_equal:
-            return
         mine = torch.tensor([self._of.steps], device=self._of.join_device)
-        self._of.steps = max(int(steps) for steps in self._of._group.all_gather(mine))
+        steps = [int(n) for n in self._of._group.all_gather(mine)]
+        self._of.steps = max(steps) if self._of._is_equal else self._of.steps

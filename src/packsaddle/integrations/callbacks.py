@@ -159,6 +159,10 @@ def attach_local_updates(
             f"local updates need a framework that wraps the model in DistributedDataParallel, got "
             f"{type(wrapped).__name__}; where it is sharded, make packsaddle.LocalUpdates yourself"
         )
+    if getattr(options.get("workers"), "weight", None) == "steps":
+        raise ValueError(
+            'weight must not be "steps" in a framework whose own collectives need equal steps of all workers'
+        )
     local = LocalUpdates(optimizers, compressor=monitored(compressor, 1), **{"model": model, **options})
     keep_gradients_local(wrapped)
     return WorkerState(local, model, options.get("scaler"))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any, NoReturn
@@ -140,17 +140,14 @@ class FixedWorkers:
             return False
         with self._clock.paused():
             if ran:
-                self._check_first_step(parameters)
+                if not has_ended:
+                    self._announce()
+                anchors = [part.anchor.flat for part in self._fragments]
+                run = partial(self.lockstep.run, "checks its first step", steps)
+                check_first_step(self.channel, anchors, parameters, run)
             for tick, due in groupby(events, lambda event: event.tick):
                 ran |= self._run(tick, [(self._fragments[e.fragment], e.begins) for e in due])
         return ran
-
-    def _check_first_step(self, parameters: Iterable[Tensor]) -> None:
-        if not self._has_ended:
-            self._announce()
-        anchors = [part.anchor.flat for part in self._fragments]
-        run = partial(self.lockstep.run, "checks its first step", self.steps)
-        check_first_step(self.channel, anchors, parameters, run)
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
         """Begin (True) or end the exchanges of one tick; return True if there were any."""
@@ -164,7 +161,7 @@ class FixedWorkers:
                 self._begin(part, tick)
             elif part.current is not None:
                 self._end(part)
-        if self._schedule.ends_round(tick) and self._pacing.steps != self._pacing.following:
+        if tick % self._schedule.every == 0 and self._pacing.steps != self._pacing.following:
             self._pacing.steps = self._pacing.following
             self._set_pace(self.steps)
             if self.channel.group.rank == 0:
@@ -192,7 +189,7 @@ class FixedWorkers:
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
         share = self._participation.share() if flush else self._participation.share_after(steps)
-        is_timed = self._is_paced and not flush and self._schedule.ends_round(steps)
+        is_timed = self._is_paced and not flush and steps % self._schedule.every == 0
         nanoseconds = self._nanoseconds(part) if is_timed else 0
         r = LocalRound.begin(part, steps + delay, share, later=delay > 0, flush=flush)
         self._reactions.outcomes.register(r)
@@ -325,22 +322,16 @@ class FixedWorkers:
         return {**sample, "rank": group.rank, "workers": group.size, "weight_by_steps": self._is_paced}
 
     def fields(self) -> list[Value]:
-        pacing = attribute(("pacing",), self, "_pacing", Pacing)
-        pace = Value(("pace",), list[int], self._saved_pace, self._load_pace)
-        return [Value(("share",), float, self._participation.share, skip), pacing, pace]
+        own = attribute(("pacing",), self, "_pacing", Pacing), attribute(("own_steps",), self, "steps", int)
+        schedule = Value(("schedule",), Schedule, lambda: self._schedule, self._load_schedule)
+        return [Value(("share",), float, self._participation.share, skip), *own, schedule]
 
-    def _saved_pace(self) -> list[int]:
-        schedule = self._schedule
-        return [schedule.pace or schedule.every, schedule.since, schedule.origin, self.steps]
-
-    def _load_pace(self, saved: list[int]) -> None:
+    def _load_schedule(self, saved: Schedule) -> None:
         """Continue at the saved tick. Call after the paces are loaded; for another number of workers they are new."""
-        pace, since, origin, steps = saved
-        self._schedule = replace(self._schedule, pace=pace, since=since, origin=origin)
-        fresh = Pacing.of(self._settings.steps, self.workers, self._schedule.every)
+        self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh
-            self._set_pace(steps)
+            self._set_pace(self.steps)
         elif self._settings.steps is not None:
             self._pacing.following = fresh.steps
         self._weigh()

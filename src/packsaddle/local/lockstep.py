@@ -142,9 +142,9 @@ class Lockstep:
                 agreed.append(self._check(unchecked.pop().tolist(), compressor, times))
             return all(agreed)
 
-        if promise is None:
-            return PendingCall(check=check, times=times)
-        return PendingCall(promise.future.wait, check, times)
+        return (
+            PendingCall(check=check, times=times) if promise is None else PendingCall(promise.future.wait, check, times)
+        )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Gather all workers' headers, int64[W, 5 or 6], and with a norm [norms, float32[W], standings, int64[W]], else
@@ -161,9 +161,8 @@ class Lockstep:
             advice = _LOST.format(rank=rank, advice=_ADVICE)
             raise PeerLostError(f"{error}. It was when worker {rank} {call} after step {steps}. {advice}") from error
         headers = torch.stack([parts["header"] for parts in gathered])
-        if norm is None:
-            return headers, []
-        return headers, [torch.cat([parts["norm"] for parts in gathered]), headers[:, _STANDING]]
+        standings = headers[:, _STANDING]
+        return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
         """Compare the workers' `headers`, W lists, and append their times to `times`; return True if frozen parameters

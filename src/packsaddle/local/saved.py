@@ -35,7 +35,7 @@ def _rules(*, keep_unsent: bool, by_steps: bool) -> list[Rule]:
         *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
         *(Rule((name,), "own") for name in ("skips", "ledger", "uncompressed", "share", "membership")),
-        *(Rule((name,), "own") for name in ("pacing", "pace")),
+        *(Rule((name,), "own") for name in ("pacing", "own_steps", "schedule")),
         Rule(("steps",), "own" if by_steps else "shared"),
         *(Rule((name,), "shared") for name in ("format", "identity", "outer", "escape")),
         *(Rule((name,), "shared") for name in ("resets", "drifts")),

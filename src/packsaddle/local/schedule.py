@@ -57,9 +57,6 @@ class Schedule:
         tick = self.tick(step)
         return tick + min(self.every - (tick + offset) % self.every for offset in self.offsets)
 
-    def ends_round(self, tick: int) -> bool:
-        return tick % self.every == 0
-
     @property
     def period(self) -> int:
         """The inner steps from one round of elastic workers to the next, at least 1."""

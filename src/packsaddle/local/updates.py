@@ -184,8 +184,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         # Set up when (a schedule of fragments), with whom (workers), and what follows a round (reactions).
         device = torch.device("cpu") if offload else local_part(next(iter(parameters.values()))).device
         to, is_elastic = Connection.of(options, device), isinstance(options.workers, Elastic)
-        equal = options.workers.weight != "steps"
-        super().__init__(to.group, device, elastic=is_elastic, equal=equal)
+        super().__init__(to.group, device, elastic=is_elastic, equal=options.workers.weight != "steps")
         agree = Shards(parameters.values())
         with torch.no_grad():
             self._fragments, schedule = partition(parameters, options, to.channel, device, agree)

@@ -1,7 +1,7 @@
 """The plan for local updates on a network link: the steps between exchanges, the compressor, and the overlap."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Rounded, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.local.lockstep import HEADER
+from packsaddle.local.pace import paces
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link, compressed
@@ -143,6 +144,20 @@ class LocalForecast:
             "steps": self.steps,
             "seconds_for_a_dense_step": self.seconds,
         }
+
+
+def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
+    """Predict the inner steps a second of all workers together, for workers of unequal `speeds`.
+
+    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. Returns "equal":
+    with equal steps in a round; "paced": with `Workers(weight="steps")`, and the "steps" of each worker in a round;
+    "alone": the fastest worker, without an exchange.
+    """
+    every, times = local.setting.every, [compute / speed for speed in speeds]
+    total, rest = every * len(times), every * (local.coding + local.exchange)
+    steps = paces([max(1, round(1e9 * t)) for t in times], total)
+    paced = total / (max(n * t for n, t in zip(steps, times, strict=True)) + rest)
+    return {"equal": total / (every * max(times) + rest), "paced": paced, "alone": 1 / min(times), "steps": steps}
 
 
 def forecast_local(

@@ -113,7 +113,7 @@ class ElasticWorkers:
         self._exchanged = False  # True: a round followed the last inner step
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
         self.account = Account()
-        self._target = schedule.period  # inner steps from one round to the next
+        self.paces = [schedule.period]  # inner steps of this worker from one round to the next
         self._resumed = time.monotonic()  # time at the end of the last round
         self._energy = 0.0  # ||v||^2 of the uncommitted round; v: local update plus error memory
         self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
@@ -150,10 +150,6 @@ class ElasticWorkers:
     def workers(self) -> int:
         """The number of workers in the last round."""
         return sum(member.here for member in self.roster.members.values())
-
-    @property
-    def paces(self) -> list[int]:
-        return [self._target]
 
     @property
     def lost(self) -> float:
@@ -210,7 +206,7 @@ class ElasticWorkers:
         self.account.ahead += 1
         if self._sigterm.asked:
             self._exit()
-        if self.account.ahead >= self._target:
+        if self.account.ahead >= self.paces[0]:
             self.round(uncompressed=False)
         return False
 
@@ -444,7 +440,7 @@ class ElasticWorkers:
         if self.settings.weight is not None and mine.seconds:
             times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
             steps = paces(list(times.values()), len(times) * self._schedule.period)
-            self._target = dict(zip(times, steps, strict=True))[self.worker]
+            self.paces = [dict(zip(times, steps, strict=True))[self.worker]]
         # The error memory in the file has now been sent, so replace the file before training continues.
         applied, reports = True, 0
         for part in attempt.parts:
