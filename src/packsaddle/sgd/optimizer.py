@@ -345,7 +345,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
             # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
-            report = round.report
+            report = round.full_report()
             if round.invalid:
                 report = Report("vector", self._direction.first_out_of_range() or THE_SUM)
             text = torch.tensor(list(str(report).encode()), dtype=torch.uint8)
