@@ -10,22 +10,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import (
-    Aggregator,
-    Averaged,
-    Dense,
-    Invalid,
-    Term,
-    Work,
-    dense_of,
-    mean_of_dense,
-    message_bytes,
-    most_bytes,
-    part_count,
-)
-from packsaddle.comm.communicator import Communicator, Parts, part_sizes
-from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
+from packsaddle.comm.aggregators import Aggregator, Averaged, Dense, Invalid, Term, Work, dense_of, mean_of_dense
+from packsaddle.comm.communicator import Communicator, Parts, most_bytes, part_sizes
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce, message_bytes
 from packsaddle.compressors import Compressor, Identity, Message
+from packsaddle.compressors.base import part_count
 from packsaddle.numerics.finite import fill_where, is_in_range
 from packsaddle.numerics.seeds import mix
 
@@ -83,8 +72,8 @@ class Owners(Aggregator):
         mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         sent = tuple(own.values())
-        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid.error, flag)
-        return Averaged(sent, mean, mean_dense, invalid.error)
+        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid, flag)
+        return Averaged(sent, mean, mean_dense, invalid)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
