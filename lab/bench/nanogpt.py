@@ -53,6 +53,7 @@ METHODS = {
     "local, warm-up 500": Method({}, 500),
     "local, agreement, warm-up 500": Method({"outer": packsaddle.OuterAgreement(0.5)}, 500),
     "dense, warm-up 500": Method(None, 500),
+    "local, 12 and 4 steps": Method({"workers": packsaddle.Workers(weight="steps", steps=[12, 4])}),  # of two workers
 }
 
 
@@ -141,7 +142,8 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     # Each worker draws its own windows; dense training those of all workers.
     mine = range(workers) if local is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
-    for step in range(steps):
+    step = 0
+    while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(step, how.warm_up, steps)
         starts = torch.cat([torch.randint(len(text.train) - BLOCK, (BATCH,), generator=g) for g in generators])
@@ -150,6 +152,7 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
         net(windows[:, :-1], windows[:, 1:]).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        step = local.position // workers if local is not None and local.paces[0] > 8 else step + 1
 
     if local is not None:
         local.flush()
@@ -209,7 +212,7 @@ def main() -> None:
     for seed in options.seeds:
         for workers in options.workers:
             for name in options.methods:
-                if workers > 1 or name.startswith("dense"):
+                if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
                     make(options.out, text, name, workers, seed)
 
 
