@@ -172,9 +172,9 @@ class FixedWorkers:
         """Use the paces for this worker's schedule after an inner step, and for the weights of all workers."""
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
-        self._weigh()
+        self._set_weights()
 
-    def _weigh(self) -> None:
+    def _set_weights(self) -> None:
         if self._is_paced:
             self._participation.weights = list(map(float, self.paces))
 
@@ -334,7 +334,7 @@ class FixedWorkers:
             self._set_pace(self.steps)
         elif self._settings.steps is not None:
             self._pacing.following = fresh.steps
-        self._weigh()
+        self._set_weights()
 
 
 _FOR_ELASTIC = "{} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))"

@@ -130,8 +130,8 @@ class Workers(Option):
         if weight == "steps" and self.sample < 1:
             raise ValueError(f'sample must be 1 with weight="steps", got {self.sample!r}')
         if steps is not None:
-            if weight != "steps":
-                raise ValueError(f'steps must be None unless weight="steps", got {steps!r}')
+            if weight != "steps" or not isinstance(steps, Mapping | Sequence):
+                raise ValueError(f'steps must be numbers by rank with weight="steps", else None, got {steps!r}')
             ranks = dict(sorted(steps.items())) if isinstance(steps, Mapping) else dict(enumerate(steps))
             if list(ranks) != list(range(len(ranks))):
                 raise ValueError(f"steps must have the ranks 0, 1, ... as keys, got {steps!r}")

@@ -100,7 +100,7 @@ class LocalRecords(Records):
     def paces(self) -> list[int]:
         """The inner steps of each worker in a round, by rank: `every`, unless weight is "steps" (see `Workers`). With a
         manager, those of this worker alone."""
-        return self._workers.paces
+        return list(self._workers.paces)
 
     @property
     def lost(self) -> float:
