@@ -24,14 +24,14 @@ ROOMS = {
     "hooks": (7, 805),
     "integrations": (5, 660),
     "local": (27, 3130),
-    "numerics": (15, 1455),
+    "numerics": (15, 1460),
     "options": (5, 265),
     "plan": (7, 725),
     "sgd": (5, 786),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_373, 11_500, 31_800
+LIBRARY, LAB, TESTS = 18_378, 11_500, 31_800
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13
