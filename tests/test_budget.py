@@ -20,7 +20,7 @@ ROOMS = {
     "comm": (17, 1836),
     "compressors": (17, 2040),
     "curvature": (15, 1925),
-    "feedback": (14, 1445),
+    "feedback": (14, 1450),
     "hooks": (7, 805),
     "integrations": (5, 664),
     "local": (28, 3286),
