@@ -1,4 +1,4 @@
-"""Figures of a race: losses by tokens and by bytes, time to the target and fraction of computing by link."""
+"""Figures of a race: losses by steps and by bytes, and the fraction of time that workers compute, by link."""
 
 import math
 import statistics
@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.docs.charts import save
 from lab.race.contenders import DENSE, parse
 from lab.race.curves import Curve
-from lab.race.time_to_loss import Entry, StepOnLink, computing, dense_of, entries, rows, targets_of
+from lab.race.time_to_loss import Entry, StepOnLink, computing, dense_of, entries, targets_of
 from packsaddle.errors import require
 
 _OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ffb703", "#5c1a1b", "#bc8034")
@@ -22,7 +23,7 @@ _SHOWN = (
     "powersgd-4",
     "diloco-32",
 )
-_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.fontsize": 7.5}
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "legend.fontsize": 10}
 
 
 def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[Path]:
@@ -36,24 +37,15 @@ def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[St
     files = []
     with plt.rc_context(_STYLE):
         if dense is not None:
-            figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+            figure, axes = plt.subplots(2, 1, figsize=(6.5, 8), layout="constrained")
             _losses(axes, found, statistics.fmean(targets_of(dense).values()))
-            files.append(_saved(figure, folder / f"losses-{workers}-workers.png"))
-            if steps:
-                figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
-                _times(axes, rows(curves, steps), found)
-                files.append(_saved(figure, folder / f"times-{workers}-workers.png"))
+            files += save(figure, folder / f"losses-{workers}-workers")
         if steps:
-            figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+            figure, axes = plt.subplots(figsize=(6.5, 6.5), layout="constrained")
             _computing(axes, steps)
-            files.append(_saved(figure, folder / f"computing-{workers}-workers.png"))
+            files += save(figure, folder / f"computing-{workers}-workers")
         plt.close("all")
     return files
-
-
-def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
-    return path
 
 
 def titled(method: str) -> str:
@@ -130,23 +122,6 @@ def label_ends(axes: Any, ends: Mapping[str, tuple[float, str]], x: float) -> No
         axes.text(x, at, label, color=colour, va="center")
 
 
-def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -> None:
-    """Draw seconds to the target by rate of the slower direction, for the fastest training length of each method."""
-    colours = _colours(found)
-    links = [name for name in table[0] if name.endswith(("Mbit/s", "down"))]
-    for method in dict.fromkeys(row["method"] for row in table):
-        mine = [row for row in table if row["method"] == method]
-        best = [min((row[link] for row in mine if row[link] is not None), default=math.nan) for link in links]
-        if all(math.isfinite(seconds) for seconds in best):
-            axes.plot(range(len(links)), best, marker="o", markersize=4, color=colours[method], label=titled(method))
-    axes.set_xticks(range(len(links)), links)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
-    axes.set_ylabel("seconds to the target loss")
-    axes.grid(alpha=0.2)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
 def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
     """Draw the fraction of time in which workers compute, by link: local updates by period, and dense training.
 
@@ -167,7 +142,7 @@ def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
     axes.set_ylabel("share of the time computing, %")
     axes.set_ylim(0, 103)
     axes.grid(alpha=0.2)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
 
 
 def _by_period(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -345,7 +345,8 @@ class Invalid:
 
     @contextmanager
     def of(self, worker: int | None) -> Iterator[None]:
-        """Context manager of a block that receives a message of `worker`; None: the error itself contains the rank."""
+        """Context manager of a block that receives a message from `worker`.
+        If it is None, the error already names the rank."""
         try:
             yield
         except MessageError as error:

@@ -67,7 +67,7 @@ class PendingCall:
 
 class Lockstep:
     """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
-    "guard" in the ledger. `background` runs collectives that overlap with inner steps; None: nothing overlaps.
+    "guard" in the ledger. `background` runs collectives that overlap with inner steps; if it is None, none overlaps.
     `norms`: every check has room for a norm, so that checks of all calls have one size."""
 
     def __init__(

@@ -90,7 +90,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             settings of the exchange.
         every: H, inner steps between two exchanges of a fragment.
         workers: the process group of the workers, or a `Workers` with more settings; or, for workers that join and
-            leave, a torchft Manager or an `Elastic`. None: the default group, or this process alone without one.
+            leave, a torchft Manager or an `Elastic`. By default it is the default group or, without one, this process.
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's (with a manager they are compared instead), and ValueError is raised if it has a trainable
             parameter that is in none of the optimizers. Saved states have its names of parameters: a run that resumes
@@ -98,13 +98,13 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             steps, unless the module was made before `import packsaddle`, copied or unpickled.
         outer: the step of the anchor. The outer optimizer, `OuterSGD()` or a function of the anchor's tensors that
             returns a torch optimizer, has the workers' mean update as its gradient. `OuterAgreement()` lengthens the
-            mean update where workers disagree. None: the mean update is subtracted.
+            mean update where workers disagree. By default the mean update is subtracted.
         mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
             workers' mean update after a round (see `local.moments`). It sends nothing. None: 0.5 if an optimizer is
             Adam or a variant of it, none is Muon, and `outer` has no momentum; else 0.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         noise: the standard deviation of Gaussian noise added in each round, or a `Noise`.
-        escape: the saddle escape check of the anchor, an `Escape`, which counts rounds. None: no check.
+        escape: the saddle escape check of the anchor, an `Escape`, which counts rounds, or None for no check.
         keep_unsent: after a round continue at a - e, where a is the anchor and e this worker's error memory, as in CSER
             (Xie et al. 2020). It trains better than False: continue at a, as in Algorithm 1 and DiLoCo.
         offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
@@ -472,8 +472,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
-        """Raise RuntimeError, on all workers, if others make another call; collective, and not in the ledger. No-op
-        with a manager."""
+        """Raise RuntimeError on all workers if their calls differ. It is collective, and the ledger does not count it.
+        No-op with a manager."""
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:

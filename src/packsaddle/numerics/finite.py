@@ -128,5 +128,5 @@ def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:
 
 
 def first_out_of_range(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
-    """Return the name of the first tensor for which `is_in_range` is False; None if there is none."""
+    """Return the name of the first tensor for which `is_in_range` is False, or None if all are in range."""
     return next((name for name, tensor in named if tensor is not None and not bool(is_in_range(tensor))), None)

@@ -316,8 +316,9 @@ def test_times_to_the_target_are_steps_by_seconds() -> None:
 def test_figures(tmp_path: Path) -> None:
     curves, steps = a_race()
     files = draw(tmp_path, 2, curves, steps)
-    assert [file.name for file in files] == ["losses-2-workers.png", "times-2-workers.png", "computing-2-workers.png"]
-    assert all(file.stat().st_size > 10_000 for file in files)
+    names = [f"{name}-2-workers-{shade}.svg" for name in ("losses", "computing") for shade in ("light", "dark")]
+    assert [file.name for file in files] == names
+    assert all("<text" in file.read_text() for file in files)
     assert draw(tmp_path, 4, [], []) == []
 
 
@@ -345,7 +346,7 @@ def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert "by seed (2.0000)" in losses["notes"][0]
     assert first["rows"][0]["best peer"] == "diloco-8"
     assert shares["rows"][0]["contender"] == "ddp"
-    assert (tmp_path / "times-2-workers.png").exists()
+    assert (tmp_path / "computing-2-workers-dark.svg").exists()
     assert losses["setting"]["machine"] == "not recorded"  # and not the reader's
 
 

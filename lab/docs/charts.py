@@ -1,0 +1,43 @@
+"""Charts for light and dark pages: NAME-light.svg, and NAME-dark.svg with the same marks in lighter colors."""
+
+import colorsys
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+SHADES = ("light", "dark")
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """Write a matplotlib figure as path-light.svg and path-dark.svg, with text as text; return both."""
+    import matplotlib as mpl
+
+    out = StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "packsaddle"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return write(out.getvalue(), path)
+
+
+def write(svg: str, path: Path) -> list[Path]:
+    """Write an SVG with black text and a white background as path-light.svg and path-dark.svg, both transparent."""
+    clear = re.sub(r"(fill: )#ffffff", r"\1none", svg)
+    dark = re.sub(r"#[0-9a-f]{6}\b", _lighter, clear).replace("<svg ", '<svg fill="#e6edf3" ', 1)
+    files = [path.with_name(f"{path.name}-{shade}.svg") for shade in SHADES]
+    for file, text in zip(files, (clear, dark), strict=True):
+        file.write_text(re.sub(r" +$", "", text, flags=re.MULTILINE))
+    return files
+
+
+def picture(alt: str, path: str) -> str:
+    """Return the HTML of a chart of two files, which `shades` makes follow the site's theme."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.svg">'
+    return f'<picture>\n{dark}\n<img alt="{alt}"\nsrc="{path}-light.svg">\n</picture>'
+
+
+def _lighter(color: re.Match[str]) -> str:
+    """Return a color for a dark page: grays are inverted, and dark colors are lighter."""
+    red, green, blue = (int(color[0][i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
+    light = 1 - light if saturation < 0.15 else max(light, 1 - light)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, light, saturation))
