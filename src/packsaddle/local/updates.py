@@ -472,7 +472,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
-        """Raise RuntimeError on all workers if their calls differ. It is collective, and the ledger does not count it.
+        """Raise RuntimeError on all workers unless all make this `call`. Collective, and not counted in the ledger.
         No-op with a manager."""
         self._workers.check_call(call, self.steps)
 
