@@ -244,7 +244,7 @@ class Fragment(Slice):
         return {} if flat is None else self.by_name(flat)
 
     def _fill(self, flat: Tensor | None, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors, by parameter, into a vector, float[n]; None: no-op."""
+        """Copy saved tensors, by parameter, into a vector, float[n]. No-op if they are None."""
         for name, view in self._named(flat).items():
             view.copy_(saved[name])
 
