@@ -87,8 +87,8 @@ class Workers(Option):
         weight: w_i > 0, the weight of this worker in the mean sum_i w_i C(v_i) / sum_i w_i of the compressed updates,
             such as its number of examples; set on all workers or on none. By default weights are equal. With "steps"
             each worker makes its own number of inner steps in a round, its pace, such that all end the round together,
-            and that number is its weight. The paces follow from the measured times of the workers' steps, and their sum is
-            W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
+            and that number is its weight. The paces follow from the measured times of the workers' steps, and their sum
+            is W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
             more than a tenth. `LocalUpdates.paces` returns them; end a training by `LocalUpdates.rounds`.
         steps: fixed paces for weight="steps", one per worker by rank, such as {0: 12, 1: 4} or [12, 4]. Such a run
             measures nothing, and is bitwise reproducible. None: measured.
