@@ -26,10 +26,9 @@ matrices, AdamW embeddings, norms, biases and the head, at the same rate (`match
 
 import argparse
 import csv
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -364,32 +363,6 @@ class Runs:
         data, _ = texts(self.setting.model.width == 128)
         return sum(p.numel() for p in make_task(self.setting.model, data.shape, data.classes, seed=0).parameters())
 
-    def draw(self, path: Path) -> None:
-        """Draw the loss of the methods of `FIGURE` against steps and against bytes, with names at the curves."""
-        import matplotlib.pyplot as plt
-
-        plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
-        ends = {}
-        for method, (label, colour) in FIGURE.items():
-            if not self.rows(method):
-                continue
-            best = self.best(method)
-            losses = [statistics.fmean(points) for points in zip(*map(_curve, best), strict=True)]
-            steps = [CURVE * (i + 1) for i in range(len(losses))]
-            sent = [step * float(best[0]["kB_a_step"]) / 1e3 for step in steps]
-            left.plot(steps, losses, color=colour, lw=2)
-            right.plot(sent, losses, color=colour, lw=2)
-            ends[label] = losses[-1], colour
-        left.set(xlabel="steps", ylabel="validation loss at the anchor", xlim=(0, self.setting.steps * 1.6))
-        left.set_xticks(range(0, self.setting.steps + 1, self.setting.steps // 4))
-        right.set(xlabel="megabytes that a worker has sent", xscale="log")
-
-        _label_ends(left, ends, self.setting.steps * 1.02)
-        for axes in (left, right):
-            axes.grid(alpha=0.2)
-        figure.savefig(path, dpi=130)
-
 
 def compare(folder: Path) -> str:
     """Return the Markdown table of `COMPARED` in three settings, with each optimizer inside: mean losses over seeds."""
@@ -429,34 +402,11 @@ def _mean(rows: Sequence[dict[str, str]]) -> float:
     return statistics.fmean(float(row["validation_loss"]) for row in rows)
 
 
-def _curve(row: dict[str, str]) -> list[float]:
-    return [float(loss) for loss in row["curve"].split()]
-
-
-FIGURE = {
-    "AdamW, dense, beta1 0.8": ("AdamW, dense", "0.15"),
-    "Muon, dense": ("Muon, dense", "0.55"),
-    "AdamW, local 8, Sign": ("AdamW, LocalUpdates", "#e8871e"),
-    "Muon, local 8, Sign": ("Muon, LocalUpdates", "#d1495b"),
-    "Muon, local SGD 8": ("Muon, torch's local SGD", "#6a994e"),
-    "Muon, DiLoCo 32, 0.5": ("Muon, DiLoCo", "#2e6f95"),
-}
-
-
-def _label_ends(axes: Any, ends: Mapping[str, tuple[float, str]], x: float) -> None:
-    """Write names at the ends of curves, from their last values and colors; apart where the ends are close."""
-    low, high = axes.get_ylim()
-    at, gap = -math.inf, (high - low) * 0.06
-    for label, (last, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
-        at = max(last, at + gap)
-        axes.text(x, at, label, color=colour, va="center")
-
-
 def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("setting", choices=[*SETTINGS, "all"])
-    parser.add_argument("command", choices=("search", "refine", "seeds", "table", "figure", "compare"))
+    parser.add_argument("command", choices=("search", "refine", "seeds", "table", "compare"))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--out", type=Path, help="by default experiments/muon/SETTING.csv; with compare the folder")
     parser.add_argument("--target", type=float, help="search the rate that reaches this validation loss soonest")
@@ -471,8 +421,6 @@ def main() -> None:
     runs = Runs(options.setting, out)
     if options.command == "table":
         print(runs.table(options.methods))
-    elif options.command == "figure":
-        runs.draw(out.with_suffix(".png"))
     for method in options.methods:
         if options.command == "search":
             runs.search(method, options.target)

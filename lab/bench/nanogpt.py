@@ -43,19 +43,13 @@ WIDTH, HEADS, LAYERS = 128, 4, 4
 STEP_TIME = 0.055  # seconds of a step of 12 windows on a core of its own
 
 
-@dataclass(frozen=True)
-class Method:
-    """Dense training, or local updates of one bit every 8 steps, or with other arguments of `LocalUpdates`."""
-
-    local: Mapping[str, Any] | None = None  # None: dense training
-
-
-METHODS = {
-    "dense": Method(),
-    "local": Method({}),
-    "local, no mean momentum": Method({"mean_momentum": 0.0}),
-    "local, agreement": Method({"outer": packsaddle.OuterAgreement(0.5)}),
-    "local, 12 and 4 steps": Method({"workers": packsaddle.Workers(weight="steps", steps=[12, 4])}),  # of two workers
+# Dense training (None), or local updates of one bit every 8 steps with further arguments of `LocalUpdates`.
+METHODS: dict[str, Mapping[str, Any] | None] = {
+    "dense": None,
+    "local": {},
+    "local, no mean momentum": {"mean_momentum": 0.0},
+    "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
+    "local, 12 and 4 steps": {"workers": packsaddle.Workers(weight="steps", steps=[12, 4])},  # of two workers
 }
 
 
@@ -131,15 +125,14 @@ def rate_at(step: int, warm_up: int, steps: int) -> float:
     return 0.1 * RATE + 0.45 * RATE * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
-def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
+def train(text: Text, how: Mapping[str, Any] | None, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
     """Train as this worker; return the held-out loss of the model of all workers, and the bytes that it has sent."""
     # The recipe's network and optimizer; matrices alone have weight decay.
     rank, net = resolve(None).rank, GPT(text.characters, seed)
-    matrices = [p for p in net.parameters() if p.dim() >= 2]
-    others = [p for p in net.parameters() if p.dim() < 2]
+    matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
-    local = None if how.local is None else packsaddle.LocalUpdates(optimizer, model=net, **how.local)
+    local = None if how is None else packsaddle.LocalUpdates(optimizer, model=net, **how)
 
     # Each worker draws its own windows; dense training those of all workers.
     mine = range(workers) if local is None else [rank]
@@ -172,7 +165,7 @@ def make(path: Path, text: Text, name: str, workers: int, seed: int, steps: int 
         return
     torch.set_num_threads(1)
     how = METHODS[name]
-    processes = 1 if how.local is None else workers
+    processes = 1 if how is None else workers
     loss, sent = packsaddle.simulate(lambda _: train(text, how, workers, seed, steps), processes)[0]
     row = {"method": name, "workers": workers, "seed": seed, "steps": steps, "loss": round(loss, 4), "sent": sent}
     add_rows(path, [row | asdict(Origin.here(text=SHA256[:12]))])
@@ -259,8 +252,8 @@ def main() -> None:
     for seed in options.seeds:
         for workers in options.workers:
             for name in options.methods:
-                for steps in options.steps:
-                    if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
+                if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
+                    for steps in options.steps:
                         make(options.out, text, name, workers, seed, steps)
 
 

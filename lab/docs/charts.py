@@ -6,8 +6,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-SHADES = ("light", "dark")
-
 
 def save(figure: Any, path: Path) -> list[Path]:
     """Write a matplotlib figure as path-light.svg and path-dark.svg, with text as text; return both."""
@@ -23,7 +21,7 @@ def write(svg: str, path: Path) -> list[Path]:
     """Write an SVG with black text and a white background as path-light.svg and path-dark.svg, both transparent."""
     clear = re.sub(r"(fill: )#ffffff", r"\1none", svg)
     dark = re.sub(r"#[0-9a-f]{6}\b", _lighter, clear).replace("<svg ", '<svg fill="#e6edf3" ', 1)
-    files = [path.with_name(f"{path.name}-{shade}.svg") for shade in SHADES]
+    files = [path.with_name(f"{path.name}-{shade}.svg") for shade in ("light", "dark")]
     for file, text in zip(files, (clear, dark), strict=True):
         file.write_text(re.sub(r" +$", "", text, flags=re.MULTILINE))
     return files

@@ -60,30 +60,20 @@ def times(canvas: Canvas) -> None:
     """Seconds to the target by link with two workers: the best of packsaddle's methods and of the others."""
     plot = Plot(canvas, LINKS, (0, 25, 50, 75, 100))
     plot.frame("Seconds to a validation loss of 1.6", "two workers, Muon and AdamW inside", "Mbit/s in each direction")
-    ours, theirs = best(2)
-    plot.curve(theirs, canvas.theme.second)
-    plot.curve(ours, canvas.theme.first)
+    plot.curve(best(2, is_ours=False), canvas.theme.second)
+    plot.curve(best(2, is_ours=True), canvas.theme.first)
     canvas.text(200, 116, "local SGD in 16 bits, at its best period", canvas.theme.second, 26, weight="bold")
     canvas.text(80, 226, "LocalUpdates, one or two bits", canvas.theme.first, weight="bold")
 
 
-def best(workers: int) -> tuple[dict[float, list[float]], dict[float, list[float]]]:
-    """Return, by link, the seconds of the three seeds of our fastest method, and of the fastest other one."""
-    runs = [run for run in load_runs(RACE / "target" / "runs.csv") if run.workers == workers and run.target == 1.6]
-    found: tuple[dict[float, list[float]], dict[float, list[float]]] = {}, {}
-    for link in LINKS:
-        seconds: dict[str, list[float]] = {}
-        for run in runs:
-            if run.rate == str(link):
-                seconds.setdefault(run.method, []).append(run.total_s)
-        for side, is_ours in zip(found, (True, False), strict=True):
-            mine = [
-                s
-                for name, s in seconds.items()
-                if len(s) == 3 and (re.match(r"Muon, local \d", name) is not None) is is_ours
-            ]
-            side[link] = min(mine, key=statistics.fmean)
-    return found
+def best(workers: int, *, is_ours: bool) -> dict[float, list[float]]:
+    """Return, by link, the seconds of the three seeds of our fastest method, or of the fastest other one."""
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for run in load_runs(RACE / "target" / "runs.csv"):
+        if (run.workers, run.target, re.match(r"Muon, local \d", run.method) is not None) == (workers, 1.6, is_ours):
+            seconds.setdefault((run.rate, run.method), []).append(run.total_s)
+    whole = {link: [s for (rate, _), s in seconds.items() if rate == str(link) and len(s) == 3] for link in LINKS}
+    return {link: min(found, key=statistics.fmean) for link, found in whole.items()}
 
 
 def speed_ups(canvas: Canvas) -> None:
