@@ -79,7 +79,7 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In other exchanges a chunk's owner keeps a residual of the mean, in the units of the messages.
+        # In other exchanges a chunk's owner keeps a residual of the mean in its error memory, which EF21 does not have.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)
