@@ -27,7 +27,7 @@ class Compression(Option):
             averages one chunk of the vector), "coordinator" (one worker averages all), or "auto", by predicted bytes
             (see `select_aggregator`). Local updates also accept "senders": direct, but each coordinate averaged over
             the workers that sent it, as in SparseLoCo's code; error memories are then not exactly the unsent part of
-            the updates. None: "auto" in local updates of fixed, equally weighted workers, else "direct".
+            the updates. None: "auto" in local updates of a fixed set of workers without sample, else "direct".
         back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.

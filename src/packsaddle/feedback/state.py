@@ -67,11 +67,6 @@ class Vector:
             return found
         if not isinstance(saved, Mapping):
             raise ValueError(f"{dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
-        if self.optional and saved.keys() != self.shapes.keys():
-            raise ValueError(
-                f"{name} is of {len(saved)} parameters in the state, and of {len(self.shapes)} here: was dense_below "
-                f"another?"
-            )
         # Find the tensor of each parameter, below further keys.
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
