@@ -24,10 +24,10 @@ ROOMS = {
     "hooks": (7, 805),
     "integrations": (5, 664),
     "local": (28, 3286),
-    "numerics": (14, 1390),
+    "numerics": (15, 1455),
     "options": (5, 265),
     "plan": (7, 730),
-    "sgd": (5, 785),
+    "sgd": (5, 786),
     "theory": (5, 430),
 }
 # The most code lines in all.

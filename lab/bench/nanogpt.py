@@ -38,7 +38,7 @@ from packsaddle.comm import resolve
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ROWS = Path(__file__).parents[2] / "experiments" / "nanogpt" / "runs.csv"
-BLOCK, BATCH, STEPS, RATE = 64, 12, 2000, 1e-3
+BLOCK, BATCH, STEPS, RATE, WARM_UP = 64, 12, 2000, 1e-3, 100
 WIDTH, HEADS, LAYERS = 128, 4, 4
 STEP_TIME = 0.055  # seconds of a step of 12 windows on a core of its own
 
@@ -48,21 +48,14 @@ class Method:
     """Dense training, or local updates of one bit every 8 steps, or with other arguments of `LocalUpdates`."""
 
     local: Mapping[str, Any] | None = None  # None: dense training
-    warm_up: int = 100  # steps
 
 
-BARE = {"compressor": packsaddle.Rounded("bfloat16"), "mean_momentum": 0.0, "keep_unsent": False}
 METHODS = {
     "dense": Method(),
     "local": Method({}),
     "local, no mean momentum": Method({"mean_momentum": 0.0}),
     "local, agreement": Method({"outer": packsaddle.OuterAgreement(0.5)}),
-    "local, warm-up 500": Method({}, 500),
-    "local, agreement, warm-up 500": Method({"outer": packsaddle.OuterAgreement(0.5)}, 500),
-    "dense, warm-up 500": Method(None, 500),
-    "local SGD in bfloat16, every 8": Method(BARE),
-    "local SGD in bfloat16, every 32": Method({**BARE, "every": 32}),
-    "DiLoCo in bfloat16, every 32": Method({**BARE, "every": 32, "outer": packsaddle.OuterSGD(0.7, 0.9)}),
+    "local, 12 and 4 steps": Method({"workers": packsaddle.Workers(weight="steps", steps=[12, 4])}),  # of two workers
 }
 
 
@@ -151,15 +144,17 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
     # Each worker draws its own windows; dense training those of all workers.
     mine = range(workers) if local is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
-    for step in range(steps):
+    step = 0
+    while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, how.warm_up, steps)
+            group["lr"] = rate_at(step, WARM_UP, steps)
         starts = torch.cat([torch.randint(len(text.train) - BLOCK, (BATCH,), generator=g) for g in generators])
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
         optimizer.zero_grad()
         net(windows[:, :-1], windows[:, 1:]).backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        step = local.position // workers if local is not None and local.paces[0] > 8 else step + 1
 
     if local is not None:
         local.flush()
@@ -264,8 +259,8 @@ def main() -> None:
     for seed in options.seeds:
         for workers in options.workers:
             for name in options.methods:
-                if workers > 1 or name.startswith("dense"):
-                    for steps in options.steps:
+                for steps in options.steps:
+                    if workers == 2 if name.endswith(" steps") else workers > 1 or name.startswith("dense"):
                         make(options.out, text, name, workers, seed, steps)
 
 

@@ -318,6 +318,32 @@ def losses(canvas: Canvas) -> None:
         canvas.text(*at, name, color, wrap, weight="bold")
 
 
+def unequal_speeds(canvas: Canvas) -> None:
+    """The steps of a fast and a slow worker in the time of an equal round, with equal steps and with paces."""
+    theme, every, times, scale = canvas.theme, 8, (1, 3), 20.4
+    ways = (
+        ("Equal steps: the fast one waits", [every, every], 26),
+        ('weight="steps": none waits', [12, 4], 206),
+    )
+    for title, steps, top in ways:
+        canvas.text(4, top - 6, title, weight="bold")
+        span = max(n * t for n, t in zip(steps, times, strict=True))
+        for i, (n, t, color) in enumerate(zip(steps, times, (theme.first, theme.second), strict=True)):
+            y = top + 42 + 56 * i
+            canvas.text(4, y, ("fast", "slow")[i], color)
+            for start in range(0, every * times[1], span):
+                for k in range(n):
+                    canvas.box(56 + scale * (start + k * t), y - 16, scale * t - 3, 32, color, facecolor=color, lw=0)
+                if rest := span - n * t:
+                    canvas.text(70 + scale * n * t, y, f"waits {rest / span:.0%} of the time", theme.muted)
+        for end in range(span, every * times[1] + 1, span):
+            x = 55 + scale * end
+            canvas.axes.plot((x, x), (top + 16, top + 124), color=theme.ink, lw=2, linestyle="--")
+        canvas.text(546, top - 6, f"{sum(steps) * every * times[1] // span} steps", weight="bold", ha="right")
+    canvas.text(546, 352, "exchange", ha="right")
+    canvas.text(4, 352, "A box is a step; time from left to right.", theme.muted)
+
+
 PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
     "local-updates": (local_updates, 646),
     "algorithm": (algorithm, 704),
@@ -326,6 +352,7 @@ PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
     "losses": (losses, 436),
     "times": (times, 436),
     "speed-ups": (speed_ups, 436),
+    "unequal-speeds": (unequal_speeds, 370),
 }
 
 

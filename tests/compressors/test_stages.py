@@ -23,7 +23,7 @@ from packsaddle import (
     TopK,
     simulate,
 )
-from packsaddle.comm.aggregators import part_count
+from packsaddle.compressors.base import part_count
 from packsaddle.compressors.registry import describe, identify
 from packsaddle.numerics.seeds import mix
 

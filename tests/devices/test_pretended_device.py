@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pretended_device import FAULTS, Kind, Log, start
+from pretended_device import FAULTS, Kind, start
 
 
 def _planted(kind: Kind, library: Path) -> dict[str, list[str]]:
@@ -124,11 +124,3 @@ def test_a_device_refuses_what_real_ones_do(kind: Kind, in_child: Callable[..., 
     expected |= {"nccl: cpu": "device type cpu", "nccl: dtype": "Unconvertible NCCL type"} if kind == "cuda" else {}
     assert found.keys() == expected.keys()
     assert all(text in found[name] for name, text in expected.items()), found
-
-
-def test_a_log_counts_events_by_line() -> None:
-    log = Log()
-    log.events["wait", "item", "here.py:1"] += 2
-    log.events["race", "add_ reads", "there.py:2"] += 1
-    assert (log.total("wait"), log.total("wait", "race"), log.total()) == (2, 3, 0)
-    assert log.lines("wait") == ["2 x wait: item at here.py:1"]

@@ -102,3 +102,19 @@ def test_all_methods_inside_muon_and_adamw() -> None:
     table = compare(folder)
     assert table.count("\n") == 1 + len(COMPARED)
     assert table in (folder / "README.md").read_text()
+
+
+def test_workers_of_unequal_speeds() -> None:
+    """The tables of the guide and of the card are the rows, in which paces reach 95% and 93% of all speeds."""
+    folder = DOCS.parent / "experiments" / "pace"
+    guide, card = (DOCS / "unequal-speeds.md").read_text(), (folder / "README.md").read_text()
+    with (folder / "speeds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        percent = f"{float(row['of_the_sum']):.1%}"
+        cells = [row["way"], row["steps_in_a_round"].replace(" ", ", "), row["examples_a_second"], percent]
+        assert f" | {' | '.join(cells)} |" in card
+        assert row["way"] == "without exchanges" or percent in guide
+    two, four = (float(row["of_the_sum"]) for row in rows if row["way"] == "paces")
+    assert two >= 0.95
+    assert four >= 0.93

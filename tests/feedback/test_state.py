@@ -39,14 +39,15 @@ shared: aggregator, aggregator.compressor, aggregator.state, format, identity.ex
 LOCAL = """
 error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*, fragments.*.shift.*
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, share,
-    skips.consecutive, skips.total
+    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, own_steps, pacing,
+    schedule, share, skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
 shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
-    identity.keep_unsent, identity.outer, identity.parameters, identity.seed, outer, resets, steps
+    identity.keep_unsent, identity.outer, identity.parameters, identity.seed, identity.weight_by_steps, outer, resets,
+    steps
 """
 
 

@@ -217,7 +217,10 @@ BACKENDS = {"nccl": "nccl", "mixed": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
 MIXED = ("LocalUpdates", "LocalUpdates, offload", "LocalUpdates, offload overlap", "DDP hook")
 GLOO = (*MIXED, "CompressedSGD, TopK", "LocalUpdates, overlap", "DDP hook, TopK model", "FSDP hook, uncoded")
 # On devices whose tensors are exchanged by way of the host alone, where torch has no DistributedDataParallel.
-STAGED = ("CompressedSGD, TopK", "LocalUpdates", "LocalUpdates, overlap", "LocalUpdates, offload")
+STAGED = (
+    *("CompressedSGD, TopK", "CompressedSGD, QSGD uncoded", "LocalUpdates", "LocalUpdates, clip"),
+    *("LocalUpdates, overlap", "LocalUpdates, overlap fragments", "LocalUpdates, offload"),
+)
 # Without a group: those whose paths differ there, and on other devices than CUDA.
 ALONE = (
     *("torch: SGD", "torch: AdamW", "CompressedSGD, noise", "CompressedSGD, TopK two-way", "CompressedSGD, LowRank"),

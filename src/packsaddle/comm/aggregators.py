@@ -3,18 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator, Parts
-from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
+from packsaddle.comm.communicator import Communicator, Parts, most_bytes
+from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce, message_bytes
 from packsaddle.comm.ledger import Bytes
 from packsaddle.compressors import Compressor, LowRank, Message
+from packsaddle.compressors.base import part_count
 from packsaddle.compressors.low_rank import orthonormal, scaled
+from packsaddle.compressors.parts import Checks, deferred
 from packsaddle.compressors.shared import SharedSupport
 from packsaddle.errors import MessageError
 from packsaddle.numerics.finite import magnitude
@@ -44,6 +45,38 @@ class Term:
 Dense = Tensor | Callable[[tuple[Term, ...]], Tensor]
 
 
+class Invalid:
+    """Suppresses MessageErrors in `with invalid.of(worker):` blocks, and records them. Checks of messages on a GPU are
+    recorded without their results, for which the host would wait."""
+
+    def __init__(self) -> None:
+        self._checks: Checks = []
+
+    @contextmanager
+    def of(self, worker: int | None) -> Iterator[None]:
+        """Context manager of a block that receives a message of `worker`. If it is None, the error itself contains the
+        rank."""
+        first, token = len(self._checks), deferred.set(self._checks)
+        try:
+            yield
+        except MessageError as error:
+            self._checks.append((torch.tensor(False), error))
+        finally:
+            deferred.reset(token)
+        for _, each in self._checks[first:]:
+            each.worker = worker if each.worker is None else each.worker
+
+    @property
+    def error(self) -> MessageError | None:
+        """The first error; None: all messages are valid. The host waits for checks on a GPU."""
+        return next((error for is_valid, error in self._checks if not is_valid), None)
+
+    def report_in(self, number: Tensor) -> None:
+        """Set `number`, float[], to NaN if a message is invalid; the host does not wait for checks on a GPU."""
+        for is_valid, _ in self._checks:
+            number.masked_fill_(~is_valid.to(number.device), float("nan"))
+
+
 @dataclass(frozen=True)
 class Averaged:
     """The result of averaging a vector over workers. `own` and `mean` are sums of terms, on compressed coordinates."""
@@ -53,7 +86,7 @@ class Averaged:
     own: tuple[Term, ...]
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
     dense: Tensor  # float[m], the mean of the uncompressed parts
-    error: MessageError | None = None  # error of an invalid message, for which all workers reject the mean; None: valid
+    invalid: Invalid = field(default_factory=Invalid)  # invalid messages, for which all workers reject the mean
 
     def write_to(self, out: Tensor) -> Tensor:
         """Write the mean of all d coordinates, the uncompressed ones last, to out, zeros[d]; return out."""
@@ -101,7 +134,7 @@ class Aggregator(ABC):
         """Average C(v), v float[d], and the uncompressed part `dense` over workers; collective. Inputs do not change.
 
         If a message of another worker is invalid, this worker sends NaN as dense[flag], so that all workers reject the
-        mean, and sets `Averaged.error`. Without `flag` it raises MessageError.
+        mean, and `Averaged.invalid` has the error. Without `flag` it raises MessageError.
         """
 
     @abstractmethod
@@ -206,8 +239,8 @@ class AllGather(Aggregator):
                 mean += self._terms(message, len(v), 1.0 / channel.group.size)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
         sent = self._terms(own, len(v))
-        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid.error, flag)
-        return Averaged(sent, tuple(mean), mean_dense, invalid.error)
+        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid, flag)
+        return Averaged(sent, tuple(mean), mean_dense, invalid)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         sizes = 0 if self.compressor.fixed_size or not d else 8 * part_count(self.compressor, d)
@@ -324,50 +357,17 @@ class LowRankAllReduce(Aggregator):
         self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
 
 
-@lru_cache(maxsize=4096)
-def part_count(compressor: Compressor, d: int) -> int:
-    part = min(d, 1 << 20)  # without allocating a huge vector
-    return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
-
-
-@lru_cache(maxsize=4096)
-def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
-    return round(compressor.message_bytes(d, itemsize)) if d else 0
-
-
-class Invalid:
-    """Suppresses MessageErrors in `with invalid.of(worker):` blocks and records the first one."""
-
-    error: MessageError | None = None
-
-    @contextmanager
-    def of(self, worker: int | None) -> Iterator[None]:
-        """Context manager of a block that receives a message of `worker`; None: the error itself contains the rank."""
-        try:
-            yield
-        except MessageError as error:
-            error.worker = worker if error.worker is None else error.worker
-            self.error = self.error or error
-
-
-def most_bytes(d: int, parts: Parts) -> int:
-    """Return a loose upper bound on the bytes of a message with these parts for d coordinates."""
-    return (64 * d + 4096) * len(parts)
-
-
 def mean_of_dense(
-    channel: Communicator, dense: Tensor, error: MessageError | None = None, flag: int | None = None
+    channel: Communicator, dense: Tensor, invalid: Invalid | None = None, flag: int | None = None
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers, without a collective if it is empty.
-    With an `error`, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
-    if not len(dense) and error is None:
-        return dense
+    After an `invalid` message, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
     mine = dense.clone()
-    if error is not None:
-        if flag is None:
-            raise error
-        mine[flag] = float("nan")
-    return channel.mean(mine, "dense")
+    if invalid is not None and flag is not None:
+        invalid.report_in(mine[flag])
+    elif invalid is not None and (error := invalid.error) is not None:
+        raise error
+    return channel.mean(mine, "dense") if len(mine) else mine
 
 
 def dense_of(dense: Dense, own: tuple[Term, ...]) -> Tensor:

@@ -167,6 +167,11 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
         raise MessageError("sizes", expected, found, "any compressor", worker)
 
 
+def most_bytes(d: int, parts: Parts) -> int:
+    """Return a loose upper bound on the bytes of a message with these parts for d coordinates."""
+    return (64 * d + 4096) * len(parts)
+
+
 def part_sizes(parts: Parts) -> list[int]:
     """Return the bytes of each part of a message."""
     return [part.numel() * part.element_size() for part in parts.values()]

@@ -7,10 +7,12 @@ all-gather of two workers use both directions of a link simultaneously, and its 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from packsaddle.comm.communicator import ring_all_gather, ring_all_reduce, star_broadcast
 from packsaddle.comm.group import SMALL
 from packsaddle.comm.ledger import Bytes
+from packsaddle.compressors import Compressor
 
 
 @dataclass(frozen=True)
@@ -115,3 +117,8 @@ class Broadcast(Collective):
         children = [sum((1 << i) - 1 + (1 << j) < workers for j in range(i, depth)) for i in range(depth)]
         levels = sum(n > 0 for n in children)
         return Cost(levels, sum(children) - levels, sum(children) * self.payload)
+
+
+@lru_cache(maxsize=4096)
+def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
+    return round(compressor.message_bytes(d, itemsize)) if d else 0

@@ -13,22 +13,11 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from packsaddle.comm.aggregators import (
-    Aggregator,
-    Averaged,
-    Dense,
-    Invalid,
-    Term,
-    Work,
-    dense_of,
-    mean_of_dense,
-    message_bytes,
-    most_bytes,
-    part_count,
-)
-from packsaddle.comm.communicator import Communicator, Parts, part_sizes
-from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
+from packsaddle.comm.aggregators import Aggregator, Averaged, Dense, Invalid, Term, Work, dense_of, mean_of_dense
+from packsaddle.comm.communicator import Communicator, Parts, most_bytes, part_sizes
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce, message_bytes
 from packsaddle.compressors import Compressor, Identity, Message
+from packsaddle.compressors.base import part_count
 from packsaddle.numerics.finite import fill_where, is_in_range
 from packsaddle.numerics.seeds import mix
 
@@ -89,8 +78,8 @@ class Owners(Aggregator):
         def with_own(values: Tensor) -> tuple[Term, ...]:
             return (*others, Term(Identity(), Message({"values": values}), *chunks[rank]))
 
-        mean_dense = mean_of_dense(channel, dense_of(dense, with_own(v[mine])), invalid.error, flag)
-        return Averaged(with_own(v[mine].sub(residual, alpha=size)), mean, mean_dense, invalid.error)
+        mean_dense = mean_of_dense(channel, dense_of(dense, with_own(v[mine])), invalid, flag)
+        return Averaged(with_own(v[mine].sub(residual, alpha=size)), mean, mean_dense, invalid)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid

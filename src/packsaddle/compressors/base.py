@@ -231,6 +231,12 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
     return compressor.expected_parts(d)
 
 
+@lru_cache(maxsize=4096)
+def part_count(compressor: Compressor, d: int) -> int:
+    part = min(d, _PART)  # without allocating a huge vector
+    return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
+
+
 @dataclass(frozen=True)
 class RatioRamp:
     """A schedule of a compressor's ratio, which falls geometrically from `first` at step 0 to its own value at `stop`.

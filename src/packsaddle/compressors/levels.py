@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.parts import Expected, octets
+from packsaddle.compressors.parts import Expected, octets, require
 from packsaddle.errors import MessageError
 from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.kernels import kernel
@@ -132,9 +132,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
         return _from_layers(coded, d, top, head[1])
     if (b := head[1]) >= MOST_BITS:
         raise MessageError("levels", f"Rice codes with a parameter below {MOST_BITS}", b)
-    folded = wire.unpack_rice(coded[2:], d, b, 2 * top, torch.uint8)
-    if folded is None:
-        raise MessageError("levels", f"the code of {d} levels from {-top} to {top}", f"{len(coded)} bytes that are not")
+    folded, is_valid = wire.unpack_rice(coded[2:], d, b, 2 * top, torch.uint8)
+    require(is_valid, "levels", f"the code of {d} levels from {-top} to {top}", f"{len(coded)} bytes that are not")
     # Invert `_folded`, modulo 256: an odd number is the positive level (n + 1) / 2, an even one the level -n / 2.
     return (folded + 1 >> 1).mul_((folded & 1).mul_(2).sub_(1)).add_(top)
 

@@ -5,6 +5,7 @@ loops never index out of bounds, and return None for an invalid message; their c
 """
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,9 @@ from packsaddle.errors import MessageError
 from packsaddle.messages import shown
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+Checks = list[tuple[Tensor, MessageError]]  # a bool[] on a GPU, and the error if it is False
+deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)  # where `require` keeps checks
 
 
 class Expected(NamedTuple):
@@ -71,16 +75,27 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
             raise MessageError(part, f"at most {most:g} in magnitude", f"{low:g} to {high:g}")
 
 
+def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
+    """Raise MessageError, for which the other arguments are, unless is_valid, bool[]. On a GPU the host would wait: if
+    `deferred` has a list, the check and its error are appended to it instead."""
+    error = MessageError(part, expected, found)
+    if is_valid.device.type != "cpu" and (checks := deferred.get()) is not None:
+        checks.append((is_valid, error))
+    elif not is_valid:
+        raise error
+
+
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """Context manager that adds the compressor, and `prefix` before the part's name, to a MessageError."""
+    """Context manager that adds the compressor, and `prefix` before the part's name, to MessageErrors, raised or
+    deferred."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix
 
     def __enter__(self) -> None:
-        pass
+        self._first = len(deferred.get() or [])
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, MessageError):
-            part = self._prefix + error.part
-            raise MessageError(part, error.expected, error.found, shown(self._compressor)) from None
+        for each in (error, *(later for _, later in (deferred.get() or [])[self._first :])):
+            if isinstance(each, MessageError):
+                each.part, each.compressor = self._prefix + each.part, shown(self._compressor)

@@ -222,8 +222,7 @@ class QSGD(Compressor):
         if self.fixed_size:
             return Message({"levels": levels, "scales": norms})
         # Skip buckets whose norm is 0. The host waits once on a GPU, unless many are 0.
-        several = [norms.count_nonzero()] if on_cpu else [norms.count_nonzero(), histogram(levels)]
-        nonzero, *numbers = read(*several)
+        nonzero, *numbers = read(norms.count_nonzero(), *([] if on_cpu else [histogram(levels)]))
         some = self._not_zero(norms, len(v), nonzero)
         counts = torch.tensor(numbers[0]) if numbers and some is None else None
         codes = levels if some is None else some.of(levels)

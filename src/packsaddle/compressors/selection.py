@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.candidates import offered
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 
@@ -32,19 +33,25 @@ def as_integers(v: Tensor) -> Tensor:
 def largest(v: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest magnitudes of v, float[n], increasing int64[k].
 
-    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold sampled
-    to leave slightly more than k. Other devices use torch.topk, which does not synchronize but breaks ties in its own
-    way.
+    The CPU selects the first of equal magnitudes. In a long vector it ranks only the elements above a threshold, which
+    was predicted (see `numerics.candidates`), or sampled to leave slightly more than k. Other devices use torch.topk,
+    which does not synchronize but breaks ties in its own way.
     """
     if v.device.type != "cpu":
         return torch.topk(v.abs(), k, sorted=False).indices.sort().values
     n = v.numel()
     if n < _WORTH_SAMPLING or not 0 < k < n // 4:
         return _top(as_integers(v), k)
-    reached = reaching(v, *sampled_threshold(v[:: n // _SAMPLE], k, n))
+    candidates = offered.get()
+    reached = None if candidates is None else candidates.reached(v, k)
+    reached = reaching(v, *sampled_threshold(v[:: n // _SAMPLE], k, n)) if reached is None else reached
     if len(reached) < k:
         return _top(as_integers(v), k)
-    return reached.index_select(0, _top(as_integers(v.index_select(0, reached)), k))
+    values = v.index_select(0, reached)
+    kept = _top(as_integers(values), k)
+    if candidates is not None:
+        candidates.predict(v, k, float(values[kept].abs().min()))
+    return reached.index_select(0, kept)
 
 
 def largest_of_blocks(

@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.parts import Expected, octets
-from packsaddle.errors import MessageError
+from packsaddle.compressors.parts import Expected, octets, require
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.transfers import indices_where, read
+from packsaddle.numerics.transfers import indices_where
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
 _COMPILED_WIDTH = 56  # largest width in bits that the compiled loops support
@@ -86,29 +85,23 @@ def pack_rice(numbers: Tensor, b: int, unary: int | None = None) -> Tensor:
     return torch.cat([pack_bits(bits), pack(numbers & ((1 << b) - 1), b)])
 
 
-def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
-    """Invert `pack_rice`: return the n numbers; None unless `packed` encodes exactly n, all at most `most`."""
+def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Invert `pack_rice`: return the n numbers, and a bool[] that is True if `packed` encodes exactly n numbers, all at
+    most `most`."""
+    wrong = packed.new_zeros((), dtype=torch.bool)
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
-        numbers: Tensor | None = loop(packed, n, b, most, dtype)
-        return numbers
-    numbers, is_valid = _rice_numbers(packed, n, b, most)
-    return numbers.to(dtype) if is_valid else None
-
-
-def _rice_numbers(packed: Tensor, n: int, b: int, most: int) -> tuple[Tensor, Tensor]:
-    """Return the n numbers that `packed` encodes, int64[n], and a bool[] that is True if they are valid."""
+        found: Tensor | None = loop(packed, n, b, most, dtype)
+        return packed.new_zeros(n, dtype=dtype) if found is None else found, ~wrong if found is not None else wrong
     split = len(packed) - math.ceil(n * b / 8)
-    if split < 0 or not n:
-        return packed.new_zeros(n, dtype=torch.int64), packed.new_full((), split == 0, dtype=torch.bool)
-    bits = unpack_bits(packed[:split], split * 8)
+    bits = unpack_bits(packed[: max(0, split)], 8 * max(0, split))
     ends = indices_where(bits, n)
-    if len(ends) != n:
-        return packed.new_zeros(n, dtype=torch.int64), packed.new_zeros((), dtype=torch.bool)
+    if split < 0 or len(ends) != n or not n:
+        return packed.new_zeros(n, dtype=dtype), wrong | (split == n == 0)
     quotients = torch.nn.functional.pad(ends, (1, 0), value=-1).diff() - 1
     numbers = (quotients << b) | unpack(packed[split:], b, n)
     # Check the quotients too: a number with a very long quotient could overflow.
     is_whole = (bits.sum() == n) & (ends[-1] // 8 + 1 == split)
-    return numbers, is_whole & (quotients.max() <= most >> b) & (numbers.max() <= most)
+    return numbers.to(dtype), is_whole & (quotients.max() <= most >> b) & (numbers.max() <= most)
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
@@ -134,26 +127,22 @@ def unary_bits(numbers: Tensor, b: int) -> Tensor:
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
-    """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or raise MessageError."""
-    if b <= _COMPILED_WIDTH and (loop := kernel("unpack_rice", device=packed.device)):
-        index: Tensor | None = loop(packed, k, b, stop, torch.int64)
-        checks = []
-    else:
-        index, is_valid = _rice_numbers(packed, k, b, stop)
-        checks = [is_valid]
-    if index is not None:
-        # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
-        edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
-        whole = index.add_(1)[:edge].view(-1, kept)
-        whole.cumsum_(1).add_(starts[: edge // kept, None])
-        index[edge:].cumsum_(0).add_(starts[edge // kept :])
-        if len(starts) > 1:
-            checks.append((whole[: len(starts) - 1, -1] <= starts[1:]).all())
-        if k:
-            checks.append(index[-1] < stop)
-        if all(read(*checks)):
-            return index
-    raise MessageError(part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
+    """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or `require` fails."""
+    index, is_valid = unpack_rice(packed, k, b, stop, torch.int64)
+    # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
+    edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
+    whole = index.add_(1)[:edge].view(-1, kept)
+    whole.cumsum_(1).add_(starts[: edge // kept, None])
+    index[edge:].cumsum_(0).add_(starts[edge // kept :])
+    is_valid = is_valid & (whole[: max(0, len(starts) - 1), -1] <= starts[1:]).all()
+    return _required(index, is_valid, stop, part, f"the gaps between {k} numbers below {stop}", len(packed))
+
+
+def _required(index: Tensor, is_valid: Tensor, stop: int, part: str, expected: str, size: int) -> Tensor:
+    """Return increasing indices from a message's `part` of `size` bytes, after `require` that they are valid and below
+    `stop`. A device whose check is deferred reads and writes at them, so there they are clamped."""
+    require(is_valid & (index[-1:] < stop).all(), part, expected, f"{size} bytes that are not")
+    return index if index.device.type == "cpu" else index.clamp_(0, max(0, stop - 1))
 
 
 def encode_indices(index: Tensor, d: int) -> Tensor:
@@ -184,20 +173,16 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
     MessageError unless it encodes k indices of [0, d)."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
-    code, body = int(coded[0]), coded[1:]
+    # The code follows from the length, since the encoder uses the shortest: the first byte is checked, but not read.
+    sizes, body = {code: math.ceil(bits / 8) for code, bits in ((_BITMAP, d), (_FIXED, k * _width(d)))}, coded[1:]
+    code = _RICE if len(body) < min(sizes.values()) else min(sizes, key=lambda c: sizes[c])
+    require(coded[0] == code, "indices", f"in code {code} if it has {len(coded)} bytes", "another code")
     if code == _RICE:
         return unpack_gaps(body, k, k, d, _rice_parameter(d, k), d)
-    if code not in (_BITMAP, _FIXED):
-        raise MessageError("indices", f"in code {_BITMAP}, {_FIXED} or {_RICE}", f"code {code}")
-    size = math.ceil((d if code == _BITMAP else k * _width(d)) / 8)
-    if len(body) != size:
-        raise MessageError("indices", f"{size} bytes after the first", len(body))
     bits = unpack_bits(body, d) if code == _BITMAP else None
     index = unpack(body, _width(d), k) if bits is None else indices_where(bits, k)
     is_valid = (index[1:] > index[:-1]).all() if bits is None else bits.sum() == k
-    if len(index) == k and is_valid & (index[-1] < d):
-        return index
-    raise MessageError("indices", f"{k} increasing numbers below {d}", f"{len(index)} that are not")
+    return _required(index, is_valid, d, "indices", f"{k} increasing numbers below {d}", len(coded))
 
 
 def index_bytes(d: int, k: int) -> Expected:

@@ -175,8 +175,7 @@ class Verdict:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors whose numbers `settle` needs."""
-        found = [self.magnitude] if self.fraction is None else [self.fraction, self.magnitude]
-        return [torch.as_tensor(number) for number in found]
+        return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
         """Replace the tensors with their `numbers`, and return True if the exchange is applied."""
@@ -215,8 +214,7 @@ class Guard:
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
-        norm = update.norm
-        known = norm is not None and bool(norm.isfinite())
+        known = (norm := update.norm) is not None and bool(norm.isfinite())
         invalid = torch.tensor(False) if known else ~is_in_range(v)
         invalid = self._agree(torch.ones_like(invalid) if update.is_known_invalid else invalid)
         if self._unnamed is not None and v.device.type == "cpu" and invalid:

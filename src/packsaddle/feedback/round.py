@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import Averaged, Term, message_bytes
+from packsaddle.comm.aggregators import Averaged, Term
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.cost_model import message_bytes
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import Compressor, identify
 from packsaddle.feedback.checks import Contraction
@@ -170,19 +171,18 @@ class Round:
 
     v: Tensor  # the vector to send, float[n]; after `absorb` its residual
     invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero
-    report: Report  # of this worker; "valid" also if the guard does not name invalid vectors
+    report: Report  # of this worker's vector; "valid" also if the guard does not name invalid vectors
     g: Averaged  # the mean update; deleted by `absorb`
     extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
     measured: Tensor  # float[m], the means over workers of the numbers that `measure` of `exchange` returns
     verdict: Verdict
 
     def __init__(self, feedback: ErrorFeedback, step: int) -> None:
-        self.step, self.feedback, self._memory = step, feedback, feedback.memory
-        self._aggregator = feedback.choice.aggregator
+        self.step, self.feedback = step, feedback
+        self._memory, self._aggregator = feedback.memory, feedback.choice.aggregator
         self._snapshot: Any = self._aggregator.snapshot()
-        self.absorbed = False
+        self.absorbed, self._is_open = False, True
         self._unsent: Tensor | None = None  # the uncompressed numbers removed by clipping; None: 0
-        self._is_open = True
 
     def correct(self, update: Update) -> Tensor:
         """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros."""
@@ -228,8 +228,7 @@ class Round:
 
         to_send = sent if measure is None else with_measured
         g = self._aggregator.average(f.channel, v[:n], to_send, seed=f.seed, step=self.step, flag=at)
-        if g.error is not None:
-            self.report = self.report or Report.of_message(g.error)
+        self._invalid = g.invalid
         lengths = [len(v) - n, *(len(extra) for extra in extras)]
         mean, flag, *others = torch.split(g.dense, [*lengths, len(g.dense) - sum(lengths)])
         *self.extras, self.measured = [other.clone() for other in others]
@@ -239,6 +238,12 @@ class Round:
         self.g = replace(g, dense=mean)
         self.verdict = f.guard.verdict(self.g, flag)
         return self.g
+
+    def full_report(self) -> Report:
+        """Return this worker's report of its vector and the messages that it received. After an exchange on a GPU, the
+        host waits for the checks of the messages."""
+        error = None if self.report else self._invalid.error
+        return self.report if error is None else Report.of_message(error)
 
     def apply(self, target: Target) -> None:
         """Apply the mean update to the target (line 11), and store the residual in the error memory. No-op for a

@@ -116,7 +116,8 @@ class DDPHook(GradientHook, Exchanging):
             raise
         for bucket in buckets:  # a rejected exchange becomes NaN on all workers, so all scalers skip the step
             fill_where(bucket.buffer, (code != 0).any(), float("nan"))
-        self._complete = buckets[-1].is_last
+        if buckets[-1].is_last:
+            self._complete()
 
     def _begin(self) -> None:
         """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""

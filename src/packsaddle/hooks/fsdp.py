@@ -150,7 +150,7 @@ class FSDPHook(GradientHook, Exchanging):
         fill_where(gradient, (code != 0).any(), float("nan"))
         # Reading the code waits for the GPU: read it only in a module's first exchange; `_settle` reads all of them.
         if (is_first or code.device.type == "cpu") and code[2]:
-            self._complete = True
+            self._complete()
             self._settle()
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ class FSDPHook(GradientHook, Exchanging):
         if self._steps and self._drift.due(self._steps - 1):
             named = [(name, local.to(self.device)) for name, local in local_shards(self._model)]
             self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named, self._step_rates)
-        self._complete = True
+        self._complete()
 
     @property
     def device(self) -> torch.device:

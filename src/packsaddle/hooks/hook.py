@@ -33,6 +33,7 @@ from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.budget import Allocation
 from packsaddle.hooks.unused import Usage, clear_unused
 from packsaddle.numerics.finite import is_finite
+from packsaddle.numerics.transfers import Readback
 from packsaddle.options.agreement import Option
 
 Scope = Literal["bucket", "model"]
@@ -130,8 +131,7 @@ class GradientHook(Records, ABC):
     saved_state: State  # set by subclasses
 
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
-        self.channel = channel
-        self.rules, self._allocation = rules, Allocation(d)
+        self.channel, self.rules, self._allocation = channel, rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
@@ -148,8 +148,7 @@ class GradientHook(Records, ABC):
         self._scale = 1.0  # the GradScaler's factor of the gradients
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
-        self._report = Report()  # this worker's first report of an invalid vector or message
-        self._complete = False
+        self._outcome: Readback | None = None  # the codes of a complete pass
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
         self._fresh = True  # False: gradients include those of earlier passes
@@ -258,7 +257,6 @@ class GradientHook(Records, ABC):
         clear_unused(part.slice.views(v), None if usage is None else usage.here)
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         r.exchange([bits.to(v) for bits in (*identity, *flags)])
-        self._report = self._report or r.report
         # Lines 11 and 12: the user's optimizer applies the gradients to x.
         by_any = None if usage is None else r.extras.pop() > 0
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
@@ -272,16 +270,20 @@ class GradientHook(Records, ABC):
         self._codes.append(r.verdict.code(is_unlike))
         return self._codes[-1]
 
+    def _complete(self) -> None:
+        """End the exchanges of a backward pass: begin to copy their outcome to the host."""
+        self._outcome = Readback(torch.stack(self._codes))
+
     def _settle(self, *, interrupted: bool = False) -> None:
         """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
         No-op during a backward pass. Raises RuntimeError if workers exchanged different slices."""
         with self._lock:
-            if not self._pass or not (self._complete or interrupted):
+            if not self._pass or not (self._outcome or interrupted):
                 return
             # All workers read the same codes, so all commit every slice, or none does.
-            codes = torch.stack(self._codes).tolist() if self._complete else []
+            codes = self._outcome.tolist() if self._outcome else []
             rejected = [code for code in codes if any(number != 0 for number in code)]  # a NaN is not 0
-            applied = self._complete and not rejected
+            applied = self._outcome is not None and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code[2]]
             self._allocation.close(apply=applied)
             for part in self._pass:
@@ -291,15 +293,16 @@ class GradientHook(Records, ABC):
             if applied:
                 self._skips.reset_streak()
                 self._rejected = [] if self._fresh else self._rejected
-            elif self._complete and not unlike:
+            elif self._outcome and not unlike:
                 self._rejected = list(self._protected)
                 others = "a gradient of another worker" if any(code[0] for code in rejected) else THE_MEAN
-                skip = Skip.of(self._steps, {self.channel.group.rank: self._report}, others)
+                reports = (report for r in self._pass if (report := r.full_report()))  # the first one counts
+                skip = Skip.of(self._steps, {self.channel.group.rank: next(reports, Report())}, others)
                 if not skip.workers and any(math.isnan(code[0]) for code in rejected):
                     skip = replace(skip, message="another worker has received an invalid message")
                 self._skips.record(skip)
             self._steps += applied
-            self._pass, self._codes, self._complete, self._report = [], [], False, Report()
+            self._pass, self._codes, self._outcome = [], [], None
             if unlike:
                 raise RuntimeError(
                     f"replicas must use the same modules in a backward pass, in one order, but while this one reduced "

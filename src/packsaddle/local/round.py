@@ -179,7 +179,8 @@ class LocalRound:
         assert self.exchanged is not None
         # Above 0: a worker's v is invalid; NaN: a message is.
         if self.exchanged.verdict.fraction != 0 and not self.reports:
-            texts = self.part.feedback.channel.gather_text(str(self.exchanged.report), self.invalid.device, "guard")
+            report, where = str(self.exchanged.full_report()), self.invalid.device
+            texts = self.part.feedback.channel.gather_text(report, where, "guard")
             self.reports = list(map(Report.read, texts))
 
     def close(self) -> bool:

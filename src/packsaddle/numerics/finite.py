@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from packsaddle.numerics.candidates import Candidates
 from packsaddle.numerics.devices import wide, widened
 from packsaddle.numerics.kernels import kernel
 
@@ -79,16 +80,21 @@ def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Te
 Sum = tuple[Tensor, Tensor, float]  # (out, more, alpha): out += alpha * more, tensors of the same shape
 
 
-def add_if_finite(sums: Iterable[Sum]) -> float | None:
+def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> float | None:
     """Add alpha * more to out for all `sums`, in place; return an upper bound on the squared norm of all results.
+    If each `out` is a range of a vector and they cover its compressed coordinates, collect `candidates` of the vector.
 
     Returns None if a sum of squares of elements of `out` or `alpha * more` is non-finite. Completed additions are then
     undone by subtraction, so all tensors are unchanged up to rounding.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
+    lines.sort(key=lambda line: line[0].storage_offset())
     add = kernel("add_finite", *(line for out, more, _ in lines for line in (out, more))) or _add_finite
-    added, squares = add(lines)
+    wanted = (math.inf, 0) if candidates is None else (candidates.threshold, candidates.room)
+    added, squares, reached = add(lines, *wanted)
     if math.isfinite(squares):
+        if candidates is not None:
+            candidates.collect([out for out, _, _ in lines], added, reached)
         return 2 * squares  # |a + b|^2 <= 2 (|a|^2 + |b|^2)
     for i, start, stop in added:
         out, more, alpha = lines[i]
@@ -105,8 +111,8 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     return out.unsqueeze(0), more.unsqueeze(0)
 
 
-def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]:
-    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`."""
+def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
+    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`, which finds no indices."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):
@@ -115,11 +121,11 @@ def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]
             norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
             squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
             if not squares <= torch.finfo(out.dtype).max:  # False for a NaN
-                return added, math.inf
+                return added, math.inf, []
             o.add_(m, alpha=alpha)
             added.append((i, start, start + len(o)))
             total += squares
-    return added, total
+    return added, total, [None] * len(added)
 
 
 def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:

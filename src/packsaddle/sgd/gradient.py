@@ -14,6 +14,7 @@ from packsaddle.errors import check_momentum
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
+from packsaddle.numerics.candidates import Candidates
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_out_of_range
 
@@ -61,6 +62,7 @@ class Gradient:
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
+        self.candidates = Candidates(flat.compressed_d)  # for the largest coordinates of the last sum
         self.norm: Tensor | None = None  # upper bound on the norm of the last sum computed; None: not measured
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
@@ -85,7 +87,10 @@ class Gradient:
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
         """Add scale * u to out, float[d], in place. If the sum is not finite, undo it up to rounding, return False."""
-        squares = add_if_finite(self._sums(out, scales, extras))
+        # Noise, decay and frozen parameters change out after the pass that could collect candidates.
+        self.candidates.discard()
+        is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
+        squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)
         if squares is None:
             return False
         self.norm = out.flat.new_tensor(squares, dtype=wide(out.flat.device)).sqrt()

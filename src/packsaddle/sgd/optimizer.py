@@ -262,7 +262,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             given = v[:0] if scalars is None else scalars.detach().reshape(-1).to(v)
             factors = self._factors(v)
-            round.exchange([given, factors])  # line 10: g^(i) = C(v), and its mean over workers
+            with self._direction.candidates.offer():
+                round.exchange([given, factors])  # line 10: g^(i) = C(v), and its mean over workers
             self.scalars, mean_factors = round.extras
             self._compare_factors(factors, mean_factors)
             round.apply(self._target)  # line 11: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i)
@@ -344,7 +345,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
             # Gather each worker's first invalid parameter or message, and its number of consecutive skipped steps.
-            report = round.report
+            report = round.full_report()
             if round.invalid:
                 report = Report("vector", self._direction.first_out_of_range() or THE_SUM)
             text = torch.tensor(list(str(report).encode()), dtype=torch.uint8)

@@ -7,7 +7,7 @@ not accept. What a CPU hides is recorded in a `Log`, with the line of packsaddle
 
     wait             the host waits for the device: item, nonzero, masks, blocking copies, gloo with device tensors
     background wait  the same in packsaddle's background thread, while training continues
-    busy wait        the host waits for an event, while its stream has more to do
+    busy wait        the host waits for an event, after which its stream, or one that waits for it, has more to do
     race             a stream, or the host, accesses memory without waiting for the last access of another one
     freed too early  a kernel writes into memory that was freed while another stream might still use it
     unordered        a floating-point result that depends on the order of atomic additions

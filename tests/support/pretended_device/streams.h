@@ -14,6 +14,7 @@
 
 #include <array>
 #include <cstring>
+#include <deque>
 #include <list>
 #include <map>
 #include <mutex>
@@ -300,6 +301,24 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     Clock clock;
     int stream;
   };
+  // Stream `waiter` waits, before its next operation, for operation `at` of stream `of`; it has launched `mine` before.
+  struct Wait {
+    int waiter, of;
+    uint64_t at, mine;
+  };
+  mutable std::deque<Wait> waits;  // the last ones
+  static constexpr size_t kWaits = 1 << 14;
+
+  bool has_more(int stream) const { return !covers(host, stream, clocks[stream][stream]); }
+  // Does a device have operations to do that begin after this event?
+  bool is_busy_after(const Event& e) const {
+    if (!covers(e.clock, e.stream, clocks[e.stream][e.stream])) return true;
+    std::set<int> found;  // the first wait that covers the event counts
+    for (auto& w : waits)
+      if (w.of == e.stream && w.at >= e.clock[e.stream] && found.insert(w.waiter).second)
+        if (clocks[w.waiter][w.waiter] > w.mine && has_more(w.waiter)) return true;
+    return false;
+  }
   void record(void** e, const Stream& s, const DeviceIndex, const c10::EventFlag) const override {
     Lock lock;
     if (!*e) *e = new Event{};
@@ -308,15 +327,21 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void* e, const Stream& s) const override {
     Lock lock;
-    if (e) join(clocks[s.id()], static_cast<Event*>(e)->clock);
+    if (!e) return;
+    auto& mine = clocks[s.id()];
+    auto& clock = static_cast<Event*>(e)->clock;
+    for (int of = 0; of < kStreams; ++of)
+      if (clock[of] > mine[of]) waits.push_back({static_cast<int>(s.id()), of, clock[of], mine[s.id()]});
+    while (waits.size() > kWaits) waits.pop_front();
+    join(mine, clock);
   }
   bool queryEvent(void*) const override { return true; }
   void destroyEvent(void* e, const DeviceIndex) const noexcept override { delete static_cast<Event*>(e); }
   void synchronizeEvent(void* e) const override {
     Lock lock;
     if (!e) return;
-    auto& [clock, stream] = *static_cast<Event*>(e);
-    host_waits_for(clock, "Event.synchronize", covers(clock, stream, clocks[stream][stream]) ? "wait" : "busy wait");
+    auto& found = *static_cast<Event*>(e);
+    host_waits_for(found.clock, "Event.synchronize", is_busy_after(found) ? "busy wait" : "wait");
   }
   double elapsedTime(void*, void*, const DeviceIndex) const override { return 1.0; }
   void recordDataPtrOnStream(const c10::DataPtr& p, const Stream& s) const override {

@@ -274,37 +274,49 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
         energy[0, b] += x * x
 
 
-def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
+def add_finite(
+    sums: Sequence[tuple[Tensor, Tensor, float]], limit: float = np.inf, room: int = 0
+) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
     """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a sum of squares overflows.
-    Return the completed ranges (index of the sum, start, stop), and their sum of squares, infinite if stopped."""
+
+    Return the completed ranges (index of the sum, start, stop), their sum of squares, infinite if stopped, and for each
+    range the indices in `out` at which the magnitude of the result is at least `limit`, or None if these may be more
+    than `room`.
+    """
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
-    added, total = [], 0.0
+    added, total, reached = [], 0.0, list[Tensor | None]()
     # Long vectors are divided among threads. If a sum of squares overflows, the caller undoes all ranges in `added`.
     for i, (o, m, factor) in enumerate(ready):
         squares = 0.0
-        for start, stop, of_part in _in_threads(o, m, factor):
+        for start, stop, of_part, found in _in_threads(o, m, factor, scalar(limit, o), room):
             added.append((i, start, stop))
+            reached.append(found)
             squares += of_part
         total += squares
         if squares == np.inf:
             break
-    return added, total
+    return added, total, reached
 
 
-def _in_threads(out: Array, more: Array, factor: Any) -> list[tuple[int, int, float]]:
-    def part(start: int, stop: int) -> tuple[int, int, float]:
-        added, squares = _add_finite(out[start:stop], more[start:stop], factor)
-        return start, start + added, squares
+def _in_threads(
+    out: Array, more: Array, factor: Any, limit: Any, room: int
+) -> list[tuple[int, int, float, Tensor | None]]:
+    def part(start: int, stop: int) -> tuple[int, int, float, Tensor | None]:
+        found = torch.empty(min(room, stop - start) + 2 * _LINE if room else 0, dtype=torch.int64)
+        added, squares, n = _add_finite(out[start:stop], more[start:stop], factor, limit, start, found.numpy())
+        return start, start + added, squares, found[:n] if n + _LINE <= len(found) else None
 
     return in_parts(len(out), _LINE, part)
 
 
 _LINE = 128  # elements added at a time, few enough that the next ones are prefetched during the addition
+_PIECE = 32  # elements searched at a time
 
 
 @compiled_fma
-def _add_finite(out: Array, more: Array, factor: Any) -> Any:
+def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, found: Array) -> Any:
+    n: Any = 0
     total = 0.0
     for start in range(0, len(out), _LINE):
         o, m = out[start : start + _LINE], more[start : start + _LINE]
@@ -313,8 +325,19 @@ def _add_finite(out: Array, more: Array, factor: Any) -> Any:
             u = factor * m[i]
             squares += o[i] * o[i] + u * u
         if not np.isfinite(squares):
-            return start, np.inf
+            return start, np.inf, n
         for i in range(len(o)):
             o[i] = o[i] + factor * m[i]
         total += squares
-    return len(out), total
+        if n + _LINE > len(found):  # full, or there is no limit
+            continue
+        # Search the line while it is in the cache.
+        for at in range(0, len(o), _PIECE):
+            piece = o[at : at + _PIECE]
+            c: Any = np.int32(0)
+            for i in range(len(piece)):
+                c += np.int32(abs(piece[i]) >= limit)
+            for i in range(len(piece) if c else 0):  # branch-free: indices below the limit are overwritten
+                found[n] = offset + start + at + i
+                n += np.int64(abs(piece[i]) >= limit)
+    return len(out), total, n

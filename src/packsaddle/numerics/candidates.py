@@ -1,0 +1,72 @@
+"""Candidates for the k largest magnitudes of a long vector on a CPU, collected in the pass that computes the vector.
+
+The last selection's k-th largest magnitude predicts a threshold for the next selection. The code that computes the
+vector collects the indices that reach it. The code that selects from the vector ranks these alone, if they are at least
+k. Otherwise it makes a pass of its own, so the selected coordinates never depend on the prediction.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int, int]  # index of a tensor, and the first and last + 1 of its elements
+_MARGINS = 0.005, 0.3  # the least and the most relative distance of the threshold from the predicted magnitude
+_MOST_GROWTH = 1.5  # of the k-th largest magnitude from one selection to the next
+_ROOM = 8  # candidates to collect at most, as a multiple of k
+
+offered: ContextVar["Candidates | None"] = ContextVar("packsaddle_candidates", default=None)
+
+
+class Candidates:
+    """Indices that may be among the largest of the first n coordinates of one vector, and how to collect them."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.threshold, self.room = math.inf, 0  # the magnitude from which indices are collected, and how many at most
+        self._margin, self._last = 0.03, 0.0  # the margin, and the k-th largest magnitude in the last selection
+        self._found: tuple[int, Tensor] | None = None  # address of the vector, and its indices, increasing int64[m]
+
+    def collect(self, outs: Sequence[Tensor], ranges: Sequence[Range], found: Sequence[Tensor | None]) -> None:
+        """Keep the indices `found` in each range of `outs`, views of the vector in the order of its coordinates.
+        No-op if they do not cover the first n coordinates."""
+        parts, end = list[Tensor](), 0
+        for (i, start, stop), indices in zip(ranges, found, strict=True):
+            first = int(outs[i].storage_offset())
+            if first < self.n and first + start == end and indices is not None:
+                parts, end = [*parts, indices + first], first + stop
+        if end == self.n and self.threshold < math.inf:
+            self._found = outs[0].untyped_storage().data_ptr(), torch.cat(parts)
+
+    def discard(self) -> None:
+        """Discard the indices. Call before the vector changes."""
+        self._found = None
+
+    @contextmanager
+    def offer(self) -> Iterator[None]:
+        """Context manager of a block in which a selection from the vector may use and predict these candidates."""
+        token = offered.set(self)
+        try:
+            yield
+        finally:
+            offered.reset(token)
+
+    def reached(self, v: Tensor, k: int) -> Tensor | None:
+        """Return the indices for v, float[n], and discard them; None if they are of another vector or fewer than k."""
+        found, self._found = self._found, None
+        m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
+        # Too few candidates cost a second pass, and so do too many, which are not collected.
+        factor = 2.0 if m < k else 0.97 if m < 3 * k else 0.8
+        self._margin = min(_MARGINS[1], max(_MARGINS[0], factor * self._margin))
+        return found[1] if found is not None and k <= m < _ROOM * k else None
+
+    def predict(self, v: Tensor, k: int, least: float) -> None:
+        """Set the next threshold, after a selection of k coordinates from v. `least` is the k-th largest magnitude, and
+        is predicted to grow as it did since the last selection."""
+        if len(v) == self.n and 0 < least < math.inf:
+            growth = least / (self._last or least)
+            predicted = least * min(_MOST_GROWTH, max(1 / _MOST_GROWTH, growth))
+            self.threshold, self.room, self._last = predicted * (1 - self._margin), _ROOM * k, least
