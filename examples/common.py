@@ -33,7 +33,8 @@ def report(
     losses: list[float],
 ) -> None:
     """Print a worker's line: its loss, its bytes beside DistributedDataParallel's, and a digest of its weights."""
-    weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().float().cpu()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]  # a DTensor has a shard
+    weights = torch.nn.utils.parameters_to_vector(whole).detach().float().cpu()
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth

@@ -20,7 +20,7 @@ ROOMS = {
     "comm": (17, 1836),
     "compressors": (17, 2040),
     "curvature": (15, 1925),
-    "feedback": (14, 1445),
+    "feedback": (14, 1450),
     "hooks": (7, 805),
     "integrations": (5, 664),
     "local": (28, 3286),
@@ -31,7 +31,7 @@ ROOMS = {
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_495, 11_560, 32_080
+LIBRARY, LAB, TESTS = 18_495, 11_560, 32_095
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packsaddle.comm.sharding import is_replicated, is_sharded, local_part
+from packsaddle.comm.sharding import is_sharded, is_split, local_part
 
 
 def look() -> dict[str, Any]:
@@ -22,7 +22,7 @@ def look() -> dict[str, Any]:
     part = local_part(model.weight)
     part.zero_()  # in the same memory, and without a graph
     return {
-        "replicated": [is_replicated(t) for t in (whole, sharded, copied)],
+        "split": [is_split(t) for t in (whole, sharded, copied)],
         "parts": [local_part(t).tolist() for t in (whole, sharded, copied)],
         "sharded": [is_sharded(m) for m in (nn.Linear(2, 2), model, frozen)],
         "left": float(model.weight.detach().to_local().abs().sum()),
@@ -36,6 +36,6 @@ def test_shards_and_copies_are_told_apart(gloo: Callable[..., list[Any]]) -> Non
     assert first["parts"] == [numbers, numbers[:3], numbers]
     assert second["parts"] == [numbers, numbers[3:], numbers]
     for found in (first, second):
-        assert found["replicated"] == [False, False, True]
+        assert found["split"] == [False, True, False]
         assert found["sharded"] == [False, True, False]
         assert (found["left"], found["leaf"]) == (0.0, False)

@@ -27,10 +27,8 @@ from packsaddle import (
     simulate,
 )
 from packsaddle.comm import Solo, resolve
-from packsaddle.comm.aggregators import AllGather
 from packsaddle.integrations import measures
 from packsaddle.local.clipping import Standing, factors_of
-from packsaddle.local.options import LocalOptions
 
 W, LR = 5, 0.1
 LOUD = 3  # the worker whose gradients are larger
@@ -184,13 +182,6 @@ def test_an_update_that_is_not_finite_is_not_counted() -> None:
 def test_a_limit_is_at_least_one(value: Any) -> None:
     with pytest.raises(ValueError, match="clip must be finite and at least 1, or None, got"):
         Workers(clip=value)
-
-
-def test_shards_are_refused() -> None:
-    options = LocalOptions.of(TopK(0.2), 0, Workers(clip=2.0), 0.0, every=4)
-    options.check_aggregator(AllGather(TopK(0.2)), sharded=False)
-    with pytest.raises(ValueError, match="clip must be None with DTensors"):
-        options.check_aggregator(AllGather(TopK(0.2)), sharded=True)
 
 
 def test_one_worker_is_never_clipped() -> None:

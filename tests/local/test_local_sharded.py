@@ -11,7 +11,7 @@ from specs import local_options
 from torch import Tensor, nn
 
 from packsaddle import Compression, Identity, LocalUpdates, TopK, keep_gradients_local
-from packsaddle.comm import Solo, machine_group
+from packsaddle.comm import Solo
 
 Gloo = Callable[..., list[Any]]
 WHOLE = Compression(Identity(), dense_below=0)
@@ -175,56 +175,6 @@ def test_ddp_that_exchanges_no_buffers(gloo: Gloo) -> None:
 def test_ddp_that_exchanges_is_found(gloo: Gloo) -> None:
     with pytest.raises(AssertionError, match="gradients are equal bit for bit on all 2 workers at the first step"):
         gloo(behind_ddp, 2, False)
-
-
-def on_machines(delay: int) -> tuple[list[Tensor], list[Tensor], int, float]:
-    """Two machines of two processes, whose gradients DistributedDataParallel averages within the machine."""
-    group = machine_group(2)
-    kind = Compression(TopK(0.2), dense_below=1)
-    model = nn.parallel.DistributedDataParallel(network(), process_group=group.within)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    local = LocalUpdates(optimizer, every=3, compressor=kind, overlap=delay, workers=group)
-    alone = network()
-    inner = torch.optim.AdamW(alone.parameters(), lr=0.05)
-    # The twin: process 0 of each machine, with both processes' batches.
-    between = dist.new_group([0, 2], use_local_synchronization=True) if dist.get_rank() % 2 == 0 else None
-    twin = LocalUpdates(inner, every=3, compressor=kind, overlap=delay, workers=between or Solo())
-    rngs = [torch.Generator().manual_seed(dist.get_rank() // 2 * 2 + i) for i in range(2)]
-    for _ in range(10):
-        batches = [torch.randn(4, 6, generator=rng) for rng in rngs]
-        optimizer.zero_grad()
-        model(batches[dist.get_rank() % 2]).square().mean().backward()
-        optimizer.step()
-        inner.zero_grad()
-        (sum(alone(batch).square().mean() for batch in batches) / 2).backward()  # type: ignore[union-attr]
-        inner.step()
-    local.wait(), twin.wait()
-    ours, theirs = ([p.detach() for p in m.parameters()] for m in (model, alone))
-    return ours, theirs, local.ledger.total.sent, twin.ledger.total.sent
-
-
-@pytest.mark.parametrize("delay", [0, 2])
-def test_machines_are_workers(gloo: Gloo, delay: int) -> None:
-    """One process of a machine sends, and the run is that of one worker a machine with both processes' batches."""
-    found = gloo(on_machines, 4, delay)
-    for rank, (ours, alone, sent, sent_alone) in enumerate(found):
-        for a, b in zip(ours, found[rank // 2 * 2][0], strict=True):
-            assert torch.equal(a, b)
-        if rank % 2 == 0:
-            assert sent == sent_alone > 0
-            for a, b in zip(ours, alone, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        else:
-            assert sent == 0
-
-
-def machines_refused() -> None:
-    machine_group(3)
-
-
-def test_machines_of_unequal_size_are_refused(gloo: Gloo) -> None:
-    with pytest.raises(AssertionError, match="processes must divide the 2 processes there are, got 3"):
-        gloo(machines_refused, 2)
 
 
 def test_a_model_without_ddp_is_left_alone(tmp_path: Path) -> None:

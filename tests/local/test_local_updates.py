@@ -425,7 +425,7 @@ def test_refusals() -> None:
         "blend needs a delay": lambda: make(blend=0.5),
         "blend must be None or in [0, 1], got 2": lambda: make(blend=2, delay=1),
         "exchange must be one of direct, auto": lambda: make(exchange="median"),
-        "workers must be a process group, Workers or Elastic, got 4: the launcher sets": lambda: make(workers=4),
+        "workers must be a process group, a DeviceMesh, Workers or Elastic, got 4": lambda: make(workers=4),
         "compressor must be a packsaddle Compressor": lambda: make(compressor=0.1),
         "compressor must be made, as RandomK(0.01) or Sign() is, got the class TopK": lambda: make(compressor=TopK),
         'memory must be "buffer" for local updates': lambda: make(compressor=Compression(TopK(0.1), memory="ef21")),
@@ -451,7 +451,7 @@ def test_refusals() -> None:
         "blend must be None or in [0, 1], got 'a'": lambda: make(blend="a", delay=1),
         "nesterov must be True, False or None, got 3": lambda: OuterSGD(nesterov=3),  # type: ignore[arg-type]
         "momentum must be in [0, 1), got 'a'": lambda: OuterSGD(momentum="a"),  # type: ignore[arg-type]
-        "workers must be a process group, Workers or Elastic, got 'x'": lambda: make(workers="x"),
+        "workers must be a process group, a DeviceMesh, Workers or Elastic, got 'x'": lambda: make(workers="x"),
         "keep_unsent must be True or False, got 'no'": lambda: make(keep_unsent="no"),
         "offload must be True or False, got 'no'": lambda: make(offload="no"),
     }

@@ -209,7 +209,8 @@ def test_processes_are_the_simulation(gloo: Gloo) -> None:
         ({"weight": 2.0, "exchange": "senders"}, 'exchange must not be "senders" with weight or sample'),
         ({"weight": 2.0, "escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with weight or sample: its"),
         ({"weight": "steps", "sample": 0.5}, 'sample must be 1 with weight="steps", got 0.5'),
-        ({"steps": [8, 3]}, 'steps must be None unless weight="steps", got [8, 3]'),
+        ({"steps": [8, 3]}, 'steps must be numbers by rank with weight="steps", else None, got [8, 3]'),
+        ({"weight": "steps", "steps": 8}, 'steps must be numbers by rank with weight="steps", else None, got 8'),
         ({"weight": "steps", "steps": {0: 8, 2: 3}}, "steps must have the ranks 0, 1, ... as keys, got {0: 8, 2: 3}"),
         ({"weight": "steps", "steps": {1: 0, 0: 8}}, "steps[1] must be an integer of at least 1, got 0"),
         (

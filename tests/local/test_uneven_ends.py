@@ -29,7 +29,7 @@ from packsaddle import (
     Workers,
     simulate,
 )
-from packsaddle.comm import Solo, machine_group
+from packsaddle.comm import Solo
 
 Gloo = Callable[..., list[Any]]
 Found = tuple[Tensor, dict[str, Tensor], int, int]
@@ -226,21 +226,22 @@ def test_throw_on_early_termination(gloo: Gloo) -> None:
     assert "Detected at least one rank that exhausted inputs" in second
 
 
-def on_machines() -> tuple[list[Tensor], list[Tensor], int]:
-    """Two machines of two processes, with 10 and 13 steps; DistributedDataParallel within the machine."""
-    group = machine_group(2)
+def on_sites() -> tuple[list[Tensor], list[Tensor], int]:
+    """Two sites of two processes, with 10 and 13 steps; DistributedDataParallel within the site."""
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("sites", "site"))  # type: ignore[attr-defined]
     kind = Compression(TopK(0.2), dense_below=1)
     torch.manual_seed(0)
     model, alone = (nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).double() for _ in range(2))
     alone.load_state_dict(model.state_dict())
-    wrapped = DistributedDataParallel(model, process_group=group.within)
+    wrapped = DistributedDataParallel(model, process_group=mesh.get_group(1))
     optimizer, inner = (torch.optim.SGD(m.parameters(), lr=0.05) for m in (model, alone))
-    local = LocalUpdates(optimizer, every=3, compressor=kind, workers=group)
-    # The twin: process 0 of each machine, with both processes' batches.
+    local = LocalUpdates(optimizer, every=3, compressor=kind, workers=mesh)
+    # The twin: process 0 of each site, with both processes' batches.
     leaders = dist.new_group([0, 2], use_local_synchronization=True) if dist.get_rank() % 2 == 0 else None
     other = LocalUpdates(inner, every=3, compressor=kind, workers=leaders or Solo())
     rngs = [torch.Generator().manual_seed(dist.get_rank() // 2 * 2 + i) for i in range(2)]
-    batches = [[torch.randn(4, 6, generator=r, dtype=torch.float64) for r in rngs] for _ in range(10 + 3 * group.rank)]
+    steps = 10 + 3 * mesh.get_local_rank(0)
+    batches = [[torch.randn(4, 6, generator=r, dtype=torch.float64) for r in rngs] for _ in range(steps)]
     with Join([local]):
         for pair in batches:
             optimizer.zero_grad()
@@ -256,9 +257,9 @@ def on_machines() -> tuple[list[Tensor], list[Tensor], int]:
     return ours, theirs, local.steps
 
 
-def test_machines_with_ddp(gloo: Gloo) -> None:
-    """All processes of a machine end at one step, and its DistributedDataParallel goes on as without `Join`."""
-    found = gloo(on_machines, 4)
+def test_sites_with_ddp(gloo: Gloo) -> None:
+    """All processes of a site end at one step, and its DistributedDataParallel goes on as without `Join`."""
+    found = gloo(on_sites, 4)
     for rank, (ours, alone, steps) in enumerate(found):
         assert steps == 13
         for a, b, c in zip(ours, found[rank // 2 * 2][0], alone, strict=True):

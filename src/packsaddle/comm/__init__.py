@@ -12,7 +12,6 @@ from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFaile
 from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launching import launch, preload_workers, process_group
 from packsaddle.comm.ledger import Bytes, Ledger, Span
-from packsaddle.comm.machines import MachineGroup, machine_group
 from packsaddle.comm.managed import ManagedGroup, connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import simulate
@@ -26,7 +25,6 @@ __all__ = [
     "Communicator",
     "Group",
     "Ledger",
-    "MachineGroup",
     "ManagedGroup",
     "PeerLostError",
     "RingAllGather",
@@ -38,7 +36,6 @@ __all__ = [
     "choose",
     "connect",
     "launch",
-    "machine_group",
     "preload_workers",
     "process_group",
     "resolve",

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -155,8 +155,8 @@ class Communicator:
         return _split(wire, like, sizes)
 
     def _count(self, purpose: str, collective: str, moved: Bytes) -> None:
-        if moved != Bytes() and self.group.sends:
-            self.ledger.add(self.step, purpose, collective, moved)
+        if moved != Bytes():
+            self.ledger.add(self.step, purpose, collective, moved.part_of(self.group.processes))
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
@@ -221,10 +221,16 @@ class ObjectCollectives:
 
 
 def check_agreement(
-    channel: Communicator, arguments: Mapping[str, object], device: torch.device, hints: Mapping[str, str] | None = None
+    channel: Communicator,
+    arguments: Mapping[str, object],
+    device: torch.device,
+    hints: Mapping[str, str] | None = None,
+    *,
+    of: Literal["worker", "process"] = "worker",
 ) -> None:
     """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective.
-    `hints` are sentences to add to the error, by the beginning of the argument's name."""
+    `hints` are sentences to add to the error, by the beginning of the argument's name. `of`: who the members of the
+    channel's group are."""
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.
@@ -236,9 +242,10 @@ def check_agreement(
     for lines in zip_longest(*texts, fillvalue="nothing more"):
         for worker, line in enumerate(lines):
             if line != lines[0]:
-                ours, theirs = f"worker 0 has {lines[0]}", f"worker {worker} has {line}"
+                ours, theirs = f"{of} 0 has {lines[0]}", f"{of} {worker} has {line}"
+                all_of = {"worker": "workers", "process": "the processes of a worker"}[of]
                 rest = "".join(f". {hint}" for name, hint in (hints or {}).items() if line.startswith(name))
-                raise ValueError(f"workers must be given the same arguments, but {ours} and {theirs}{rest}")
+                raise ValueError(f"{all_of} must be given the same arguments, but {ours} and {theirs}{rest}")
 
 
 def as_text(arguments: Mapping[str, object]) -> str:

@@ -36,7 +36,8 @@ class Group(ABC):
 
     rank: int
     size: int
-    sends = True  # False: another process on this machine sends over the network on its behalf
+    processes = 1  # number of processes that are one worker, and among which its messages are divided
+    leads = True  # False: another process of this worker logs
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:

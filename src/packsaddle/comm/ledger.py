@@ -30,6 +30,10 @@ class Bytes:
     def __sub__(self, other: "Bytes") -> "Bytes":
         return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
 
+    def part_of(self, processes: int) -> "Bytes":
+        """Return one process's part of these bytes, rounded up."""
+        return Bytes(*(-(-n // processes) for n in (self.payload, self.sent, self.received)))
+
     def __str__(self) -> str:
         return f"{self.sent:,} bytes sent, {self.received:,} received, payload {self.payload:,}"
 

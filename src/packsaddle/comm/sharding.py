@@ -10,9 +10,9 @@ def is_sharded(model: nn.Module) -> bool:
     return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
 
 
-def is_replicated(tensor: Tensor) -> bool:
-    placements = getattr(tensor, "placements", ())
-    return bool(placements) and all(placement.is_replicate() for placement in placements)
+def is_split(tensor: Tensor) -> bool:
+    """Return True if this process has a part of the tensor, a shard of a DTensor."""
+    return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -143,12 +143,14 @@ class DriftGuard:
     If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's. Causes are faulty memory,
     different rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight decays and
     the noise std are compared too: if they differ, parameters stay equal, but error memories are scaled by different
-    rates.
+    rates. `digest` sums fingerprints over the processes of one worker.
     """
 
-    def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
+    def __init__(
+        self, every: int, action: OnDrift, channel: Communicator, digest: Callable[[Tensor], Tensor] = lambda p: p
+    ) -> None:
         self._every = Every(every)
-        self._action, self._channel = action, channel
+        self._action, self._channel, self._digest = action, channel, digest
         self.found: list[Drift] = []
 
     def resume(self, steps: int) -> None:
@@ -194,7 +196,7 @@ class DriftGuard:
 
     def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
         """Return the ranks whose fingerprint, int64[], differs from rank 0's, for each of `prints`."""
-        mine = torch.stack(list(prints))
+        mine = self._digest(torch.stack(list(prints)))
         gathered = [p["prints"] for p in self._channel.gather({"prints": mine}, fixed_size=True, purpose="guard")]
         differs = torch.stack([prints != gathered[0] for prints in gathered]).T.tolist()
         return [[worker for worker, is_other in enumerate(row) if is_other] for row in differs]

@@ -28,6 +28,7 @@ _log = logging.getLogger("packsaddle")
 
 THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both of its terms are valid
 ROOT = "the root module"  # shown in place of FSDP's name for it, ""
+THE_UPDATE = "all parameters together"  # named if their local update is invalid, and that of each is valid
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
@@ -192,7 +193,7 @@ class Guard:
         flag: how an invalid v is flagged. "dense": by NaNs in the uncompressed part, or in an extra number if that is
             empty; "extra": always by an extra number, whose mean is `Verdict.fraction`; "none": no checks.
         unnamed: the name reported for an invalid v whose tensors are all valid here. None: no names are reported.
-        agree: a function that reduces a bool[] with OR over the shards of this worker; collective over them.
+        agree: a function that reduces a bool[...] with OR over the processes of this worker; collective over them.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class Guard:
         invalid = self._agree(torch.ones_like(invalid) if update.is_known_invalid else invalid)
         if self._unnamed is not None and v.device.type == "cpu" and invalid:
             named = ((place.name or ROOT, view) for place, view in of.named(v))
-            report = Report("vector", first_out_of_range(named) or self._unnamed)
+            report = Report("vector", first_out_of_range(named, self._agree) or self._unnamed)
         fill_where(v, invalid, 0.0)
         return invalid, report
 

@@ -56,8 +56,8 @@ class EscapeAnchor:
 
     def __init__(self, rule: Escape, fragments: Sequence[Fragment], channel: Communicator, seed: int) -> None:
         whole = fragments[0]
-        if len(fragments) > 1 or whole.options.overlap.delay:
-            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        if len(fragments) > 1 or whole.options.overlap.delay or whole.is_sharded:
+            raise ValueError("escape needs fragments=1, delay=0 and no DTensors: it compares whole anchors")
         self.resets: list[Reset] = []  # records of its firings
 
         def at_anchor() -> float | Tensor:
@@ -120,7 +120,7 @@ class Reactions:
         momentum = MeanMomentum(optimizers, c, shards) if c else None
         if momentum is not None and rank == 0:
             momentum.warn_if_advised_against(outer, stacklevel=5)
-        drift, compare = DriftGuard(spec.compare_every, spec.on_drift, channel), None
+        drift, compare = DriftGuard(spec.compare_every, spec.on_drift, channel, shards.digest), None
         if lockstep is not None:
             compare = CompareAnchors(drift, fragments, lockstep, options.overlap.delay)
         rule = options.escape

@@ -5,7 +5,7 @@ The residual v - C(s v), where s is the scale factor, stays in the error memory,
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -61,10 +61,10 @@ class Standing(IntEnum):
     COUNTED = 2  # its update is limited, and counts in the median
 
 
-def norm_of(v: Tensor) -> Tensor:
-    """Return the norm of an update v, float32[1]."""
-    norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).float().reshape(1)
-    return norm
+def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the norm of an update, float32[1], of which v is this process's part; `total` sums over the parts."""
+    norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).reshape(1)
+    return total(norm.square_()).sqrt_().float()
 
 
 def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:

@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.failures import names_call
-from packsaddle.comm.group import Group, training_group
+from packsaddle.comm.group import Group, ProcessGroup
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.sharding import local_part
+from packsaddle.comm.sites import SiteGroup, group_of_workers
 from packsaddle.compressors import Compressor, describe
 from packsaddle.feedback.background import Background
 from packsaddle.feedback.state import Value, attribute, skip
@@ -47,21 +48,26 @@ class Connection:
     """The workers' process group and its communicator."""
 
     group: Group  # the group of the training
+    within: ProcessGroup | None  # the processes of this site; None: this worker is no site
     channel: Communicator  # with a delay over a group of its own, so that exchanges run in the background
     behind: Background | None  # runs exchanges with a delay; None: they run immediately
 
     @classmethod
-    def of(cls, options: LocalOptions, device: torch.device) -> "Connection":
+    def of(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> "Connection":
+        """Return the connection of a worker; `is_split`: each of its processes has a part of the parameters."""
         workers = options.workers
         if isinstance(workers, Elastic):
             group = workers.group or ManagedGroup(workers.manager)
-            return cls(group, Communicator(group, Ledger()), None)
-        group = training_group(workers.group)
+            return cls(group, None, Communicator(group, Ledger()), None)
+        group, within = group_of_workers(workers.group), None
+        if isinstance(group, SiteGroup):
+            within = group.within
+            group = group.peers if is_split else group
         if not group.accepts(device):  # with `offload`, and NCCL alone
             group = group.background(device) or group
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         behind = None if apart is None else Background(device, blocks=apart.stages(device))
-        return cls(group, Communicator(apart or group, Ledger()), behind)
+        return cls(group, within, Communicator(apart or group, Ledger()), behind)
 
 
 class FixedWorkers:
@@ -120,6 +126,8 @@ class FixedWorkers:
         self._reactions = reactions
         tensors = [*parameters.values(), *(tensor for _, tensor in untrained)]
         with names_call("LocalUpdates(...)"):
+            for site in self._fragments[0].shards.groups:
+                check_agreement(Communicator(site, Ledger()), same, self._device, _HINTS, of="process")
             check_agreement(self.channel, same, self._device, _HINTS)
             self._participation.exchange(self.channel, self._device)
             share_start(self.channel, tensors, self._device)
@@ -144,7 +152,7 @@ class FixedWorkers:
                     self._announce()
                 anchors = [part.anchor.flat for part in self._fragments]
                 run = partial(self.lockstep.run, "checks its first step", steps)
-                check_first_step(self.channel, anchors, parameters, run)
+                check_first_step(self.channel, anchors, parameters, run, self._fragments[0].shards.digest)
             for tick, due in groupby(events, lambda event: event.tick):
                 ran |= self._run(tick, [(self._fragments[e.fragment], e.begins) for e in due])
         return ran
@@ -172,9 +180,9 @@ class FixedWorkers:
         """Use the paces for this worker's schedule after an inner step, and for the weights of all workers."""
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
-        self._weigh()
+        self._set_weights()
 
-    def _weigh(self) -> None:
+    def _set_weights(self) -> None:
         if self._is_paced:
             self._participation.weights = list(map(float, self.paces))
 
@@ -334,7 +342,7 @@ class FixedWorkers:
             self._set_pace(self.steps)
         elif self._settings.steps is not None:
             self._pacing.following = fresh.steps
-        self._weigh()
+        self._set_weights()
 
 
 _FOR_ELASTIC = "{} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))"

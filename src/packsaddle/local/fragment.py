@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import warn_if_nothing_compressed
-from packsaddle.comm.sharding import is_replicated, local_part
+from packsaddle.comm.sharding import is_split, local_part
 from packsaddle.compressors import Compressor, Identity, Rounded
 from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.guard import Guard
+from packsaddle.feedback.guard import THE_UPDATE, Guard
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice, places
@@ -40,7 +40,7 @@ class Fragment(Slice):
         options: options of the local updates.
         channel: the communicator of exchanges.
         device: device of the anchor and the error memory.
-        agree: reduces a bool[] with OR over the processes that have shards of this worker; collective over them.
+        agree: reductions over the processes of this worker.
         d: the number of compressed coordinates of all fragments.
     """
 
@@ -59,11 +59,11 @@ class Fragment(Slice):
         super().__init__(places, device)
         self.options, self.shards = options, agree
         self.parameters = [each.parameter for each in self.trained]
-        self._is_sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
+        self.is_sharded = any(hasattr(p, "device_mesh") for p in self.parameters)
         memory, spec = ErrorMemory(self, spare=True), options.compression
         self.anchor = Anchor(self, self.trained, memory, keeps=options.keep_unsent)
         self.contraction = Contraction(spec.monitor_every)
-        guard = Guard("extra", unnamed="another shard", agree=agree)
+        guard = Guard("extra", unnamed=THE_UPDATE, agree=agree)
         self.feedback = ErrorFeedback(
             memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
         )
@@ -90,7 +90,7 @@ class Fragment(Slice):
 
     def _choose(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
-        self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self._is_sharded)
+        self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
 
     def end_flush(self) -> None:
         """Drop the aggregator of a flush; x does not move. A saved state could not restore it, since the next round's
@@ -276,8 +276,9 @@ def partition(
     """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps. Return
     them, and when they are exchanged.
 
-    Each is due `every` / `fragments` steps before the preceding one. Replicated DTensors are in separate fragments from
-    sharded ones, since they must stay identical on all shards. Raises ValueError for more fragments than parameters.
+    Each is due `every` / `fragments` steps before the preceding one. Shards of DTensors are in separate fragments from
+    whole tensors, which must stay identical on all processes of a worker. Raises ValueError for more fragments than
+    parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names, overlap = list(parameters), options.overlap
@@ -285,8 +286,8 @@ def partition(
     found, when = list[Fragment](), list[int]()
     parts = _balanced(names, [by_name[name].size for name in names], overlap.fragments)
     for members, offset in zip(parts, offsets(options.every, overlap.fragments), strict=True):
-        for replicated in (False, True):
-            mine = [by_name[n] for n in members if is_replicated(parameters[n]) == replicated]
+        for split in (True, False):
+            mine = [by_name[n] for n in members if is_split(parameters[n]) == split]
             if mine:
                 found.append(Fragment(mine, parameters, options, channel, device, agree, d=d))
                 when.append(offset)

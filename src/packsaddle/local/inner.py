@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from packsaddle.comm.group import Group, distinct_groups
+from packsaddle.comm.group import Group, ProcessGroup, distinct_groups
 from packsaddle.comm.modules import is_averaged_by_ddp, recorded_modules
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, describe
@@ -126,22 +126,33 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 class Shards:
-    """Reductions over the processes that have shards of one worker's DTensors."""
+    """Reductions over the processes of one worker: those that have shards of its DTensors, and its site `within`, where
+    each process may have the whole model. All methods are collective over these processes."""
 
-    def __init__(self, parameters: Iterable[Any]) -> None:
+    def __init__(self, parameters: Iterable[Any], within: ProcessGroup | None = None) -> None:
         # In the order of the parameters, which is that of all processes, and each group of processes once.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
-        self._groups = distinct_groups(m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1)
+        sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
+        self._sharing = distinct_groups(sharing)
+        self.groups = distinct_groups([*sharing, *([] if within is None else [within])])
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return `bad`, bool[], reduced with OR over these processes; collective over them."""
-        if not self._groups:
-            return bad
-        return self.total(bad.to(torch.int32).reshape(1))[0] > 0
+        """Return `bad`, bool[...], reduced with OR over all processes."""
+        return self.digest(bad.to(torch.int32)) > 0 if self.groups else bad
+
+    def any(self, bad: bool, device: torch.device) -> bool:
+        """Return True if `bad` is True on one of the processes."""
+        return bool(self(torch.tensor(bad, device=device))) if self.groups else bad
+
+    def digest(self, numbers: Tensor) -> Tensor:
+        """Return `numbers`, integers, summed over all processes, in place: fingerprints of the whole model."""
+        for group in self.groups:
+            group.all_reduce(numbers)
+        return numbers
 
     def total(self, values: Tensor) -> Tensor:
-        """Return `values` summed over these processes, in place; collective over them."""
-        for group in self._groups:
+        """Return `values` summed over the processes that have shards, in place."""
+        for group in self._sharing:
             group.all_reduce(values)
         return values
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
 from packsaddle.comm.group import Group, ProcessGroup, resolve
+from packsaddle.comm.sites import DeviceMesh
 from packsaddle.errors import check_integers, check_momentum, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
@@ -76,10 +77,13 @@ class Overlap(Option):
 class Workers(Option):
     """A fixed set of workers, and their weights in the mean of the local updates (McMahan et al. 2017, Algorithm 1).
 
-    Arguments of this type also accept a process group, as short for `Workers(group)`.
+    Arguments of this type also accept a process group or a DeviceMesh, as short for `Workers(group)`.
 
     Args:
-        group: the process group of the workers; None is the default group, or this process alone without one.
+        group: the process group of the workers; None is the default group, or this process alone without one. A
+            DeviceMesh of two or more dimensions has sites as workers: its first dimension numbers the sites, the others
+            the processes of a site, which train one model with DistributedDataParallel, FSDP2 or tensor parallelism.
+            Each process exchanges its part of the model with its peers in the other sites.
         weight: w_i > 0, the weight of this worker in the mean sum_i w_i C(v_i) / sum_i w_i of the compressed updates,
             such as its number of examples; set on all workers or on none. None: equal weights. "steps": each worker
             makes its own number of inner steps in a round, its pace, such that all end the round together, and that
@@ -100,8 +104,8 @@ class Workers(Option):
             setting of a parameter group, such as the learning rate. Set it to False on all workers if they should.
 
     With a weight or a sample, escape checks are not supported. With a sample, delays and weight="steps" are not
-    supported either, nor is any exchange except "direct" (see `Compression`). DTensors are not supported with clip.
-    Raises ValueError for a setting that is out of range, and TypeError if compare_optimizers is not a bool.
+    supported either, nor is any exchange except "direct" (see `Compression`). Raises ValueError for a setting that is
+    out of range, and TypeError if compare_optimizers is not a bool.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -130,8 +134,8 @@ class Workers(Option):
         if weight == "steps" and self.sample < 1:
             raise ValueError(f'sample must be 1 with weight="steps", got {self.sample!r}')
         if steps is not None:
-            if weight != "steps":
-                raise ValueError(f'steps must be None unless weight="steps", got {steps!r}')
+            if weight != "steps" or not isinstance(steps, Mapping | Sequence):
+                raise ValueError(f'steps must be numbers by rank with weight="steps", else None, got {steps!r}')
             ranks = dict(sorted(steps.items())) if isinstance(steps, Mapping) else dict(enumerate(steps))
             if list(ranks) != list(range(len(ranks))):
                 raise ValueError(f"steps must have the ranks 0, 1, ... as keys, got {steps!r}")
@@ -216,7 +220,8 @@ class Manager(Protocol):
     def should_commit(self, *args: Any, **kwargs: Any) -> bool: ...
 
 
-AnyWorkers = Workers | Elastic | Group | ProcessGroup | Manager | None  # what an argument `workers` accepts
+# What an argument `workers` accepts.
+AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | None
 
 
 @dataclass(frozen=True)
@@ -354,13 +359,16 @@ class LocalOptions(Option):
             workers = Elastic(workers)
         elif isinstance(workers, Real):
             raise TypeError(
-                f"workers must be a process group, Workers or Elastic, got {workers!r}: the launcher sets their number"
+                f"workers must be a process group, a DeviceMesh, Workers or Elastic, got {workers!r}: the launcher "
+                f"sets their number"
             )
         elif not isinstance(workers, Workers | Elastic):
             try:
-                resolve(workers)
+                if not isinstance(workers, DeviceMesh):
+                    resolve(workers)
             except TypeError:
-                raise TypeError(f"workers must be a process group, Workers or Elastic, got {workers!r}") from None
+                expected = "a process group, a DeviceMesh, Workers or Elastic"
+                raise TypeError(f"workers must be {expected}, got {workers!r}") from None
             workers = Workers(workers)
         compression = Compression.of(compressor, "direct" if workers.may_be_absent else "auto")
         given = {"overlap": overlap, "workers": workers, "noise": Noise.of(noise), "outer": outer, "agreement": p}
@@ -382,8 +390,6 @@ class LocalOptions(Option):
         """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
         if isinstance(self.workers, Elastic) and sharded:
             raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
-        if self.workers.clip is not None and sharded:
-            raise ValueError("clip must be None with DTensors: a process has the norm of its shard only")
         if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather):
             name = type(aggregator).__name__
             raise ValueError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import local_part
-from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
+from packsaddle.feedback.guard import THE_MEAN, THE_UPDATE, NonFiniteError, Skip, Skips
 from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.report import Report
 from packsaddle.feedback.state import Value, attribute
@@ -32,7 +32,7 @@ class Outcomes:
     """Counts rejected rounds, and resets this worker's inner optimizers after an invalid local update.
 
     More than `most` consecutive rejected rounds raise an error. The steps of reset optimizers are checked until all
-    local updates are finite again. `agree` reduces a bool[] with OR over the shards of this worker.
+    local updates are finite again. `agree` reduces a bool[...] with OR over the processes of this worker.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Outcomes:
         elif self._failed:
             named = zip(part.places, part.anchor.tensors(), strict=True)
             assert r.exchanged is not None
-            name = first_out_of_range((place.name, x) for place, x in named) or "another shard"
+            name = first_out_of_range(((place.name, x) for place, x in named), self._agree) or THE_UPDATE
             r.exchanged.report = Report("reset", name)
 
     def __call__(self, r: LocalRound) -> None:
@@ -129,12 +129,19 @@ class Outcomes:
         self._restore()
 
     def _clear(self) -> None:
-        """Clear the state of all torch optimizers that have stepped on these parameters, also inside wrappers."""
+        """Clear the state of all torch optimizers that have stepped on these parameters, also inside wrappers, and the
+        state of parameters that another process of this worker clears; collective over them."""
         self._failed = False
-        known = {id(p) for part in self._fragments for p in part.parameters}
-        for optimizer in (*stepped_optimizers(), *self._optimizers):
-            if not known.isdisjoint(map(id, parameters_of([optimizer]))):
-                clear_nonfinite(optimizer)
+        parameters = [p for part in self._fragments for p in part.parameters]
+        known, cleared = {id(p) for p in parameters}, set[Tensor]()
+        found = [o for o in (*stepped_optimizers(), *self._optimizers) if known & set(map(id, parameters_of([o])))]
+        for optimizer in found:
+            cleared |= clear_nonfinite(optimizer)
+        here = torch.tensor([p in cleared for p in parameters], device=self._device)
+        elsewhere = self._agree(here) & ~here
+        for p in (p for p, is_cleared in zip(parameters, elsewhere.tolist(), strict=True) if is_cleared):
+            for optimizer in found:
+                optimizer.state.pop(p, None)
 
     def _restore(self) -> None:
         """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
@@ -152,10 +159,11 @@ class Outcomes:
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
 
 
-def clear_nonfinite(optimizer: Optimizer) -> None:
-    """Delete the optimizer's state of each parameter whose state is non-finite, as before its first step.
+def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
+    """Delete the optimizer's state of each parameter whose state is non-finite, as before its first step; return them.
     Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0."""
-    for p in [p for p, entry in optimizer.state.items() if not _all_finite(entry)]:
+    cleared = {p for p, entry in optimizer.state.items() if not _all_finite(entry)}
+    for p in cleared:
         del optimizer.state[p]
     for group in optimizer.param_groups:
         for name, value in [(n, v) for n, v in group.items() if n != "params" and not _all_finite(v)]:
@@ -166,6 +174,7 @@ def clear_nonfinite(optimizer: Optimizer) -> None:
                 value.fill_(default or 0.0)
             elif default is not None:
                 group[name] = default
+    return cleared
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:

@@ -22,10 +22,11 @@ from packsaddle.local.options import LocalOptions
 
 
 class Baseline:
-    """The bytes that a ring all-reduce of the gradients of `parameters` in each step would have sent."""
+    """The bytes that a ring all-reduce of the gradients of `parameters` in each step would have sent, divided among the
+    `processes` of one worker."""
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._size = sum(local_part(p).nbytes for p in parameters)
+    def __init__(self, parameters: Iterable[Tensor], processes: int) -> None:
+        self._size = sum(local_part(p).nbytes for p in parameters) // processes
         self._with_others = Bytes()  # correction for steps with another number of workers
 
     def bytes(self, steps: int, workers: int) -> Bytes:
@@ -100,7 +101,7 @@ class LocalRecords(Records):
     def paces(self) -> list[int]:
         """The inner steps of each worker in a round, by rank: `every`, unless weight is "steps" (see `Workers`). With a
         manager, those of this worker alone."""
-        return self._workers.paces
+        return list(self._workers.paces)
 
     @property
     def lost(self) -> float:

@@ -98,7 +98,7 @@ class LocalRound:
         r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
         part.current = r
         if options.workers.clip is not None:
-            r.norm = norm_of(r._of_worker(exchanged.v))
+            r.norm = norm_of(r._of_worker(exchanged.v), part.shards.total)
         return r
 
     def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
@@ -186,18 +186,20 @@ class LocalRound:
     def close(self) -> bool:
         """Wait for the exchange, and commit or roll back the error memory; idempotent. Returns True if the round is
         applied, False if it is rejected. Raises errors of an exchange in the background."""
+        part = self.part
         if self.applied is None:
             assert self.exchanged is not None
             self.call.wait()
             self.agrees &= self.call.check()
             if isinstance(self.mean, Tensor):
                 use_in_current_stream(self.mean)
-            self.applied = self._read()
+            # An invalid message reaches the process of one shard alone.
+            self.applied = not part.shards.any(not self._read(), self.invalid.device)
             self.gather_reports()
             self._exclude_frozen()
             if self.applied and self._is_lengthened:
                 self._lengthen()
-            with self.part.anchor.fixed_update([] if self.agrees else self.frozen):
+            with part.anchor.fixed_update([] if self.agrees else self.frozen):
                 self.finish(commit=self.applied and self.share > 0)
         return self.applied
 

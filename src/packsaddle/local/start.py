@@ -69,13 +69,14 @@ def check_first_step(
     anchors: Sequence[Tensor],
     parameters: Iterable[Tensor],
     do: Callable[[Callable[[], object]], None],
+    digest: Callable[[Tensor], Tensor],
 ) -> None:
     """Check that workers started at the same parameters, and that nothing else exchanges gradients.
 
     Collective with several workers. `anchors` are the values at which this worker started, `parameters` have the
-    gradients of its first step, and `do` runs a collective. Raises RuntimeError if anchors differ, or if gradients are
-    bitwise identical on all workers. Gradients with fewer than 16 different values, not counting 0, Inf and NaN, may be
-    equal by chance: rank 0 then warns instead.
+    gradients of its first step, `do` runs a collective, and `digest` sums integers over the processes of a worker.
+    Raises RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Gradients with fewer
+    than 16 different values, not counting 0, Inf and NaN, may be equal by chance: rank 0 then warns instead.
     """
     if channel.group.size == 1:
         return
@@ -85,7 +86,7 @@ def check_first_step(
     start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()
     whole = torch.stack([fingerprint(g) for g in gradients]).sum().cpu() if gradients else start.new_zeros(())
     gathered: list[Any] = []
-    mine = {"prints": torch.stack([start, whole]).to(anchors[0].device)}
+    mine = {"prints": digest(torch.stack([start, whole]).to(anchors[0].device))}
     do(lambda: gathered.extend(channel.gather(mine, fixed_size=True, purpose="start")))
     prints = [parts["prints"].tolist() for parts in gathered]
     others = [worker for worker, (anchor, _) in enumerate(prints) if anchor != prints[0][0]]
@@ -99,7 +100,7 @@ def check_first_step(
     # Zeros, and gradients with few different values, may be equal on all workers without an exchange.
     nonzero: list[Any] = [widened(g[g.isfinite() & (g != 0)]) for g in gradients]
     together: Any = torch.cat([values.unique() for values in nonzero]) if nonzero else torch.empty(0)
-    values = len(together.unique())
+    values = int(digest(torch.tensor([len(together.unique())], device=anchors[0].device)))
     if not values:
         return
     found = (

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.join import JoinableSteps
-from packsaddle.comm.sharding import local_part
+from packsaddle.comm.sharding import is_split, local_part
 from packsaddle.compressors import Compressor, Sign
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import AnyCompression
@@ -85,12 +85,14 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     Args:
         optimizer: the inner optimizer, which steps on each worker separately, or a list, such as [muon, adamw]: any
             torch optimizers of floating-point parameters on one device. A step counts when all of them have stepped.
-            Parameters may be DTensors of FSDP2 and tensor parallelism: each process exchanges its shard.
+            Parameters may be DTensors of FSDP2 and tensor parallelism: each process exchanges its shard (see
+            `Workers.group`).
         compressor: the compressor, or a function of the round's index that returns it, or a `Compression` with all
             settings of the exchange.
         every: H, inner steps between two exchanges of a fragment.
-        workers: the process group of the workers, or a `Workers` with more settings; or, for workers that join and
-            leave, a torchft Manager or an `Elastic`. None: the default group, or this process alone without one.
+        workers: the process group of the workers, or a `Workers` with more settings; a DeviceMesh, if workers are sites
+            of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. None: the
+            default group, or this process alone without one.
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's (with a manager they are compared instead), and ValueError is raised if it has a trainable
             parameter that is in none of the optimizers. Saved states have its names of parameters: a run that resumes
@@ -183,9 +185,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
         # Set up when (a schedule of fragments), with whom (workers), and what follows a round (reactions).
         device = torch.device("cpu") if offload else local_part(next(iter(parameters.values()))).device
-        to, is_elastic = Connection.of(options, device), isinstance(options.workers, Elastic)
+        is_elastic = isinstance(options.workers, Elastic)
+        to = Connection.of(options, device, is_split=any(map(is_split, parameters.values())))
         super().__init__(to.group, device, elastic=is_elastic, equal=options.workers.weight != "steps")
-        agree = Shards(parameters.values())
+        agree = Shards(parameters.values(), to.within)
         with torch.no_grad():
             self._fragments, schedule = partition(parameters, options, to.channel, device, agree)
         check_compressor(self._fragments, options.compression, stacklevel=4)
@@ -202,7 +205,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._reactions = Reactions.of(
             *(options, self.optimizers, self._fragments, to.channel, self._workers.lockstep, self.outer, agree),
         )
-        self._baseline = Baseline(parameters.values())
+        self._baseline = Baseline(parameters.values(), to.group.processes)
         parts = parameters, self._fragments, self._workers, made, self._reactions, self._baseline
         self.saved_state = saved_state(self, options, *parts)
 
@@ -216,7 +219,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         # Register hooks that count the optimizers' steps, and watches of mistakes.
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         is_shared = to.group.size > 1 or is_elastic
-        warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.sends and self.join_process_group
+        warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.leads and self.join_process_group
         others = OtherOptimizers(list(parameters.values()), to.group, checks=model is None and is_shared)
         self._watches = Watches(others, UnsentSteps(self if warns else None, self._whole.is_left))
         if model is not None and warn_own_state and is_shared:
@@ -318,7 +321,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for running exchanges, so that the ledger has their bytes. Each is still applied at its due step."""
+        """Wait for running exchanges, so that the ledger has their bytes. Each is still applied at its due step.
+        Collective over the processes of a site; so is each call that waits."""
         self._whole.wait()
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
-"""Stateless numerics: random numbers, finiteness checks, sketches of vectors, compiled inner loops.
+"""Numerics: random numbers, finiteness checks, sketches of vectors, compiled inner loops.
 
-These functions are independent of communication and training. Start with `seeds`.
+They are independent of communication and training, and stateless except for the prediction in `candidates`. Start with
+`seeds`.
 """
 
 from packsaddle.numerics.finite import is_in_range

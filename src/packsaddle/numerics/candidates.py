@@ -1,6 +1,6 @@
 """Candidates for the k largest magnitudes of a long vector on a CPU, collected in the pass that computes the vector.
 
-The last selection's k-th largest magnitude predicts a threshold for the next selection. The code that computes the
+The k-th largest magnitudes of the last two selections predict a threshold for the next one. The code that computes the
 vector collects the indices that reach it. The code that selects from the vector ranks these alone, if they are at least
 k. Otherwise it makes a pass of its own, so the selected coordinates never depend on the prediction.
 """

@@ -1,7 +1,7 @@
 """Checks that vectors are finite, and small enough that nothing computed from them overflows."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -133,6 +133,11 @@ def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:
         vector.masked_fill_(condition, value)
 
 
-def first_out_of_range(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
-    """Return the name of the first tensor for which `is_in_range` is False; None if there is none."""
-    return next((name for name, tensor in named if tensor is not None and not bool(is_in_range(tensor))), None)
+def first_out_of_range(
+    named: Iterable[tuple[str, Tensor | None]], agree: Callable[[Tensor], Tensor] = lambda bad: bad
+) -> str | None:
+    """Return the name of the first tensor for which `is_in_range` is False; None if there is none. `agree` reduces a
+    bool[n] with OR over the processes of a worker."""
+    found = {name: ~is_in_range(tensor) for name, tensor in named if tensor is not None}
+    bad = agree(torch.stack(list(found.values()))).tolist() if found else []
+    return next((name for name, is_bad in zip(found, bad, strict=True) if is_bad), None)

@@ -70,8 +70,17 @@ int next_stream = 1;
 thread_local std::array<int64_t, 8> current_stream{};  // by device
 thread_local DeviceIndex current_device = 0;
 
+// The streams in use, few of all; the compiler does not optimize, and each kernel joins two clocks.
+template <class Action>
+void for_each_stream(Action action) {
+  for (int i = 0; i < next_stream; ++i) action(i);
+  action(kPool);
+}
+
 void join(Clock& into, const Clock& from) {
-  for (int i = 0; i < kStreams; ++i) into[i] = std::max(into[i], from[i]);
+  for_each_stream([&](int i) {
+    if (from[i] > into[i]) into[i] = from[i];
+  });
 }
 
 bool covers(const Clock& clock, int stream, uint64_t at) { return clock[stream] >= at; }
@@ -330,8 +339,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (!e) return;
     auto& mine = clocks[s.id()];
     auto& clock = static_cast<Event*>(e)->clock;
-    for (int of = 0; of < kStreams; ++of)
+    for_each_stream([&](int of) {
       if (clock[of] > mine[of]) waits.push_back({static_cast<int>(s.id()), of, clock[of], mine[s.id()]});
+    });
     while (waits.size() > kWaits) waits.pop_front();
     join(mine, clock);
   }

@@ -303,7 +303,10 @@ def _in_threads(
     out: Array, more: Array, factor: Any, limit: Any, room: int
 ) -> list[tuple[int, int, float, Tensor | None]]:
     def part(start: int, stop: int) -> tuple[int, int, float, Tensor | None]:
-        found = torch.empty(min(room, stop - start) + 2 * _LINE if room else 0, dtype=torch.int64)
+        if not room:
+            added, squares, _ = _add_finite(out[start:stop], more[start:stop], factor, limit, start, None)
+            return start, start + added, squares, None
+        found = torch.empty(min(room, stop - start) + 2 * _LINE, dtype=torch.int64)
         added, squares, n = _add_finite(out[start:stop], more[start:stop], factor, limit, start, found.numpy())
         return start, start + added, squares, found[:n] if n + _LINE <= len(found) else None
 
@@ -315,7 +318,7 @@ _PIECE = 32  # elements searched at a time
 
 
 @compiled_fma
-def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, found: Array) -> Any:
+def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, found: Array | None) -> Any:
     n: Any = 0
     total = 0.0
     for start in range(0, len(out), _LINE):
@@ -329,7 +332,9 @@ def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, f
         for i in range(len(o)):
             o[i] = o[i] + factor * m[i]
         total += squares
-        if n + _LINE > len(found):  # full, or there is no limit
+        if found is None:  # compiled separately
+            continue
+        if n + _LINE > len(found):
             continue
         # Search the line while it is in the cache.
         for at in range(0, len(o), _PIECE):

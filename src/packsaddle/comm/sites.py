@@ -1,0 +1,93 @@
+"""Sites as workers: several processes train one model, and share the exchanges with other sites.
+
+A site may shard the model over its processes, as FSDP2 does: then each process exchanges its shard with its peers, the
+processes of the other sites that have the same one. Or each process has the whole model, as in DistributedDataParallel:
+then `SiteGroup` divides every message among the processes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
+
+from packsaddle.comm.group import Group, TorchGroup, same_workers, training_group
+
+
+class SiteGroup(Group):
+    """A group whose workers are sites of whole models: `rank` is the index of this site, `size` the number of sites.
+
+    Each process exchanges its part of a tensor with its peers, and then gathers the other parts within the site. Every
+    process of a site must call the same collectives with the same values.
+
+    Args:
+        within: the process group of this site.
+        between: the process group of this process and its peers, one process in each site.
+    """
+
+    def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
+        self.within, self.process_group = within, between
+        self._within, self.peers = TorchGroup(within), TorchGroup(between)
+        self.rank, self.size = self.peers.rank, self.peers.size
+        self.processes = self._within.size
+        self.leads = self.peers.leads = self._within.rank == 0
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        part = self._part(tensor)
+        self.peers.all_reduce(part)
+        tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = self._gathered(torch.stack(self.peers.all_gather(self._part(tensor))))
+        return [of_site.reshape(-1)[: tensor.numel()].view_as(tensor) for of_site in gathered.unbind(1)]
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        lengths = [self._length(size) for size in sizes]
+        received = self._gathered(torch.cat(self.peers.all_to_all(list(map(self._part, outgoing)), lengths)))
+        pieces = zip(torch.split(received, lengths, 1), sizes, strict=True)
+        return [of_site.reshape(-1)[:size] for of_site, size in pieces]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        part = self._part(tensor)
+        self.peers.broadcast(part)
+        tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
+
+    def _length(self, size: int) -> int:
+        """Return the number of elements in one process's part of `size` elements."""
+        return -(-size // self.processes)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        """Return a copy of this process's part of a tensor, flat; the last parts are padded."""
+        length, flat = self._length(tensor.numel()), tensor.reshape(-1)
+        part = flat.new_zeros(length)
+        mine = flat[self._within.rank * length :][:length]
+        part[: len(mine)] = mine
+        return part
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        """Return the tensors `part` of all processes of this site, stacked."""
+        data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no numbers of 8 bits
+        return torch.stack(self._within.all_gather(data)).view(part.dtype)
+
+    def stages(self, device: torch.device) -> bool:
+        return self._within.stages(device) or self.peers.stages(device)
+
+    def accepts(self, device: torch.device) -> bool:
+        return self._within.accepts(device) and self.peers.accepts(device)
+
+    def background(self, device: torch.device) -> Group:
+        return SiteGroup(same_workers(self.within, device), same_workers(self.process_group, device))
+
+
+def group_of_workers(given: Group | dist.ProcessGroup | DeviceMesh | None) -> Group:
+    """Return the group to train in, as `training_group` does; of a mesh that of the sites, which its first dimension
+    numbers, while its other dimensions number the processes of a site. Collective with a mesh of three dimensions."""
+    if not isinstance(given, DeviceMesh):
+        return training_group(given)
+    if given.ndim == 1:
+        return TorchGroup(given.get_group(0))
+    mine = given.mesh[given.get_local_rank(0)].flatten().tolist()
+    within = given.get_group(1) if given.ndim == 2 else dist.new_group(mine, use_local_synchronization=True)
+    assert isinstance(within, dist.ProcessGroup)
+    return SiteGroup(within, given.get_group(0))
