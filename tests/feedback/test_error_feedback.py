@@ -143,6 +143,24 @@ def test_extras_travel_in_the_one_collective() -> None:
         assert calls == 1
 
 
+def test_the_contraction_is_of_what_a_worker_sends() -> None:
+    """Not of its own chunk, where its memory has the residual of the mean."""
+
+    def run(rank: int) -> tuple[float, float]:
+        feedback, n = engine(Sign(), "two-way"), engine(Sign(), "two-way").slice.compressed_d
+        feedback.contraction = Contraction(1)
+        for step in range(2):
+            v = feedback.memory.vector + update(rank, step).u
+            take(feedback, rank, step)
+        half, rest = v[n // 2 : n] if rank == 0 else v[: n // 2], v[n:].square().sum()
+        lost = half.square().sum() - len(half) * half.abs().mean() ** 2
+        assert feedback.contraction.whole is not None
+        return feedback.contraction.whole, 1 - float(lost / (half.square().sum() + rest))
+
+    for found, expected in simulate(run, 2):
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
 def test_an_optimizer_goes_on_after_an_exchange_that_raised() -> None:
     """As if it had not been tried."""
 

@@ -344,8 +344,8 @@ class LocalOptions(Option):
         # Elastic workers, and fixed ones with weights or sampling, exclude some options.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
-        elif self.workers.weight is not None or self.workers.sample < 1:
-            self._check_plain("with weight or sample", overlaps=self.workers.sample < 1)
+        elif self.workers.weight is not None or self.workers.may_be_absent:
+            self._check_plain("with weight or sample", overlaps=self.workers.may_be_absent)
 
     @classmethod
     def of(
