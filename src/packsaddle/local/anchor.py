@@ -172,24 +172,20 @@ class Anchor:
         change = before.sub_(self._rounded(self.starts()))
         for name, view in self.layout.by_name(change).items():
             view.mul_(name in names)
-        self._owe(change)
+        self.owe(change)
 
-    def own(self, owned: slice, shift: Tensor | None = None) -> None:
-        """Set the coordinates that this worker owns. Its start point moves, but x and the local update do not, since
-        `owed` records the difference. `shift` replaces the old `shift`."""
-        if self.keeps and (shift is not None or owned != self.owned):
-            before = self.shift() if shift is None else shift
-            self.owned = owned
-            self._owe(before.sub_(self.shift()))
+    def own(self, owned: slice) -> None:
+        """Set the coordinates that this worker owns. Its start point moves, but x and the local update do not."""
+        if self.keeps and owned != self.owned:
+            with self.fixed_update(self.layout.names):
+                self.owned = owned
 
-    def shift(self) -> Tensor:
-        """Return the start point minus that of a worker without owned coordinates, float[n]."""
-        if self.is_rounded:
-            without = self.layout.views(self.flat - self._memory.vector)
-            return self._rounded(self.starts()).sub_(self._rounded(without))
-        found = self.layout.zeros().flat
-        found[self.owned] = self._memory.vector[self.owned]
-        return found
+    def shift(self) -> Tensor | None:
+        """Return the start point minus that of a worker without owned coordinates, float[n]; None: this is one."""
+        if self.owned.start == self.owned.stop:
+            return None
+        without = self.layout.views(self.flat - self._memory.vector)
+        return self._rounded(self.starts()).sub_(self._rounded(without))
 
     def _rounded(self, values: Sequence[Tensor]) -> Tensor:
         """Return values, one tensor per parameter, in x's dtypes, as one vector, float[n]."""
@@ -198,10 +194,10 @@ class Anchor:
             view.copy_(value.to(x.dtype))
         return found.flat
 
-    def _owe(self, change: Tensor) -> None:
+    def owe(self, change: Tensor) -> None:
         """Add `change`, float[n], by which the start point has moved back without x, to `owed`."""
-        if change.any():
-            self.owed = change if self.owed is None else self.owed.add_(change)
+        total = change if self.owed is None else self.owed.add_(change)
+        self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
         """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""

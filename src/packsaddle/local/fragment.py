@@ -85,12 +85,9 @@ class Fragment(Slice):
     def use(self, compressor: Compressor) -> None:
         """Use another compressor from now on. The start point may move, but x does not. Raises ValueError if the
         exchange does not support the compressor."""
-        self._choose(compressor)
-        self.anchor.own(self.feedback.owned)
-
-    def _choose(self, compressor: Compressor) -> None:
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
+        self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:
         """Drop the aggregator of a flush; x does not move. A saved state could not restore it, since the next round's
@@ -185,7 +182,7 @@ class Fragment(Slice):
             attribute((*path, "invalid"), self, "was_invalid", bool),
             self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
-            Vector((*path, "shift", ANY), shapes, self._shift, skip, optional=True),
+            Vector((*path, "shift", ANY), shapes, lambda: self._named(self.anchor.shift()), skip, optional=True),
             Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),
             Value((*path, "aggregator"), SavedAggregator | None, feedback.aggregator_state, skip),
             exchange,
@@ -205,31 +202,25 @@ class Fragment(Slice):
         hint = dict[str, tuple[bool, bool | None]]
         return Value(path, hint, lambda: {name: each.state() for name, each in by_name.items()}, load, check)
 
-    def _shift(self) -> dict[str, Tensor]:
-        """Return `Anchor.shift` by name; {} if no coordinates are owned."""
-        owned = self.anchor.owned
-        return self.by_name(self.anchor.shift()) if owned.start < owned.stop else {}
-
     def _load_error(self, saved: Mapping[str, Tensor]) -> None:
         self.feedback.drop_aggregator()
+        self.anchor.owned = self.feedback.owned
         self._fill(self.feedback.memory.vector, saved)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Restore the aggregator, and the unsent change of x, `Anchor.owed`. Call after loading."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
-        if saved["owed"]:
-            self.anchor.owed = self.zeros().flat
-            self._fill(self.anchor.owed, saved["owed"])
         if aggregator is not None:
             # The aggregator is of the last round, or of a delayed exchange, which is not counted yet.
             is_delayed = self.current is not None and self.current.applied
-            self._choose(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
+            self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
-        # If this worker has owned other coordinates, the start point moves, but x does not.
-        shift = self.zeros().flat
-        if saved["shift"]:
-            self._fill(shift, saved["shift"])
-        self.anchor.own(self.feedback.owned, shift)
+        # `use` has moved the start point from that of a worker that owns nothing.
+        for name in ("shift", "owed"):
+            if saved[name]:
+                vector = self.zeros().flat
+                self._fill(vector, saved[name])
+                self.anchor.owe(vector)
         # A delayed exchange will move x to the start point, so nothing is owed then, except of frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
@@ -249,9 +240,9 @@ class Fragment(Slice):
     def _named(self, flat: Tensor | None) -> dict[str, Tensor]:
         return {} if flat is None else self.by_name(flat)
 
-    def _fill(self, flat: Tensor | None, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors, by parameter, into a vector, float[n]; None: no-op."""
-        for name, view in self._named(flat).items():
+    def _fill(self, flat: Tensor, saved: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors, by parameter, into a vector, float[n]."""
+        for name, view in self.by_name(flat).items():
             view.copy_(saved[name])
 
 
