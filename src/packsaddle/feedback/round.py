@@ -96,22 +96,18 @@ class ErrorFeedback:
         assert self._choice is not None, "no compressor has been chosen yet"
         return self._choice
 
-    def uses(self, compressor: Compressor) -> bool:
-        """Return True if `use` with this compressor of the whole vector would keep the current aggregator."""
-        return compressor == self.compressor
-
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
         """Return True if `one` sends messages, predicted to be no larger than those of `other`."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Switch to a compressor.
+        """Switch to a compressor. No-op for the current one, except for the budget `allotted`.
 
         `compressor` is for the whole vector, `allotted` for this slice if its budget depends on the other slices.
         Raises ValueError if the exchange does not support the compressor.
         """
-        if not self.uses(compressor):
+        if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
             back = self._back if exchange in ("two-way", "coordinator") else None
             choice = choose(

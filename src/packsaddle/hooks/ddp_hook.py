@@ -134,7 +134,6 @@ class DDPHook(GradientHook, Exchanging):
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
-                part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
             of = Slice([place for place in self._places if place.name in names], self.device)
             self._slices[names] = self._feedback(of, self.rules.seed)
