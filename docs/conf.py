@@ -19,9 +19,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_design"]
 extensions += [f"lab.docs.{name}" for name in ("docstrings", "generated", "shades")]
 root_doc = "docs/index"
 include_patterns = [
-    "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "GOVERNANCE.md",
     "docs/**.md",
     "examples/README.md",
     "experiments/README.md",

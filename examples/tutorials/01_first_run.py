@@ -116,13 +116,13 @@ show_ledger("runs/dense")
 shell("python -m lab report runs/topk runs/dense --out report")
 
 # %%
-shutil.copy("report/figure.png", "01_first_run.png")
+shutil.copy("report/figure.svg", "01_first_run.svg")
 print(*sorted(p.name for p in Path("report").iterdir()))
 
 # %% [markdown]
 # The figure in `runs/tutorial-1/report/index.html`:
 #
-# ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
+# ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.svg)
 #
 # Against epochs the compressed run is about an epoch behind. Against megabytes, on a logarithmic axis, the uncompressed
 # run has sent about 30 times as much.

@@ -121,10 +121,10 @@ for (name, (_, losses, _)), style in zip(runs.items(), ("k-", "C0-", "C3--"), st
 axes.set(xlabel="step", ylabel="training loss", xlim=(0, STEPS), ylim=(0, None))
 axes.legend(frameon=False)
 Path("runs").mkdir(exist_ok=True)
-figure.savefig("runs/02_leave_a_saddle.png", dpi=120)
+figure.savefig("runs/02_leave_a_saddle.svg")
 
 # %% [markdown]
-# ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.png)
+# ![Training loss against steps: without noise a horizontal line, with noise a fall to near zero](02_leave_a_saddle.svg)
 #
 # With noise the weights move a little at random, and the negative curvature amplifies this at every step. Both runs
 # with noise end at the best loss of this network. The compressed run does so with a 14th of the bytes, but takes

@@ -139,10 +139,10 @@ for (name, curve), style in zip(curves.items(), ("k.-", "C0.-", "C3.-", "C1.-"),
 axes.set(xscale="log", yscale="log", xlabel="megabytes that a worker has sent", ylabel="test loss")
 axes.legend(frameon=False)
 Path("runs").mkdir(exist_ok=True)
-figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
+figure.savefig("runs/03_adamw_over_a_slow_link.svg")
 
 # %% [markdown]
-# ![Test loss against the megabytes that a worker has sent, for four methods](03_adamw_over_a_slow_link.png)
+# ![Test loss against the megabytes that a worker has sent, for four methods](03_adamw_over_a_slow_link.svg)
 #
 # Both axes are logarithmic. Compressed local updates reach a loss of 0.02 with some 90 times fewer bytes than
 # gradients at every step, but after almost four times as many steps (each dot is 24). With an exchange every 24 steps

@@ -198,15 +198,15 @@ def counted(device: str, work: Work) -> dict[str, float]:
     return {"waits": waits, "launches": launches, "peak MB": round(peak, 2)}
 
 
-def waits(device: str) -> dict[str, Any]:
+def waits(device: str, d: int = 1_000_000) -> dict[str, Any]:
     """Count what one step costs the host: of torch's optimizers, of CompressedSGD, and of local updates."""
     found: dict[str, Any] = {}
     for name, make in _makers().items():
-        optimizer = make(parameter(1_000_000, device))
+        optimizer = make(parameter(d, device))
         for _ in range(3):
             optimizer.step()
         found[name] = counted(device, optimizer.step)
-    optimizer = torch.optim.AdamW([parameter(1_000_000, device)], 1e-3)
+    optimizer = torch.optim.AdamW([parameter(d, device)], 1e-3)
     packsaddle.LocalUpdates(optimizer, every=1000, workers=Solo())
     optimizer.step()
     found["a step between two rounds of local updates"] = counted(device, optimizer.step)

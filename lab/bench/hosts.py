@@ -110,12 +110,6 @@ class Hosts:
         in both directions are lost; its addresses do not change."""
         _ip("-n", self._bridge, "link", "set", f"port{host}", "up" if connected else "down")
 
-    def throttle(self, host: int, rate_mbit: float) -> None:
-        """Change the rate of a host's link, in both directions. Raises ValueError for a rate out of range."""
-        _check_rate(rate_mbit)
-        for (namespace, link), _ in self._ends(host):
-            _call("tc", "-n", namespace, "qdisc", "change", "dev", link, "root", "tbf", *_bucket(rate_mbit))
-
     def torchrun(self, arguments: Sequence[str]) -> list[str]:
         """Run torchrun with one process on each host, all in one gloo world. `arguments` are a script or "-m module",
         then its arguments. Returns the outputs; raises HostFailedError."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lab.docs import charts
 from packsaddle import QSGD, Compressor, Identity, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import choose
 from packsaddle.errors import require
@@ -105,8 +106,8 @@ def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(14, 5.6), layout="constrained")
-        panels = figure.subplots(1, 3, sharey=True)
+        figure = Figure(figsize=(6.5, 12), layout="constrained")
+        panels = figure.subplots(3, 1)
         for panel, link in zip(panels, LINKS, strict=True):
             chosen = [row for row in rows if (row["axis"], row["link"]) == (axis, link)]
             ends = {}
@@ -123,7 +124,7 @@ def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
             panel.set_xlim(x[0], x[-1])
             label(panel, ends)
         panels[0].set_ylabel("time of one step")
-        figure.savefig(path, dpi=130)
+        charts.save(figure, path)
 
 
 def label(panel: Any, ends: dict[str, tuple[float, str]]) -> None:
@@ -166,8 +167,8 @@ def main() -> None:
     rows = table(paces(out / "paces.json"))
     write(out / "scale.csv", rows)
     write(out / "stragglers.csv", stragglers())
-    draw(rows, "workers", out / "workers.png")
-    draw(rows, "d", out / "d.png")
+    draw(rows, "workers", out / "workers")
+    draw(rows, "d", out / "d")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")
+matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from lab.docs import charts
 
 REPOSITORY = Path(__file__).parents[2]
 ROOT = REPOSITORY / "src" / "packsaddle"
@@ -60,20 +62,14 @@ def levels(arrows: Counter[tuple[str, str]]) -> dict[str, int]:
     return {name: height(name) for name in packages()}
 
 
-def summary(name: str) -> tuple[int, int]:
-    """Return the files and lines of a package."""
-    files = list((ROOT / name).rglob("*.py"))
-    return len(files), sum(len(path.read_text().splitlines()) for path in files)
-
-
 def draw(out: Path) -> None:
     arrows = edges()
     heights = levels(arrows)
     rows: dict[int, list[str]] = {}
     for name, row in sorted(heights.items()):
         rows.setdefault(row, []).append(name)
-    figure, axes = plt.subplots(figsize=(9, 1.15 * len(rows) + 0.4))
-    width, places = 2.0, {}
+    figure, axes = plt.subplots(figsize=(6.5, 0.95 * len(rows) + 0.4), layout="constrained")
+    width, places = 2.7, {}
     for row, names in rows.items():
         for i, name in enumerate(names):
             places[name] = (3.2 * (i - (len(names) - 1) / 2) + 0.9 * (-1) ** row * (len(names) == 1), 1.5 * row)
@@ -82,18 +78,18 @@ def draw(out: Path) -> None:
         style = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "0.55", "lw": 0.5 + min(files, 20) / 12}
         axes.add_patch(FancyArrowPatch((x1, y1 - 0.36), (x2, y2 + 0.36), zorder=1, **style))
     for name, (x, y) in places.items():
-        corner, style = (x - width / 2, y - 0.3), "round,pad=0.05"
-        box = FancyBboxPatch(corner, width, 0.6, boxstyle=style, facecolor="white", edgecolor="C0", zorder=2)
+        corner, style = (x - width / 2, y - 0.34), "round,pad=0.05"
+        box = FancyBboxPatch(corner, width, 0.68, boxstyle=style, facecolor="0.95", edgecolor="C0", zorder=2)
         axes.add_patch(box)
-        files, lines = summary(name)
-        axes.text(x, y + 0.08, name, ha="center", va="center", weight="bold", fontsize=10, zorder=3)
-        axes.text(x, y - 0.18, f"{files} files, {lines:,} lines", ha="center", va="center", fontsize=7, zorder=3)
+        files = len(list((ROOT / name).rglob("*.py")))
+        axes.text(x, y + 0.12, name, ha="center", va="center", weight="bold", fontsize=11, zorder=3)
+        axes.text(x, y - 0.14, f"{files} files", ha="center", va="center", fontsize=10, zorder=3)
     xs = [x for x, _ in places.values()]
     axes.set_xlim(min(xs) - 1.4, max(xs) + 1.4)
     axes.set_ylim(-0.6, 1.5 * (len(rows) - 1) + 0.6)
     axes.axis("off")
-    figure.savefig(out, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    charts.save(figure, out)
 
 
 if __name__ == "__main__":
-    draw(REPOSITORY / "docs" / "architecture.png")
+    draw(REPOSITORY / "docs" / "architecture")

@@ -1,102 +1,43 @@
-"""The charts of measured times and bytes in docs/pictures, light and dark, from committed rows (see `pictures`)."""
+"""Charts for light and dark pages: NAME-light.svg, and NAME-dark.svg with the same marks in lighter colors."""
 
-import math
+import colorsys
 import re
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
-from lab.bench import nanogpt
-from lab.docs.canvas import Canvas
-from lab.race.target_run import load_runs
-
-ROOT = Path(__file__).parents[2]
-RACE = ROOT / "experiments" / "race"
-LINKS = (10, 50, 200, 1000)  # Mbit/s
+SHADES = ("light", "dark")
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A chart whose x is logarithmic, from `xs[0]` to `xs[-1]`, and whose y is linear, in a canvas's units."""
+def save(figure: Any, path: Path) -> list[Path]:
+    """Write a matplotlib figure as path-light.svg and path-dark.svg, with text as text; return both."""
+    import matplotlib as mpl
 
-    canvas: Canvas
-    xs: Sequence[float]  # labelled values
-    ys: Sequence[float]  # labelled values, from the least to the largest
-    ground: float = 372
-    left: float = 52
-    right: float = 516
-    top: float = 72
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return the position of a point."""
-        right = math.log(x / self.xs[0]) / math.log(self.xs[-1] / self.xs[0])
-        up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
-        return self.left + right * (self.right - self.left), self.ground - up * (self.ground - self.top)
-
-    def frame(self, title: str, y_name: str, x_name: str) -> None:
-        """Draw the scales and their names."""
-        canvas, muted = self.canvas, self.canvas.theme.muted
-        canvas.text(4, 14, title, weight="bold")
-        canvas.text(4, 44, y_name, muted)
-        for y in self.ys:
-            height = self.at(self.xs[0], y)[1]
-            canvas.axes.plot((self.left, self.right), (height, height), color=canvas.theme.level, lw=1)
-            canvas.text(self.left - 8, height, f"{y:g}", muted, ha="right")
-        for x in self.xs:
-            canvas.text(self.at(x, self.ys[0])[0], self.ground + 20, f"{x:,g}", muted, ha="center")
-        canvas.text((self.left + self.right) / 2, self.ground + 48, x_name, muted, ha="center")
-
-    def curve(self, found: Mapping[float, Sequence[float]], color: str, **options: object) -> None:
-        """Draw means over seeds by x, with their range."""
-        low, high = ([self.at(x, end(ys)) for x, ys in found.items()] for end in (min, max))
-        self.canvas.axes.fill(*zip(*low, *reversed(high), strict=True), color=color, alpha=0.2, lw=0)
-        means = [self.at(x, statistics.fmean(ys)) for x, ys in found.items()]
-        style = {"color": color, "lw": 3, "marker": "o", "ms": 7, **options}
-        self.canvas.axes.plot(*zip(*means, strict=True), **style)
+    out = StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "packsaddle"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return write(out.getvalue(), path)
 
 
-def times(canvas: Canvas) -> None:
-    """Seconds to the target by link with two workers: the best of packsaddle's methods and of the others."""
-    plot = Plot(canvas, LINKS, (0, 25, 50, 75, 100))
-    plot.frame("Seconds to a validation loss of 1.6", "two workers, Muon and AdamW inside", "Mbit/s in each direction")
-    ours, theirs = best(2)
-    plot.curve(theirs, canvas.theme.second)
-    plot.curve(ours, canvas.theme.first)
-    canvas.text(200, 116, "local SGD in 16 bits, at its best period", canvas.theme.second, 26, weight="bold")
-    canvas.text(80, 226, "LocalUpdates, one or two bits", canvas.theme.first, weight="bold")
+def write(svg: str, path: Path) -> list[Path]:
+    """Write an SVG with black text and a white background as path-light.svg and path-dark.svg, both transparent."""
+    clear = re.sub(r"(fill: )#ffffff", r"\1none", svg)
+    dark = re.sub(r"#[0-9a-f]{6}\b", _lighter, clear).replace("<svg ", '<svg fill="#e6edf3" ', 1)
+    files = [path.with_name(f"{path.name}-{shade}.svg") for shade in SHADES]
+    for file, text in zip(files, (clear, dark), strict=True):
+        file.write_text(re.sub(r" +$", "", text, flags=re.MULTILINE))
+    return files
 
 
-def best(workers: int) -> tuple[dict[float, list[float]], dict[float, list[float]]]:
-    """Return, by link, the seconds of the three seeds of our fastest method, and of the fastest other one."""
-    runs = [run for run in load_runs(RACE / "target" / "runs.csv") if run.workers == workers and run.target == 1.6]
-    found: tuple[dict[float, list[float]], dict[float, list[float]]] = {}, {}
-    for link in LINKS:
-        seconds: dict[str, list[float]] = {}
-        for run in runs:
-            if run.rate == str(link):
-                seconds.setdefault(run.method, []).append(run.total_s)
-        for side, is_ours in zip(found, (True, False), strict=True):
-            mine = [
-                s
-                for name, s in seconds.items()
-                if len(s) == 3 and (re.match(r"Muon, local \d", name) is not None) is is_ours
-            ]
-            side[link] = min(mine, key=statistics.fmean)
-    return found
+def picture(alt: str, path: str) -> str:
+    """Return the HTML of a chart of two files, which `shades` makes follow the site's theme."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{path}-dark.svg">'
+    return f'<picture>\n{dark}\n<img alt="{alt}"\nsrc="{path}-light.svg">\n</picture>'
 
 
-def speed_ups(canvas: Canvas) -> None:
-    """How much sooner several workers reach the loss of one machine alone, by link, on nanoGPT's recipe."""
-    plot, theme = Plot(canvas, LINKS, (0, 0.5, 1, 1.5, 2)), canvas.theme
-    plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "Mbit/s in each direction")
-    found = {(workers, name): parts for workers, name, *parts in nanogpt.lengths(nanogpt.rows(nanogpt.ROWS))}
-    for key, words, at, color, style in (
-        ((4, "local"), "LocalUpdates, 4 workers", (45, 1.72), theme.first, "-"),
-        ((2, "local"), "2 workers", (110, 1.27), theme.second, "-"),
-        ((2, "dense"), "DDP, 2 workers", (12, 0.3), theme.muted, "--"),
-    ):
-        plot.curve({link: [nanogpt.speed_up(*found[key], link)] for link in LINKS}, color, linestyle=style)
-        canvas.text(*plot.at(*at), words, color, weight="bold")
-    canvas.axes.plot(*zip(plot.at(LINKS[0], 1), plot.at(LINKS[-1], 1), strict=True), color=theme.ink, lw=2)
-    canvas.text(*plot.at(12, 0.9), "one machine alone", weight="bold")
+def _lighter(color: re.Match[str]) -> str:
+    """Return a color for a dark page: grays are inverted, and dark colors are lighter."""
+    red, green, blue = (int(color[0][i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, light, saturation = colorsys.rgb_to_hls(red, green, blue)
+    light = 1 - light if saturation < 0.15 else max(light, 1 - light)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, light, saturation))

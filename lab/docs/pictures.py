@@ -19,7 +19,7 @@ from torch import Tensor
 import packsaddle
 from lab.bench.muon import CURVE, Runs
 from lab.docs.canvas import THEMES, Canvas, svg
-from lab.docs.charts import speed_ups, times
+from lab.docs.measured import speed_ups, times
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "pictures"
@@ -270,6 +270,100 @@ def wire(canvas: Canvas) -> None:
     canvas.text(386, 498, "parameters", theme.muted)
 
 
+def two_way(canvas: Canvas) -> None:
+    """Three workers, each of which owns a chunk: its messages arrive at the owner, whose mean goes to all."""
+    colors = canvas.theme.first, canvas.theme.second, canvas.theme.kept
+    halo = {"ha": "center", "bbox": {"facecolor": canvas.theme.page, "edgecolor": "none", "pad": 2}, "zorder": 4}
+
+    # The messages in chunks, the owners' means, and the whole mean on every worker.
+    titles = (
+        "Each worker's message, in three chunks",
+        "Owners: the mean of one chunk each",
+        "The mean, on every worker",
+    )
+    for row, title in enumerate(titles):
+        top = 20 + 200 * row
+        canvas.text(280, top, title, weight="bold", **halo)
+        for worker in range(3):
+            for chunk in range(3) if row != 1 else (worker,):
+                color = colors[chunk] if row else "none"
+                canvas.box(24 + 190 * worker + 44 * chunk, top + 18, 40, 40, colors[chunk], facecolor=color)
+                if row < 2:
+                    for to in (chunk,) if row == 0 else range(3):
+                        end = 44 + 190 * to + 44 * chunk
+                        canvas.arrow((44 + 190 * worker + 44 * chunk, top + 62), (end, top + 214), colors[chunk])
+
+    canvas.text(280, 140, "1  compressed reduce-scatter", **halo)
+    canvas.text(280, 340, "2  compressed all-gather", **halo)
+    for worker in range(3):
+        canvas.text(88 + 190 * worker, 496, f"worker {worker + 1}", canvas.theme.muted, ha="center")
+
+
+def error_memory(canvas: Canvas) -> None:
+    """Three rounds of TopK on six coordinates: the update plus the memory, the message, and the next memory."""
+    theme, memory = canvas.theme, torch.zeros(6)
+    updates = torch.tensor(
+        [[1.0, 0.5, -0.2, 0.3, -0.7, 0.1], [0.3, 0.6, -0.3, 0.2, -0.1, 0.1], [0.1, 0.2, -0.4, 0.3, 0.1, 0.2]]
+    )
+    for i, heading in enumerate(("memory + change", "message", "next memory")):
+        canvas.text(96 + 190 * i, 14, heading, weight="bold", ha="center")
+    for round, update in enumerate(updates):
+        before, v = memory, memory + update
+        message = packsaddle.TopK(1 / 3)(v)
+        memory, ground = v - message, 110 + 150 * round
+        for i, (values, color) in enumerate(((v, theme.ink), (message, theme.first), (memory, theme.kept))):
+            for place, value in enumerate(values.tolist()):
+                canvas.axes.bar(31 + 190 * i + 26 * place, -55 * value, 18, ground, color=color)
+            if i == 0:  # the part of it that is memory
+                for place, value in enumerate(before.tolist()):
+                    canvas.axes.bar(31 + 26 * place, -55 * value, 18, ground, color=theme.kept)
+            canvas.axes.plot((12 + 190 * i, 180 + 190 * i), (ground, ground), color=theme.muted, lw=1.5)
+        canvas.text(4, ground - 70, f"round {round + 1}", theme.muted)
+        canvas.text(190, ground - 20, "=", ha="center")
+        canvas.text(380, ground - 20, "+", ha="center")
+
+
+def elastic(canvas: Canvas) -> None:
+    """Three workers in time: one leaves, one joins, and each round averages those that are there."""
+    theme, starts = canvas.theme, (0, 0, 0, 2.4)
+    canvas.text(4, 14, "Workers that leave and join", weight="bold")
+    for round in range(1, 6):
+        x = 90 + 90 * round
+        canvas.axes.plot((x, x), (44, 290), color=theme.level, lw=2, zorder=0)
+        canvas.text(x, 308, str((0, 3, 2, 3, 3, 3)[round]), ha="center")
+    for worker, (start, end) in enumerate(zip(starts, (5.1, 1.5, 5.1, 5.1), strict=True)):
+        y, color = 66 + 64 * worker, (theme.first, theme.second, theme.first, theme.kept)[worker]
+        canvas.text(4, y, f"worker {worker}", color)
+        canvas.axes.plot((90 + 90 * start, 90 + 90 * end), (y, y), color=color, lw=8)
+        for round in range(math.ceil(start), math.floor(end) + 1):
+            if round:
+                canvas.dot(90 + 90 * round, y, theme.ink, 6)
+    canvas.text(240, 130, "leaves: the others go on", theme.second)
+    canvas.text(98, 232, "joins: it gets the anchor from a worker", theme.kept, 20)
+    canvas.text(4, 308, "averaged")
+
+
+def hook(canvas: Canvas) -> None:
+    """What replaces the all-reduce of a bucket in DistributedDataParallel."""
+    theme = canvas.theme
+    steps = (
+        ("backward: a bucket's gradients g", theme.muted),
+        ("v = e + g, with the error memory e", theme.muted),
+        ("message C(v); residual e = v - C(v)", theme.kept),
+        ("exchange of the messages", theme.first),
+        ("p.grad = mean of all messages", theme.ink),
+        ("optimizer.step(), as without it", theme.muted),
+    )
+    canvas.box(60, 70, 440, 254, theme.first, facecolor="none", linestyle="--")
+    canvas.text(484, 206, "hook", theme.first, rotation=90, ha="center", weight="bold")
+    for i, (words, color) in enumerate(steps):
+        top = 8 + 84 * i - 10 * (i > 0) + 6 * (i == 1)
+        canvas.box(90, top, 370, 48, color)
+        canvas.text(275, top + 25, words, ha="center")
+        if i:
+            canvas.arrow((275, top - 34), (275, top), theme.muted)
+
+
 def kilobytes() -> dict[str, float]:
     """Return the kB that a worker of two sends in a step on average, by method, of the GPT in experiments/race."""
     with (ROOT / "experiments" / "race" / "curves.csv").open(newline="") as file:
@@ -353,6 +447,10 @@ PICTURES: dict[str, tuple[Callable[[Canvas], None], int]] = {
     "times": (times, 436),
     "speed-ups": (speed_ups, 436),
     "unequal-speeds": (unequal_speeds, 370),
+    "two-way": (two_way, 512),
+    "error-memory": (error_memory, 430),
+    "elastic": (elastic, 326),
+    "hook": (hook, 490),
 }
 
 

@@ -4,20 +4,22 @@ make tutorials, or: python -m lab.docs.tutorials [--out FOLDER] [--prose] [SCRIP
 
 A script is in the percent format: `# %% [markdown]` begins a cell of prose in comments, `# %%` a cell of code. A cell
 that begins with `# %% tags=["varies"]` prints what differs from machine to machine, and tests do not compare that.
-Links in the prose are from the repository's root; pictures are named by file, wherever the script saves them.
+Links in the prose are from the repository's root; an SVG is named by file, wherever the script saves it, and becomes a
+picture for light and dark pages.
 """
 
 import argparse
 import io
 import os
 import re
-import shutil
 import sysconfig
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+from lab.docs import charts
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples" / "tutorials").glob("[0-9]*.py"))
@@ -97,6 +99,7 @@ def pictures(script: Path) -> list[str]:
 
 def _linked(prose: str) -> str:
     """Prose whose links go from the root, with links that go from docs/tutorials."""
+    prose = re.sub(r"!\[([^]]*)\]\((\S+)\.svg\)", lambda found: charts.picture(found[1], found[2]), prose)
     prose = re.sub(r"\]\(docs/", "](../", prose)
     return re.sub(r"\]\((examples|experiments|lab|README)", r"](../../\1", prose)
 
@@ -107,7 +110,7 @@ def write(script: Path, out: Path) -> None:
         outputs = run(script, Path(folder))
         for name in pictures(script):
             (drawn,) = Path(folder).rglob(name)
-            shutil.copyfile(drawn, out / name)
+            charts.write(drawn.read_text(), out / drawn.stem)
     (out / f"{script.stem}.md").write_text(page(script, outputs))
 
 

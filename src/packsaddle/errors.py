@@ -37,7 +37,7 @@ class GuardError(RuntimeError):
 
 class MessageError(ValueError):
     """The part named `part` of a compressor's message cannot be decoded: it must be `expected` and is `found`.
-    `compressor` is the compressor's name, `worker` the sender's rank (None: unknown)."""
+    `compressor` is the compressor's name, `worker` is the sender's rank, or None if it is unknown."""
 
     def __init__(
         self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None

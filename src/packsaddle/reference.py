@@ -80,7 +80,7 @@ def algorithm1(
             `private`, as `QSGD` is. If it depends on the shapes of tensors, pass the result of `for_tensors`.
         eta: the step size.
         r: standard deviation of each coordinate of the noise xi_t.
-        check: the escape check; None: no check.
+        check: the escape check, or None for no check.
     """
     trace = Trace()
     seeds = [mix(seed, i + 1) if compressor.private else seed for i in range(len(gradients))]

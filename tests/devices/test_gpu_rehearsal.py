@@ -27,7 +27,7 @@ def _parts(library: Path) -> dict[str, Rows]:
 
     gpu.counted = counted  # which reads torch's own counters of a CUDA build
     return {
-        "waits": gpu.waits("cuda"),
+        "waits": gpu.waits("cuda", 20_000),
         "steps": gpu.steps("cuda", 5000, 1),
         "packing": gpu.packing("cuda", 5000, 1),
     }

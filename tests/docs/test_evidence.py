@@ -497,9 +497,7 @@ def front() -> Iterator[str]:
     assert round(fmean(peer)) == round(fmean(ours))
     yield f"At 1,000 Mbit/s and four workers both methods take {fmean(ours):.0f} s"
 
-    # A step over a slow link, and the bytes of Figure 2.
-    of = {row["contender"]: row for row in link("resnet18-100")["rows"]}["RandomK(0.01)"]
-    yield f"is {of['dense / it']:.0f} times as fast as DDP's, and takes {100 * (of['/ floor'] - 1):.0f}% longer"
+    # The bytes of Figure 2.
     found = summary("figure2")
     whole = found["uncompressed, noise 0.01"]["megabytes"]["mean"]
     few = sorted(100 * found[f"{n} 0.1%, noise 0.01"]["megabytes"]["mean"] / whole for n in ("TopK", "RandomK"))

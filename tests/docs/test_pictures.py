@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sphinx")
 ROOT = Path(__file__).parents[2]
 
-from lab.docs import pictures  # noqa: E402
+from lab.docs import charts, pictures  # noqa: E402
 from lab.docs.shades import images  # noqa: E402
 
 SIZE = re.compile(r"<text style=\"[^\"]*?\b([\d.]+)px")
@@ -37,7 +37,7 @@ def shown() -> set[str]:
     found = {page: re.findall(r'(?:src|srcset)="([^"]+\.svg)"', page.read_text()) for page in pages}
     files = [(page.parent / path).resolve() for page, paths in found.items() for path in paths]
     assert all(path.exists() for path in files)
-    return {path.name for path in files}
+    return {path.name for path in files if path.parent == pictures.OUT}
 
 
 def test_pages_show_what_the_script_draws(drawn: dict[str, str]) -> None:
@@ -101,3 +101,15 @@ def test_both_images_of_a_picture() -> None:
     assert light["alt"] == dark["alt"] == "two words"
     with pytest.raises(ValueError, match="must have src, srcset and alt"):
         images('<picture><img src="a-light.svg"></picture>')
+
+
+def test_a_dark_chart_has_light_text_and_no_background(tmp_path: Path) -> None:
+    """Black becomes light, dark colors become lighter, white goes; shapes stay."""
+    svg = '<svg width="9"><path d="M 1 2" style="fill: #ffffff"/><path style="stroke: #1f77b4; fill: #000000"/></svg>'
+    light, dark = (file.read_text() for file in charts.write(svg, tmp_path / "a"))
+    assert light == svg.replace("#ffffff", "none")
+    assert dark.startswith('<svg fill="#e6edf3" width="9">')
+    stroke, fill = re.findall("#[0-9a-f]{6}", dark)[1:]
+    assert fill == "#ffffff"
+    assert sum(bytes.fromhex(stroke[1:])) > 1.3 * sum(bytes.fromhex("1f77b4"))
+    assert re.sub("#[0-9a-f]{6}", "", dark).replace(' fill=""', "") == re.sub("#[0-9a-f]{6}", "", light)

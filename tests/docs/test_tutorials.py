@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from forked_python import environment, python
 
+from lab.docs import charts
 from lab.docs import tutorials as maker
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def test_pages_have_the_prose_and_code_of_their_scripts(script: Path) -> None:
     text = (maker.PAGES / f"{script.stem}.md").read_text()
     assert maker.page(script, maker.printed_in(script, text)) == text, "run `make tutorials`, or with --prose"
     for name in maker.pictures(script):
-        assert (maker.PAGES / name).read_bytes().startswith(b"\x89PNG")
+        assert all((maker.PAGES / f"{Path(name).stem}-{shade}.svg").exists() for shade in charts.SHADES)
 
 
 @pytest.mark.timeout(900)
@@ -60,4 +61,4 @@ def test_scripts_print_what_their_pages_say(script: Path, tmp_path: Path) -> Non
     for cell, printed, said in zip(code, new, old, strict=True):
         assert bool(printed) == bool(said), cell.text
         assert cell.varies or same(printed, said), f"{cell.text}\nprints\n{printed}\nand not\n{said}"
-    assert {p.name for p in tmp_path.glob("*.png")} == set(maker.pictures(script))
+    assert {p.name for p in tmp_path.glob("*-dark.svg")} == {n.replace(".", "-dark.") for n in maker.pictures(script)}

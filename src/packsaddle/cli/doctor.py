@@ -103,7 +103,7 @@ def _inet6() -> dict[str, list[str]]:
 
 
 def gloo_listens() -> Listening:
-    """Return the address on which gloo listens: GLOO_SOCKET_IFNAME's, else that of this host's name, else loopback."""
+    """Return the address on which gloo listens: that of GLOO_SOCKET_IFNAME, of this host's name, or of the loopback."""
     if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
@@ -120,7 +120,7 @@ def gloo_listens() -> Listening:
 
 
 def _usable_address(host: str) -> str | None:
-    """Return the first address of a host name to which a socket can be bound, as gloo does; None if there is none."""
+    """Return the first address of a host name to which a socket can be bound, as gloo does, or None if all fail."""
     try:
         candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:

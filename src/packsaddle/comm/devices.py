@@ -63,7 +63,7 @@ def accepts(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def new_stream(device: torch.device) -> torch.Stream | None:
-    """Return a new stream of a device; None if its work has one order only."""
+    """Return a new stream of a device, or None if the device runs its work in one order only."""
     return torch.Stream(device) if has_streams(device) else None
 
 

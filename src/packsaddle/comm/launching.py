@@ -147,7 +147,8 @@ def asked_to_stop() -> bool:
 
 @contextmanager
 def recording_sigterm() -> Iterator[None]:
-    """Record a SIGTERM in the block, for `asked_to_stop`; a second one calls the previous handler. Main thread only."""
+    """Record a SIGTERM in the block, for `asked_to_stop`; a second one calls the previous handler.
+    Use it in the main thread."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
 
@@ -202,7 +203,7 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Context manager of the launcher's process group: NCCL (xccl on XPU) if every worker has a GPU, else gloo.
-    Collectives that exceed `timeout` (None: torch's default) raise PeerLostError. Raises ConfigError if it cannot be
+    Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises ConfigError if it cannot be
     initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
@@ -297,7 +298,8 @@ def preload_workers(module: str) -> None:
 
 @contextmanager
 def _restoring_signal_handlers() -> Iterator[None]:
-    """Context manager that restores the signal handlers, since torch's launcher replaces them. Main thread only."""
+    """Context manager that restores the signal handlers, since torch's launcher replaces them.
+    Use it in the main thread."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield

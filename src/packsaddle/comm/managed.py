@@ -86,14 +86,14 @@ def connect(
     """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`.
 
     Args:
-        lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT. None: the variable TORCHFT_LIGHTHOUSE.
+        lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT; by default the value of TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
         min_workers: minimum number of workers for an exchange to be applied; identical on all workers.
         timeout: limit in seconds for a collective, or for fetching the state of another worker. Like the other two, a
             number or text such as "55ms" or "2min".
         quorum_timeout: seconds to wait for other workers to join an exchange.
         connect_timeout: seconds to wait for a connection to the lighthouse.
-        hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
+        hostname: this machine's address for other workers; by default its address in the connection to the lighthouse.
         bind: the address at which this worker's servers listen; "::" for all. None: its address in the connection to
             the lighthouse, or `hostname` if that one is localhost.
 

@@ -146,7 +146,7 @@ class Compressor(ABC):
         return None
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
-        """Return the expected dtype and length of each part for d coordinates; None: parts are not checked."""
+        """Return the expected dtype and length of each part for d coordinates, or None if parts are not checked."""
         return None
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
@@ -156,7 +156,7 @@ class Compressor(ABC):
                 check_expected(parts, expected, d)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
-        """Return the indices of the coordinates that `message` contains, int64[...], distinct; None: all d."""
+        """Return the distinct indices of the coordinates in `message`, int64[...], or None if it contains all d."""
         return None
 
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose

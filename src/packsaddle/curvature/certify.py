@@ -53,7 +53,7 @@ def certify(
         sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds their number of
             examples, the certificate has a standard error of the gradient, from the variation between batches.
         process_group: the workers; None for the default group, or this process alone.
-        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches. None: not used.
+        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches, if it is used.
         progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
 
     Stops once the verdict is decided, unless `search` requires more. Raises ValueError for invalid arguments, for

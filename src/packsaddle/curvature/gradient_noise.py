@@ -72,7 +72,7 @@ def gradient_noise(
         model: a network, evaluated in eval mode to exclude noise from dropout and batch statistics.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: this worker's, at least two, drawn as in training; eight determine `std` to about 10%.
-        workers: W, the number of workers whose batches a step averages. None: that of the process group.
+        workers: W, the number of workers whose batches a step averages; by default the size of the process group.
         process_group: the workers; None for the default group, or this process alone.
 
     Raises ValueError for invalid arguments, NotFiniteError if a gradient is not finite.

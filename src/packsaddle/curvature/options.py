@@ -33,7 +33,7 @@ class Search:
             docs/certificates.md).
         memory_limit: Bytes of Lanczos vectors stored, of 8 d each, at least 0. Beyond it the bounds need a few more
             products, and the escape direction one product for each vector that was not stored.
-        generator: Generator of the random start, on rank 0; fresh for every certificate. None: seeded by the system.
+        generator: generator of the random start on rank 0, new for every certificate; by default seeded by the system.
     """
 
     max_hvps: int = 200

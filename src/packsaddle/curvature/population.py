@@ -128,7 +128,7 @@ def certify_population(
         batches: as for `certify`; each an independent draw from the population.
         epsilon: threshold of the gradient norm. None: no verdict on stationarity, only on the sign of the smallest
             eigenvalue.
-        hessian_lipschitz: rho, the Hessian's Lipschitz constant. None: measured along the direction found.
+        hessian_lipschitz: rho, the Hessian's Lipschitz constant. By default it is measured along the direction found.
         search: used are `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
             `generator`; the other options do not apply.
         progress: called with the number of Hessian-vector products so far, at most about `MOST_PRODUCTS`; a product

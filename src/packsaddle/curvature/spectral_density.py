@@ -104,7 +104,7 @@ def spectral_density(
         model, loss_fn, batches, process_group: as for `certify`.
         probes: number of random vectors; standard errors fall as the inverse square root of their number.
         steps: most Hessian-vector products per probe; fewer if its Krylov space is exhausted.
-        width: standard deviation of the smoothing Gaussian; None: the range of Ritz values divided by `steps`.
+        width: standard deviation of the smoothing Gaussian; by default the range of Ritz values divided by `steps`.
         points: number of points of the density, from four widths below the least Ritz value to four above the largest.
         search: used are `hvp`, `memory_limit` and `generator` (of the probes); the other options do not apply.
         progress: called with the number of products so far, at most probes * steps.

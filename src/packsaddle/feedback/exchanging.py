@@ -43,7 +43,7 @@ def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> 
 
 
 def exchange_of(optimizer: object) -> Exchanging | None:
-    """Return the object that exchanges an optimizer's updates, maybe the optimizer itself; None if there is none."""
+    """Return the object that exchanges an optimizer's updates, maybe the optimizer itself, or None without one."""
     if isinstance(optimizer, Exchanging):
         return optimizer
     found = _registered.get(optimizer) if isinstance(optimizer, Optimizer) else None

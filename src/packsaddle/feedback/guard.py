@@ -192,7 +192,7 @@ class Guard:
     Args:
         flag: how an invalid v is flagged. "dense": by NaNs in the uncompressed part, or in an extra number if that is
             empty; "extra": always by an extra number, whose mean is `Verdict.fraction`; "none": no checks.
-        unnamed: the name reported for an invalid v whose tensors are all valid here. None: no names are reported.
+        unnamed: the name reported for an invalid v whose tensors are all valid here. If None, no names are reported.
         agree: a function that reduces a bool[...] with OR over the processes of this worker; collective over them.
     """
 

@@ -69,7 +69,7 @@ class ErrorFeedback:
         seed: seed of all shared randomness. A slice with all compressed coordinates uses it unchanged, so that its
             randomness is that of `CompressedSGD`; other slices derive their own seeds from it.
         back: the compressor of the mean that is sent back, in exchanges that need one.
-        whole: the number of compressed coordinates of all slices. None: this slice has them all.
+        whole: the number of compressed coordinates of all slices, or None if this slice contains all of them.
     """
 
     def __init__(

@@ -123,7 +123,7 @@ class State:
         identity: returns the identity by name.
         fields: returns the fields, in the order in which they are loaded.
         head: the path of the format and the identity, () for "format" and "identity" at the top.
-        names: the names of parameters in error messages, by key. None: the keys.
+        names: the names of parameters in error messages, by key; by default the keys.
         only_with: advice in error messages, by name of an identity value; not empty: the state cannot be split.
     """
 

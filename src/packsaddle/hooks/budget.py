@@ -53,7 +53,7 @@ class Allocation:
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
     def of(self, part: Names, compressor: Compressor) -> Compressor | None:
-        """Return the slice's compressor in this step. None: it has no sample, or `compressor` is not this step's."""
+        """Return the slice's compressor in this step, or None without a sample or with another step's `compressor`."""
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:

@@ -71,9 +71,9 @@ class PendingCall:
 
 class Lockstep:
     """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
-    "guard" in the ledger. `behind` runs collectives that overlap with inner steps; None: nothing overlaps. `norms`:
-    every check has room for a norm, so that checks of all calls have one size. `paced`: it has room for the time of an
-    inner step, and workers may make other calls than exchanges after different numbers of steps."""
+    "guard" in the ledger. `behind` runs collectives that overlap with inner steps; if it is None, none overlaps.
+    `norms`: every check has room for a norm, so that checks of all calls have one size. `paced`: it has room for the
+    time of an inner step, and workers may make other calls than exchanges after different numbers of steps."""
 
     def __init__(
         self, channel: Communicator, device: torch.device, behind: Background | None, *, norms: bool, paced: bool

@@ -85,10 +85,10 @@ class Workers(Option):
             the processes of a site, which train one model with DistributedDataParallel, FSDP2 or tensor parallelism.
             Each process exchanges its part of the model with its peers in the other sites.
         weight: w_i > 0, the weight of this worker in the mean sum_i w_i C(v_i) / sum_i w_i of the compressed updates,
-            such as its number of examples; set on all workers or on none. None: equal weights. "steps": each worker
-            makes its own number of inner steps in a round, its pace, such that all end the round together, and that
-            number is its weight. The paces follow from the measured times of the workers' steps, and their sum is
-            W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
+            such as its number of examples; set on all workers or on none. By default weights are equal. With "steps"
+            each worker makes its own number of inner steps in a round, its pace, such that all end the round together,
+            and that number is its weight. The paces follow from the measured times of the workers' steps, and their sum
+            is W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
             more than a tenth. `LocalUpdates.paces` returns them; end a training by `LocalUpdates.rounds`.
         steps: fixed paces for weight="steps", one per worker by rank, such as {0: 12, 1: 4} or [12, 4]. Such a run
             measures nothing, and is bitwise reproducible. None: measured.
@@ -99,7 +99,7 @@ class Workers(Option):
             the workers in a round. The excess stays in the worker's error memory and is sent in later rounds; the
             memory of a worker whose updates are always too long grows (see `Compression.decay`). Each worker scales its
             own update, so this guards against wrong data and faulty hardware, not against a worker that reports a
-            wrong norm. `LocalUpdates.clips` lists clipped updates. None: no limit.
+            wrong norm. `LocalUpdates.clips` lists clipped updates. By default there is no limit.
         compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
             setting of a parameter group, such as the learning rate. Set it to False on all workers if they should.
 
@@ -155,7 +155,7 @@ class Elastic(Option):
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
         memory_file: a file, different for each worker, that stores the worker's unsent updates (its error memory) while
             it is absent, and is loaded when it joins. Written on joining, after every round and on leaving; locked by
-            MEMORY_FILE.lock. None: no file.
+            MEMORY_FILE.lock. By default no file is written.
         weight: the worker's weight in the mean. None: 1 if it has stepped; "steps": its inner steps since its last
             round; or a function that returns a running total, such as its number of tokens, whose increase is the
             weight. Unless None, a slower worker makes fewer inner steps in a round and a faster one more, so that all
@@ -171,7 +171,7 @@ class Elastic(Option):
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
             class or in a default setting. Set it to False on all workers if they should.
-        group: the manager's existing `ManagedGroup`. None: a new one.
+        group: the manager's existing `ManagedGroup`; by default a new one.
 
     Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
     is out of range.
@@ -231,7 +231,7 @@ class OuterSGD(Option):
     Args:
         lr: the learning rate, above 0. It scales the workers' mean update, and is applied once per round.
         momentum: the momentum, in [0, 1).
-        nesterov: use Nesterov's form. None: True if momentum is above 0.
+        nesterov: use Nesterov's form; by default True if momentum is above 0.
 
     Raises ValueError for a setting that is out of range.
 

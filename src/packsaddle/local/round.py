@@ -160,7 +160,7 @@ class LocalRound:
 
     @property
     def own_factor(self) -> Tensor | None:
-        """This worker's clipping factor, float64[]; None: its update is not clipped."""
+        """This worker's clipping factor, float64[], or None if its update is not clipped."""
         return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
 
     def _vector(self, g: Averaged) -> Tensor:

@@ -100,13 +100,13 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             steps, unless the module was made before `import packsaddle`, copied or unpickled.
         outer: the step of the anchor. The outer optimizer, `OuterSGD()` or a function of the anchor's tensors that
             returns a torch optimizer, has the workers' mean update as its gradient. `OuterAgreement()` lengthens the
-            mean update where workers disagree. None: the mean update is subtracted.
+            mean update where workers disagree. By default the mean update is subtracted.
         mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
             workers' mean update after a round (see `local.moments`). It sends nothing. None: 0.5 if an optimizer is
             Adam or a variant of it, none is Muon, and `outer` has no momentum; else 0.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         noise: the standard deviation of Gaussian noise added in each round, or a `Noise`.
-        escape: the saddle escape check of the anchor, an `Escape`, which counts rounds. None: no check.
+        escape: the saddle escape check of the anchor, an `Escape`, which counts rounds, or None for no check.
         keep_unsent: after a round continue at a - e, where a is the anchor and e this worker's error memory, as in CSER
             (Xie et al. 2020). It trains better than False: continue at a, as in Algorithm 1 and DiLoCo.
         offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
@@ -476,8 +476,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.steps = self.steps
 
     def check_call(self, call: Call) -> None:
-        """Raise RuntimeError, on all workers, if others make another call; collective, and not in the ledger. No-op
-        with a manager."""
+        """Raise RuntimeError on all workers unless all make this `call`. Collective, and not counted in the ledger.
+        No-op with a manager."""
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:

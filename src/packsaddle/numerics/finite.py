@@ -136,8 +136,8 @@ def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:
 def first_out_of_range(
     named: Iterable[tuple[str, Tensor | None]], agree: Callable[[Tensor], Tensor] = lambda bad: bad
 ) -> str | None:
-    """Return the name of the first tensor for which `is_in_range` is False; None if there is none. `agree` reduces a
-    bool[n] with OR over the processes of a worker."""
+    """Return the name of the first tensor for which `is_in_range` is False, or None if all are in range. `agree`
+    reduces a bool[n] with OR over the processes of a worker."""
     found = {name: ~is_in_range(tensor) for name, tensor in named if tensor is not None}
     bad = agree(torch.stack(list(found.values()))).tolist() if found else []
     return next((name for name, is_bad in zip(found, bad, strict=True) if is_bad), None)

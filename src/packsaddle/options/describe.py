@@ -27,7 +27,7 @@ def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
 
 
 def option_class(hint: Any) -> type[Any] | None:
-    """Return the first dataclass in an annotation such as X, X | None or list[X]; None if there is none."""
+    """Return the first dataclass in an annotation such as X, X | None or list[X], or None if it has no dataclass."""
     return next((h for h in (hint, *get_args(hint)) if inspect.isclass(h) and dataclasses.is_dataclass(h)), None)
 
 

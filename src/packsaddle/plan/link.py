@@ -137,7 +137,8 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
-    """Return the measured steps relative to uncompressed training, or None. 1 if lossless or without an optimizer."""
+    """Return the steps relative to uncompressed training: 1 for lossless compressors and without an optimizer, else the
+    measured number, or None if there is none."""
     if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)

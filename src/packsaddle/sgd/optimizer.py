@@ -110,7 +110,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             uncompressed, where the error is kept and which checks are made. Not a function of the step.
         noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
             returns it (see `Ramp`); or a `Noise`.
-        escape: the escape check of Algorithm 1, lines 4-8; None: no check.
+        escape: the escape check of Algorithm 1, lines 4-8, or None for no check.
         momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`); or a `Storm`.
         nesterov: use Nesterov's form of the momentum.
         weight_decay: coefficient of x added to the gradient, before compression.

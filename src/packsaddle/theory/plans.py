@@ -224,7 +224,7 @@ _HALVINGS = 40  # bisections of an interval of log(epsilon), which is at most 92
 
 @dataclass(frozen=True)
 class Reach:
-    """Number of steps without compression, the fewest of any compressor, and the number under easier assumptions."""
+    """The number of steps without compression, the smallest over compressors, and that under easier assumptions."""
 
     steps: int  # steps T without compression
     at_twice_epsilon: int | None  # steps for 2 epsilon; None: then every first-order stationary point is second-order
