@@ -17,6 +17,7 @@ ALLOWED = {
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
     "packsaddle.compressors.selection": "lab/bench/pieces.py measures this internal function",
+    "packsaddle.comm.cost_model": "lab/bench/goodput.py simulates many workers by the costs of collectives",
     "packsaddle.options.describe": "lab/docs/docstrings.py shows the comments of fields",
     "packsaddle.messages": "lab/paper/progress.py prints what a terminal must not obey",
     "packsaddle.cli.progress": "lab/paper/progress.py says the time left as a plan does",

@@ -51,6 +51,10 @@ FORMATS: dict[str, dict[str, str | None]] = {
     "local": {
         "identity/outer": None,
         "identity/escape": None,
+        "identity/weight_by_steps": None,  # a state of it has what follows
+        "pacing/**": None,
+        "schedule/**": None,
+        "own_steps": None,
         "steps": "step",
         "fragments/*/rounds": "rounds of fragment {}",
         "fragments/*/anchor/*": "anchor of {1}",
@@ -71,6 +75,7 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/exchange/start/*": "x before the pending exchange of {1}",
         "fragments/*/exchange/mean/*": "mean of the pending exchange of {1}",
         "fragments/*/exchange/frozen": "frozen in the pending exchange of fragment {}",
+        "fragments/*/exchange/times": None,
         "fragments/*/exchange/agrees": "frozen on all workers in the pending exchange of fragment {}",
         "outer/**": "outer {}",
         "escape/start/*": "escape anchor of {}",

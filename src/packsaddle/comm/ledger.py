@@ -31,7 +31,7 @@ class Bytes:
         return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
 
     def part_of(self, processes: int) -> "Bytes":
-        """Return one process's part of these bytes, rounded up."""
+        """Return the part of one of `processes` processes in these bytes, rounded up."""
         return Bytes(*(-(-n // processes) for n in (self.payload, self.sent, self.received)))
 
     def __str__(self) -> str:
