@@ -237,9 +237,9 @@ def test_two_way_by_hand() -> None:
     vs, mean, left = vectors(d, workers), torch.zeros(d), torch.stack(vectors(d, workers))
     for owner, (a, b) in enumerate(pairwise([0, 10, 20, 31])):
         sent = [v[a:b] if i == owner else up(v[a:b]) for i, v in enumerate(vs)]
-        mean[a:b] = back(sum(sent) / workers)
+        mean[a:b] = back(torch.stack(sent).mean(0))
         for i, part in enumerate(sent):
-            left[i, a:b] = sum(sent) - workers * mean[a:b] if i == owner else vs[i][a:b] - part
+            left[i, a:b] = torch.stack(sent).sum(0) - workers * mean[a:b] if i == owner else vs[i][a:b] - part
     for v, rest, r in zip(vs, left, exchange_once(up, "two-way", back, d, 0, workers), strict=True):
         assert torch.allclose(r["mean"], mean, atol=1e-6)
         assert torch.allclose(v - r["own"], rest, atol=1e-6)

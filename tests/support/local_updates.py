@@ -445,9 +445,9 @@ class Twin:
         # v is weighted and clipped, and sent.
         share, factor = self.shares(n, flush is not None), torch.ones(self.size, 1, dtype=torch.float64)
         owned = self.owned[:, at]
-        mine = torch.where(owned & ~frozen, v - case.decay * self.e[:, at], v)  # without what is of the mean
+        own = torch.where(owned & ~frozen, v - case.decay * self.e[:, at], v)  # without what is of the mean
         if case.clip is not None:
-            norms = mine.norm(dim=1, keepdim=True).float().double()
+            norms = own.norm(dim=1, keepdim=True).float().double()
             factor = (case.clip * norms[share > 0].median() / norms).clamp(max=1)
             factor[norms == 0] = 1
             part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1 and share[i]]
@@ -460,7 +460,7 @@ class Twin:
         if agrees:
             r.mean[frozen[0]] = 0
         if case.agreement and flush is None:
-            self.lengthen(part, r.mean, torch.where(owned, mine * share * factor, sent), share[:, 0])
+            self.lengthen(part, r.mean, torch.where(owned, own * share * factor, sent), share[:, 0])
         residual = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
         self.e[:, at] = torch.where(is_in, residual, self.e[:, at])
         self.u[:, at] = torch.where(is_in & ~frozen, 0, self.u[:, at])
