@@ -28,7 +28,7 @@ STEPS: dict[str, Waits] = {
     **dict.fromkeys((f"LocalUpdates{options}" for options in ROUNDS), (0, 0, 0, 1, 1)),
     "LocalUpdates, GradScaler": (1, 1, 1, 2, 1),
     "LocalUpdates, TopK int2": (0, 0, 0, 4, 1),
-    "LocalUpdates, Sign two-way": (0, 0, 0, 1, 3),
+    "LocalUpdates, Sign two-way": (0, 0, 0, 1, 2),
     **dict.fromkeys(("LocalUpdates, overlap", "LocalUpdates, overlap agreement"), (0, 1, 0, 0, 2)),
     "LocalUpdates, overlap TopK int2": (0, 1, 0, 2, 2),
     "LocalUpdates, overlap fragments": (1, 0, 1, 0, 3),

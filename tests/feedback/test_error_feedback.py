@@ -1,7 +1,6 @@
 """The engine alone: a round conserves the updates to be applied, and a rejected one leaves no trace."""
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_a_round_conserves(compressor: Compressor, exchange: str, workers: int) 
         feedback, found = engine(compressor, exchange), []
         for step in range(6):
             mean = take(feedback, rank, step)
-            found.append((feedback.pending().clone(), update(rank, step).u, mean))
+            found.append((feedback.memory.pending().clone(), update(rank, step).u, mean))
         return found
 
     results = simulate(run, workers)
@@ -100,7 +99,7 @@ def test_a_rejected_round_leaves_no_trace(compressor: Compressor, exchange: str,
         for step in range(6):
             if broken and step in (0, 3):
                 breaks(feedback, rank, step)
-            found += [take(feedback, rank, step), feedback.pending().clone()]
+            found += [take(feedback, rank, step), feedback.memory.pending().clone()]
         return found
 
     def breaks(feedback: ErrorFeedback, rank: int, step: int) -> None:
@@ -144,25 +143,26 @@ def test_extras_travel_in_the_one_collective() -> None:
         assert calls == 1
 
 
-@by_kind
-def test_another_exchange_takes_over_the_owner_errors(compressor: Compressor, exchange: str) -> None:
-    def run(rank: int) -> list[Tensor]:
-        feedback = engine(compressor, exchange)
-        for step in range(3):
-            take(feedback, rank, step)
-        found = [feedback.pending().clone()]
-        feedback.drop_aggregator()
-        found.append(feedback.pending().clone())
-        feedback.use(TopK(0.5), "two-way")
-        return [*found, feedback.pending().clone()]
+def test_the_contraction_is_of_what_a_worker_sends() -> None:
+    """Not of its own chunk, where its memory has the residual of the mean."""
 
-    for found in simulate(run, 2):
-        assert float(found[0].abs().max()) > 0
-        assert all(torch.equal(a, b) for a, b in pairwise(found))
+    def run(rank: int) -> tuple[float, float]:
+        feedback, n = engine(Sign(), "two-way"), engine(Sign(), "two-way").slice.compressed_d
+        feedback.contraction = Contraction(1)
+        for step in range(2):
+            v = feedback.memory.vector + update(rank, step).u
+            take(feedback, rank, step)
+        half, rest = v[n // 2 : n] if rank == 0 else v[: n // 2], v[n:].square().sum()
+        lost = half.square().sum() - len(half) * half.abs().mean() ** 2
+        assert feedback.contraction.whole is not None
+        return feedback.contraction.whole, 1 - float(lost / (half.square().sum() + rest))
+
+    for found, expected in simulate(run, 2):
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def test_an_optimizer_goes_on_after_an_exchange_that_raised() -> None:
-    """As if it had not been tried: also what an owner holds back, which the exchange itself changes."""
+    """As if it had not been tried."""
 
     def run(broken: bool) -> tuple[Tensor, Tensor]:
         p = torch.nn.Parameter(torch.zeros(8, 8))

@@ -21,9 +21,8 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 # Every path of every front's state, "*" for the key of a parameter, group or fragment, and its kind.
 OPTIMIZER = """
 error: state.*.error, state.*.estimate, state.*.momentum, state.*.storm
-owner: state.*.owner_error
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
-constant: param_groups.*.owners, param_groups.*.rank, param_groups.*.workers
+constant: param_groups.*.rank, param_groups.*.workers
 shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, noise.size, noise.total,
     param_groups.*.start_step, param_groups.*.direction, param_groups.*.format, param_groups.*.lr,
     param_groups.*.memory, param_groups.*.param_names, param_groups.*.params, param_groups.*.seed,
@@ -32,24 +31,23 @@ shared: aggregator.compressor, aggregator.state, drifts, noise, noise.kept, nois
 """
 HOOK = """
 error: error.*
-owner: owner_error.*
 own: allocation, ledger
 constant: identity.rank, identity.workers
 shared: aggregator, aggregator.compressor, aggregator.state, format, identity.exchange, identity.scope, identity.seed,
     skips.consecutive, skips.total, steps
 """
 LOCAL = """
-error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*
-owner: fragments.*.owner_error.*
+error: fragments.*.error.*, fragments.*.exchange.start.*, fragments.*.owed.*, fragments.*.shift.*
 own: fragments.*.aggregator.compressor, fragments.*.aggregator.state, fragments.*.contraction.steps,
-    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, share,
-    skips.consecutive, skips.total
+    fragments.*.clipped, fragments.*.trained, uncompressed, fragments.*.contraction.whole, ledger, own_steps, pacing,
+    schedule, share, skips.consecutive, skips.total
 constant: fragments.*.exchange.invalid, fragments.*.invalid, identity.rank, identity.workers, reset.failed,
     reset.reloaded
 shared: drifts, escape.start, escape.step, format, fragments.*.anchor.*, fragments.*.exchange,
     fragments.*.exchange.applied, fragments.*.exchange.due, fragments.*.exchange.mean, fragments.*.exchange.reports,
     fragments.*.rejected, fragments.*.rounds, identity.delay, identity.escape, identity.every, identity.fragments,
-    identity.keep_unsent, identity.outer, identity.parameters, identity.seed, outer, resets, steps
+    identity.keep_unsent, identity.outer, identity.parameters, identity.seed, identity.weight_by_steps, outer, resets,
+    steps
 """
 
 

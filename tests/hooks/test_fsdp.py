@@ -449,7 +449,7 @@ def test_states_that_do_not_fit_are_refused(gloo: Gloo) -> None:
                 "shards is 2 here, but the state was saved with shards 4: an FSDP hook's",
                 "seed is 0 here, but the state was saved with seed 8",
                 "the state has no format; was it saved by register_fsdp_hook?",
-                "the state has format 7, and this version of packsaddle reads format 5",
+                "the state has format 7, and this version of packsaddle reads format 6",
                 "error of 0 must have shape",
                 "the state has error of other, and there is no such parameter here",
             ),

@@ -59,8 +59,8 @@ EXCLUDED = {
     ("compressor", "workers"): {
         *(("shared coordinates", workers) for workers in ("sample", "elastic")),
         *(("low rank", workers) for workers in ("sample", "elastic")),
-        *(("two-way", workers) for workers in ("weight", "paces", "sample", "elastic")),
-        *(("coordinator", workers) for workers in ("weight", "paces", "sample", "elastic")),
+        *(("two-way", workers) for workers in ("sample", "elastic")),
+        *(("coordinator", workers) for workers in ("sample", "elastic")),
         *(("senders", workers) for workers in ("weight", "paces", "sample", "elastic")),
     },
     ("workers", "overlap"): {("sample", "delay"), ("elastic", "delay")},

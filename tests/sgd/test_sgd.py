@@ -88,7 +88,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     error, state = opt.error(), opt.state_dict()
     (group,) = state["param_groups"]
     older = (
-        "has format 1, .* reads format 5: finish the run with the packsaddle that saved it, or load the weights alone"
+        "has format 1, .* reads format 6: finish the run with the packsaddle that saved it, or load the weights alone"
     )
     with pytest.raises(ValueError, match=f"the state {older}"):
         opt.load_state_dict(state | {"param_groups": [group | {"format": 1}]})
@@ -379,7 +379,7 @@ def test_torch_checkpoint_tools_round_trip() -> None:
 
 
 def test_an_owners_error_is_part_of_the_state() -> None:
-    """What two-way holds back at the owner survives torch's checkpoint tools, and no other exchange takes it."""
+    """What an owner keeps of the mean survives torch's checkpoint tools, and another exchange continues with it."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model, data = network()
@@ -388,7 +388,7 @@ def test_an_owners_error_is_part_of_the_state() -> None:
     train(model, data, opt, 5)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
     y = opt.corrected()
-    assert not torch.allclose(opt.error(), torch.cat([s["error"].reshape(-1) for s in opt.state.values()]) / 0.1)
+    assert opt.error().any()
     weights = copy.deepcopy(model.state_dict())
     train(model, data, opt, 3)
     model.load_state_dict(weights)
@@ -397,8 +397,8 @@ def test_an_owners_error_is_part_of_the_state() -> None:
     for other in ("direct", "coordinator"):
         changed = {**two_way, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
         another = make(network()[0], data, **changed)
-        with pytest.raises(ValueError, match=r"owners is .* here, but the state was saved with owners two-way"):
-            another.load_state_dict(opt.state_dict())
+        another.load_state_dict(opt.state_dict())
+        assert torch.equal(another.error(), opt.error())
 
 
 def test_a_warm_start_that_does_not_fit_is_left_out() -> None:

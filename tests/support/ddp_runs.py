@@ -38,7 +38,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "LinearSketch": LinearSketch(0.2),
     "LowRank": LowRank(1),
 }
-# Every compressor, and the exchanges through owners, which have an error memory of their own.
+# Every compressor, and the exchanges through owners, which keep residuals of the mean.
 WAYS: dict[str, dict[str, Any]] = {
     **{name: {"compressor": c} for name, c in COMPRESSORS.items()},
     "two-way": {"compressor": TopK(0.05), "exchange": "two-way"},

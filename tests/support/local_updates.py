@@ -271,14 +271,14 @@ class Part:
 
 class Twin:
     """The algorithm. A worker's local update u is the sum of its own steps since its last exchange. When an exchange
-    begins and when it ends, x = s - u, where s = a - e, or a without `keep_unsent`."""
+    begins and when it ends, x = s - u, where s = a - e, or a without `keep_unsent` and where the worker owns."""
 
     def __init__(self, case: Case, workers: int | None = None) -> None:
         self.case, self.size = case, workers or case.workers
         values = begin(case.shapes)
         self.a = flat(values)
         self.x = self.a.repeat(self.size, 1)
-        self.e, self.u, self.r = (torch.zeros_like(self.x) for _ in range(3))  # r: owners' errors
+        self.e, self.u, self.owned = torch.zeros_like(self.x), torch.zeros_like(self.x), self.x.isnan()
         sizes = [value.numel() for value in values.values()]
         self.places = dict(zip(values, torch.arange(len(self.a)).split(sizes), strict=True))
         self.trainings = [Training(case, self._views(x)) for x in self.x]
@@ -304,7 +304,7 @@ class Twin:
         return {k: vector[at[0] : at[-1] + 1].view(self.case.shapes[k]) for k, at in self.places.items()}
 
     def s(self) -> Tensor:
-        return self.a - self.e if self.case.keep_unsent else self.a.expand_as(self.x)
+        return self.a - self.e * ~self.owned if self.case.keep_unsent else self.a.expand_as(self.x)
 
     def shares(self, n: int, flush: bool) -> Tensor:
         """Return each worker's factor in the mean, float[W, 1]; 0: it is not in the sample."""
@@ -317,7 +317,7 @@ class Twin:
 
     def pending(self) -> Tensor:
         """Return each worker's updates that the anchor does not include, float[W, d]."""
-        pending = self.e + self.u + self.size * self.r
+        pending = self.e + self.u
         for part in self.parts:
             if part.current is not None and part.current.mean is not None:
                 pending[:, part.at] += part.current.mean
@@ -403,15 +403,22 @@ class Twin:
         """Four bits where rounds send no more, by owners that do not compress otherwise; else all."""
         case, four, c = self.case, Rounded("int4"), self.case.compressor_at(max(0, part.t - 1))
         few = part.n and part.restricted(c).message_bytes(part.n, 8) <= four.message_bytes(part.n, 8)
-        usual = case.exchange in ("auto", "two-way") and case.back is None and case.weight is None and case.sample == 1
+        usual = case.exchange in ("auto", "two-way") and case.back is None and case.sample == 1
         return four if usual and few and self.size > 1 else Identity()
 
     def switch(self, part: Part, compressor: Compressor | None) -> None:
-        """Use another compressor; what owners hold back goes to their error memories."""
+        """Use another compressor, for which workers may own other coordinates."""
         if compressor != part.compressor:
             part.compressor, part.warm = compressor, None
-            self.e[:, part.at] += self.size * self.r[:, part.at]
-            self.r[:, part.at] = 0
+            self.owned[:, part.at] = False
+            for j, (a, b) in enumerate(pairwise(self.bounds(part, compressor))):
+                self.owned[j, part.at[a:b]] = True
+
+    def bounds(self, part: Part, c: Compressor | None) -> list[int]:
+        """Return where owners' chunks begin and end; [] without owners."""
+        exchange = "direct" if c is None or c.lossless else self.case.exchange
+        whole = [part.n * j // self.size for j in range(self.size + 1)]
+        return {"two-way": whole, "coordinator": [0, part.n]}.get(exchange, [])
 
     def frozen(self, worker: int) -> Tensor:
         """Return what neither moves nor is sent, bool[d]: it is frozen, and was since the last exchange."""
@@ -437,25 +444,26 @@ class Twin:
             return
         # v is weighted and clipped, and sent.
         share, factor = self.shares(n, flush is not None), torch.ones(self.size, 1, dtype=torch.float64)
+        owned = self.owned[:, at]
+        own = torch.where(owned & ~frozen, v - case.decay * self.e[:, at], v)  # without what is of the mean
         if case.clip is not None:
-            norms = v.norm(dim=1, keepdim=True).float().double()
+            norms = own.norm(dim=1, keepdim=True).float().double()
             factor = (case.clip * norms[share > 0].median() / norms).clamp(max=1)
             factor[norms == 0] = 1
             part.clips += [(part.t, str(i), s) for i, s in enumerate(factor[:, 0].tolist()) if s < 1 and share[i]]
         r.rest = (factor[:, 0] < 1) | (not c.lossless)
         sent, r.mean, error = self.average(part, c, v * share * factor)
-        # What was not sent is kept; of a parameter that is frozen on some workers alone, C(0) was sent.
-        residual, is_in = v - sent / share, (share > 0).expand_as(v)
+        # What was not sent is kept, and by its owner that of the mean, so that the next mean has it once; of a
+        # parameter that is frozen on some workers alone, C(0) was sent.
+        residual, is_in = v - sent / share + owned * error / (share / self.size), (share > 0).expand_as(v)
         agrees = bool((frozen == frozen[0]).all())
         if agrees:
             r.mean[frozen[0]] = 0
-            error[:, frozen[0]] = self.r[:, at][:, frozen[0]]
         if case.agreement and flush is None:
-            self.lengthen(part, r.mean, sent, share[:, 0])
+            self.lengthen(part, r.mean, torch.where(owned, own * share * factor, sent), share[:, 0])
         residual = torch.where(frozen, self.e[:, at] + (0 if agrees else residual), residual)
         self.e[:, at] = torch.where(is_in, residual, self.e[:, at])
         self.u[:, at] = torch.where(is_in & ~frozen, 0, self.u[:, at])
-        self.r[:, at] = error
         for i, mine in enumerate(self.is_sent):
             mine.update(dict.fromkeys(part.names, True) if share[i] else {})
 
@@ -469,23 +477,23 @@ class Twin:
                 d *= min(max(ratio, 1.0), self.size) ** (self.case.agreement / 2)
 
     def average(self, part: Part, c: Compressor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return C(v_i), the mean, and owners' errors; the part that is not compressed is sent whole."""
+        """Return C(v_i), where owners have v_i itself, the mean, and its residual, float[n]; the part that is not
+        compressed is sent whole."""
         case, n, seed, t = self.case, part.n, part.seed, part.t
-        sent, error, w, own = v.clone(), self.r[:, part.at].clone(), v[:, :n], part.restricted(c)
+        sent, error, w, own = v.clone(), torch.zeros_like(v[0]), v[:, :n], part.restricted(c)
         exchange = "direct" if c.lossless else case.exchange
         mean = v.mean(0)
         if n and exchange in ("two-way", "coordinator"):
-            bounds = [n * j // self.size for j in range(self.size + 1)] if exchange == "two-way" else [0, n]
             back = part.restricted(case.back or (c if exchange == "two-way" else Identity()))
-            for j, (a, b) in enumerate(pairwise(bounds)):
+            for j, (a, b) in enumerate(pairwise(self.bounds(part, c))):
                 up, down = own.restrict(a, b, n), back.restrict(a, b, n)
-                for i in range(self.size) if a < b else ():
+                for i in [i for i in range(self.size) if a < b and i != j]:
                     mine = mix(seed, i + 1) if c.private else seed
                     sent[i, a:b] = up(w[i, a:b], mix(mine, j), t)
                 if a < b:
-                    whole = error[j, a:b] + sent[:, a:b].mean(0)
+                    whole = sent[:, a:b].mean(0)
                     mean[a:b] = down(whole, mix(seed, j, 1), t)
-                    error[j, a:b] = whole - mean[a:b]
+                    error[a:b] = whole - mean[a:b]
         elif n and isinstance(own, LowRank):
             sent[:, :n], part.warm = low_rank(own, w, own.gaussian(w[0], seed=seed, step=t), part.warm)
             mean = sent.mean(0)
@@ -584,7 +592,7 @@ class Twin:
         """Lines 4 to 8 of Algorithm 1, on the anchor."""
         assert self.case.escape is not None
         interval, radius, compare, every = self.case.escape
-        y = self.a - (self.e + self.size * self.r).mean(0)
+        y = self.a - self.e.mean(0)
         late = part.t - self.segment_t > interval
         if late or (part.t % every == 0 and (self.segment - y).norm() > radius):
             f = [
@@ -592,8 +600,7 @@ class Twin:
             ]
             self.a.copy_(y if f[0] < f[1] else self.segment)
             self.resets.append((part.t, f[0] < f[1]))
-            for memory in (self.e, self.r):
-                memory.zero_()
+            self.e.zero_()
             self.segment, self.segment_t, part.warm = self.a.clone(), part.t, None
         rest = r.rest[:, None] if r.flush and r.rest is not None else torch.tensor(False)
         self.x.copy_(torch.where(rest, self.a, self.s()))

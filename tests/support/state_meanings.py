@@ -16,13 +16,12 @@ _REST = {"format": None, "ledger": None, "uncompressed/**": None, "identity/*": 
 _SKIPS = {"skips/total": "skipped", "skips/consecutive": "skipped in a row"}
 _ALLOCATION = {"allocation/*/*": "allocation {} {}"}
 
-# Format 5: the names of what is at a path of a state. "*" is one key, "**" one or more, "{}" what they stand for.
+# Format 6: the names of what is at a path of a state. "*" is one key, "**" one or more, "{}" what they stand for.
 # Several tensors of one name make one vector, and several plain values of one name must be equal.
 FORMATS: dict[str, dict[str, str | None]] = {
     "optimizer": {
         "state/*/error": "error of {}",
         "state/*/estimate": "error of {}",
-        "state/*/owner_error": "owner error of {}",
         "state/*/start": "escape anchor of {}",
         "state/*/*": "vector of {}: {}",  # momentum, STORM's direction, EF21's mean
         "param_groups/*/params": None,
@@ -42,8 +41,7 @@ FORMATS: dict[str, dict[str, str | None]] = {
     "hook": {
         "steps": "step",
         "error/*": "error of {}",
-        "aggregator/compressor/**": "compressor of the owner errors: {}",
-        "owner_error/*": "owner errors",
+        "aggregator/compressor/**": "compressor of the last exchange: {}",
         "aggregator/state/**": "exchange {}",
         **_SKIPS,
         **_ALLOCATION,
@@ -61,8 +59,8 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "fragments/*/rounds": "rounds of fragment {}",
         "fragments/*/anchor/*": "anchor of {1}",
         "fragments/*/error/*": "error of {1}",
-        "fragments/*/aggregator/compressor/**": "compressor of the owner errors: {1}",
-        "fragments/*/owner_error/*": "owner errors of fragment {0}",
+        "fragments/*/aggregator/compressor/**": "compressor of the last exchange: {1}",
+        "fragments/*/shift/*": "shift of {1}",
         "fragments/*/aggregator/state/**": "exchange of fragment {}: {}",
         "fragments/*/owed/*": "owed of {1}",
         "fragments/*/contraction/**": "contraction of fragment {}: {}",
@@ -122,7 +120,7 @@ def _name(path: str, front: str) -> str | None:
 
 
 def _joined(name: str, values: list[Any]) -> Any:
-    if (len(values) > 1 or name.startswith("owner errors")) and all(isinstance(value, Tensor) for value in values):
+    if len(values) > 1 and all(isinstance(value, Tensor) for value in values):
         return torch.cat([value.reshape(-1) for value in values])
     if any(value is not values[0] and value != values[0] for value in values):
         raise ValueError(f"{name} is {values[0]} and {values[1]} in one state")

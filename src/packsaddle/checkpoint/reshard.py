@@ -6,9 +6,9 @@ a joint fingerprint, which detects a worker-0 file of another save.
 
 For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
 parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
-each worker. Owner errors, the residuals of a two-way exchange's mean, are added to the error memories. If workers train
-separately between exchanges (a part has `Exchanging.optimizers`), their parameters and optimizer states are averaged
-too, with the weights of that part (`Exchanging.weight_in`). The smallest scale of their GradScalers is used.
+each worker. If workers train separately between exchanges (a part has `Exchanging.optimizers`), their parameters and
+optimizer states are averaged too, with the weights of that part (`Exchanging.weight_in`). The smallest scale of their
+GradScalers is used.
 """
 
 import copy

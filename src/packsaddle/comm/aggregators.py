@@ -81,7 +81,9 @@ class Invalid:
 class Averaged:
     """The result of averaging a vector over workers. `own` and `mean` are sums of terms, on compressed coordinates."""
 
-    own: tuple[Term, ...]  # this worker's compressed vector C(v); its error memory becomes v - C(v)
+    # This worker's compressed vector C(v); its error memory becomes v - C(v). An owner's C(v) is v - W r in its chunk,
+    # where r is the residual of the mean that it sent back to all W workers.
+    own: tuple[Term, ...]
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
     dense: Tensor  # float[m], the mean of the uncompressed parts
     invalid: Invalid = field(default_factory=Invalid)  # invalid messages, for which all workers reject the mean
@@ -152,14 +154,9 @@ class Aggregator(ABC):
         """Return the operation counts of the busiest worker in one exchange, including those that apply the mean."""
         return [Work(self.compressor, d, encode=1, add=2)]
 
-    def vectors(self, like: Tensor) -> dict[str, Tensor]:
-        """Return the aggregator's residuals by name, vectors like `like`, float[>= d]. Allocated once; checkpointed."""
-        return {}
-
-    def add_residual(self, pending: Tensor, workers: int) -> Tensor:
-        """Return the unapplied update `pending`, float[>= d], plus this worker's part of the aggregator's residuals.
-        The mean of the results over workers is the total unapplied update."""
-        return pending
+    def owned(self, d: int, workers: int, rank: int) -> slice:
+        """Return the range of d coordinates of which worker `rank` keeps the residual of the mean (see `Owners`)."""
+        return slice(0, 0)
 
     def mu(self, d: int, workers: int) -> float:
         """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d equally large coordinates."""
@@ -171,7 +168,7 @@ class Aggregator(ABC):
             self.compressor.validate(d)
 
     def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
-        """Reset the aggregator's state, including its residuals."""
+        """Reset the aggregator's state."""
 
     def snapshot(self) -> Any:
         return None
@@ -180,7 +177,7 @@ class Aggregator(ABC):
         """Roll the state back to `snapshot`, and discard the exchanges since then."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state without residuals, such as the low-rank warm start, as tensors and plain types."""
+        """Return the state, such as the low-rank warm start, as tensors and plain types."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027

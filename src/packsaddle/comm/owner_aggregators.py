@@ -1,13 +1,16 @@
 """Two-way exchanges: every chunk of the vector has an owner, a worker that averages it and sends the mean back.
 
-With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star. The
-owner may compress the mean again, with an error memory of its own (the owner error).
+With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star.
+
+An owner takes its own v uncompressed in its chunk, since nobody receives it, and may compress the mean again. Of the
+residual r of that mean it keeps W r in its own error memory, so that the next mean contains r once:
+
+    m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
 """
 
 from abc import abstractmethod
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Aggregator, Averaged, Dense, Invalid, Term, Work, dense_of, mean_of_dense
@@ -24,16 +27,14 @@ Chunk = tuple[int, int]
 class Owners(Aggregator):
     """Base of two-way exchanges: workers send compressed chunks to the chunks' owners, which return compressed means.
 
-    An owner replies with B(mean + owner error), where B is the compressor `back` and the owner error is the residual of
-    its last reply. k= or columns= of a compressor is divided among chunks in proportion to their sizes, and with
-    `per_tensor` each piece of a tensor in a chunk counts as a tensor.
+    An owner replies with B(m), where m is the mean and B the compressor `back`. k= or columns= of a compressor is
+    divided among chunks in proportion to their sizes, and with `per_tensor` each piece of a tensor in a chunk counts as
+    a tensor.
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
         super().__init__(compressor)
         self.back = back
-        self._residual: Tensor | None = None  # float[>= d], the owner error on this worker's chunk, zero elsewhere
-        self._own: Chunk | None = None  # this worker's chunk; None before the first exchange
 
     def adopt(self, compressor: Compressor) -> None:
         if self.back is self.compressor:
@@ -55,9 +56,7 @@ class Owners(Aggregator):
         if not len(v):
             return Averaged((), (), mean_of_dense(channel, dense_of(dense, ())))
         rank, size = channel.group.rank, channel.group.size
-        chunks = list(pairwise(self.bounds(len(v), size)))
-        self._own = chunks[rank]
-        own = {}
+        chunks, own = list(pairwise(self.bounds(len(v), size))), {}
         for owner, (a, b) in enumerate(chunks):
             if a < b:
                 part, own_seed = self.compressor.restrict(a, b, len(v)), mix(self._seed_of(rank, seed), owner)
@@ -66,41 +65,46 @@ class Owners(Aggregator):
         like, invalid = own[min(own)].message.parts, Invalid()
         is_fixed, most = self.compressor.fixed_size, most_bytes(len(v), like)
         received = channel.exchange(outgoing, like, fixed_size=is_fixed, most=most)
-        reply = self._reply(v, received, chunks[rank], rank, seed, step, invalid) if rank in own else None
+        mine = slice(*chunks[rank])
+        reply, residual = None, v[mine]
+        if rank in own:
+            reply, residual = self._reply(v, received, chunks[rank], rank, seed, step, invalid)
         sizes = [part_sizes(own[j].message.parts) if j in own else [0] * len(like) for j in range(size)]
         known = sizes if self._knows_replies else None
         mean = self._return(channel, reply, v, chunks, seed, step, invalid, known)
         # The uncompressed part is averaged last, so that a NaN in it reports an invalid message to all workers.
-        sent = tuple(own.values())
-        mean_dense = mean_of_dense(channel, dense_of(dense, sent), invalid, flag)
-        return Averaged(sent, mean, mean_dense, invalid)
+        others = [term for owner, term in own.items() if owner != rank]
+
+        def with_own(values: Tensor) -> tuple[Term, ...]:
+            return (*others, Term(Identity(), Message({"values": values}), *chunks[rank]))
+
+        mean_dense = mean_of_dense(channel, dense_of(dense, with_own(v[mine])), invalid, flag)
+        return Averaged(with_own(v[mine].sub(residual, alpha=size)), mean, mean_dense, invalid)
 
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
-    ) -> Message:
-        """Return the owner's reply, its compressed sum of mean and owner error; set the owner error to the residual.
-        If that sum is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
+    ) -> tuple[Message, Tensor]:
+        """Return the owner's reply, the compressed mean of its chunk, and the residual of that.
+        If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
-        # v <- e + the mean of C(v_i), where e is the owner error.
-        error = self.vectors(v)["owner_error"][a:b]
-        corrected = error.clone()
+        # m, with this worker's own v as it is.
+        mean = v[a:b] / len(received)
         for worker, parts in enumerate(received):
             with invalid.of(worker):
-                message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
-                up.add_decoded(message, corrected, 1.0 / len(received))
-        # Replace invalid coordinates with 1, since B(v) may be undefined for them.
-        bad = ~is_in_range(corrected)
-        fill_where(corrected, bad, 1.0)
-        reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
-        # e <- v - B(v).
-        error.copy_(corrected)
-        back.add_decoded(reply, error, -1.0)
+                if worker != rank:
+                    message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
+                    up.add_decoded(message, mean, 1.0 / len(received))
+        # Replace invalid coordinates with 1, since B(m) may be undefined for them.
+        bad = ~is_in_range(mean)
+        fill_where(mean, bad, 1.0)
+        reply = back.encode(mean, seed=mix(seed, rank, 1), step=step)
+        back.add_decoded(reply, mean, -1.0)
         # Put NaN into the reply if a coordinate is invalid, so that every worker rejects the exchange.
         for part in reply.parts.values():
             if part.is_floating_point():
                 fill_where(part, bad, float("nan"))
-        return reply
+        return reply, mean
 
     def _return(
         self,
@@ -136,31 +140,8 @@ class Owners(Aggregator):
     ) -> list[Parts]:
         """Send this worker's reply to all; return all workers' replies, of at most `most` bytes each, by rank."""
 
-    def vectors(self, like: Tensor) -> dict[str, Tensor]:
-        if self._residual is None:
-            self._residual = torch.zeros_like(like)
-        return {"owner_error": self._residual}
-
-    def add_residual(self, pending: Tensor, workers: int) -> Tensor:
-        """Add the owner error W times, on its owner alone, so that the mean over the W workers contains it once."""
-        return pending if self._residual is None else pending.add(self._residual, alpha=workers)
-
-    def reset(self) -> None:
-        if self._residual is not None:
-            self._residual.zero_()
-
-    def snapshot(self) -> Tensor | None:
-        return None if self._residual is None else self._residual[slice(*(self._own or (None,)))].clone()
-
-    def restore(self, snapshot: Tensor | None) -> None:
-        if self._residual is None:
-            return
-        if snapshot is None:
-            self._residual.zero_()
-        elif len(snapshot) == len(self._residual):  # a snapshot from before the first exchange
-            self._residual.copy_(snapshot)
-        elif self._own:
-            self._residual[slice(*self._own)].copy_(snapshot)
+    def owned(self, d: int, workers: int, rank: int) -> slice:
+        return slice(*self.bounds(d, workers)[rank : rank + 2])
 
     def mu(self, d: int, workers: int) -> float:
         """Return the mean over chunks, weighted by size, of the product of both compressors' contraction mu."""
@@ -192,13 +173,13 @@ class Owners(Aggregator):
         """Return the collectives that send the owners' replies, of `down` bytes each, to all workers, headers first."""
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return an owner's operations: it decodes every worker's message for its chunk, and every owner's reply."""
+        """Return an owner's operations: it decodes the others' messages for its chunk, and every owner's reply."""
         if not d:
             return []
         chunks = self._chunks(d, workers)
         (a, b), owners = chunks[-1], len(chunks)  # the last chunk is a largest one
         return [
-            Work(self.compressor.restrict(a, b, d), b - a, encode=owners, decode=workers, add=owners),
+            Work(self.compressor.restrict(a, b, d), b - a, encode=owners, decode=workers - 1, add=owners - 1),
             Work(self.back.restrict(a, b, d), b - a, encode=1, decode=owners, add=1),
         ]
 

@@ -37,7 +37,8 @@ class Every:
 class Contraction:
     """Measures the contraction of this worker's compression, mu_t = 1 - ||v - C(v)||^2 / ||v||^2, at step t.
 
-    v is the vector to send and C(v) its compressed form, over all slices of a step together. Lazy noise (see
+    v is the vector to send and C(v) its compressed form, over all slices of a step together, without the coordinates
+    that this worker owns in a two-way exchange, which it does not send. Lazy noise (see
     `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
     Args:
@@ -52,10 +53,13 @@ class Contraction:
         self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
         self._energies: list[Tensor] = []  # squared norms of v and its residual alternate; float64[1 or tensors]
 
-    def measure(self, step: int, vector: Tensor) -> None:
-        """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due."""
+    def measure(self, step: int, vector: Tensor, owned: slice) -> None:
+        """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due.
+        Coordinates in `owned` do not count."""
         if not self._every.due(step):
             return
+        vector = vector.clone()
+        vector[owned] = 0
         if self._slice is None:
             norms = torch.linalg.vector_norm(vector, dtype=wide(vector.device)).reshape(1)
         else:

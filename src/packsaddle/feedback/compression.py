@@ -27,7 +27,7 @@ class Compression(Option):
             averages one chunk of the vector), "coordinator" (one worker averages all), or "auto", by predicted bytes
             (see `select_aggregator`). Local updates also accept "senders": direct, but each coordinate averaged over
             the workers that sent it, as in SparseLoCo's code; error memories are then not exactly the unsent part of
-            the updates. None: "auto" in local updates of fixed, equally weighted workers, else "direct".
+            the updates. None: "auto" in local updates of a fixed set of workers without sample, else "direct".
         back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
@@ -79,7 +79,7 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In other exchanges a chunk's owner keeps a residual of the mean, in the units of the messages.
+        # In other exchanges a chunk's owner keeps a residual of the mean in its error memory, which EF21 does not have.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)

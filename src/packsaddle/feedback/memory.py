@@ -42,9 +42,10 @@ class Update:
 class ErrorMemory:
     """This worker's error memory e of some parameters, float[n], in at least float32, in a buffer of its own.
 
-    On uncompressed coordinates it holds only the rounding error of x, and the clipped part of local updates. With
-    `spare`, v = e + u is computed in a second vector, which becomes the memory on commit, so that a step can be rolled
-    back; without it, v overwrites the memory.
+    On uncompressed coordinates it holds only the rounding error of x, and the clipped part of local updates. In a
+    two-way exchange an owner keeps W times the residual of the mean on its chunk. With `spare`, v = e + u is computed
+    in a second vector, which becomes the memory on commit, so that a step can be rolled back; without it, v overwrites
+    the memory.
     """
 
     kind = "buffer"  # the name of the class in saved states

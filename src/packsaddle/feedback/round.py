@@ -14,7 +14,7 @@ before the verdict is read, and its caller commits the round later. Local update
 apply the mean to the anchor after the commit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class SavedAggregator:
-    """The saved state of an aggregator, without the residuals of the mean that it keeps (owner errors)."""
+    """The saved state of an aggregator."""
 
     compressor: dict[str, Any]  # the compressor in use, see `identify`
     state: dict[str, Any]
@@ -96,22 +96,18 @@ class ErrorFeedback:
         assert self._choice is not None, "no compressor has been chosen yet"
         return self._choice
 
-    def uses(self, compressor: Compressor) -> bool:
-        """Return True if `use` with this compressor of the whole vector would keep the current aggregator."""
-        return compressor == self.compressor
-
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
         """Return True if `one` sends messages, predicted to be no larger than those of `other`."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Switch to a compressor, and add the residuals that the old aggregator keeps to the error memory.
+        """Switch to a compressor. No-op for the current one, except for the budget `allotted`.
 
         `compressor` is for the whole vector, `allotted` for this slice if its budget depends on the other slices.
         Raises ValueError if the exchange does not support the compressor.
         """
-        if not self.uses(compressor):
+        if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
             back = self._back if exchange in ("two-way", "coordinator") else None
             choice = choose(
@@ -123,10 +119,9 @@ class ErrorFeedback:
                 itemsize=self.memory.vector.element_size(),
                 back=None if back is None else self._restricted(back),
             )
-            self._replace(choice, compressor)
-            self._by_size = by_size
+            self._choice, self.compressor, self._by_size = choice, compressor, by_size
         assert self._by_size is not None
-        # The budget may change in each step; `adopt` keeps the owner errors.
+        # The budget may change in each step.
         self.choice.aggregator.adopt(allotted or self._by_size)
 
     def _restricted(self, compressor: Compressor) -> Compressor:
@@ -135,63 +130,36 @@ class ErrorFeedback:
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:
-        """Remove aggregator and compressor, after adding the aggregator's residuals to the error memory."""
-        self._replace(None, None)
+        """Remove aggregator and compressor."""
+        self._choice = self.compressor = None
 
-    def _replace(self, choice: Choice | None, compressor: Compressor | None) -> None:
-        if self._choice is not None:
-            residual = self._choice.aggregator.add_residual(self.memory.vector, self.channel.group.size)
-            self.memory.vector.copy_(residual)
-        self._choice, self.compressor = choice, compressor
-        self.owner_errors()  # allocates them, with the memory's length
+    @property
+    def owned(self) -> slice:
+        """The coordinates of which this worker keeps the residual of the mean in its error memory (see `Owners`)."""
+        if self._choice is None:
+            return slice(0, 0)
+        group = self.channel.group
+        return self._choice.aggregator.owned(self.slice.compressed_d, group.size, group.rank)
 
     def round(self, step: int) -> "Round":
         return Round(self, step)
 
-    def owner_errors(self) -> dict[str, Tensor]:
-        """Return the owner errors, residuals of the mean on this worker's chunks, by name, float[n] each; views."""
-        return self._choice.aggregator.vectors(self.memory.vector) if self._choice is not None else {}
-
-    def pending(self) -> Tensor:
-        """Return this worker's part of the updates not applied yet, float[n]; may be a view."""
-        pending = self.memory.pending()
-        if self._choice is None:
-            return pending
-        return self._choice.aggregator.add_residual(pending, self.channel.group.size)
-
     def reset(self, rounding: Tensor | None = None) -> None:
-        """Clear the error memory (line 7), or set it to the rounding error of x, float[n]; clear the owner errors."""
+        """Clear the error memory (line 7), or set it to the rounding error of x, float[n]."""
         self.memory.reset(rounding)
         if self._choice is not None:
             self._choice.aggregator.reset()
-
-    def owner_errors_by_name(self) -> dict[str, Tensor]:
-        """Return the owner errors by compressed parameter; views. {} if the aggregator has none."""
-        errors = self.owner_errors().values()
-        return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
     def aggregator_state(self) -> SavedAggregator | None:
         if self.compressor is None:
             return None
         return SavedAggregator(identify(self.compressor), self.choice.aggregator.state_dict())
 
-    def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state after `use`; return False, with nothing restored, for another compressor."""
+    def load_aggregator(self, saved: SavedAggregator) -> None:
+        """Restore the aggregator's state, or reset it if it was saved with another compressor. Call after `use`."""
         assert self.compressor is not None
         fits = saved.compressor == identify(self.compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
-        return fits
-
-    def restore(self, saved: SavedAggregator, errors: Mapping[str, Tensor]) -> None:
-        """Restore the aggregator and, from `errors` by parameter, its owner errors. Call after `use`.
-        If they were saved with another compressor, they are added to the error memory."""
-        mine, memory = self.owner_errors_by_name(), self.slice.by_name(self.memory.vector)
-        fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
-        for name, error in errors.items():
-            if fits:
-                mine[name].copy_(error)
-            else:  # it counts W times in one worker's memory, since it is a residual of the mean
-                memory[name].add_(error.to(memory[name].device), alpha=self.channel.group.size)
 
 
 class Round:
@@ -217,7 +185,7 @@ class Round:
         f = self.feedback
         self.v = v = self._memory.correct(update)
         self.invalid, self.report = f.guard.validate(v, update, f.slice)
-        f.contraction.measure(self.step, v)
+        f.contraction.measure(self.step, v, f.owned)
         return v
 
     def exchange(
@@ -289,7 +257,7 @@ class Round:
         self._memory.absorb(self.g.own, rounding)
         if self._unsent is not None:
             self.v[self._memory.compressed_d :].add_(self._unsent)
-        self.feedback.contraction.measure(self.step, self.v)
+        self.feedback.contraction.measure(self.step, self.v, self.feedback.owned)
         self.absorbed = True
         del self.g  # free the messages of all workers: a hook commits its round later
 

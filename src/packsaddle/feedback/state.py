@@ -9,7 +9,6 @@ of the state (such as a pending exchange). Kinds, for a change of the number of 
 
     shared      identical on all workers; copied
     error       averaged over workers: error memories, momenta, x at the start of an exchange
-    owner       an owner error, a residual of the mean: added to errors, times the number of workers, and then zero
     own         different on each worker; new workers get worker 0's
     constant    replaced by the value of that name in the new worker's identity, else by the rule's value
 """
@@ -25,10 +24,10 @@ from torch import Tensor
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import decode, dotted
 
-FORMAT = 5  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
+FORMAT = 6  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
 ANY = "*"  # in a path: any key
 Path = tuple[Any, ...]  # keys, outermost first
-Kind = Literal["shared", "error", "owner", "own", "constant"]
+Kind = Literal["shared", "error", "own", "constant"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class Rule:
 
     path: Path
     kind: Kind
-    into: Sequence[Path] = ()  # for an owner error: paths of the errors to which it is added
     like: Path = ()  # for an error that may be missing: path of tensors that give the shape of its zeros
     value: Any = None  # for a constant: its new value if the identity has none
 
@@ -69,11 +67,6 @@ class Vector:
             return found
         if not isinstance(saved, Mapping):
             raise ValueError(f"{dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
-        if self.optional and saved.keys() != self.shapes.keys():
-            raise ValueError(
-                f"{name} is of {len(saved)} parameters in the state, and of {len(self.shapes)} here: was dense_below "
-                f"another?"
-            )
         # Find the tensor of each parameter, below further keys.
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
@@ -208,27 +201,12 @@ class State:
             if rule.like:
                 for path in [path for path in means if _fits(path, rule.like)]:
                     means.setdefault(_filled(rule.path, path, rule.like), torch.zeros_like(means[path]))
-        # Add owner errors W times: in the mean over workers, one worker's error counts 1 / W.
-        for path, rule in kinds.items():
-            for into in (_filled(pattern, path, rule.path) for pattern in rule.into):
-                means[into] = means[into].double() + workers * leaves[path].double()
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return this worker's new entries by path: zeros for owner errors, and the constants.
-        `leaves` are those of `split`, which adds the owner errors to the averaged errors."""
-        identity, found = self._identity(), {}
-        for path, value in leaves.items():
-            rule = self.rule(path)
-            if rule.kind == "owner":
-                found[path] = torch.zeros_like(value)
-            elif rule.kind == "constant":
-                found[path] = identity.get(path[-1], rule.value)
-        for field in self._fields():
-            if isinstance(field, Vector) and not field.optional and self.rule(field.path).kind == "owner":
-                for key, tensor in field.get().items():
-                    found[_filled(field.path, (key,), (ANY,))] = torch.zeros_like(tensor, device="cpu")
-        return found
+        """Return the constants among this worker's new entries by path. `leaves` are those of `split`."""
+        identity, rules = self._identity(), {path: self.rule(path) for path in leaves}
+        return {p: identity.get(p[-1], rule.value) for p, rule in rules.items() if rule.kind == "constant"}
 
 
 def skip(saved: Any) -> None:

@@ -38,9 +38,8 @@ class Bucket:
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model. With scope="bucket", `state_dict` adds the owner errors of a
-    two-way exchange to this worker's error memory, since buckets may differ at loading: no update is lost, but only
-    with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model. With scope="bucket", buckets may differ at loading: no update is
+    lost, but only with scope="model" is a resumed run bitwise identical.
     """
 
     def __init__(
@@ -135,7 +134,6 @@ class DDPHook(GradientHook, Exchanging):
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
-                part.drop_aggregator()
                 self._loose |= part.slice.by_name(part.memory.vector)
             of = Slice([place for place in self._places if place.name in names], self.device)
             self._slices[names] = self._feedback(of, self.rules.seed)
@@ -143,7 +141,7 @@ class DDPHook(GradientHook, Exchanging):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory by parameter, in units of a gradient, with its owner errors.
+        """Return this worker's error memory by parameter, in units of a gradient.
 
         Each tensor is shaped as its parameter, in float32 or wider. During a backward pass, returns the memory after
         the previous step.
@@ -153,27 +151,19 @@ class DDPHook(GradientHook, Exchanging):
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
             for part in self._slices.values():
-                found |= part.slice.by_name(part.pending().clone())
+                found |= part.slice.by_name(part.memory.vector.clone())
         return found
 
     def _saved_fields(self) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self._places}
-        compressed = {place.name: place.parameter.shape for place in self._places if not place.dense}
         whole = self._whole
-
-        def errors() -> dict[str, Tensor]:
-            return self.memory() | ({} if whole is None else whole.slice.by_name(whole.memory.vector))
-
-        def owner_errors() -> dict[str, Tensor]:
-            return {} if whole is None else whole.owner_errors_by_name()
 
         def aggregator() -> SavedAggregator | None:
             return None if whole is None else whole.aggregator_state()
 
         return [
             *super()._saved_fields(),
-            Vector(("error", ANY), shapes, errors, self._load_errors),
-            Vector(("owner_error", ANY), compressed, owner_errors, skip, optional=True),
+            Vector(("error", ANY), shapes, self.memory, self._load_errors),
             Value(("aggregator",), SavedAggregator | None, aggregator, skip),
         ]
 
@@ -189,7 +179,7 @@ class DDPHook(GradientHook, Exchanging):
             aggregator = typed(SavedAggregator | None, state["aggregator"])
             if aggregator is not None:
                 self._use(whole)
-                whole.restore(aggregator, state["owner_error"] or {})
+                whole.load_aggregator(aggregator)
 
     def _identity(self) -> dict[str, Any]:
         group = self.channel.group

@@ -192,10 +192,10 @@ class FSDPHook(GradientHook, Exchanging):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's error memory by module, float[n], with its part of the owner errors.
+        """Return this worker's error memory by module, float[n].
         During a backward pass, returns the memory after the previous step."""
         self._settle()
-        return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}
+        return self._loose | {name: part.memory.vector.clone() for name, part in self._slices.items()}
 
     def _saved_fields(self) -> list[Vector | Value]:
         shapes: dict[Any, torch.Size | None] = {name: None for name, _ in sharded_modules(self._model)}

@@ -118,9 +118,8 @@ class BucketTarget:
 
 RULES = [
     Rule(("error", ANY), "error"),
-    Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
     *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
-    *(Rule((name,), "own") for name in ("owner_error", "allocation", "ledger")),
+    *(Rule((name,), "own") for name in ("allocation", "ledger")),
     *(Rule((name,), "shared") for name in ("format", "identity", "steps", "skips", "aggregator")),
 ]
 
@@ -264,8 +263,7 @@ class GradientHook(Records, ABC):
         if usage is not None and by_any is not None:
             usage.restore(by_any)
         if not decay:  # no error feedback
-            for vector in (v, *part.owner_errors().values()):
-                vector.zero_()
+            v.zero_()
         is_unlike: Tensor | bool = False
         for mean in r.extras:  # the mean of equal bits is 0 or 1, up to rounding
             is_unlike = (mean * (1 - mean) > 1e-6).any() | is_unlike

@@ -23,17 +23,11 @@ class Usage:
     def __init__(self, part: ErrorFeedback, gradients: Mapping[str, Tensor]) -> None:
         self._part = part
         self.here = torch.stack([gradients[name].any() for name in part.slice.names])
-        # The owner errors of a two-way exchange, before it.
-        self._owner_errors = {name: error.clone() for name, error in part.owner_errors().items()}
 
     def restore(self, by_any: Tensor) -> None:
         """Complete the new error memory of the unused parameters, without waiting for a GPU. Call after `absorb`.
         `by_any`, bool[p], is True for the parameters that any worker used."""
         self._part.memory.restore_unused(self.here, by_any)
-        for name, now in self._part.owner_errors().items():
-            views = self._part.slice.views
-            for new, old, is_used in zip(views(now), views(self._owner_errors[name]), by_any, strict=True):
-                new.copy_(torch.where(is_used, new, old))
 
 
 def clear_unused(views: Sequence[Tensor], used: Tensor | None) -> None:

@@ -72,7 +72,7 @@ class EscapeAnchor:
             return
         part = r.part
         try:
-            reset, lost = self.check.run(part.rounds, part.feedback.pending())
+            reset, lost = self.check.run(part.rounds, part.feedback.memory.pending())
             if reset is not None:
                 part.feedback.reset(lost)
                 self.resets.append(reset)

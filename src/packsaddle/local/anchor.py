@@ -1,8 +1,9 @@
 """The anchor of a fragment (parameters exchanged together), and changes of the parameters x relative to it.
 
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
-exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. Its local
-update is start - x. A frozen parameter x does not move; where its start point moves, `Anchor.owed` records it.
+exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. On its
+own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there. Its
+local update is start - x. A frozen parameter x does not move; where its start point moves, `Anchor.owed` records it.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ class Anchor:
         self._trained, self._memory = trained, memory
         # float[n], the local update that start - x misses, because only the start moved or x was rounded; None: 0
         self.owed: Tensor | None = None
+        self.owned = slice(0, 0)  # coordinates that this worker owns, where its start point is a; empty unless it keeps
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
@@ -54,7 +56,15 @@ class Anchor:
 
     def starts(self) -> list[Tensor]:
         """Return the start point of x after an exchange, one tensor per parameter: a, or a - e; may be views of a."""
-        return self.layout.views(self.flat - self._memory.vector) if self.keeps else self.views
+        return self.layout.views(self.flat - self._kept()) if self.keeps else self.views
+
+    def _kept(self) -> Tensor:
+        """Return a - start, float[n]: the error memory, with zeros at owned coordinates; may be a view."""
+        kept = self._memory.vector
+        if self.owned.start < self.owned.stop:
+            kept = kept.clone()
+            kept[self.owned] = 0
+        return kept
 
     def copy_starts(self) -> list[Tensor]:
         """Return a copy of the start point, one tensor per parameter, with the parameters' dtypes and device."""
@@ -112,7 +122,8 @@ class Anchor:
         if not self.keeps:
             self.set_parameters(self.views, frozen)
             return
-        for name, x, a, e in zip(self.layout.names, self.tensors(), self.views, self._memory.views, strict=True):
+        kept = self.layout.views(self._kept())
+        for name, x, a, e in zip(self.layout.names, self.tensors(), self.views, kept, strict=True):
             if name not in frozen and x.dtype == a.dtype and x.device == a.device:
                 torch.sub(a, e, out=x)
             elif name not in frozen:
@@ -150,30 +161,43 @@ class Anchor:
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
-    def fixed_update(self, names: Collection[str] | None = None) -> Iterator[None]:
-        """Within the context the anchor a and the error memory e may change: the start points move, but x and the local
-        update do not, since `owed` records the difference. `names` are the parameters concerned; None: all, of which
-        only e may change."""
-        is_of_all = names is None
-        if not (self.keeps if is_of_all else names):
+    def fixed_update(self, names: Collection[str]) -> Iterator[None]:
+        """Within the context the anchor a and the error memory e may change: the start points of the parameters with
+        these names move, but x and the local update do not, since `owed` records the difference."""
+        if not names:
             yield
             return
-        before = self._moving_start(is_of_all=is_of_all)
+        before = self._rounded(self.starts())
         yield
-        change = before.sub_(self._moving_start(is_of_all=is_of_all))
+        change = before.sub_(self._rounded(self.starts()))
         for name, view in self.layout.by_name(change).items():
-            view.mul_(names is None or name in names)
-        if change.any():
-            self.owed = change if self.owed is None else self.owed.add_(change)
+            view.mul_(name in names)
+        self.owe(change)
 
-    def _moving_start(self, *, is_of_all: bool) -> Tensor:
-        """Return the start point, float[n], in x's dtype; with `is_of_all` and an unrounded x only its part -e."""
-        if is_of_all and not self.is_rounded:
-            return -self._memory.vector
+    def own(self, owned: slice) -> None:
+        """Set the coordinates that this worker owns. Its start point moves, but x and the local update do not."""
+        if self.keeps and owned != self.owned:
+            with self.fixed_update(self.layout.names):
+                self.owned = owned
+
+    def shift(self) -> Tensor | None:
+        """Return the start point minus that of a worker without owned coordinates, float[n]; None: this is one."""
+        if self.owned.start == self.owned.stop:
+            return None
+        without = self.layout.views(self.flat - self._memory.vector)
+        return self._rounded(self.starts()).sub_(self._rounded(without))
+
+    def _rounded(self, values: Sequence[Tensor]) -> Tensor:
+        """Return values, one tensor per parameter, in x's dtypes, as one vector, float[n]."""
         found = self.layout.zeros()
-        for view, x, start in zip(found.views, self.tensors(), self.starts(), strict=True):
-            view.copy_(start.to(x.dtype))
+        for view, x, value in zip(found.views, self.tensors(), values, strict=True):
+            view.copy_(value.to(x.dtype))
         return found.flat
+
+    def owe(self, change: Tensor) -> None:
+        """Add `change`, float[n], by which the start point has moved back without x, to `owed`."""
+        total = change if self.owed is None else self.owed.add_(change)
+        self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
         """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""
@@ -234,6 +258,8 @@ class PseudoGradient(Update):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
+        if share != self.decay:  # owned coordinates start at a
+            out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:
             out.flat.add_(self.of.owed)
         if self.noise is not None:

@@ -233,7 +233,7 @@ class FixedWorkers:
         applied = [self._end(part) for part in self._fragments if part.current is not None]
         last = [(part, compressor or part.last_compressor()) for part in self._fragments]
         for part, each in last:
-            part.switch_to(each)
+            part.use(each)
         for part, each in last:
             self._begin(part, steps, each)
             applied.append(self._end(part))

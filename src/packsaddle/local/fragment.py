@@ -4,7 +4,7 @@ Its rounds are in `round`. `Fragment.apply_round` ends one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -82,22 +82,18 @@ class Fragment(Slice):
     def trained_parameters(self) -> list[Tensor]:
         return [each.parameter for each in self.trained if each.requires_grad]
 
-    def switch_to(self, compressor: Compressor) -> None:
-        """Use another compressor from now on. The old one's residuals are added to the error memory e, and the start
-        point moves with a - e, but x does not. Raises ValueError if the exchange does not support the compressor."""
-        changes = not self.feedback.uses(compressor) and self.feedback.owner_errors()
-        with self.anchor.fixed_update() if changes else nullcontext():
-            self.use(compressor)
-
     def use(self, compressor: Compressor) -> None:
+        """Use another compressor from now on. The start point may move, but x does not. Raises ValueError if the
+        exchange does not support the compressor."""
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
+        self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:
-        """Drop the aggregator of a flush, with its residuals added to the error memory; x does not move. A saved state
-        could not restore it, since the next round's compressor may be another one."""
-        with self.anchor.fixed_update() if self.feedback.owner_errors() else nullcontext():
-            self.feedback.drop_aggregator()
+        """Drop the aggregator of a flush; x does not move. A saved state could not restore it, since the next round's
+        compressor may be another one."""
+        self.feedback.drop_aggregator()
+        self.anchor.own(self.feedback.owned)
 
     def last_compressor(self) -> Compressor:
         """Return the compressor of a flush to which none is given: four bits a value, or Identity.
@@ -108,8 +104,8 @@ class Fragment(Slice):
         spec, four, workers = self.options.compression, Rounded("int4"), self.feedback.channel.group.size
         is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
         sends_less = self.feedback.sends_no_more(self._of_last_round, four)
-        is_uneven = self.options.workers.are_uneven
-        return four if workers > 1 and is_usual and sends_less and not is_uneven else Identity()
+        may_own = workers > 1 and not self.options.workers.may_be_absent
+        return four if may_own and is_usual and sends_less else Identity()
 
     @property
     def _of_last_round(self) -> Compressor:
@@ -158,7 +154,7 @@ class Fragment(Slice):
 
     def unapplied(self) -> Tensor:
         """Return the updates of this worker that the anchor does not include yet, float[n]. Call after `close`."""
-        p, found = self.current, self.feedback.pending().clone()
+        p, found = self.current, self.feedback.memory.pending().clone()
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
         assert isinstance(p.mean, Tensor)
@@ -175,7 +171,6 @@ class Fragment(Slice):
         """Return this fragment's saved-state fields; `path` is the prefix of their keys.
         Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome."""
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
-        compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
         exchange = Value(
             (*path, "exchange"), SavedExchange | None, self._saved_exchange, self._load_exchange, self._check_exchange
         )
@@ -187,7 +182,7 @@ class Fragment(Slice):
             attribute((*path, "invalid"), self, "was_invalid", bool),
             self._trained_field((*path, "trained")),
             Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
-            Vector((*path, "owner_error", ANY), compressed, feedback.owner_errors_by_name, skip, optional=True),
+            Vector((*path, "shift", ANY), shapes, lambda: self._named(self.anchor.shift()), skip, optional=True),
             Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),
             Value((*path, "aggregator"), SavedAggregator | None, feedback.aggregator_state, skip),
             exchange,
@@ -209,21 +204,23 @@ class Fragment(Slice):
 
     def _load_error(self, saved: Mapping[str, Tensor]) -> None:
         self.feedback.drop_aggregator()
+        self.anchor.owned = self.feedback.owned
         self._fill(self.feedback.memory.vector, saved)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator with its residuals, and the unsent change of x, `Anchor.owed`. Call after loading."""
+        """Restore the aggregator, and the unsent change of x, `Anchor.owed`. Call after loading."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
-        if saved["owed"]:
-            self.anchor.owed = self.zeros().flat
-            self._fill(self.anchor.owed, saved["owed"])
-        # If another aggregator saved a residual, e grows by it, so the start point a - e moves, but x does not.
         if aggregator is not None:
             # The aggregator is of the last round, or of a delayed exchange, which is not counted yet.
             is_delayed = self.current is not None and self.current.applied
-            with self.anchor.fixed_update():
-                self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
-                self.feedback.restore(aggregator, saved["owner_error"] or {})
+            self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
+            self.feedback.load_aggregator(aggregator)
+        # `use` has moved the start point from that of a worker that owns nothing.
+        for name in ("shift", "owed"):
+            if saved[name]:
+                vector = self.zeros().flat
+                self._fill(vector, saved[name])
+                self.anchor.owe(vector)
         # A delayed exchange will move x to the start point, so nothing is owed then, except of frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
@@ -243,9 +240,9 @@ class Fragment(Slice):
     def _named(self, flat: Tensor | None) -> dict[str, Tensor]:
         return {} if flat is None else self.by_name(flat)
 
-    def _fill(self, flat: Tensor | None, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors, by parameter, into a vector, float[n]. No-op if they are None."""
-        for name, view in self._named(flat).items():
+    def _fill(self, flat: Tensor, saved: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors, by parameter, into a vector, float[n]."""
+        for name, view in self.by_name(flat).items():
             view.copy_(saved[name])
 
 

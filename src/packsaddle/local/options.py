@@ -103,9 +103,9 @@ class Workers(Option):
         compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
             setting of a parameter group, such as the learning rate. Set it to False on all workers if they should.
 
-    With a weight or a sample, escape checks are not supported, nor is any exchange except "direct" (see `Compression`).
-    Delays and weight="steps" are not supported with a sample. Raises ValueError for a setting that is out of range, and
-    TypeError if compare_optimizers is not a bool.
+    With a weight or a sample, escape checks are not supported. With a sample, delays and weight="steps" are not
+    supported either, nor is any exchange except "direct" (see `Compression`). Raises ValueError for a setting that is
+    out of range, and TypeError if compare_optimizers is not a bool.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Workers
@@ -121,9 +121,9 @@ class Workers(Option):
     steps: Sequence[int] | Mapping[int, int] | None = None
 
     @property
-    def are_uneven(self) -> bool:
-        """True if the workers have weights, or only a sample of them exchanges in each round."""
-        return self.weight is not None or self.sample < 1
+    def may_be_absent(self) -> bool:
+        """True if workers may be absent in a round, so that none can own a chunk of a two-way exchange."""
+        return self.sample < 1
 
     def __post_init__(self) -> None:
         weight, steps = self.weight, self.steps
@@ -193,7 +193,7 @@ class Elastic(Option):
     compare_optimizers: bool = True
     group: Any = own(None)
 
-    are_uneven: ClassVar[bool] = True  # as `Workers.are_uneven`: they may be absent
+    may_be_absent: ClassVar[bool] = True  # as `Workers.may_be_absent`
 
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
@@ -344,8 +344,8 @@ class LocalOptions(Option):
         # Elastic workers, and fixed ones with weights or sampling, exclude some options.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
-        elif self.workers.are_uneven:
-            self._check_plain("with weight or sample", overlaps=self.workers.sample < 1)
+        elif self.workers.weight is not None or self.workers.may_be_absent:
+            self._check_plain("with weight or sample", overlaps=self.workers.may_be_absent)
 
     @classmethod
     def of(
@@ -354,7 +354,7 @@ class LocalOptions(Option):
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
-        # "auto" may choose an exchange whose residuals are valid only for a fixed set of equally weighted workers.
+        # "auto" may choose an exchange with owners, who must be in every round.
         if hasattr(workers, "start_quorum"):
             workers = Elastic(workers)
         elif isinstance(workers, Real):
@@ -370,7 +370,7 @@ class LocalOptions(Option):
                 expected = "a process group, a DeviceMesh, Workers or Elastic"
                 raise TypeError(f"workers must be {expected}, got {workers!r}") from None
             workers = Workers(workers)
-        compression = Compression.of(compressor, "direct" if workers.are_uneven else "auto")
+        compression = Compression.of(compressor, "direct" if workers.may_be_absent else "auto")
         given = {"overlap": overlap, "workers": workers, "noise": Noise.of(noise), "outer": outer, "agreement": p}
         return cls(compression, **given, **others)
 
@@ -390,14 +390,10 @@ class LocalOptions(Option):
         """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
         if isinstance(self.workers, Elastic) and sharded:
             raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
-        direct = isinstance(self.workers, Elastic) or self.workers.sample < 1
-        if direct and not isinstance(aggregator, AllReduce | AllGather):
+        if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather):
             name = type(aggregator).__name__
             raise ValueError(
                 f"compressor and exchange must average messages directly with a manager or a sample of workers "
                 f"(TopK, RandomK, Rounded, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep "
                 f"state that fits one set of workers"
             )
-        # The residual that a chunk's owner keeps is weighted already; sending it would weight it again.
-        if self.workers.are_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
-            raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')

@@ -56,7 +56,6 @@ class LocalRound:
     flush: Compressor | None = None  # of a flush: compresses v, without noise; None: an ordinary round
     frozen: list[str] = field(default_factory=list)  # parameters that were frozen at `begin`, on this worker
     agrees: bool = True  # the same parameters are frozen on all workers, so the exchange does not change them
-    owner_errors: list[Tensor] = field(default_factory=list)  # copies from `begin`; empty: no parameter is frozen
     residuals: dict[str, Tensor] = field(default_factory=dict)  # of the frozen parameters, 0 - C(0), by name
     before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
     call: PendingCall = field(default_factory=PendingCall)  # of the exchange, which may run in the background
@@ -86,7 +85,7 @@ class LocalRound:
         options = part.options
         t, spec = part.rounds, options.compression
         noise = None if flush else options.noise.drawn(seed=options.seed, step=t)
-        part.switch_to(flush or spec.at(t))
+        part.use(flush or spec.at(t))
         for each in part.trained:
             each.begin_exchange()
         frozen = part.frozen_next
@@ -99,9 +98,7 @@ class LocalRound:
         r = cls(part, t, due, exchanged, exchanged.invalid, share, later, flush, frozen, before=before)
         part.current = r
         if options.workers.clip is not None:
-            r.norm = norm_of(exchanged.v, part.shards.total)
-        if frozen:
-            r.owner_errors = [error.clone() for error in part.feedback.owner_errors().values()]
+            r.norm = norm_of(r._of_worker(exchanged.v), part.shards.total)
         return r
 
     def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
@@ -137,7 +134,20 @@ class LocalRound:
         return self.part.options.agreement > 0 and self.flush is None
 
     def _squares(self, sent: Tensor) -> Tensor:
-        return squares_of(self.part.views(sent), self.share)
+        factor = 1.0 if self.own_factor is None else self.own_factor.to(sent)
+        return squares_of(self.part.views(self._of_worker(sent, self.share * factor)), self.share)
+
+    def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """Return `v`, a v scaled by `scale`, float[n], without the part decay e at coordinates that this worker owns: e
+        is the residual of a mean there, so it is a part of all workers' updates."""
+        part, owned = self.part, self.part.feedback.owned
+        if owned.start == owned.stop:
+            return v
+        v = v.clone()
+        v[owned] -= scale * part.options.compression.decay * part.feedback.memory.vector[owned]
+        for name in self.frozen:
+            part.by_name(v)[name].zero_()
+        return v
 
     def _lengthen(self) -> None:
         """Lengthen the mean of an applied round by the workers' agreement."""
@@ -204,8 +214,8 @@ class LocalRound:
         return verdict.settle(*numbers)
 
     def _exclude_frozen(self) -> None:
-        """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor and
-        owner errors do not change, else this worker has sent C(0), whose residual is added to e."""
+        """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor does
+        not change, else this worker has sent C(0), whose residual is added to e."""
         part = self.part
         if not self.frozen:
             return
@@ -214,10 +224,6 @@ class LocalRound:
             for name, residual in self.residuals.items():
                 views[name].add_(residual)
             return
-        for now, old in zip(part.feedback.owner_errors().values(), self.owner_errors, strict=True):
-            then, here = part.by_name(old), part.by_name(now)
-            for name in self.frozen:
-                here[name].copy_(then[name])
         if isinstance(self.mean, Tensor):
             mean = part.by_name(self.mean)
             for name in self.frozen:

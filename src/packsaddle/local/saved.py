@@ -14,23 +14,19 @@ from packsaddle.local.outer import OuterOptimizer
 from packsaddle.local.records import Baseline
 
 
-def _rules(*, keep_unsent: bool, by_steps: bool) -> list[Rule]:
-    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them.
-
-    With `keep_unsent`, a worker continues at a - e. An owner's residual that is added to e moves this point but not the
-    parameters, so it is also added to `Anchor.owed`.
-    """
+def _rules(*, by_steps: bool) -> list[Rule]:
+    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them."""
     part = ("fragments", ANY)
-    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
+    error = (*part, "error", ANY)
     return [
         Rule(error, "error"),
-        Rule(owed, "error", like=error),
-        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
+        Rule((*part, "owed", ANY), "error", like=error),
+        Rule((*part, "shift", ANY), "error", like=error),
         Rule((*part, "exchange", "start", ANY), "error"),
         Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
         Rule((*part, "invalid"), "constant", value=False),
         Rule(("reset",), "constant", value=False),
-        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator")),
+        *(Rule((*part, name), "own") for name in ("shift", "owed", "aggregator")),
         *(Rule((*part, name), "own") for name in ("contraction", "clipped", "trained")),
         *(Rule((*part, name), "shared") for name in ("rounds", "rejected", "anchor", "exchange")),
         *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
@@ -85,5 +81,5 @@ def saved_state(
             *workers.fields(),
         ]
 
-    rules = _rules(keep_unsent=options.keep_unsent, by_steps=options.workers.weight == "steps")
+    rules = _rules(by_steps=options.workers.weight == "steps")
     return State("LocalUpdates", rules, identity, fields)

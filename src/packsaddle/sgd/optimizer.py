@@ -58,9 +58,8 @@ _DROPPED: dict[str, Any] = {
 }
 _RULES = [
     *(Rule(("state", ANY, name), "error") for name in ("error", "estimate", "momentum", "storm")),
-    Rule(("state", ANY, "owner_error"), "owner", into=[("state", ANY, "error")]),
     *(Rule(("state", ANY, name), "shared") for name in ("start", "mean_estimate", "storm_previous")),
-    *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers", "owners")),
+    *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
     *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
 ]
@@ -447,8 +446,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """Return this worker's unsent update, float[d]: error memory, aggregator's residuals and outstanding noise."""
-        return self._noise.pending(self._feedback.pending(), self._step)
+        """Return this worker's unsent update, float[d]: error memory and outstanding noise."""
+        return self._noise.pending(self._memory.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
@@ -457,10 +456,10 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: memory, escape check's start, direction, owner errors."""
+        """Return the flat vectors of a checkpoint by name: memory, escape check's start, direction."""
         start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
-        return {self._memory.name: self._memory.vector, **start, **kept, **self._feedback.owner_errors()}
+        return {self._memory.name: self._memory.vector, **start, **kept}
 
     def _publish_state(self) -> None:
         for name, flat in self._flat_state().items():
@@ -540,13 +539,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         ]
 
     def _identity(self) -> dict[str, int | str]:
-        """Return the values that must be equal at saving and loading; "owners": the exchange if it has owner errors."""
-        owners = self.choice.name if "owner_error" in self._flat_state() else "none"
+        """Return the values that must be equal at saving and loading."""
         return {
             "seed": self.seed,
             "rank": self.channel.group.rank,
             "workers": self.channel.group.size,
-            "owners": owners,
             "memory": self._memory.kind,
             "direction": self._direction.kind,
         }

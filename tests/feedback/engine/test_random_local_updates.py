@@ -47,10 +47,11 @@ def drawn(number: int) -> Case:
     def some(chance: float, values: Any, other: Any) -> Any:
         return rng.choice(values) if rng.random() < chance else other
 
-    # What excludes others: weights and samples need direct exchanges, escape checks one fragment and no delay.
+    # What excludes others: samples need direct exchanges, weights no senders, escape checks one fragment and no delay.
     kind = some(0.4, ("weight", "sample", "weight, sample", "escape", "escape"), "")
-    is_uneven, is_sampled = "weight" in kind or "sample" in kind, "sample" in kind
-    exchange = rng.choice(("direct", "all-gather", "direct") if is_uneven else EXCHANGES)
+    is_sampled = "sample" in kind
+    exchange = rng.choice(("direct", "all-gather", "direct") if is_sampled else EXCHANGES)
+    exchange = "direct" if exchange == "senders" and "weight" in kind else exchange
     by_owners, is_exact = exchange in ("two-way", "coordinator"), exchange in ("direct", "senders")
     kinds = [c for c in KINDS if c.aggregation not in OWN or (is_exact and not is_sampled)]
     model, workers, steps, every = rng.randrange(4), rng.choice((2, 2, 3, 3, 4)), rng.randint(6, 9), rng.choice(EVERY)
@@ -116,8 +117,7 @@ def paced(case: Case, rng: random.Random) -> Case:
         paces=tuple(rng.randint(1, 7) for _ in ranks) if rng.random() < 0.5 else None,
         speeds=(*[speeds[0]] * slow, speeds[1]),
         steps=steps,
-        exchange="all-gather" if case.exchange == "all-gather" else "direct",
-        back=None,
+        exchange="direct" if case.exchange == "senders" else case.exchange,
         flushes={} if case.clip else case.flushes,
     )
 

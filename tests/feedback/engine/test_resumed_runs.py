@@ -159,7 +159,7 @@ def kept(front: str, exchange: str) -> tuple[bool, bool]:
 def test_by_buckets_and_modules_a_state_keeps_all_of_the_error(
     front: str, way: str, on_workers: Callable[..., list[Any]]
 ) -> None:
-    """DDP makes buckets anew after the first step, and owners' errors go to the memory: other bits, but the same y."""
+    """DDP makes buckets anew after the first step: other bits, but the same y."""
     assert on_workers(kept, front, way) == [(True, True)] * 2
 
 
