@@ -144,7 +144,7 @@ def without_moments_on_a_shard() -> tuple[int, int]:
         return distribute_tensor(whole, mesh, [Shard(0)])
 
     grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("worker", "shard"))
-    mesh, rng = grid["shard"], torch.Generator().manual_seed(0)
+    mesh, rng = grid["shard"], torch.Generator().manual_seed(grid["worker"].get_local_rank())
     p, q = (torch.nn.Parameter(shards(torch.ones(4, 3))) for _ in range(2))
     optimizer = AdamW([p, q], lr=0.1)
     local = LocalUpdates(optimizer, WHOLE, every=1, mean_momentum=0.5, workers=grid["worker"].get_group())
