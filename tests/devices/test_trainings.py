@@ -18,7 +18,7 @@ ROUNDS_OTHERWISE = ("LocalUpdates, capturable", "torch: FSDP2")
 ROUNDS_ON_MPS = (
     *("CompressedSGD, noise", "LocalUpdates", "LocalUpdates, Muon and AdamW", "LocalUpdates, overlap", "Rounded()"),
     *("CompressedSGD, QSGD uncoded", "LocalUpdates, clip", "LocalUpdates, overlap fragments"),
-    *("TopK(ratio=0.05, values='int2', chunk=4096)", "QSGD()", "QSGD(levels=127)"),
+    *("TopK(ratio=0.05, values='int2', chunk=4096)", "LocalUpdates, TopK int2", "QSGD()", "QSGD(levels=127)"),
 )
 # Workers without an exchange, and workers with a part of the parameters each.
 UNLIKE = ("torch: SGD", "torch: AdamW", "torch: FSDP2")

@@ -123,7 +123,7 @@ def test_sites_are_workers_with_the_whole_batch() -> None:
     """Two sites of two processes train as two workers that compute each site's batch alone, and each process sends half
     of a worker's bytes."""
     line = re.compile(
-        r"worker \d: loss [\d.]+ -> ([\d.]+), 40 steps, 5 exchanges, sent ([\d,]+) bytes, .*, weights (\w+)"
+        r"worker \d: loss [\d.]+ -> ([\d.]+), 40 steps, 6 exchanges, sent ([\d,]+) bytes, .*, weights (\w+)"
     )
     losses, sent = list[float](), list[float]()
     for processes, *more in ((1,), (2,), (2, "--fsdp")):

@@ -492,7 +492,7 @@ def test_workers_must_agree() -> None:
         (4, {}, 1.5),
         (8, {}, 1.75),
         (4, {"compressor": Compression(Sign(), exchange="direct")}, 3),
-        (4, {"workers": Workers(weight=2.0)}, 3),
+        (4, {"workers": Workers(weight=2.0)}, 1.5),
         (4, {"workers": Workers(sample=0.9)}, 3),
     ],
     ids=["two", "four", "eight", "asked for", "weights", "sample"],

@@ -2,8 +2,8 @@
 
 With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star.
 
-An owner takes its own v uncompressed in its chunk, since nobody receives it, and may compress the mean again. Of the
-residual r of that mean it keeps W r in its own error memory, so that the next mean contains r once:
+An owner takes its own v uncompressed in its chunk, since no other worker receives it, and may compress the mean again.
+Of the residual r of that mean it keeps W r in its own error memory, so that the next mean contains r once:
 
     m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
 """
