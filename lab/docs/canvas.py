@@ -4,7 +4,6 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import StringIO
 
 import matplotlib
 
@@ -13,9 +12,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
+from lab.docs import charts
+
 WIDTH = 560
 TEXT = 18  # the smallest size of a letter
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "packsaddle", "font.size": TEXT, "lines.solid_capstyle": "round"}
+STYLE = {"font.size": TEXT, "lines.solid_capstyle": "round"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ def svg(draw: Callable[[Canvas], None], height: int, theme: Theme) -> str:
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
         axes.axis("off")
         draw(Canvas(axes, theme))
-        out = StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        found = charts.svg_of(figure, transparent=True)
         plt.close(figure)
-    return re.sub(r'(width|height)="(\d+)pt"', r'\1="\2"', out.getvalue())
+    return re.sub(r'(width|height)="(\d+)pt"', r'\1="\2"', found)

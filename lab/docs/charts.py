@@ -6,15 +6,22 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from packsaddle.cli.certificate_figure import NO_METADATA
+
 
 def save(figure: Any, path: Path) -> list[Path]:
     """Write a matplotlib figure as path-light.svg and path-dark.svg, with text as text; return both."""
+    return write(svg_of(figure), path)
+
+
+def svg_of(figure: Any, **options: Any) -> str:
+    """Return a matplotlib figure as SVG, with text as text, and the same in every run."""
     import matplotlib as mpl
 
     out = StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "packsaddle"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return write(out.getvalue(), path)
+        figure.savefig(out, format="svg", metadata=NO_METADATA, **options)
+    return out.getvalue()
 
 
 def write(svg: str, path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.bench import nanogpt
+from lab.bench.muon import CURVE, Runs
 from lab.docs.canvas import Canvas
 from lab.race.target_run import load_runs
 
@@ -18,11 +19,13 @@ LINKS = (10, 50, 200, 1000)  # Mbit/s
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart whose x is logarithmic, from `xs[0]` to `xs[-1]`, and whose y is linear, in a canvas's units."""
+    """A chart whose x is logarithmic and whose y is linear, in a canvas's units."""
 
     canvas: Canvas
-    xs: Sequence[float]  # labelled values
-    ys: Sequence[float]  # labelled values, from the least to the largest
+    xs: Sequence[float]  # labelled values, from the least to the largest
+    ys: Sequence[float]
+    x_limits: Sequence[float] = ()  # empty: the labelled values
+    y_limits: Sequence[float] = ()
     ground: float = 372
     left: float = 52
     right: float = 516
@@ -30,8 +33,9 @@ class Plot:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a point."""
-        right = math.log(x / self.xs[0]) / math.log(self.xs[-1] / self.xs[0])
-        up = (y - self.ys[0]) / (self.ys[-1] - self.ys[0])
+        xs, ys = self.x_limits or self.xs, self.y_limits or self.ys
+        right = math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
+        up = (y - ys[0]) / (ys[-1] - ys[0])
         return self.left + right * (self.right - self.left), self.ground - up * (self.ground - self.top)
 
     def frame(self, title: str, y_name: str, x_name: str) -> None:
@@ -44,8 +48,8 @@ class Plot:
             canvas.axes.plot((self.left, self.right), (height, height), color=canvas.theme.level, lw=1)
             canvas.text(self.left - 8, height, f"{y:g}", muted, ha="right")
         for x in self.xs:
-            canvas.text(self.at(x, self.ys[0])[0], self.ground + 20, f"{x:,g}", muted, ha="center")
-        canvas.text((self.left + self.right) / 2, self.ground + 48, x_name, muted, ha="center")
+            canvas.text(self.at(x, self.ys[0])[0], self.ground + 18, f"{x:,g}", muted, ha="center")
+        canvas.text((self.left + self.right) / 2, self.ground + 46, x_name, muted, ha="center")
 
     def curve(self, found: Mapping[float, Sequence[float]], color: str, **options: object) -> None:
         """Draw means over seeds by x, with their range."""
@@ -54,6 +58,33 @@ class Plot:
         means = [self.at(x, statistics.fmean(ys)) for x, ys in found.items()]
         style = {"color": color, "lw": 3, "marker": "o", "ms": 7, **options}
         self.canvas.axes.plot(*zip(*means, strict=True), **style)
+
+
+def losses(canvas: Canvas) -> None:
+    """Validation loss against the megabytes that a worker has sent, of a GPT of two workers, by method."""
+    theme = canvas.theme
+    # The methods of the table: name, color, and where the name is written.
+    methods = {
+        "AdamW, dense, beta1 0.8": ("DDP, AdamW", theme.muted, (420, 96), 20),
+        "Muon, dense": ("DDP, Muon", theme.ink, (392, 350), 20),
+        "Muon, DiLoCo 32, 0.5": ("DiLoCo, Muon", theme.kept, (176, 96), 20),
+        "AdamW, local 8, Sign, mean momentum 0.5": ("LocalUpdates, AdamW", theme.second, (62, 46), 30),
+        "Muon, local 8, Sign": ("LocalUpdates, Muon", theme.first, (46, 342), 14),
+    }
+    plot = Plot(canvas, (1, 10, 100, 1000), (1.5, 2.0, 2.5, 3.0), (0.8, 4000), (1.3, 3.1), left=44, right=552, top=60)
+    plot.frame("Validation loss of a small GPT, two workers", "", "megabytes that a worker has sent")
+
+    # The curves, means over seeds, with names at their ends.
+    runs = Runs("gpt-2", ROOT / "experiments" / "muon" / "gpt-2.csv")
+    for method, (name, color, at, wrap) in methods.items():
+        best = runs.best(method)
+        curves = [[float(loss) for loss in row["curve"].split()] for row in best]
+        points = [
+            plot.at(CURVE * (i + 1) * float(best[0]["kB_a_step"]) / 1e3, statistics.fmean(found))
+            for i, found in enumerate(zip(*curves, strict=True))
+        ]
+        canvas.axes.plot(*zip(*points, strict=True), color=color, lw=3)
+        canvas.text(*at, name, color, wrap, weight="bold")
 
 
 def times(canvas: Canvas) -> None:

@@ -9,7 +9,6 @@ the upper left corner. Vectors, certificates and bytes are computed by the packa
 import argparse
 import csv
 import math
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +16,8 @@ import torch
 from torch import Tensor
 
 import packsaddle
-from lab.bench.muon import CURVE, Runs
 from lab.docs.canvas import THEMES, Canvas, svg
-from lab.docs.measured import speed_ups, times
+from lab.docs.measured import losses, speed_ups, times
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "pictures"
@@ -369,47 +367,6 @@ def kilobytes() -> dict[str, float]:
     with (ROOT / "experiments" / "race" / "curves.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["workers"], row["steps"], row["seed"]) == ("2", "600", "0")]
     return {row["contender"].partition(" lr=")[0]: float(row["sent"]) / 1e3 for row in rows if row["lr"] == "0.002"}
-
-
-def losses(canvas: Canvas) -> None:
-    """Validation loss against the megabytes that a worker has sent, of a GPT of two workers, by method."""
-    theme = canvas.theme
-    # The methods of the table: name, color, and where the name is written.
-    methods = {
-        "AdamW, dense, beta1 0.8": ("DDP, AdamW", theme.muted, (420, 96), 20),
-        "Muon, dense": ("DDP, Muon", theme.ink, (392, 350), 20),
-        "Muon, DiLoCo 32, 0.5": ("DiLoCo, Muon", theme.kept, (176, 96), 20),
-        "AdamW, local 8, Sign, mean momentum 0.5": ("LocalUpdates, AdamW", theme.second, (62, 46), 30),
-        "Muon, local 8, Sign": ("LocalUpdates, Muon", theme.first, (46, 342), 14),
-    }
-    left, right, top, ground = 44, 552, 60, 372
-    least, most, low, high = 0.8, 4000.0, 1.3, 3.1
-
-    def place(megabytes: float, loss: float) -> tuple[float, float]:
-        x = math.log(megabytes / least) / math.log(most / least)
-        return left + x * (right - left), ground - (ground - top) * (loss - low) / (high - low)
-
-    # The scales.
-    canvas.text(4, 14, "Validation loss of a small GPT, two workers", weight="bold")
-    for loss in (1.5, 2.0, 2.5, 3.0):
-        y = place(1, loss)[1]
-        canvas.axes.plot((left, right), (y, y), color=theme.level, lw=1)
-        canvas.text(left - 8, y, f"{loss:g}", theme.muted, ha="right")
-    for megabytes in (1, 10, 100, 1000):
-        canvas.text(place(megabytes, low)[0], ground + 18, f"{megabytes:,}", theme.muted, ha="center")
-    canvas.text((left + right) / 2, ground + 46, "megabytes that a worker has sent", theme.muted, ha="center")
-
-    # The curves, means over seeds, with names at their ends.
-    runs = Runs("gpt-2", ROOT / "experiments" / "muon" / "gpt-2.csv")
-    for method, (name, color, at, wrap) in methods.items():
-        best = runs.best(method)
-        curves = [[float(loss) for loss in row["curve"].split()] for row in best]
-        points = [
-            place(CURVE * (i + 1) * float(best[0]["kB_a_step"]) / 1e3, statistics.fmean(found))
-            for i, found in enumerate(zip(*curves, strict=True))
-        ]
-        canvas.axes.plot(*zip(*points, strict=True), color=color, lw=3)
-        canvas.text(*at, name, color, wrap, weight="bold")
 
 
 def unequal_speeds(canvas: Canvas) -> None:

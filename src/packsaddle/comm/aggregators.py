@@ -54,7 +54,7 @@ class Invalid:
 
     @contextmanager
     def of(self, worker: int | None) -> Iterator[None]:
-        """Context manager of a block that receives a message of `worker`. If it is None, the error itself contains the
+        """Context manager of a block that receives a message from `worker`. If it is None, the error already names the
         rank."""
         first, token = len(self._checks), deferred.set(self._checks)
         try:
@@ -68,7 +68,7 @@ class Invalid:
 
     @property
     def error(self) -> MessageError | None:
-        """The first error; None: all messages are valid. The host waits for checks on a GPU."""
+        """The first error, or None if all messages are valid. The host waits for checks on a GPU."""
         return next((error for is_valid, error in self._checks if not is_valid), None)
 
     def report_in(self, number: Tensor) -> None:

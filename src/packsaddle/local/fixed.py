@@ -191,20 +191,20 @@ class FixedWorkers:
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 
-    def _begin(self, part: Fragment, steps: int, flush: Compressor | None = None) -> None:
-        """Begin a round of one fragment, in the background if it has a delay. `steps`: the tick."""
+    def _begin(self, part: Fragment, tick: int, flush: Compressor | None = None) -> None:
+        """Begin a round of one fragment, in the background if it has a delay."""
         # A flush has no delay, and all workers take part in it.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
-        share = self._participation.share() if flush else self._participation.share_after(steps)
-        is_timed = self._is_paced and not flush and steps % self._schedule.every == 0
+        share = self._participation.share() if flush else self._participation.share_after(tick)
+        is_timed = self._is_paced and not flush and tick % self._schedule.every == 0
         nanoseconds = self._nanoseconds(part) if is_timed else 0
-        r = LocalRound.begin(part, steps + delay, share, later=delay > 0, flush=flush)
+        r = LocalRound.begin(part, tick + delay, share, later=delay > 0, flush=flush)
         self._reactions.outcomes.register(r)
         assert r.exchanged is not None
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None
-        exchange = partial(r.exchange, steps - 1)
+        exchange = partial(r.exchange, tick - 1)
         # A worker that has ended has no local update with which others' could be compared.
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
         if not share:
@@ -213,7 +213,7 @@ class FixedWorkers:
         sent = part.feedback.compressor
         may_be_late = delay > 0 or (sent is not None and sent.fixed_size)
         r.call = self.lockstep.start(
-            *(call, steps, exchange, result, r.norm, compressor, r.frozen, standing),
+            *(call, tick, exchange, result, r.norm, compressor, r.frozen, standing),
             may_be_late=may_be_late,
             nanoseconds=nanoseconds,
         )
