@@ -6,8 +6,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from packsaddle.cli.certificate_figure import NO_METADATA
-
 
 def save(figure: Any, path: Path) -> list[Path]:
     """Write a matplotlib figure as path-light.svg and path-dark.svg, with text as text; return both."""
@@ -20,7 +18,7 @@ def svg_of(figure: Any, **options: Any) -> str:
 
     out = StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "packsaddle"}):
-        figure.savefig(out, format="svg", metadata=NO_METADATA, **options)
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, **options)
     return out.getvalue()
 
 
