@@ -133,6 +133,7 @@ SELECTING = [
     TopK(0.5, values="int2"),
     TopK(0.3, values="int3"),
     Rounded(),
+    Rounded("int4"),
     AdaptiveTopK(0.3),
     AdaptiveTopK(1.0),
     Sign(),

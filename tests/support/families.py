@@ -53,6 +53,7 @@ COMPRESSORS: list[Compressor] = [
     Sign(per_tensor=True),
     Rounded("int1"),
     Rounded("int3"),
+    Rounded("int4"),
     Rounded("int8"),
     Rounded("float16"),
     QSGD(coded=False),

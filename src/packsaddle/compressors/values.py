@@ -56,6 +56,8 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     if how in _PACKED:
         parts = _scales_to_16_bits(scales, values.dtype)
         scales = _scales_of(parts, values.dtype)
+    if how == "int4" and (loop := kernel("pack_four_bits", values, scales)):
+        return {"values": _counted(loop(values, scales, VALUE_BLOCK), len(values)), **parts}
     unit = torch.where(scales[:, None] > 0, blocks / scales[:, None], blocks).view(-1)[: len(values)]
     if how not in _LARGEST:
         return {"values": unit.to(_DTYPES[how]), **parts}
@@ -150,6 +152,8 @@ def add_values(parts: Mapping[str, Tensor], how: ValueFormat, out: Tensor, alpha
     """Add alpha times the values that `decode_values` returns to out, float[k]."""
     if how in _HALVINGS and (loop := kernel("add_levels_of_blocks", out)):
         loop(parts["values"][:-1], _HALVINGS[how], VALUE_BLOCK, _scales_of(parts, out.dtype).mul_(alpha), out)
+    elif how == "int4" and (loop := kernel("add_four_bits", out)):
+        loop(parts["values"][:-1], VALUE_BLOCK, _scales_of(parts, out.dtype), out, alpha)
     else:
         out.add_(decode_values(parts, how, out.dtype, len(out)), alpha=alpha)
 

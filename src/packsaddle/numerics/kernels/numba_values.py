@@ -11,6 +11,7 @@ from packsaddle.numerics.kernels.numba_common import (
     compiled_loop,
     compiled_sum,
     in_parts,
+    scalar,
     sum_of_magnitudes,
 )
 
@@ -161,3 +162,49 @@ def _add_two_levels(packed: Array, block: int, levels: Array, out: Array) -> Non
             code = codes[i >> 2] >> (6 - 2 * (i & 3))
             m = high if code & 1 else low
             x[i] += -m if code & 2 else m
+
+
+def pack_four_bits(values: Tensor, scales: Tensor, block: int) -> Tensor:
+    """Round values, float[k], to the multiples -7 to 7 of a seventh of their block's scale, float[blocks] in their type.
+    Return multiple + 8, in four bits each, uint8[ceil(k / 2)]; `block` is even."""
+    check_room("scales", scales, -(-len(values) // block))
+    packed = torch.empty(-(-len(values) // 2), dtype=torch.uint8)
+    v, s, p = values.numpy(), scales.numpy(), packed.numpy()
+    in_parts(len(v), block, lambda a, b: _pack_four_bits(v[a:b], s[a // block :], block, p[a // 2 :]))
+    return packed
+
+
+@compiled_loop
+def _pack_four_bits(v: Array, scales: Array, block: int, packed: Array) -> None:
+    codes, seven = np.empty(block + 1, np.uint8), v.dtype.type(7)
+    for start in range(0, len(v), block):
+        x, scale = v[start : start + block], scales[start // block]
+        codes[len(x)] = 0  # the last block may end within a byte
+        for i in range(len(x)):
+            unit = x[i] / scale if scale > 0 else x[i]
+            codes[i] = np.uint8(np.int32(min(max(np.rint(unit * seven), -seven), seven)) + 8)
+        for j in range((len(x) + 1) // 2):
+            packed[start // 2 + j] = (codes[2 * j] << 4) | codes[2 * j + 1]
+
+
+def add_four_bits(packed: Tensor, block: int, scales: Tensor, out: Tensor, alpha: float) -> None:
+    """Decode `pack_four_bits`, and add alpha times the values to out, float[k]; `scales` has the type of `out`."""
+    check_room("codes", packed, -(-len(out) // 2))
+    check_room("scales", scales, -(-len(out) // block))
+    p, s, o = packed.numpy(), scales.numpy(), out.numpy()
+    times = scalar(alpha, o)
+    in_parts(len(o), block, lambda a, b: _add_four_bits(p[a // 2 :], s[a // block :], block, o[a:b], times))
+
+
+@compiled_loop
+def _add_four_bits(packed: Array, scales: Array, block: int, out: Array, alpha: float) -> None:
+    decoded = np.empty(16, out.dtype)
+    for start in range(0, len(out), block):
+        x, codes = out[start : start + block], packed[start // 2 :]
+        for code in range(16):
+            decoded[code] = out.dtype.type(code - 8) / out.dtype.type(7) * scales[start // block] * alpha
+        for j in range(len(x) // 2):
+            x[2 * j] += decoded[codes[j] >> 4]
+            x[2 * j + 1] += decoded[codes[j] & 15]
+        if len(x) % 2:
+            x[-1] += decoded[codes[len(x) // 2] >> 4]
