@@ -183,7 +183,6 @@ def test_compiled_loops_refuse_arrays_that_are_too_short() -> None:
         "unpack_levels_of_blocks": (short, 100, 1, 256, torch.ones(2)),
         "add_levels_of_blocks": (short, 1, 256, torch.ones(2), torch.zeros(100)),
         "add_levels": (short, 7, 8, 512, torch.ones(1), torch.zeros(100), 1.0),
-        "add_cells": (torch.zeros(100), torch.arange(3), 8, torch.ones(23), 1.0),
         "unpack_numbers": (short, 5, 100, torch.int64),
     }
     for name, arguments in calls.items():
