@@ -185,7 +185,6 @@ def test_compiled_loops_refuse_arrays_that_are_too_short() -> None:
         "pack_four_bits": (torch.ones(600), torch.ones(2), 256),
         "add_four_bits": (short, 256, torch.ones(1), torch.zeros(100), 1.0),
         "add_levels": (short, 7, 8, 512, torch.ones(1), torch.zeros(100), 1.0),
-        "add_cells": (torch.zeros(100), torch.arange(3), 8, torch.ones(23), 1.0),
         "unpack_numbers": (short, 5, 100, torch.int64),
     }
     for name, arguments in calls.items():

@@ -231,12 +231,12 @@ def test_each_compressor_is_timed_once() -> None:
 def test_more_workers_need_more_steps() -> None:
     """Dense training gains from a larger batch, which local updates have as workers that drift apart."""
     two, four = measured_with(2), measured_with(4)
-    assert measured_with(3) is four
-    assert measured_with(100) is four
+    assert measured_with(3) == four
+    assert measured_with(100) == four
     assert {setting for setting in two if not setting.delay} == {setting for setting in four if not setting.delay}
     assert all(multiple > two[setting] > 1 for setting, multiple in four.items())
     few, some, many = (measured_with(workers, "muon") for workers in (2, 4, 8))
-    assert measured_with(5, "muon") is measured_with(100, "muon") is many
+    assert measured_with(5, "muon") == measured_with(100, "muon") == many
     for less, more in ((few, some), (some, many)):
         both = less.keys() & more.keys()
         assert both

@@ -306,7 +306,7 @@ def loops() -> Iterator[Fact]:
             warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces it
             obstacle = kernels.obstacle(where)
         if obstacle:
-            advice = "pip install 'packsaddle[fast]'" if obstacle == "numba is not installed" else ""
+            advice = "pip install 'packsaddle[fast]'" if obstacle == kernels.NO_NUMBA else ""
             yield Fact("loops", where, f"torch alone: {obstacle}", "note", advice)
         elif where == "cuda" and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
             yield Fact("loops", where, "triton finds no C compiler", "warning", "install gcc")

@@ -196,7 +196,7 @@ def _plan(
     if options.d is None and options.model is None:
         raise ConfigError("--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for")
     step = options.training_step()
-    workload = _size(options, step)
+    workload = ModelSize.of_model(str(options.model), step.model) if step else ModelSize.of_size(options.d or 0)
     if optimizer == "muon" and step is not None:
         hidden_matrices(step.model)  # raises ConfigError if Muon would have none
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
@@ -243,12 +243,6 @@ def _given(rate: str, latency: float | None) -> Link | None:
     if latency is not None:
         raise ConfigError("--latency is measured if RATE is auto: leave it out")
     return None
-
-
-def _size(options: LinkOptions, step: TrainingStep | None) -> ModelSize:
-    if step is None:
-        return ModelSize.of_size(options.d or 0)
-    return ModelSize.of_model(str(options.model), step.model)
 
 
 def _measured_link(group: Group | None, device: torch.device, workers: int) -> tuple[Link, str]:

@@ -28,7 +28,6 @@ from packsaddle.compressors.values import (
     value_parts,
     value_retention,
 )
-from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import mix, sample_without_replacement
 
 _LONGEST_CHUNK = 1 << 30  # coordinates
@@ -53,9 +52,6 @@ class Cells:
         """Return the values of v, float[d], at these cells, float[m size]."""
         if self.size == 1:
             return v.index_select(0, self.index)
-        if loop := kernel("gather_cells", v):
-            values: Tensor = loop(v, self.index, self.size)
-            return values
         whole, rest = self._split(v)
         values = whole.index_select(0, self.index.clamp_max(len(whole) - 1))
         if len(rest):
@@ -66,21 +62,15 @@ class Cells:
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
         """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
         if self.size == 1:
-            if loop := kernel("add_coordinates", out, values):
-                loop(out, self.index, values, alpha)
-            else:
-                out.index_add_(0, self.index, values, alpha=alpha)
-            return
-        if loop := kernel("add_cells", out, values):
-            loop(out, self.index, self.size, values, alpha)
+            out.index_add_(0, self.index, values, alpha=alpha)
             return
         whole, rest = self._split(out)
-        rows = values.view(-1, self.size)
+        rows = values.view(-1, self.size) * alpha
         if len(rest):
             is_rest, zero = self._is_rest(whole), torch.zeros_like(rows)
-            rest.add_(torch.where(is_rest, rows, zero).sum(0)[: len(rest)], alpha=alpha)
+            rest.add_(torch.where(is_rest, rows, zero).sum(0)[: len(rest)])
             rows = torch.where(is_rest, zero, rows)
-        whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows, alpha=alpha)
+        whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows)
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return views of the n full cells of v, float[n, size], and of the shorter last cell, which may be empty."""

@@ -12,6 +12,8 @@ from packsaddle.feedback.memory import Memory
 from packsaddle.options.agreement import Option
 
 CompressorSchedule = Callable[[int], Compressor]  # a function of the step or round
+_A_COMPRESSOR = "a packsaddle Compressor such as RandomK(0.01)"
+_OR_A_SCHEDULE = f"{_A_COMPRESSOR}, or a function of the step that returns one"
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,7 @@ class Compression(Option):
             name = self.compressor.__name__
             raise ValueError(f"compressor must be made, as RandomK(0.01) or Sign() is, got the class {name} itself")
         if not (isinstance(self.compressor, Compressor) or callable(self.compressor)):
-            raise ValueError(
-                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
-                f"returns one, got {self.compressor!r}"
-            )
+            raise ValueError(f"compressor must be {_OR_A_SCHEDULE}, got {self.compressor!r}")
         if not (self.back is None or isinstance(self.back, Compressor)):
             raise ValueError(f"back must be a packsaddle Compressor or None, got {self.back!r}")
         check_exchange(self.exchange or "direct", self.back)
@@ -119,8 +118,8 @@ class Compression(Option):
             )
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
-                f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "
-                f"of the step are for register_ddp_hook and register_fsdp_hook"
+                f"compressor must be {_A_COMPRESSOR}, got {self.compressor!r}: functions of the step are for "
+                f"register_ddp_hook and register_fsdp_hook"
             )
         return self.compressor
 
@@ -130,10 +129,7 @@ class Compression(Option):
             return self.compressor
         found = self.compressor(step)
         if not isinstance(found, Compressor):
-            raise ValueError(
-                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
-                f"returns one, got {found!r} at step {step}"
-            )
+            raise ValueError(f"compressor must be {_OR_A_SCHEDULE}, got {found!r} at step {step}")
         return found
 
 

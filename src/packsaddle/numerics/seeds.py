@@ -190,13 +190,10 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
     """Add scales[i] * N(0, 1) noise, the sequence of `key`, to the i-th of m cells of b elements in out, float[m b]."""
-    b = len(out) // max(1, len(scales))
-    if (loop := kernel("add_cell_gaussians", out, scales)) and 2 * _PAIRS % max(1, b) == 0:
-        loop(out, scales, key)
-        return
     numbers = torch.zeros_like(out)
     add_gaussians(numbers, 1.0, key)
-    out.view(-1, b).add_(numbers.view(-1, b).mul_(scales[:, None]))
+    cells = len(scales), len(out) // max(1, len(scales))
+    out.view(cells).add_(numbers.view(cells).mul_(scales[:, None]))
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:

@@ -34,74 +34,47 @@ _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK
 # Steps to reach the loss of uncompressed ("dense") training, relative to its steps, by number of workers; the learning
 # rate of each setting was tuned on one grid. Factors grow with the number of workers, since dense training gains more
 # from a larger batch. AdamW: experiments/race, "Steps needed", and "Delays" for delays of every / 4, or 1 if every=2.
-_ADAMW: Mapping[int, Mapping[Setting, float]] = {
-    2: {
-        Setting(2, _SIGN, keep_unsent=True): 1.11,
-        Setting(2, _TOPK, keep_unsent=True): 1.18,
-        Setting(8, Identity()): 1.25,
-        Setting(8, _SIGN, keep_unsent=True): 1.27,
-        Setting(8, _TOPK, keep_unsent=True): 1.36,
-        Setting(32, Identity()): 1.47,
-        Setting(32, _SPARSE, keep_unsent=True): 1.68,
-        Setting(2, _SIGN, keep_unsent=True, delay=1): 1.13,
-        Setting(2, _TOPK, keep_unsent=True, delay=1): 1.2,
-        Setting(8, Identity(), delay=2): 1.36,
-        Setting(8, _SIGN, keep_unsent=True, delay=2): 1.39,
-        Setting(8, _TOPK, keep_unsent=True, delay=2): 1.43,
-        Setting(32, Identity(), delay=8): 1.62,
-        Setting(32, _SPARSE, keep_unsent=True, delay=8): 1.73,
-    },
-    4: {
-        Setting(2, _SIGN, keep_unsent=True): 1.36,
-        Setting(2, _TOPK, keep_unsent=True): 1.49,
-        Setting(8, Identity()): 1.63,
-        Setting(8, _SIGN, keep_unsent=True): 1.67,
-        Setting(8, _TOPK, keep_unsent=True): 1.88,
-        Setting(32, Identity()): 2.17,
-        Setting(32, _SPARSE, keep_unsent=True): 2.8,
-        Setting(2, _SIGN, keep_unsent=True, delay=1): 1.43,
-        Setting(8, _SIGN, keep_unsent=True, delay=2): 1.85,
-        Setting(8, _TOPK, keep_unsent=True, delay=2): 2.05,
-    },
+_ADAMW: Mapping[Setting, Mapping[int, float]] = {
+    Setting(2, _SIGN, keep_unsent=True): {2: 1.11, 4: 1.36},
+    Setting(2, _TOPK, keep_unsent=True): {2: 1.18, 4: 1.49},
+    Setting(8, Identity()): {2: 1.25, 4: 1.63},
+    Setting(8, _SIGN, keep_unsent=True): {2: 1.27, 4: 1.67},
+    Setting(8, _TOPK, keep_unsent=True): {2: 1.36, 4: 1.88},
+    Setting(32, Identity()): {2: 1.47, 4: 2.17},
+    Setting(32, _SPARSE, keep_unsent=True): {2: 1.68, 4: 2.8},
+    Setting(2, _SIGN, keep_unsent=True, delay=1): {2: 1.13, 4: 1.43},
+    Setting(2, _TOPK, keep_unsent=True, delay=1): {2: 1.2},
+    Setting(8, Identity(), delay=2): {2: 1.36},
+    Setting(8, _SIGN, keep_unsent=True, delay=2): {2: 1.39, 4: 1.85},
+    Setting(8, _TOPK, keep_unsent=True, delay=2): {2: 1.43, 4: 2.05},
+    Setting(32, Identity(), delay=8): {2: 1.62},
+    Setting(32, _SPARSE, keep_unsent=True, delay=8): {2: 1.73},
 }
 
 # The same for Muon, relative to dense training with Muon: experiments/muon.
-_MUON: Mapping[int, Mapping[Setting, float]] = {
-    2: {
-        Setting(8, Identity()): 1.06,
-        Setting(8, _SIGN, keep_unsent=True): 1.15,
-        Setting(8, _TWO_BITS, keep_unsent=True): 1.06,
-        Setting(32, Identity()): 1.23,
-        Setting(32, _SIGN, keep_unsent=True): 1.33,
-        Setting(32, _TWO_BITS, keep_unsent=True): 1.23,
-    },
-    4: {
-        Setting(8, Identity()): 1.13,
-        Setting(8, _SIGN, keep_unsent=True): 1.39,
-        Setting(8, _TWO_BITS, keep_unsent=True): 1.18,
-        Setting(32, Identity()): 1.9,
-        Setting(32, _SIGN, keep_unsent=True): 2.49,
-        Setting(32, _TWO_BITS, keep_unsent=True): 2.05,
-    },
-    8: {
-        Setting(4, _TWO_BITS, keep_unsent=True): 1.36,
-        Setting(8, _SIGN, keep_unsent=True): 2.16,
-        Setting(8, _TWO_BITS, keep_unsent=True): 1.64,
-    },
+_MUON: Mapping[Setting, Mapping[int, float]] = {
+    Setting(4, _TWO_BITS, keep_unsent=True): {8: 1.36},
+    Setting(8, Identity()): {2: 1.06, 4: 1.13},
+    Setting(8, _SIGN, keep_unsent=True): {2: 1.15, 4: 1.39, 8: 2.16},
+    Setting(8, _TWO_BITS, keep_unsent=True): {2: 1.06, 4: 1.18, 8: 1.64},
+    Setting(32, Identity()): {2: 1.23, 4: 1.9},
+    Setting(32, _SIGN, keep_unsent=True): {2: 1.33, 4: 2.49},
+    Setting(32, _TWO_BITS, keep_unsent=True): {2: 1.23, 4: 2.05},
 }
-_MEASURED: Mapping[Inner, Mapping[int, Mapping[Setting, float]]] = {"adamw": _ADAMW, "muon": _MUON}
+_MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _ADAMW, "muon": _MUON}
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
     """Return each setting's steps relative to uncompressed training, measured with this number of workers, or else with
     the next larger one, or with the largest."""
-    by_workers = _MEASURED[optimizer]
-    return by_workers[min((w for w in by_workers if w >= workers), default=max(by_workers))]
+    numbers = measured_workers(optimizer)
+    w = next((w for w in numbers if w >= workers), numbers[-1])
+    return {setting: steps[w] for setting, steps in _MEASURED[optimizer].items() if w in steps}
 
 
 def measured_workers(optimizer: Inner = "adamw") -> list[int]:
     """Return the numbers of workers with which steps were measured, the smallest first."""
-    return sorted(_MEASURED[optimizer])
+    return sorted({w for steps in _MEASURED[optimizer].values() for w in steps})
 
 
 @dataclass(frozen=True)

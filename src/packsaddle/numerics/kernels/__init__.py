@@ -17,6 +17,7 @@ from torch import Tensor
 
 _LARGE = 1 << 20  # vector length from which `kernel` warns if no compiled loops are available
 _DTYPES = (torch.float32, torch.float64)
+NO_NUMBA = "numba is not installed"
 _COMPILERS = {  # by device type: the compiler's package, and the modules with its loops
     "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes", "numba_values")),
     "cuda": ("triton", ("triton_loops",)),
@@ -35,8 +36,8 @@ def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> C
     where = vectors[0].device.type if vectors else torch.device(device).type
     if any(v.device.type != where for v in vectors):
         return None
-    loops = _load(where)[0]
-    if not loops and where == "cpu" and vectors and max(v.numel() for v in vectors) >= _LARGE:
+    loops, problem = _load(where)
+    if problem == NO_NUMBA and vectors and max(v.numel() for v in vectors) >= _LARGE:
         _announce()
     return loops.get(name)
 
@@ -78,10 +79,9 @@ def _load(where: str) -> tuple[dict[str, Any], str]:
 
 @cache
 def _announce() -> None:
-    if os.environ.get("PACKSADDLE_KERNELS") != "torch" and importlib.util.find_spec("numba") is None:
-        warnings.warn(
-            "numba is not installed, so large vectors are compressed by torch alone, some of them several times "
-            "slower; pip install 'packsaddle[fast]', or set PACKSADDLE_KERNELS=torch to silence this warning",
-            SlowKernelsWarning,
-            stacklevel=4,
-        )
+    warnings.warn(
+        f"{NO_NUMBA}, so large vectors are compressed by torch alone, some of them several times slower; "
+        "pip install 'packsaddle[fast]', or set PACKSADDLE_KERNELS=torch to silence this warning",
+        SlowKernelsWarning,
+        stacklevel=4,
+    )
