@@ -16,8 +16,9 @@ from packsaddle.messages import shown
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Checks = list[tuple[Tensor, MessageError]]  # a bool[] on a GPU, and the error if it is False
-deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)  # where `require` keeps checks
+Checks = list[tuple[Tensor, MessageError]]  # pairs of a bool[] on a GPU and the error if it is False
+# The list to which `require` appends its checks on a GPU; None: it raises immediately.
+deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)
 
 
 class Expected(NamedTuple):
@@ -76,8 +77,9 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
 
 
 def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
-    """Raise MessageError, for which the other arguments are, unless is_valid, bool[]. On a GPU the host would wait: if
-    `deferred` has a list, the check and its error are appended to it instead."""
+    """Raise MessageError unless `is_valid`, a bool[], is True; the other arguments form the error's text.
+    Reading a bool[] on a GPU makes the host wait, so the check and its error are appended to the list in `deferred`
+    instead, if there is one."""
     error = MessageError(part, expected, found)
     if is_valid.device.type != "cpu" and (checks := deferred.get()) is not None:
         checks.append((is_valid, error))
@@ -86,8 +88,8 @@ def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """Context manager that adds the compressor, and `prefix` before the part's name, to MessageErrors, raised or
-    deferred."""
+    """A context manager that completes MessageErrors raised or deferred in it: it adds the compressor, and puts
+    `prefix` before the name of the part."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix
