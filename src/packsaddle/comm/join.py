@@ -15,8 +15,8 @@ from packsaddle.comm.group import Group
 
 
 class JoinableSteps(Joinable):
-    """A torch Joinable that counts its steps. Unsupported with `elastic` workers, which may join and leave.
-    `equal`: all workers make the same number of steps between two exchanges."""
+    """A torch Joinable that counts its steps. It does not support `elastic` workers, which may join and leave.
+    `equal` is True if all workers make the same number of steps between two exchanges."""
 
     steps: int
 
@@ -61,19 +61,19 @@ class JoinableSteps(Joinable):
 
 
 class EndedWorker(JoinHook):
-    """The hook of a worker that has ended its training: it takes part in the exchanges of the other workers."""
+    """The hook of a worker that has ended its training: it joins the exchanges of the other workers."""
 
     def __init__(self, of: JoinableSteps) -> None:
         self._of = of
 
     def main_hook(self) -> None:
-        """Advance the step count to the next step with collectives, and take part in these."""
+        """Advance the step count to the next step with collectives, and join these collectives."""
         while not self._of._attempted(has_ended=True):
             pass
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Set the step count to the largest of all workers, so that later exchanges are due at the same step on all.
-        No-op if the workers' steps are not equal."""
+        """Set the step count to the maximum over workers, so that later exchanges are due at the same step on all of
+        them. No-op if workers may make different numbers of steps between two exchanges."""
         mine = torch.tensor([self._of.steps], device=self._of.join_device)
         steps = [int(n) for n in self._of._group.all_gather(mine)]
         self._of.steps = max(steps) if self._of._is_equal else self._of.steps

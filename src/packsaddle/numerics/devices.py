@@ -18,7 +18,8 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def device_of_doubles(device: torch.device) -> torch.device:
-    """Return the device for float64 vectors that are computed from tensors on `device`: itself, or the CPU for MPS."""
+    """Return the device for float64 vectors that are computed from tensors on `device`: the CPU for MPS, otherwise
+    `device`."""
     return device if wide(device) is torch.float64 else torch.device("cpu")
 
 

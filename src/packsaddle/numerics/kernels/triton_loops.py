@@ -1,7 +1,7 @@
 """Triton versions of the loops for CUDA, launched on the current stream without synchronization.
 
-Each has the arguments and results of the numba loop of the same name. There is no loop for selection by magnitude,
-since torch.topk is a radix select, and none for cells, which torch gathers and adds by index. With TRITON_INTERPRET=1
+Each has the arguments and results of the numba loop of the same name. There is no loop that selects by magnitude, since
+torch.topk is a radix select, and none for cells, since torch gathers and adds them by index. With TRITON_INTERPRET=1
 the loops run on CPU tensors.
 """
 
