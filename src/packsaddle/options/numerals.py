@@ -15,7 +15,7 @@ def real(text: str) -> float:
     """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError otherwise."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or not match[2]:
-        return float(text)  # also parses inf
+        return float(text)  # `float` also parses inf
     return float(match[1]) / 100 if match[2] == "%" else float(match[1]) * _SUFFIXES[match[2]]
 
 
