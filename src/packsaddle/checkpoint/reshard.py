@@ -238,8 +238,7 @@ def _shares(
 def _complete_states(
     states: Sequence[dict[str, Any]], shares: Sequence[float], workers: int, collectives: ObjectCollectives
 ) -> None:
-    """Where a worker's optimizer has no state for a parameter, insert the mean of the other workers' states;
-    collective.
+    """Insert the mean of the other workers' states if a worker's optimizer has no state for a parameter; collective.
 
     A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
     are the template and the state dicts that this worker has read, which have the weights `shares`.

@@ -108,7 +108,7 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Work:
-    """How often a worker encodes, decodes and adds in one exchange, on vectors of `coordinates` numbers."""
+    """Counts of the operations of a worker in one exchange, on vectors of `coordinates` numbers."""
 
     compressor: Compressor
     coordinates: int
