@@ -144,7 +144,7 @@ def resharded(
         replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
-            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
+            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None instead of these tensors
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value
         result["parts"][name] = state

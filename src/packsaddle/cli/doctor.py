@@ -141,7 +141,7 @@ Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _READ = "read docs/devices.md"
 _PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which usually takes about a second
-_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules that differ from their package's
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules whose packages have other names
 _PURPOSES = {
     "plot": "the picture of certify-script",
     "lab": "figures, pages and demo of python -m lab, in a clone",
@@ -306,7 +306,7 @@ def loops() -> Iterator[Fact]:
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces it
+            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces the warning
             obstacle = kernels.obstacle(where)
         if obstacle:
             advice = "pip install 'packsaddle[fast]'" if obstacle == "numba is not installed" else ""

@@ -56,7 +56,7 @@ class Method:
 def methods(plan: LinkPlan) -> list[Method]:
     """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, and the
     fastest forecasts of the DDP hook and of local updates."""
-    alone = plan.fleet.workers * plan.fleet.compute  # it accumulates the gradients of all workers' batches
+    alone = plan.fleet.workers * plan.fleet.compute  # one machine accumulates the gradients of all workers' batches
     found = [Method("one machine alone", alone), Method("DistributedDataParallel", plan.verdict.dense.seconds)]
     if plan.verdict.compress:
         found.append(_by_hook(plan.verdict.best))

@@ -249,7 +249,9 @@ class AllGather(Aggregator):
         return [RingAllGather(sizes), RingAllGather(message), RingAllReduce((dense * itemsize,))]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # it adds its own message undecoded
+        return [
+            Work(self.compressor, d, encode=1, decode=workers - 1, add=2)
+        ]  # a worker adds its own message without decoding it
 
 
 class SharedSupportAllReduce(Aggregator):

@@ -80,7 +80,7 @@ class AllToAll(Collective):
     """Every worker sends sizes[j] bytes to worker j."""
 
     sizes: Sequence[int]
-    to_self: bool = True  # count a worker's message to itself in its payload
+    to_self: bool = True  # True if the payload includes a worker's message to itself
 
     def wire(self, rank: int, workers: int) -> Bytes:
         total, own = sum(self.sizes), self.sizes[rank]

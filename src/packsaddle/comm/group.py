@@ -238,7 +238,7 @@ def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist
     ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
     backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
     group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # not a placeholder, since this worker is one of them
+    assert isinstance(group, dist.ProcessGroup)  # never a placeholder, since this worker is a member
     return group
 
 

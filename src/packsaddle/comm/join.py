@@ -55,7 +55,7 @@ class JoinableSteps(Joinable):
             return
         if not self._join_config.is_first_joinable:
             raise RuntimeError("Join must have one LocalUpdates and nothing else: Join([local])")
-        work: Any = Join.notify_join_context(self)  # None if it is the only worker's
+        work: Any = Join.notify_join_context(self)  # None if `Join` is disabled
         if work is not None:
             work.wait()  # the all-reduce's tensor is freed here
 

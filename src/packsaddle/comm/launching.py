@@ -320,7 +320,7 @@ def _holding_signals_at_start() -> Iterator[None]:
     from torch.distributed.elastic.multiprocessing import api
 
     handle = getattr(api, "_terminate_process_handler", None)
-    if handle is None:  # in this version of torch the handler has another name; it is not replaced
+    if handle is None:  # this version of torch has no such handler, so signals are not delayed
         yield
         return
     start, starting, held = LocalElasticAgent._start_workers, False, list[int]()
@@ -383,7 +383,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
                 rdzv_configs={"store_type": "file"},
                 local_addr="localhost",
                 max_restarts=0,
-                start_method="forkserver",  # torch is imported once, and every worker is a fork of it
+                start_method="forkserver",  # torch is imported once, in a server that forks every worker
                 monitor_interval=0.1,
             )
             return elastic_launch(config, in_worker)(entry, *args)[0]

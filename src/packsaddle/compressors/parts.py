@@ -16,7 +16,7 @@ from packsaddle.messages import shown
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Checks = list[tuple[Tensor, MessageError]]  # pairs of a bool[] on a GPU and the error if it is False
+Checks = list[tuple[Tensor, MessageError]]  # pairs of a bool[] on a GPU and the error to raise if it is False
 # The list to which `require` appends its checks on a GPU; None: it raises immediately.
 deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)
 
@@ -40,7 +40,7 @@ class Expected(NamedTuple):
 
     def describes(self, part: Tensor) -> bool:
         fits = part.dtype in self.dtypes and self.least <= part.numel() <= self.most
-        is_read = self.last is not None and part.device.type == "cpu"  # on a GPU it would synchronize
+        is_read = self.last is not None and part.device.type == "cpu"  # on a GPU, reading the element would synchronize
         return fits and (not is_read or int(part[-1]) == self.last)
 
 

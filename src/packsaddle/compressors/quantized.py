@@ -58,7 +58,7 @@ class Sign(Compressor):
 
     fixed_size: ClassVar[bool] = True
     summary: ClassVar[Summary] = Summary("||v||_1^2 / (d ||v||_2^2)", "a bit for each coordinate, and a scale")
-    per_tensor: bool = False  # one scale per tensor instead of one for the vector
+    per_tensor: bool = False  # use a scale per tensor instead of one for the vector
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
 
     def __post_init__(self) -> None:

@@ -100,7 +100,7 @@ class Certificate:
     failure_probability: float  # failure probability of each bound that depends on the random start
     threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None without epsilon
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    hessian_lipschitz_estimated: bool  # True: rho was measured along v, which underestimates it
+    hessian_lipschitz_estimated: bool  # True if rho was measured along v, which underestimates rho
     escape_direction: Tensor  # unit vector v, float64[d]; for a sharded model, this worker's part of it
     sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, of a pilot's Hessian if any; None: not stored
     slope: float  # <grad f, v>, derivative of the loss along v

@@ -97,7 +97,7 @@ class Curvature:
         loss, examples, differ, apart, *short = self.sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
-        if differ:  # True if they differ on any worker, so that all workers raise
+        if differ:  # True if the values differ on any worker, so that all workers raise
             raise ValueError(
                 "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
                 "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "

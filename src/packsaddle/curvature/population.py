@@ -39,7 +39,7 @@ _STATEMENTS = 5
 _FEWEST_BATCHES = 8
 _STEPS = 40  # maximum number of Lanczos steps of each search on the examples
 _VARIANCE_STEPS = 24
-_CLOSE = 1.5  # ratio of the bounds on the variance's norm at which its search stops
+_CLOSE = 1.5  # the search for the variance's norm stops if the ratio of upper to lower bound is at most this
 MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of products
 
 

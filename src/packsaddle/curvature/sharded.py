@@ -127,7 +127,7 @@ class ShardedCurvature(Curvature):
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
         try:
             return super()._totals(watch)
-        finally:  # after a forward pass alone FSDP keeps the outermost parameters unsharded, and would reuse them
+        finally:  # without a backward pass FSDP keeps the outermost parameters unsharded, and would reuse them
             modules: Iterable[Any] = self._model.modules()
             for module in modules:
                 if hasattr(module, "reshard") and hasattr(module, "unshard"):

@@ -37,7 +37,7 @@ class CoordinateStep:
 class Overshoot:
     """The least stable coordinate found, i.e. that of largest effective step size times curvature, (eta / mu) H_jj."""
 
-    step: CoordinateStep  # learning rate and waiting time of its parameter
+    step: CoordinateStep  # learning rate and waiting time of the coordinate's parameter
     index: tuple[int, ...]  # index of the coordinate in its parameter
     curvature: float  # second derivative H_jj of the loss, minus the error of the product
 

@@ -139,4 +139,4 @@ class Compression(Option):
         return found
 
 
-AnyCompression = Compressor | CompressorSchedule | Compression  # what an argument `compressor` accepts
+AnyCompression = Compressor | CompressorSchedule | Compression  # type of an argument `compressor`

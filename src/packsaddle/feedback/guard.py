@@ -26,9 +26,9 @@ from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both of its terms are valid
-ROOT = "the root module"  # shown in place of FSDP's name for it, ""
-THE_UPDATE = "all parameters together"  # named if each parameter's local update is valid, but not all together
+THE_SUM = "the sum of the error memory and the gradient"  # reported as invalid if each of the two is valid
+ROOT = "the root module"  # shown instead of "", FSDP's name for it
+THE_UPDATE = "all parameters together"  # reported as invalid if each parameter's local update is valid
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
@@ -47,8 +47,8 @@ class Skip:
     """A skipped step, or a rejected round of local updates, with its cause."""
 
     step: int  # t; the next step reuses this index
-    workers: tuple[int, ...]  # ranks that sent an invalid vector or message; in a hook only those known to this worker
-    parameter: str  # the first invalid parameter of the first of these workers
+    workers: tuple[int, ...]  # ranks that sent an invalid vector or message; a hook lists only those it has detected
+    parameter: str  # name of the first invalid parameter on the first of these workers
     message: str = ""  # the error, if workers[0] sent an invalid message; "": the cause is an invalid vector
     is_round: bool = False  # True: a round of local updates, and `step` is the round's index
 

@@ -25,7 +25,7 @@ class Update:
     """The update u, float[n], that a step adds to an error memory, in the memory's units; a base class."""
 
     norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown
-    is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
+    is_known_invalid = False  # True if a GradScaler found an Inf in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
         raise NotImplementedError

@@ -123,7 +123,7 @@ class Attempts:
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
-        self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
+        self._stepped = list[Optimizer]()  # optimizers that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
         self.scaler, self._in_scaler = scaler, False  # the flag is True during a call of the scaler's `step`
         self._counts = True  # False while a step runs that is not an attempt

@@ -36,9 +36,9 @@ class Place:
 
     name: str
     parameter: Tensor  # gives shape, dtype and memory format
-    dense: bool  # True if it is sent uncompressed
+    dense: bool  # True if the parameter is sent uncompressed
     start: int  # offset in the vector of all parameters
-    group: int = 0  # index of its parameter group
+    group: int = 0  # index of the parameter's group
     trained: Trainable | None = None  # the parameter is frozen while its `requires_grad` is False; None: never frozen
 
     @property

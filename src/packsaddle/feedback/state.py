@@ -36,8 +36,8 @@ class Rule:
 
     path: Path
     kind: Kind
-    like: Path = ()  # of an "error" that may be missing: path of the tensors whose shapes its zeros get
-    value: Any = None  # of a "constant": its new value if the identity has none
+    like: Path = ()  # for kind "error": path of the tensors that give the shapes of zeros if this entry is missing
+    value: Any = None  # for kind "constant": the new value if the identity has none
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Vector:
     shapes: Mapping[Any, torch.Size | None]  # shape of each tensor, by key; None: any length, and may be missing
     get: Callable[[], Mapping[Any, Tensor]]  # returns tensors by key; a function, since a step may swap buffers
     set: Callable[[Mapping[Any, Tensor]], None] | None = None  # None: copy into the tensors that `get` returns
-    optional: bool = False  # may be missing as a whole: None in a state, {} from `get`
+    optional: bool = False  # True if the whole field may be missing: it is then None in a state, and `get` returns {}
 
     def save(self, state: dict[str, Any]) -> None:
         """Write copies of the tensors into a state. No-op for entries of "state", which torch's optimizers save."""

@@ -234,7 +234,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
     def on_forward(module: nn.Module, _: Any) -> None:
         nonlocal synchronized
-        synchronized = model.require_backward_grad_sync  # DDP reads it in the forward pass
+        synchronized = model.require_backward_grad_sync  # DDP reads this attribute in the forward pass
         # One call proves that DistributedDataParallel uses the hook.
         if hook.calls:
             for handle in handles:

@@ -55,7 +55,7 @@ class DDPHook(GradientHook, Exchanging):
         self._module, self._places, self._scaler = module, places, scaler
         self._named = {id(place.parameter): place for place in places}
         self._sizes = {place.name: place.parameter.nbytes for place in places}
-        if scaler is not None:  # while enabled, it skips steps with non-finite gradients
+        if scaler is not None:  # an enabled scaler skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device, blocks=channel.group.stages(self.device))
         self.calls = 0  # number of buckets received from DDP

@@ -55,7 +55,7 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # Other memories, and the repair of drift, need CompressedSGD's own step.
+        # memory="ef21" and the repair of drift need the step of CompressedSGD.
         for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')

@@ -128,7 +128,7 @@ class LocalUpdatesCallback(_Attached):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach local updates, and restore their state. Raises ValueError if a later callback averages weights."""
         # Later callbacks must not replace the agreed parameters with this worker's own average.
-        names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
+        names = ("StochasticWeightAveraging", "WeightAveraging")  # WeightAveraging exists from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
         for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
             if isinstance(callback, kinds):

@@ -46,7 +46,7 @@ class CompareAnchors:
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
         # Move the parameters with a repaired anchor. Otherwise the difference would be sent as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
-            if f.current is None:  # a running exchange will move them at its end
+            if f.current is None:  # a running exchange will move the parameters at its end
                 f.anchor.move(starts)
 
 

@@ -37,7 +37,7 @@ class Anchor:
         # float[n], the part of the local update that start - x misses, since only the start moved or x was rounded;
         # None: 0
         self.owed: Tensor | None = None
-        self.owned = slice(0, 0)  # coordinates that this worker owns, where its start point is a; empty unless it keeps
+        self.owned = slice(0, 0)  # coordinates that this worker owns, where its start point is a; empty unless `keeps`
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:

@@ -49,7 +49,7 @@ class Connection:
 
     group: Group  # the workers' group
     within: ProcessGroup | None  # the processes of this site; None: this worker is not a site
-    channel: Communicator  # communicator of exchanges; with a delay its group is a new one, for the background
+    channel: Communicator  # communicator of exchanges; with a delay it has a separate group, for the background
     behind: Background | None  # runs exchanges that have a delay; None: there is no delay
 
     @classmethod

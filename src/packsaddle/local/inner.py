@@ -53,7 +53,7 @@ def equal_arguments(
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
-    if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
+    if not isinstance(spec.compressor, Compressor):  # with one function, workers may still have different compressors
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
     fraction = same.pop("mean_momentum")  # its default depends on the optimizers, and it sends nothing

@@ -125,5 +125,5 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
-    """Return d in at least float32; all are on one device."""
+    """Return d = sqrt(v) * u for the update u, in at least float32. All tensors are on one device."""
     return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)

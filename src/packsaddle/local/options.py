@@ -194,7 +194,7 @@ class Elastic(Option):
     compare_optimizers: bool = True
     group: Any = own(None)
 
-    may_be_absent: ClassVar[bool] = True  # as `Workers.may_be_absent`
+    may_be_absent: ClassVar[bool] = True  # True: elastic workers may be absent in a round, see `Workers.may_be_absent`
 
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
@@ -221,7 +221,7 @@ class Manager(Protocol):
     def should_commit(self, *args: Any, **kwargs: Any) -> bool: ...
 
 
-# What an argument `workers` accepts.
+# Type of an argument `workers`.
 AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | None
 
 
@@ -286,7 +286,7 @@ class OuterAgreement(Option):
             raise ValueError(f"p must be in [0, 1], got {self.p!r}")
 
 
-AnyOuter = Outer | OuterAgreement | None  # what an argument `outer` accepts
+AnyOuter = Outer | OuterAgreement | None  # type of an argument `outer`
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class SavedExchange:
     """An exchange that is completed but not yet applied, as stored in a `state_dict`, with its outcome."""
 
-    due: int  # the inner step after which it is applied
+    due: int  # the inner step after which the exchange is applied
     applied: bool  # True if the exchange will be applied, False if it was rejected
     invalid: bool  # True if this worker's update was non-finite, or too large to compress
     reports: list[Report]  # the reports of all workers, by rank; empty if the exchange was valid
@@ -48,7 +48,7 @@ class LocalRound:
 
     part: "Fragment"
     t: int  # index of the round, the number of applied rounds of the fragment before it
-    due: int  # the inner step after which it is applied
+    due: int  # the inner step after which the round is applied
     exchanged: Round | None  # exchange of the error memory; None: closed, or loaded from a saved state
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update

@@ -9,7 +9,7 @@ class Event:
 
     begins: bool  # True: an exchange begins; False: the running exchange, if any, ends
     fragment: int  # index of the fragment
-    tick: int  # the tick at which it is due, identical on all workers
+    tick: int  # the tick at which the event is due, identical on all workers
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ class Trained:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._before = parameter.requires_grad  # True if it was trained at a step up to the last exchange
-        self._since: bool | None = None  # True if it was trained at a step since then; None: there was no step
+        self._before = parameter.requires_grad  # True if the parameter was trained at a step up to the last exchange
+        self._since: bool | None = None  # True if the parameter was trained at a step since then; None: no step
 
     @property
     def requires_grad(self) -> bool:

@@ -48,7 +48,7 @@ def indices_where(mask: Tensor, n: int) -> Tensor:
     is not checked, since the host would wait: the first n are returned, or fewer followed by zeros."""
     if mask.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    if mask.device.type == "cuda":  # other devices may lack it
+    if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static
         return torch.nonzero_static(mask, size=n, fill_value=0).squeeze(1)
     # Write each index to its place among those where the mask is True, and all others to place n.
     places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)

@@ -8,7 +8,7 @@ _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%
 _UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}  # units per second; division makes 55ms exactly 0.055
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
 DURATION = "seconds such as 30, 55ms or 2min"
-_EXACT = 2.0**53  # above it, a float may differ from the whole number in the text
+_EXACT = 2.0**53  # above this number, a float may differ from the whole number in the text
 
 
 def real(text: str) -> float:

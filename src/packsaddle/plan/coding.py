@@ -110,7 +110,7 @@ class CompressorEntry:
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
     """Measure the table entry of one compressor. Raises ValueError if it does not support d coordinates."""
     compressor.validate(d)
-    torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with others
+    torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with other workers
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
     for step in range(5):

@@ -58,7 +58,7 @@ class Gradient:
 
     kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
     started = True  # False if the vector kept between steps has no value yet, since no step was applied
-    keeps = False  # True if it keeps a vector between steps
+    keeps = False  # True if the direction keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
@@ -279,7 +279,7 @@ class StormGradient(_StatefulGradient):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_out_of_range(self) -> str | None:  # of the gradient or of d_t
+    def first_out_of_range(self) -> str | None:  # in the gradient or in d_t
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:

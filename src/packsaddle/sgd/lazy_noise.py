@@ -39,7 +39,7 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:  # rounding of the sum would lose it
+        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:  # the sum's rounding would lose the variance
             least = float(self.kept.min())
             self.kept -= least
             self.total -= least

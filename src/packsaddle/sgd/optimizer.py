@@ -44,7 +44,7 @@ from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_directio
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
-T = TypeVar("T")  # a loss, as the user's closure returns it
+T = TypeVar("T")  # type of the loss that the user's closure returns
 _NUMBERS = ("step", "started", "start_step")  # entries of each parameter group in a saved state
 # Entries of a saved state that torch's checkpoint tools drop, with the values to load instead.
 _DROPPED: dict[str, Any] = {

@@ -58,7 +58,7 @@ class Row:
     iterations: Order
     communication: Order  # numbers sent per worker
     baseline: Order  # numbers sent per worker without compression
-    printed: Order | None  # the improvement as the paper prints it
+    printed: Order | None  # the improvement that the paper prints
 
     @property
     def improvement(self) -> Order:

@@ -151,5 +151,5 @@ class Account:
         return found
 
     def start_count(self, weight: float) -> None:
-        """Restart the count of inner steps after a round in which they had this weight."""
+        """Restart the count of inner steps after a round that included them; `weight` was their weight in it."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight

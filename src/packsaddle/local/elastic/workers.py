@@ -266,7 +266,7 @@ class ElasticWorkers:
         except (ConfigError, LeavingError):
             raise
         except Exception as error:  # torchft raises errors of several types
-            # Without this, torchft 0.2.0 raises the same error again at every later quorum.
+            # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
             manager._quorum_future = None
             raise RoundFailedError(str(error)) from error
         self._roll_back()  # no-op if `_recover` has committed the last round because other workers were ahead
@@ -327,7 +327,7 @@ class ElasticWorkers:
                 standings = torch.tensor(parts_in, device=norms.device)
             r.exchange(self.channel.step, norms, standings)
             r.gather_reports()
-        # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
+        # Confirm: this gather completes only if all workers have exchanged. From here on, other workers may commit.
         norm = torch.tensor([self._norm_after()], dtype=wide(self._device), device=self._device)
         self._in_doubt = parts
         confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
@@ -553,7 +553,7 @@ class ElasticWorkers:
         share = Value(("share",), float, lambda: 1.0, skip)
         return [share, *own, *self.roster.fields((*path, "roster"))]
 
-    # What only a fixed set of workers has.
+    # Methods that have no function for elastic workers.
 
     def check_fixed(self, call: str) -> None:
         """Raise RuntimeError for a call that only a fixed set of workers supports."""
