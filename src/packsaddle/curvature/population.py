@@ -127,10 +127,12 @@ def certify_population(
         model, loss_fn, process_group: as for `certify`.
         batches: as for `certify`, but each batch must be an independent draw from the population.
         epsilon: threshold for the gradient norm. Without it there is no verdict on stationarity, only on the sign of
-        the smallest eigenvalue. hessian_lipschitz: rho, the Hessian's Lipschitz constant. By default it is measured
-        along the direction found. search: only `failure_probability` (of all bounds together, by default 0.05), `hvp`,
-        `memory_limit` and `generator` are used. progress: called with the number of Hessian-vector products so far, at
-        most about `MOST_PRODUCTS`; a product with the variance of the Hessian counts as three.
+            the smallest eigenvalue.
+        hessian_lipschitz: rho, the Hessian's Lipschitz constant. By default it is measured along the direction found.
+        search: only `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
+            `generator` are used.
+        progress: called with the number of Hessian-vector products so far, at most about `MOST_PRODUCTS`; a product
+            with the variance of the Hessian counts as three.
 
     Raises ValueError for invalid arguments, for fewer than eight batches, for a sharded model (whose workers have no
     Hessian of a single batch) and for losses that vary between evaluations.

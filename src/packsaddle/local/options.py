@@ -165,14 +165,15 @@ class Elastic(Option):
         share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
-        `grace` are numbers, or text such as "90s" or "2min". leave_on_sigterm: on SIGTERM save the error memory and end
-        the process: the inner step, or the wait for other workers, raises SystemExit. If the memory cannot be saved to
-        a file, it is sent in one more round, uncompressed. The exit code is 0, or 1 if updates are lost because no such
-        round was committed. grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must
-        be committed. clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in
-        `Workers`. compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the
-        others' in class or in a default setting. If they should differ, set it to False on all workers. group: the
-        manager's existing `ManagedGroup`; by default a new one.
+            `grace` are numbers, or text such as "90s" or "2min".
+        leave_on_sigterm: on SIGTERM save the error memory and end the process: the inner step, or the wait for other
+            workers, raises SystemExit. If the memory cannot be saved to a file, it is sent in one more round,
+            uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
+        grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
+        clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
+        compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
+            class or in a default setting. If they should differ, set it to False on all workers.
+        group: the manager's existing `ManagedGroup`; by default a new one.
 
     Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
     is out of range.
