@@ -40,7 +40,7 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Metadata of one worker's tensor file of one step."""
+    """Metadata of the tensor file that one worker wrote for one step."""
 
     step: int
     rank: int

@@ -23,7 +23,7 @@ class Part(Protocol):
         """Return the state as tensors and plain types."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore the state from a result of `state_dict`."""
+        """Restore the state from `state_dict`, a result of the method of that name."""
 
 
 Parts = Mapping[str, Part]
@@ -58,7 +58,7 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
 
 
 def _unwrapped(part: Any) -> Iterator[Any]:
-    """Yield a part, and the optimizers that it wraps."""
+    """Yield a part of a checkpoint, and the optimizers that it wraps."""
     while part is not None:
         yield part
         part = getattr(part, "optimizer", None)

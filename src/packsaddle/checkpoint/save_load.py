@@ -137,7 +137,8 @@ def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep:
 
 
 def _write(target: Path, work: Callable[[], T]) -> T:
-    """Return `work()`, a part of writing the step's folder `target`. Raises CheckpointError instead of an OSError."""
+    """Call `work`, a part of writing the step's folder `target`, and return its result. Raises CheckpointError in place
+    of an OSError."""
     try:
         return work()
     except OSError as error:

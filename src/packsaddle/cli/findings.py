@@ -170,8 +170,8 @@ def read_weights(file: Path) -> Any:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write certificates.json (`document`), and the directions and plot of every point. Raises ConfigError.
-    Directions of a sharded model are not written, since each worker has only its shard of them."""
+    """Write certificates.json (`document`), and the directions and plot of every point. Directions of a sharded model
+    are not written, since each worker has only its shard of them. Raises ConfigError if a file cannot be written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))

@@ -75,7 +75,7 @@ class LinkOptions:
 
     @property
     def of_workers(self) -> list[float]:
-        """The numbers in `speeds`. Raises ConfigError."""
+        """The numbers in `speeds`. Raises ConfigError if one is invalid."""
         texts = self.speeds.split(",") if self.speeds is not None else []
         if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) and float(text) > 0 for text in texts):
             raise ConfigError(f"--speeds must be numbers above 0, such as 1,0.33, got {self.speeds!r}")
@@ -237,7 +237,7 @@ def _plan(
 
 
 def _given(rate: str, latency: float | None) -> Link | None:
-    """Return the link with the given rate and latency, or None for "auto". Raises ConfigError."""
+    """Return the link with the given rate and latency, or None for "auto". Raises ConfigError if one is invalid."""
     if rate != "auto":
         return Link.nominal(link_planner.slower_rate(rate), LATENCY if latency is None else latency)
     if latency is not None:
@@ -261,7 +261,7 @@ def _measured_link(group: Group | None, device: torch.device, workers: int) -> t
 class _Paces:
     """Measures the coding speed of each compressor once.
 
-    `spread` is the largest relative excess of the median over the minimum of the times of one compressor.
+    `spread` is the largest fraction by which a compressor's median time exceeded its minimum time.
     """
 
     def __init__(self, report: Callable[[int, str], object], device: torch.device) -> None:

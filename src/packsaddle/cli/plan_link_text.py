@@ -16,7 +16,7 @@ from packsaddle.plan.timing import Timing
 _UNCUT = "--json prints it whole"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
 _SMALLEST = 0.01  # seconds of a dense step; shorter ones consist of fixed costs of some ms (experiments/scale)
-_BUSY = 0.3  # largest normal excess of the median over the minimum of coding times; more indicates a busy machine
+_BUSY = 0.3  # if the median coding time exceeds the minimum by more than this fraction, the machine is busy
 _UNEQUAL = (
     "Inner steps a second of all workers with these speeds: {} with equal steps, {} with "
     'workers=packsaddle.Workers(weight="steps"), {} by the fastest alone. Steps in a round: {}.'
@@ -40,7 +40,7 @@ class LinkPlan:
     timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`; None: --compute was given
     slowest: "LinkPlan | None" = None  # the plan for the maximum of `timing`
     unequal: dict[str, Any] | None = None  # `forecast_unequal` for the fastest local updates; None: speeds are equal
-    coding_spread: float = 0.0  # largest relative excess of median over minimum of the encoding times of a compressor
+    coding_spread: float = 0.0  # largest fraction by which the median encoding time exceeded the minimum
 
 
 @dataclass(frozen=True)

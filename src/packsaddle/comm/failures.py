@@ -109,7 +109,8 @@ class TerminatedError(RuntimeError):
 
 
 class WorkerFailedError(RuntimeError):
-    """A launched worker process failed; the message is the first error. `trace` is its traceback ("": none)."""
+    """A launched worker process failed; the message is the first error. `trace` is its traceback, or "" if there is
+    none."""
 
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)

@@ -50,7 +50,8 @@ class JoinableSteps(Joinable):
 
     def _announce(self) -> None:
         """Announce a collective to workers that have ended; no-op outside of `Join`.
-        Raises RuntimeError for a second object in `Join`: ended workers would run it only at steps of the first one."""
+        Raises RuntimeError for a second object in `Join`: ended workers would run its collectives only at steps of the
+        first object."""
         if not self._join_config.enable:
             return
         if not self._join_config.is_first_joinable:

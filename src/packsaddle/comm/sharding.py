@@ -23,7 +23,8 @@ def local_part(tensor: Any) -> Tensor:
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
     """Return this worker's part of a whole tensor, by the placements of the parameter p, or all of it for a plain p.
-    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others."""
+    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after other shards.
+    """
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
         if hasattr(placement, "dim"):

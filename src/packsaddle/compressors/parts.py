@@ -45,12 +45,14 @@ class Expected(NamedTuple):
 
 
 def floats(n: int, *dtypes: torch.dtype) -> Expected:
-    """Return the `Expected` of a message part of n numbers with one of `dtypes`; default: any floating-point."""
+    """Return the `Expected` of a message part of n numbers with one of `dtypes`, by default any floating-point
+    dtype."""
     return Expected(dtypes or _FLOATING, n, n)
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a message part of `least` to `most` bytes (None: `least`) that ends with `last`."""
+    """Return the `Expected` of a message part of `least` to `most` bytes, by default exactly `least`, of which the last
+    is `last`, by default any."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 

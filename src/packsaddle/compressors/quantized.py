@@ -311,7 +311,8 @@ class _Buckets:
 
     @cached_property
     def _cut(self) -> int:
-        """The number of coordinates missing from the vector's shorter last bucket; 0 if it is not in the subset."""
+        """The number of coordinates missing from the vector's shorter last bucket, or 0 if that is not in the
+        subset."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 

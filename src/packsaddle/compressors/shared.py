@@ -74,7 +74,8 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the flat sketch of v, float[d], with the randomness `drawn`; empty if all values are sent instead."""
+        """Return the flat sketch of v, float[d], with the randomness `drawn`, or an empty tensor if all values are sent
+        instead."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:

@@ -64,7 +64,8 @@ class Cells:
         return values.view(-1)
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
-        """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
+        """Add alpha * values to the coordinates of out, float[d], in these cells, in place. `values` has the form that
+        `gather` returns."""
         if self.size == 1:
             if loop := kernel("add_coordinates", out, values):
                 loop(out, self.index, values, alpha)

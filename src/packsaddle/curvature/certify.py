@@ -45,7 +45,7 @@ def certify(
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
         epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon).
-            Without it there is no verdict on stationarity, only on the sign of the smallest eigenvalue: the search then
+            Without it there is no verdict on stationarity, only on the sign of the smallest eigenvalue. The search then
             continues until the residual of v is at most a tenth of that eigenvalue. Set epsilon to compare points.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
             direction v as ||H(x + h v) v - H(x - h v) v|| / (2 h).

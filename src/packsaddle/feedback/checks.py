@@ -54,8 +54,8 @@ class Contraction:
         self._energies: list[Tensor] = []  # alternately the squared norm of a v and its residual; float64[1 or tensors]
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:
-        """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due.
-        Coordinates in `owned` do not count."""
+        """Record the squared norm of a slice's v, float[n], and in a second call the squared norm of its residual.
+        Coordinates in `owned` do not count. No-op if no measurement is due."""
         if not self._every.due(step):
             return
         vector = vector.clone()
@@ -86,7 +86,8 @@ class Contraction:
 
 
 def contraction(before: float, after: float) -> float:
-    """Return the contraction 1 - after / before, from before = ||v||^2 and after = ||v - C(v)||^2; 1 for v = 0."""
+    """Return the contraction 1 - after / before, where before = ||v||^2 and after = ||v - C(v)||^2. It is 1 for v =
+    0."""
     return 1.0 - after / before if before != 0 else 1.0  # NaN if `after`, or both, are NaN
 
 

@@ -73,7 +73,7 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones (None: no limit).
+    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones, unless that is None.
     `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step."""
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
@@ -213,8 +213,8 @@ class Guard:
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
-        """Return bool[], True if v, float[n], is invalid, and on a CPU the report of its first invalid tensor.
-        An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
+        """Return a bool[] that is True if v, float[n], is invalid, and a report, which on a CPU names the first invalid
+        tensor. An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -228,10 +228,10 @@ class Guard:
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
-        """Return the flag to average with `dense`, float[m], the uncompressed part of v: float[1], or float[0].
+        """Return the flag, float[1] or float[0], to average with `dense`, float[m], the uncompressed part of v.
 
         With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty. Also returns the
-        index in [dense, flag] of a number whose NaN mean rejects the exchange; None without checks.
+        index in [dense, flag] of a number whose NaN mean rejects the exchange, or None if there are no checks.
         """
         if self._flag == "none":
             return dense[:0], None

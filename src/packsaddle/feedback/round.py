@@ -138,7 +138,7 @@ class ErrorFeedback:
 
     @property
     def owned(self) -> slice:
-        """The coordinates of which this worker keeps the residual of the mean in its error memory (see `Owners`)."""
+        """The coordinates for which this worker keeps the residual of the mean in its error memory (see `Owners`)."""
         if self._choice is None:
             return slice(0, 0)
         group = self.channel.group

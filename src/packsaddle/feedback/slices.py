@@ -229,7 +229,8 @@ def places(
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if p has fewer than two dimensions or `dense_below` elements; False if `dense_below` is 0."""
+    """Return True if p has fewer than two dimensions or fewer than `dense_below` elements, unless `dense_below` is
+    0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 

@@ -223,7 +223,8 @@ def check_format(found: Any, what: str) -> None:
 
 
 def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: bool = True) -> None:
-    """Raise ValueError unless a saved tensor has this shape (None: (n,)) and a `floating` (else integer) dtype."""
+    """Raise ValueError unless a saved tensor has this shape, or is flat if `shape` is None. Its dtype must be
+    floating-point, or integer if not `floating`."""
     if not isinstance(found, Tensor) or (found.ndim != 1 if shape is None else found.shape != shape):
         have = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
         raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")

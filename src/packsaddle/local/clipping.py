@@ -27,7 +27,8 @@ class Clip:
 
 
 class Clips:
-    """Records of the clipped updates of a fragment: the list `found` since construction or loading, `count` in total.
+    """Records of the clipped updates of a fragment: `found` lists those since construction or loading, and `count` is
+    the number in total.
     With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged."""
 
     def __init__(self, *, logs: bool) -> None:

@@ -216,7 +216,7 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 @cache
 def _watch_steps() -> None:
     """Register a hook on the steps of all torch optimizers, once.
-    It is never removed: garbage collection could do so while torch iterates over its hooks."""
+    The hook is never removed, since garbage collection could remove it while torch iterates over its hooks."""
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
         for watch in list(_watches):

@@ -59,7 +59,8 @@ class MeanMomentum:
             )
 
     def warn_if_advised_against(self, outer: Optimizer | None, *, stacklevel: int) -> None:
-        """Warn if an optimizer is Muon or `outer` has a momentum, since `mean_momentum` then raised measured losses."""
+        """Warn if an optimizer is Muon or `outer` has a momentum, since measured losses are then higher with
+        `mean_momentum`."""
         muons = [type(o).__name__ for o in self._optimizers if "muon" in type(o).__name__.lower()]
         groups = [] if outer is None else outer.param_groups
         others = [f"outer={type(outer).__name__} with momentum"] if any(map(_has_momentum, groups)) else []

@@ -44,7 +44,7 @@ class Pacing:
 
     @classmethod
     def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":
-        """Return fixed paces, or equal ones if `fixed` is None. Raises ValueError for another number of workers."""
+        """Return fixed paces, or equal ones if `fixed` is None. Raises ValueError unless there is one per worker."""
         steps = [every] * workers if fixed is None else list(fixed)
         if len(steps) != workers:
             raise ValueError(f"steps must have a number for each of the {workers} workers, got {len(steps)} numbers")

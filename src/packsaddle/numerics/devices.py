@@ -13,7 +13,7 @@ def wide(device: torch.device | str) -> torch.dtype:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return the tensor in the widest dtype of its device; no copy if it has this dtype already."""
+    """Return the tensor in the widest dtype of its device, or the tensor itself if it has this dtype already."""
     return tensor.to(wide(tensor.device))
 
 

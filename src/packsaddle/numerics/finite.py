@@ -103,7 +103,8 @@ def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> 
 
 
 def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1-D views of both tensors with the same element order; if impossible, the tensors as [1, ...]."""
+    """Return 1-D views of both tensors with the same element order. If that is impossible, return the tensors with an
+    additional first dimension of 1."""
     if out.is_contiguous() and more.is_contiguous():
         return out.view(-1), more.view(-1)
     if out.stride() == more.stride():  # e.g. channels_last; no gaps in memory

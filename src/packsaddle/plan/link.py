@@ -56,7 +56,7 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """Return the median seconds of an all-reduce, averaged over workers, so equal on all of them; collective."""
+    """Return the median time of an all-reduce in seconds, averaged over workers; collective."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
@@ -84,7 +84,7 @@ _PATTERN = re.compile(
 
 
 def parse_rate(text: str) -> float:
-    """Parse a rate to bits per second: "100mbit" (also Mbit/s, Mbps), or in bytes of 8 bits "12.5MB/s".
+    """Parse a rate, such as "100mbit" (also Mbit/s, Mbps) or "12.5MB/s", to bits per second.
 
     Prefixes k, M, G, T are powers of 1000, in any case. A capital B in B/s or Bps means bytes, a lower-case b bits.
     Raises ValueError for anything else, such as BPS and B/S, and for a rate of 0.
@@ -98,7 +98,7 @@ def parse_rate(text: str) -> float:
 
 
 def slower_rate(text: str) -> float:
-    """Parse the rate of a link to bits per second: one rate, or for UP/DOWN, such as 20mbit/100mbit, the lower one.
+    """Parse the rate of a link to bits per second. Of two rates UP/DOWN, such as 20mbit/100mbit, return the lower one.
     Every exchange receives as much as it sends. Raises ValueError as `parse_rate` does."""
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 

@@ -373,7 +373,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
     def _check_escape(self) -> None:
-        """Run the escape check (lines 4-8). If it fires, clear the memory; if it rolls x back, the direction too."""
+        """Run the escape check (lines 4-8). If it fires, clear the error memory; if it rolls x back, also clear the
+        vectors that the direction keeps."""
         if self._escape is None:
             return
         with self._busy():
@@ -429,7 +430,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     @torch.no_grad()
     def error(self) -> Tensor:
         """Return the workers' mean error memory e_t, float[d], in the order of `parameters_to_vector`; collective.
-        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not)."""
+        Raises RuntimeError if a learning rate is 0, since e_t is then undefined (`corrected` is still defined)."""
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
         e = self._mean_pending()

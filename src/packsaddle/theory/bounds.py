@@ -178,7 +178,7 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
 
 
 def noise_norm(a: Assumptions, c: Constants) -> float:
-    """Return the approximate norm of the artificial noise xi, which is r of Jin et al."""
+    """Return the approximate norm of the artificial noise xi, which Jin et al. call r."""
     return float(c.iota**c.noise_power) * a.epsilon * math.sqrt(a.noise_ratio)
 
 
@@ -198,7 +198,7 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
 
 
 def radius(a: Assumptions, c: Constants) -> float:
-    """Return the radius R of the escape check, a distance from the saddle."""
+    """Return the radius R of the escape check, i.e. the distance from the saddle at which a segment ends."""
     return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
 
 

@@ -240,7 +240,8 @@ class Reach:
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return the number of steps without compression: as assumed, with a larger epsilon, and under Assumption C."""
+    """Return the number of steps without compression under the assumptions `a`, for a larger epsilon, and under
+    Assumption C."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants

@@ -178,7 +178,7 @@ def _sum_of_squares(v: Array) -> float:
 
 @compiled_loop
 def pack_codes(codes: Array, bits: int, out: Array) -> None:
-    """Pack `codes`, uint8[n], n a multiple of 8, in `bits` bits each, at most 8, into `out`."""
+    """Pack `codes`, uint8[n], into `out` with `bits` bits each, at most 8. n must be a multiple of 8."""
     for k in range(len(codes) // 8):
         word = np.uint64(0)
         for j in range(8):
@@ -211,7 +211,8 @@ def _add_levels(codes: Array, levels: int, bucket: int, norms: Array, out: Array
 
 @compiled_loop
 def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
-    """Unpack n codes of `bits` bits each, at most 8, from `packed` into `codes`, uint8[n], n a multiple of 8."""
+    """Unpack n codes of `bits` bits each, at most 8, from `packed` into `codes`, uint8[n]. n must be a multiple of
+    8."""
     mask = np.uint64((1 << bits) - 1)
     for k in range(len(codes) // 8):
         word = np.uint64(0)
@@ -223,7 +224,7 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
 
 
 def pack_numbers(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers below 2^width, int64[n], into uint8[ceil(n width / 8)], high bit first; width at most 56."""
+    """Pack numbers below 2^width, int64[n], into uint8[ceil(n width / 8)], high bit first. width is at most 56."""
     out = torch.empty(-(-len(numbers) * width // 8), dtype=torch.uint8)
     _pack_numbers(numbers.numpy(), width, out.numpy())
     return out
