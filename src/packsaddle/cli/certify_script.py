@@ -84,9 +84,8 @@ def certify_script(
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
-            write(
-                [finding], {"points": [finding.to_dict()]}, out
-            )  # after printing, so that a full disk loses no result
+            # Write after printing, so that a full disk loses no result.
+            write([finding], {"points": [finding.to_dict()]}, out)
             if not json:
                 print(f"certificate: {out}")
 

@@ -79,6 +79,5 @@ def short_exchange(name: str) -> str:
 def is_first() -> bool:
     """Return True if this process prints: under a launcher, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (
-        rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size)
-    )  # with invalid values print, so that the error appears
+    # With invalid values print, so that the error appears.
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))

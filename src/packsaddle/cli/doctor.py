@@ -422,9 +422,8 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
         table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
         before = ""
         for fact in facts:
-            found = Text(
-                f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value
-            )  # Text, so that [plot] is not interpreted as markup
+            # A Text, so that [plot] is not interpreted as markup.
+            found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)
             table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
             before = fact.topic
         print_table(table)

@@ -159,9 +159,8 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
 
 def read_weights(file: Path) -> Any:
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # ignore warnings about the file's format, which an error mentions too
+        # Ignore warnings about the file's format, since an error mentions it too.
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} does not exist") from None

@@ -219,10 +219,8 @@ _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
     (r"Missing from [^:]*: (.*) \(required\)", r"missing \1"),
-    (
-        r"(must be [^']*?), (got '.*') - typing\.Literal\['(\w+)'\]:.*",
-        r"\1 or \3, \2",
-    ),  # for a flag that accepts a number or a word
+    # For a flag that accepts a number or a word.
+    (r"(must be [^']*?), (got '.*') - typing\.Literal\['(\w+)'\]:.*", r"\1 or \3, \2"),
 )
 
 

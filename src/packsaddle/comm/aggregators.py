@@ -249,9 +249,8 @@ class AllGather(Aggregator):
         return [RingAllGather(sizes), RingAllGather(message), RingAllReduce((dense * itemsize,))]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [
-            Work(self.compressor, d, encode=1, decode=workers - 1, add=2)
-        ]  # a worker adds its own message without decoding it
+        # A worker adds its own message without decoding it.
+        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]
 
 
 class SharedSupportAllReduce(Aggregator):

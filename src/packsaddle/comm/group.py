@@ -26,9 +26,8 @@ from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.transfers import assign, to_host
 
 ProcessGroup = dist.ProcessGroup
-SMALL = (
-    4096  # largest message in bytes that is sent to all workers concurrently; gloo's ring would send W - 1 in sequence
-)
+# Largest message, in bytes, that is sent to all workers concurrently; gloo's ring would send W - 1 in sequence.
+SMALL = 4096
 _NO_TAG = 7_654_321  # message tag for a receive that no send matches
 _CPU = torch.device("cpu")
 

@@ -143,9 +143,8 @@ def connect(
                 replica_id=name,
                 hostname=here,
                 checkpoint_transport=_transport(here, listen, timeout),
-                quorum_retries=max(
-                    1, int(quorum_timeout / _AGAIN)
-                ),  # without retries one failure would use up quorum_timeout
+                # Without retries one failure would use up quorum_timeout.
+                quorum_retries=max(1, int(quorum_timeout / _AGAIN)),
             )
     except RuntimeError as error:
         raise ConfigError(_absent(address, str(error))) from None

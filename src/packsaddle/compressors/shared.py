@@ -302,7 +302,8 @@ class SketchTopK(SharedSupport):
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the candidates, increasing: the coordinates whose magnitudes, estimated from `sketch`, are largest.
+        """Return the candidates, increasing: the coordinates of d whose magnitudes, estimated from `sketch`, are
+        largest.
 
         Coordinates that share a counter with a much larger one have the same estimate in that row. So ties are broken
         in cyclic order from the random coordinate in `drawn` on, not by position.
@@ -321,6 +322,6 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the k candidates in `places` whose exact `values` have the largest magnitudes."""
+        """Select the k candidates in `places`, coordinates of d, whose exact `values` have the largest magnitudes."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

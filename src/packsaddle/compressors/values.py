@@ -23,12 +23,7 @@ ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", 
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # values per block
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {
-    "int4": 4,
-    "int3": 3,
-    "int2": 2,
-    "int1": 1,
-}  # bits per value; an extra last byte has the number of values modulo 8
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; one more byte has the length modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa

@@ -152,9 +152,8 @@ class Curvature:
         """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError if `loss_fn`
         returns something else."""
         loss: Any = self._loss_fn(self._model, batch)
-        loss = (
-            loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-        )  # with tensor parallelism the loss is a DTensor
+        # With tensor parallelism the loss is a DTensor.
+        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
@@ -381,9 +380,8 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Round float64 numbers x stochastically to a shorter dtype, so that the expected value is x (unless subnormal)."""
-    place = torch.ldexp(
-        torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent
-    )  # unit in the last place of x
+    # The unit in the last place of x.
+    place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)
     # Draw on the CPU, so that the rounding is identical on workers with different devices.
     drawn = torch.rand(x.shape, generator=rng, dtype=x.dtype).to(x.device)
     return (x + place * (drawn - 0.5)).to(dtype)

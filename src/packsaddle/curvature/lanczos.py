@@ -108,8 +108,8 @@ class Ritz:
         return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on the largest eigenvalue: minus the lower bound for -A, which fails with the same
-        probability."""
+        """Return an upper bound on the largest eigenvalue, minus the lower bound for -A. It fails with this
+        `failure_probability`, in addition to that of `lower_bound`."""
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )

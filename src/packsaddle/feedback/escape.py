@@ -77,9 +77,7 @@ class Reset:
 
     step: int  # t, at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
-    distance: (
-        float | None
-    )  # distance ||x_t' - y_t|| from the start point, an estimate if workers > 1; None: not measured
+    distance: float | None  # ||x_t' - y_t|| from the start point, estimated by several workers; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"
     start_loss: float  # loss f(x_t') at the start point
     committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'

@@ -45,9 +45,8 @@ class SavedAggregator:
 class Applied:
     """The outcome of applying a mean update, identical on all workers."""
 
-    fits: Tensor | bool = (
-        True  # bool[]; False: the result would overflow, and a target that does not defer is unchanged
-    )
+    # bool[]; False: the result would overflow, and a target that does not defer is unchanged
+    fits: Tensor | bool = True
     rounding: Tensor | None = None  # float[n], the part that 16-bit storage could not represent; None: 0
 
 

@@ -114,9 +114,8 @@ class DDPHook(GradientHook, Exchanging):
         except Exception as error:
             self._failure = error
             raise
-        for (
-            bucket
-        ) in buckets:  # after a rejected exchange gradients are NaN on all workers, so all scalers skip the step
+        # After a rejected exchange gradients are NaN on all workers, so all scalers skip the step.
+        for bucket in buckets:
             fill_where(bucket.buffer, (code != 0).any(), float("nan"))
         if buckets[-1].is_last:
             self._complete()

@@ -34,9 +34,8 @@ from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    fsdp = sys.modules.get(
-        "torch.distributed.fsdp"
-    )  # not imported, since that is slow: the module is loaded if FSDP is in use
+    # Not imported, since that is slow: the module is loaded if FSDP is in use.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
 
@@ -90,10 +89,7 @@ class FSDPHook(GradientHook, Exchanging):
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
         self._model = model
-        self.shard = (
-            int(_mesh(model).get_local_rank()),
-            int(_mesh(model).size()),
-        )  # this shard's index; number of shards
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # index, and number of shards
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
         self._seen: dict[str, int] = {}  # autograd's id of this backward pass, by name of each module exchanged in it
 
@@ -178,9 +174,8 @@ class FSDPHook(GradientHook, Exchanging):
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
         if name not in self._slices:
             # The first gradient of a module has the size of its slice, padding included.
-            place = Place(
-                name, torch.empty_like(gradient, device="meta"), dense=False, start=0
-            )  # only its shape is used
+            # Only its shape is used, so the tensor is on the meta device.
+            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
                     f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "

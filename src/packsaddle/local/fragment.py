@@ -139,9 +139,8 @@ class Fragment(Slice):
             # A flush has less than a round's steps, or none: an outer momentum would move the anchor beyond them.
             outer, mean = None if r.flush else outer, r.mean
             if outer is not None and self.options.mean_momentum and isinstance(mean, Tensor):
-                mean = (
-                    mean.clone()
-                )  # torch's foreach SGD changes the gradients that it gets, and the mean is still needed
+                # torch's foreach SGD changes the gradients that it gets, and the mean is still needed.
+                mean = mean.clone()
             with self.anchor.fixed_update([] if r.agrees else r.frozen):
                 self.anchor.apply_mean(mean, outer, r.frozen if r.agrees else None)
             if r.flush and r.share and not r.leaves_rest:  # a weighted v leaves a residual: its rounding error

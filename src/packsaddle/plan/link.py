@@ -158,9 +158,7 @@ class Forecast:
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
     sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: (
-        float | None
-    )  # rate in payload bytes per second below which this is faster than DDP; None: always or never
+    break_even: float | None  # payload bytes per second below which this is faster than DDP; None: always or never
     steps: StepsNeeded | None  # steps that make the progress of one uncompressed step; None: not measured
 
     @property
@@ -246,9 +244,8 @@ def forecast(
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = []
         choices = [choose(bound, "direct", d=workload.d, dense=workload.dense, workers=fleet.workers)]
-        if (
-            choices[0].name == "all-gather" and workload.d >= fleet.workers
-        ):  # a two-way exchange needs a coordinate per worker
+        # A two-way exchange needs a coordinate per worker.
+        if choices[0].name == "all-gather" and workload.d >= fleet.workers:
             choices += [choose(bound, "two-way", d=workload.d, dense=workload.dense, workers=fleet.workers)]
         for choice in choices:
             coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)
