@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))[
     "__version__"
-]  # without importing it
+]  # read without importing the package
 
 
 class Entry(NamedTuple):

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_LONGEST = 4096  # most bytes to read from a lock file
+_LONGEST = 4096  # maximum number of bytes to read from a lock file
 
 
 class HeldError(RuntimeError):

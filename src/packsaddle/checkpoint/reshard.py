@@ -162,7 +162,8 @@ def _reductions(
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
     buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-    is_own = apart and isinstance(part, nn.Module | Optimizer)  # such a part differs between workers that train apart
+    # True: this part can differ between workers, since they train separately.
+    is_own = apart and isinstance(part, nn.Module | Optimizer)
     for path in different:
         value = split.equal[path]
         if not (isinstance(value, Tensor) and value.is_floating_point() and (is_own or path[0] in buffers)):

@@ -98,7 +98,7 @@ def save_checkpoint(
     target = step_folder(folder, step)
     is_new = not target.exists()
 
-    # Leave tensors equal to worker 0's to worker 0's file.
+    # Do not store tensors that are equal to worker 0's: worker 0's file has them.
     common, common_sha256 = paths_in_common(content, collectives)
     content = {**without(content, common), "common": common}
     identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
@@ -296,7 +296,7 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
             if isinstance(found, int):
                 ranks.setdefault(found, set()).add(int(rank))
 
-    # Intact: the manifests of all workers that saved are present.
+    # A checkpoint is intact if the manifests of all workers that saved it are present.
     for workers, present in ranks.items():
         if present == set(range(workers)):
             return workers, "", False

@@ -62,7 +62,7 @@ Seconds = Annotated[float, _number(float, seconds, "SECONDS", DURATION)]
 
 MARKERS = (
     tyro.conf.DisallowNone,  # None is not accepted as a value of optional flags
-    tyro.conf.FlagCreatePairsOff,  # --serial, without --no-serial
+    tyro.conf.FlagCreatePairsOff,  # a flag --serial gets no counterpart --no-serial
     tyro.conf.PositionalMetavarFromFieldName,
 )
 HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # marks a parameter whose help text describes the default

@@ -15,7 +15,8 @@ from packsaddle.plan.timing import Timing
 
 _UNCUT = "--json prints it whole"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
-_SMALLEST = 0.01  # seconds of a dense step; shorter ones consist of fixed costs of some ms (experiments/scale)
+# Shortest dense step, in seconds, that is forecast: shorter ones consist of fixed costs of some ms (experiments/scale).
+_SMALLEST = 0.01
 _BUSY = 0.3  # if the median coding time exceeds the minimum by more than this fraction, the machine is busy
 _UNEQUAL = (
     "Inner steps a second of all workers with these speeds: {} with equal steps, {} with "

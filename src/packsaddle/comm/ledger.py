@@ -72,7 +72,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._spans: deque[Span] = deque(maxlen=_KEPT)
-        self._totals: dict[tuple[str, str], Bytes] = {}  # by purpose and collective
+        self._totals: dict[tuple[str, str], Bytes] = {}  # total bytes by purpose and collective
 
     def __str__(self) -> str:
         rows = [("bytes", "payload", "sent", "received")]

@@ -215,7 +215,7 @@ def _transport(host: str, listen: str, seconds: float) -> Any:
                 http.urllib.request.urlopen(address, timeout=timeout.total_seconds()) as answer,
                 warnings.catch_warnings(),
             ):
-                warnings.simplefilter("ignore", UserWarning)  # torch's, about non-writable buffers
+                warnings.simplefilter("ignore", UserWarning)  # torch warns about non-writable buffers
                 return http._streaming_load(answer, weights_only=True)
 
     class Server(http._IPv6HTTPServer):  # type: ignore[misc]

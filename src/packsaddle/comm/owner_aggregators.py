@@ -188,8 +188,8 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns an equal chunk. Messages reach the owners by an all-to-all, and the means, which are compressed
-    too by default, all workers by an all-gather."""
+    """Each worker owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends the
+    means, by default also compressed, to all workers."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)

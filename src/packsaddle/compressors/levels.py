@@ -68,7 +68,7 @@ def histogram(codes: Tensor) -> Tensor:
         return counts
     if codes.device.type == "cpu":
         return torch.bincount(codes, minlength=256)
-    # Count in 64 histograms, so that fewer additions to one counter wait for each other; in pieces, to bound memory.
+    # Count in 64 histograms, so that fewer additions wait for the same counter, and in pieces, to bound memory.
     counts = torch.zeros(64 * 256, dtype=torch.int64, device=codes.device)
     for slab in torch.split(codes, _SLAB):
         places = torch.arange(len(slab), device=codes.device).remainder_(64).mul_(256).add_(slab)

@@ -157,7 +157,7 @@ class KOfD(Compressor):
         """Return the number of coordinates to send out of d: k, or ratio * d, rounded and at least 1."""
         if self.k is not None:
             return min(self.k, d)
-        assert self.ratio is not None  # __post_init__
+        assert self.ratio is not None  # guaranteed by __post_init__
         return min(d, max(1, round(self.ratio * d)))
 
     def mu(self, d: int) -> float:

@@ -119,7 +119,7 @@ class Certificate:
     hvp_error: float  # error of a product with a unit vector, measured or estimated; included in both bounds
     hvp_step: float | None  # last step h of the differences; None: double backward was used
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # passes over the examples, two per double-backward product; a pilot counts in proportion
+    backward_passes: int  # passes over the examples, two per double-backward product; a pilot's count as fractions
     bytes_sent: int  # bytes sent by this worker
     seconds: float  # time for the whole certificate
 

@@ -79,10 +79,10 @@ class Ritz:
         return self.residual <= 0.1 * abs(self.theta_min)
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on the smallest eigenvalue, lambda_min, less `rounding`.
+        """Return a lower bound on the smallest eigenvalue, lambda_min, with `rounding` subtracted.
 
-        With probability 1 - `failure_probability` over the random start, it holds simultaneously for all numbers of
-        steps. Raises ValueError unless the probability is in [1e-100, 1).
+        With probability 1 - `failure_probability` over the random start, the bounds of all numbers of steps hold
+        simultaneously. Raises ValueError unless the probability is in [1e-100, 1).
         """
         check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])

@@ -48,7 +48,7 @@ _DOUBT = 2  # two products are different if their distance exceeds this multiple
 _SURE = 0.01  # largest error, relative to the largest product's norm, at which products can be compared
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
 _RANDOM = 16  # relative difference of a repeated product, over sqrt(unit roundoff), that indicates a random loss
-_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference: `_RANDOM` alone would allow more for 16-bit products
+_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference, which `_RANDOM` exceeds for 16-bit products
 
 
 class DoubleBackwardError(ValueError):

@@ -19,7 +19,7 @@ from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, lanczos_over
 
 _LONGEST_WALK = 12
-_PILOT_SHARE = 8  # smallest ratio of all examples to those of a pilot search
+_PILOT_SHARE = 8  # smallest ratio of the number of all examples to the number in a pilot search
 _PILOT_COST = 2  # largest cost of a pilot search, in products over all examples
 
 

@@ -18,7 +18,7 @@ class Report:
     """
 
     kind: Kind = "valid"
-    name: str = ""  # "vector", "reset": the first invalid parameter; "message": the error
+    name: str = ""  # for "vector" and "reset" the first invalid parameter; for "message" the error
     worker: int = -1  # "message": rank of the sender
 
     @classmethod

@@ -151,8 +151,8 @@ class Lockstep:
         )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather the headers of all workers, int64[W, 5 or 6], and if there is a norm the list of all norms,
-        float32[W], and all standings, int64[W]. Without a norm the list is empty. Collective."""
+        """Gather all workers' headers, int64[W, 5 or 6]; collective. Return them and a list, which has the workers'
+        norms, float32[W], and standings, int64[W], or is empty if there is no norm."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:

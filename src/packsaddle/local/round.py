@@ -120,7 +120,7 @@ class LocalRound:
                 residuals = part.by_name(exchanged.v)
                 self.residuals = {name: residuals[name].clone() for name in self.frozen}
                 part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
-        # Else the mean is subtracted from the anchor term by term.
+        # Otherwise the mean is subtracted from the anchor term by term.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
         as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
@@ -236,7 +236,7 @@ class LocalRound:
         assert exchanged is not None
         exchanged.close(apply=commit)
         if commit:
-            part.anchor.clear_owed(self.frozen)  # the rest was part of the vector v that was sent
+            part.anchor.clear_owed(self.frozen)  # the entries of the others were part of the sent vector v
         else:
             for each in part.trained:
                 each.cancel_exchange()

@@ -184,7 +184,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self.steps = 0  # inner steps, including those that a scaler skipped
         self._has_begun = False  # True if the first inner step has begun, or was skipped by a scaler
 
-        # Set up when (a schedule of fragments), with whom (workers), and what follows a round (reactions).
+        # Make the schedule of the fragments, the workers to exchange with, and the reactions to the end of a round.
         device = torch.device("cpu") if offload else local_part(next(iter(parameters.values()))).device
         is_elastic = isinstance(options.workers, Elastic)
         to = Connection.of(options, device, is_split=any(map(is_split, parameters.values())))

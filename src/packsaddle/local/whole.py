@@ -14,7 +14,7 @@ class WholeAnchor:
 
     def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
         self._fragments, self._names = fragments, list(names)
-        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}  # by id of parameters
+        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}  # by parameter's id
         self._open = 0  # number of open `at_anchor` contexts, which may be nested
 
     @torch.no_grad()

@@ -13,10 +13,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-Range = tuple[int, int, int]  # index of a tensor, and the first and last + 1 of its elements
+Range = tuple[int, int, int]  # index of a tensor, and the range [start, stop) of its elements
 _MARGINS = 0.005, 0.3  # bounds on the relative distance of the threshold from the predicted magnitude
 _MOST_GROWTH = 1.5  # largest predicted factor by which the k-th largest magnitude grows or shrinks between selections
-_ROOM = 8  # candidates to collect at most, as a multiple of k
+_ROOM = 8  # maximum number of collected candidates, as a multiple of k
 
 offered: ContextVar["Candidates | None"] = ContextVar("packsaddle_candidates", default=None)
 

@@ -149,7 +149,7 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
             value = {first[0].name: value}
         return build(hint, value, where, root, saved=saved)  # type: ignore[arg-type]
 
-    # Decode plain types, of which a bool is not a number.
+    # Decode plain types. A bool does not count as a number.
     if not saved and hint in (int, float) and not isinstance(value, bool):
         value = _number(hint, value)
     if not isinstance(value, (float, int) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):

@@ -93,8 +93,8 @@ _MEASURED: Mapping[Inner, Mapping[int, Mapping[Setting, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the number of steps of each setting relative to uncompressed training. It was measured with this number of
-    workers if possible, else with the next larger number, else with the largest."""
+    """Return the number of steps of each setting relative to uncompressed training, as measured with this number of
+    workers, else with the next larger number, else with the largest."""
     by_workers = _MEASURED[optimizer]
     return by_workers[min((w for w in by_workers if w >= workers), default=max(by_workers))]
 

@@ -206,7 +206,7 @@ def _add_levels(codes: Array, levels: int, bucket: int, norms: Array, out: Array
         x, norm = out[start : start + bucket], norms[start // bucket]
         c = codes[start : start + len(x)]
         for i in range(len(x)):
-            x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
+            x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # this order cannot overflow
 
 
 @compiled_loop

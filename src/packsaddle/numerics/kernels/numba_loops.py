@@ -190,7 +190,8 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """Write the indices of magnitudes >= `limit` to `found`, one longer than `bits`; return their number."""
+    """Write the indices of magnitudes >= `limit` to `found`, which has one element more than `bits`, and return their
+    number."""
     m: Any = 0
     for i in range(len(bits)):
         found[m] = i
