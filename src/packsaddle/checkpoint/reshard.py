@@ -217,8 +217,9 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 def _shares(
     parts: Mapping[str, Any], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
 ) -> dict[str, list[float]]:
-    """Return by part the weights of the workers in means, 1 on average, which its `LocalUpdates` determines.
-    Raises CheckpointError, on every worker, for a module with several `LocalUpdates` whose weights differ."""
+    """Return the workers' weights in the mean of each part, by the part's name; collective. They are 1 on average, and
+    the part's `LocalUpdates` determines them. Raises CheckpointError, on every worker, for a module with several
+    `LocalUpdates` whose weights differ."""
     local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
     if not local:
         return {name: [1.0] * len(contents) for name in parts}

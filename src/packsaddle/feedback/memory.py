@@ -105,8 +105,8 @@ class ErrorMemory:
             self._next.views[i].copy_(self._now.views[i])
 
     def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Add the old error memory of the parameters for which this worker sent zeros because `used`, bool[p], is
-        False. Discard their residual if `by_any`, bool[p], is False too. Call after `absorb`."""
+        """Add the old error memory to the new one for the parameters for which `used`, bool[p], is False: this worker
+        sent zeros for them. Discard their residual if `by_any`, bool[p], is False too. Call after `absorb`."""
         for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
             new.mul_(anywhere).add_(old * ~here)
 

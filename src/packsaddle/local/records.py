@@ -115,7 +115,7 @@ class LocalRecords(Records):
 
     @property
     def position(self) -> int:
-        """The number of inner steps that the anchor includes, of all workers, also of those that have left."""
+        """The number of inner steps of all workers that the anchor includes. Workers that have left count too."""
         return self._workers.position(self.steps)
 
     @property
