@@ -26,9 +26,9 @@ from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # reported as invalid if each of the two is valid
+THE_SUM = "the sum of the error memory and the gradient"  # name in a report if only the sum is invalid
 ROOT = "the root module"  # shown instead of "", FSDP's name for it
-THE_UPDATE = "all parameters together"  # reported as invalid if each parameter's local update is valid
+THE_UPDATE = "all parameters together"  # name in a report if only the whole local update is invalid
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"

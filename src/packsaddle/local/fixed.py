@@ -179,7 +179,7 @@ class FixedWorkers:
         return bool(due)
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
-        """Use the paces for this worker's schedule after an inner step, and for the weights of all workers."""
+        """Apply the paces to this worker's schedule, from inner step `step` on, and to the weights of all workers."""
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
         self._set_weights()

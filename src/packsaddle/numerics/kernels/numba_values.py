@@ -112,14 +112,14 @@ def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
 
 
 def unpack_levels_of_blocks(packed: Tensor, k: int, halvings: int, block: int, levels: Tensor) -> Tensor:
-    """Decode `pack_levels_of_blocks`: return the values, float[k], in the type of `levels`, float[...]."""
+    """Decode the output of `pack_levels_of_blocks`. Returns the values, float[k], in the type of `levels`."""
     out = torch.zeros(k, dtype=levels.dtype)
     add_levels_of_blocks(packed, halvings, block, levels, out)
     return out
 
 
 def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
-    """Decode `pack_levels_of_blocks`, and add the values to out, float[k]; `levels` has the type of `out`."""
+    """Decode the output of `pack_levels_of_blocks`, and add the values to out, float[k], in the type of `levels`."""
     bits = halvings + 1
     check_room("codes", packed, -(-len(out) * bits // 8))
     check_room("levels", levels, -(-len(out) // block) << halvings)
