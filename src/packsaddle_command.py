@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 VERSION = runpy.run_path(str(Path(__file__).parent / "packsaddle" / "version.py"))[
     "__version__"
-]  # without importing it
+]  # read without importing the package
 
 
 class Entry(NamedTuple):
@@ -41,7 +41,8 @@ COMMANDS: Mapping[str, Entry] = {
 
 
 def main() -> None:
-    """Print an overview or the version, or run `packsaddle.cli.main`; exit code 130 if Ctrl-C stops its import."""
+    """Print an overview or the version, or run `packsaddle.cli.main`. The exit code is 130 if Ctrl-C stops its
+    import."""
     text = _answer(sys.argv[1:])
     if text is None:
         try:
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def _answer(words: Sequence[str]) -> str | None:
-    """Return the version, or the overview of the program or of a group, as text; None for any other `words`."""
+    """Return the version, or the overview of the program or of a group, as text, or None for any other `words`."""
     if [*words] == ["--version"]:
         return f"packsaddle {VERSION}"
     name, about, entries, rest = "packsaddle", ABOUT, COMMANDS, asked_for_help(words)

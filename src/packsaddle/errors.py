@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """An invalid configuration or command; the message is one line. `key` is the path of the invalid key in the
-    configuration, or of the table if several keys are involved; (): none."""
+    configuration, or of its table if several keys are involved, or () if there is none."""
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -148,7 +148,7 @@ def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _syntax_error(path: Path, error: tomllib.TOMLDecodeError) -> str:
-    """Return a one-line message for a file that is not valid TOML, position first."""
+    """Return a one-line message for a file that is not valid TOML; it begins with the position of the error."""
     found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
     reason, position = found.groups() if found else (str(error), None)
     return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-_SHOWN = 200  # most characters of a value, or of a key, in a message
-_LINE = 1000  # most characters of a message
+_SHOWN = 200  # maximum number of characters of a value, or of a key, in a message
+_LINE = 1000  # maximum number of characters of a message
 
 
 def shown(value: Any) -> str:

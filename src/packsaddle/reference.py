@@ -59,7 +59,7 @@ class Trace:
 
     x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; x_t is after the escape check of iteration t
     e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], mean error memories, in gradient units
-    resets: list[tuple[int, bool]] = field(default_factory=list)  # per segment, at its end: t, True if f had decreased
+    resets: list[tuple[int, bool]] = field(default_factory=list)  # for each ended segment: t, and True if f decreased
 
 
 def algorithm1(
@@ -111,7 +111,8 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def noise(like: Tensor, r: float, seed: int, t: int) -> Tensor:
-    """Return the noise xi_t ~ N(0, r^2 Id) of iteration t, like `like`, float[d]; a pure function of (seed, t)."""
+    """Return the noise xi_t ~ N(0, r^2 Id) of iteration t as a vector like `like`, float[d]: a pure function of (seed,
+    t)."""
     xi = torch.zeros_like(like)
     add_gaussians(xi, r, keys(seed, t, Stream.NOISE))
     return xi

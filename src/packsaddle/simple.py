@@ -1,14 +1,14 @@
-"""Local updates of any optimizer in one file, to read and to copy: one bit a coordinate, with torch alone.
+"""Local updates of any optimizer in one file, to read and to copy: one bit per coordinate, with torch alone.
 
-Every worker trains on its own. After every `every` steps the workers move the *anchor* a, the parameters on which they
+Every worker trains separately. After every `every` steps the workers move the *anchor* a, the parameters on which they
 agree, by the mean of their compressed changes, and each continues from there:
 
-    v = a - x               what this worker would change the anchor by, x being its parameters
-    e <- v - C(v)           its error memory, the part of v that C leaves out
-    a <- a - mean_i C(v_i)  the same on all workers
-    x <- a - e              so that the next v contains e again: nothing is lost
+    v = a - x               the local update of this worker, where x are its parameters
+    e <- v - C(v)           its error memory, the part of v that C does not send
+    a <- a - mean_i C(v_i)  identical on all workers
+    x <- a - e              so that the next v contains e again: no update is lost
 
-C(v) is the signs of v times the mean magnitude of each tensor; vectors and small tensors are sent as they are.
+C(v) is the signs of v times the mean magnitude of each tensor; vectors and small tensors are sent uncompressed.
 `packsaddle.LocalUpdates` does the same with `exchange="direct"` and `mean_momentum=0`, to rounding. It also checks
 that the workers agree, rejects rounds with a NaN, overlaps exchanges with training, saves its state, and has more
 compressors, weights, an outer optimizer and workers that join and leave.
@@ -61,7 +61,7 @@ class SimpleLocalUpdates:
         if vs:
             signs = _packed(torch.cat(vs) >= 0)
             scales = torch.stack([v.abs().mean() for v in vs])
-            # The anchor moves by the mean of C(v); x by the error memory v - C(v) further.
+            # The anchor moves by the mean of C(v), and x also by the error memory v - C(v).
             mine = [v.clone() for v in vs]
             for worker, (bits, sizes) in enumerate(zip(_gathered(signs), _gathered(scales), strict=True)):
                 positive = torch.split(_unpacked(bits, sum(map(len, vs))), [len(v) for v in vs])
@@ -72,14 +72,14 @@ class SimpleLocalUpdates:
                         e.sub_(c)
             for x, e in zip(self._coded, mine, strict=True):
                 x.copy_(self.anchor[x] - e.view_as(x))
-        # Of the other tensors v is sent whole, so that nothing is left out.
+        # For the other tensors v is sent uncompressed, so there is no residual.
         if self._whole:
             v = torch.cat([(self.anchor[x] - x).flatten() for x in self._whole])
             self._apply(self._whole, v)
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Exchange all that is left, uncompressed, so that all workers have the parameters of the anchor."""
+        """Exchange the unsent updates uncompressed, so that all workers have the parameters of the anchor."""
         xs = [*self._coded, *self._whole]
         self._apply(xs, torch.cat([(self.anchor[x] - x).flatten() for x in xs]))
 
@@ -98,7 +98,7 @@ def _gathered(mine: Tensor) -> list[Tensor]:
 
 
 def _packed(bits: Tensor) -> Tensor:
-    """Return bool[n] as uint8[n / 8], rounded up; the first bit is the highest of its byte."""
+    """Pack `bits`, bool[n], into uint8[ceil(n / 8)], most significant bit first."""
     padded = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     return (padded * _powers(bits)).sum(1).to(torch.uint8)
 

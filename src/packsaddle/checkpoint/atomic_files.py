@@ -34,7 +34,8 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to the first free of PATH.unusable, PATH.unusable-2, ...; return that path."""
+    """Rename an unusable file or folder to PATH.unusable, or if that exists to PATH.unusable-2, ...; return the new
+    path."""
     aside, number = path.with_name(f"{path.name}.unusable"), 1
     while aside.exists():
         number += 1
@@ -43,7 +44,7 @@ def set_aside(path: Path) -> Path:
 
 
 class _Sink:
-    """The file passed to `torch.save`, which may crash if `write` raises: `check` raises the OSError instead."""
+    """The file object passed to `torch.save`. Since that may crash if `write` raises an OSError, `check` raises it."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest
@@ -61,7 +62,7 @@ class _Sink:
         return len(view)
 
     def flush(self) -> None:
-        """No-op: `check` flushes."""
+        """No-op: `check` flushes the file."""
 
     def check(self) -> None:
         if self._failure is not None:

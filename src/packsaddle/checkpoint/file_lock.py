@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_LONGEST = 4096  # most bytes to read from a lock file
+_LONGEST = 4096  # maximum number of bytes to read from a lock file
 
 
 class HeldError(RuntimeError):
@@ -29,7 +29,8 @@ class NoLocksError(OSError):
 
 def acquire(path: Path) -> int:
     """Create a file and lock it; return its descriptor, which must stay open while the lock is needed.
-    Raises HeldError if another process has the lock, NoLocksError if the file system has none, or another OSError."""
+    Raises HeldError if another process has the lock, NoLocksError if the file system does not support locks, or another
+    OSError."""
     # The last holder may remove the file between open and lock: then the lock is on a deleted file, so try again.
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -3,8 +3,8 @@
     DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), except those stored in worker-0.pt
     DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file
 
-The manifest is written last, so if there is one the other file is complete. Loading never executes code from a file:
-the manifest is JSON, and tensors are loaded with weights_only=True after their sha256 was verified.
+The manifest is written last, so the tensor file is complete if there is a manifest. Loading never executes code from a
+file: the manifest is JSON, and tensors are loaded with weights_only=True after their sha256 was verified.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Metadata of one worker's tensor file of one step."""
+    """Metadata of the tensor file that one worker wrote for one step."""
 
     step: int
     rank: int
@@ -75,7 +75,7 @@ def ranks_in(step: Path) -> list[int]:
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's tensor file of a step, then its manifest with `said` as further fields. OSErrors are raised."""
+    """Write a worker's tensor file of a step, then the manifest, with `said` as further fields. Raises OSErrors."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
@@ -95,7 +95,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError):
         raise DamagedError(f"{path} is damaged: not a manifest") from None
-    if found.get("format") != FORMAT:  # on which the set of keys depends
+    if found.get("format") != FORMAT:  # another format has other keys
         raise CheckpointError(
             f"{path} has format {found.get('format')}, written by packsaddle {found.get('packsaddle')}; "
             f"this one reads format {FORMAT}: use that version, or start again in another folder"
@@ -127,7 +127,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except DamagedError:
         raise
-    except Exception as error:  # undamaged, but not written by save_checkpoint
+    except Exception as error:  # the file is intact, but save_checkpoint did not write it
         raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise DamagedError(f"{path} was not made by save_checkpoint")
@@ -188,7 +188,7 @@ def set_aside_after(folder: Path, step: int) -> None:
     for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
             set_aside(path)
-        except FileNotFoundError:  # another worker was faster
+        except FileNotFoundError:  # another worker has renamed it
             pass
         except OSError as error:
             raise CheckpointError(f"{path} cannot be set aside: {error.strerror}") from None

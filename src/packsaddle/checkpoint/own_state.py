@@ -1,4 +1,5 @@
-"""Reading the states of this worker's modules on purpose, which between rounds are not those of the other workers."""
+"""A mark for code that reads this worker's own module states on purpose: between rounds these differ between
+workers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ _OWN_STATE: ContextVar[bool] = ContextVar("own_state", default=False)
 
 @contextmanager
 def own_state() -> Iterator[None]:
-    """Context manager, also a decorator, of code that saves or restores each worker's own states."""
+    """A context manager and decorator for code that saves or restores each worker's own states."""
     token = _OWN_STATE.set(True)
     try:
         yield

@@ -23,7 +23,7 @@ class Part(Protocol):
         """Return the state as tensors and plain types."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore the state from a result of `state_dict`."""
+        """Restore the state from `state_dict`, a result of the method of that name."""
 
 
 Parts = Mapping[str, Part]
@@ -31,8 +31,8 @@ Parts = Mapping[str, Part]
 
 def check_parts(parts: Parts, call: CheckpointCall) -> None:
     """Raise CheckpointError for invalid `parts`, for an optimizer whose `LocalUpdates` is not a part, and for a
-    `LocalUpdates` of which only some optimizers are. Collective if there is a `LocalUpdates`: raises RuntimeError if
-    workers make unlike calls, such as a save on rank 0 alone."""
+    `LocalUpdates` of which some optimizers are parts but not all. If there is a `LocalUpdates`, the call is collective:
+    raises RuntimeError if workers make different calls, such as a save on rank 0 alone."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
 
@@ -51,14 +51,14 @@ def check_parts(parts: Parts, call: CheckpointCall) -> None:
         if 0 < len(missing) < len(optimizers):
             raise CheckpointError(f"part {name!r} is LocalUpdates, and its {missing[0]} must be a part as well")
 
-    # Workers that train apart compare their calls.
+    # Workers that train separately between exchanges compare their calls.
     for part in parts.values():
         if isinstance(part, Exchanging):
             part.check_call(call)
 
 
 def _unwrapped(part: Any) -> Iterator[Any]:
-    """Yield a part, and the optimizers that it wraps."""
+    """Yield a part of a checkpoint, and the optimizers that it wraps."""
     while part is not None:
         yield part
         part = getattr(part, "optimizer", None)
@@ -135,8 +135,8 @@ def load_all(parts: Parts, state: Mapping[str, Any], collectives: ObjectCollecti
 
 
 def run_on_all(collectives: ObjectCollectives, work: Callable[[], T]) -> T:
-    """Call `work` on every worker and return this worker's result; collective. If some raise CheckpointError, all raise
-    that of the lowest rank, and a DamagedError only if there is no other."""
+    """Call `work` on every worker and return this worker's result; collective. If it raises a CheckpointError on some
+    workers, all raise the error of the lowest of these ranks, preferring errors other than DamagedError."""
     value, kind, problem = None, "", ""
     try:
         value = work()

@@ -1,8 +1,8 @@
 """States of several workers: deduplication of shared tensors, and conversion to another number of workers.
 
 Tensors equal to worker 0's, by a sha256 of dtype, shape and bytes, are shared, such as the weights of a
-DistributedDataParallel model. Only worker 0's file contains them. The other files list their paths, and their manifests
-a joint fingerprint, which detects a worker-0 file of another save.
+DistributedDataParallel model. Only worker 0's file contains them. The other workers' files list the paths of these
+tensors. Their manifests contain a joint fingerprint, which detects that worker 0's file is of another save.
 
 For another number of workers, values equal on all workers are kept and all others are averaged. This preserves the
 parameters, the mean error memory (the total unapplied update), and mean momenta, which are linear in the gradients of
@@ -43,7 +43,7 @@ def paths_in_common(content: Mapping[str, Any], collectives: ObjectCollectives) 
     """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective."""
     if collectives.group.size == 1:
         return [], ""
-    # Share only non-empty plain tensors, no DTensors, sparse or quantized tensors; worker 0 writes all of its own.
+    # Share only non-empty plain tensors, not DTensors, sparse or quantized tensors. Worker 0 writes all its tensors.
     mine = {
         path: fingerprint(value)
         for path, value in _leaves(content).items()
@@ -124,7 +124,7 @@ def resharded(
     for name, part in parts.items():
         try:
             splits[name] = _split(part, template["parts"][name], workers)
-        except ValueError as error:  # on all workers, since all have the template
+        except ValueError as error:  # raised on all workers, since all have the template
             raise CheckpointError(f"{name}: {error}") from None
     for name, part in parts.items():
         mine = [_split(part, content["parts"][name], workers) for content in contents]
@@ -144,7 +144,7 @@ def resharded(
         replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
-            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None in place of these tensors
+            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None instead of these tensors
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value
         result["parts"][name] = state
@@ -154,7 +154,7 @@ def resharded(
 def _reductions(
     name: str, part: Any, split: Split, different: Sequence[Path], workers: int, *, apart: bool
 ) -> tuple[dict[Path, Tensor], list[Path]]:
-    """Return worker 0's tensors to average, and the paths of values of which the least is used.
+    """Return worker 0's tensors to average, and the paths of values whose minimum over workers is used.
 
     In addition to `Split.means`, tensors are averaged that are `different` on workers: in buffers and, if workers train
     `apart`, in parameters and optimizer states. Raises CheckpointError if another value is different.
@@ -162,7 +162,8 @@ def _reductions(
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
     buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-    is_own = apart and isinstance(part, nn.Module | Optimizer)  # such a part differs between workers that train apart
+    # True: this part can differ between workers, since they train separately.
+    is_own = apart and isinstance(part, nn.Module | Optimizer)
     for path in different:
         value = split.equal[path]
         if not (isinstance(value, Tensor) and value.is_floating_point() and (is_own or path[0] in buffers)):
@@ -193,8 +194,9 @@ def _mean(
     total_share: float,
     collectives: ObjectCollectives,
 ) -> dict[Path, Tensor]:
-    """Return the mean of each tensor over all workers that have it, accumulated in float64; collective. This worker has
-    read `mine`, which count by `shares`; `total_share` is the sum over all workers."""
+    """Return the weighted mean of each tensor over all workers that have it, accumulated in float64; collective.
+    `mine` are the states that this worker has read, with the weights `shares`; `total_share` is the sum of the weights
+    over all workers."""
     found, device = {}, device_of_doubles(collectives.device)
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=device)
@@ -215,8 +217,9 @@ def _least(paths: Sequence[Path], mine: Sequence[Split], collectives: ObjectColl
 def _shares(
     parts: Mapping[str, Any], contents: Sequence[dict[str, Any]], collectives: ObjectCollectives
 ) -> dict[str, list[float]]:
-    """Return by part the factors of the workers in means, 1 on average: those of its `LocalUpdates`.
-    Raises CheckpointError, on every worker, for a module if several have unlike weights."""
+    """Return the workers' weights in the mean of each part, by the part's name; collective. They are 1 on average, and
+    the part's `LocalUpdates` determines them. Raises CheckpointError, on every worker, for a module with several
+    `LocalUpdates` whose weights differ."""
     local = {name: part for name, part in parts.items() if isinstance(part, Exchanging) and part.optimizers}
     if not local:
         return {name: [1.0] * len(contents) for name in parts}
@@ -237,10 +240,10 @@ def _shares(
 def _complete_states(
     states: Sequence[dict[str, Any]], shares: Sequence[float], workers: int, collectives: ObjectCollectives
 ) -> None:
-    """Give workers whose optimizer has no state of a parameter the mean of the others' states of it; collective.
+    """Insert the mean of the other workers' states if a worker's optimizer has no state for a parameter; collective.
 
     A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
-    are the template, and the state dicts that this worker has read, which count by `shares`.
+    are the template and the state dicts that this worker has read, which have the weights `shares`.
     """
     first, *mine = [state.get("state", {}) for state in states]
     # The keys and shares of all workers, by the worker that has read them.
@@ -253,7 +256,7 @@ def _complete_states(
         holder = next(i for i, pairs in enumerate(held) if any(other == key for other, _ in pairs))
         example = collectives.send(next((one[key] for one in mine if key in one), None), holder)
         like = {path: t for path, t in _leaves(example).items() if isinstance(t, Tensor) and t.is_floating_point()}
-        # Entries of unequal layout are left as they are, which `_missing` reports.
+        # If layouts differ, the entries stay incomplete, and `_missing` reports them.
         fits = all(_layout(leaves.get(path)) == _layout(t) for leaves, _ in here for path, t in like.items())
         if all(collectives.gather(fits)):
             leaves, factors = [one for one, _ in here], [share for _, share in here]
@@ -267,7 +270,7 @@ def _layout(value: Any) -> Any:
 
 
 def _missing(template: Split, mine: Sequence[Split], collectives: ObjectCollectives) -> Path | None:
-    """Return a path that is missing, or has another shape, in some worker's state; None if all match. Collective."""
+    """Return a path that is missing or has another shape in some worker's state, or None if all match; collective."""
 
     def layouts(split: Split) -> dict[Path, Any]:
         return {path: _layout(value) for path, value in {**split.equal, **split.means}.items()}

@@ -73,7 +73,8 @@ def save_checkpoint(
     written this one. Returns the step's folder.
 
     `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, tensors
-    and plain types. `process_group` has the workers; None: the default group if there is one, else this process alone.
+    and plain types. `process_group` is the group of the workers; by default it is torch's default group if there is
+    one, else this process alone.
 
     Raises CheckpointError on every worker, with earlier steps unchanged, if a worker cannot write its files; the
     message names the worker and the reason. Raises it too if `keep` is below 2 or `step` below 0, if a state is not
@@ -97,7 +98,7 @@ def save_checkpoint(
     target = step_folder(folder, step)
     is_new = not target.exists()
 
-    # Leave tensors equal to worker 0's to worker 0's file.
+    # Do not store tensors that are equal to worker 0's: worker 0's file has them.
     common, common_sha256 = paths_in_common(content, collectives)
     content = {**without(content, common), "common": common}
     identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
@@ -108,7 +109,7 @@ def save_checkpoint(
     try:
         run_on_all(collectives, partial(_write, target, write))
     except CheckpointError:
-        if is_new:  # else it may be complete by an earlier save
+        if is_new:  # a folder that existed may contain a complete earlier save
             remove(target)
         raise
     run_on_all(collectives, partial(_write, target, partial(rotate, folder, keep)))
@@ -136,7 +137,8 @@ def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep:
 
 
 def _write(target: Path, work: Callable[[], T]) -> T:
-    """Return `work()`, a part of writing the step's folder `target`. Raises CheckpointError instead of an OSError."""
+    """Call `work`, a part of writing the step's folder `target`, and return its result. Raises CheckpointError in place
+    of an OSError."""
     try:
         return work()
     except OSError as error:
@@ -181,7 +183,8 @@ def load_checkpoint(
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """Do what `load_checkpoint` does, with warnings in `notes`; step is -1 if only a first, unfinished step exists."""
+    """Load a checkpoint as `load_checkpoint` does, but return its warnings in `notes`. If there is only one, unfinished
+    step, return a `Checkpoint` whose step is -1."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts, "loads a checkpoint")
     return _Restoring(folder, parts, ObjectCollectives(group, device_of(parts))).run()
@@ -271,7 +274,8 @@ def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
-    """Read all manifests in the folder; return, by step and rank, a manifest's number of workers or its error."""
+    """Read all manifests in the folder; return by step and rank the number of workers in the manifest, or the error of
+    reading it."""
     found: dict[int, dict[int, int | str]] = {}
     for step in steps_in(folder):
         found[step] = {}
@@ -284,15 +288,15 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Return the number of workers that saved a step; if its files are not intact, 0, the error, and True if an
-    interrupted save explains it. `surveys` has each worker's `_survey` of the step."""
+    """Return (number of workers that saved a step, "", False), or (0, the error, True if an interrupted save explains
+    it) if the step's files are not intact. `surveys` contains each worker's `_survey` of the step."""
     ranks: dict[int, set[int]] = {}
     for survey in surveys:
         for rank, found in survey.items():
             if isinstance(found, int):
                 ranks.setdefault(found, set()).add(int(rank))
 
-    # Intact: the manifests of all workers that saved are present.
+    # A checkpoint is intact if the manifests of all workers that saved it are present.
     for workers, present in ranks.items():
         if present == set(range(workers)):
             return workers, "", False
@@ -309,7 +313,8 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
-    """Return the rank that reads each worker i's file: i modulo the group size if it has the file, else the first."""
+    """Return the rank that reads the file of each worker i: rank i modulo the group size if it has that file, else the
+    lowest rank that has it."""
     found = []
     for i in range(workers):
         owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]

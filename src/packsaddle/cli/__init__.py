@@ -57,7 +57,7 @@ def serve(commands: Command | Group, program: str) -> None:
         try:
             _run(commands, program)
         finally:
-            sys.stdout.flush()  # at exit a BrokenPipeError could not be caught
+            sys.stdout.flush()  # flush here, since at exit a BrokenPipeError could not be caught
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -15,7 +15,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "svg.hashsalt": "packsaddle",  # reproducible files
+    "svg.hashsalt": "packsaddle",  # makes files reproducible
 }
 NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette for color-blind readers; black first, for the baseline.
@@ -27,15 +27,16 @@ _LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the max
 def draw_certificate(certificate: dict[str, Any]) -> Any:
     """Return a figure of a certificate (`Finding.to_dict`).
 
-    Panels: the loss along the escape direction and, if measured, the sharpest direction; the spectrum, with bounds on
-    the extreme eigenvalues: the density if measured, else Ritz values.
+    Its panels show the loss along the escape direction, the loss along the sharpest direction if it was measured, and
+    the spectrum with bounds on the extreme eigenvalues. The spectrum is the density if it was measured, else the Ritz
+    values.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
-    random = len(certificate["ritz_values"]) == 1  # one product: v is the start vector, and there is no spectrum
+    random = len(certificate["ritz_values"]) == 1  # after one product v is the start vector, and there is no spectrum
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
 
     # Panels from the left: along v, along w, the spectrum.
@@ -68,7 +69,7 @@ def _draw_profile(
     part = "" if examples == certificate["examples"] else f" on {examples:,} of the examples"
     axis.plot(s, measured, color=COLOURS[1], label=f"measured{part}")
 
-    # The quadratic model f(x) + slope s + bend s^2 / 2.
+    # Draw the quadratic model f(x) + slope s + bend s^2 / 2.
     here = losses[len(losses) // 2]
     if has_model and here is not None:
         slope, bend = certificate["slope"], certificate["lambda_min_upper"]
@@ -76,7 +77,7 @@ def _draw_profile(
         axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
     low, high = min(finite), max(finite)
     room = 0.25 * (high - low) or abs(high) or 1.0
-    axis.set_ylim(low - room, high + room)  # the model may exceed the axes
+    axis.set_ylim(low - room, high + room)  # the quadratic model may exceed the axes
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(f"distance s along {along}")
@@ -85,7 +86,8 @@ def _draw_profile(
 
 
 def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
-    """Draw each Ritz value with the start vector's squared component along its vector: a spectral density."""
+    """Draw a spectral density: each Ritz value, with the squared component of the start vector along its Ritz
+    vector."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
@@ -114,7 +116,7 @@ def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, An
 
 
 def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:
-    """Draw the known bounds on the extreme eigenvalues, and with epsilon the threshold of a saddle."""
+    """Draw the known bounds on the extreme eigenvalues, and if there is an epsilon the threshold for a saddle."""
     threshold = certificate["threshold"]
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
@@ -125,7 +127,7 @@ def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: 
     if threshold is not None:
         axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
     near = max(abs(least), abs(threshold or 0.0))
-    if near and max(largest - least, near) > 20 * abs(least):  # on a linear axis the smallest ones would be one point
+    if near and max(largest - least, near) > 20 * abs(least):  # on a linear axis the smallest values would coincide
         axis.set_xscale("symlog", linthresh=near, linscale=0.5)
         axis.margins(x=0.08)
         axis.xaxis.get_major_locator().set_params(numticks=7)
@@ -140,5 +142,5 @@ def _legend(axis: Any) -> None:
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
-    figure.set_layout_engine("none")  # keep the layout: to compute it again takes as long as drawing
+    figure.set_layout_engine("none")  # keep the layout, since computing it again takes as long as drawing
     figure.savefig(folder / f"{name}.svg", metadata={**NO_METADATA, **said})

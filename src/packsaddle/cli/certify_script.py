@@ -56,12 +56,13 @@ def certify_script(
         function: The function, as MODULE:FUNCTION.
         checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
             "model_state_dict". It may be of the compiled or DistributedDataParallel model.
-        epsilon: Threshold of the gradient norm; the threshold of the curvature is -sqrt(rho epsilon). Without it there
-            is no verdict on stationarity.
-        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default measured along the escape direction.
+        epsilon: Threshold for the gradient norm; the threshold for the curvature is -sqrt(rho epsilon). Without it
+            there is no verdict on stationarity.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
+            direction.
         spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
-        population: Also certify the expected loss over the distribution that the examples are drawn from; costs about
-            150 Hessian-vector products.
+        population: Also certify the expected loss over the distribution from which the examples are drawn. This costs
+            about 150 Hessian-vector products.
         out: New folder for the certificate, its directions, and a plot of the loss along them; by default none.
         seed: Seed of the random start vector.
         json: Print one JSON document.
@@ -69,7 +70,7 @@ def certify_script(
     from packsaddle.cli.findings import Questions, write
     from packsaddle.cli.folders import new_folder
 
-    # Validate the input before the work.
+    # Validate the input before the long computation.
     with config_errors("--"):
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if out is not None:
@@ -83,7 +84,8 @@ def certify_script(
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
-            write([finding], {"points": [finding.to_dict()]}, out)  # after printing: a full disk loses nothing
+            # Write after printing, so that a full disk loses no result.
+            write([finding], {"points": [finding.to_dict()]}, out)
             if not json:
                 print(f"certificate: {out}")
 
@@ -107,7 +109,7 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     # Compute the certificate, then the loss profiles, spectrum and population certificate.
     try:
         if questions.population:
-            check_population(model, batches)  # raises an error before the work
+            check_population(model, batches)  # raises errors before the long computation
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
         return questions.finding(checkpoint, model, loss_fn, batches, certificate)
@@ -120,7 +122,7 @@ def _load(model: Any, checkpoint: Path) -> None:
     from packsaddle.curvature.sharded import load_whole
 
     weights = read_weights(checkpoint)
-    model = getattr(model, "_orig_mod", model)  # the original of a compiled model
+    model = getattr(model, "_orig_mod", model)  # the module inside a compiled model
     if isinstance(weights, dict):
         own = model.state_dict().keys()
         weights = next((weights[key] for key in _WRAPPERS if isinstance(weights.get(key), dict)), weights)

@@ -25,8 +25,8 @@ def names_compressors(command: F) -> F:
 
 
 def read_compressor(text: str, ratio: float | None) -> Compressor | str:
-    """Return the compressor of a call such as "TopK(0.01)", or a name in lower case: of WITH_RATIO, FIXED, or "best".
-    Raises ConfigError for another text, and for a call with a ratio."""
+    """Return the compressor for a call such as "TopK(0.01)", or for a name the name in lower case. Names are the keys
+    of WITH_RATIO and FIXED, and "best". Raises ConfigError for another text, and for a call if `ratio` is given."""
     if "(" in text:
         if ratio is not None:
             raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")

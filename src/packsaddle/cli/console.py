@@ -15,7 +15,8 @@ _WIDTH, _UNLIMITED = 80, 10_000
 
 
 def number_table(*headings: str, words: int = 1) -> Table:
-    """Return an empty table: its first `words` columns, for text, are left-aligned, the others, for numbers, right."""
+    """Return an empty table. Its first `words` columns are for text, and left-aligned; the others are for numbers, and
+    right-aligned."""
     table = Table(*headings)
     for column in table.columns[words:]:
         column.justify = "right"
@@ -23,18 +24,19 @@ def number_table(*headings: str, words: int = 1) -> Table:
 
 
 def digits(number: float) -> str:
-    """Format a positive number with four digits, without an exponent from 1e-4 on."""
+    """Format a positive number with four digits; numbers of at least 1e-4 have no exponent."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def plain_text(text: str) -> Text:
-    """Return `text` for a cell of a rich table, printed literally, without markup; control characters are escaped."""
+    """Return `text` for a cell of a rich table, so that markup is not interpreted and control characters are
+    escaped."""
     return Text(printable(text))
 
 
 def print_table(table: Table, uncut: str = "") -> None:
-    """Print a table that fits the terminal; in a pipe or file 80 columns, or more if its longest words need it.
-    `uncut` is a hint printed below a table that is too wide, such as "--json prints it whole"."""
+    """Print a table that fits the terminal. In a pipe or a file its width is 80 columns, or more if its longest words
+    need it. `uncut` is a hint printed below a table that is too wide, such as "--json prints it whole"."""
     console = Console()
     if table.box is None:
         console.print(table)
@@ -77,4 +79,5 @@ def short_exchange(name: str) -> str:
 def is_first() -> bool:
     """Return True if this process prints: under a launcher, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # invalid values: print the error
+    # With invalid values print, so that the error appears.
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))

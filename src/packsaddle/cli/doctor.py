@@ -33,7 +33,7 @@ from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_address, reach
 from packsaddle.messages import one_line
 from packsaddle.numerics import kernels
 
-_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
+_SIOCGIFADDR = 0x8915  # the request for the IPv4 address of an interface, on Linux
 _IFF_LOOPBACK = 0x8
 
 
@@ -42,8 +42,8 @@ class Interface:
     """One network interface."""
 
     name: str
-    addresses: tuple[str, ...]  # IPv4 before IPv6; empty: none, or not reported by the system
-    state: str | None  # operstate: "up", "down", "unknown", ...
+    addresses: tuple[str, ...]  # IPv4 addresses before IPv6; empty: none, or not reported by the system
+    state: str | None  # Linux's operstate: "up", "down", "unknown", ...
     mbit: int | None  # link speed in Mbit/s; None for most virtual links
     loopback: bool
 
@@ -54,8 +54,8 @@ class Listening:
 
     address: str  # IP address, or names of interfaces
     why: str
-    reachable: bool  # True: other hosts can connect
-    possible: bool = True  # False: gloo fails to start
+    reachable: bool  # True if other hosts can connect
+    possible: bool = True  # False if gloo fails to start
 
 
 def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
@@ -66,7 +66,7 @@ def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
         flags = _read(sysfs / name / "flags")
         loopback = bool(int(flags, 16) & _IFF_LOOPBACK) if flags else name.startswith("lo")
         speed = _read(sysfs / name / "speed")
-        mbit = int(speed) if speed and int(speed) > 0 else None  # -1: unknown
+        mbit = int(speed) if speed and int(speed) > 0 else None  # Linux reports -1 for unknown
         addresses = (*_inet(name), *inet6.get(name, ()))
         found.append(Interface(name, addresses, _read(sysfs / name / "operstate"), mbit, loopback))
     return found
@@ -140,8 +140,8 @@ Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", 
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _READ = "read docs/devices.md"
-_PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which takes about a second
-_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules that differ from their package's
+_PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which usually takes about a second
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # names of modules whose packages have other names
 _PURPOSES = {
     "plot": "the picture of certify-script",
     "lab": "figures, pages and demo of python -m lab, in a clone",
@@ -161,7 +161,9 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class Fact:
-    """One finding. verdict: ok, note (absent or unused), warning (some uses may fail), problem (training fails)."""
+    """One finding. Its verdict is ok, note (absent or unused), warning (some uses may fail) or problem (training
+    fails).
+    """
 
     topic: Topic
     name: str
@@ -171,8 +173,8 @@ class Fact:
 
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
-    """Run the checks of the topics `only` (empty: all topics), and return their findings.
-    `try_processes`: also run an all-reduce between two new processes, or between torchrun's workers."""
+    """Run the checks of the topics `only`, or of all topics if it is empty, and return their findings.
+    With `try_processes`, also run an all-reduce between two new processes, or between torchrun's workers."""
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
         "machine": [machine],
@@ -187,7 +189,7 @@ def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[F
 
 
 def versions() -> Iterator[Fact]:
-    """Yield findings: versions of packsaddle, Python and required packages, with the oldest versions allowed."""
+    """Yield findings on the versions of packsaddle, Python and required packages, and the oldest versions allowed."""
     yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
     yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
     for package, least, extra in _requirements():
@@ -237,7 +239,7 @@ def machine() -> Iterator[Fact]:
 
 
 def devices() -> Iterator[Fact]:
-    """Yield findings: the GPUs that torch can use and what is known of them, or the reason why there are none."""
+    """Yield findings on the GPUs that torch can use, with a description of each, or the reason why there are none."""
     if found := accelerators():
         for name, text in found.items():
             yield Fact("devices", name, text)
@@ -255,7 +257,7 @@ def devices() -> Iterator[Fact]:
 
 
 def built_with() -> Iterator[Fact]:
-    """Yield findings: the backends of torch.distributed (gloo, nccl) that this build of torch has."""
+    """Yield findings on the backends of torch.distributed (gloo, nccl) that this build of torch has."""
     found = backends()
     if found["gloo"]:
         yield Fact("exchange", "gloo", "available")
@@ -297,13 +299,14 @@ def elastic() -> Iterator[Fact]:
 
 
 def loops() -> Iterator[Fact]:
-    """Yield findings: the compiler of inner loops, by device; without one torch computes the same, more slowly."""
+    """Yield findings on the compiler of inner loops for each device. Without one, torch computes the same more
+    slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
         if where == "cuda" and accelerator() != "cuda":
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces it
+            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces the warning
             obstacle = kernels.obstacle(where)
         if obstacle:
             advice = "pip install 'packsaddle[fast]'" if obstacle == kernels.NO_NUMBA else ""
@@ -340,7 +343,7 @@ def network() -> Iterator[Fact]:
             rate = "rate unknown" if i.mbit is None else f"{i.mbit:,} Mbit/s"
             yield Fact("network", i.name, f"{i.state or 'state unknown'}, {addresses}, {rate}")
 
-    # The address of gloo, with an interface to suggest.
+    # Report the address of gloo, and suggest an interface.
     gloo = gloo_listens()
     usable = (i.name for i in found if not i.loopback and i.state != "down" and i.addresses)
     names = next(usable, "NAME")
@@ -365,12 +368,12 @@ def variables() -> Iterator[Fact]:
 
 
 def all_reduce() -> Fact:
-    """Test an all-reduce of one number by gloo, between two new processes or torchrun's workers; return the finding."""
+    """Test gloo by an all-reduce of one number between two new processes, or torchrun's workers; return the finding."""
     start = time.perf_counter()
     logging.disable()  # the launcher would log the workers' tracebacks, which the fact summarizes
     try:
         total, workers = sum_over_workers() if under_launcher() else launch(sum_over_workers, (), 2)
-    except Exception as error:  # any failure is the finding
+    except Exception as error:  # a failure of any type is a finding
         reason = " ".join(str(error).split()) or type(error).__name__
         return Fact("exchange", "all-reduce", f"fails: {reason}", "problem", "see the rows of topic network")
     finally:
@@ -419,7 +422,8 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
         table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
         before = ""
         for fact in facts:
-            found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)  # no markup: prints [plot]
+            # A Text, so that [plot] is not interpreted as markup.
+            found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)
             table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
             before = fact.topic
         print_table(table)

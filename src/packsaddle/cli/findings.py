@@ -34,8 +34,8 @@ from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
 
 _POINTS = 20  # number of points of a loss profile on each side of x
-_PROFILED = 4096  # examples for a loss profile: its 41 losses over all examples would dominate the cost
-_PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products of each
+_PROFILED = 4096  # examples for a loss profile; evaluating its 41 losses over all examples would dominate the cost
+_PROBES, _STEPS = 4, 40  # number of Lanczos probes of the spectral density, and of products per probe
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Finding:
-    """The results of the certification of one point, a file of weights."""
+    """The results of certifying one point, which is a file of weights."""
 
     file: Path  # file of the weights
     certificate: Certificate
@@ -57,7 +57,7 @@ class Finding:
     sharpest: Profile | None  # loss along the sharpest direction; None if unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
-    sharded: bool  # True: the model is sharded, and directions are this worker's shards
+    sharded: bool  # True if the model is sharded, so that directions are this worker's shards
     lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,12 +82,12 @@ class Finding:
 class Questions:
     """Options for certifying a point."""
 
-    epsilon: float | None = None  # threshold of the gradient norm; None: no verdict on stationarity
+    epsilon: float | None = None  # threshold for the gradient norm; None: no verdict on stationarity
     hessian_lipschitz: float | None = None  # rho, the Hessian's Lipschitz constant; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
-    spectrum: bool = False  # estimate the density of all eigenvalues
-    population: bool = False  # certify the loss of the population from which the examples are drawn
-    distance: float | None = None  # length of the profiles to each side; None: twice the escape distance, else 1
+    spectrum: bool = False  # True: also estimate the density of all eigenvalues
+    population: bool = False  # True: also certify the loss of the population from which the examples are drawn
+    distance: float | None = None  # length of the profiles to each side; None: twice the escape distance, or 1
     lr: float | None = None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
     seed: int = 0  # seed of the random start vectors
     quiet: bool = True  # False: rank 0 shows progress on stderr
@@ -95,7 +95,8 @@ class Questions:
     def certify(
         self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
     ) -> Certificate:
-        """Certify the model's parameters; collective. `progress` gets the number of products, at most `max_hvps`."""
+        """Certify the model's parameters; collective. `progress` is called with the number of products, at most
+        `max_hvps`."""
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 
@@ -158,7 +159,8 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
 
 def read_weights(file: Path) -> Any:
     try:
-        with warnings.catch_warnings(action="ignore"):  # warnings about the format; an error mentions it too
+        # Ignore warnings about the file's format, since an error mentions it too.
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} does not exist") from None
@@ -167,8 +169,8 @@ def read_weights(file: Path) -> Any:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write certificates.json (`document`), and the directions and plot of every point. Raises ConfigError.
-    Directions of a sharded model are not written, since each worker has only its shard of them."""
+    """Write certificates.json (`document`), and the directions and plot of every point. Directions of a sharded model
+    are not written, since each worker has only its shard of them. Raises ConfigError if a file cannot be written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))

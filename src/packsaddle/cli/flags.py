@@ -26,13 +26,13 @@ def grouped(groups: Mapping[str, str]) -> Callable[[C], C]:
 
 
 def groups_of(command: Command) -> dict[str, list[str]]:
-    """Return the names of a command's flags, by the title of their group; flags without a group are left out."""
+    """Return the names of a command's flags, by the title of their group; flags without a group are omitted."""
     return {title: names.split() for title, names in vars(command).get("groups", {}).items()}
 
 
 @dataclass(frozen=True)
 class Overrides(Generic[T]):
-    """Values of those fields of an option class T that are set on the command line; other fields are left out."""
+    """Values of those fields of an option class T that are set on the command line; other fields are omitted."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -40,8 +40,9 @@ class Overrides(Generic[T]):
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     """Return a command's flags by name: its parameters, with each option class replaced by its settable fields.
 
-    Annotations are evaluated. Flags without a group come first, then the others in the order of the groups. A field's
-    default is its value in the parameter's default, else the class's; None for fields of `Overrides`.
+    Annotations are evaluated. Flags without a group come first, then the others in the order of the groups. The default
+    of a field is its value in the parameter's default, or if that has none the default of the class. It is None for
+    fields of `Overrides`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -61,7 +62,7 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
 
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the values of a command's flags to its arguments, by making its option classes: inverse of `flags_of`.
+    """Convert the values of a command's flags to its arguments, which are option classes or plain values.
     Raises ConfigError, naming the flag, for a value outside its range."""
     arguments = dict(values)
     for name, hint in get_type_hints(command).items():

@@ -1,4 +1,4 @@
-"""New folders for results, and errors of the file system in one line."""
+"""Creation of folders for results, and conversion of file system errors to one-line messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +28,8 @@ def written(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Context manager that creates a folder, and removes it if the block fails. Raises ConfigError."""
+    """Context manager that creates a folder, and removes it if the block fails. Raises ConfigError if the folder exists
+    or cannot be created."""
     make_new(folder)
     try:
         yield

@@ -16,7 +16,7 @@ def call(function: str, *arguments: Any) -> Any:
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # for the rest of the command, since what it returns may import later
+        sys.path.insert(0, here)  # for the rest of the command, since the returned objects may import modules later
     # Hide the command line of packsaddle from a script that parses its arguments when it is imported.
     arguments_here, sys.argv = sys.argv, [module]
     try:

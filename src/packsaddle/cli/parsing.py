@@ -62,10 +62,10 @@ Seconds = Annotated[float, _number(float, seconds, "SECONDS", DURATION)]
 
 MARKERS = (
     tyro.conf.DisallowNone,  # None is not accepted as a value of optional flags
-    tyro.conf.FlagCreatePairsOff,  # --serial, without --no-serial
+    tyro.conf.FlagCreatePairsOff,  # a flag --serial gets no counterpart --no-serial
     tyro.conf.PositionalMetavarFromFieldName,
 )
-HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # for a parameter whose help text describes the default
+HIDE_DEFAULT = tyro.conf.arg(help_behavior_hint="")  # marks a parameter whose help text describes the default
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
-    """Merge repetitions of flags with several values, of which tyro would keep the last; move them to the end."""
+    """Merge repetitions of a flag with several values, and move the flag to the end; tyro would keep only the last
+    repetition."""
     tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
     several = {f"--{name.replace('_', '-')}" for name in tuples}
     values: dict[str, list[str]] = {}
@@ -166,7 +167,7 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def deferred(command: Command) -> Command:
-    """Wrap `command` for tyro: a function with one parameter per flag, which returns a call of `command`, not run yet.
+    """Wrap `command` for tyro, as a function with one parameter per flag that returns a deferred call of `command`.
     The help does not show defaults None, True, False and (). A class is returned unchanged."""
     if inspect.isclass(command):
         return command
@@ -213,12 +214,13 @@ def _unwrapped(words: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-# Patterns of tyro's errors, with replacements. Errors that match none, such as other versions', stay unchanged.
+# Patterns of tyro's errors, with replacements. Errors that match none, such as those of other versions, stay unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
     (r"Missing from [^:]*: (.*) \(required\)", r"missing \1"),
-    (r"(must be [^']*?), (got '.*') - typing\.Literal\['(\w+)'\]:.*", r"\1 or \3, \2"),  # a number or a word
+    # For a flag that accepts a number or a word.
+    (r"(must be [^']*?), (got '.*') - typing\.Literal\['(\w+)'\]:.*", r"\1 or \3, \2"),
 )
 
 

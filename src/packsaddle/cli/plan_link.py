@@ -42,7 +42,7 @@ class LinkOptions:
     """Options of `packsaddle plan link`: model, times, local updates. Raises ValueError for incompatible options.
 
     Args:
-        d: Number of parameters of the model, such as 25M, 25e6 or 25000000, instead of --model.
+        d: Number of parameters of the model, such as 25M, 25e6 or 25000000; give it instead of --model.
         model: MODULE:FUNCTION that returns the network to train, instead of --d. It is imported from the current folder
             and called without arguments. In a clone lab.toys has networks: mnist_autoencoder, char_transformer (117,221
             parameters), and resnet18, resnet34 and resnet50 for 32 x 32 images.
@@ -50,15 +50,15 @@ class LinkOptions:
             model's argument, a tuple of its arguments, or a dict of keyword arguments.
         input: Shape of one example for the model, instead of --data: 3x224x224 for random numbers, int64:1024 for
             random tokens.
-        latency: Time of a small message on the link; by default 100us. It is measured if RATE is auto.
-        compute: Time of a step without communication (forward, backward, optimizer), such as 55ms; by default
+        latency: Time of a small message on the link, by default 100us. It is measured if RATE is auto.
+        compute: Time of a step without communication (forward, backward, optimizer), such as 55ms. By default it is
             measured on this machine for --model, with AdamW or --optimizer.
-        batch: Examples per worker and step when the compute time is measured; by default 32.
+        batch: Number of examples per worker and step when the compute time is measured, by default 32.
         spread: Standard deviation of the workers' compute times, as a fraction of their mean.
         noise: Include the time for generating the artificial noise of Algorithm 1.
         most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
-        speeds: Speed of each worker, relative to that of --compute, such as 1,0.33, for local updates of workers of
-            unequal speeds. Their number is the default of --workers.
+        speeds: Speed of each worker, such as 1,0.33, relative to a worker with the time --compute, to forecast local
+            updates of workers of unequal speeds. By default --workers is the number of speeds.
     """
 
     d: int | None = None
@@ -75,7 +75,7 @@ class LinkOptions:
 
     @property
     def of_workers(self) -> list[float]:
-        """The numbers in `speeds`. Raises ConfigError."""
+        """The numbers in `speeds`. Raises ConfigError if one is invalid."""
         texts = self.speeds.split(",") if self.speeds is not None else []
         if not all(re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*", text) and float(text) > 0 for text in texts):
             raise ConfigError(f"--speeds must be numbers above 0, such as 1,0.33, got {self.speeds!r}")
@@ -97,7 +97,7 @@ class LinkOptions:
             raise ValueError("model MODULE:FUNCTION needs one of --data MODULE:FUNCTION, --input SHAPE and --compute")
 
     def training_step(self) -> TrainingStep | None:
-        """Make the training step (model and batch) to time; None for --d. Its batch is None with --compute.
+        """Make the training step (model and batch) to time, or None for --d. Its batch is None with --compute.
         Raises ConfigError if the user's function fails or returns no module."""
         batch = _BATCH if self.batch is None else self.batch
         if self.model is None:
@@ -212,7 +212,7 @@ def _plan(
             device = next(step.model.parameters()).device
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
-        # Measure once: the compute time unless it is given, the time of an update, and the speed of each compressor.
+        # Measure once the compute time, unless it is given, the time of an update, and the speed of each compressor.
         total = len(candidates) + len({s.compressor for s in settings}) + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
@@ -237,7 +237,7 @@ def _plan(
 
 
 def _given(rate: str, latency: float | None) -> Link | None:
-    """Return the link with the given rate and latency; None for "auto". Raises ConfigError."""
+    """Return the link with the given rate and latency, or None for "auto". Raises ConfigError if one is invalid."""
     if rate != "auto":
         return Link.nominal(link_planner.slower_rate(rate), LATENCY if latency is None else latency)
     if latency is not None:
@@ -255,7 +255,7 @@ def _measured_link(group: Group | None, device: torch.device, workers: int) -> t
 class _Paces:
     """Measures the coding speed of each compressor once.
 
-    `spread`: the largest median over minimum of the times of one compressor, minus 1.
+    `spread` is the largest fraction by which a compressor's median time exceeded its minimum time.
     """
 
     def __init__(self, report: Callable[[int, str], object], device: torch.device) -> None:
@@ -288,8 +288,8 @@ def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Opt
 
 
 def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Compressor]:
-    """Return the compressors to compare: the one that `text` names or makes; for "best" all that were measured with
-    `optimizer`, or all lossy ones with a ratio."""
+    """Return the compressors to compare: the one that `text` names or constructs. For "best", these are all that were
+    measured with `optimizer`, or if a ratio is given all lossy ones that have one."""
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [name]
@@ -304,7 +304,7 @@ def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Co
 
 
 def _workers(requested: int | None) -> int:
-    """Return the number of workers: torchrun's, else `requested`, else 4. Raises ConfigError if it is invalid."""
+    """Return the number of workers: that of torchrun, else `requested`, else 4. Raises ConfigError if it is invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
     if world is not None and requested not in (None, world):
         raise ConfigError(f"workers must be {world}, the number that torchrun started, got {requested}")

@@ -1,4 +1,4 @@
-"""The output of `packsaddle plan link`: a verdict with lines to paste and what it was compared with; tables; JSON."""
+"""The output of `packsaddle plan link`: a verdict with lines to paste and the methods compared, tables, or JSON."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -15,13 +15,14 @@ from packsaddle.plan.timing import Timing
 
 _UNCUT = "--json prints it whole"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
-_SMALLEST = 0.01  # seconds of a dense step; shorter ones consist of fixed costs of some ms (experiments/scale)
-_BUSY = 0.3  # largest normal median over minimum of coding times, minus 1; more is a sign of other work on the machine
+# Shortest dense step, in seconds, that is forecast: shorter ones consist of fixed costs of some ms (experiments/scale).
+_SMALLEST = 0.01
+_BUSY = 0.3  # if the median coding time exceeds the minimum by more than this fraction, the machine is busy
 _UNEQUAL = (
     "Inner steps a second of all workers with these speeds: {} with equal steps, {} with "
     'workers=packsaddle.Workers(weight="steps"), {} by the fastest alone. Steps in a round: {}.'
 )
-_LONG_FLUSH = 10.0  # seconds of a flush from which it is named
+_LONG_FLUSH = 10.0  # shortest time of a flush, in seconds, that the output mentions
 _NAMES = {"sgd": "SGD", "adamw": "AdamW", "muon": "Muon and AdamW"}
 
 
@@ -30,17 +31,17 @@ class LinkPlan:
     """The forecasts for a link, and their inputs: model, link, workers, times."""
 
     verdict: Verdict
-    local: tuple[LocalForecast, ...]  # forecasts of local updates, the fastest first; empty: --optimizer sgd
+    local: tuple[LocalForecast, ...]  # forecasts of local updates, the fastest first; empty with --optimizer sgd
     workload: ModelSize
     link: Link
-    source: str  # text: how the link's rate was obtained
+    source: str  # text that describes how the link's rate was obtained
     fleet: Fleet
     update: float  # seconds per step for error memory and noise, beyond plain SGD's update
     optimizer: Optimizer
-    timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`. None: --compute was given
+    timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`; None: --compute was given
     slowest: "LinkPlan | None" = None  # the plan for the maximum of `timing`
-    unequal: dict[str, Any] | None = None  # `forecast_unequal` of the fastest local updates. None: speeds are equal
-    coding_spread: float = 0.0  # median over minimum of the encoding times, minus 1: the largest of all compressors
+    unequal: dict[str, Any] | None = None  # `forecast_unequal` for the fastest local updates; None: speeds are equal
+    coding_spread: float = 0.0  # largest fraction by which the median encoding time exceeded the minimum
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ class Method:
     """A method of training, its forecast, and the lines of a script that apply it."""
 
     name: str
-    seconds: float  # for the progress of one step of dense training
-    lines: tuple[str, ...] = ()  # empty: DistributedDataParallel, or no exchange
+    seconds: float  # seconds to make the progress of one step of dense training
+    lines: tuple[str, ...] = ()  # lines of a script; empty: DistributedDataParallel, or no exchange
     flush: float = 0.0  # seconds of the flush at the end
 
 
 def methods(plan: LinkPlan) -> list[Method]:
     """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, and the
     fastest forecasts of the DDP hook and of local updates."""
-    alone = plan.fleet.workers * plan.fleet.compute  # it accumulates the gradients of all workers' batches
+    alone = plan.fleet.workers * plan.fleet.compute  # one machine accumulates the gradients of all workers' batches
     found = [Method("one machine alone", alone), Method("DistributedDataParallel", plan.verdict.dense.seconds)]
     if plan.verdict.compress:
         found.append(_by_hook(plan.verdict.best))
@@ -64,8 +65,8 @@ def methods(plan: LinkPlan) -> list[Method]:
 
 
 def advised(plan: LinkPlan) -> Method:
-    """Return the simplest method whose forecast is within the error of the fastest; DistributedDataParallel for steps
-    that are too short to forecast."""
+    """Return the simplest method whose forecast equals the fastest one within the error, or DistributedDataParallel if
+    steps are too short to forecast."""
     found = methods(plan)
     if is_too_small(plan):
         return found[1]
@@ -78,7 +79,7 @@ def is_too_small(plan: LinkPlan) -> bool:
 
 
 def compared(plan: LinkPlan) -> list[Method]:
-    """Return `methods`, and uncompressed local SGD, the fastest first."""
+    """Return the methods of `methods` and uncompressed local SGD, the fastest first."""
     found = methods(plan)
     sgd = next((f for f in plan.local if f.setting.compressor.lossless and not f.setting.delay), None)
     if sgd is not None and sgd is not plan.local[0]:
@@ -106,8 +107,8 @@ def _by_local_updates(plan: LinkPlan, forecast: LocalForecast) -> Method:
     if delay := setting.delay:
         several = f"packsaddle.Overlap({delay}, fragments={forecast.fragments})"
         arguments.append(f"overlap={delay if forecast.fragments == 1 else several}")
-    # With an outer momentum every 32 steps of Muon the loss was lower than in the forecast's measurements
-    # (experiments/muon).
+    # With an outer momentum and an exchange every 32 steps of Muon, the loss was lower than in the measurements of the
+    # forecast (experiments/muon).
     if plan.optimizer == "muon" and setting.every >= 32:
         arguments.append("outer=packsaddle.OuterSGD(momentum=0.5)")
     inner = "[muon, adamw]" if plan.optimizer == "muon" else "optimizer"
@@ -164,7 +165,7 @@ def print_verdict(plan: LinkPlan) -> None:
             "costs of an exchange, which the forecast leaves out. Time a larger model, or train on one machine."
         )
 
-    # Print the comparison, and what it is based on.
+    # Print the comparison, and the sources of its numbers.
     print(f"\nTime for the progress of one dense step of {fleet.workers} workers:\n")
     table = number_table("method", "ms", "times")
     for method in compared(plan):
@@ -185,7 +186,7 @@ def print_verdict(plan: LinkPlan) -> None:
 
 
 def _doubts(plan: LinkPlan, best: Method) -> list[str]:
-    """Return sentences on the conditions that make this forecast less certain than others."""
+    """Return sentences on the conditions that make this forecast less certain than usual."""
     found = []
     if unknown := [f.compressor for f in plan.verdict.forecasts if f.steps is None]:
         found.append(f"Left out, as the number of steps is unknown: {', '.join(unknown)}.")

@@ -53,8 +53,8 @@ def theory(
         compressor: "best" (each compressor that sends a given number k of values, at its best k), or one of
             COMPRESSORS, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates to send, such as 0.01 or 1%, for a single compressor; by default the best
-            one.
-        mode: "theory" uses the constants and logarithms of a proof, "practical" constants that give feasible runs.
+            fraction.
+        mode: "theory" uses the constants and logarithms of a proof; "practical" uses constants that give feasible runs.
         workers: Number of workers, at least 2.
         json: Print one JSON document.
     """
@@ -87,7 +87,7 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, text: str, ra
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [plan(a, name, constants=constants, workers=workers)]
-    # A compressor with this ratio; without a ratio one with its best k, or one that has no ratio.
+    # If a ratio is given, use the compressor with it. If not, use the compressor with its best k, if it has a ratio.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:

@@ -14,7 +14,7 @@ Report = Callable[[int, str], None]  # called with the current step and a text t
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Context manager that shows an upper bound on the time left, on stderr: a bar on a terminal, else lines."""
+    """Context manager that shows an upper bound on the time left on stderr: as a bar on a terminal, else as lines."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None

@@ -47,15 +47,15 @@ Dense = Tensor | Callable[[tuple[Term, ...]], Tensor]
 
 class Invalid:
     """Suppresses MessageErrors in `with invalid.of(worker):` blocks, and records them. Checks of messages on a GPU are
-    recorded without their results, for which the host would wait."""
+    recorded without reading their results, since the host would have to wait for these."""
 
     def __init__(self) -> None:
         self._checks: Checks = []
 
     @contextmanager
     def of(self, worker: int | None) -> Iterator[None]:
-        """Context manager of a block that receives a message from `worker`. If it is None, the error already names the
-        rank."""
+        """Context manager for a block that receives a message from `worker`. If `worker` is None, errors already name
+        the rank."""
         first, token = len(self._checks), deferred.set(self._checks)
         try:
             yield
@@ -108,13 +108,13 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of a worker's encode, decode and add operations in one exchange, on vectors of `coordinates` numbers."""
+    """Counts of the operations of a worker in one exchange, on vectors of `coordinates` numbers."""
 
     compressor: Compressor
     coordinates: int
     encode: int = 0
-    decode: int = 0  # messages of other workers, decoded and added to a vector
-    add: int = 0  # messages added without decoding, since their context is known (`Message.context`)
+    decode: int = 0  # messages from other workers that are decoded and added to a vector
+    add: int = 0  # messages that are added without decoding, since their context is known (`Message.context`)
 
 
 class Aggregator(ABC):
@@ -133,8 +133,8 @@ class Aggregator(ABC):
     ) -> Averaged:
         """Average C(v), v float[d], and the uncompressed part `dense` over workers; collective. Inputs do not change.
 
-        If a message of another worker is invalid, this worker sends NaN as dense[flag], so that all workers reject the
-        mean, and `Averaged.invalid` has the error. Without `flag` it raises MessageError.
+        If a message from another worker is invalid, this worker sends NaN as dense[flag], so that all workers reject
+        the mean, and `Averaged.invalid` has the error. Without `flag` it raises MessageError.
         """
 
     @abstractmethod
@@ -155,11 +155,12 @@ class Aggregator(ABC):
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
-        """Return the range of d coordinates of which worker `rank` keeps the residual of the mean (see `Owners`)."""
+        """Return the range of coordinates for which worker `rank` keeps the residual of the mean (see `Owners`)."""
         return slice(0, 0)
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the contraction mu of one exchange (kept fraction of norm(v)^2), for d equally large coordinates."""
+        """Return the contraction mu of one exchange, i.e. the kept fraction of norm(v)^2, if all d coordinates are
+        equally large."""
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
@@ -248,12 +249,13 @@ class AllGather(Aggregator):
         return [RingAllGather(sizes), RingAllGather(message), RingAllReduce((dense * itemsize,))]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # it adds its own message undecoded
+        # A worker adds its own message without decoding it.
+        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]
 
 
 class SharedSupportAllReduce(Aggregator):
     """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch, which is
-    identical on all workers. After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
+    identical on all workers. It follows Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK)."""
 
     compressor: SharedSupport
 
@@ -269,7 +271,7 @@ class SharedSupportAllReduce(Aggregator):
             sketch = channel.mean(sketch, "sketch")
         places = compressor.places(sketch, drawn, d)
         own = places.gather(v)
-        # C(v) depends on the mean of the values, so what is computed from it needs an all-reduce of its own.
+        # C(v) depends on the mean of the values, so a `dense` computed from C(v) needs a separate all-reduce.
         with_values = dense if isinstance(dense, Tensor) else v[:0]
         mean, mean_dense = mean_with_dense(channel, own, "values", with_values)
         kept = compressor.keep(places, mean, d)
@@ -328,7 +330,8 @@ class LowRankAllReduce(Aggregator):
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Return the next warm start, (P^T M)^T of each matrix at unit scale; None if one is zero or non-finite."""
+        """Return the next warm start, (P^T M)^T of each matrix at unit scale, or None if one of them is zero or
+        non-finite."""
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m
@@ -337,7 +340,7 @@ class LowRankAllReduce(Aggregator):
         # A compressor that `for_tensors` has not bound to shapes has no warm start: Q stays Gaussian.
         if len(following) != len(qs):
             return None
-        # One number to read, for which the host waits on a GPU.
+        # Read a single number, since the host waits for it on a GPU.
         valid = [q.any() & q.isfinite().all() for q in following if q.numel()]
         return following if not valid or torch.stack(valid).all() else None
 
@@ -361,7 +364,7 @@ def mean_of_dense(
     channel: Communicator, dense: Tensor, invalid: Invalid | None = None, flag: int | None = None
 ) -> Tensor:
     """Return the mean of the uncompressed part over workers, without a collective if it is empty.
-    After an `invalid` message, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
+    If `invalid` has recorded an error, this worker sends NaN as dense[flag], or raises the error if `flag` is None."""
     mine = dense.clone()
     if invalid is not None and flag is not None:
         invalid.report_in(mine[flag])

@@ -85,11 +85,11 @@ class Communicator:
     ) -> list[Parts]:
         """All-gather messages: return every worker's parts (tensors by name), by rank.
 
-        Names and dtypes must match on all workers. With `fixed_size` sizes are equal; else `sizes` are the bytes of the
-        parts by rank, if all workers know them. Otherwise they are gathered first. Shorter messages are padded to the
-        longest. Bytes are recorded under the parts' names, "sizes" and "padding", or all under `purpose`. Raises
-        MessageError on all workers if the sizes that one worker announces do not fit such parts, or exceed `most` bytes
-        in total.
+        Names and dtypes must match on all workers. With `fixed_size`, all workers' parts have equal sizes. Otherwise
+        `sizes` are the bytes of the parts by rank, if all workers know them; if None, they are gathered first. Shorter
+        messages are padded to the longest. Bytes are recorded under the parts' names, "sizes" and "padding", or all
+        under `purpose`. Raises MessageError on all workers if the sizes that one worker announces do not fit such
+        parts, or exceed `most` bytes in total.
         """
         wire, own = _join(parts), part_sizes(parts)
         if fixed_size:
@@ -113,9 +113,10 @@ class Communicator:
     def exchange(
         self, outgoing: Sequence[Parts | None], like: Parts, *, fixed_size: bool = False, most: int = _MOST
     ) -> list[Parts]:
-        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by rank. `like` has
-        their names and dtypes. With `fixed_size` all messages to one worker have equal sizes. Otherwise sizes are sent
-        first, and MessageError is raised, on this worker only, if these do not fit `like` or exceed `most`."""
+        """All-to-all: send outgoing[r] to worker r, or nothing if it is None; return the parts received, by rank.
+        `like` has their names and dtypes. With `fixed_size` all messages to one worker have equal sizes. Otherwise
+        sizes are sent first, and MessageError is raised, on this worker only, if they do not fit `like` or exceed
+        `most` bytes."""
         nothing, others = [0] * len(like), [r for r in range(self.group.size) if r != self.group.rank]
         sizes = [nothing if parts is None else part_sizes(parts) for parts in outgoing]
         device = next(iter(like.values())).device
@@ -193,7 +194,7 @@ def _split(wire: Tensor, like: Parts, sizes: Sequence[int]) -> Parts:
 
 
 class ObjectCollectives:
-    """Collectives for Python values, not counted in a ledger. Every method is collective."""
+    """Collectives for Python values, whose bytes are not recorded in a ledger. Every method is collective."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device = group, device
@@ -229,8 +230,8 @@ def check_agreement(
     of: Literal["worker", "process"] = "worker",
 ) -> None:
     """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective.
-    `hints` are sentences to add to the error, by the beginning of the argument's name. `of`: who the members of the
-    channel's group are."""
+    `hints` are sentences to add to the error, by the beginning of the argument's name. `of` names the members of the
+    channel's group in the error."""
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.
@@ -256,5 +257,5 @@ def as_text(arguments: Mapping[str, object]) -> str:
 
 
 def hash_of(text: str) -> int:
-    """Return a hash of a text, below 2^63, that is the same in all processes."""
+    """Return a hash of a text, below 2^63, that is identical in all processes."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

@@ -1,7 +1,8 @@
 """Predicted cost of collectives: each worker's bytes, and the critical path until the last worker has finished.
 
-Costs are those of gloo's algorithms, as measured (experiments/scale). NCCL's rings are the same; its all-to-all and its
-all-gather of two workers use both directions of a link simultaneously, and its broadcast is a pipelined ring.
+Costs are those of gloo's algorithms, as measured (experiments/scale). NCCL's rings have the same costs. Its all-to-all
+and its all-gather between two workers use both directions of a link simultaneously, and its broadcast is a pipelined
+ring.
 """
 
 from abc import ABC, abstractmethod
@@ -41,7 +42,7 @@ class Collective(ABC):
 
 @dataclass(frozen=True)
 class RingAllReduce(Collective):
-    """One ring all-reduce of several concatenated messages, of `payloads` bytes each."""
+    """One ring all-reduce of several concatenated messages, whose sizes in bytes are `payloads`."""
 
     payloads: tuple[int, ...]
 
@@ -65,7 +66,7 @@ class RingAllGather(Collective):
     def cost(self, workers: int) -> Cost:
         """Return the critical path: W - 1 sequential messages, or one and a half for two workers.
 
-        Small messages are sent to all workers at once (`TorchGroup.all_gather`).
+        Small messages are sent to all workers concurrently (`TorchGroup.all_gather`).
         Two workers share one connection, on which gloo signals "ready to receive" only after it has sent the first half
         of its own message. So the later worker sends this half before the other one can start.
         """
@@ -79,7 +80,7 @@ class AllToAll(Collective):
     """Every worker sends sizes[j] bytes to worker j."""
 
     sizes: Sequence[int]
-    to_self: bool = True  # count a worker's message to itself in its payload
+    to_self: bool = True  # True if the payload includes a worker's message to itself
 
     def wire(self, rank: int, workers: int) -> Bytes:
         total, own = sum(self.sizes), self.sizes[rank]

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from packsaddle.numerics.devices import has_streams
 
-_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # by type of device: the backend that needs no copy to the host
+_BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # the backend that needs no copy to the host, by type of device
 
 
 def accelerator() -> str | None:
-    """Return the type of the accelerator that torch can use: "cuda" (also for AMD's), "xpu", "mps", ...; else None."""
+    """Return the type of the accelerator that torch can use, such as "cuda" (also for AMD's) or "mps", or None."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type
 
 
 def local_device() -> torch.device:
-    """Return this process's accelerator, by LOCAL_RANK (0 if unset), or the CPU if there is none. Processes share
-    accelerators if the machine has fewer of them."""
+    """Return the accelerator with this process's LOCAL_RANK (0 if unset), or the CPU if there is no accelerator.
+    Processes share accelerators if the machine has fewer accelerators than processes."""
     kind = accelerator()
     if kind is None:
         return torch.device("cpu")
@@ -32,8 +32,8 @@ def local_device() -> torch.device:
 
 
 def direct_backend(processes: int) -> str | None:
-    """Return the backend for an accelerator's own collectives, such as "cuda:nccl". None if torch lacks it, or if the
-    machine has fewer accelerators than `processes`."""
+    """Return the backend for an accelerator's own collectives, such as "cuda:nccl". Returns None if torch lacks it, or
+    if the machine has fewer accelerators than `processes`."""
     kind = accelerator() or "cpu"
     name = _BACKENDS.get(kind, "")
     is_built = bool(name) and dist.is_backend_available(name)
@@ -41,14 +41,14 @@ def direct_backend(processes: int) -> str | None:
 
 
 def backend_for(group: dist.ProcessGroup, device: torch.device) -> str | None:
-    """Return the name of a process group's backend for a type of device, such as "gloo"; None if it has none."""
+    """Return the name of a process group's backend for a type of device, such as "gloo", or None if it has none."""
     pairs = (part.split(":") for part in dist.get_backend_config(group).split(","))
     return dict(pairs).get(device.type)
 
 
 def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Return True if a process group has a backend that exchanges tensors on `device` where they are. Gloo copies an
-    accelerator's tensors to the host itself, and blocks the host meanwhile, so it carries tensors of the CPU alone."""
+    """Return True if a process group has a backend that exchanges tensors on `device` without staging. For gloo this is
+    only the CPU: it copies an accelerator's tensors to the host itself, and blocks the host meanwhile."""
     return backend_for(group, device) not in ((None,) if device.type == "cpu" else (None, "gloo"))
 
 
@@ -68,8 +68,8 @@ def new_stream(device: torch.device) -> torch.Stream | None:
 
 
 def use_in_current_stream(tensor: Tensor) -> None:
-    """Keep the memory of a tensor that another stream allocated until the current stream has used it: if it is freed
-    before, that stream may already overwrite it with its next work."""
+    """Keep the memory of a tensor that another stream allocated until the current stream has used it. Otherwise the
+    other stream could overwrite the memory once the tensor is freed."""
     if has_streams(tensor.device):
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 
@@ -79,7 +79,7 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def check_not_capturing(call: str, device: torch.device) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured: `call` runs code of the host, which no replay repeats."""
+    """Raise RuntimeError if a CUDA graph is being captured: `call` runs code on the host, which no replay repeats."""
     if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "
@@ -88,8 +88,8 @@ def check_not_capturing(call: str, device: torch.device) -> None:
 
 
 def accelerators() -> dict[str, str]:
-    """Return a description of each accelerator that torch can use, by device, such as "NVIDIA H100, 80 GiB, compute
-    capability 9.0"; {} if there is none."""
+    """Return a dict from each accelerator that torch can use to its description, such as "NVIDIA H100, 80 GiB, compute
+    capability 9.0"."""
     kind = accelerator()
     if kind is None:
         return {}

@@ -14,8 +14,8 @@ from packsaddle.messages import numbered
 
 GRACE = 5.0  # seconds for the remaining workers to answer a roll call
 _PAUSE = 0.1
-# Substrings of gloo's network errors, and of NCCL's: on the host, in a collective (`TORCH_NCCL_BLOCKING_WAIT=1`, or the
-# first one of a group) or in a later one.
+# Substrings of network errors of gloo, and of NCCL, whose errors appear on the host: in the failing collective (with
+# TORCH_NCCL_BLOCKING_WAIT=1, or if it is the first one of a group) or in a later one.
 _NETWORK = (
     *("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe"),
     *("remote process exited", "collective operation timeout", "NCCL communicator was aborted"),
@@ -28,7 +28,7 @@ class PeerLostError(RuntimeError):
 
 @contextmanager
 def names_call(call: str) -> Iterator[None]:
-    """Context manager that adds the collective function `call`, which it runs, to the message of a PeerLostError."""
+    """Context manager for the collective function `call`, whose name it adds to the message of a PeerLostError."""
     try:
         yield
     except PeerLostError as error:
@@ -41,7 +41,7 @@ class Roll:
 
     answered: tuple[int, ...]  # ranks that answered, this worker's own included
     absent: tuple[int, ...]  # ranks that did not answer
-    reached: bool  # False: torch's store itself did not answer
+    reached: bool  # True if torch's store answered
 
 
 def is_network(error: Exception) -> bool:
@@ -109,7 +109,8 @@ class TerminatedError(RuntimeError):
 
 
 class WorkerFailedError(RuntimeError):
-    """A launched worker process failed; the message is the first error. `trace` is its traceback ("": none)."""
+    """A launched worker process failed; the message is the first error. `trace` is its traceback, or "" if there is
+    none."""
 
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)
@@ -118,7 +119,7 @@ class WorkerFailedError(RuntimeError):
 
 def failure_of(rank: int, failure: Any) -> Exception:
     """Return the exception to raise for `failure`, torch's record of the first worker that failed."""
-    if not isinstance(failure.message, dict):  # killed, or out of memory
+    if not isinstance(failure.message, dict):  # the worker was killed, for example out of memory
         return WorkerFailedError(f"worker {rank} failed: {failure.message}")
     message: str = failure.message["message"]
     kind, _, text = message.partition(": ")

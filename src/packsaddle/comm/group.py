@@ -3,9 +3,9 @@
 `Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL).
 `packsaddle.simulate` adds a group of threads.
 
-A TorchGroup stages tensors that its backends do not exchange where they are: those of MPS, of XPU without xccl, and of
-CUDA over gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
-current stream wait for that, so in a background thread it overlaps with training.
+A TorchGroup stages tensors that its backends cannot exchange directly: those on MPS, on XPU without xccl, and on CUDA
+with gloo. They are copied to the host, exchanged there by gloo, and copied back. Only the calling thread and the
+current stream wait for this, so it overlaps with training if it runs in a background thread.
 """
 
 import os
@@ -26,7 +26,8 @@ from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.transfers import assign, to_host
 
 ProcessGroup = dist.ProcessGroup
-SMALL = 4096  # bytes up to which a message is sent to all at once: gloo's ring would pass on W - 1 of them in sequence
+# Largest message, in bytes, that is sent to all workers concurrently; gloo's ring would send W - 1 in sequence.
+SMALL = 4096
 _NO_TAG = 7_654_321  # message tag for a receive that no send matches
 _CPU = torch.device("cpu")
 
@@ -36,8 +37,8 @@ class Group(ABC):
 
     rank: int
     size: int
-    processes = 1  # number of processes that are one worker, and among which its messages are divided
-    leads = True  # False: another process of this worker logs
+    processes = 1  # number of processes that form one worker and divide its messages
+    leads = True  # False if another process of this worker logs
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:
@@ -57,16 +58,16 @@ class Group(ABC):
 
     def background(self, device: torch.device) -> "Group | None":
         """Return a new group of the same workers whose collectives can overlap those of this one; collective.
-        None if collectives of this group cannot overlap other work."""
+        Returns None if collectives of this group cannot overlap other work."""
         return None
 
     def stages(self, device: torch.device) -> bool:
-        """Return True if the host waits within collectives of tensors on `device`, an accelerator: they are copied to
-        the host and back."""
+        """Return True if collectives of tensors on `device`, an accelerator, copy them to the host and back, so that
+        the host waits."""
         return False
 
     def accepts(self, device: torch.device) -> bool:
-        """Return True if the group can exchange tensors on `device`; else the group that `background` returns can."""
+        """Return True if the group can exchange tensors on `device`. If not, the group from `background` can."""
         return True
 
 
@@ -90,7 +91,7 @@ class Solo(Group):
 
 
 class TorchGroup(Group):
-    """A torch.distributed process group (None: the default one)."""
+    """A torch.distributed process group, by default torch's default group."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self._group = process_group
@@ -198,7 +199,8 @@ def ambient_group(group: Group) -> Iterator[None]:
 
 
 def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
-    """Return the group to use: the given one, else this thread's simulated one, else torch's default one, else Solo.
+    """Return the group to use: the given one, else this thread's simulated group, else torch's default group, else
+    Solo.
     Raises TypeError if `process_group` is not a group or None."""
     if isinstance(process_group, Group):
         return process_group
@@ -212,7 +214,7 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[Group]:
-    """Return one group for each set of processes, in the order in which these come first."""
+    """Return one group for each distinct set of processes, in the order of their first appearance."""
     return [TorchGroup(group) for group in {tuple(dist.get_process_group_ranks(g)): g for g in process_groups}.values()]
 
 
@@ -230,12 +232,12 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Return a new process group with the workers, timeout and backends of another, or with gloo if that cannot
-    exchange tensors on `device`; collective."""
+    """Return a new process group with the workers, timeout and backends of `process_group`; its backend is gloo if
+    those backends cannot exchange tensors on `device`. Collective."""
     ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
     backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
     group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # not a placeholder, since this worker is one of them
+    assert isinstance(group, dist.ProcessGroup)  # never a placeholder, since this worker is a member
     return group
 
 

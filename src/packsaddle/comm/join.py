@@ -15,8 +15,8 @@ from packsaddle.comm.group import Group
 
 
 class JoinableSteps(Joinable):
-    """A torch Joinable that counts its steps. Unsupported with `elastic` workers, which may join and leave.
-    `equal`: all workers make the same number of steps between two exchanges."""
+    """A torch Joinable that counts its steps. It does not support `elastic` workers, which may join and leave.
+    `equal` is True if all workers make the same number of steps between two exchanges."""
 
     steps: int
 
@@ -50,30 +50,31 @@ class JoinableSteps(Joinable):
 
     def _announce(self) -> None:
         """Announce a collective to workers that have ended; no-op outside of `Join`.
-        Raises RuntimeError for a second object in `Join`: ended workers would run it only at steps of the first one."""
+        Raises RuntimeError for a second object in `Join`: ended workers would run its collectives only at steps of the
+        first object."""
         if not self._join_config.enable:
             return
         if not self._join_config.is_first_joinable:
             raise RuntimeError("Join must have one LocalUpdates and nothing else: Join([local])")
-        work: Any = Join.notify_join_context(self)  # None if it is the only worker's
+        work: Any = Join.notify_join_context(self)  # None if `Join` is disabled
         if work is not None:
             work.wait()  # the all-reduce's tensor is freed here
 
 
 class EndedWorker(JoinHook):
-    """The hook of a worker that has ended its training: it takes part in the exchanges of the other workers."""
+    """The hook of a worker that has ended its training: it joins the exchanges of the other workers."""
 
     def __init__(self, of: JoinableSteps) -> None:
         self._of = of
 
     def main_hook(self) -> None:
-        """Advance the step count to the next step with collectives, and take part in these."""
+        """Advance the step count to the next step with collectives, and join these collectives."""
         while not self._of._attempted(has_ended=True):
             pass
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Set the step count to the largest of all workers, so that later exchanges are due at the same step on all.
-        No-op if the workers' steps are not equal."""
+        """Set the step count to the maximum over workers, so that later exchanges are due at the same step on all of
+        them. No-op if workers may make different numbers of steps between two exchanges."""
         mine = torch.tensor([self._of.steps], device=self._of.join_device)
         steps = [int(n) for n in self._of._group.all_gather(mine)]
         self._of.steps = max(steps) if self._of._is_equal else self._of.steps

@@ -70,7 +70,7 @@ def check_interface() -> None:
 
 
 def not_joined(error: Exception) -> str:
-    """Return the message, with advice, for a failed `init_process_group`; it ends with the first line of `error`."""
+    """Return the error message for a failed `init_process_group`: advice, then the first line of `error`."""
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -147,7 +147,7 @@ def asked_to_stop() -> bool:
 
 @contextmanager
 def recording_sigterm() -> Iterator[None]:
-    """Record a SIGTERM in the block, for `asked_to_stop`; a second one calls the previous handler.
+    """Context manager that records a SIGTERM, for `asked_to_stop`; a second SIGTERM calls the previous handler.
     Use it in the main thread."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
@@ -169,8 +169,8 @@ _MOMENT = 2.0  # seconds, enough for the launcher to receive a result
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
-    """Run entry(*args) in a launched worker and return its result. The worker then waits for the launcher's report that
-    all have returned. After SIGTERM there is no report, so it exits _MOMENT seconds later."""
+    """Run entry(*args) in a launched worker and return its result. Before it exits, the worker waits for the launcher's
+    report that all workers have returned. After SIGTERM there is no report, so it exits after _MOMENT seconds."""
     threading.Thread(target=_stop_with_launcher, daemon=True).start()
     # All workers are on this machine: use the loopback interface, so that no other machine can connect to them.
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
@@ -186,7 +186,8 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
 
 
 def _stop_with_launcher() -> None:
-    """Wait for the launcher's exit, then send this process SIGTERM: only a killed launcher exits before its workers."""
+    """Wait until the launcher exits, then send SIGTERM to this process. A launcher exits before its workers only if it
+    was killed."""
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
@@ -203,8 +204,8 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Context manager of the launcher's process group: NCCL (xccl on XPU) if every worker has a GPU, else gloo.
-    Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises ConfigError if it cannot be
-    initialized."""
+    Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises ConfigError if the group cannot
+    be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -229,10 +230,10 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
 
 
 def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
-    """Return `store`, `rank` and `world_size` for `init_process_group`; {} if torch's own store can be used.
+    """Return `store`, `rank` and `world_size` for `init_process_group`, or {} if torch's own store can be used.
 
-    With torchrun: its store, under a new key prefix, unless it never restarts workers. With other launchers: a store
-    in rank 0's process that listens only at MASTER_ADDR, or at BIND.
+    Under torchrun this is torchrun's store with a new key prefix, unless torchrun never restarts workers. Under other
+    launchers it is a store in rank 0's process that listens only at MASTER_ADDR, or at BIND if that is set.
     """
     is_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -254,8 +255,9 @@ def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
 
 
 def bound_store(address: str, port: int = 0, **options: Any) -> Any:
-    """Return a TCPStore that listens only at `address` ("::": all addresses) and `port` (0: a free one); `options` are
-    further arguments. Raises OSError if the address is not one of this machine, or the port is in use."""
+    """Return a TCPStore that listens only at `address`, or at all addresses for "::", and at `port`, or at a free port
+    for 0. `options` are further arguments. Raises OSError if the address is not one of this machine, or if the port is
+    in use."""
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server(
         (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
@@ -269,7 +271,8 @@ def bound_store(address: str, port: int = 0, **options: Any) -> Any:
 
 @contextmanager
 def _local_store() -> Iterator[str]:
-    """Context manager: the path of a file for the launcher's rendezvous, whose store listens at one address."""
+    """Context manager that yields the path of a file for the launcher's rendezvous, whose store then listens only at
+    one address."""
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
     # torch has no option for the address; in a version without this method the store listens at all addresses.
@@ -311,13 +314,13 @@ def _restoring_signal_handlers() -> Iterator[None]:
 
 @contextmanager
 def _holding_signals_at_start() -> Iterator[None]:
-    """Context manager: a signal that arrives while torch's launcher starts workers is handled once all are started. By
-    itself torch would raise before the launcher knows these workers, so it could not pass the signal on to them."""
+    """Context manager that delays a signal that arrives while torch's launcher starts workers until all are started.
+    Without it torch would raise before it has recorded these workers, and so could not forward the signal to them."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import api
 
     handle = getattr(api, "_terminate_process_handler", None)
-    if handle is None:  # a version of torch with another handler, whose signals are not held
+    if handle is None:  # this version of torch has no such handler, so signals are not delayed
         yield
         return
     start, starting, held = LocalElasticAgent._start_workers, False, list[int]()
@@ -380,7 +383,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
                 rdzv_configs={"store_type": "file"},
                 local_addr="localhost",
                 max_restarts=0,
-                start_method="forkserver",  # torch is imported once, and every worker is a fork of it
+                start_method="forkserver",  # torch is imported once, in a server that forks every worker
                 monitor_interval=0.1,
             )
             return elastic_launch(config, in_worker)(entry, *args)[0]

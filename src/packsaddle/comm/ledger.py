@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT = 1000  # most spans to keep
+_KEPT = 1000  # maximum number of spans
 Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Byte counts of one worker: the `payload` (its own messages), and bytes `sent` and `received` over the network.
+    """Byte counts of one worker: `payload`, the bytes of its own messages, and bytes `sent` and `received`.
 
     `sent` and `received` include messages of other workers that this one forwards in a ring.
 
@@ -31,7 +31,7 @@ class Bytes:
         return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
 
     def part_of(self, processes: int) -> "Bytes":
-        """Return the part of one of `processes` processes in these bytes, rounded up."""
+        """Return the bytes of one process if `processes` of them divide these bytes equally, rounded up."""
         return Bytes(*(-(-n // processes) for n in (self.payload, self.sent, self.received)))
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._spans: deque[Span] = deque(maxlen=_KEPT)
-        self._totals: dict[tuple[str, str], Bytes] = {}  # by purpose and collective
+        self._totals: dict[tuple[str, str], Bytes] = {}  # total bytes by purpose and collective
 
     def __str__(self) -> str:
         rows = [("bytes", "payload", "sent", "received")]
@@ -101,7 +101,7 @@ class Ledger:
             self._spans.append(Span(step, step, current))
 
     def at(self, step: int) -> Mapping[str, Bytes]:
-        """Return the bytes of one step by purpose; empty if nothing was sent, or if its span is no longer kept."""
+        """Return the bytes of one step by purpose, or {} if nothing was sent, or if its span is no longer kept."""
         for span in reversed(self.spans):
             if span.first <= step <= span.last:
                 return span.by_purpose

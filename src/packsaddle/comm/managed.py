@@ -89,13 +89,13 @@ def connect(
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT; by default the value of TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
         min_workers: minimum number of workers for an exchange to be applied; identical on all workers.
-        timeout: limit in seconds for a collective, or for fetching the state of another worker. Like the other two, a
-            number or text such as "55ms" or "2min".
+        timeout: limit in seconds for a collective, or for fetching the state of another worker. All three times are
+            numbers, or text such as "55ms" or "2min".
         quorum_timeout: seconds to wait for other workers to join an exchange.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers; by default its address in the connection to the lighthouse.
-        bind: the address at which this worker's servers listen; "::" for all. None: its address in the connection to
-            the lighthouse, or `hostname` if that one is localhost.
+        bind: the address at which this worker's servers listen; "::" for all addresses. By default, its address in the
+            connection to the lighthouse, or `hostname` if that address is localhost.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
     torchft, ConfigError if there is no lighthouse, and ValueError for a time that cannot be parsed.
@@ -143,7 +143,8 @@ def connect(
                 replica_id=name,
                 hostname=here,
                 checkpoint_transport=_transport(here, listen, timeout),
-                quorum_retries=max(1, int(quorum_timeout / _AGAIN)),  # else one failure uses up quorum_timeout
+                # Without retries one failure would use up quorum_timeout.
+                quorum_retries=max(1, int(quorum_timeout / _AGAIN)),
             )
     except RuntimeError as error:
         raise ConfigError(_absent(address, str(error))) from None
@@ -172,7 +173,8 @@ def reach(host: str, port: int, seconds: float) -> str:
 
 
 def lighthouse_address() -> tuple[str, int] | None:
-    """Return the lighthouse's host and port from TORCHFT_LIGHTHOUSE; None if unset. Raises ConfigError if invalid."""
+    """Return the lighthouse's host and port from TORCHFT_LIGHTHOUSE, or None if that is unset. Raises ConfigError if it
+    is invalid."""
     return _place(os.environ[LIGHTHOUSE]) if os.environ.get(LIGHTHOUSE) else None
 
 
@@ -213,7 +215,7 @@ def _transport(host: str, listen: str, seconds: float) -> Any:
                 http.urllib.request.urlopen(address, timeout=timeout.total_seconds()) as answer,
                 warnings.catch_warnings(),
             ):
-                warnings.simplefilter("ignore", UserWarning)  # torch's, about non-writable buffers
+                warnings.simplefilter("ignore", UserWarning)  # torch warns about non-writable buffers
                 return http._streaming_load(answer, weights_only=True)
 
     class Server(http._IPv6HTTPServer):  # type: ignore[misc]

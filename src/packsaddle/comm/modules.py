@@ -29,11 +29,13 @@ def recorded_modules() -> list[nn.Module]:
 
 
 def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
-    """Return True if a DistributedDataParallel without a hook averages gradients of these parameters in the group."""
+    """Return True if a DistributedDataParallel model without a communication hook averages gradients of some of these
+    parameters over workers of `group`."""
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False
     ours, workers = {id(p) for p in parameters}, set(group.ranks)
     models = [m for m in recorded_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    averaging = [m for m in models if not getattr(m, "_comm_hooks", True)]  # missing during its construction
+    # A model has no attribute _comm_hooks during its construction.
+    averaging = [m for m in models if not getattr(m, "_comm_hooks", True)]
     shared = [m for m in averaging if len(workers.intersection(dist.get_process_group_ranks(m.process_group))) > 1]
     return any(id(p) in ours for model in shared for p in model.module.parameters())

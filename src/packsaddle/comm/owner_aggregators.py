@@ -2,8 +2,8 @@
 
 With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star.
 
-An owner takes its own v uncompressed in its chunk, since no other worker receives it, and may compress the mean again.
-Of the residual r of that mean it keeps W r in its own error memory, so that the next mean contains r once:
+In its own chunk an owner averages its v uncompressed, since it need not send it. It may compress the mean again. If r
+is the residual of the compressed mean, it keeps W r in its error memory, so that the next mean contains r once:
 
     m = (v_j + sum_{i != j} C(v_i)) / W,    r = m - B(m),    e_j <- W r    in the chunk of worker j
 """
@@ -43,7 +43,7 @@ class Owners(Aggregator):
 
     @property
     def _knows_replies(self) -> bool:
-        """True if a reply for a chunk has the size of any worker's message for it, so that sizes are not sent."""
+        """True if a reply for a chunk has the same size as each worker's message for it, so that sizes are not sent."""
         return self.compressor.fixed_size and self.back == self.compressor
 
     @abstractmethod
@@ -84,11 +84,11 @@ class Owners(Aggregator):
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> tuple[Message, Tensor]:
-        """Return the owner's reply, the compressed mean of its chunk, and the residual of that.
+        """Return the owner's reply, the compressed mean of its chunk, and the residual of this compression.
         If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
-        # m, with this worker's own v as it is.
+        # Compute m, in which this worker's own v is uncompressed.
         mean = v[a:b] / len(received)
         for worker, parts in enumerate(received):
             with invalid.of(worker):
@@ -138,7 +138,7 @@ class Owners(Aggregator):
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
     ) -> list[Parts]:
-        """Send this worker's reply to all; return all workers' replies, of at most `most` bytes each, by rank."""
+        """Send this worker's reply to all workers; return all replies, of at most `most` bytes each, by rank."""
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
         return slice(*self.bounds(d, workers)[rank : rank + 2])
@@ -188,7 +188,8 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns an equal chunk: all-to-all to the owners, all-gather of the means, by default compressed too."""
+    """Each worker owns an equal chunk. An all-to-all sends the messages to the owners, and an all-gather sends the
+    means, by default also compressed, to all workers."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)
@@ -208,7 +209,7 @@ class TwoWay(Owners):
 
 
 class Coordinator(Owners):
-    """Rank 0 owns the whole vector: a gather to rank 0, then a broadcast of the mean, by default uncompressed."""
+    """Rank 0 owns the whole vector. It gathers the messages, and broadcasts the mean, by default uncompressed."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or Identity())

@@ -18,7 +18,7 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "low-rank all-reduce": LowRankAllReduce,
 }
 
-_CLEARLY_LESS = 0.95  # "auto" replaces "direct" only by an exchange with at most this ratio of its bytes
+_CLEARLY_LESS = 0.95  # "auto" replaces "direct" only by an exchange that sends at most this fraction of its bytes
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator", "senders"]
 
@@ -33,7 +33,8 @@ class Choice:
 
 
 def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
-    """Warn if d = 0, so that everything is sent uncompressed. `stacklevel` is that of `warnings.warn` in the caller."""
+    """Warn if d = 0, since then everything is sent uncompressed. `stacklevel` is that of a `warnings.warn` in the
+    caller of this function."""
     if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
@@ -63,9 +64,10 @@ def choose(
     """Return the aggregator for d compressed and `dense` uncompressed coordinates.
 
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (two all-reduces for
-    SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct" or, in place of an all-gather, "two-way"
-    if its busiest worker is predicted to send over 5% fewer bytes. "two-way" and "coordinator" may compress the mean
-    again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does not support it or d.
+    SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct", or "two-way" in place of an all-gather
+    if its busiest worker is predicted to send over 5% fewer bytes than that of "direct". "two-way" and "coordinator"
+    may compress the mean again, with `back`. Raises ValueError if the exchange is unknown, or if the compressor does
+    not support it or d.
     """
     check_exchange(exchange, back)
     name = compressor.aggregation
@@ -85,8 +87,8 @@ def choose(
         owners = TwoWay if exchange == "two-way" else Coordinator
         choice = Choice(owners(compressor, back), exchange, "asked for")
     else:
-        # "auto": the fewest bytes sent by the busiest worker. The exact mean needs fewer messages, and is preferred
-        # unless another exchange saves 5%. A two-way exchange needs at least one coordinate per worker.
+        # "auto": minimize the bytes that the busiest worker sends. The exact mean needs fewer messages, and is
+        # preferred unless another exchange saves 5%. A two-way exchange needs at least one coordinate per worker.
         candidates: dict[str, Aggregator] = {name: direct}
         if name == "all-gather" and d >= workers:
             candidates["two-way"] = TwoWay(compressor)

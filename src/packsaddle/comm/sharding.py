@@ -11,19 +11,20 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Return True if this process has a part of the tensor, a shard of a DTensor."""
+    """Return True if this process has only a part of the tensor, as of a sharded DTensor."""
     return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return the local shard of a DTensor, or another tensor itself; detached, sharing memory."""
+    """Return the local shard of a DTensor, or a plain tensor itself; the result is detached and shares memory."""
     here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return here.detach()
 
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
-    """Return this worker's part of a whole tensor, under the placements of the parameter p (all of it for a plain p).
-    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others."""
+    """Return this worker's part of a whole tensor, by the placements of the parameter p, or all of it for a plain p.
+    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after other shards.
+    """
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
         if hasattr(placement, "dim"):

@@ -28,7 +28,7 @@ class _Turns:
         self.size = size
         self._turn = 0
         self._lock = threading.Lock()
-        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # by rank, to wake one thread only
+        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # one per rank, to wake one thread only
         self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
         self._result: list[tuple[Tensor, ...]] = []
         self.computed: Sequence[Any] = ()  # results of `computed_at_once`, by rank
@@ -53,7 +53,7 @@ class _Turns:
                 changed.notify_all()
 
     def finish(self, rank: int) -> None:
-        """Mark this worker as finished. Raises RuntimeError if another one waits for it in a collective."""
+        """Mark this worker as finished. Raises RuntimeError if another worker waits for it in a collective."""
         if rank != self._finished or any(entry is not None for entry in self._table):
             raise RuntimeError(f"worker {rank} finished while another waits for it in a collective")
         self._finished += 1
@@ -114,9 +114,9 @@ class SimulatedGroup(Group):
 class FusedGroup(Group):
     """One process that emulates W workers: its tensors are the means of the workers' tensors.
 
-    Exact, up to rounding, for linear compressors such as RandomK and Identity, with which workers exchange only means
-    of vectors that are linear in their gradients. The workers' batches are processed as one batch, and the one error
-    memory is the mean of theirs. Bytes are counted as for W workers.
+    This is exact, up to rounding, for linear compressors such as RandomK and Identity, with which workers exchange only
+    means of vectors that are linear in their gradients. The workers' batches are processed as one batch, and the one
+    error memory is the mean of theirs. Bytes are counted as for W workers.
     """
 
     rank = 0

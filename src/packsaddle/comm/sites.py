@@ -1,8 +1,8 @@
 """Sites as workers: several processes train one model, and share the exchanges with other sites.
 
-A site may shard the model over its processes, as FSDP2 does: then each process exchanges its shard with its peers, the
-processes of the other sites that have the same one. Or each process has the whole model, as in DistributedDataParallel:
-then `SiteGroup` divides every message among the processes.
+A site may shard the model over its processes, as FSDP2 does. Each process then exchanges its shard with its peers, the
+processes of the other sites that have the same shard. Or each process has the whole model, as in
+DistributedDataParallel. `SiteGroup` then divides every message among the processes.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from packsaddle.comm.group import Group, TorchGroup, same_workers, training_grou
 
 
 class SiteGroup(Group):
-    """A group whose workers are sites of whole models: `rank` is the index of this site, `size` the number of sites.
+    """A group whose workers are sites, each process of which has the whole model. `rank` is the index of this site, and
+    `size` the number of sites.
 
     Each process exchanges its part of a tensor with its peers, and then gathers the other parts within the site. Every
     process of a site must call the same collectives with the same values.
@@ -58,7 +59,7 @@ class SiteGroup(Group):
         return -(-size // self.processes)
 
     def _part(self, tensor: Tensor) -> Tensor:
-        """Return a copy of this process's part of a tensor, flat; the last parts are padded."""
+        """Return a flat copy of this process's part of a tensor; the last parts are padded."""
         length, flat = self._length(tensor.numel()), tensor.reshape(-1)
         part = flat.new_zeros(length)
         mine = flat[self._within.rank * length :][:length]
@@ -66,7 +67,7 @@ class SiteGroup(Group):
         return part
 
     def _gathered(self, part: Tensor) -> Tensor:
-        """Return the tensors `part` of all processes of this site, stacked."""
+        """Gather `part` from all processes of this site, and return the stacked tensors."""
         data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no numbers of 8 bits
         return torch.stack(self._within.all_gather(data)).view(part.dtype)
 
@@ -81,8 +82,9 @@ class SiteGroup(Group):
 
 
 def group_of_workers(given: Group | dist.ProcessGroup | DeviceMesh | None) -> Group:
-    """Return the group to train in, as `training_group` does; of a mesh that of the sites, which its first dimension
-    numbers, while its other dimensions number the processes of a site. Collective with a mesh of three dimensions."""
+    """Return the group to train in, as `training_group` does. For a mesh this is the group of the sites: the first
+    dimension of the mesh is the site, and the other dimensions are the processes of a site. Collective for a mesh of
+    three dimensions."""
     if not isinstance(given, DeviceMesh):
         return training_group(given)
     if given.ndim == 1:

@@ -169,7 +169,7 @@ class Compressor(ABC):
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
         """Return (number of coordinates, probability that each is sent) for consecutive ranges that cover v, float[d].
-        None if the probability depends on the values of v."""
+        Returns None if the probability depends on the values of v."""
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
@@ -183,7 +183,8 @@ class Compressor(ABC):
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
         """Return one compressor for each section of a vector, a range of coordinates that is compressed separately.
 
-        Together they send about as much as this compressor of the whole vector, more from sections of larger magnitude.
+        Together they send about as many coordinates as this compressor sends of the whole vector, and they send more
+        from sections of larger magnitude.
         `samples` has some coordinates of each section, float[1 or more], and `sizes` the section lengths. Returns None
         if a section is compressed in the same way whatever the other sections contain.
         """
@@ -196,8 +197,8 @@ class Compressor(ABC):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         """Predict the message size in bytes for a vector of d coordinates of `itemsize` bytes each.
 
-        Exact if `expected_parts` has fixed lengths. Otherwise measured on a Gaussian vector of at most 2^20 coordinates
-        and scaled to d.
+        The prediction is exact if `expected_parts` has fixed lengths. Otherwise the size is measured on a Gaussian
+        vector of at most 2^20 coordinates and scaled to d.
         """
         if (expected := _expected_parts(self, d)) is not None and all(e.least == e.most for e in expected.values()):
             return sum(e.nbytes(itemsize) for e in expected.values())
@@ -218,8 +219,8 @@ class Compressor(ABC):
 
 
 def cut_sizes(sizes: Sequence[int], start: int, stop: int, d: int) -> tuple[int, ...]:
-    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation, of d
-    coordinates; () if `sizes`, the tensors' lengths, are of another vector."""
+    """Return the lengths of the parts of tensors that are in the chunk [start, stop) of their concatenation.
+    `sizes` are the tensors' lengths. Returns () if they do not add up to d, the length of the concatenation."""
     if sum(sizes) != d:
         return ()
     parts = (min(stop, end) - max(start, end - n) for n, end in zip(sizes, accumulate(sizes), strict=True))
@@ -241,9 +242,9 @@ def part_count(compressor: Compressor, d: int) -> int:
 class RatioRamp:
     """A schedule of a compressor's ratio, which falls geometrically from `first` at step 0 to its own value at `stop`.
 
-    Call it with a step to get the compressor of that step. Warm-up of Deep Gradient Compression (Lin et al. 2018,
-    section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or if
-    `stop` is below 1.
+    Call it with a step to get the compressor for that step. It is the warm-up of Deep Gradient Compression (Lin et al.
+    2018, section 3.3). Raises ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or
+    if `stop` is below 1.
 
     >>> from packsaddle import RatioRamp, TopK
     >>> ramp = RatioRamp(TopK(0.01), stop=100)

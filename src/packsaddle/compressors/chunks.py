@@ -44,7 +44,7 @@ class Chunks:
 
     @property
     def share(self) -> float:
-        """The smallest fraction of coordinates kept in a chunk, over all chunks; 1 if there are no chunks."""
+        """The smallest fraction of coordinates kept in a chunk, over all chunks, or 1 if there are no chunks."""
         shares = [self.kept / self.size] * bool(self.whole) + [self.kept_of_rest / max(1, self.rest)] * bool(self.rest)
         return min(shares, default=1.0)
 

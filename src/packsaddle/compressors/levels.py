@@ -33,7 +33,7 @@ class Layer:
     """Sizes of layer j, the set of coordinates with |level| above j, a subset of those with |level| at least j."""
 
     members: int  # number of coordinates with magnitude at least j
-    going_on: int  # number with magnitude above j, the `members` of layer j + 1
+    going_on: int  # number of coordinates with magnitude above j, i.e. the `members` of layer j + 1
 
     @property
     def inverted(self) -> bool:
@@ -61,13 +61,14 @@ class Layer:
 
 
 def histogram(codes: Tensor) -> Tensor:
-    """Return the numbers of each value in uint8[d], int64[256]; the host does not wait on a GPU."""
+    """Return the number of occurrences of each value in `codes`, uint8[d], as int64[256].
+    If `codes` is on a GPU, the host does not wait for it."""
     if loop := kernel("count_codes", device=codes.device):
         counts: Tensor = loop(codes)
         return counts
     if codes.device.type == "cpu":
         return torch.bincount(codes, minlength=256)
-    # In 64 histograms, so that fewer additions to one number wait for each other, and in pieces, to bound memory.
+    # Count in 64 histograms, so that fewer additions wait for the same counter, and in pieces, to bound memory.
     counts = torch.zeros(64 * 256, dtype=torch.int64, device=codes.device)
     for slab in torch.split(codes, _SLAB):
         places = torch.arange(len(slab), device=codes.device).remainder_(64).mul_(256).add_(slab)
@@ -76,8 +77,11 @@ def histogram(codes: Tensor) -> Tensor:
 
 
 def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = None) -> Tensor:
-    """Entropy-code d levels from -top to top as uint8[...]; `codes`, uint8[d], has level + top, in `bits` bits each.
-    `counts`, int64[256] on the CPU, is their `histogram`. If it is None, the host waits for it on a GPU."""
+    """Entropy-code d integer levels from -top to top as uint8[...].
+
+    `codes`, uint8[d], contains level + top for each level; a code has `bits` bits. `counts`, int64[256] on the CPU, is
+    the `histogram` of the codes. If it is None, it is computed here, and the host waits for it if `codes` is on a GPU.
+    """
     d = len(codes)
     if not d:
         return codes
@@ -109,7 +113,7 @@ def encode_levels(codes: Tensor, top: int, bits: int, counts: Tensor | None = No
 
 
 def _headed(head: Sequence[int], *bodies: Tensor) -> Tensor:
-    """Return bytes, of which the first are given as numbers; the host does not wait on a GPU."""
+    """Concatenate bytes: `head`, given as numbers, and the tensors `bodies`. The host does not wait for a GPU."""
     return torch.cat([*(bodies[0].new_full((1,), number) for number in head), *bodies])
 
 
@@ -118,8 +122,8 @@ def level_bytes(d: int, bits: int) -> Expected:
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int] | None = None) -> Tensor:
-    """Invert `encode_levels`: return level + top for d levels, uint8[d]. `head` are the first two bytes of `coded`, as
-    far as it has them; None: they are read. Raises MessageError if `coded` is invalid."""
+    """Invert `encode_levels`: return level + top for each of d levels, uint8[d]. Raises MessageError if `coded` is
+    invalid. `head` is the list of the first two bytes of `coded`, or fewer if it is shorter; if None, it is read."""
     head = coded[:2].tolist() if head is None else head
     code = head[0] if d and head else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
@@ -139,8 +143,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack level + top for d levels, uint8[d] (int32[d] above 8 bits). Raises MessageError if one is invalid, except
-    on a GPU, where the check would synchronize."""
+    """Unpack the codes level + top of d levels, `bits` bits each, to uint8[d], or to int32[d] above 8 bits. Raises
+    MessageError if a code is invalid, except on a GPU, where the check would synchronize."""
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and codes.device.type == "cpu" and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)
@@ -148,7 +152,7 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def _folded(codes: Tensor, top: int) -> Tensor:
-    """Map levels 0, 1, -1, 2, -2, ..., given as codes level + top, to 0, 1, 2, 3, 4, ..., uint8[d]."""
+    """Map the levels 0, 1, -1, 2, -2, ... to 0, 1, 2, 3, 4, ..., uint8[d]; `codes` contains level + top for each."""
     return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
 
 
@@ -175,8 +179,8 @@ def _in_layers(codes: Tensor, top: int, layers: Sequence[Layer]) -> Tensor:
 
 
 def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
-    """Decode the output of `_in_layers`, with `count` layers, to level + top, uint8[d]. Raises MessageError if its
-    lengths disagree."""
+    """Decode the output of `_in_layers`, with `count` layers, to level + top for each level, uint8[d]. Raises
+    MessageError if the sizes in its header contradict each other or the length of `coded`."""
     # The header has two numbers per layer: the coordinates in it, and the bytes of its coded gaps.
     width = _width(d)
     start = 2 + math.ceil(2 * count * width / 8)

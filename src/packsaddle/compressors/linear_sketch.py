@@ -102,7 +102,8 @@ class LinearSketch(Compressor):
             out.add_(rows.T @ part, alpha=scale)
 
     def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:
-        """Return the Gaussian matrix S, float[c, d], in blocks of rows. Identical on every worker, up to rounding."""
+        """Return the Gaussian matrix S, float[c, d], in blocks of rows; it is identical on all workers up to
+        rounding."""
         c, blocks = self.width(d), []
         for start in range(0, c, _GAUSSIAN_ROWS):
             rows = like.new_zeros(min(_GAUSSIAN_ROWS, c - start), d)

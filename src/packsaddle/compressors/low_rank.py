@@ -62,12 +62,13 @@ class LowRank(Compressor):
         return [t.view(shape) for t, shape in zip(torch.split(v, [n * m for n, m in shapes]), shapes, strict=True)]
 
     def rank(self, shape: tuple[int, int]) -> int:
-        """Return the rank used for a matrix of this shape; 0: sent uncompressed."""
+        """Return the rank used for a matrix of this shape, or 0 if the matrix is sent uncompressed."""
         n, m = shape
         return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
 
     def mu(self, d: int) -> float:
-        """Return the smallest matrix_rank / min(n, m) over the matrices in v, float[d]; holds in expectation over Q."""
+        """Return a lower bound on the contraction in expectation over Q: the smallest matrix_rank / min(n, m) over the
+        matrices in v, float[d]."""
         shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
         return min([1.0, *shares])
 
@@ -86,7 +87,8 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message of P, float[n, rank], and P^T M for P in `ps` and M in `matrices` (M if the rank is 0)."""
+        """Return the message with P, float[n, rank], and P^T M for each P in `ps` and its M in `matrices`.
+        A matrix M of rank 0 is in the message itself, uncompressed."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 

@@ -16,8 +16,9 @@ from packsaddle.messages import shown
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Checks = list[tuple[Tensor, MessageError]]  # a bool[] on a GPU, and the error if it is False
-deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)  # where `require` keeps checks
+Checks = list[tuple[Tensor, MessageError]]  # pairs of a bool[] on a GPU and the error to raise if it is False
+# The list to which `require` appends its checks on a GPU; None: it raises immediately.
+deferred: ContextVar[Checks | None] = ContextVar("packsaddle_checks", default=None)
 
 
 class Expected(NamedTuple):
@@ -39,17 +40,19 @@ class Expected(NamedTuple):
 
     def describes(self, part: Tensor) -> bool:
         fits = part.dtype in self.dtypes and self.least <= part.numel() <= self.most
-        is_read = self.last is not None and part.device.type == "cpu"  # on a GPU it would synchronize
+        is_read = self.last is not None and part.device.type == "cpu"  # on a GPU, reading the element would synchronize
         return fits and (not is_read or int(part[-1]) == self.last)
 
 
 def floats(n: int, *dtypes: torch.dtype) -> Expected:
-    """Return the `Expected` of a message part of n numbers with one of `dtypes`; default: any floating-point."""
+    """Return the `Expected` of a message part of n numbers with one of `dtypes`, by default any floating-point
+    dtype."""
     return Expected(dtypes or _FLOATING, n, n)
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a message part of `least` to `most` bytes (None: `least`) that ends with `last`."""
+    """Return the `Expected` of a message part of `least` to `most` bytes, by default exactly `least`, of which the last
+    is `last`, by default any."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 
@@ -76,8 +79,9 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
 
 
 def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
-    """Raise MessageError, for which the other arguments are, unless is_valid, bool[]. On a GPU the host would wait: if
-    `deferred` has a list, the check and its error are appended to it instead."""
+    """Raise MessageError unless `is_valid`, a bool[], is True; the other arguments form the error's text.
+    Reading a bool[] on a GPU makes the host wait, so the check and its error are appended to the list in `deferred`
+    instead, if there is one."""
     error = MessageError(part, expected, found)
     if is_valid.device.type != "cpu" and (checks := deferred.get()) is not None:
         checks.append((is_valid, error))
@@ -86,8 +90,8 @@ def require(is_valid: Tensor, part: str, expected: str, found: object) -> None:
 
 
 class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
-    """Context manager that adds the compressor, and `prefix` before the part's name, to MessageErrors, raised or
-    deferred."""
+    """A context manager that completes MessageErrors raised or deferred in it: it adds the compressor, and puts
+    `prefix` before the name of the part."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix

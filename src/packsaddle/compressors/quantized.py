@@ -58,7 +58,7 @@ class Sign(Compressor):
 
     fixed_size: ClassVar[bool] = True
     summary: ClassVar[Summary] = Summary("||v||_1^2 / (d ||v||_2^2)", "a bit for each coordinate, and a scale")
-    per_tensor: bool = False  # one scale per tensor instead of one for the vector
+    per_tensor: bool = False  # use a scale per tensor instead of one for the vector
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ class Sign(Compressor):
 
 
 def _mean_magnitudes(v: Tensor, sizes: list[int]) -> Tensor:
-    """Return the mean magnitude ||t||_1 / d of each run t of v, of d coordinates in `sizes`, float64[runs]; summed in
-    float64 to avoid overflow; 0 if d is 0."""
+    """Return the mean magnitude of each run of consecutive coordinates of v, float64[runs]; the mean of an empty run
+    is 0. `sizes` are the lengths of the runs. Sums are in float64 to avoid overflow."""
     if loop := kernel("sums_of_magnitudes", v):
         means: Tensor = loop(v, sizes) / torch.tensor(sizes).clamp_min_(1)
         return means
@@ -111,8 +111,9 @@ class Rounded(Compressor):
     """A compressor that sends every coordinate, rounded to nearest in a format of few bits (`compressors.values`).
 
     The default, "int2", sends a sign and a bit that selects one of two levels in each block of 256 coordinates: the
-    mean of the magnitudes up to their mean, and that of the larger ones. It has 2.1 bits a coordinate; of a Gaussian
-    vector 12% of ||v||^2 remains for the error memory, with `Sign` 36%. Raises ValueError for an unknown format.
+    mean of the magnitudes up to their mean, and that of the larger ones. It takes 2.1 bits per coordinate. For a
+    Gaussian vector, 12% of ||v||^2 remains for the error memory; with `Sign`, 36% remains. Raises ValueError for an
+    unknown format.
 
     >>> import torch
     >>> from packsaddle import Rounded
@@ -221,7 +222,7 @@ class QSGD(Compressor):
             levels, norms = torch.cat(packed), torch.cat(scales)
         if self.fixed_size:
             return Message({"levels": levels, "scales": norms})
-        # Skip buckets whose norm is 0. The host waits once on a GPU, unless many are 0.
+        # Skip buckets whose norm is 0. On a GPU the host waits once, unless many norms are 0.
         nonzero, *numbers = read(norms.count_nonzero(), *([] if on_cpu else [histogram(levels)]))
         some = self._not_zero(norms, len(v), nonzero)
         counts = torch.tensor(numbers[0]) if numbers and some is None else None
@@ -231,7 +232,7 @@ class QSGD(Compressor):
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Quantize n buckets, float[n, b], which begin at index `first` of v.
-        Returns level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
+        Returns the code level + `levels` of each coordinate, int64[n, b], and the norm of each bucket, float[n]."""
         largest = buckets.abs().amax(1, keepdim=True)
         # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
@@ -250,7 +251,7 @@ class QSGD(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         norms, d = message.parts["scales"], len(out)
         scale = alpha / (self.levels * (1 + self.omega(d)))
-        # The levels are in the context, except of a message from `encode` in a fixed number of bits.
+        # The context contains the levels, unless the message comes from `encode` and has a fixed number of bits.
         codes, some = message.context or self.context_of(message.parts, d, seed=0, step=0)
         if some is None:
             self._add(codes, norms, self._width(d), out, scale)
@@ -262,8 +263,8 @@ class QSGD(Compressor):
     def context_of(
         self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int
     ) -> "tuple[Tensor, _Buckets | None]":
-        # Codes are level + `levels`, uint8[n] or int32[n], of the n coordinates of these buckets (None: all). On a GPU,
-        # codes of up to 8 bits stay packed, for the Triton kernel.
+        # Return the code level + `levels` of each coordinate in the buckets sent, uint8[n] or int32[n], and these
+        # buckets (None: all). On a GPU, codes of up to 8 bits stay packed, for the Triton kernel.
         coded = parts["levels"]
         if not self.fixed_size:
             head, nonzero = read(coded[:2], parts["scales"].count_nonzero())
@@ -289,8 +290,8 @@ class QSGD(Compressor):
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # this order avoids overflow
 
     def _not_zero(self, norms: Tensor, d: int, nonzero: int) -> "_Buckets | None":
-        """Return the buckets with a nonzero norm, of which there are `nonzero`: only their levels are entropy-coded and
-        sent. None (send all buckets) if over 7/8 are nonzero, or if buckets do not end at byte boundaries."""
+        """Return the `nonzero` buckets whose norm is not 0; only their levels are entropy-coded and sent. Returns None,
+        so that all are sent, if more than 7/8 are nonzero, or if buckets do not end at byte boundaries."""
         b = self._width(d)
         if b * self.bits % 8 or 8 * nonzero > 7 * len(norms):
             return None
@@ -310,7 +311,8 @@ class _Buckets:
 
     @cached_property
     def _cut(self) -> int:
-        """The number of coordinates missing from the vector's shorter last bucket; 0 if it is not in the subset."""
+        """The number of coordinates missing from the vector's shorter last bucket, or 0 if that is not in the
+        subset."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 
@@ -319,7 +321,7 @@ class _Buckets:
         return len(self.index) * self.width - self._cut
 
     def of(self, codes: Tensor) -> Tensor:
-        """Return the codes of the coordinates in these buckets, uint8[coordinates], from those of all, uint8[d]."""
+        """Select from `codes` of all coordinates, uint8[d], those of the coordinates in these buckets."""
         buckets = torch.nn.functional.pad(codes, (0, -self.d % self.width)).view(-1, self.width)
         return buckets[self.index].view(-1)[: self.coordinates]
 

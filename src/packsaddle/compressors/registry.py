@@ -69,7 +69,8 @@ def _argument(node: ast.expr) -> Any:
 
 
 def describe(compressor: Compressor) -> str:
-    """Return a compressor's constructor call as text, without default values; no arguments if it is not a dataclass."""
+    """Return a compressor's constructor call as text, without arguments equal to their defaults, and without any
+    argument if the compressor is not a dataclass."""
     given = [(f, getattr(compressor, f.name)) for f in _fields(compressor)]
     shown = [f"{f.name}={_described(value)}" for f, value in given if value != f.default]
     return f"{type(compressor).__name__}({', '.join(shown)})"

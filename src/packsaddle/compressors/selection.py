@@ -86,7 +86,8 @@ def largest_of_blocks(
 
 
 def _top(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest integers, increasing int64[k]; the first among equal ones. CPU only."""
+    """Return the indices of the k largest integers, increasing int64[k]. Among equal ones, the first are selected.
+    CPU only."""
     n = len(magnitudes)
     if k in (0, n):
         return torch.arange(k)
@@ -99,8 +100,8 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
-    """Estimate from `sample`, float[m], a threshold that at least k of n magnitudes reach, and the number that do.
-    The threshold is for `as_integers`; fewer than k magnitudes rarely reach it."""
+    """Estimate from `sample`, float[m], a threshold that k or more of n magnitudes reach, and how many reach it.
+    The threshold is compared with `as_integers`. Only rarely do fewer than k magnitudes reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
     # A margin of four standard deviations, plus 8 for small expected counts.
@@ -121,8 +122,8 @@ def holding(v: Tensor, share: float) -> Tensor:
     int64[...].
 
     A histogram of the energy over the leading bits of the magnitudes gives the leading bits of the smallest selected
-    magnitude; histograms of the magnitudes in its bin over the next bits give the others. Among equal magnitudes the
-    first are selected. Empty if v is zero; only the index of the largest magnitude if v is non-finite.
+    magnitude; histograms of the magnitudes in its bin over the next bits give its other bits. Among equal magnitudes
+    the first are selected. Returns no index if v is zero, and that of the largest magnitude if v is non-finite.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
@@ -193,8 +194,9 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate the fraction of energy to send in each section, to send the fraction `share` of the vector's energy.
-    `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`."""
+    """Estimate the fraction of its energy to send in each section, so that `share` of the vector's energy is sent.
+    `samples` are those of `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`.
+    """
     pooled = widened(torch.cat(list(samples)))
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
     index = holding(pooled, share)
@@ -214,7 +216,8 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
     """Divide `total` into integers proportional to `weights`, each clamped to [1, size] by its size in `sizes`.
-    Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1."""
+    Rounding is by largest remainders. `total` is first clamped to [number of sizes, sum of sizes]; sizes must be at
+    least 1."""
     total = min(max(total, len(sizes)), sum(sizes))
     # Add a small weight proportional to the size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0

@@ -74,7 +74,8 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the flat sketch of v, float[d], with the randomness `drawn`; empty if all values are sent instead."""
+        """Return the flat sketch of v, float[d], with the randomness `drawn`, or an empty tensor if all values are sent
+        instead."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
@@ -85,7 +86,8 @@ class SharedSupport(KOfD):
         """Return the number of elements of the sketch, and of the values sent, for a vector of d coordinates."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the cells to keep from those sent, `places`, by their `values`, for d coordinates; default: all."""
+        """Select the cells to keep from `places`, the cells that were sent, by their exact `values`; by default all.
+        The vector has d coordinates."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -117,7 +119,7 @@ class SharedSupport(KOfD):
 class SharedTopK(SharedSupport):
     """A compressor that keeps the blocks with the largest estimated energy of the workers' mean (after ARC-TopK, 2025).
 
-    k is `ratio` * d, rounded and at least 1, or given. The vector is divided into B blocks of `block_size` b
+    k is given, or is `ratio` * d, rounded and at least 1. The vector is divided into B blocks of `block_size` b
     coordinates. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
     float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j,
     r = `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709
@@ -168,10 +170,12 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        return -(-d // max(1, d * kept // k))  # the most blocks of which `kept` are the fraction k/d or more
+        # For the largest number of blocks such that `kept` of them are at least the fraction k/d.
+        return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:
-        """Return (blocks, kept blocks, projections per block) for d coordinates; 0 projections: all blocks are kept."""
+        """Return (blocks, kept blocks, projections per block) for d coordinates. If all blocks are kept, there are 0
+        projections."""
         if not d:
             return 0, 0, 0
         b, r = self.block(d), self.projections
@@ -231,7 +235,7 @@ class SketchTopK(SharedSupport):
 
     First the workers' sketches, `rows` x `columns` counters, are all-reduced. They estimate the mean; the P k
     coordinates of largest estimated magnitude are candidates, P = `oversample`. Then the exact values of the candidates
-    are all-reduced, and the k of largest exact magnitude are kept. k is `ratio` * d, rounded and at least 1, or given.
+    are all-reduced, and the k of largest exact magnitude are kept. k is given, or is `ratio` * d rounded, at least 1.
     All workers keep the same coordinates and the mean is compressed, as Theorem 3.1 requires.
 
     The estimate is the median over rows; in each row its variance is at most ||v||^2 / columns (see
@@ -270,7 +274,7 @@ class SketchTopK(SharedSupport):
         return replace(self, columns=columns, k=super().restrict(start, stop, d).k)
 
     def shape(self, d: int) -> tuple[int, int, int]:
-        """Return (rows, columns, candidates) of the sketch of d coordinates; (0, 0, d) if all values are sent."""
+        """Return (rows, columns, candidates) for a sketch of d coordinates, or (0, 0, d) if all values are sent."""
         if not d:
             return 0, 0, 0
         k = self.count(d)
@@ -298,7 +302,8 @@ class SketchTopK(SharedSupport):
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the candidates, increasing: the coordinates of d whose magnitudes estimated by `sketch` are largest.
+        """Return the candidates, increasing: the coordinates of d whose magnitudes, estimated from `sketch`, are
+        largest.
 
         Coordinates that share a counter with a much larger one have the same estimate in that row. So ties are broken
         in cyclic order from the random coordinate in `drawn` on, not by position.
@@ -317,6 +322,6 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Select the k of m candidates `places`, in d coordinates, with the largest exact `values` in magnitude."""
+        """Select the k candidates in `places`, coordinates of d, whose exact `values` have the largest magnitudes."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

@@ -30,7 +30,7 @@ from packsaddle.compressors.values import (
 )
 from packsaddle.numerics.seeds import mix, sample_without_replacement
 
-_LONGEST_CHUNK = 1 << 30  # coordinates
+_LONGEST_CHUNK = 1 << 30  # largest valid `chunk`, in coordinates
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Cells:
         return values.view(-1)
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
-        """Add alpha * values to the coordinates of out, float[d], in these cells, in place; values as from `gather`."""
+        """Add alpha * values to the coordinates of out, float[d], in these cells, in place. `values` has the form that
+        `gather` returns."""
         if self.size == 1:
             out.index_add_(0, self.index, values, alpha=alpha)
             return
@@ -143,10 +144,10 @@ class KOfD(Compressor):
         return replace(self, k=min(part, max(1, round(self.k * part / d)))) if self.k is not None and part else self
 
     def count(self, d: int) -> int:
-        """Return the number of coordinates to send of d coordinates: k, or ratio * d, rounded and at least 1."""
+        """Return the number of coordinates to send out of d: k, or ratio * d, rounded and at least 1."""
         if self.k is not None:
             return min(self.k, d)
-        assert self.ratio is not None  # __post_init__
+        assert self.ratio is not None  # guaranteed by __post_init__
         return min(d, max(1, round(self.ratio * d)))
 
     def mu(self, d: int) -> float:
@@ -188,9 +189,9 @@ class _OfEachTensor(KOfD):
 
 @dataclass(frozen=True)
 class RandomK(_OfEachTensor):
-    """A linear compressor that keeps k random coordinates, identical on all workers; sends no indices. mu = k/d.
+    """A linear compressor that keeps k random coordinates, identical on all workers, and sends no indices; mu = k/d.
 
-    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values are not rescaled by d/k: error
+    k is given, or is `ratio` * d, rounded and at least 1 (Stich et al. 2018). Values are not rescaled by d/k: error
     feedback needs a contraction, not an unbiased estimate.
 
     The vector is divided into cells of `block_size` b consecutive coordinates, which makes memory accesses contiguous.
@@ -276,7 +277,8 @@ class RandomK(_OfEachTensor):
         return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the indices of the kept coordinates of d, int64[...], on `device`; a pure function of (seed, step)."""
+        """Return the indices of the kept coordinates out of d, int64[...], on `device`: a pure function of (seed,
+        step)."""
         return self.cells(d, seed=seed, step=step, device=device).coordinates(d)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -343,7 +345,7 @@ class _CodedSupport(Compressor):
 class TopK(_CodedSupport, _OfEachTensor):
     """A compressor that keeps the k coordinates of largest magnitude; it is not linear. mu >= k/d.
 
-    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). A message has values and coded indices.
+    k is given, or is `ratio` * d, rounded and at least 1 (Stich et al. 2018). A message has values and coded indices.
 
     With `chunk` n the ratio applies to each run of n consecutive coordinates separately, rounded and at least 1; the
     last run may be shorter. The largest k_j of n_j coordinates have at least the fraction k_j / n_j of their energy, so
@@ -387,7 +389,7 @@ class TopK(_CodedSupport, _OfEachTensor):
             raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
 
     def chunks(self, d: int) -> Chunks | None:
-        """Return the division of a vector of d coordinates into chunks; None without `chunk`."""
+        """Return the division of a vector of d coordinates into chunks, or None if `chunk` is None."""
         return None if self.chunk is None else Chunks.of(d, self.chunk, lambda n: KOfD.count(self, n))
 
     def count(self, d: int) -> int:
@@ -400,7 +402,7 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
         """Return one TopK per section of a vector; their k, estimated from `samples` and `sizes`, add up to its k.
-        None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
+        Returns None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
         if self.per_tensor or self.chunk is not None:
             return None
         k = self.count(sum(sizes))

@@ -24,9 +24,10 @@ class Stages(Compressor):
     that of r_{i-1}. So C is a (1 - (1 - mu)^p)-compressor if each C_i is a mu-compressor. A message has the parts of
     all passes: "1 signs", "2 signs", ....
 
-    Linear compressors are not allowed: a larger ratio sends as much, in one part and by all-reduce. Messages are
-    all-gathered, even for compressors with another aggregation (LowRank, SketchTopK). Raises ValueError if the
-    compressor is not a Compressor, or is linear or lossless, or if passes is not a positive integer.
+    Linear compressors are not allowed: with a larger ratio, one pass sends the same number of coordinates in one part,
+    which can be all-reduced. Messages are all-gathered, even for compressors with another aggregation (LowRank,
+    SketchTopK). Raises ValueError if the compressor is not a Compressor, or is linear or lossless, or if passes is not
+    a positive integer.
 
     >>> import torch
     >>> from packsaddle import Sign, Stages

@@ -13,7 +13,7 @@ from torch import Tensor
 from packsaddle.compressors import Compressor, Message
 from packsaddle.compressors.base import check_count
 
-STANDARD_ERRORS = 5.0  # tolerance of means; a correct random compressor fails about one comparison in three million
+STANDARD_ERRORS = 5.0  # tolerance for means; a correct random compressor fails about one comparison in three million
 
 
 def nasty_vectors() -> dict[str, Tensor]:
@@ -115,8 +115,8 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, `fixed_size` is true.
-    Errors begin with `where`."""
+    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, and `fixed_size` is
+    False if the size varies. Errors begin with `where`."""
     d, scratch = len(v), v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
     assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"

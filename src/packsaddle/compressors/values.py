@@ -1,9 +1,9 @@
 """Rounding of the sent values to formats of fewer bits, in blocks of values with one scale or a few levels each.
 
 Floating-point formats, "int8" and "int4" round to nearest after division by the largest magnitude of the block. "int1",
-"int2" and "int3" store a sign and one of 1, 2 or 4 levels per value: magnitudes are split at the mean of their block,
-for "int3" each half again at its own mean, and a level is the mean of its magnitudes. For formats of at most 4 bits,
-scales and levels are sent in 16 bits, relative to the largest of all.
+"int2" and "int3" store a sign and one of 1, 2 or 4 levels per value. For "int2" and "int3", magnitudes are split at the
+mean of their block, and for "int3" each half is split again at its own mean. A level is the mean of the magnitudes in
+its part. Formats of at most 4 bits send scales and levels in 16 bits, relative to the largest one in the vector.
 """
 
 import math
@@ -23,12 +23,13 @@ ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", 
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # values per block
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; an extra last byte has the number of values modulo 8
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits per value; one more byte has the length modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
-_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # largest valid code; a subnormal unit makes it almost 2 units
+# Largest valid code of a scale, almost 2 units: rounding may make a subnormal unit smaller than the largest scale.
+_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1
 
 
 def check_format(owner: str, how: object) -> None:
@@ -38,8 +39,9 @@ def check_format(owner: str, how: object) -> None:
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", a scale per block.
-    Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1]."""
+    """Encode `values`, float[k], in format `how` as the parts "values" and "scales", which has a scale per block.
+    In formats of at most 4 bits, scales have 16 bits and are relative to a part "unit", float[1]. If `how` is None,
+    the only part is "values", unchanged."""
     if how is None:
         return {"values": values}
     if not len(values):
@@ -52,7 +54,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     # Divide by the largest magnitude of the block, so that values of any scale fit the format.
     scales = blocks.abs().amax(1)
     parts = {"scales": scales}
-    # Divide by the scale as rounded to 16 bits, by which the receiver multiplies.
+    # Divide by the scale after its rounding to 16 bits, since the receiver multiplies by the rounded scale.
     if how in _PACKED:
         parts = _scales_to_16_bits(scales, values.dtype)
         scales = _scales_of(parts, values.dtype)
@@ -73,9 +75,9 @@ def _in_blocks(values: Tensor) -> Tensor:
 
 
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
-    """Return a sign and the number of a level of its block for each value, packed, and the levels, float64[blocks,
-    2^halvings]."""
-    # In float32 alone, whose sums in float64 do not depend on their order.
+    """Return the packed codes of the values, each a sign and the number of a level of its block, and the levels,
+    float64[blocks, 2^halvings]."""
+    # The loop is for float32 alone: its sums in float64 do not depend on their order.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
         return coded
@@ -100,8 +102,9 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest as "unit", to relative error 2^-9
-    (more below 2^-252 of the largest). The unit, in `dtype`, is non-finite if any scale is."""
+    """Encode nonnegative scales, float[m], as "scales", int16[m], and the largest scale in `dtype` as "unit".
+    The relative error is at most 2^-9, but larger for scales below 2^-252 of the largest. The unit is non-finite if any
+    scale is."""
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, widened(scales) / widened(unit), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
@@ -131,7 +134,7 @@ def decode_values(
     parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype, k: int | None = None
 ) -> Tensor:
     """Invert `encode_values`: return the values, float[k]. `parts` must have passed `check_values`. If k is None, it is
-    read from them, for which the host waits on a GPU."""
+    read from `parts`; the host then waits for a GPU."""
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how) if k is None else k, _scales_of(parts, dtype)
@@ -184,12 +187,12 @@ def _counted(packed: Tensor, k: int) -> Tensor:
 
 
 def value_retention(how: ValueFormat | None) -> float:
-    """Return a lower bound on 1 - ||v - round(v)||^2 / ||v||^2, the energy retained, for a format (None: 1).
+    """Return a lower bound on the retained energy 1 - ||v - round(v)||^2 / ||v||^2 of a format; without a format, 1.
 
     int8 and int4: in a block with largest magnitude m, errors are at most m / (2 l) for l levels and never above the
-    value, so the lost fraction is at most (b - 1) / (4 l^2 + b - 1) for b values. A scale within 2^-9 of m costs int4
-    less than 2^-7 of that. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the bounds
-    leave room for subnormals and the rounding of the scaling.
+    value, so the lost fraction is at most (b - 1) / (4 l^2 + b - 1) for b values. Rounding the scale of int4 changes it
+    by at most 2^-9 of m, which reduces the retained energy by less than 2^-7 of it. bfloat16 has a unit roundoff of
+    2^-8, float16 of 2^-11 and float32 of 2^-24; the bounds leave room for subnormals and the rounding of the scaling.
 
     int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
     least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,

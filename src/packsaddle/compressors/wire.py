@@ -105,7 +105,7 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; other arguments are not stored.
+    """Encode the gaps between increasing indices, int64[k], in Rice codes, uint8[...]; nothing else is stored.
 
     There are `kept` indices in each chunk of `size` coordinates: index i is in [c size, (c + 1) size) with
     c = floor(i / kept), and the first gap of a chunk is relative to its start.
@@ -127,7 +127,8 @@ def unary_bits(numbers: Tensor, b: int) -> Tensor:
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
-    """Invert `pack_gaps`: return the indices, int64[k], all in their chunks and below `stop`, or `require` fails."""
+    """Invert `pack_gaps`: return the indices, int64[k]. `require` fails unless all are in their chunks and below
+    `stop`."""
     index, is_valid = unpack_rice(packed, k, b, stop, torch.int64)
     # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
@@ -139,8 +140,8 @@ def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int,
 
 
 def _required(index: Tensor, is_valid: Tensor, stop: int, part: str, expected: str, size: int) -> Tensor:
-    """Return increasing indices from a message's `part` of `size` bytes, after `require` that they are valid and below
-    `stop`. A device whose check is deferred reads and writes at them, so there they are clamped."""
+    """Return increasing indices from a message's `part` of `size` bytes; `require` fails unless they are valid and
+    below `stop`. They are clamped on a device that defers this check, since memory is accessed at them before it."""
     require(is_valid & (index[-1:] < stop).all(), part, expected, f"{size} bytes that are not")
     return index if index.device.type == "cpu" else index.clamp_(0, max(0, stop - 1))
 
@@ -156,7 +157,7 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     if k in (0, d):
         return torch.empty(0, dtype=torch.uint8, device=index.device)
     width, b = _width(d), _rice_parameter(d, k)
-    # Without remainders, the Rice codes are the bitmap up to its last one: of equal length, the bitmap itself.
+    # If b is 0, there are no remainders, and the Rice codes are the bits of the bitmap up to its last 1.
     rice = pack_gaps(index, k, d, b) if b else _bitmap(index, d)[: int(index[-1]) // 8 + 1]
     sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
     code = min(sizes, key=lambda c: sizes[c])
@@ -216,7 +217,8 @@ def _rice_parameter(d: int, k: int) -> int:
 
 
 def shortest_rice(n: int, k: int) -> int:
-    """Return the b of the shortest codes of k random indices of n (Kiely 2004, "Selecting the Golomb Parameter")."""
+    """Return the Rice parameter with the shortest codes for k random indices in [0, n) (Kiely 2004, "Selecting the
+    Golomb Parameter")."""
     if 2 * k >= n:
         return 0
     golden = (5**0.5 - 1) / 2

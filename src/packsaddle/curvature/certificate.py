@@ -22,8 +22,8 @@ _WITHOUT_EPSILON = "no verdict on stationarity without epsilon (--epsilon), the 
 
 
 class Verdict(StrEnum):
-    """The verdict of a certificate on a point, by its gradient norm and smallest Hessian eigenvalue; without epsilon by
-    the sign of the eigenvalue alone (`NOT_A_MINIMUM`, `NO_NEGATIVE_CURVATURE` or `UNDECIDED`)."""
+    """The verdict of a certificate on a point, from its gradient norm and smallest Hessian eigenvalue. Without epsilon
+    only the sign of the eigenvalue decides (`NOT_A_MINIMUM`, `NO_NEGATIVE_CURVATURE` or `UNDECIDED`)."""
 
     SECOND_ORDER_STATIONARY = "second-order stationary"
     SADDLE = "saddle"
@@ -39,14 +39,14 @@ class Verdict(StrEnum):
 
 
 def threshold_of(epsilon: float | None, rho: float) -> float | None:
-    """Return the threshold of lambda_min, -sqrt(rho epsilon); None without epsilon."""
+    """Return the threshold for lambda_min, -sqrt(rho epsilon), or None without epsilon."""
     return None if epsilon is None else -math.sqrt(rho * epsilon)
 
 
 def judge(least: float, most: float, epsilon: float | None, rho: float, lower: float, upper: float) -> Verdict:
     """Return the verdict from bounds on the gradient norm (`least`, `most`) and on lambda_min (`lower`, `upper`).
 
-    The limits are epsilon and -sqrt(rho epsilon) (Definition 2.4). Without epsilon the limit of lambda_min is 0.
+    The limits are epsilon and -sqrt(rho epsilon) (Definition 2.4). Without epsilon the limit for lambda_min is 0.
     """
     if epsilon is None:
         if upper < 0:
@@ -63,7 +63,8 @@ def judge(least: float, most: float, epsilon: float | None, rho: float, lower: f
 
 
 def headline_of(verdict: Verdict, epsilon: float | None, lower: float, upper: float) -> str:
-    """Return the verdict as text, without epsilon with the bounds on lambda_min (`lower`, `upper`) that it rests on."""
+    """Return the verdict as text. If epsilon is None, the text includes the bound on lambda_min that proves the
+    verdict, `lower` or `upper`."""
     if verdict is Verdict.NOT_A_MINIMUM:
         return f"{verdict}: lambda_min is at most {upper:.3e}"
     if verdict is Verdict.NO_NEGATIVE_CURVATURE:
@@ -80,45 +81,45 @@ def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The verdict on one point and its evidence; H is the Hessian of the mean loss over the examples, in eval mode.
+    """The verdict on one point and its evidence. H is the Hessian of the mean loss over the examples, in eval mode.
 
-    A pilot is a first search on fewer examples. If it finds the direction v of a saddle, other eigenvalues are not
+    A pilot is a first search on fewer examples. If it finds the direction v of a saddle, the other eigenvalues are not
     bounded. The loss along v is evaluated if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
     """
 
-    verdict: Verdict  # verdict on the point
-    epsilon: float | None  # threshold of the gradient norm; None: not given, so the verdict is on the curvature alone
+    verdict: Verdict
+    epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     loss: float
-    grad_norm: float  # ||grad f||, norm of the gradient
+    grad_norm: float  # ||grad f||
     grad_norm_error: float | None  # standard error of the gradient; None: the examples are not a sample
-    lambda_min_upper: float  # upper bound on lambda_min: the escape direction's Rayleigh quotient plus rounding
+    lambda_min_upper: float  # upper bound on lambda_min: the Rayleigh quotient of the escape direction, plus rounding
     lambda_min_lower: float  # lower bound on lambda_min, up to the failure probability; -inf if a pilot found v
     lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value minus rounding; -inf if a pilot found v
-    lambda_max_upper: float  # upper bound on lambda_max, with a failure probability of its own; inf if a pilot found v
+    lambda_max_upper: float  # upper bound on lambda_max, with a separate failure probability; inf if a pilot found v
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float  # failure probability of each bound that depends on the random start
-    threshold: float | None  # threshold of lambda_min, -sqrt(rho epsilon); None without epsilon
+    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None without epsilon
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    hessian_lipschitz_estimated: bool  # True: rho was measured along v, which underestimates it
-    escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
-    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, of the pilot's Hessian if any; None: not stored
+    hessian_lipschitz_estimated: bool  # True if rho was measured along v, which underestimates rho
+    escape_direction: Tensor  # unit vector v, float64[d]; for a sharded model, this worker's part of it
+    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, of a pilot's Hessian if any; None: not stored
     slope: float  # <grad f, v>, derivative of the loss along v
-    escape_distance: float | None  # distance s with the lowest f(x + s v) found, may be < 0; None: not evaluated
+    escape_distance: float | None  # distance s, of either sign, with the lowest f(x + s v) found; None: not evaluated
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
     escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 over all s evaluated
     ritz_values: tuple[float, ...]  # Ritz values of the Hessian, ascending
     ritz_shares: tuple[float, ...]  # squared inner product of the random unit start with each Ritz vector
     examples: int  # number of examples in the mean loss
-    sample_of: int | None  # number of examples from which they were drawn; None: they are all
+    sample_of: int | None  # number of examples from which these were drawn; None: not a sample
     pilot_examples: int | None  # examples in the pilot search that found v and the Ritz values; None: no pilot
     pilot_hvps: int  # Hessian-vector products over the pilot's examples
     precision: str  # dtype of the products; the recurrences are in float64
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
-    hvp_reason: str | None  # error message if double backward failed; None: it did not, or was not tried
-    hvp_error: float  # error of a product of a unit vector, measured or estimated; included in both bounds
-    hvp_step: float | None  # last step h of the differences; None: double backward
+    hvp_reason: str | None  # error message of double backward; None: no error, or not tried
+    hvp_error: float  # error of a product with a unit vector, measured or estimated; included in both bounds
+    hvp_step: float | None  # last step h of the differences; None: double backward was used
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # passes over the examples, two per double-backward product; a pilot counts in proportion
+    backward_passes: int  # passes over the examples, two per double-backward product; a pilot's count as fractions
     bytes_sent: int  # bytes sent by this worker
     seconds: float  # time for the whole certificate
 
@@ -130,7 +131,7 @@ class Certificate:
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon; None without epsilon or without
+        """The rho below which the point is a saddle, lambda_min_upper^2 / epsilon, or None if there is no epsilon or no
         negative curvature."""
         return None if self.epsilon is None or self.lambda_min_upper >= 0 else self.lambda_min_upper**2 / self.epsilon
 
@@ -146,12 +147,12 @@ class Certificate:
 
     @property
     def headline(self) -> str:
-        """The verdict as text; without epsilon it has the bounds on lambda_min on which the verdict rests."""
+        """The verdict as text. Without epsilon the text includes the bounds on lambda_min that prove the verdict."""
         return headline_of(self.verdict, self.epsilon, self.lambda_min_lower, self.lambda_min_upper)
 
     @property
     def loss_name(self) -> str:
-        """A description of the function whose Hessian this is."""
+        """A description of the certified loss function."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
@@ -187,7 +188,7 @@ class Certificate:
         return "\n  ".join(lines)
 
     def _curvature(self) -> list[str]:
-        # The search stops after one Hessian-vector product if the gradient's norm alone decides.
+        # The search stops after one Hessian-vector product if the gradient norm alone decides the verdict.
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:
             return ["no search for negative curvature: the gradient decides"]
         if self.pilot_examples is None:
@@ -223,7 +224,7 @@ class Certificate:
         if self.verdict is not Verdict.SECOND_ORDER_STATIONARY:
             return []
 
-        # A large rho makes Definition 2.4 weak, and a rho measured from below may be too small.
+        # A large rho makes Definition 2.4 weak, and a measured rho is a lower estimate, which may be too small.
         below, lines = self.saddle_below_rho, []
         if self.hessian_lipschitz_estimated:
             other = "a smaller one asks for more" if below is None else f"below rho = {below:.1e} this is a saddle"
@@ -244,29 +245,30 @@ def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Share:
-    """Bounds from m certificates on the fraction of a run's iterates that are second-order stationary."""
+    """Bounds on the fraction of a run's iterates that are second-order stationary, from m certificates."""
 
     drawn: int  # m, number of iterates drawn and certified
-    stationary: int  # number certified as second-order stationary
-    refuted: int  # number of saddles and of too large gradients; the other iterates are undecided
+    stationary: int  # number of iterates certified as second-order stationary
+    refuted: int  # number of iterates that are saddles or have too large gradients; the others are undecided
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":
-        """Count the `verdicts` of m certificates."""
+        """Count the verdicts of m certificates."""
         stationary = sum(v is Verdict.SECOND_ORDER_STATIONARY for v in verdicts)
         refuted = sum(v in (Verdict.SADDLE, Verdict.GRADIENT_TOO_LARGE) for v in verdicts)
         return cls(len(verdicts), stationary, refuted)
 
     @property
     def all_fail(self) -> float:
-        """2^-m, an upper bound on the probability that no draw is stationary, if at least half of the iterates are."""
+        """2^-m, an upper bound on the probability that no drawn iterate is stationary if at least half of the run's
+        iterates are."""
         return 0.5**self.drawn
 
     @property
     def surprise(self) -> float:
         """A p-value of the theorem's promise that at least half of the iterates are second-order stationary: an upper
         bound on the probability of at most this many stationary draws, undecided ones included."""
-        from scipy.special import bdtr  # slow to import, and only this needs it
+        from scipy.special import bdtr  # imported here because it is slow to import
 
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
@@ -278,7 +280,7 @@ class Share:
         """
         if self.stationary == 0:
             return 0.0
-        from scipy.special import betaincinv  # slow to import, and only this needs it
+        from scipy.special import betaincinv  # imported here because it is slow to import
 
         return float(betaincinv(self.stationary, self.drawn - self.stationary + 1, 1 - confidence))
 

@@ -44,15 +44,15 @@ def certify(
             by FSDP2 or tensor parallelism, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: a list, or another iterable that yields the same batches every time.
-        epsilon: threshold of the gradient norm; that of the smallest eigenvalue is -sqrt(rho epsilon). None: no
-            verdict on stationarity, only on the sign of the smallest eigenvalue, which is then searched until the
-            residual of v is at most a tenth of it. Set epsilon to compare points.
-        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. None: measured along the escape direction v as
-            ||H(x + h v) v - H(x - h v) v|| / (2 h).
+        epsilon: threshold for the gradient norm; the threshold for the smallest eigenvalue is -sqrt(rho epsilon).
+            Without it there is no verdict on stationarity, only on the sign of the smallest eigenvalue. The search then
+            continues until the residual of v is at most a tenth of that eigenvalue. Set epsilon to compare points.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian. By default it is measured along the escape
+            direction v as ||H(x + h v) v - H(x - h v) v|| / (2 h).
         search: the limits of the search, its precision, and the method of Hessian-vector products.
         sample_of: size of the data set from which the batches of all workers were drawn. If it exceeds their number of
             examples, the certificate has a standard error of the gradient, from the variation between batches.
-        process_group: the workers; None for the default group, or this process alone.
+        process_group: the group of the workers; by default torch's default group, or this process alone.
         tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches, if it is used.
         progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
 
@@ -78,12 +78,13 @@ def certify(
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         grad_norm_error = None
-        if sample_of is not None:  # corrected for drawing without replacement
+        if sample_of is not None:  # correct the error for drawing without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """Prove a saddle by a direction found on a subset of the examples; if that fails, search on all."""
+            """Prove a saddle by a direction found on a subset of the examples. If that fails, search on all
+            examples."""
             full, pilot_search = CurvatureSearch(products, *settings), None
             if not full.gradient_decides and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 pilot_search = pilot(full, batches, of)
@@ -141,7 +142,7 @@ class CertifyEvery:
     """A counter of training steps that certifies the model's parameters every `every` steps; collective.
 
     Args:
-        model, loss_fn, batches: as for `certify`; batches are this worker's, equal in every iteration.
+        model, loss_fn, batches: as for `certify`; `batches` are those of this worker, identical in every iteration.
         every: steps between two certificates.
         at: a function that returns a context in which all workers have equal parameters, such as
             `LocalUpdates.at_anchor`; by default the current parameters are certified.
@@ -157,7 +158,7 @@ class CertifyEvery:
     >>> loss_fn = lambda model, batch: (model(batch) - batch).square().mean()
     >>> watch = CertifyEvery(model, loss_fn, x.split(16), every=50, epsilon=10.0, hessian_lipschitz=1.0)
     >>> for step in range(100):
-    ...     certificate = watch.step()  # after the optimizer's; None between two certificates
+    ...     certificate = watch.step()  # call it after the optimizer's step; None between two certificates
     >>> [(step, str(c.verdict)) for step, c in watch.certificates]
     [(50, 'second-order stationary'), (100, 'second-order stationary')]
     """
@@ -176,7 +177,7 @@ class CertifyEvery:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.every = every
-        self.steps = 0  # steps counted so far
+        self.steps = 0
         self.certificates: list[tuple[int, Certificate]] = []
         self._certify: Callable[[], Certificate] = partial(certify, model, loss_fn, batches, **options)
         self._at, self._on_certificate = at, on_certificate

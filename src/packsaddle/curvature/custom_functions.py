@@ -14,7 +14,7 @@ _GENERATED = ("torch._library.", "torch._functorch.")  # modules in which torch 
 
 
 def custom_functions(loss: Tensor) -> set[str]:
-    """Return the names of the functions in a loss's graph that are not torch's own."""
+    """Return the names of the functions in a loss's graph that are not from torch."""
     return {name for node in graph_nodes([loss]) if (name := _custom_name(node)) is not None}
 
 

@@ -25,7 +25,7 @@ class GradientNoise:
     per_example: float  # tr(Cov) of the gradient of one example
     error: float  # standard error of `per_example`, from the variation between batches; inf for a single pair
     batch_size: float  # mean number of examples in a batch
-    batches: int  # number of batches compared, of all workers
+    batches: int  # number of batches compared, over all workers
     workers: int  # W, number of workers whose batches are averaged in a step
     d: int  # number of trainable coordinates
 
@@ -45,12 +45,12 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
-        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`; inf if `std` is 0.
+        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`, or inf if `std` is 0.
         It holds with momentum too: the noise is added to the gradient, so both are accumulated identically."""
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
-        """Return the std r of artificial noise whose norm, r sqrt(d), is `times` that of mini-batch noise."""
+        """Return the std r of artificial noise whose norm, r sqrt(d), is `times` the norm of mini-batch noise."""
         return times * self.std / math.sqrt(self.d)
 
 
@@ -64,18 +64,18 @@ def gradient_noise(
 ) -> GradientNoise:
     """Measure the variance of mini-batch gradients at the model's current parameters; collective.
 
-    The k-th batch has n_k examples, the first k batches have N_k and mean gradient m_k. Each
-    n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). Their mean is
-    the sample variance, and their variation gives its standard error.
+    The k-th batch has n_k examples and gradient g_k; the first k batches have N_k examples and mean gradient m_k. Each
+    n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). The mean of
+    these estimates is the sample variance, and their variation gives its standard error.
 
     Args:
         model: a network, evaluated in eval mode to exclude noise from dropout and batch statistics.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
-        batches: this worker's, at least two, drawn as in training; eight determine `std` to about 10%.
+        batches: at least two batches of this worker, drawn as in training; eight determine `std` to about 10%.
         workers: W, the number of workers whose batches a step averages; by default the size of the process group.
-        process_group: the workers; None for the default group, or this process alone.
+        process_group: the group of the workers; by default torch's default group, or this process alone.
 
-    Raises ValueError for invalid arguments, NotFiniteError if a gradient is not finite.
+    Raises ValueError for invalid arguments, and NotFiniteError if a gradient is not finite.
     """
     group = resolve(process_group)
     if workers is not None and workers < 1:
@@ -89,7 +89,7 @@ def gradient_noise(
     sums = sums.to(device_of_doubles(next(model.parameters()).device))
     group.all_reduce(sums)
     total, squares, count, seen, short = sums.tolist()
-    if short:  # identical on all workers, so that all raise
+    if short:  # `short` is identical on all workers, so that all raise
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")

@@ -64,10 +64,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class Curvature:
     """Derivatives of the mean loss at a network's current parameters, as flat vectors over the trainable ones.
 
-    `loss_fn(model, batch)` returns the mean loss of a batch. `batches` are this worker's, an iterable that can be
-    iterated repeatedly; a worker may have none if another has some. Construction is collective and evaluates the loss
-    twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an exhausted
-    iterator), or without examples or trainable parameters; NotFiniteError if the loss is not finite.
+    `loss_fn(model, batch)` returns the mean loss of a batch. `batches` are those of this worker, an iterable that can
+    be iterated repeatedly; a worker may have none if another has some. Construction is collective and evaluates the
+    loss twice. Raises ValueError if the two values differ on any worker (data augmentation, shuffling, an exhausted
+    iterator), or if there are no examples or no trainable parameters, and NotFiniteError if the loss is not finite.
     """
 
     has_double_backward = True
@@ -79,11 +79,11 @@ class Curvature:
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # largest number of elements of one vector that one worker stores
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
-        self.device = device_of_doubles(self.parameters[0].device)  # of vectors
+        self.device = device_of_doubles(self.parameters[0].device)  # the device of vectors
         self.products = 0  # Hessian-vector products so far
-        self.passes = 0.0  # backward passes over the examples so far; passes over a part count in proportion
+        self.passes = 0.0  # backward passes over all examples so far; a pass over a part of them counts as a fraction
         self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
-        self._derives = False  # True: the loss itself computes gradients, as a gradient penalty does
+        self._derives = False  # True if the loss itself computes gradients, as a gradient penalty does
         self._displaced = 0  # number of gradients at displaced points so far; seeds stochastic rounding
 
         # Evaluate sum_b n_b loss_b twice: the values differ if loss or batches are random.
@@ -97,7 +97,7 @@ class Curvature:
         loss, examples, differ, apart, *short = self.sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
-        if differ:  # on any worker, so that all of them raise
+        if differ:  # True if the values differ on any worker, so that all workers raise
             raise ValueError(
                 "loss_fn gave two values for the same parameters and batches: pass batches that can be read twice (a "
                 "list or a DataLoader, not an iterator), and switch off shuffling, augmentation and anything else that "
@@ -115,7 +115,7 @@ class Curvature:
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Return True if two checksums of all parameters of this worker differ from rank 0's; collective."""
+        """Return True if this worker's parameters differ from rank 0's, by two checksums; collective."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self._model.parameters():
             values = self._doubles(p.detach())
@@ -125,8 +125,8 @@ class Curvature:
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
-        """Return the summed loss of this worker's examples, float64[], and their number; each loss runs in the context
-        `watch`."""
+        """Return the sum of the losses of this worker's examples, float64[], and the number of examples. Losses are
+        computed within the context manager `watch`."""
         total, sizes = torch.zeros((), dtype=torch.float64, device=self.device), []
         with evaluating(self._model):
             for batch, n in self.read():
@@ -149,9 +149,11 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError otherwise."""
+        """Return a batch's mean loss, float[], with a graph if gradients are enabled. Raises ValueError if `loss_fn`
+        returns something else."""
         loss: Any = self._loss_fn(self._model, batch)
-        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss  # a DTensor, with tensor parallelism
+        # With tensor parallelism the loss is a DTensor.
+        loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
@@ -183,8 +185,9 @@ class Curvature:
     def gradient(self) -> tuple[Tensor, float]:
         """Return the gradient of the mean loss f, float64[d], and its standard error; collective.
 
-        For B batches of n_b examples and gradient g_b, the estimate of one example's variance is sum_b n_b ||g_b - grad
-        f||^2 / (B - 1), that of the mean is a fraction 1 / N of it. The error is inf for a single batch.
+        For B batches of n_b examples and gradient g_b, the estimate of one example's variance is
+        sum_b n_b ||g_b - grad f||^2 / (B - 1), and the variance of the mean over N examples is 1 / N of it. The error
+        is inf for a single batch.
         """
         spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
 
@@ -242,7 +245,7 @@ class Curvature:
 
     def _doubles(self, tensor: Tensor) -> Tensor:
         """Return a tensor in float64, on the device of vectors."""
-        # In two steps, since MPS converts no tensor to float64.
+        # Move and convert it in two steps, since MPS cannot convert to float64.
         return tensor.to(self.device).to(torch.float64)
 
     def _shaped(self, v: Tensor) -> list[Tensor]:
@@ -251,7 +254,8 @@ class Curvature:
 
     @sdpa_kernel(SDPBackend.MATH)
     def why_no_double_backward(self) -> str | None:
-        """Return torch's error if a worker's first batch has no double backward, None if all have; collective."""
+        """Return torch's error if the first batch of some worker does not support double backward, else None;
+        collective."""
         reason, ones = None, [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):
             for batch in islice(self._batches, 1):
@@ -272,14 +276,16 @@ class Curvature:
         return reason or "another worker's batch has no double backward"
 
     def in_double(self) -> "Curvature | None":
-        """Return a `Curvature` in float64 over this worker's batches alone; None without examples. Not collective."""
+        """Return a `Curvature` in float64 over this worker's batches alone, or None if it has no examples. Not
+        collective."""
         if not sum(self._sizes_of_batches):
             return None
         model, doubled = copy.deepcopy(self._model).to(self.device).double(), partial(map, _to_double)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
-        """Return the gradient at x + distance * direction, float64[d], 16-bit x rounded stochastically; collective."""
+        """Return the gradient at x + distance * direction, float64[d]; collective. 16-bit parameters are rounded
+        stochastically."""
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
@@ -289,8 +295,8 @@ class Curvature:
         return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, materialize_grads=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return a Gaussian vector, float64[d], identical on all workers; collective. For a sharded model, return this
-        worker's part of it. It is drawn from rank 0's generator; None: seeded by the operating system."""
+        """Return a Gaussian vector, float64[d], identical on all workers, or for a sharded model this worker's part of
+        it; collective. It is drawn from rank 0's generator, which by default is seeded by the operating system."""
         rng = self._shared_generator(generator)
         parts = (part_of(torch.randn(p.shape, generator=rng, dtype=torch.float64), p) for p in self.parameters)
         return torch.cat([part.reshape(-1) for part in parts]).to(self.device)
@@ -306,7 +312,8 @@ class Curvature:
         return float(self.inner(a, b))
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor | float:
-        """Return the inner product <a, b>; not sharded, as float64[], for which the host does not wait."""
+        """Return the inner product <a, b>, as a float64[] unless the model is sharded, so that the host does not
+        wait."""
         return a @ b
 
     def norm(self, a: Tensor) -> float:
@@ -328,7 +335,7 @@ class Curvature:
         return bool(is_finite(vector))
 
     def _finite(self, mean: Tensor) -> Tensor:
-        if not self._is_finite(mean):  # identical on all workers, so that all raise
+        if not self._is_finite(mean):  # the mean is identical on all workers, so all raise
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
         return mean
 
@@ -357,7 +364,7 @@ class Curvature:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the shorter dtypes to which a loss casts float64 inputs: it may be less precise than its parameters."""
+    """Records the shorter dtypes to which a loss casts its inputs, since it may be less precise than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -372,19 +379,20 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Round doubles x stochastically to a shorter dtype, so that the expected value is x (for normal numbers)."""
-    place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # unit in last place
-    # Drawn on the CPU, so that workers with other devices round equally.
+    """Round float64 numbers x stochastically to a shorter dtype, so that the expected value is x (unless subnormal)."""
+    # The unit in the last place of x.
+    place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)
+    # Draw on the CPU, so that the rounding is identical on workers with different devices.
     drawn = torch.rand(x.shape, generator=rng, dtype=x.dtype).to(x.device)
     return (x + place * (drawn - 0.5)).to(dtype)
 
 
 @contextmanager
 def certifying(model: nn.Module, process_group: Any) -> Iterator[Communicator]:
-    """Context manager that gives every worker rank 0's buffers (batch normalization statistics); collective.
+    """Context manager that broadcasts rank 0's buffers, such as batch normalization statistics; collective.
 
-    Yields a communicator of the group. On exit each worker's own buffers are restored, and torch's generator, from
-    which a DataLoader draws its seeds.
+    Yields a communicator of the group. On exit it restores each worker's own buffers, and the state of torch's
+    generator, from which a DataLoader draws its seeds.
     """
     channel = Communicator(resolve(process_group), Ledger())
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
@@ -435,7 +443,7 @@ class Reread:
 
 
 def with_examples(batches: Iterable[Any]) -> Reread:
-    """Return the batches without empty ones, whose mean loss would be NaN."""
+    """Return the batches without the empty ones, since their mean loss would be NaN."""
     return Reread(batches, partial(filter, batch_size))
 
 

@@ -14,7 +14,8 @@ the smallest Ritz value the sum grows as lambda falls, so with probability 1 - d
 The Lanczos polynomials of -A from b are p_j reflected at 0, so the same bound for -A is an upper one on lambda_max.
 (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last polynomial alone; the
 sum is never worse. Kuczynski and Wozniakowski's bound of 1992 assumes the worst spectrum instead of the observed one,
-and is weaker.) The event is the same for every k, so stopping once the bound suffices adds no failure probability.
+and is weaker.) The event that the bound fails is the same for every k, so stopping once the bound suffices adds no
+failure probability.
 
 Rounding of the products, as in float32, leaves noise where the process would end. Once a beta is at that level, the
 next vector is noise too, so betas are clamped to at least `Ritz.rounding`. It is measured: exact A q_k has component 0
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor
 
 Number = Tensor | float
-_EVALUATIONS = 100  # most evaluations of the sum of p_j^2 for one bound; about a dozen are usual
+_EVALUATIONS = 100  # maximum number of evaluations of the sum of p_j^2 for one bound; usually a dozen suffice
 _ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, typical of long sums
 _LEAST_PROBABILITY = 1e-100  # for smaller probabilities the quantile underflows
 
@@ -48,13 +49,13 @@ class Ritz:
 
     n: int  # size of A
     alphas: tuple[float, ...]  # k diagonal entries of the tridiagonal matrix
-    betas: tuple[float, ...]  # k off-diagonal entries of that matrix; the last is the norm of the residual of step k
+    betas: tuple[float, ...]  # k off-diagonal entries of that matrix; the last is the norm of the residual after step k
     thetas: tuple[float, ...]  # k Ritz values, ascending
     shares: tuple[float, ...]  # k squared components of the unit start vector b, one along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
     rounding: float  # approximate rounding error of a product A v along one direction
-    exhausted: bool  # the Krylov space is invariant: Ritz values are eigenvalues, to rounding
-    orthogonal: bool  # every vector was stored and used to reorthogonalize
+    exhausted: bool  # True if the Krylov space is invariant, so that Ritz values are eigenvalues up to rounding
+    orthogonal: bool  # True if all vectors were stored and used for reorthogonalization
 
     @property
     def steps(self) -> int:
@@ -63,7 +64,7 @@ class Ritz:
 
     @property
     def theta_min(self) -> float:
-        """Smallest Ritz value, an upper bound on lambda_min if `orthogonal`; else use the Ritz vector's quotient."""
+        """Smallest Ritz value, an upper bound on lambda_min if `orthogonal`. If not, use the Ritz vector's quotient."""
         return self.thetas[0]
 
     @property
@@ -73,20 +74,21 @@ class Ritz:
 
     @property
     def is_settling(self) -> bool:
-        """True if the smallest Ritz value's vector is nearly an eigenvector: residual at most |theta_min| / 10."""
+        """True if the vector of the smallest Ritz value is nearly an eigenvector: its residual is at most
+        |theta_min| / 10."""
         return self.residual <= 0.1 * abs(self.theta_min)
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on the smallest eigenvalue, lambda_min, less `rounding`.
+        """Return a lower bound on the smallest eigenvalue, lambda_min, with `rounding` subtracted.
 
-        With probability 1 - `failure_probability` over the random start, it holds simultaneously for all numbers of
-        steps. Raises ValueError unless the probability is in [1e-100, 1).
+        With probability 1 - `failure_probability` over the random start, the bounds of all numbers of steps hold
+        simultaneously. Raises ValueError unless the probability is in [1e-100, 1).
         """
         check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
         if scale == 0.0 or self.n == 1:
             return self.theta_min - self.rounding
-        from scipy.special import betaincinv  # slow to import, and only certificates need it
+        from scipy.special import betaincinv  # imported here because it is slow to import
 
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
         # In s = log(theta_min - lambda) each log p_j^2 is a sum of log(e^s + distance to a root), so the growth is
@@ -106,7 +108,8 @@ class Ritz:
         return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on the largest eigenvalue, up to its own `failure_probability`, by `lower_bound`."""
+        """Return an upper bound on the largest eigenvalue, minus the lower bound for -A. It fails with this
+        `failure_probability`, in addition to that of `lower_bound`."""
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )
@@ -119,7 +122,7 @@ class Ritz:
         -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
         """
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
-        pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # term: log p_j^2; total: log of the sum
+        pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # `term` is log p_j^2, `total` the log of their sum
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
             pivot = alpha - below - (before * before / pivot if before else 0.0)
             pivot = pivot if pivot > least else least
@@ -133,14 +136,14 @@ class Ritz:
 class Lanczos:
     """The Lanczos process on a symmetric matrix A, with one product in each `step`.
 
-    `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, fresh for every certificate and
-    equal on all workers. `precision` is the unit roundoff of the products, and `error()` the current estimate of their
-    other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is collective. It
-    returns a number, or float64[], for which the host waits once in a step.
+    `matvec` maps v, float64[n], to A v, float64[n]. `start`, float64[n], is Gaussian, new for every certificate and
+    identical on all workers. `precision` is the unit roundoff of the products, and `error()` the current estimate of
+    their other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is
+    collective. `dot` returns a number, or a float64[], for which the host waits once per step.
 
-    The first `max_vectors` vectors (None: all) are stored; while all are, each new one is orthogonalized against them
-    twice. A Ritz vector needs one product for each vector that is not stored. Recurrences are in float64. Raises
-    ValueError for `max_vectors` below 2.
+    The first `max_vectors` vectors are stored, by default all. While all are stored, each new vector is orthogonalized
+    against them twice. A Ritz vector needs one product for each vector that is not stored. Recurrences are in float64.
+    Raises ValueError for `max_vectors` below 2.
     """
 
     def __init__(
@@ -188,7 +191,7 @@ class Lanczos:
                 for p in self._basis:
                     component = self._dot(w, p)
                     _minus(w, p, component, in_place=True)
-                    if sweep == 0 and p is not q:  # p is q: the component is the rounding error of alpha
+                    if sweep == 0 and p is not q:  # for p = q the component is only the rounding error of alpha
                         components.append(component)
         alpha, square, *found = _read([alpha, self._dot(w, w), *components])
         self._error = max([self._error, *map(abs, found)])
@@ -207,8 +210,8 @@ class Lanczos:
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
 
-        # The error of all k products is the norm of an n x k matrix whose independent columns have the known norm: by
-        # Marchenko and Pastur little more than that, unless k is near n.
+        # The error of all k products is the norm of an n x k matrix whose columns are independent and have the known
+        # norm. By Marchenko and Pastur it is little larger than the known norm, unless k is near n.
         known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
         # ||A v - theta_min v|| = beta |last component of theta_min's vector|.
         return Ritz(
@@ -226,7 +229,8 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do up to `most` steps, until `is_enough` or exhaustion; return the result. Calls `progress` after each."""
+        """Do at most `most` steps, until `is_enough` returns True or no step is possible; return the result. Calls
+        `progress` after each step."""
         for k in range(1, most + 1):
             ritz = self.step()
             progress(k)
@@ -235,7 +239,7 @@ class Lanczos:
         return ritz
 
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
-        """Return the unit Ritz vector of the smallest Ritz value, float64[n], or with `largest` of the largest."""
+        """Return the unit Ritz vector of the smallest Ritz value, or with `largest` of the largest one, float64[n]."""
         v = torch.zeros_like(self._basis[0])
         weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):
@@ -263,14 +267,14 @@ class Lanczos:
 
 
 def _minus(w: Tensor, p: Tensor, by: Number, *, in_place: bool = False) -> Tensor:
-    """Return w - by p; the host does not wait for a number on a GPU."""
+    """Return w - by * p. The host does not wait if `by` is a number on a GPU."""
     if isinstance(by, Tensor) and by.device.type != "cpu":
         return (w.addcmul_ if in_place else w.addcmul)(p, by, value=-1.0)
     return (w.sub_ if in_place else w.sub)(p, alpha=float(by))
 
 
 def _read(numbers: Sequence[Number]) -> list[float]:
-    """Return numbers of one kind, as floats; the host waits once on a GPU."""
+    """Return numbers as floats; all are floats, or all are tensors, for which the host waits once."""
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     return torch.stack(tensors).tolist() if tensors else list(map(float, numbers))
 
@@ -281,5 +285,5 @@ def check_probability(failure_probability: float) -> None:
 
 
 def _rounding(n: int) -> float:
-    """Return a generous estimate of the relative rounding error of sums of n doubles."""
+    """Return a generous estimate of the relative rounding error of a sum of n float64 numbers."""
     return 8 * math.sqrt(n) * torch.finfo(torch.float64).eps

@@ -4,14 +4,14 @@ Batches are independent draws; the n_b examples of batch b have mean gradient g_
 batches g_n and H_n. Bounds for g and H of the population follow from the variation between batches:
 
 gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector of covariance C with s^2 = tr C
-            (Borell's inequality, and ||C|| <= tr C); s^2 = sum_b n_b ||g_b - g_n||^2 / ((B - 1) n), as measured.
+            (Borell's inequality, and ||C|| <= tr C); s^2 is measured as sum_b n_b ||g_b - g_n||^2 / ((B - 1) n).
 upper bound v is found on every second batch and measured on the B' others, which are independent of it: the
             v^T H_b v have expected value v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean plus
             Student's t-quantile for B' - 1 degrees of freedom times its standard error.
 lower bound lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the
             largest eigenvalue exceeds t with probability d exp(-t^2 / (2 ||E Z^2||)) at most (Tropp, Found. Comput.
             Math. 12, 2012, theorem 4.1), so it is at most sqrt(2 ||E Z^2|| log(d / delta)).
-            E Z^2 = sum_b n_b (H_b - H_n)^2 / ((B - 1) n), as measured, its norm bounded from above by Lanczos.
+            E Z^2 is measured as sum_b n_b (H_b - H_n)^2 / ((B - 1) n), and its norm is bounded from above by Lanczos.
 
 Assumed: batches are independent draws from the population (drawn without replacement they vary less), means over them
 are near Gaussian (many batches), and variances are as measured. Each of five statements fails with at most a fifth of
@@ -37,9 +37,9 @@ from packsaddle.errors import check_positive
 
 _STATEMENTS = 5
 _FEWEST_BATCHES = 8
-_STEPS = 40  # most Lanczos steps of each search on the examples
+_STEPS = 40  # maximum number of Lanczos steps of each search on the examples
 _VARIANCE_STEPS = 24
-_CLOSE = 1.5  # ratio of the bounds on the variance's norm at which its search stops
+_CLOSE = 1.5  # the search for the variance's norm stops if the ratio of upper to lower bound is at most this
 MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of products
 
 
@@ -48,10 +48,10 @@ class PopulationCertificate:
     """Bounds for the population loss; all hold together with probability 1 - `failure_probability`."""
 
     verdict: Verdict
-    epsilon: float | None  # threshold of the gradient norm; None: not given, so the verdict is on the curvature alone
+    epsilon: float | None  # threshold for the gradient norm; None: not given, so the verdict is on the curvature alone
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
-    hessian_lipschitz_estimated: bool  # True: measured along v on the examples
-    threshold: float | None  # threshold of lambda_min, -sqrt(rho epsilon); None without epsilon
+    hessian_lipschitz_estimated: bool  # True if rho was measured along v on the examples
+    threshold: float | None  # threshold for lambda_min, -sqrt(rho epsilon); None without epsilon
     grad_norm: float  # norm of the examples' gradient, ||g_n||
     grad_norm_lower: float  # lower bound on the norm of the population's gradient, ||g||
     grad_norm_upper: float  # upper bound on the norm of the population's gradient, ||g||
@@ -59,14 +59,14 @@ class PopulationCertificate:
     quotient_error: float  # standard error of `quotient`
     lambda_min_upper: float  # upper bound on the smallest eigenvalue of the population's Hessian, lambda_min(H)
     lambda_min_lower: float  # lower bound on lambda_min(H); -inf if not needed for the verdict
-    sample_lower: float  # lower bound on lambda_min(H_n), of the examples' Hessian; -inf if not needed
+    sample_lower: float  # lower bound on lambda_min(H_n), where H_n is the examples' Hessian; -inf if not needed
     deviation: float  # upper bound on lambda_max(H_n - H); inf if not needed
     escape_direction: Tensor  # unit vector v, float64[d]
     failure_probability: float  # failure probability of all bounds together
     examples: int  # n, number of examples
     batches: int  # B, number of batches
     hvp: str  # method of the Hessian-vector products
-    hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
+    hvp_reason: str | None  # error message of double backward; None: no error, or not tried
     backward_passes: int  # number of backward passes over the examples
 
     @property
@@ -85,7 +85,7 @@ class PopulationCertificate:
             is_gradient = self.grad_norm_lower <= self.epsilon < self.grad_norm_upper
             value, limit = ("the gradient", "epsilon") if is_gradient else ("lambda_min", "the threshold")
             why = f": {value} may be on either side of {limit}"
-        # Bounds on ||g||, on lambda_min(H), and v^T H v, with rho and its threshold.
+        # List the bounds on ||g|| and on lambda_min(H), the measured v^T H v, rho, and the threshold.
         lower = f"[{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}]"
         below = f"lambda_min in {lower}: of the examples at least {self.sample_lower:.3e}, less {self.deviation:.1e}"
         if math.isinf(self.lambda_min_lower):
@@ -125,12 +125,12 @@ def certify_population(
 
     Args:
         model, loss_fn, process_group: as for `certify`.
-        batches: as for `certify`; each an independent draw from the population.
-        epsilon: threshold of the gradient norm. None: no verdict on stationarity, only on the sign of the smallest
-            eigenvalue.
+        batches: as for `certify`, but each batch must be an independent draw from the population.
+        epsilon: threshold for the gradient norm. Without it there is no verdict on stationarity, only on the sign of
+            the smallest eigenvalue.
         hessian_lipschitz: rho, the Hessian's Lipschitz constant. By default it is measured along the direction found.
-        search: used are `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
-            `generator`; the other options do not apply.
+        search: only `failure_probability` (of all bounds together, by default 0.05), `hvp`, `memory_limit` and
+            `generator` are used.
         progress: called with the number of Hessian-vector products so far, at most about `MOST_PRODUCTS`; a product
             with the variance of the Hessian counts as three.
 
@@ -145,7 +145,7 @@ def certify_population(
     >>> str(certify_population(model, loss, x.split(8), epsilon=10.0).verdict)
     'second-order stationary'
     """
-    from scipy.special import stdtrit  # slow to import, and only certificates need it
+    from scipy.special import stdtrit  # imported here because it is slow to import
 
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     delta = search.failure_probability / _STATEMENTS
@@ -214,7 +214,8 @@ def certify_population(
 
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
-    """Return the number of batches of all workers; collective. Raises ValueError for a sharded model or below 8."""
+    """Return the number of batches of all workers; collective. Raises ValueError for a sharded model, and for fewer
+    than eight batches."""
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
     mine = torch.tensor([sum(1 for _ in batches)], device=next(model.parameters()).device)
@@ -228,7 +229,7 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     """Return the Rayleigh quotient v^T H v over the batches, its standard error and degrees of freedom; collective."""
     curvature = products.curvature
-    sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, with q_b = v^T H_b v
+    sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v
     for batch, n in curvature.read():
         q = curvature.dot(v, products.of_batch(batch, v))
         sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)
@@ -270,7 +271,7 @@ def _variance_norm(products: Products, delta: float, search: Search, progress: C
         curvature.passes += 4
         return curvature.sum(total).div_((count - 1) * curvature.examples)
 
-    # An upper bound on the largest eigenvalue, close to the largest Ritz value.
+    # Compute an upper bound on the largest eigenvalue that is close to the largest Ritz value.
     lanczos = lanczos_over(products, search, variance)
     ritz = lanczos.run(
         _VARIANCE_STEPS,

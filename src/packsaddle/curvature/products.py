@@ -4,11 +4,11 @@
 networks have no second derivative in torch; for them `Differences` computes (g(x + h v) - g(x - h v)) / (2 h) from
 gradients g. For a unit vector v its error is
 
-    rounding / h + h^2 M_3 / 6,    M_3 the norm of the third derivative of g along v,
+    rounding / h + h^2 M_3 / 6,    where M_3 is the norm of the third derivative of g along v,
 
-and both terms are measured at the point and along the vector. Products at h and at 17 h / 16 differ by rounding, at h
-and at 2 h by rounding and by h^2 M_3 / 2, three times the second term: so h is chosen where the first is twice the
-second.
+and both terms are measured at the point and along the vector. Products with steps h and 17 h / 16 differ by rounding.
+Products with steps h and 2 h differ by rounding and by h^2 M_3 / 2, three times the second term. So h can be chosen
+such that the first term is twice the second.
 
 A custom `autograd.Function` may have a correct first and a wrong second derivative (see `custom_functions`).
 If a loss has one, products by double backward are compared with differences along the first vector and along the
@@ -32,27 +32,27 @@ from packsaddle.curvature.options import Hvp, Search
 Result = TypeVar("Result")
 
 _NEARBY = 17 / 16  # ratio of two steps h whose products differ almost only by rounding
-_ROUNDS = 6  # most steps h to try for one product
+_ROUNDS = 6  # maximum number of steps h to try for one product
 _LONGEST = 1 / 16  # largest step, as h / ||x||; the errors of longer ones do not follow the formula with M_3
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
-_SHRUNK = 0.9  # if a shorter step shrinks the product below this ratio, it no longer moves some 16-bit parameters
-_LOUD = 16  # a difference of more than this times the smallest rounding error measured is not rounding
-_KINKED = 1e-3  # relative error of a product in float64 above which the loss is assumed to have kinks, such as ReLU's
+_SHRUNK = 0.9  # a shorter step that shrinks the product below this ratio does not move some 16-bit parameters
+_LOUD = 16  # a difference above this multiple of the smallest rounding error measured has another cause than rounding
+_KINKED = 1e-3  # relative error of a float64 product above which the loss is assumed to have kinks, as of ReLU
 _ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which steps short enough to cross no kink are tried
 _SHORTEST = 64  # smallest h, in units of ||x||'s last place
-_CHECK_EVERY = 2  # factor: the error is measured at products number 1, 2, 4, 8, ...; the first direction is random
+_CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... product
 _RHO_DISTANCE = 1e-2  # distance along v, to each side, at which rho is measured
-_DOUBT = 2  # two products are different if their distance exceeds this times their errors
-_SURE = 0.01  # largest error for a comparison of products, relative to the largest product's norm
+_DOUBT = 2  # two products are different if their distance exceeds this multiple of their errors
+_SURE = 0.01  # largest error, relative to the largest product's norm, at which products can be compared
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
-_RANDOM = 16  # relative difference of two equal products, over sqrt(unit roundoff), that shows a random loss
-_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference: `_RANDOM` alone would allow more for 16-bit products
+_RANDOM = 16  # relative difference of a repeated product, over sqrt(unit roundoff), that indicates a random loss
+_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference, which `_RANDOM` exceeds for 16-bit products
 
 
 class DoubleBackwardError(ValueError):
-    """Products by double backward are wrong for this loss; `reason` describes the difference found."""
+    """Hessian-vector products by double backward are wrong for this loss; `reason` describes the difference found."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
@@ -60,14 +60,14 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for a unit vector v, except
-    for rounding errors, for which see `precision`."""
+    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for a unit vector v, without
+    the rounding errors, which `precision` gives."""
 
     name: str
-    reason: str | None = None  # why double backward failed; None: it did not, or was not tried
+    reason: str | None = None  # error message of double backward; None: no error, or not tried
     precision: float  # unit roundoff of the products, which `error` does not include
     error: float = 0.0
-    unproven = False  # True: use `checked` to verify the direction that decides a verdict
+    unproven = False  # True if `checked` must verify the product along the direction that decides a verdict
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature
@@ -78,7 +78,8 @@ class Products(ABC):
 
     @abstractmethod
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        """Return the product H v for a unit vector v, and its error, to which `self.error` is raised if smaller."""
+        """Return the product H v for a unit vector v, and its error. `self.error` is raised to this error if it is
+        smaller."""
 
     @abstractmethod
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
@@ -89,21 +90,22 @@ class Products(ABC):
         """Return products over other examples, by the same method."""
 
     def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- no-op by default
-        """Initialize step sizes and error estimates from products over other examples."""
+        """Initialize step sizes and error estimates from `other`, products over other examples."""
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return ||d/ds H(x + s v) v||, the change of H v along v, measured by differences over |s| <= 0.01 or more."""
+        """Return ||d/ds H(x + s v) v||, the rate at which H v changes along v. It is a difference quotient over a
+        distance of at least 0.01 to each side."""
 
     def rho(self, v: Tensor) -> float:
-        """Return `change(v)`, a lower estimate of rho, the Lipschitz constant of the Hessian; never 0."""
+        """Return a lower estimate of rho, the Lipschitz constant of the Hessian: `change(v)`, but never 0."""
         return max(self.change(v), torch.finfo(torch.float64).tiny)
 
 
 class DoubleBackward(Products):
     """Hessian-vector products by double backward: the gradient of the inner product <grad f, v>.
 
-    The first product is computed twice. Raises ValueError if the two differ, as those of a random loss do. If the loss
+    The first product is computed twice. Raises ValueError if the two differ, as they do for a random loss. If the loss
     has custom functions, that product and those of `checked` are compared with differences of gradients. Raises
     DoubleBackwardError if they differ by more than both errors.
     """
@@ -116,8 +118,8 @@ class DoubleBackward(Products):
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
-        self._differences: Differences | None = None  # to validate products with; None: not needed yet
-        self._coarse = False  # True: errors of the differences are too large for a comparison
+        self._differences: Differences | None = None  # products to compare with; None: not needed yet
+        self._coarse = False  # True if errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -140,8 +142,8 @@ class DoubleBackward(Products):
         return product, 0.0
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
-        """Raise DoubleBackwardError if a product differs from differences of gradients. Below float64, where kinks of
-        the loss can cause a difference, it must also differ, or fail, on a float64 copy of the model."""
+        """Raise DoubleBackwardError if a product differs from the product by differences of gradients. In less than
+        float64, kinks of the loss can cause a difference, so a float64 copy of the model must confirm it, or fail."""
         why = None
         if not self._coarse:
             self._differences = self._differences or Differences(self.curvature)
@@ -173,7 +175,7 @@ class DoubleBackward(Products):
         return DoubleBackward(curvature)
 
     def copy_estimates(self, other: Products) -> None:
-        """Skip the repetition of the first product, a test for random losses, if `other` has passed it."""
+        """Do not repeat the first product if `other` has repeated one. The repetition detects random losses."""
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
 
@@ -192,14 +194,15 @@ class _Trial:
 
     step: float  # step h of the differences
     product: Tensor  # Hessian-vector product, float64[d]
-    noise: float  # error by rounding, rounding / h
+    noise: float  # error caused by rounding: rounding / h
     apart: float  # distance from the product at 2 h
     error: float  # estimated total error
 
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
-    """Return None if a product by double backward equals that by differences of gradients within both errors, else a
-    message; also if the errors, relative to the `largest` norm of a product, could hide a missing term."""
+    """Compare a product by double backward with the product by differences of gradients. Return None if they are equal
+    within both errors, else a message. Errors that are large relative to `largest`, the largest norm of a product, also
+    give a message, since they could hide a missing term."""
     curvature = differences.curvature
     other, error = differences.checked(v)
     size = max(curvature.norm(product), curvature.norm(other))
@@ -224,7 +227,7 @@ class Differences(Products):
         self._eps = curvature.precision
         reach = max(1.0, curvature.size_of_parameters())
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
-        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
+        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # first guess of h
         self._rounding = 0.0  # norm of the rounding error of one gradient
         self._quietest = math.inf  # smallest rounding error measured
         self._count, self._next_check = 0, 1
@@ -250,7 +253,7 @@ class Differences(Products):
             worse = tried.error > best.error > 0
             if (worse and not far) or (far and not tried.noise):  # no parameter moves by this step
                 break
-            # In a valley products grow with shorter steps; they shrink if a step moves only some parameters.
+            # In a valley, shorter steps give larger products. Products shrink if a step moves only some parameters.
             shrunk = far and self.curvature.norm(tried.product) < _SHRUNK * self.curvature.norm(best.product)
             best, last = best if worse or shrunk else tried, tried
         best = self._between_kinks(v, best)
@@ -260,16 +263,16 @@ class Differences(Products):
         return best.product, best.error
 
     def _is_far(self, last: _Trial, best: _Trial) -> bool:
-        """Return True if the last step h is far too long, such as that of a flat direction in a sharp valley: then a
-        product is mostly an error of third and higher derivatives, which do not predict a better step."""
+        """Return True if the last step h is far too long, such as one for a flat direction used in a sharp valley. The
+        product is then mostly an error from higher derivatives, which do not predict a better step."""
         rounds = last.noise * last.step <= _LOUD * self._quietest
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
         """Return a trial whose step crosses no kink of the loss, else `best`. Only float64 allows such short steps.
 
-        With kinks, such as ReLU's, similar steps cross different ones, and errors grow with shorter steps until none is
-        crossed. A product with such a step equals that of double backward.
+        If the loss has kinks, as of ReLU, similar steps cross different kinks, and errors grow with shorter steps until
+        no kink is crossed. A product with such a step equals the product by double backward.
         """
         step = best.step
         while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):
@@ -290,12 +293,12 @@ class Differences(Products):
     @staticmethod
     def _better(trial: _Trial) -> float:
         """Return the best step h, for which rounding / h is twice h^2 M_3 / 6, divided by the step of a trial."""
-        if trial.noise == 0.0:  # no change: a step below 16-bit resolution, or a constant gradient
+        if trial.noise == 0.0:  # the gradient did not change: it is constant, or the step is below 16-bit resolution
             return _FARTHEST
         # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.
         squares = trial.apart**2 - 0.66 * trial.noise**2
         curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
-        # h^2 M_3 / 6 changes by 0.129 of it between h and 17 h / 16.
+        # Between h and 17 h / 16, the term h^2 M_3 / 6 changes by 0.129 of its value.
         noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
         return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
 
@@ -321,7 +324,8 @@ class Differences(Products):
         return ahead.sub_(self.curvature.gradient_at(v, -h)).div_(2 * h)
 
     def change(self, v: Tensor) -> float:
-        """Return the norm of the gradient's second difference with step s, over s^2, corrected for rounding."""
+        """Return the norm of the gradient's second difference with step s, divided by s^2 and corrected for
+        rounding."""
         s = max(_RHO_DISTANCE, 2 * self.step)
         second = self.curvature.gradient_at(v, s).add_(self.curvature.gradient_at(v, -s))
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
@@ -357,8 +361,8 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Call `work` with the products from `choose_products`, and return its result; collective. If double backward turns
-    out wrong, the work is repeated with differences for "auto"; other methods raise DoubleBackwardError."""
+    """Call `work` with the products from `choose_products`, and return its result; collective. If double backward
+    proves wrong, "auto" repeats the work with differences, and other methods raise DoubleBackwardError."""
     try:
         return work(products)
     except DoubleBackwardError as error:

@@ -2,7 +2,7 @@
 
 One Rayleigh quotient over all examples proves a saddle, for a direction from any source. So `pilot` first searches for
 a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes one product
-over all. Only the absence of negative curvature needs all Lanczos steps over all examples.
+over all examples. Only the absence of negative curvature needs all Lanczos steps over all examples.
 """
 
 import math
@@ -19,7 +19,7 @@ from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, lanczos_over
 
 _LONGEST_WALK = 12
-_PILOT_SHARE = 8  # smallest ratio of all examples to those of a pilot search
+_PILOT_SHARE = 8  # smallest ratio of the number of all examples to the number in a pilot search
 _PILOT_COST = 2  # largest cost of a pilot search, in products over all examples
 
 
@@ -32,7 +32,7 @@ class Bounds:
     examples: int  # number of examples in a product
     lambda_min: tuple[float, float]  # lower and upper bound on the smallest eigenvalue
     lambda_max: tuple[float, float]  # lower and upper bound on the largest eigenvalue
-    threshold: float | None  # the point is a saddle if lambda_min is below it; None: no epsilon, or no rho yet
+    threshold: float | None  # the point is a saddle if lambda_min is below this; None: no epsilon, or no rho yet
 
     def __str__(self) -> str:
         low, high = self.lambda_min
@@ -50,7 +50,7 @@ class CurvatureSearch:
 
     products: Products
     grad_norm: float
-    epsilon: float | None  # threshold of the gradient norm; None: only the sign of lambda_min is decided
+    epsilon: float | None  # threshold for the gradient norm; None: only the sign of lambda_min is decided
     given_rho: float | None  # Lipschitz constant of the Hessian; None: measured along the direction found
     options: Search  # limits of the search
     on_bounds: OnBounds
@@ -111,8 +111,8 @@ class CurvatureSearch:
         """Return True if the unit vector v proves negative curvature below the threshold, by its Rayleigh quotient over
         the examples of this search.
 
-        Measures rho along v if not given. The error assumed for the quotient is at least `rounding`, that of the
-        products over other examples by which v was found.
+        Measures rho along v if it is not given. The error assumed for the quotient is at least `rounding`, the error of
+        the products over other examples by which v was found.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -124,7 +124,8 @@ class CurvatureSearch:
 
     @property
     def sharpest(self) -> Tensor | None:
-        """The unit Ritz vector of the largest eigenvalue, float64[d]; None after one product or if not stored."""
+        """The unit Ritz vector of the largest eigenvalue, float64[d], or None after only one product, or if not all
+        Lanczos vectors were stored."""
         if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
@@ -200,8 +201,9 @@ def pilot(
     """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
 
     Returns the search if it found curvature below the threshold for the mean loss over these examples, else None. Also
-    returns None if all examples are fewer than eight times as many, or in too few batches to skip seven of eight. The
-    products use the method of `full`, a search not begun, and cost at most about as much as two over all examples.
+    returns None if there are fewer than eight times as many examples, or too few batches to skip seven of eight. The
+    products use the method of `full`, a search that has not begun, and cost at most about as much as two products over
+    all examples.
     """
     curvature, search = full.curvature, full.options
     examples = search.pilot_examples

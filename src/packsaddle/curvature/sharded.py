@@ -1,7 +1,8 @@
 """Derivatives of a network sharded by FSDP2 or tensor parallelism; each worker has its part of every vector.
 
-A vector is float64[n], the concatenation of the local shards of the trainable parameters (`DTensor.to_local()`); of R
-shards each has about d / R numbers. Dot products are one all-reduce of one double, replicas counted once. Gradients
+A vector is float64[n], the concatenation of the local shards of the trainable parameters (`DTensor.to_local()`); with R
+shards, each has about d / R numbers. A dot product is one all-reduce of one double, in which replicas count once.
+Gradients
 come from `backward`, in which FSDP averages over workers, and Hessian-vector products from differences of them: FSDP
 has no double backward. As its passes are collective, workers with fewer batches repeat their last one with weight 0.
 Workers of one tensor-parallel group process equal batches, which count once.
@@ -45,7 +46,7 @@ class ShardedCurvature(Curvature):
             _check_mesh(p, workers, tensor_parallel)
         self._copies = [_copies(p, workers) for p in parameters]
 
-        # FSDP's passes are collective: all workers process as many batches as the one with most.
+        # FSDP's passes are collective, so all workers process as many batches as the worker with the most.
         mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=parameters[0].device)
         counts, again = torch.stack(channel.group.all_gather(mine)).T.tolist()
         if counts != again:
@@ -81,7 +82,8 @@ class ShardedCurvature(Curvature):
         return "parameters are sharded"
 
     def inner(self, a: Tensor, b: Tensor) -> float:
-        """Return the inner product <a, b> of two sharded vectors, given this worker's parts; collective, one double."""
+        """Return the inner product <a, b> of two sharded vectors from this worker's parts, by an all-reduce of one
+        double; collective."""
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
@@ -93,8 +95,9 @@ class ShardedCurvature(Curvature):
         return math.isfinite(self.dot(vector, vector))
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield, for one batch of every worker at a time, this worker's part of the gradient of the losses summed over
-        all workers' examples, and its number of examples. Previous gradients are restored at the end."""
+        """Process one batch of every worker at a time. For each, yield this worker's part of the gradient of the loss
+        summed over all workers' examples, and the number of this worker's examples. Previous gradients are restored at
+        the end."""
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
         try:
@@ -124,7 +127,7 @@ class ShardedCurvature(Curvature):
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
         try:
             return super()._totals(watch)
-        finally:  # after a forward pass alone FSDP keeps the outermost parameters unsharded, and would reuse them
+        finally:  # without a backward pass FSDP keeps the outermost parameters unsharded, and would reuse them
             modules: Iterable[Any] = self._model.modules()
             for module in modules:
                 if hasattr(module, "reshard") and hasattr(module, "unshard"):
@@ -164,7 +167,7 @@ def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
             f"mesh of {size} workers, {len(shared)} of them in this worker's tensor_parallel"
         )
 
-    # A plain tensor: its gradient is equal on all workers only if all get the same batches.
+    # The gradient of a plain tensor is equal on all workers only if all get the same batches.
     if tensor_parallel is None or tensor_parallel.size() != workers:
         raise ValueError("model must have all trainable parameters sharded, or none: some are not DTensors")
 

@@ -1,10 +1,11 @@
 """The spectral density of the Hessian by stochastic Lanczos quadrature, with standard errors over probe vectors.
 
-For b uniform on the sphere E[b^T f(H) b] = tr f(H) / d, and k steps of Lanczos from b give a Gauss quadrature of
-b^T f(H) b: Ritz values theta_j with weights tau_j, exact for polynomials of degree 2 k - 1 (Golub and Meurant 1994;
-Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian about t, the mean over probes is the
-density at t, smoothed by the Gaussian's width. The variation between probes gives its standard error, which excludes
-the error of the quadrature; that is small if the width is at least the spread of the spectrum divided by k.
+For b uniform on the sphere, E[b^T f(H) b] = tr f(H) / d. k steps of Lanczos from b give a Gauss quadrature of
+b^T f(H) b, with Ritz values theta_j and weights tau_j, which is exact for polynomials of degree 2 k - 1 (Golub and
+Meurant 1994; Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian about t, the mean over
+probes is the density at t, smoothed by the Gaussian's width. The variation between probes gives its standard error,
+which excludes the error of the quadrature; that is small if the width is at least the spread of the spectrum divided by
+k.
 
 Fractions of eigenvalues below t need no smoothing: the Chebyshev-Markov-Stieltjes inequalities bound each probe's
 estimate from both sides by sums of its weights.
@@ -29,7 +30,7 @@ from packsaddle.errors import check_positive
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over probe vectors and its standard error; inf with one probe."""
+    """A mean over probe vectors and its standard error, which is inf with one probe."""
 
     mean: float
     error: float
@@ -53,7 +54,7 @@ class SpectralDensity:
     d: int  # number of trainable coordinates
     examples: int  # number of examples in the mean loss
     hvp: str  # method of the Hessian-vector products
-    hvp_error: float  # error of a product of a unit vector, and so of eigenvalues
+    hvp_error: float  # error of a product with a unit vector, and so of eigenvalues
     hvps: int  # number of Hessian-vector products
 
     @property
@@ -103,10 +104,10 @@ def spectral_density(
     Args:
         model, loss_fn, batches, process_group: as for `certify`.
         probes: number of random vectors; standard errors fall as the inverse square root of their number.
-        steps: most Hessian-vector products per probe; fewer if its Krylov space is exhausted.
+        steps: maximum number of Hessian-vector products per probe; fewer suffice if its Krylov space is exhausted.
         width: standard deviation of the smoothing Gaussian; by default the range of Ritz values divided by `steps`.
         points: number of points of the density, from four widths below the least Ritz value to four above the largest.
-        search: used are `hvp`, `memory_limit` and `generator` (of the probes); the other options do not apply.
+        search: only `hvp`, `memory_limit` and `generator` (of the probes) are used.
         progress: called with the number of products so far, at most probes * steps.
 
     Raises ValueError for invalid arguments and for losses that vary between evaluations.
@@ -116,7 +117,7 @@ def spectral_density(
             raise ValueError(f"{name} must be at least 1, got {count}")
     check_positive(width=width)
 
-    # Nodes theta_j and weights tau_j of each probe's Gauss quadrature.
+    # Compute the nodes theta_j and weights tau_j of each probe's Gauss quadrature.
     with certifying(model, process_group) as channel:
         curvature = derivatives(model, loss_fn, batches, channel)
 
@@ -126,7 +127,7 @@ def spectral_density(
 
         name, ritzes = with_products(choose_products(curvature, search.hvp), search.hvp, quadratures)
 
-    # The mean over probes of sum_j tau_j exp(-(t - theta_j)^2 / (2 width^2)), and its standard error.
+    # Compute the mean over probes of sum_j tau_j exp(-(t - theta_j)^2 / (2 width^2)), and its standard error.
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
     narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)

@@ -1,8 +1,9 @@
-"""Check of single coordinates for an effective step size too large for their curvature, as RandomK can cause.
+"""A check that no single coordinate has an effective step size too large for its curvature, as RandomK can cause.
 
-A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by the sum of
-their gradients: x_j <- (1 - eta T H_jj) x_j on a quadratic, with geometric T. It grows without bound if
-E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, if (eta / mu) H_jj > 2.68; for mu = 1 if it is > 2.
+A coordinate that is sent with probability mu per step waits T steps, on average 1 / mu, and then moves by the sum of
+their gradients: on a quadratic, x_j <- (1 - eta T H_jj) x_j with geometric T. It grows without bound if
+E ln|1 - eta T H_jj| > 0. For small mu, T mu is exponential, and this holds if (eta / mu) H_jj > 2.68; for mu = 1 it
+holds if (eta / mu) H_jj > 2.
 Directions spread over many coordinates are not affected, since only a few of these move at a time.
 """
 
@@ -15,7 +16,7 @@ import torch
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.products import Products, choose_products, with_products
 
-LIMIT = 2.684  # largest stable `gain` for rare sends: the a with E ln|1 - a U| = 0, U exponential of mean 1
+LIMIT = 2.684  # largest stable `gain` for small mu: the a with E ln|1 - a U| = 0, where U is exponential of mean 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class CoordinateStep:
 
     name: str  # name of the parameter
     lr: float  # learning rate eta of the parameter
-    wait: float  # mean number of steps between two sends of a coordinate, 1 / mu
+    wait: float  # 1 / mu, mean number of steps between two sends of a coordinate
 
     @property
     def effective(self) -> float:
@@ -34,15 +35,16 @@ class CoordinateStep:
 
 @dataclass(frozen=True)
 class Overshoot:
-    """The least stable coordinate found, by effective step size times curvature, (eta / mu) H_jj."""
+    """The least stable coordinate found, i.e. that of largest effective step size times curvature, (eta / mu) H_jj."""
 
-    step: CoordinateStep  # learning rate and waiting time of its parameter
+    step: CoordinateStep  # learning rate and waiting time of the coordinate's parameter
     index: tuple[int, ...]  # index of the coordinate in its parameter
     curvature: float  # second derivative H_jj of the loss, minus the error of the product
 
     @property
     def gain(self) -> float:
-        """Step size times curvature, (eta / mu) H_jj; at 2 an average step ends as far past the minimum as it began."""
+        """Step size times curvature, (eta / mu) H_jj. At 2 an average step ends as far past the minimum as it began
+        before it."""
         return self.step.effective * self.curvature
 
     @property
@@ -79,7 +81,7 @@ def largest_overshoot(
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
     scale = scale.to(curvature.device)
-    # About the norm of the signs; division by a power of two is exact.
+    # Approximate the norm of the signs by a power of two, since division by it is exact.
     length = 2.0 ** round(math.log2(curvature.d) / 2)
 
     def worst(products: Products) -> Overshoot:

@@ -1,6 +1,6 @@
 """Error feedback as a transaction, shared by the optimizer, the DDP and FSDP hooks, and local updates.
 
-- `round`: one exchange: error memory plus update, sent compressed, then committed or rolled back (lines 10-12)
+- `round`: one exchange, which sends error memory plus update compressed and is committed or rolled back (lines 10-12)
 - `memory`: the error memory, of several kinds
 - `slices`: all or some parameters as one flat vector
 - `guard`, `checks`, `escape`, `noise`: validation of a step, measurements, the escape check, artificial noise

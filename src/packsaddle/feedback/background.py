@@ -30,9 +30,9 @@ Results = Sequence[tuple[Promise, Tensor]]
 class Background:
     """Runs functions one at a time in the background, since all workers must start their collectives in the same order.
 
-    On a device with streams they run in a stream of their own, which begins after the work of the stream of `submit`.
-    They run in a thread as well if the host waits within them: on a CPU, on MPS, which has one queue, and with
-    `blocks`, for a group that stages its collectives (see `Group.stages`).
+    On a device with streams they run in a separate stream, after the work that the current stream has queued when
+    `submit` is called. They run in a thread too if they make the host wait: on a CPU, on MPS, which has one queue, and
+    with `blocks`, for a group that stages its collectives (see `Group.stages`).
     """
 
     def __init__(self, device: torch.device, *, blocks: bool = False) -> None:
@@ -57,7 +57,8 @@ class Background:
         for _, result in results:
             if result.device.type != self._device.type:
                 raise ValueError(f"results must be on {self._device}, and one is on {result.device}")
-        if self._stream is None:  # a Future holds no tensor of MPS, whose one queue orders all work
+        # A Future does not accept tensors on MPS. It needs none there: one queue runs all work in order.
+        if self._stream is None:
             results = [(p, r if r.device.type == "cpu" else torch.empty(0)) for p, r in results]
         ready = None if self._stream is None else torch.accelerator.current_stream(self._device).record_event()
         if not self._has_thread:

@@ -21,7 +21,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """A schedule that is due every `steps` steps, and stays due until `done` is called; 0: never due."""
+    """A schedule that is due every `steps` steps, or never if that is 0, and stays due until `done` is called."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -43,19 +43,19 @@ class Contraction:
 
     Args:
         every: steps between two measurements; 0 never measures.
-        of: the parameters that form v, if they are the same in all steps: each tensor is then measured too. None:
-            only mu_t of the whole v.
+        of: the parameters that form v, if they are the same in all steps; the contraction of each tensor is then
+            measured too. If None, only mu_t of the whole v is measured.
     """
 
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the last mu_t
         self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
-        self._energies: list[Tensor] = []  # squared norms of v and its residual alternate; float64[1 or tensors]
+        self._energies: list[Tensor] = []  # alternately the squared norm of a v and its residual; float64[1 or tensors]
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:
-        """Record the squared norm of a slice's v, float[n], and in a second call that of its residual, if due.
-        Coordinates in `owned` do not count."""
+        """Record the squared norm of a slice's v, float[n], and in a second call the squared norm of its residual.
+        Coordinates in `owned` do not count. No-op if no measurement is due."""
         if not self._every.due(step):
             return
         vector = vector.clone()
@@ -86,7 +86,8 @@ class Contraction:
 
 
 def contraction(before: float, after: float) -> float:
-    """Return the contraction 1 - after / before, from before = ||v||^2 and after = ||v - C(v)||^2; 1 for v = 0."""
+    """Return the contraction 1 - after / before, where before = ||v||^2 and after = ||v - C(v)||^2. It is 1 for v =
+    0."""
     return 1.0 - after / before if before != 0 else 1.0  # NaN if `after`, or both, are NaN
 
 
@@ -111,7 +112,7 @@ class StepRates:
 
 
 def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Describe the first difference between the rates of two workers, with both values; "" if there is none."""
+    """Describe the first difference between the rates of two workers, with both values, or return "" if all agree."""
     for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
         if here != there:
             group, is_decay = divmod(i - 1, 2)
@@ -140,10 +141,10 @@ class Drift:
 class DriftGuard:
     """Compares the workers' parameters by fingerprints, every `every` steps (0: never).
 
-    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's. Causes are faulty memory,
-    different rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight decays and
-    the noise std are compared too: if they differ, parameters stay equal, but error memories are scaled by different
-    rates. `digest` sums fingerprints over the processes of one worker.
+    If they differ, `action` "stop" raises DriftError, and "repair" broadcasts rank 0's parameters. Causes are faulty
+    memory, different rounding, or a script that changes parameters on one worker. Hashes of learning rates, weight
+    decays and the noise std are compared too: if these differ, parameters stay equal, but error memories are scaled by
+    different rates. `digest` sums fingerprints over the processes of one worker.
     """
 
     def __init__(
@@ -164,7 +165,8 @@ class DriftGuard:
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
         """Compare vectors that must be equal on all workers; collective. `parts()` returns (name, tensor) pairs. If
-        they differ, raises DriftError on every worker, or broadcasts rank 0's. If `rates` differ, raises DriftError."""
+        they differ, raises DriftError on every worker, or broadcasts rank 0's vectors. If `rates` differ, raises
+        DriftError."""
         # One gather for all fingerprints. A difference in rates cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
@@ -204,7 +206,8 @@ class DriftGuard:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return a checksum of a tensor, int64[]: the sum of its 8-byte words, modulo 2^64.
-    A change of one element always changes it; random changes of several do, except with probability 2^-64."""
+    A change of one element always changes the checksum. Random changes of several leave it unchanged with probability
+    2^-64."""
     whole = tensor.detach().flatten().contiguous().view(torch.uint8)
     wide = len(whole) // 8 * 8
     if whole.storage_offset() % 8:  # cannot be read eight bytes at a time

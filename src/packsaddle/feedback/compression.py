@@ -27,9 +27,10 @@ class Compression(Option):
             function of the step or round that returns it (see `RatioRamp`).
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way" (each worker
             averages one chunk of the vector), "coordinator" (one worker averages all), or "auto", by predicted bytes
-            (see `select_aggregator`). Local updates also accept "senders": direct, but each coordinate averaged over
-            the workers that sent it, as in SparseLoCo's code; error memories are then not exactly the unsent part of
-            the updates. None: "auto" in local updates of a fixed set of workers without sample, else "direct".
+            (see `select_aggregator`). Local updates also accept "senders": like "direct", but each coordinate is
+            averaged over the workers that sent it, as in SparseLoCo's code; error memories are then not exactly the
+            unsent part of the updates. If None, it is "auto" in local updates of a fixed set of workers without
+            `sample`, else "direct".
         back: the compressor of the mean that is sent back to the workers in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
@@ -38,13 +39,14 @@ class Compression(Option):
         memory: "buffer", the error memory in a vector of its own, or "ef21", a running estimate of the gradient instead
             (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
         max_skipped: maximum number of consecutive steps skipped on all workers because a worker's vector is invalid;
-            one more raises NonFiniteError. None: vectors are not validated; in local updates they are, without a limit.
+            one more raises NonFiniteError. If None, vectors are not validated, except in local updates, where they are
+            validated without a limit.
         compare_every: steps between comparisons of the workers' parameters, learning rates and noise, by 16 bytes of
             fingerprints; 0 never compares.
         on_drift: action if parameters differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.
         monitor_every: steps between measurements of the contraction 1 - ||v - C(v)||^2 / ||v||^2; 0 never measures.
 
-    Raises ValueError for bad arguments.
+    Raises ValueError for an invalid argument.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, TopK
@@ -90,9 +92,9 @@ class Compression(Option):
 
     @classmethod
     def of(cls, given: "AnyCompression", exchange: Exchange = "direct") -> "Compression":
-        """Return `given` as a `Compression`; a compressor or schedule gets the default of each other setting.
+        """Return `given` as a `Compression`. For a compressor or a schedule, all other settings are the defaults.
 
-        If its exchange is None, it is set to `exchange` with memory="buffer", and to "direct" with another memory.
+        An exchange of None becomes `exchange` if memory="buffer", else "direct".
         """
         spec = given if isinstance(given, Compression) else cls(given)
         if spec.exchange is not None:
@@ -100,7 +102,7 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return the exchange that averages messages of a compressor: "direct" if it is lossless."""
+        """Return the exchange that averages messages of a compressor; it is "direct" for a lossless one."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
@@ -133,4 +135,4 @@ class Compression(Option):
         return found
 
 
-AnyCompression = Compressor | CompressorSchedule | Compression  # what an argument `compressor` accepts
+AnyCompression = Compressor | CompressorSchedule | Compression  # type of an argument `compressor`

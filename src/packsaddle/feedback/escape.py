@@ -20,7 +20,7 @@ from packsaddle.numerics.sketches import NormSketch
 class EscapeRule:
     """Settings of the escape check (Algorithm 1, lines 4-8): when it fires, and where it evaluates the loss."""
 
-    interval: int  # maximum length I of a segment, in steps, at least 1; in local updates in rounds, as is every
+    interval: int  # maximum length I of a segment, at least 1, in steps (in local updates in rounds, as `every`)
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
     # x: accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; y: if f(y_t) < f(x_t') for
     # y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
@@ -41,7 +41,7 @@ class Escape(EscapeRule):
     A segment ends when it exceeds `interval` steps, or a distance of `radius` from its start point x_t'.
 
     Args:
-        interval: maximum length I of a segment, in steps, at least 1; in local updates in rounds, as is `every`.
+        interval: maximum length I of a segment, at least 1. It counts steps, or rounds in local updates, as `every`.
         radius: maximum Euclidean distance R > 0 from the start point of the segment.
         objective: a function that returns this worker's f_i(x) at the parameters' current values, as a float or 0-dim
             tensor; f = mean_i f_i is computed here. It is called under no_grad, at x_t and at x_t', and should be the
@@ -77,14 +77,14 @@ class Reset:
 
     step: int  # t, at which the next segment starts
     reason: Literal["interval", "radius"]  # the limit exceeded: steps since the start point, or distance from it
-    distance: float | None  # from the start point, ||x_t' - y_t||; estimated for several workers; None: not measured
+    distance: float | None  # ||x_t' - y_t|| from the start point, estimated by several workers; None: not measured
     candidate: float  # loss f(x_t), or f(y_t) with compare="y"
     start_loss: float  # loss f(x_t') at the start point
     committed: bool  # True: x was set to y_t; False: x was rolled back to the start point x_t'
 
 
 class EscapeCheck:
-    """Runs the escape check on x, float[d], the vector of parameters `of`; keeps the segment's start point.
+    """Runs the escape check on x, float[d], the parameters `of` as one vector, and stores the segment's start point.
     Unsent updates differ between workers in the compressed coordinates, or in all if `all_differ`."""
 
     def __init__(
@@ -126,7 +126,7 @@ class EscapeCheck:
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
         """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6). Returns both losses,
-        and y_t, float[d], if it was accepted, else None. If the objective raises, x is unchanged."""
+        and y_t, float[d], or None if it was not accepted. If the objective raises an exception, x is unchanged."""
         x, here = self._x, self._x.clone()
         try:
             y = self._corrected(here, pending) if self._rule.compare == "y" else None
@@ -148,13 +148,14 @@ class EscapeCheck:
         return candidate, start_loss, y
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d]; an uncompressed all-reduce, since e_t is a mean over workers."""
+        """Return y_t = x_t - eta e_t, float[d], by an uncompressed all-reduce, since e_t is a mean over workers."""
         y, n = x.to(pending.dtype, copy=True), self._averaged
         y[:n].sub_(self._channel.mean(pending[:n].clone(), "reset"))
         return y.sub_(torch.nn.functional.pad(pending[n:], (n, 0)))
 
     def _objective(self) -> float:
-        """Return f at the parameters' current values, the mean of the workers' f_i; inf for a NaN. Collective."""
+        """Return f at the parameters' current values, the mean of the workers' f_i, or inf if that is NaN;
+        collective."""
         with torch.no_grad():
             value = torch.as_tensor(self._rule.objective(), dtype=wide(self._x.device), device=self._x.device).detach()
         if value.numel() != 1:

@@ -23,14 +23,15 @@ class Exchanging:
     optimizers: Sequence[Optimizer] = ()
 
     def check_call(self, call: CheckpointCall) -> None:
-        """No-op; local updates raise RuntimeError, on all workers, if others make another call."""
+        """Check that all workers make the same call to save or load a checkpoint. No-op except in local updates, which
+        raise RuntimeError on all workers if one makes a different call."""
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
         self.saved_state.validate(state)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        """Return the weight, 1 on average, of the worker that saved `state` in means over workers."""
+        """Return the weight in means over workers of the worker that saved `state`; weights are 1 on average."""
         return 1.0
 
 
@@ -43,7 +44,7 @@ def register_exchange(exchange: Exchanging, optimizers: Iterable[Optimizer]) -> 
 
 
 def exchange_of(optimizer: object) -> Exchanging | None:
-    """Return the object that exchanges an optimizer's updates, maybe the optimizer itself, or None without one."""
+    """Return the object that exchanges an optimizer's updates, which may be the optimizer itself, or None."""
     if isinstance(optimizer, Exchanging):
         return optimizer
     found = _registered.get(optimizer) if isinstance(optimizer, Optimizer) else None

@@ -1,4 +1,4 @@
-"""Validation of an exchange: all workers reject it if the vector of one is invalid (Inf, NaN or too large numbers).
+"""Validation of an exchange: all workers reject it if one worker's vector is invalid (Inf, NaN or too large numbers).
 
 A worker whose vector v is invalid sends zeros and a flag. The flags are averaged with the messages, so all workers
 compute the same `Verdict`: all apply the exchange, or all reject it. `Skips` counts rejected exchanges.
@@ -26,9 +26,9 @@ from packsaddle.numerics.transfers import read
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of the error memory and the gradient"  # named as invalid if both of its terms are valid
-ROOT = "the root module"  # shown in place of FSDP's name for it, ""
-THE_UPDATE = "all parameters together"  # named if their local update is invalid, and that of each is valid
+THE_SUM = "the sum of the error memory and the gradient"  # name in a report if only the sum is invalid
+ROOT = "the root module"  # shown instead of "", FSDP's name for it
+THE_UPDATE = "all parameters together"  # name in a report if only the whole local update is invalid
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
 _UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
@@ -47,15 +47,15 @@ class Skip:
     """A skipped step, or a rejected round of local updates, with its cause."""
 
     step: int  # t; the next step reuses this index
-    workers: tuple[int, ...]  # ranks that sent an invalid vector or message; in a hook only those known to this worker
-    parameter: str  # the first invalid parameter of the first of these workers
-    message: str = ""  # error of an invalid message, from workers[0]; "": a vector is invalid
-    is_round: bool = False  # a round of local updates; `step` is its index, of rounds
+    workers: tuple[int, ...]  # ranks that sent an invalid vector or message; a hook lists only those it has detected
+    parameter: str  # name of the first invalid parameter on the first of these workers
+    message: str = ""  # the error, if workers[0] sent an invalid message; "": the cause is an invalid vector
+    is_round: bool = False  # True: a round of local updates, and `step` is the round's index
 
     @classmethod
     def of(cls, step: int, reports: Mapping[int, Report], unnamed: str, *, is_round: bool = False) -> "Skip":
-        """Make the record of a skipped `step` from the workers' reports, by rank. `unnamed` replaces the parameter's
-        name if all reports are valid; `is_round`: `step` is the index of a round."""
+        """Make the record of a skipped `step` from the workers' reports, by rank. If all reports are valid, the name of
+        the parameter is `unnamed`. With `is_round`, `step` is the index of a round."""
         found = {worker: report for worker, report in reports.items() if report}
         for report in found.values():
             if report.kind == "message":
@@ -73,7 +73,7 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones (None: no limit).
+    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones, unless that is None.
     `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step."""
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
@@ -82,8 +82,8 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step, and log it at consecutive counts 1, 2, 4, .... It is logged by its first worker, or by
-        rank 0 if none is known; an invalid message by every worker that records it."""
+        """Record a skipped step, and log it if it is the 1st, 2nd, 4th, 8th, ... consecutive one. The first of its
+        `workers` logs it, or rank 0 if none is known; an invalid message is logged by every worker that records it."""
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
@@ -157,14 +157,15 @@ class Records:
 class Verdict:
     """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
 
-    # fraction of workers with an invalid v, float[]; a number after `read`. None: NaNs flag it instead, or no checks
+    # fraction of workers with an invalid v, float[]; a number after `read`; None: flagged by NaNs, or not checked
     fraction: Tensor | float | None
-    magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if that is
+    magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if the mean is
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
     def code(self, is_unlike: Tensor | bool = False) -> Tensor:
-        """Return the outcome as numbers, float[3]: the fraction of workers with an invalid vector (NaN: with an invalid
-        message), 1 if the result does not fit, 1 if workers exchanged different slices. All are 0 if it is applied."""
+        """Return the outcome as numbers, float[3], all 0 if the exchange is applied: the fraction of workers with an
+        invalid vector, or NaN if a message is invalid; 1 if the result would overflow; 1 if workers exchanged different
+        slices."""
         assert isinstance(self.fraction, Tensor)
         flags = [self.fits, is_unlike]
         fits, unlike = (f.to(self.fraction) if isinstance(f, Tensor) else self.fraction.new_full((), f) for f in flags)
@@ -175,11 +176,13 @@ class Verdict:
         return self.settle(*read(*self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors whose numbers `settle` needs."""
+        """Return the fraction and the magnitude as tensors, for `settle` to read; without the fraction if it is
+        None."""
         return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
-        """Replace the tensors with their `numbers`, and return True if the exchange is applied."""
+        """Set the fraction and the magnitude to `numbers`, the values of `tensors` read on the host. Returns True if
+        the exchange is applied."""
         *fraction, self.magnitude = numbers
         if fraction:
             (self.fraction,) = fraction
@@ -210,8 +213,8 @@ class Guard:
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
-        """Return bool[], True if v, float[n], is invalid, and on a CPU the report of its first invalid tensor.
-        An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
+        """Return a bool[] that is True if v, float[n], is invalid, and a report, which on a CPU names the first invalid
+        tensor. An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -225,10 +228,10 @@ class Guard:
         return invalid, report
 
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
-        """Return the flag to average with `dense`, float[m], the uncompressed part of v: float[1], or float[0].
+        """Return the flag, float[1] or float[0], to average with `dense`, float[m], the uncompressed part of v.
 
         With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty. Also returns the
-        index in [dense, flag] of a number whose NaN mean rejects the exchange; None without checks.
+        index in [dense, flag] of a number whose NaN mean rejects the exchange, or None if there are no checks.
         """
         if self._flag == "none":
             return dense[:0], None

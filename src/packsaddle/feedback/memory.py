@@ -25,7 +25,7 @@ class Update:
     """The update u, float[n], that a step adds to an error memory, in the memory's units; a base class."""
 
     norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown
-    is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
+    is_known_invalid = False  # True if a GradScaler found an Inf in this worker's gradients
 
     def add(self, base: Shaped, out: Shaped) -> None:
         raise NotImplementedError
@@ -50,7 +50,7 @@ class ErrorMemory:
 
     kind = "buffer"  # the name of the class in saved states
     name = "error"  # the name of the vector there
-    in_gradient_units = False  # True: updates do not include the learning rate
+    in_gradient_units = False  # True if updates do not include the learning rate
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
         self.slice, self.compressed_d = of, of.compressed_d
@@ -100,13 +100,13 @@ class ErrorMemory:
         self._clear_frozen(residual)
 
     def keep(self, which: Collection[int]) -> None:
-        """Restore the old error memory of the parameters with these indices. Call after `absorb`."""
+        """Roll back the error memory of the parameters with these indices. Call after `absorb`."""
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
     def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Add the old error memory for parameters of which this worker sent zeros: those with `used`, bool[p], False.
-        Discard their residual if `by_any`, bool[p], is False. Call after `absorb`."""
+        """Add the old error memory to the new one for the parameters for which `used`, bool[p], is False: this worker
+        sent zeros for them. Discard their residual if `by_any`, bool[p], is False too. Call after `absorb`."""
         for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
             new.mul_(anywhere).add_(old * ~here)
 
@@ -161,7 +161,7 @@ class InPlaceMemory(ErrorMemory):
 
     def __init__(self, of: Slice) -> None:
         super().__init__(of)
-        self._added: Update | None = None  # the uncommitted update included in the memory; None: none
+        self._added: Update | None = None  # the uncommitted update that the memory contains, if any
 
     def correct(self, update: Update) -> Tensor:
         if update.add_if_finite(self._now):

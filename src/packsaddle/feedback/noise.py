@@ -75,8 +75,9 @@ class Noise:
         std: r, the standard deviation of each coordinate of xi_t, in units of a gradient (in local updates of the
             parameters), finite and at least 0; or a function of the step that returns it (see `Ramp`).
         lazy: draw the noise of a coordinate only when it is sent, k numbers per step instead of d, with the same
-            distribution of x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`,
-            with RandomK by all-reduce and without an escape check, which reads the error memory. None: if possible.
+            distribution of x_0, x_1, ... (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). This requires
+            `CompressedSGD`, RandomK by all-reduce, and no escape check, since that reads the error memory. None, the
+            default, draws lazily where this is possible.
 
     Raises ValueError if r is negative or not finite.
 
@@ -109,12 +110,13 @@ class Noise:
         return r
 
     def drawn(self, *, seed: int, step: int) -> GaussianNoise | None:
-        """Return the noise of `step` for the workers' shared `seed`; None if its std is 0."""
+        """Return the noise of `step` for the workers' shared `seed`, or None if its std is 0."""
         r = self.at_step(step)
         return GaussianNoise(r, keys(seed, step, Stream.NOISE)) if r else None
 
     def vector(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
-        """Return the noise of `step` for the shared `seed` as a vector like `like`, float[d]; None if its std is 0."""
+        """Return the noise of `step` for the shared `seed`, in the dtype of `like` and on its device, float[d], or None
+        if its std is 0."""
         noise = self.drawn(seed=seed, step=step)
         if noise is None:
             return None

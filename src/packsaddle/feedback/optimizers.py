@@ -10,10 +10,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def innermost(optimizer: Any) -> Optimizer:
-    """Return the torch optimizer inside a framework's wrappers, which may not run step hooks; else raise TypeError."""
+    """Return the torch optimizer inside a framework's wrappers, since these may not run step hooks. Raises TypeError if
+    there is none."""
     while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         inner = getattr(optimizer, "optimizer", None)
-        # A learning-rate scheduler has an optimizer too, but is none.
+        # A learning-rate scheduler has an attribute `optimizer` too, but is not a wrapper.
         if not isinstance(inner, Optimizer) or isinstance(optimizer, LRScheduler):
             what = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
             raise TypeError(f"optimizer must be a torch optimizer, got {what}")
@@ -95,22 +96,22 @@ def check_scaler(scaler: object) -> None:
 def _only_makes_state(optimizer: Optimizer, kwargs: Mapping[str, Any]) -> bool:
     """Return True for a step by which torch.distributed.checkpoint makes the state of an optimizer that has none.
 
-    It sets the learning rates and gradients to 0, and calls `step(closure=None)`. Training calls `step()`, or gives a
-    closure; a first step of training in that form, with learning rates of 0, does not count either. Gradients are
-    not checked, so that the result is identical on all workers.
+    That step sets the learning rates and gradients to 0, and calls `step(closure=None)`, while training calls `step()`
+    or passes a closure. A first step of training that calls `step(closure=None)` with learning rates of 0 is mistaken
+    for it. Gradients are not checked, so that the result is identical on all workers.
     """
     rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
     return kwargs == {"closure": None} and not optimizer.state and all(rate == 0 for rate in rates)
 
 
 class Attempts:
-    """Counts the steps of one or several optimizers: calls `after` once each of them has attempted a step.
+    """Counts the steps of one or several optimizers, and calls `after` once each of them has attempted a step.
 
     `before(optimizer)` is called before each optimizer's step. With a GradScaler each call of its `step` is an attempt,
     even if it skips the optimizer, so that all workers count the same steps; `before` is then called for applied steps
-    only. An optimizer without gradients, which a scaler refuses, may step by itself. Steps by which torch's checkpoints
-    make an optimizer's state do not count. Raises TypeError if `scaler` is not a GradScaler, and RuntimeError at a step
-    without it.
+    only. An optimizer without gradients, for which a scaler raises an error, may step without the scaler. Steps by
+    which torch's checkpoints make an optimizer's state do not count. Raises TypeError if `scaler` is not a GradScaler,
+    and RuntimeError at a step that bypasses it.
     """
 
     def __init__(
@@ -122,11 +123,11 @@ class Attempts:
     ) -> None:
         check_scaler(scaler)
         self._optimizers, self._after = optimizers, after
-        self._stepped = list[Optimizer]()  # those that have attempted the current step; empty between two steps
+        self._stepped = list[Optimizer]()  # optimizers that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
-        self.scaler, self._in_scaler = scaler, False  # the latter: within a call of the scaler's `step`
-        self._counts = True  # the step that runs is an attempt
-        self.are_discarded = False  # the gradients of the current step were set to None
+        self.scaler, self._in_scaler = scaler, False  # the flag is True during a call of the scaler's `step`
+        self._counts = True  # False while a step runs that is not an attempt
+        self.are_discarded = False  # True if the gradients of the current step were set to None
 
         def begin(optimizer: Optimizer, args: object, kwargs: Mapping[str, Any]) -> None:
             self._counts = not _only_makes_state(optimizer, kwargs)
@@ -151,7 +152,7 @@ class Attempts:
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if self.are_discarded and innermost(optimizer) in self._optimizers:  # the scaler would refuse it
+            if self.are_discarded and innermost(optimizer) in self._optimizers:  # the scaler would raise
                 self._attempted(innermost(optimizer))
                 return None
             self._in_scaler = True
@@ -178,7 +179,7 @@ class Attempts:
             self._after()
 
     def missing(self) -> str:
-        """Return the names of the optimizers that have not attempted the current step; "" between two steps."""
+        """Return the names of the optimizers that have not attempted the current step, or "" between two steps."""
         return " and ".join(type(o).__name__ for o in self._optimizers if self._stepped and o not in self._stepped)
 
     def restart(self) -> None:

@@ -1,4 +1,4 @@
-"""A worker's report of an exchange that it cannot apply: an invalid vector, an invalid message, a failed reset."""
+"""A worker's report of an exchange: valid, or invalid because of a vector, a message or a failed reset."""
 
 import json
 from dataclasses import astuple, dataclass
@@ -18,7 +18,7 @@ class Report:
     """
 
     kind: Kind = "valid"
-    name: str = ""  # "vector", "reset": the first invalid parameter; "message": the error
+    name: str = ""  # for "vector" and "reset" the first invalid parameter; for "message" the error
     worker: int = -1  # "message": rank of the sender
 
     @classmethod
@@ -27,12 +27,12 @@ class Report:
 
     @classmethod
     def read(cls, text: str) -> "Report":
-        """Return the report of a text that `str` has made."""
+        """Parse a report from `text`, the output of `str`."""
         return cls(*json.loads(text))
 
     def __str__(self) -> str:
         return json.dumps(astuple(self))
 
     def __bool__(self) -> bool:
-        """True unless the exchange is valid for this worker."""
+        """True if the report is of a problem, i.e. not "valid"."""
         return self.kind != "valid"

@@ -37,7 +37,7 @@ from packsaddle.numerics.seeds import mix
 class SavedAggregator:
     """The saved state of an aggregator."""
 
-    compressor: dict[str, Any]  # the compressor in use, see `identify`
+    compressor: dict[str, Any]  # the aggregator's compressor, as described by `identify`
     state: dict[str, Any]
 
 
@@ -45,14 +45,15 @@ class SavedAggregator:
 class Applied:
     """The outcome of applying a mean update, identical on all workers."""
 
-    fits: Tensor | bool = True  # bool[]; False: the result would overflow the target; unchanged unless it defers
+    # bool[]; False: the result would overflow, and a target that does not defer is unchanged
+    fits: Tensor | bool = True
     rounding: Tensor | None = None  # float[n], the part that 16-bit storage could not represent; None: 0
 
 
 class Target(Protocol):
     """The parameters or gradients to which a mean update is applied (line 11)."""
 
-    defers: bool  # True: written before the verdict is read
+    defers: bool  # True if the target is written before the verdict is read
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Apply the mean update g; `magnitude` is the approximate maximum of its absolute values."""
@@ -65,10 +66,10 @@ class ErrorFeedback:
         memory: the error memory of the slice, some parameters as one vector.
         channel: the communicator between workers.
         guard: validates the vector to send.
-        contraction: measures that vector and its residual.
+        contraction: measures the contraction from that vector and its residual.
         seed: seed of all shared randomness. A slice with all compressed coordinates uses it unchanged, so that its
             randomness is that of `CompressedSGD`; other slices derive their own seeds from it.
-        back: the compressor of the mean that is sent back, in exchanges that need one.
+        back: the compressor of the mean that is sent back, in exchanges that send one back.
         whole: the number of compressed coordinates of all slices, or None if this slice contains all of them.
     """
 
@@ -97,12 +98,13 @@ class ErrorFeedback:
         return self._choice
 
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
-        """Return True if `one` sends messages, predicted to be no larger than those of `other`."""
+        """Return True if `one` sends messages of this slice that are predicted to be no larger than those of
+        `other`."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Switch to a compressor. No-op for the current one, except for the budget `allotted`.
+        """Switch to a compressor. If it is the current one, only the budget may change, by `allotted`.
 
         `compressor` is for the whole vector, `allotted` for this slice if its budget depends on the other slices.
         Raises ValueError if the exchange does not support the compressor.
@@ -135,7 +137,7 @@ class ErrorFeedback:
 
     @property
     def owned(self) -> slice:
-        """The coordinates of which this worker keeps the residual of the mean in its error memory (see `Owners`)."""
+        """The coordinates for which this worker keeps the residual of the mean in its error memory (see `Owners`)."""
         if self._choice is None:
             return slice(0, 0)
         group = self.channel.group
@@ -165,9 +167,9 @@ class ErrorFeedback:
 class Round:
     """One exchange of a slice, as a transaction (see the module). `close` ends it."""
 
-    v: Tensor  # the vector to send, float[n]; after `absorb` its residual
-    invalid: Tensor  # bool[]; True: this worker's v was invalid, and was set to zero
-    report: Report  # of this worker's vector; "valid" also if the guard does not name invalid vectors
+    v: Tensor  # the vector to send, float[n], or after `absorb` its residual
+    invalid: Tensor  # bool[], True if this worker's v was invalid and so was set to zero
+    report: Report  # report of this worker's vector; also "valid" if the guard does not name invalid vectors
     g: Averaged  # the mean update; deleted by `absorb`
     extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
     measured: Tensor  # float[m], the means over workers of the numbers that `measure` of `exchange` returns
@@ -201,8 +203,8 @@ class Round:
         `extras`, float[m] each, and the guard's flag are averaged with the uncompressed part, without another
         collective. `weight` scales the sent v, but not its residual. `clip`, float[] in [0, 1], scales the sent v, and
         the removed part is added to the residual. `measure` computes numbers, float[m], from the vector that this
-        worker sends, float[n], C(v) and v's uncompressed part; they are averaged as `extras` are. May run in another
-        thread.
+        worker sends, float[n], C(v) and v's uncompressed part; they are averaged as `extras` are. This method may run
+        in another thread.
         """
         f, n = self.feedback, self._memory.compressed_d
         v = self.v if weight == 1.0 else self.v * weight
@@ -236,8 +238,8 @@ class Round:
         return self.g
 
     def full_report(self) -> Report:
-        """Return this worker's report of its vector and the messages that it received. After an exchange on a GPU, the
-        host waits for the checks of the messages."""
+        """Return this worker's report of its vector and of the messages that it received. After an exchange on a GPU,
+        the host waits for the checks of the messages."""
         error = None if self.report else self._invalid.error
         return self.report if error is None else Report.of_message(error)
 

@@ -1,4 +1,4 @@
-"""Parameters as one vector, float[d]: the compressed tensors first, the uncompressed ones after.
+"""Parameters as one vector, float[d], in which compressed tensors precede uncompressed ones.
 
 A `Place` is the position of a parameter in the vector of all parameters. A `Slice` is a set of parameters as one
 vector: a bucket of DistributedDataParallel, or a fragment of local updates. `FlatParameters` is the slice of all
@@ -24,7 +24,7 @@ class Shaped:
 
 
 class Trainable(Protocol):
-    """A parameter, or an object that says in its place whether it is trained."""
+    """A parameter, or a substitute for one, whose `requires_grad` is True if it is trained."""
 
     @property
     def requires_grad(self) -> bool: ...
@@ -35,11 +35,11 @@ class Place:
     """A parameter and its position in the vector of all parameters."""
 
     name: str
-    parameter: Tensor  # read for shape, dtype and memory format
-    dense: bool  # sent uncompressed
+    parameter: Tensor  # gives shape, dtype and memory format
+    dense: bool  # True if the parameter is sent uncompressed
     start: int  # offset in the vector of all parameters
-    group: int = 0  # index of its parameter group
-    trained: Trainable | None = None  # its requires_grad may become False; None: never frozen
+    group: int = 0  # index of the parameter's group
+    trained: Trainable | None = None  # the parameter is frozen while its `requires_grad` is False; None: never frozen
 
     @property
     def size(self) -> int:
@@ -101,7 +101,8 @@ class Slice:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Shapes of the compressed parameters, dimensions in the order of memory: n x m for a transposed m x n."""
+        """Shapes of the compressed parameters, with dimensions in the order of memory: (n, m) for a transposed m x n
+        matrix."""
         strides, found = dict(zip(self.names, self._strides, strict=True)), []
         for place in self._in_order:
             if not place.dense:
@@ -113,7 +114,8 @@ class Slice:
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
         """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
-        # Once for each range [first, last) of this slice that is contiguous in that vector, where it starts at `begin`.
+        # Add it to each range [first, last) of this slice that is contiguous in that vector, where it starts at
+        # `begin`.
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
@@ -227,7 +229,8 @@ def places(
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if p has fewer than two dimensions or `dense_below` elements; False if `dense_below` is 0."""
+    """Return True if p has fewer than two dimensions or fewer than `dense_below` elements, unless `dense_below` is
+    0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 
@@ -242,7 +245,7 @@ def extent(p: Tensor) -> int:
 
 
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError, which starts with `what`, if two tensors share memory, by the ranges that they span.
+    """Raise ValueError, which starts with `what`, if two tensors share memory, judged by the ranges that they span.
     Views with gaps whose ranges overlap only in part, such as the columns x[:, :5] and x[:, 5:], are accepted."""
     before: list[tuple[str, int, int, bool]] = []  # name, start, stop and gaps of tensors that end after p's start
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):

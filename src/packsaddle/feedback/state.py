@@ -4,13 +4,13 @@ A state is nested dictionaries and lists of tensors and plain types. Its owner (
 declares its fields once: a `Vector` is one tensor per parameter, validated by shape; a `Value` is validated by type.
 Loading validates all fields before it changes any, and loads them in the order of declaration.
 
-A `Rule` gives the kind of the entries at a path, and not of a field, since the loading worker may not have all fields
-of the state (such as a pending exchange). Kinds, for a change of the number of workers:
+A `Rule` gives the kind of the entries at a path, not of a field, since the loading worker may lack some fields of the
+state (such as a pending exchange). The kind determines what happens if the number of workers changes:
 
     shared      identical on all workers; copied
     error       averaged over workers: error memories, momenta, x at the start of an exchange
     own         different on each worker; new workers get worker 0's
-    constant    replaced by the value of that name in the new worker's identity, else by the rule's value
+    constant    replaced by the value of that name in the new worker's identity, or by the rule's value
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,8 +36,8 @@ class Rule:
 
     path: Path
     kind: Kind
-    like: Path = ()  # for an error that may be missing: path of tensors that give the shape of its zeros
-    value: Any = None  # for a constant: its new value if the identity has none
+    like: Path = ()  # for kind "error": path of the tensors that give the shapes of zeros if this entry is missing
+    value: Any = None  # for kind "constant": the new value if the identity has none
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Vector:
     """A field of a saved state with one tensor per parameter; ANY in `path` stands for the parameter's key."""
 
     path: Path
-    shapes: Mapping[Any, torch.Size | None]  # by key; None: any length, and may be missing
+    shapes: Mapping[Any, torch.Size | None]  # shape of each tensor, by key; None: any length, and may be missing
     get: Callable[[], Mapping[Any, Tensor]]  # returns tensors by key; a function, since a step may swap buffers
     set: Callable[[Mapping[Any, Tensor]], None] | None = None  # None: copy into the tensors that `get` returns
-    optional: bool = False  # may be missing as a whole: None in a state, {} from `get`
+    optional: bool = False  # True if the whole field may be missing: it is then None in a state, and `get` returns {}
 
     def save(self, state: dict[str, Any]) -> None:
         """Write copies of the tensors into a state. No-op for entries of "state", which torch's optimizers save."""
@@ -124,7 +124,8 @@ class State:
         fields: returns the fields, in the order in which they are loaded.
         head: the path of the format and the identity, () for "format" and "identity" at the top.
         names: the names of parameters in error messages, by key; by default the keys.
-        only_with: advice in error messages, by name of an identity value; not empty: the state cannot be split.
+        only_with: advice in error messages, by name of an identity value. If there is any, the state can only be loaded
+            as it was saved, and not for another number of workers.
     """
 
     def __init__(
@@ -222,7 +223,8 @@ def check_format(found: Any, what: str) -> None:
 
 
 def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: bool = True) -> None:
-    """Raise ValueError unless a saved tensor has this shape (None: (n,)) and a `floating` (else integer) dtype."""
+    """Raise ValueError unless a saved tensor has this shape, or is flat if `shape` is None. Its dtype must be
+    floating-point, or integer if not `floating`."""
     if not isinstance(found, Tensor) or (found.ndim != 1 if shape is None else found.shape != shape):
         have = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
         raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")

@@ -16,12 +16,12 @@ from packsaddle.compressors import Compressor
 from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
-_SAMPLE = 1 << 17  # coordinates to sample, or all of a smaller model
+_SAMPLE = 1 << 17  # number of coordinates to sample; a smaller model is not sampled but used whole
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some coordinates of the vector of a slice (parameters compressed together): `values`, float[m], of `size`."""
+    """A sample `values`, float[m], of the `size` coordinates of a slice (parameters compressed together)."""
 
     names: Names  # the names of the slice's parameters
     size: int
@@ -32,12 +32,12 @@ class _Sample:
 
 
 class Allocation:
-    """Chooses the compressor of each slice of a model of d coordinates from samples of the last step's vectors; workers
-    may choose differently. The budget of a slice without a sample is proportional to its size."""
+    """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
+    Workers may choose differently. The budget of a slice without a sample is proportional to its size."""
 
     def __init__(self, d: int) -> None:
         self.d = d
-        # Odd, to sample all columns of a matrix whose width is a power of two.
+        # The stride is odd, to sample all columns of a matrix whose width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
         self._last: Mapping[Names, _Sample] = {}  # samples of the previous step, by slice
         self._next: dict[Names, _Sample] = {}
@@ -45,7 +45,7 @@ class Allocation:
         self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
-        """Begin a step: divide the budget of its compressor among the slices of the previous step."""
+        """Begin a step: divide the budget of `compressor` among the slices of the previous step."""
         known, self._next, self._compressor = self._last, {}, compressor
         allotted = None
         if sum(sample.size for sample in known.values()) == self.d and len(known) > 1:
@@ -53,7 +53,8 @@ class Allocation:
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
     def of(self, part: Names, compressor: Compressor) -> Compressor | None:
-        """Return the slice's compressor in this step, or None without a sample or with another step's `compressor`."""
+        """Return the slice's compressor in this step, or None if it has no sample, or if `compressor` is not that of
+        this step."""
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:

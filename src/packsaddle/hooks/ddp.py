@@ -62,19 +62,20 @@ def register_ddp_hook(
         seed: as in `CompressedSGD`.
         scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or the whole
             model ("model") at its end, as in Algorithm 1.
-        optimizer: the optimizer of the model, or a list of them, as [muon, adamw], whose steps are skipped after a
-            rejected exchange. Together they must train all parameters of the model.
+        optimizer: the optimizer of the model, or a list such as [muon, adamw]; their steps are skipped after a rejected
+            exchange. Together they must train all parameters of the model.
         scaler: the GradScaler that scales the gradients; the error memory is kept unscaled.
 
     If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
     back, and the gradients of the bucket (or model, see `scope`) become NaN on every worker, so that scalers skip the
     step on all of them. The worker with the invalid gradient logs the name of the parameter (on a CPU), and
     `hook.skips` records the step. More than `max_skipped` consecutive rejections raise NonFiniteError in the backward
-    pass (with None they never do, and `optimizer` receives the NaNs). Parameters that differ between workers when
-    compared raise DriftError on all. If gradients are computed without a call of the hook (the model runs without
+    pass (with None they never do, and `optimizer` receives the NaNs). If a comparison finds that parameters differ
+    between workers, all raise DriftError. If gradients are computed without a call of the hook (the model runs without
     DistributedDataParallel, as `model.module(x)`), the next forward pass raises RuntimeError.
 
-    Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
+    Raises TypeError or ValueError for invalid arguments, also if they differ between workers, and RuntimeError for a
+    second hook.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -94,7 +95,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    # Validate the options, each alone and for this model.
+    # Validate the options by themselves, and for this model.
     spec = Compression.of(compressor)
     rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
@@ -126,10 +127,11 @@ def register_ddp_hook(
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """Register the hook on the DistributedDataParallel in a model that a framework has wrapped.
 
-    It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
-    Returns None for one worker without a DistributedDataParallel, which has nothing to exchange. Raises TypeError for
-    several DistributedDataParallels, for none with several workers, and for a model that FSDP shards; RuntimeError if a
-    launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of `register_ddp_hook`.
+    The DistributedDataParallel may be inside torch.compile and other wrappers. `arguments` and `options` are those of
+    `register_ddp_hook`. Returns None for one worker without a DistributedDataParallel, which has nothing to exchange.
+    Raises TypeError for several DistributedDataParallels, for none with several workers, and for a model that FSDP
+    shards; RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group; and the errors of
+    `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle
@@ -180,7 +182,7 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
-            module.broadcast_buffers = False  # else each forward pass waits for rank 0's buffers
+            module.broadcast_buffers = False  # otherwise each forward pass waits for rank 0's buffers
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
@@ -189,7 +191,7 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         parameters, gradients = bucket.parameters(), bucket.gradients()
         if bucket.buffer().layout is torch.strided:
-            # torch's views have contiguous strides, but a bucket has the elements in the order of parameters' memory.
+            # torch's views have contiguous strides, but a bucket has the elements in the memory order of parameters.
             pairs = zip(gradients, parameters, strict=True)
             gradients = [g.as_strided(p.shape, strides_of_view(p), g.storage_offset()) for g, p in pairs]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), gradients, parameters))
@@ -220,9 +222,9 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     """Make a forward pass raise RuntimeError if earlier gradients were computed without a call of the hook."""
-    for handle in _guards.pop(model.module, ()):  # hooks of an earlier DistributedDataParallel
+    for handle in _guards.pop(model.module, ()):  # guards of an earlier DistributedDataParallel of the same module
         handle.remove()
-    # One gradient is enough to show that a backward pass ran. A pass within no_sync does not call the hook.
+    # One gradient suffices to detect that a backward pass ran. A pass within no_sync does not call the hook.
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
     missed, synchronized = False, True
 
@@ -232,7 +234,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
     def on_forward(module: nn.Module, _: Any) -> None:
         nonlocal synchronized
-        synchronized = model.require_backward_grad_sync  # DDP reads it in the forward pass
+        synchronized = model.require_backward_grad_sync  # DDP reads this attribute in the forward pass
         # One call proves that DistributedDataParallel uses the hook.
         if hook.calls:
             for handle in handles:

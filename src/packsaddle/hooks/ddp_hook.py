@@ -28,7 +28,7 @@ from packsaddle.numerics.finite import fill_where
 class Bucket:
     """Gradients that DistributedDataParallel exchanges together; the hook replaces them with their means, in place."""
 
-    index: int  # 0 is the first of a backward pass
+    index: int  # index in the backward pass; 0 is its first bucket
     is_last: bool
     buffer: Tensor  # float[n], all gradients of the bucket
     gradients: list[Tensor]  # views of the buffer, shaped as their parameters
@@ -55,13 +55,13 @@ class DDPHook(GradientHook, Exchanging):
         self._module, self._places, self._scaler = module, places, scaler
         self._named = {id(place.parameter): place for place in places}
         self._sizes = {place.name: place.parameter.nbytes for place in places}
-        if scaler is not None:  # while enabled, it skips steps with non-finite gradients
+        if scaler is not None:  # an enabled scaler skips steps with non-finite gradients
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device, blocks=channel.group.stages(self.device))
         self.calls = 0  # number of buckets received from DDP
         # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._failure: Exception | None = None  # the first exception in this pass; None: none
+        self._failure: Exception | None = None  # the first exception in this pass, if any
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +114,8 @@ class DDPHook(GradientHook, Exchanging):
         except Exception as error:
             self._failure = error
             raise
-        for bucket in buckets:  # a rejected exchange becomes NaN on all workers, so all scalers skip the step
+        # After a rejected exchange gradients are NaN on all workers, so all scalers skip the step.
+        for bucket in buckets:
             fill_where(bucket.buffer, (code != 0).any(), float("nan"))
         if buckets[-1].is_last:
             self._complete()
@@ -169,7 +170,7 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The error feedback of all parameters, with scope="model" after the first exchange or loading; else None."""
+        """The error feedback of all parameters, or None if scope="bucket", or before the first exchange or loading."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Averaging of gradients over replicas of an FSDP2 model: uncompressed in a machine, compressed between machines.
 
-`fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
+`fully_shard` on a mesh of one machine reduces gradients there, and then calls a hook with this worker's shard. The hook
 averages it over the workers that have the same shard on other machines.
 """
 
@@ -34,7 +34,8 @@ from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if it is in use
+    # Not imported, since that is slow: the module is loaded if FSDP is in use.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
 
@@ -88,9 +89,9 @@ class FSDPHook(GradientHook, Exchanging):
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
         self._model = model
-        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # this worker's, and their number
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # index, and number of shards
         self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._seen: dict[str, int] = {}  # modules exchanged in this backward pass; autograd's id of the pass
+        self._seen: dict[str, int] = {}  # autograd's id of this backward pass, by name of each module exchanged in it
 
     @torch.no_grad()
     def start(self) -> None:
@@ -102,7 +103,7 @@ class FSDPHook(GradientHook, Exchanging):
         if any(local.is_meta for _, local in local_shards(self._model)):
 
             def on_forward(*_: Any) -> None:
-                # One replica may evaluate alone; FSDP itself raises for weights on the meta device.
+                # Without gradients, one replica may evaluate alone. FSDP itself raises for weights on the meta device.
                 if torch.is_grad_enabled() and not any(local.is_meta for _, local in local_shards(self._model)):
                     for handle in handles:
                         handle.remove()
@@ -114,7 +115,7 @@ class FSDPHook(GradientHook, Exchanging):
             return
         for _, local in local_shards(self._model):
             if local.numel():
-                there = local.to(self.device)  # elsewhere only if FSDP offloads to the CPU
+                there = local.to(self.device)  # a copy only if FSDP offloads to the CPU
                 self.channel.broadcast(there, "start")
                 if there is not local:
                     local.copy_(there)
@@ -123,7 +124,7 @@ class FSDPHook(GradientHook, Exchanging):
     def take(self, name: str, index: int, gradient: Tensor) -> None:
         """Average the `gradient` of a module's shard, float[n], over the replicas, in place.
 
-        FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded ones.
+        FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded modules.
         """
         number = torch._C._current_graph_task_id()
         if number >= 0 and self._seen.get(name) == number and self._pass:
@@ -139,7 +140,7 @@ class FSDPHook(GradientHook, Exchanging):
             # FSDP adds this pass's gradients to those of earlier passes, which are not exchanged again.
             self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self.rules.noise.at_step(self._steps)])
-            # Queued here, `_end` runs after FSDP's own callback, which sets the gradients of parameters.
+            # A callback queued here runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._slices
@@ -148,14 +149,14 @@ class FSDPHook(GradientHook, Exchanging):
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, (code != 0).any(), float("nan"))
-        # Reading the code waits for the GPU: read it only in a module's first exchange; `_settle` reads all of them.
+        # Reading the code waits for the GPU, so read it only in a module's first exchange; `_settle` reads all codes.
         if (is_first or code.device.type == "cpu") and code[2]:
             self._complete()
             self._settle()
 
     @torch.no_grad()
     def _end(self) -> None:
-        """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN, on all replicas."""
+        """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN on all replicas."""
         if not self._pass:
             return
         bad = (torch.stack(self._codes) != 0).any()
@@ -173,7 +174,8 @@ class FSDPHook(GradientHook, Exchanging):
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
         if name not in self._slices:
             # The first gradient of a module has the size of its slice, padding included.
-            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # shape only
+            # Only its shape is used, so the tensor is on the meta device.
+            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
                     f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
@@ -218,29 +220,31 @@ def register_fsdp_hook(
     start_step: int = 0,
     seed: int = 0,
 ) -> FSDPHook:
-    """Average the gradients of a `fully_shard` model over its replicas, compressed, with error feedback; collective.
+    """Average the gradients of a `fully_shard` model over its replicas, with compression and error feedback;
+    collective.
 
     Args:
         model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, such as one machine.
-        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
+        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a two-dimensional
+            mesh.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
             as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
             and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Parameters are compared at
             the end of a backward pass; each shard counts its own skipped steps.
         noise, start_step, seed: as in `register_ddp_hook`.
 
-    Replicas start from rank 0's parameters, broadcast here or, if the model is still on the meta device, in the first
-    forward pass that records gradients; weights loaded later are not overwritten.
+    Replicas start from rank 0's parameters, which are broadcast here or, if the model is still on the meta device, in
+    the first forward pass that records gradients; weights loaded later are not overwritten.
 
     If a gradient, or the mean, is invalid in any module of a backward pass, the pass is rejected: error memories, noise
-    and step count are rolled back, and after it all gradients are NaN on all replicas of the shard. Other shards do not
+    and step count are rolled back, and all gradients are set to NaN on all replicas of the shard. Other shards do not
     detect it and apply the step. A GradScaler skips the step on all shards, but the error memories of other shards have
     been committed. `hook.protect(optimizer)` makes an optimizer without a scaler skip rejected steps. Every sharded
     module must be part of every backward pass that exchanges. A pass raises RuntimeError on all replicas of the shard
     if they reduce different modules of one size.
 
-    Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, for an argument that is
-    out of range or one that differs between workers.
+    Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, or if an argument is
+    out of range or differs between workers.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -288,7 +292,7 @@ def register_fsdp_hook(
     choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
     hook.start()
     for index, (name, module) in enumerate(modules):
-        if hasattr(module, "set_reduce_scatter_unused_params"):  # so that the layout of a shard does not change
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # keeps the layout of a shard fixed
             module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))
     return hook

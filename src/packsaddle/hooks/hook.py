@@ -41,7 +41,7 @@ Scope = Literal["bucket", "model"]
 
 @dataclass(frozen=True)
 class HookOptions(Option):
-    """The settings of a hook; see `register_ddp_hook`. Raises ValueError for bad arguments."""
+    """The settings of a hook; see `register_ddp_hook`. Raises ValueError for an invalid argument."""
 
     compression: Compression
     noise: Noise
@@ -55,7 +55,7 @@ class HookOptions(Option):
         check_integers(0, start_step=self.start_step)
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        # Other memories, and the repair of drift, need CompressedSGD's own step.
+        # memory="ef21" and the repair of drift need the step of CompressedSGD.
         for name, only in (("memory", "buffer"), ("on_drift", "stop")):
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
@@ -91,7 +91,8 @@ class BucketUpdate(Update):
 @dataclass(frozen=True)
 class BucketTarget:
     """Writes the mean update of an exchange to a slice's gradients, which the user's optimizer applies (line 11).
-    `used`, bool[p], is False for parameters whose mean update is replaced with zeros. None: there are none."""
+    `used`, bool[p], is False for parameters whose mean update is replaced with zeros; if it is None, none is replaced.
+    """
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -126,7 +127,7 @@ RULES = [
 
 class GradientHook(Records, ABC):
     """Base class of gradient hooks: the exchanges of a backward pass are all applied, or all rejected. The outcome is
-    read on demand or in the next pass, so that no pass waits for a GPU. `d`: number of compressed coordinates."""
+    read on demand or in the next pass, so that no pass waits for a GPU. `d` is the number of compressed coordinates."""
 
     saved_state: State  # set by subclasses
 
@@ -151,8 +152,8 @@ class GradientHook(Records, ABC):
         self._outcome: Readback | None = None  # the codes of a complete pass
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
-        self._fresh = True  # False: gradients include those of earlier passes
-        self.may_be_unused = False  # a backward pass may use some parameters only (see `Usage`)
+        self._fresh = True  # False if gradients include those of earlier passes
+        self.may_be_unused = False  # True if a backward pass may use only some parameters (see `Usage`)
 
     def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
@@ -171,7 +172,7 @@ class GradientHook(Records, ABC):
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes of the same exchanges without compression, by ring all-reduces of all gradients seen so far."""
+        """The bytes that ring all-reduces of the same gradients, without compression, would have sent."""
         exchanges = self.steps + self.skipped
         return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
 
@@ -184,8 +185,8 @@ class GradientHook(Records, ABC):
     def protect(self, optimizer: Optimizer) -> None:
         """Make `optimizer` skip its step after a rejected exchange, as scalers do.
 
-        Gradients are set to None for that step, so parameters and optimizer state do not change. A closure that `step`
-        calls once for the gradients is supported.
+        Gradients are set to None for that step, so parameters and optimizer state do not change. The step may have a
+        closure, which it must call once to compute the gradients.
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._clear_rejected_gradients)
@@ -232,7 +233,7 @@ class GradientHook(Records, ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set a slice's compressor in this step; return that of the model."""
+        """Set a slice's compressor in this step; return the compressor of the whole model."""
         compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
@@ -241,10 +242,11 @@ class GradientHook(Records, ABC):
     def _exchange(
         self, part: ErrorFeedback, gradients: Mapping[str, Tensor], identity: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Replace a slice's gradients with their mean; return `Verdict.code`, float[3]; 0: the exchange is applied.
+        """Replace a slice's gradients with their mean; return `Verdict.code`, float[3], which is 0 if the exchange is
+        applied.
 
-        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b], that
-        identify the slice, and are compared between workers.
+        These are lines 10-12 of Algorithm 1, uncommitted until the pass ends. `identity` has bits of 0 or 1, float[b],
+        that identify the slice, and are compared between workers.
         """
         decay, compressor = self.rules.compression.decay, self._use(part)
         r = part.round(self._steps)
@@ -296,7 +298,7 @@ class GradientHook(Records, ABC):
             elif self._outcome and not unlike:
                 self._rejected = list(self._protected)
                 others = "a gradient of another worker" if any(code[0] for code in rejected) else THE_MEAN
-                reports = (report for r in self._pass if (report := r.full_report()))  # the first one counts
+                reports = (report for r in self._pass if (report := r.full_report()))  # the first report is used
                 skip = Skip.of(self._steps, {self.channel.group.rank: next(reports, Report())}, others)
                 if not skip.workers and any(math.isnan(code[0]) for code in rejected):
                     skip = replace(skip, message="another worker has received an invalid message")
@@ -332,7 +334,8 @@ class GradientHook(Records, ABC):
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types: error memory, counts. It differs between workers."""
+        """Return this worker's state, such as error memory and counts, as tensors and plain types. It differs between
+        workers."""
         self._settle()
         return self.saved_state.save()
 

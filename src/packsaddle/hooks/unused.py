@@ -1,8 +1,9 @@
 """Parameters that a backward pass does not use (`find_unused_parameters`).
 
 DistributedDataParallel copies the mean of a bucket to the gradient of a parameter that any worker used, and discards it
-for the others. So a worker sends zeros instead of v = e + g for a parameter that it did not use, and keeps e. As C(0)
-need not be 0, its residual belongs to the error memory if the mean is applied, and to nothing if it is discarded.
+for the others. So a worker sends zeros instead of v = e + g for a parameter that it did not use, and keeps e. C(0) need
+not be 0. If the mean is applied, the residual 0 - C(0) is added to the error memory; if it is discarded, so is the
+residual.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ from packsaddle.feedback.round import ErrorFeedback
 
 
 class Usage:
-    """The parameters of a slice that this worker used in a backward pass, `here`, bool[p]: all whose gradient is not 0.
+    """The parameters of a slice that this worker used in a backward pass: those whose gradient is not 0. `here`,
+    bool[p], is True for them.
 
     A parameter whose gradient is 0 on all workers counts as unused. Its mean gradient is then set to 0, so no update is
     lost if DistributedDataParallel applies it nevertheless.

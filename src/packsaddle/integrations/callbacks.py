@@ -31,8 +31,8 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base class of the frameworks' callbacks. `exchange` is the hook or local updates in use, None before training:
-    what `_makes` returned for the arguments `options`. Raises TypeError for an option that `_makes` does not have."""
+    """Base class of the frameworks' callbacks. `exchange` is the hook or local updates in use, or None before training;
+    `_makes` creates it with the arguments `options`. Raises TypeError for an option that `_makes` does not accept."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
@@ -50,12 +50,12 @@ class Attached:
 
     @property
     def hook(self) -> DDPHook | None:
-        """The DDP hook; None before training, with one worker, or with local updates."""
+        """The DDP hook, or None before training, with one worker, or with local updates."""
         return self.exchange if isinstance(self.exchange, DDPHook) else None
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The `LocalUpdates` object; None before training, or with a hook."""
+        """The `LocalUpdates` object, or None before training, or with a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
     def _make(
@@ -63,7 +63,7 @@ class Attached:
     ) -> "DDPHook | WorkerState | None":
         """Attach local updates, or with several workers a hook that measures the contraction every `log_every` steps.
 
-        `wrapped` is the model as wrapped by the framework. With one worker a hook has nothing to do: warns and returns
+        `wrapped` is the model as wrapped by the framework. For one worker, who needs no hook, it warns and returns
         None. Raises the errors of attaching, and RuntimeError if a launcher started several processes but there is no
         process group.
         """
@@ -85,14 +85,15 @@ class WorkerState:
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
-        model = model.module if isinstance(model, DistributedDataParallel) else model  # unwrapped with one worker
+        # With one worker the framework does not wrap the model.
+        model = model.module if isinstance(model, DistributedDataParallel) else model
         self.local, self._model, self._scaler = local, model, scaler
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.channel = Communicator(resolve(None), local.ledger)
 
     @property
     def steps(self) -> int:
-        """The number of inner steps, those of the optimizers on this worker."""
+        """The number of inner steps, i.e. steps of the optimizers on this worker."""
         return self.local.steps
 
     def finish(self) -> None:
@@ -146,9 +147,9 @@ def attach_local_updates(
     compressor: AnyCompression,
     **options: Any,
 ) -> WorkerState:
-    """Make a `LocalUpdates` of a framework's optimizers, and stop the exchange of gradients by its wrapper.
+    """Make a `LocalUpdates` of a framework's optimizers, and disable the exchange of gradients by its wrapper.
 
-    `wrapped`: the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns.
+    `wrapped` is the framework's wrapper of `model`, which contains a DistributedDataParallel. With one worker it warns.
     The contraction is measured in every round, or as set by a `Compression`. Raises TypeError for several workers
     without a DistributedDataParallel, and the errors of `LocalUpdates`.
     """
@@ -179,7 +180,7 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
     They are totals of this worker's steps and bytes, and the contraction `mu`, the fraction of the squared norm that
     compression keeps, once `monitor_every` has measured it. A hook also has `sent_in_step`, in bytes; local updates
     have `rounds`, with `Workers.clip` the number of `clipped` updates, and with weight="steps" the `pace` of worker 0,
-    its inner steps in a round. Empty for None (`attach` with one worker).
+    its inner steps in a round. Returns {} if `exchange` is None, as from `attach` with one worker.
     """
     if exchange is None:
         return {}
@@ -210,7 +211,7 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
     Call on every worker: states differ between workers and are as large as the model, so they are not gathered.
     Collective only if an exchange is in progress. If several exchanges are saved to one folder, such as those of two
-    models, give each a different `name`. No-op for None (`attach` with one worker).
+    models, give each a different `name`. No-op if `exchange` is None, as from `attach` with one worker.
     """
     if exchange is not None:
         content = {"workers": resolve(None).size, "state": exchange.state_dict()}
@@ -220,11 +221,12 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore `exchange`, a hook or local updates, from the files that `save_state` wrote in `folder`; collective.
 
-    Returns True if it was restored; False, with a warning and nothing changed, if no worker has a file, and for None
-    (`attach` with one worker), with a warning if there are files. `name`: as in `save_state`. If another number of
-    workers saved the files, each worker gets the mean of the tensors that differed between workers, such as error
-    memories, with a warning (see `load_checkpoint`). Raises ValueError, with nothing changed, if only some workers have
-    a file, if steps differ between files, or if they do not fit (another seed, ...).
+    Returns True if it was restored. Returns False, with a warning and nothing changed, if no worker has a file. If
+    `exchange` is None, as from `attach` with one worker, it returns False, with a warning if there are files. `name` is
+    as in `save_state`. If another number of workers saved the files, each worker gets the mean of the tensors that
+    differed between workers, such as error memories, with a warning (see `load_checkpoint`). Raises ValueError, with
+    nothing changed, if only some workers have a file, if steps differ between files, or if they do not fit (another
+    seed, ...).
     """
     if exchange is None:
         if saved := _survey(folder, name):
@@ -272,7 +274,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str, rank: int | None = None) -> Path:
-    """Return the path of a worker's file, named by the global rank: a group may have only some workers."""
+    """Return the path of a worker's file, which is named by the global rank, since a group may have only some
+    workers."""
     return Path(folder) / f"{name}-{resolve(None).rank if rank is None else rank}.pt"
 
 
@@ -290,8 +293,8 @@ def _survey(folder: str | Path, name: str) -> dict[int, int]:
 def _resharded(
     exchange: DDPHook | WorkerState, folder: str | Path, name: str, holders: list[int], collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return this worker's state, from files of another number of workers, of which rank holders[i] reads file i;
-    collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted."""
+    """Return this worker's state, converted from the files of another number of workers; rank holders[i] reads file i.
+    Collective. Raises ValueError, on every worker, if the files are of different steps or cannot be converted."""
     mine = [i for i, holder in enumerate(holders) if holder == collectives.group.rank]
     states = {i: _read(_path(folder, name, i))["state"] for i in mine}
     steps = {step for found in collectives.gather([state["steps"] for state in states.values()]) for step in found}
@@ -312,7 +315,8 @@ def _resharded(
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers in a mapping as floats; names in nested mappings are OUTER/INNER; other values are dropped."""
+    """Return the numbers in a mapping as floats. Names in nested mappings become OUTER/INNER. Values that are not
+    numbers are dropped."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -323,8 +327,8 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm, and a number for each
-    possible verdict, such as certificate/saddle: 1 for the certificate's, 0 for the others."""
+    """Return the numbers of a certificate as a dict for a logger, such as certificate/grad_norm. For each possible
+    verdict there is a number such as certificate/saddle, 1 for the certificate's verdict and 0 for the others."""
     verdicts = {f"certificate/{one.name.lower()}": float(one is certificate.verdict) for one in Verdict}
     return scalars(certificate.to_dict(), "certificate/") | verdicts
 

@@ -1,7 +1,7 @@
 """Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and saddle certificates of the model.
 
-The first two log metrics (`measures`) and save every worker's state in the checkpoints. Needs transformers 5:
-pip install 'packsaddle[hf]'.
+The first two log metrics (`measures`) and save every worker's state in the checkpoints. This module needs
+transformers 5: pip install 'packsaddle[hf]'.
 """
 
 import os
@@ -31,7 +31,7 @@ from packsaddle.integrations.callbacks import (
 )
 from packsaddle.local.updates import LocalUpdates
 
-# TrainingArguments by which workers exchange numbers at every step. Older versions of transformers lack the second.
+# TrainingArguments with which workers exchange numbers at every step. Older versions of transformers lack the second.
 _PER_STEP = ("ddp_find_unused_parameters", "average_tokens_across_devices")
 
 
@@ -70,9 +70,10 @@ class _Attached(Attached, TrainerCallback):
         trainer.train, trainer._save_checkpoint = training, saving
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach the hook or local updates, and restore their state in a resumed run. Raises errors of attaching."""
+        """Attach the hook or local updates, and restore their state in a resumed run. Raises the errors of
+        attaching."""
         trainer = self._trainer
-        if trainer.model_wrapped is not self._attached:  # further calls of train() keep it
+        if trainer.model_wrapped is not self._attached:  # False in further calls of train()
             self._attached = trainer.model_wrapped  # callbacks receive only the model inside DistributedDataParallel
             scaler, every = trainer.accelerator.scaler, int(state.logging_steps)
             self.exchange = self._make(self._attached, trainer.model, [trainer.optimizer], scaler, every)
@@ -91,33 +92,34 @@ class _Attached(Attached, TrainerCallback):
 class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
-    Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`. Accepts the
+    Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`. It accepts the
     arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is
     measured every `logging_steps`, or as set by a `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
-    worker it only warns. `hook` is the DDPHook; further calls of `train` keep it.
+    worker the callback only warns. `hook` is the DDPHook, which further calls of `train` keep.
     """
 
 
 class LocalUpdatesCallback(_Attached):
     """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
 
-    Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. Accepts the
+    Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. It accepts the
     arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel
     exchanges no gradients from the start of training. With several workers the trainer's TrainingArguments must have
     `ddp_find_unused_parameters=False` and `average_tokens_across_devices=False`. `measures` are logged as
     packsaddle/sent and so on; the contraction is measured in every round, or as set by a `Compression`.
 
     During training the trainer evaluates, predicts with and saves the anchor: the parameters last agreed on, identical
-    on all workers. At the end pending updates are exchanged (`LocalUpdates.flush`): every worker has the anchor. With
-    `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises RuntimeError.
+    on all workers. At the end pending updates are exchanged (`LocalUpdates.flush`), so every worker has the anchor.
+    With `load_best_model_at_end` every worker has the best model instead, and another call of `train` raises
+    RuntimeError.
 
     Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
-    packsaddle-RANK.pt; a resumed run restores it as with `PacksaddleCallback`, also on another number of workers: see
-    `load_checkpoint`. One worker sends nothing, with a warning. `local` is the LocalUpdates; further calls of `train`
-    keep it.
+    packsaddle-RANK.pt. A resumed run restores it as with `PacksaddleCallback`, also on another number of workers (see
+    `load_checkpoint`). One worker sends nothing, with a warning. `local` is the LocalUpdates, which further calls of
+    `train` keep.
     """
 
     _makes = LocalUpdates
@@ -133,7 +135,7 @@ class LocalUpdatesCallback(_Attached):
         super().__init__(trainer, compressor, resume_from=resume_from, **options)
         self._at_anchor = False  # True during training, when evaluation and saving use the anchor
         self._ended_at_best = False
-        for name in ("evaluate", "predict", "save_model"):  # wrapped, since callbacks run only after these methods
+        for name in ("evaluate", "predict", "save_model"):  # wrap these methods, since callbacks run only after them
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
     def _inside(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,6 +211,6 @@ class CertificateCallback(TrainerCallback):
         batch = self._trainer._prepare_inputs(batch)  # moves it to the device
         if self._loss_fn is not None:
             return self._loss_fn(model, batch)
-        outputs = model(**batch)  # a dict or a tuple, of which the Trainer reads the loss in the same way
+        outputs = model(**batch)  # a dict or a tuple; the Trainer reads the loss from it in the same way
         loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

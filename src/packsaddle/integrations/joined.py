@@ -15,10 +15,10 @@ from packsaddle.feedback.optimizers import CompositeOptimizer, as_optimizers, lo
 class JoinedOptimizer(CompositeOptimizer):
     """Several optimizers of different parameters as one optimizer, with all their groups and states.
 
-    For frameworks that accept only one: transformers' Trainer, Lightning's automatic mode. `members` are the
-    optimizers; `step` steps them in that order. A state dict is that of one torch optimizer with all groups, made of
-    the members' own state dicts. Raises RuntimeError if `LocalUpdates` has this optimizer, and a member is stepped
-    alone.
+    It is for frameworks that accept only one optimizer: transformers' Trainer, Lightning's automatic mode. `members`
+    are the optimizers; `step` steps them in that order. The state dict has the form of one torch optimizer with all
+    groups, and combines the members' state dicts. If a `LocalUpdates` exchanges this optimizer's updates, stepping a
+    member alone raises RuntimeError.
 
     >>> import torch
     >>> from packsaddle.integrations import JoinedOptimizer
@@ -28,10 +28,10 @@ class JoinedOptimizer(CompositeOptimizer):
     (['Muon', 'AdamW'], 2)
     """
 
-    _is_made = _steps_members = False  # constructed; within `step`
+    _is_made = _steps_members = False  # True after construction; True within `step`
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
-        as_optimizers(list(members))  # raises for other objects, and for parameters of two members
+        as_optimizers(list(members))  # raises for objects that are not optimizers, and for parameters in two members
         self.members = list(members)
         super().__init__(parameters_of(self.members), {})
         self._is_made = True
@@ -56,8 +56,8 @@ class JoinedOptimizer(CompositeOptimizer):
 
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Set the members' groups, as many as they have. Raises ValueError for another number."""
-        if self._is_made:  # torch sets it at construction
+        """Set the members' groups. Raises ValueError unless the number of groups is the same."""
+        if self._is_made:  # torch sets the attribute at construction
             _check_number(groups, self.param_groups)
             for member, mine in zip(self.members, _divided(groups, self.members), strict=True):
                 member.param_groups = mine
@@ -77,7 +77,7 @@ class JoinedOptimizer(CompositeOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise RuntimeError: no member would step `param_group`."""
-        if self._is_made:  # torch calls it at construction
+        if self._is_made:  # torch calls this method at construction
             raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
 
     @torch.no_grad()
@@ -96,8 +96,8 @@ class JoinedOptimizer(CompositeOptimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the members' state dicts as one. What a member has in addition to the states of parameters and
-        "param_groups" is in a list "members"."""
+        """Return the members' state dicts as one. If a member's state dict has more than the states of parameters and
+        "param_groups", the rest is in the list "members"."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         # Number the parameters of all members in one sequence.
@@ -110,7 +110,7 @@ class JoinedOptimizer(CompositeOptimizer):
             mine = {i: entry for i, entry in states.items() if isinstance(i, int) and 0 <= i < n}
             result["state"] |= {start + i: entry for i, entry in mine.items()}
             result["param_groups"] += [{**g, "params": [start + i for i in g["params"]]} for g in groups]
-            # A member may have more: entries of its state that are of no parameter, and other keys.
+            # A member may have further keys, and entries of its state that belong to no parameter.
             rest = {key: entry for key, entry in states.items() if key not in mine}
             others.append(saved | ({"state": rest} if rest else {}))
             start += n
@@ -121,8 +121,8 @@ class JoinedOptimizer(CompositeOptimizer):
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load `state_dict`, which this class saved, into all members. Raises ValueError, with nothing changed, if
-        their groups are others."""
+        """Load `state_dict`, which this class saved, into all members. Raises ValueError, with nothing changed, if the
+        saved groups do not match the members' groups."""
         # Check the groups, and number each member's parameters from 0.
         state: Any = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -131,7 +131,7 @@ class JoinedOptimizer(CompositeOptimizer):
         _check_number(groups, self.param_groups)
         parts = []
         for mine, other in zip(_divided(groups, self.members), others, strict=True):
-            # The keys need not be numbers: torch.distributed.checkpoint has names.
+            # The keys need not be numbers: torch.distributed.checkpoint uses names.
             index = {key: i for i, key in enumerate(key for group in mine for key in group["params"])}
             states = {index[key]: entry for key, entry in state["state"].items() if key in index}
             renamed = [{**group, "params": [index[key] for key in group["params"]]} for group in mine]
@@ -154,13 +154,14 @@ def _check_number(groups: Sequence[object], here: Sequence[object]) -> None:
 
 
 def _divided(groups: Sequence[dict[str, Any]], members: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
-    """Return the groups of each member."""
+    """Divide a list of groups among the members: return the groups of each."""
     rest = iter(groups)
     return [list(islice(rest, len(member.param_groups))) for member in members]
 
 
 class _States(MutableMapping[Tensor, Any]):
-    """The states of several optimizers as one mapping; an entry is read and written in that of its parameter's."""
+    """The states of several optimizers as one mapping. An entry is read and written in the state of the optimizer that
+    has the parameter."""
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
         self._members = members

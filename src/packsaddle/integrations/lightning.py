@@ -1,7 +1,7 @@
 """Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and saddle certificates of the model.
 
 Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks on GPUs only; these callbacks work wherever DDPStrategy
-does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
+does. This module needs lightning 2.x: pip install 'packsaddle[lightning]'.
 """
 
 import shutil
@@ -43,13 +43,13 @@ class _Attached(Attached, Callback):
         **options: Any,
     ) -> None:
         super().__init__(compressor, options)
-        self._saved = False  # True: workers' states were saved next to the loaded checkpoint
+        self._saved = False  # True if workers' states were saved next to the loaded checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
             self.exchange, self._saved = None, False  # _saved may be from a checkpoint loaded for testing
-            # Wrap once: an earlier fit may have wrapped them.
+            # Wrap the methods once: an earlier fit may have wrapped them.
             if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):
                 _Files(self, trainer.strategy)
 
@@ -89,19 +89,19 @@ class _Attached(Attached, Callback):
 class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
-    Accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
+    It accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
     contraction is measured every `log_every_n_steps`, or as set by a `Compression`.
 
     Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
-    removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker it only warns. `hook` is the
-    DDPHook, or None.
+    removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker the callback only warns.
+    `hook` is the DDPHook, or None.
     """
 
 
 class LocalUpdatesCallback(_Attached):
     """Trains with `packsaddle.LocalUpdates`: workers step separately and average their changes every `every` steps.
 
-    Accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DDPStrategy
+    It accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DDPStrategy
     exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
     contraction is measured in every round, or as set by a `Compression`.
 
@@ -126,9 +126,9 @@ class LocalUpdatesCallback(_Attached):
         self._evaluation = ExitStack()  # the entered context `together()` during validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach local updates, and restore their state. Raises ValueError before a callback that averages weights."""
+        """Attach local updates, and restore their state. Raises ValueError if a later callback averages weights."""
         # Later callbacks must not replace the agreed parameters with this worker's own average.
-        names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
+        names = ("StochasticWeightAveraging", "WeightAveraging")  # WeightAveraging exists from Lightning 2.6 on
         kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
         for callback in trainer.callbacks[trainer.callbacks.index(self) :]:
             if isinstance(callback, kinds):

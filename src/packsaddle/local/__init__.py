@@ -1,4 +1,4 @@
-"""Local training with any optimizer; the workers' changes are averaged every H steps. Start with `updates`.
+"""Local training with any optimizer: workers' parameter changes are averaged every H steps. Start with `updates`.
 
 - `fragment`: parameters exchanged together; `anchor`: the parameters last agreed on; `clipping`: limits updates
 - `options`: overlap, workers, the outer optimizer; `participation`: the workers' weights, and samples of the workers

@@ -1,7 +1,7 @@
 """Reactions to the end of a round of local updates, applied or rejected: one list, in one order.
 
-A reaction is called with the `LocalRound` that has ended. A new one is a class here or in a file of its own, and an
-entry of the list in `Reactions`.
+A reaction is called with the `LocalRound` that has ended. To add one, write a class, here or in a new file, and add it
+to the list in `Reactions`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ After = Callable[[LocalRound], None]
 
 
 class CompareAnchors:
-    """Compares the anchors of all workers after the rounds of the last fragment that `drift` selects; collective."""
+    """Compares the anchors of all workers, after those rounds of the last fragment that `drift` selects; collective."""
 
     def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
         self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
@@ -44,21 +44,22 @@ class CompareAnchors:
         anchors = [f.anchor.flat for f in self._fragments]
         compare = partial(self._drift.compare, r.t, anchors, named)
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
-        # The parameters move with a repaired anchor; else the difference would be sent as a local update.
+        # Move the parameters with a repaired anchor. Otherwise the difference would be sent as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
-            if f.current is None:  # else a running exchange will move them
+            if f.current is None:  # a running exchange will move the parameters at its end
                 f.anchor.move(starts)
 
 
 class EscapeAnchor:
     """Runs the saddle escape check (Algorithm 1, lines 4-8) on the anchor of the only fragment; `interval` and `every`
-    of its rule are numbers of rounds. Raises ValueError for several fragments, or exchanges with a delay."""
+    of its rule are numbers of rounds. Raises ValueError for several fragments, for exchanges with a delay, and for
+    DTensors."""
 
     def __init__(self, rule: Escape, fragments: Sequence[Fragment], channel: Communicator, seed: int) -> None:
         whole = fragments[0]
         if len(fragments) > 1 or whole.options.overlap.delay or whole.is_sharded:
             raise ValueError("escape needs fragments=1, delay=0 and no DTensors: it compares whole anchors")
-        self.resets: list[Reset] = []  # records of its firings
+        self.resets: list[Reset] = []  # records of the check's firings
 
         def at_anchor() -> float | Tensor:
             whole.anchor.set_parameters(whole.anchor.views)
@@ -83,7 +84,7 @@ class EscapeAnchor:
 
 
 class Reactions:
-    """The reactions to the end of a round, in order; None: not set.
+    """The reactions to the end of a round, in order; a reaction that is not set is None.
 
     `outcomes` counts rejected rounds and resets optimizers, and may raise NonFiniteError, after which no other reaction
     runs.
@@ -114,7 +115,7 @@ class Reactions:
         shards: Shards,
     ) -> "Reactions":
         """Return the reactions that the options of local updates set. `lockstep` runs the collectives of a fixed set of
-        workers; elastic workers, without one, compare their anchors at the start of a round."""
+        workers. It is None for elastic workers, which compare their anchors at the start of a round instead."""
         spec, c, rank = options.compression, options.mean_momentum, channel.group.rank
         outcomes = Outcomes(optimizers, fragments, shards, spec.max_skipped, rank)
         momentum = MeanMomentum(optimizers, c, shards) if c else None

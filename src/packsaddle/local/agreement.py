@@ -3,10 +3,10 @@
 The workers' noise cancels in their mean D = sum_i w_i q_i (weights w_i with sum 1, q_i the decoded messages), so D is
 shorter than the updates q_i. With p in [0, 1], D is multiplied by
 
-    r^p,    r^2 = sum_i w_i norm(q_i)^2 / norm(D)^2,    r held in [1, sqrt(W)],
+    r^p,    r^2 = sum_i w_i norm(q_i)^2 / norm(D)^2,    r clamped to [1, sqrt(W)],
 
 for each tensor separately. r is 1 if all workers send the same update, and sqrt(W) if W updates of equal norm are
-orthogonal. Each worker adds the numbers w_i norm(q_i)^2 to the uncompressed part of an exchange: four bytes a tensor.
+orthogonal. Each worker adds the numbers w_i norm(q_i)^2 to the uncompressed part of an exchange, four bytes per tensor.
 The rule is ours, measured in experiments/nanogpt.
 """
 
@@ -19,8 +19,8 @@ from packsaddle.local.inner import Shards
 
 
 def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
-    """Return W w_i norm(q_i)^2 of each tensor, float[p], to be averaged over workers. `sent` are the tensors of
-    W w_i q_i, which a worker sends, and `share` is W w_i; 0: it is not in the exchange."""
+    """Return W w_i norm(q_i)^2 for each tensor, float[p], to be averaged over workers. `sent` are the tensors of
+    W w_i q_i, which a worker sends, and `share` is W w_i, which is 0 if the worker is not in the exchange."""
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in sent])
     return norms.square() / share if share else torch.zeros_like(norms)
 
@@ -28,7 +28,7 @@ def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
 def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, shards: Shards) -> None:
     """Multiply the mean update of each tensor by r^p, in place; collective over the shards of this worker.
 
-    `squares`, float[p], are the means over workers of `squares_of`. A mean update of zeros stays.
+    `squares`, float[p], are the means over workers of `squares_of`. A mean update of zeros does not change.
     """
     of_mean = torch.stack([torch.linalg.vector_norm(mean) for mean in means]).square()
     both = shards.total(torch.stack([squares.to(of_mean), of_mean]))

@@ -3,7 +3,8 @@
 The anchor a, float[n] in at least float32, is the values of the parameters on which all workers last agreed. After an
 exchange a worker continues from its start point: a, or a - e with `keep_unsent`, where e is its error memory. On its
 own chunk in a two-way exchange it continues from a in both cases, since e is W times the residual of a mean there. Its
-local update is start - x. A frozen parameter x does not move; where its start point moves, `Anchor.owed` records it.
+local update is start - x. A frozen parameter x does not move; if its start point moves, `Anchor.owed` records by how
+much.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from packsaddle.numerics.transfers import all_to_host, assign
 
 
 class Anchor:
-    """The anchor a, float[n], and the parameters x of this worker. With `keeps` its start point is a - e, else a."""
+    """The anchor a, float[n], and the parameters x of this worker. With `keeps` the start point is a - e, else a."""
 
     def __init__(self, layout: Slice, trained: Sequence[Trained], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
@@ -33,17 +34,18 @@ class Anchor:
         self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor as parameters, for an outer optimizer
         self.layout, self.keeps = layout, keeps
         self._trained, self._memory = trained, memory
-        # float[n], the local update that start - x misses, because only the start moved or x was rounded; None: 0
+        # float[n], the part of the local update that start - x misses, since only the start moved or x was rounded;
+        # None: 0
         self.owed: Tensor | None = None
-        self.owned = slice(0, 0)  # coordinates that this worker owns, where its start point is a; empty unless it keeps
+        self.owned = slice(0, 0)  # coordinates that this worker owns, where its start point is a; empty unless `keeps`
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
         return [local_part(each.parameter) for each in self._trained]
 
     def values(self) -> list[Tensor]:
-        """Return the parameters on the anchor's device. If that is the CPU and theirs is not, these are copies, for
-        which the host waits once."""
+        """Return the parameters on the anchor's device. If the anchor is on the CPU and the parameters are not, they
+        are copied, and the host waits once."""
         return self._beside_anchor(self.tensors())
 
     def _beside_anchor(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -51,7 +53,7 @@ class Anchor:
 
     @property
     def _frozen(self) -> set[str]:
-        """The names of the parameters that are frozen now."""
+        """The names of the currently frozen parameters."""
         return {name for name, each in zip(self.layout.names, self._trained, strict=True) if not each.requires_grad}
 
     def starts(self) -> list[Tensor]:
@@ -79,8 +81,8 @@ class Anchor:
         """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11).
 
         The anchor of a frozen parameter does not change, neither by an outer momentum nor by a decoded message that is
-        not exactly zero. `frozen` are the names of the frozen parameters, identical on all workers. If they differ
-        between workers, `frozen` is None, and `outer` skips the parameters whose mean is zero.
+        not exactly zero. `frozen` are the names of the frozen parameters, identical on all workers. If workers have
+        frozen different parameters, `frozen` is None, and `outer` skips the parameters whose mean is zero.
         """
         stays = [name in (frozen or ()) for name in self.layout.names]
         before = [(a, a.clone()) for a, is_frozen in zip(self.views, stays, strict=True) if is_frozen]
@@ -130,7 +132,7 @@ class Anchor:
                 assign(x, a - e)
 
     def move_to_anchor(self) -> None:
-        """Set x, except frozen parameters, from its start point to the anchor a; `owed` records the change, so that no
+        """Move x, except frozen parameters, from its start point to the anchor a. `owed` records the change, so that no
         update is lost."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
@@ -148,7 +150,7 @@ class Anchor:
                 assign(x, value)
 
     def clear_owed(self, frozen: Collection[str] = ()) -> None:
-        """Clear `owed`, except of the parameters with names in `frozen`."""
+        """Clear `owed`, except for the parameters with names in `frozen`."""
         if not frozen or self.owed is None:
             self.owed = None
             return
@@ -162,8 +164,8 @@ class Anchor:
 
     @contextmanager
     def fixed_update(self, names: Collection[str]) -> Iterator[None]:
-        """Within the context the anchor a and the error memory e may change: the start points of the parameters with
-        these names move, but x and the local update do not, since `owed` records the difference."""
+        """Context manager in which the anchor a and the error memory e may change. This moves the start points of the
+        parameters with these names, but not x or the local update, since `owed` records the difference."""
         if not names:
             yield
             return
@@ -181,26 +183,28 @@ class Anchor:
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
-        """Return the start point minus that of a worker without owned coordinates, float[n]; None: this is one."""
+        """Return the start point minus the start point without owned coordinates, float[n]. Returns None if this worker
+        owns no coordinates."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
         return self._rounded(self.starts()).sub_(self._rounded(without))
 
     def _rounded(self, values: Sequence[Tensor]) -> Tensor:
-        """Return values, one tensor per parameter, in x's dtypes, as one vector, float[n]."""
+        """Round `values`, one tensor per parameter, to x's dtypes, and return them as one vector, float[n]."""
         found = self.layout.zeros()
         for view, x, value in zip(found.views, self.tensors(), values, strict=True):
             view.copy_(value.to(x.dtype))
         return found.flat
 
     def owe(self, change: Tensor) -> None:
-        """Add `change`, float[n], by which the start point has moved back without x, to `owed`."""
+        """Add `change`, float[n], to `owed`, after the start point has moved by -change and x has not."""
         total = change if self.owed is None else self.owed.add_(change)
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed`, by which the start point moved without x, from x; `owed` keeps the rounding error of x."""
+        """Subtract `owed` from x, since the start point has moved by it and x has not. `owed` becomes the rounding
+        error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
@@ -209,8 +213,8 @@ class Anchor:
         self._set((x.to(wide_dtype(x)) - beside(x, part, wide_dtype(x)) for x, part in pairs), frozen)
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
-        """Set parameters, except those with names in `frozen`, to `values`, at least float32; add their rounding error
-        to `owed`."""
+        """Set the parameters, except those with names in `frozen`, to `values`, which are at least float32, and add the
+        rounding error to `owed`."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
@@ -227,7 +231,8 @@ class Anchor:
             lost.add_(error.to(lost))
 
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
-        """Add the local update start - x + owed to out, float[n], and return out; `starts` replace the start points."""
+        """Add the local update start - x + owed to out, float[n], and return out. If `starts` are given, they replace
+        the start points."""
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
@@ -246,11 +251,12 @@ class PseudoGradient(Update):
     frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + noise, float[n]; base, the error memory, is another tensor."""
+        """Set out to decay base + start - x + owed + noise, float[n], where base is the error memory. out and base must
+        not share memory."""
         share, xs = self.decay, self.of.values()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views
-        if self.of.keeps and self.of.is_rounded:  # to x's dtype, so e cannot be combined with the start point
+        if self.of.keeps and self.of.is_rounded:  # rounded to x's dtype, so e cannot be combined with the start point
             starts = self.of.starts()
         elif self.of.keeps:
             share -= 1.0
@@ -258,7 +264,7 @@ class PseudoGradient(Update):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
-        if share != self.decay:  # owned coordinates start at a
+        if share != self.decay:  # the start point of owned coordinates is a
             out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:
             out.flat.add_(self.of.owed)
@@ -270,7 +276,7 @@ class PseudoGradient(Update):
 
 
 def beside(x: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return `value` on the device of x and in `dtype`, by default that of x, without a wait of the host."""
+    """Return `value` on the device of x and in `dtype`, by default that of x. The host does not wait."""
     value = value.to(dtype or x.dtype)
     return value if value.device == x.device else to_device(value, x.device)
 

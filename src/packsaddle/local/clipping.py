@@ -22,12 +22,13 @@ class Clip:
     """Record of one worker's update that was scaled down in an applied round, since it was too long (see `Workers`)."""
 
     step: int  # index t of the round, counted per fragment
-    worker: str  # rank of the worker; with a manager its name in the log
+    worker: str  # rank of the worker, or with a manager its name in the log
     factor: float  # scale factor of the update, in [0, 1)
 
 
 class Clips:
-    """Records of the clipped updates of a fragment: the list `found` since construction or loading, `count` in total.
+    """Records of the clipped updates of a fragment: `found` lists those since construction or loading, and `count` is
+    the number in total.
     With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged."""
 
     def __init__(self, *, logs: bool) -> None:
@@ -36,7 +37,8 @@ class Clips:
         self._in_a_row: dict[str, int] = {}
 
     def record(self, step: int, factors: Tensor, workers: Sequence[str]) -> None:
-        """Record an applied round from all workers' scale factors, float64[W], and names (empty: their ranks)."""
+        """Record an applied round from all workers' scale factors, float64[W], and their names. If `workers` is empty,
+        the names are the ranks."""
         names = workers or [str(rank) for rank in range(len(factors))]
         found = [Clip(step, name, s) for name, s in zip(names, factors.tolist(), strict=True) if s < 1]
         self.found += found
@@ -56,13 +58,13 @@ class Clips:
 class Standing(IntEnum):
     """A worker's part in the clipping of a round."""
 
-    ABSENT = 0  # it is not in the round
-    LIMITED = 1  # its update is limited, but does not count in the median
-    COUNTED = 2  # its update is limited, and counts in the median
+    ABSENT = 0  # the worker is not in the round
+    LIMITED = 1  # its update is limited, but not counted in the median
+    COUNTED = 2  # its update is limited, and counted in the median
 
 
 def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the norm of an update, float32[1], of which v is this process's part; `total` sums over the parts."""
+    """Return the norm of an update, float32[1]. v is this process's part of the update; `total` sums over the parts."""
     norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).reshape(1)
     return total(norm.square_()).sqrt_().float()
 
@@ -70,8 +72,9 @@ def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
 def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
     """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W].
 
-    `norms`, float32[W], and `standings`, int64[W] of `Standing`, are the workers'. m is the median of the norms that
-    count; of an even number the lower middle one, which half of the workers cannot raise. It is 1 for absent workers.
+    `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. m is the median of the
+    norms that are counted; for an even number of them it is the lower middle one, since half of the workers cannot
+    raise that. The factor of an absent worker is 1.
     """
     norms = widened(norms)
     limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()

@@ -34,7 +34,7 @@ from packsaddle.local.start import check_first_step, share_start
 from packsaddle.numerics.devices import to_device
 
 _log = logging.getLogger("packsaddle")
-# What to do if an argument differs between workers, by the beginning of its name.
+# Advice for an argument that differs between workers, by the beginning of the argument's name.
 _HINTS = {
     "every=": "For workers of different speeds, keep `every` equal and set workers=Workers(weight='steps'), with which "
     "a slow worker makes fewer steps in a round, or give the faster workers larger batches and "
@@ -47,14 +47,15 @@ _HINTS = {
 class Connection:
     """The workers' process group and its communicator."""
 
-    group: Group  # the group of the training
-    within: ProcessGroup | None  # the processes of this site; None: this worker is no site
-    channel: Communicator  # with a delay over a group of its own, so that exchanges run in the background
-    behind: Background | None  # runs exchanges with a delay; None: they run immediately
+    group: Group  # the workers' group
+    within: ProcessGroup | None  # the processes of this site; None: this worker is not a site
+    channel: Communicator  # communicator of exchanges; with a delay it has a separate group, for the background
+    behind: Background | None  # runs exchanges that have a delay; None: there is no delay
 
     @classmethod
     def of(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> "Connection":
-        """Return the connection of a worker; `is_split`: each of its processes has a part of the parameters."""
+        """Return the connection of a worker. `is_split` is True if each of the worker's processes has a part of the
+        parameters."""
         workers = options.workers
         if isinstance(workers, Elastic):
             group = workers.group or ManagedGroup(workers.manager)
@@ -63,7 +64,7 @@ class Connection:
         if isinstance(group, SiteGroup):
             within = group.within
             group = group.peers if is_split else group
-        if not group.accepts(device):  # with `offload`, and NCCL alone
+        if not group.accepts(device):  # with `offload` and only NCCL
             group = group.background(device) or group
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         behind = None if apart is None else Background(device, blocks=apart.stages(device))
@@ -100,7 +101,7 @@ class FixedWorkers:
         assert isinstance(settings, Workers)
         self._settings, self._fragments, self._schedule = settings, fragments, schedule
         self._outer, self._announce = outer, announce
-        self._has_ended = False  # in torch's Join: this worker has no more data
+        self._has_ended = False  # True within torch's Join if this worker has no more data
         self.channel, self._device = to.channel, device
         group = self.channel.group
         has_norms, paced = settings.clip is not None, settings.weight == "steps"
@@ -122,7 +123,7 @@ class FixedWorkers:
         untrained: Sequence[tuple[str, Tensor]],
     ) -> None:
         """Compare the arguments `same`, exchange the weights, and set all tensors to rank 0's; collective.
-        `reactions` follow the end of each round."""
+        `reactions` are called at the end of each round."""
         self._reactions = reactions
         tensors = [*parameters.values(), *(tensor for _, tensor in untrained)]
         with names_call("LocalUpdates(...)"):
@@ -137,8 +138,8 @@ class FixedWorkers:
         return False
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
-        """Run the collectives after an inner step: the first one's check, and the exchanges that end or begin. Returns
-        True if there were any. `parameters` have the gradients of the first step."""
+        """Run the collectives after an inner step: the check after the first step, and the exchanges that end or begin.
+        Returns True if there were any. `parameters` have the gradients of the first step."""
         has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
         if has_changed and self._is_paced:  # a worker that has ended exchanges at one tick at a time
             self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
@@ -158,8 +159,9 @@ class FixedWorkers:
         return ran
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
-        """Begin (True) or end the exchanges of one tick; return True if there were any."""
-        # With a delay an exchange that was to end now may have been applied by a flush.
+        """Begin or end the exchanges that are `due` at one tick, as pairs of a fragment and True to begin; return True
+        if there were any."""
+        # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
         # With equal steps the announcement of the first step is also that of its exchanges.
         if due and not self._has_ended and (self.steps > 1 or self._is_paced):
@@ -177,7 +179,7 @@ class FixedWorkers:
         return bool(due)
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
-        """Use the paces for this worker's schedule after an inner step, and for the weights of all workers."""
+        """Apply the paces to this worker's schedule, from inner step `step` on, and to the weights of all workers."""
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
         self._set_weights()
@@ -187,7 +189,8 @@ class FixedWorkers:
             self._participation.weights = list(map(float, self.paces))
 
     def _nanoseconds(self, part: Fragment) -> int:
-        """Return the time of this worker's step in the round that ends, the same for all of its shards; 0: unknown."""
+        """Return the time of this worker's step in the round that ends, which is identical for all its shards, or 0 if
+        it is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 
@@ -205,11 +208,11 @@ class FixedWorkers:
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None
         exchange = partial(r.exchange, tick - 1)
-        # A worker that has ended has no local update with which others' could be compared.
+        # A worker that has ended has no local update to compare with the updates of others.
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
         if not share:
             standing = Standing.ABSENT
-        # Other exchanges read the sizes of messages, for which the host would wait if the workers' calls do not match.
+        # Exchanges of variable size read the sizes of messages: the host would hang if the workers' calls do not match.
         sent = part.feedback.compressor
         may_be_late = delay > 0 or (sent is not None and sent.fixed_size)
         r.call = self.lockstep.start(
@@ -242,7 +245,7 @@ class FixedWorkers:
         return all(applied)
 
     def _check_flush(self, compressor: Compressor, steps: int) -> None:
-        """Compare the compressor of a flush over workers, and check it; collective."""
+        """Check a compressor for a flush, and that all workers pass the same one; collective."""
         is_one = isinstance(compressor, Compressor)
         arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
         compare = partial(check_agreement, self.channel, arguments, self._device)
@@ -284,7 +287,7 @@ class FixedWorkers:
         self.lockstep.run("calls average()", self._schedule.tick(steps), exchange)
 
     def check_call(self, call: Call, steps: int) -> None:
-        """Raise RuntimeError, on all workers, if others make another call; collective, and not in the ledger."""
+        """Raise RuntimeError on all workers unless all make this call; collective, and not recorded in the ledger."""
         self._checks.run(call, self._schedule.tick(steps), lambda: None)
 
     # Which rounds this worker is in.
@@ -320,7 +323,7 @@ class FixedWorkers:
         return self._pacing.steps
 
     def position(self, steps: int) -> int:
-        """Return the inner steps of all workers; with paces those in whole rounds."""
+        """Return the number of inner steps of all workers; if workers have different paces, only of complete rounds."""
         schedule = self._schedule
         return schedule.tick(steps) // schedule.every * sum(self.paces) if self._is_paced else steps * self.workers
 
@@ -335,7 +338,8 @@ class FixedWorkers:
         return [Value(("share",), float, self._participation.share, skip), *own, schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
-        """Continue at the saved tick. Call after the paces are loaded; for another number of workers they are new."""
+        """Continue at the saved tick. Call after the paces were loaded, or newly chosen for another number of
+        workers."""
         self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh

@@ -1,6 +1,6 @@
 """A fragment: a set of parameters whose local updates are exchanged together, with their anchor and error memory.
 
-Its rounds are in `round`. `Fragment.apply_round` ends one.
+Module `round` has its rounds; `Fragment.apply_round` ends a round.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -68,14 +68,14 @@ class Fragment(Slice):
             memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
         )
         self.clips = Clips(logs=isinstance(options.workers, Elastic) or channel.group.rank == 0)
-        self.rounds = 0  # t: applied exchanges
+        self.rounds = 0  # t, the number of applied exchanges
         self.current: LocalRound | None = None
-        self.was_rejected = False  # the last round; identical on all workers
-        self.was_invalid = False  # this worker's last local update
+        self.was_rejected = False  # True if the last round was rejected; identical on all workers
+        self.was_invalid = False  # True if this worker's last local update was invalid
 
     @property
     def frozen_next(self) -> list[str]:
-        """The names of the parameters that are frozen in the next exchange; after `begin`, in this one."""
+        """The names of the parameters that are frozen in the next exchange, or after `begin` in the current one."""
         return [name for name, each in zip(self.names, self.trained, strict=True) if not each.requires_grad_next]
 
     @property
@@ -90,16 +90,17 @@ class Fragment(Slice):
         self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:
-        """Drop the aggregator of a flush; x does not move. A saved state could not restore it, since the next round's
-        compressor may be another one."""
+        """Remove the aggregator of a flush; x does not move. A saved state could not restore this aggregator, since the
+        compressor of the next round may be different."""
         self.feedback.drop_aggregator()
         self.anchor.own(self.feedback.owned)
 
     def last_compressor(self) -> Compressor:
-        """Return the compressor of a flush to which none is given: four bits a value, or Identity.
-
-        Identity where rounds send more bits, and where the exchange would send more bytes, or lose more in `back`, than
+        """Return the compressor of a flush for which none is given: Rounded("int4"), with four bits per value, or
         Identity.
+
+        It is Identity if rounds send more bits than four per value, if the exchange would send more bytes than with
+        Identity, or if it compresses the mean again with `back`.
         """
         spec, four, workers = self.options.compression, Rounded("int4"), self.feedback.channel.group.size
         is_usual = spec.exchange in ("auto", "two-way") and spec.back is None
@@ -109,13 +110,13 @@ class Fragment(Slice):
 
     @property
     def _of_last_round(self) -> Compressor:
-        """The compressor of the last round, which is not that of a flush; before the first round, its compressor."""
+        """The compressor of the last round, not counting flushes, or of the first round if there was none."""
         return self.options.compression.at(max(0, self.rounds - 1))
 
     def abandon(self) -> None:
         """Wait for the current round, and roll it back, also if it failed."""
         if self.current is not None:
-            with suppress(Exception):  # it may have failed long ago
+            with suppress(Exception):  # the round may have failed long ago
                 self.current.call.wait()
             self.roll_back()
 
@@ -138,7 +139,8 @@ class Fragment(Slice):
             # A flush has less than a round's steps, or none: an outer momentum would move the anchor beyond them.
             outer, mean = None if r.flush else outer, r.mean
             if outer is not None and self.options.mean_momentum and isinstance(mean, Tensor):
-                mean = mean.clone()  # torch's foreach SGD changes its gradients, and the mean is still needed
+                # torch's foreach SGD changes the gradients that it gets, and the mean is still needed.
+                mean = mean.clone()
             with self.anchor.fixed_update([] if r.agrees else r.frozen):
                 self.anchor.apply_mean(mean, outer, r.frozen if r.agrees else None)
             if r.flush and r.share and not r.leaves_rest:  # a weighted v leaves a residual: its rounding error
@@ -169,7 +171,7 @@ class Fragment(Slice):
 
     def fields(self, path: Path) -> list[Vector | Value]:
         """Return this fragment's saved-state fields; `path` is the prefix of their keys.
-        Call after `close`; call `resume` after loading. A delayed exchange is saved with its outcome."""
+        Call after `close`, and call `resume` after loading them. A delayed exchange is saved with its outcome."""
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         exchange = Value(
             (*path, "exchange"), SavedExchange | None, self._saved_exchange, self._load_exchange, self._check_exchange
@@ -221,7 +223,7 @@ class Fragment(Slice):
                 vector = self.zeros().flat
                 self._fill(vector, saved[name])
                 self.anchor.owe(vector)
-        # A delayed exchange will move x to the start point, so nothing is owed then, except of frozen parameters.
+        # A delayed exchange will move x to the start point, so `owed` is cleared, except for frozen parameters.
         if self.current is not None and self.current.applied:
             self.anchor.clear_owed(self.current.frozen)
 
@@ -247,8 +249,8 @@ class Fragment(Slice):
 
 
 def check_compressor(fragments: Sequence[Fragment], spec: Compression, *, stacklevel: int) -> None:
-    """Check the compressor of the first round, and set it in each fragment. `stacklevel` is that of `warnings.warn` in
-    the caller."""
+    """Check the compressor of the first round, and set it in each fragment. `stacklevel` is that of a `warnings.warn`
+    in the caller of this function."""
     d = sum(part.compressed_d for part in fragments)
     warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=stacklevel)
     spec.at(0).validate(d)
@@ -265,11 +267,11 @@ def partition(
     parameters: Mapping[str, Tensor], options: LocalOptions, channel: Communicator, device: torch.device, agree: Shards
 ) -> tuple[list[Fragment], Schedule]:
     """Split the parameters, in order, into fragments: sets of parameters that are exchanged at different steps. Return
-    them, and when they are exchanged.
+    the fragments and the schedule of their exchanges.
 
-    Each is due `every` / `fragments` steps before the preceding one. Shards of DTensors are in separate fragments from
-    whole tensors, which must stay identical on all processes of a worker. Raises ValueError for more fragments than
-    parameters.
+    Each fragment is due `every` / `fragments` steps before the preceding one. Shards of DTensors are in separate
+    fragments from whole tensors, which must stay identical on all processes of a worker. Raises ValueError for more
+    fragments than parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names, overlap = list(parameters), options.overlap

@@ -1,4 +1,4 @@
-"""The inner optimizers, which step on each worker alone: their parameters, and checks that all are exchanged."""
+"""The inner optimizers, which step on each worker separately: their parameters, and checks that all are exchanged."""
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import cache
@@ -31,8 +31,9 @@ _IMPLEMENTATIONS = ("params", "param_names", "foreach", "fused", "capturable", "
 
 
 def settings_of(optimizers: Iterable[Optimizer], *, of_groups: bool) -> dict[str, object]:
-    """Return the class and the settings of each optimizer by name, to compare them between workers: of its parameter
-    groups, as they are now, or else its defaults. Settings that are objects are omitted."""
+    """Return the class and the settings of each optimizer by name, to compare them between workers. The settings are
+    the current ones of its parameter groups with `of_groups`, else its defaults. Settings that are objects are omitted.
+    """
     found: dict[str, object] = {}
     for i, optimizer in enumerate(with_members(optimizers)):
         found[f"optimizer[{i}]"] = type(optimizer).__name__
@@ -52,11 +53,11 @@ def equal_arguments(
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
-    if not isinstance(spec.compressor, Compressor):  # workers may have other compressors, with one function
+    if not isinstance(spec.compressor, Compressor):  # with one function, workers may still have different compressors
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
-    fraction = same.pop("mean_momentum")  # its default depends on the optimizers, and nothing is sent for it
-    if workers.compare_optimizers:  # a worker that joins later may be at another point of a schedule of rates
+    fraction = same.pop("mean_momentum")  # its default depends on the optimizers, and it sends nothing
+    if workers.compare_optimizers:  # a worker that joins later may be at another point of a learning-rate schedule
         same |= settings_of(optimizers, of_groups=isinstance(workers, Workers)) | {"mean_momentum": fraction}
     return same
 
@@ -72,8 +73,8 @@ def _is_plain(value: object) -> bool:
 
 
 def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
-    """Raise TypeError for an optimizer that exchanges by itself, and RuntimeError if a `LocalUpdates` exchanges one of
-    them already: workers would exchange each change twice."""
+    """Raise TypeError for an optimizer that exchanges its updates itself, and RuntimeError for one whose updates
+    another `LocalUpdates` exchanges, since workers would exchange each change twice."""
     for optimizer in with_members(optimizers):
         name = type(optimizer).__name__
         if isinstance(optimizer, Exchanging):
@@ -86,8 +87,9 @@ def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
 
 
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Return the optimizers' parameters by the names that all have in the optimizers, else by those in the model, else
-    as "parameter 0", .... Prefixes of DistributedDataParallel and torch.compile are removed."""
+    """Return the optimizers' parameters by name. Names are those in the optimizers if all parameters have different
+    ones there, otherwise those in the model, otherwise "parameter 0", .... The prefixes that DistributedDataParallel
+    and torch.compile add are removed."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = parameters_of(optimizers)
@@ -100,7 +102,7 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = 
 
 
 def check_no_others(optimizer: Optimizer, known: Container[int]) -> None:
-    """Raise RuntimeError if `optimizer` trains a parameter whose id is not in `known`, so is not exchanged."""
+    """Raise RuntimeError if `optimizer` trains a parameter whose id is not in `known`, so that it is not exchanged."""
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             if p.requires_grad and id(p) not in known:
@@ -126,11 +128,11 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 class Shards:
-    """Reductions over the processes of one worker: those that have shards of its DTensors, and its site `within`, where
-    each process may have the whole model. All methods are collective over these processes."""
+    """Reductions over the processes of one worker: those that have shards of its DTensors, and those of its site
+    `within`, each of which may have the whole model. All methods are collective over these processes."""
 
     def __init__(self, parameters: Iterable[Any], within: ProcessGroup | None = None) -> None:
-        # In the order of the parameters, which is that of all processes, and each group of processes once.
+        # Each group of processes once, in the order of the parameters, which is identical on all processes.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
         sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
         self._sharing = distinct_groups(sharing)
@@ -145,13 +147,13 @@ class Shards:
         return bool(self(torch.tensor(bad, device=device))) if self.groups else bad
 
     def digest(self, numbers: Tensor) -> Tensor:
-        """Return `numbers`, integers, summed over all processes, in place: fingerprints of the whole model."""
+        """Sum `numbers`, integers, over all processes in place, and return them: fingerprints of the whole model."""
         for group in self.groups:
             group.all_reduce(numbers)
         return numbers
 
     def total(self, values: Tensor) -> Tensor:
-        """Return `values` summed over the processes that have shards, in place."""
+        """Sum `values` over the processes that have shards in place, and return them."""
         for group in self._sharing:
             group.all_reduce(values)
         return values
@@ -174,7 +176,7 @@ class OtherOptimizers:
     def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
         self._ours, self._group, self._checks = parameters, group, checks
         self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
-        self._has_new = False  # an optimizer was recorded since the last `check`
+        self._has_new = False  # True if an optimizer was recorded since the last `check`
         _watch_steps()
         _watches.add(self)
 
@@ -193,12 +195,12 @@ class OtherOptimizers:
         alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Those in one module with ours, by their names in the largest such module.
+        # Select those that are in one module with the exchanged ones, by their names in the largest such module.
         modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
         shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
         missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]
         found = max(missed, key=len, default={})
-        # They differ between workers, unless DDP averages their gradients.
+        # These parameters differ between workers, unless DDP averages their gradients.
         if found and not is_averaged_by_ddp(found.values(), self._group):
             names = ", ".join(sorted({type(o).__name__ for o in alone}))
             raise RuntimeError(
@@ -214,7 +216,7 @@ _watches: WeakSet[OtherOptimizers] = WeakSet()
 @cache
 def _watch_steps() -> None:
     """Register a hook on the steps of all torch optimizers, once.
-    It is never removed: garbage collection could do so while torch iterates over its hooks."""
+    The hook is never removed, since garbage collection could remove it while torch iterates over its hooks."""
 
     def note(optimizer: Optimizer, args: object, kwargs: object) -> None:
         for watch in list(_watches):

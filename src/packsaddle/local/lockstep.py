@@ -1,5 +1,5 @@
-"""Collectives of local updates run in one order, after a check that all workers make the same call at the same step.
-In rounds with a schedule of compressors the check compares these too.
+"""Collectives of local updates, run in one order after a check that all workers make the same call at the same step.
+In rounds with a schedule of compressors the check compares the compressors too.
 
 If workers made different calls, collectives of different sizes would be paired: gloo aborts the process, NCCL hangs.
 """
@@ -49,7 +49,7 @@ class Header:
     compressor: int  # hash of the compressor; 0: not compared
     frozen: int  # hash of the names of the frozen parameters
     standing: int = Standing.ABSENT
-    nanoseconds: int = 0  # time of an inner step; 0: unknown. Sent only if the workers' paces follow from it
+    nanoseconds: int = 0  # time of an inner step, sent only if the workers' paces depend on it; 0: unknown
 
     def packed(self, device: torch.device, size: int) -> Tensor:
         return to_device(torch.tensor(astuple(self)[:size]), device)
@@ -65,15 +65,19 @@ class PendingCall:
     """A collective that was started, with the check that all workers made the same call."""
 
     wait: Callable[[], object] = lambda: None  # waits for the collective, and raises its errors
-    check: Callable[[], bool] = lambda: True  # compares the calls; True: frozen parameters are equal. Call after `wait`
+    # Compares the calls, and returns True if the frozen parameters are identical on all workers. Call after `wait`.
+    check: Callable[[], bool] = lambda: True
     times: list[int] = field(default_factory=list)  # nanoseconds of the workers' inner steps, after `check`
 
 
 class Lockstep:
-    """Runs collectives in the order of their calls, after a check that all workers make the same call, counted as
-    "guard" in the ledger. `behind` runs collectives that overlap with inner steps; if it is None, none overlaps.
-    `norms`: every check has room for a norm, so that checks of all calls have one size. `paced`: it has room for the
-    time of an inner step, and workers may make other calls than exchanges after different numbers of steps."""
+    """Runs collectives in the order of their calls, after a check that all workers make the same call; the ledger
+    records the bytes of the check as "guard".
+
+    `behind` runs collectives that overlap with inner steps; if it is None, none overlaps. With `norms`, every check has
+    room for a norm, so that the checks of all calls have the same size. With `paced`, it has room for the time of an
+    inner step, and calls other than exchanges may follow different numbers of steps on different workers.
+    """
 
     def __init__(
         self, channel: Communicator, device: torch.device, behind: Background | None, *, norms: bool, paced: bool
@@ -123,7 +127,7 @@ class Lockstep:
             same = hash_of(as_text({"frozen": frozen}))
             mine = Header(_CALLS.index(call), steps, hashed, same, standing, nanoseconds)
             headers, norms = self._gather(mine, norm)
-            if is_late:  # the copy is in order before `work`, and so arrives also if the calls of `work` do not match
+            if is_late:  # the copy is queued before `work`, so it completes even if the calls of `work` do not match
                 unchecked.append(Readback(headers))
             else:
                 agreed.append(self._check(headers.tolist(), compressor, times))
@@ -133,7 +137,7 @@ class Lockstep:
         if self._background is None or promise is None:
             checked()
         else:
-            # A result on the device, since a Future of a CPU tensor has no event to wait for.
+            # The result must be on the device, since a Future of a CPU tensor has no event to wait for.
             done = torch.zeros(0, device=self._device) if result is None else result
             self._background.submit(checked, [(promise, done)])
 
@@ -147,8 +151,8 @@ class Lockstep:
         )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather all workers' headers, int64[W, 5 or 6], and with a norm [norms, float32[W], standings, int64[W]], else
-        []; collective."""
+        """Gather all workers' headers, int64[W, 5 or 6]; collective. Return them and a list, which has the workers'
+        norms, float32[W], and standings, int64[W], or is empty if there is no norm."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
@@ -168,7 +172,7 @@ class Lockstep:
         """Compare the workers' `headers`, W lists, and append their times to `times`; return True if frozen parameters
         are equal. Raises RuntimeError as `run` does. If only the steps of another call, such as `flush`, differ, rank 0
         logs a warning."""
-        # Find the first worker whose call differs from worker 0's, else number of steps, else compressor.
+        # Find the first worker that differs from worker 0 in its call, or else in its steps, or else in its compressor.
         first, *_ = rows = [Header(*row) for row in headers]
         times += [row.nanoseconds for row in rows]
         agreed = len({row.frozen for row in rows}) == 1
@@ -192,7 +196,7 @@ class Lockstep:
                 f"workers 0 and {unlike[0]} have different compressors in the exchange after step {first.steps}, on "
                 f"worker {self._channel.group.rank} {describe(compressor)}: a schedule must depend on the round alone"
             )
-        # Only the steps differ: the collectives still match, so no worker hangs.
+        # If only the steps differ, the collectives still match, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)

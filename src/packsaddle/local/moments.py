@@ -5,7 +5,7 @@ Between exchanges a worker's first moment m follows its own gradients, with thei
 
     m <- (1 - c) m + c ||m|| d / ||d||,    d = sqrt(v) * u (elementwise)
 
-where v is the second moment, so that a step m / sqrt(v) continues along u. Nothing is sent for it. The rule is ours,
+where v is the second moment, so that a step m / sqrt(v) continues along u. This sends nothing more. The rule is ours,
 measured in experiments/muon; FedCM (Xu et al. 2021) instead adds u to every local gradient.
 """
 
@@ -30,12 +30,12 @@ _log = logging.getLogger("packsaddle")
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
 
 
-_USUAL = 0.5  # the fraction with which measured losses were lowest
+_USUAL = 0.5  # the default fraction; measured losses were lowest with it
 
 
 def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
-    """Return the default of `mean_momentum`: 0.5 if an optimizer is Adam or a variant of it, by the name of its class,
-    none is Muon, and the outer optimizer has no momentum, as far as is known; else 0."""
+    """Return the default of `mean_momentum`. It is 0.5 if, judged by class names, an optimizer is Adam or a variant of
+    it and none is Muon, and if the outer optimizer is not known to have a momentum. Otherwise it is 0."""
     names = [type(optimizer).__name__.lower() for optimizer in with_members(optimizers)]
     then = outer.then if isinstance(outer, OuterAgreement) else outer
     outer_momentum = 0.0 if then is None else getattr(then, "momentum", 1.0)
@@ -49,7 +49,7 @@ class MeanMomentum:
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
-        # The members of a composite optimizer, in place of it.
+        # Replace a composite optimizer by its members.
         self._optimizers = apart = [o for o in with_members(optimizers) if not isinstance(o, CompositeOptimizer)]
         self._may_warn = not any(isinstance(optimizer, _ADAMS) for optimizer in apart)
         if self._may_warn and all(f"{type(o).__module__}.".startswith("torch.optim.") for o in apart):
@@ -59,7 +59,8 @@ class MeanMomentum:
             )
 
     def warn_if_advised_against(self, outer: Optimizer | None, *, stacklevel: int) -> None:
-        """Warn if an optimizer is Muon or `outer` has a momentum, since `mean_momentum` then raised measured losses."""
+        """Warn if an optimizer is Muon or `outer` has a momentum, since measured losses are then higher with
+        `mean_momentum`."""
         muons = [type(o).__name__ for o in self._optimizers if "muon" in type(o).__name__.lower()]
         groups = [] if outer is None else outer.param_groups
         others = [f"outer={type(outer).__name__} with momentum"] if any(map(_has_momentum, groups)) else []
@@ -71,21 +72,21 @@ class MeanMomentum:
             )
 
     def __call__(self, r: LocalRound) -> None:
-        """Mix the mean update of an applied round. No-op after a flush, whose update is of less than a round, and with
-        one worker, whose own update it is."""
+        """Mix the mean update of an applied round into the first moments. No-op after a flush, whose update is of less
+        than a round, and with one worker, whose own update is the mean."""
         if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
-            # The mean may be on the CPU, with `offload`: one copy for all parameters.
+            # With `offload` the mean is on the CPU: make one copy for all parameters.
             named = r.part.named(to_device(r.mean, local_part(r.part.parameters[0]).device))
             updates = [None if place.name in r.frozen else update for place, update in named]
             self.mix(r.part.parameters, updates)
 
     def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> None:
-        """Mix the mean update of each parameter, None if it is frozen, into its first moment, in place.
+        """Mix the mean update of each parameter into its first moment, in place; the update of a frozen one is None.
 
-        No-op for a parameter that is frozen, without moments of its shape, with an infinite one, or whose mean update
-        is 0. Collective over the shards of this worker. Logs a warning the first time that no parameter has moments,
-        unless an optimizer is one of torch's with them.
+        No-op for a parameter that is frozen, that has no moments of its shape or an infinite one, or whose mean update
+        is 0. Collective over the shards of this worker. Logs a warning if no parameter has moments at the first call,
+        unless an optimizer is a torch optimizer that should have them.
         """
         # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
         moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
@@ -110,8 +111,8 @@ class MeanMomentum:
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the local parts of m and v of a parameter, and its update; None if it is frozen, without an update, or
-        has no moments or of another shape."""
+        """Return the local parts of a parameter's m and v, and its update. Returns None if the parameter is frozen or
+        has no update, or if it has no moments of its shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
         v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the former with amsgrad
         if update is None or "exp_avg" not in state or v is None:
@@ -125,5 +126,5 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
-    """Return d in at least float32; all are on one device."""
+    """Return d = sqrt(v) * u for the update u, in at least float32. All tensors are on one device."""
     return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)

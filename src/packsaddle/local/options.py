@@ -28,7 +28,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_options(options: "Workers | Elastic") -> None:
-    """Check the fields that both kinds of workers have."""
+    """Validate the fields that `Workers` and `Elastic` have in common."""
     clip = options.clip
     if not isinstance(options.compare_optimizers, bool):
         raise TypeError(f"compare_optimizers must be True or False, got {options.compare_optimizers!r}")
@@ -49,8 +49,8 @@ class Overlap(Option):
             every / P apart; each has consecutive parameters, and all have about equal numbers of elements. At least 1,
             at most `every` and the number of parameters.
         blend: mixing factor in [0, 1], applied when a delayed exchange ends: x = (1 - blend) s + blend x, where x are
-            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. None: s
-            plus the progress during the exchange.
+            the worker's parameters and s is its new start point, the anchor a or, with `keep_unsent`, a - e. If None, x
+            is s plus the progress during the exchange.
 
     Raises ValueError for a setting that is out of range.
 
@@ -91,7 +91,7 @@ class Workers(Option):
             is W `every`. They are equal at first, and are chosen anew after two rounds in which speeds have changed by
             more than a tenth. `LocalUpdates.paces` returns them; end a training by `LocalUpdates.rounds`.
         steps: fixed paces for weight="steps", one per worker by rank, such as {0: 12, 1: 4} or [12, 4]. Such a run
-            measures nothing, and is bitwise reproducible. None: measured.
+            measures nothing, and is bitwise reproducible. If None, the paces follow from measured times.
         sample: fraction of the workers, in (0, 1], that exchange in a round. They are drawn again for each round, as in
             federated averaging. A worker that is not drawn keeps its local update, or skips the steps of the round
             (see `LocalUpdates.sampled`).
@@ -101,7 +101,8 @@ class Workers(Option):
             own update, so this guards against wrong data and faulty hardware, not against a worker that reports a
             wrong norm. `LocalUpdates.clips` lists clipped updates. By default there is no limit.
         compare_optimizers: at construction, raise ValueError if the workers' inner optimizers differ in class or in a
-            setting of a parameter group, such as the learning rate. Set it to False on all workers if they should.
+            setting of a parameter group, such as the learning rate. If they should differ, set it to False on all
+            workers.
 
     With a weight or a sample, escape checks are not supported. With a sample, delays and weight="steps" are not
     supported either, nor is any exchange except "direct" (see `Compression`). Raises ValueError for a setting that is
@@ -122,7 +123,7 @@ class Workers(Option):
 
     @property
     def may_be_absent(self) -> bool:
-        """True if workers may be absent in a round, so that none can own a chunk of a two-way exchange."""
+        """True if workers may be absent in a round, so that no worker can own a chunk of a two-way exchange."""
         return self.sample < 1
 
     def __post_init__(self) -> None:
@@ -154,23 +155,24 @@ class Elastic(Option):
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
         memory_file: a file, different for each worker, that stores the worker's unsent updates (its error memory) while
-            it is absent, and is loaded when it joins. Written on joining, after every round and on leaving; locked by
-            MEMORY_FILE.lock. By default no file is written.
-        weight: the worker's weight in the mean. None: 1 if it has stepped; "steps": its inner steps since its last
-            round; or a function that returns a running total, such as its number of tokens, whose increase is the
-            weight. Unless None, a slower worker makes fewer inner steps in a round and a faster one more, so that all
-            end it together; the sum of their steps is W `every` (see `Workers`).
+            it is absent, and is loaded when it joins. It is written on joining, after every round and on leaving, and
+            locked by MEMORY_FILE.lock. By default no file is written.
+        weight: the worker's weight in the mean. By default it is 1 if the worker has stepped. With "steps" it is the
+            number of its inner steps since its last round. With a function that returns a running total, such as its
+            number of tokens, it is the increase of the total. Unless None, a slower worker makes fewer inner steps in a
+            round and a faster one more, so that all end it together; the sum of their steps is W `every` (see
+            `Workers`).
         share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
             with the averaged parameters.
-        patience: seconds, above 0, after which PeerLostError is raised if no round was committed. A number, or text
-            such as "90s" or "2min"; so is `grace`.
+        patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
+            `grace` are numbers, or text such as "90s" or "2min".
         leave_on_sigterm: on SIGTERM save the error memory and end the process: the inner step, or the wait for other
             workers, raises SystemExit. If the memory cannot be saved to a file, it is sent in one more round,
             uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
-            class or in a default setting. Set it to False on all workers if they should.
+            class or in a default setting. If they should differ, set it to False on all workers.
         group: the manager's existing `ManagedGroup`; by default a new one.
 
     Raises TypeError if manager is not a Manager or compare_optimizers is not a bool, and ValueError for a setting that
@@ -193,7 +195,7 @@ class Elastic(Option):
     compare_optimizers: bool = True
     group: Any = own(None)
 
-    may_be_absent: ClassVar[bool] = True  # as `Workers.may_be_absent`
+    may_be_absent: ClassVar[bool] = True  # True: elastic workers may be absent in a round, see `Workers.may_be_absent`
 
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
@@ -220,7 +222,7 @@ class Manager(Protocol):
     def should_commit(self, *args: Any, **kwargs: Any) -> bool: ...
 
 
-# What an argument `workers` accepts.
+# Type of an argument `workers`.
 AnyWorkers = Workers | Elastic | Group | ProcessGroup | DeviceMesh | Manager | None
 
 
@@ -258,16 +260,16 @@ class OuterSGD(Option):
 
 @dataclass(frozen=True)
 class OuterAgreement(Option):
-    """A step of the anchor by the workers' agreement: the mean update of each tensor is lengthened where they disagree.
+    """A step of the anchor that lengthens the mean update of each tensor where the workers' updates disagree.
 
     The mean of the workers' updates is shorter than the updates, since their noise cancels in it. It is multiplied by
     the ratio of the lengths to the power p (see `local.agreement`), which is 1 if all workers send the same update.
-    Each exchange sends four more bytes a tensor. An exchange of `flush` is not lengthened.
+    Each exchange sends four more bytes per tensor. The exchange of `flush` does not lengthen its update.
 
     Args:
-        p: the exponent, in [0, 1]; 0: the mean update as it is.
+        p: the exponent, in [0, 1]; 0 leaves the mean update unchanged.
         then: the outer optimizer that gets the lengthened mean update as its gradient, such as
-            `OuterSGD(lr=1.0, momentum=0.5)`. None: it is subtracted from the anchor.
+            `OuterSGD(lr=1.0, momentum=0.5)`. By default that update is subtracted from the anchor.
 
     Raises ValueError if p is out of range.
 
@@ -278,14 +280,14 @@ class OuterAgreement(Option):
     """
 
     p: float = 0.5
-    then: Outer | None = own(None)  # not compared between workers; the optimizer that it returns is
+    then: Outer | None = own(None)  # not compared between workers, unlike the optimizer that it returns
 
     def __post_init__(self) -> None:
         if not (_is_number(self.p) and 0 <= self.p <= 1):
             raise ValueError(f"p must be in [0, 1], got {self.p!r}")
 
 
-AnyOuter = Outer | OuterAgreement | None  # what an argument `outer` accepts
+AnyOuter = Outer | OuterAgreement | None  # type of an argument `outer`
 
 
 @dataclass(frozen=True)
@@ -294,8 +296,8 @@ class LocalOptions(Option):
 
     compression: Compression
     every: int
-    outer: Outer | None = own(None)  # not compared between workers; the optimizer that it returns is
-    agreement: float = 0.0  # p of `OuterAgreement`; 0: the mean update as it is
+    outer: Outer | None = own(None)  # not compared between workers, unlike the optimizer that it returns
+    agreement: float = 0.0  # p of `OuterAgreement`; 0: the mean update is not lengthened
     mean_momentum: float = 0.0
     overlap: Overlap = Overlap()
     workers: Workers | Elastic = Workers()
@@ -321,8 +323,9 @@ class LocalOptions(Option):
             )
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
-        object.__setattr__(self, "mean_momentum", float(self.mean_momentum))  # 1 and 1.0 are equal on workers
-        # Types: another object would fail later, or be used as True.
+        # 1 and 1.0 must not differ between workers.
+        object.__setattr__(self, "mean_momentum", float(self.mean_momentum))
+        # Check types: an object of another type would fail later, or be used as True.
         for name in ("keep_unsent", "offload"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -332,7 +335,7 @@ class LocalOptions(Option):
         if not (outer is None or callable(outer)) or isinstance(outer, type):
             expected = "OuterSGD(), or a function of the anchor's tensors that returns a torch optimizer"
             found = f"an optimizer, {type(outer).__name__}" if isinstance(outer, Optimizer) else repr(outer)
-            if isinstance(outer, type):  # torch's SGD would have its own defaults, a rate of 0.001
+            if isinstance(outer, type):  # the class torch.optim.SGD would have its default learning rate, 0.001
                 found = f"the class {outer.__name__} itself, which leaves its settings open"
             raise TypeError(f"outer must be {expected}, or None, got {found}")
         if not spec.decay:
@@ -354,7 +357,7 @@ class LocalOptions(Option):
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
-        # "auto" may choose an exchange with owners, who must be in every round.
+        # "auto" may choose an exchange with owners, which must be in every round.
         if hasattr(workers, "start_quorum"):
             workers = Elastic(workers)
         elif isinstance(workers, Real):

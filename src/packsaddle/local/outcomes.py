@@ -46,8 +46,8 @@ class Outcomes:
         self._optimizers, self._fragments, self._agree = optimizers, fragments, agree
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
-        self._reloaded = False  # state dicts were cleared and loaded back after an invalid update
-        self._failed = False  # after the reload, a step with finite gradients made parameters non-finite
+        self._reloaded = False  # True if state dicts were cleared and loaded back after an invalid update
+        self._failed = False  # True if a step with finite gradients made parameters non-finite after that
 
     def fields(self) -> list[Value]:
         own = ("reset", "reloaded"), ("reset", "failed")
@@ -55,12 +55,12 @@ class Outcomes:
 
     @property
     def _waits(self) -> bool:
-        """True from an invalid local update of this worker to the next valid one of that fragment."""
+        """True while the last local update of some fragment was invalid on this worker."""
         return any(part.was_invalid for part in self._fragments)
 
     def register(self, r: LocalRound) -> None:
-        """Record a fragment's update as valid again, if that of its new round is. Call before the exchange.
-        After a failed reset, report it to all workers."""
+        """Record a fragment's update as valid again if the update of its new round is valid, or report a failed reset
+        to all workers. Call before the exchange."""
         part = r.part
         if self._waits and not bool(r.invalid):
             part.was_invalid = False
@@ -160,7 +160,7 @@ class Outcomes:
 
 
 def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
-    """Delete the optimizer's state of each parameter whose state is non-finite, as before its first step; return them.
+    """Delete the optimizer's state of each parameter whose state is non-finite, and return these parameters.
     Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0."""
     cleared = {p for p, entry in optimizer.state.items() if not _all_finite(entry)}
     for p in cleared:
@@ -189,7 +189,7 @@ def _finite_part(value: Any, name: Any = None) -> Any:
 
 
 def _all_finite(value: Any) -> bool:
-    """Return True unless a nested value has a non-finite tensor or a NaN; an infinite number may be a setting."""
+    """Return True unless a nested value has a non-finite tensor or a NaN. Infinite numbers are allowed as settings."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(is_finite(local_part(value)))
     if isinstance(value, Mapping):

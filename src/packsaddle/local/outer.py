@@ -14,8 +14,8 @@ from packsaddle.messages import shown
 
 
 class OuterOptimizer:
-    """The optimizer that `make` returns for the anchor's tensors, by name of the parameter. Raises TypeError if it is
-    none, and ValueError if it has not exactly these tensors."""
+    """The optimizer that `make` returns for the anchor's tensors, which are given by name of the parameter. Raises
+    TypeError if it is not a torch optimizer, and ValueError if its parameters are not exactly these tensors."""
 
     def __init__(self, make: Outer, anchor: Mapping[str, Tensor]) -> None:
         self.optimizer = optimizer = make(list(anchor.values()))
@@ -46,10 +46,10 @@ class OuterOptimizer:
             raise ValueError(f"outer must be the state of groups of {shown(self._groups)}, found {shown(found)}")
 
     def _load(self, saved: Mapping[str, Any]) -> None:
-        # torch assigns states to parameters by their order in the groups, which may be another one here.
+        # torch assigns states to parameters by their order in the groups, which may differ here from the saved order.
         groups = []
         for group, theirs, ours in zip(saved["param_groups"], saved["names"], self._groups, strict=True):
             index = dict(zip(theirs, group["params"], strict=True))
             groups.append({**group, "params": [index[name] for name in ours]})
-        # torch would keep the saved tensors themselves, and change them in the next step.
+        # Copy the saved tensors, since torch would change them in the next step.
         self.optimizer.load_state_dict(deepcopy({"state": saved["state"], "param_groups": groups}))

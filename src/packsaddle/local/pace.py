@@ -14,7 +14,7 @@ import torch
 
 from packsaddle.numerics.transfers import to_host
 
-_TOLERANCE = 0.1  # relative change of a worker's part of the speeds' sum that counts
+_TOLERANCE = 0.1  # smallest relative change in a worker's part of the sum of speeds that matters
 _ROUNDS = 2  # consecutive rounds with such changes after which paces are chosen anew
 
 
@@ -39,20 +39,20 @@ class Pacing:
 
     steps: list[int]  # paces in this round
     following: list[int]  # paces in the next round
-    times: list[int]  # nanoseconds of a step for which the paces were chosen; all 1: none was measured
-    changed: int = 0  # consecutive rounds whose times differ from these
+    times: list[int]  # nanoseconds per step of each worker when the paces were chosen; all 1: not measured
+    changed: int = 0  # number of consecutive rounds whose times differ from these
 
     @classmethod
     def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":
-        """Return fixed paces, or equal ones if `fixed` is None. Raises ValueError for another number of workers."""
+        """Return fixed paces, or equal ones if `fixed` is None. Raises ValueError unless there is one per worker."""
         steps = [every] * workers if fixed is None else list(fixed)
         if len(steps) != workers:
             raise ValueError(f"steps must have a number for each of the {workers} workers, got {len(steps)} numbers")
         return cls(steps, steps, [1] * workers)
 
     def measure(self, times: Sequence[int]) -> None:
-        """Choose the next paces from the nanoseconds of each worker's step in a round, if speeds have changed in
-        consecutive rounds. No-op if a time is 0, i.e. unknown, or if there are none."""
+        """Choose the next paces from `times`, the nanoseconds of each worker's step in a round, if speeds have changed
+        in consecutive rounds. No-op if a time is 0, i.e. unknown, or if there are no times."""
         if not times or not all(times):
             return
         pairs = zip(_parts(times), _parts(self.times), strict=True)
@@ -68,8 +68,9 @@ def _parts(times: Sequence[int]) -> list[float]:
 
 
 class StepClock:
-    """Measures the time of this worker's inner steps, without that of exchanges. `steps`, which the caller counts, are
-    those since the last reading. Before and after an exchange the host waits for `device`. None: measures nothing."""
+    """Measures the time of this worker's inner steps, without the time of exchanges. The caller counts `steps`, the
+    steps since the last reading. Before and after an exchange the host waits for `device`; if that is None, nothing is
+    measured."""
 
     def __init__(self, device: torch.device | None) -> None:
         self._last = None if device is None else torch.zeros(1, device=device)
@@ -88,7 +89,8 @@ class StepClock:
         self._resumed = self._now()
 
     def read(self) -> int:
-        """Return the mean nanoseconds of a step since the last reading; 0: unknown. Call within `paused`."""
+        """Return the mean time of a step since the last reading in nanoseconds, or 0 if it is unknown. Call within
+        `paused`."""
         found = round(1e9 * self._seconds / self.steps) if self.steps else 0
         self.steps, self._seconds = 0, 0.0
         return found

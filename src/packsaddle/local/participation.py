@@ -25,7 +25,8 @@ class Participation:
         self.rank, self._seed = rank, mix(seed, _OF_ROUNDS)
         self.weights, self._mine = [1.0] * workers, weight
         self.samples = sample < 1
-        self._chosen = max(1, math.ceil(sample * workers - 1e-9))  # without rounding errors: 0.07 of 100 are 7
+        # The small number excludes rounding errors: 0.07 of 100 workers are 7.
+        self._chosen = max(1, math.ceil(sample * workers - 1e-9))
 
     def exchange(self, channel: Communicator, device: torch.device) -> None:
         """Gather the weights of all workers; collective. No-op for equal weights."""
@@ -44,13 +45,14 @@ class Participation:
         return share(self.weights, self.rank)
 
     def share_after(self, step: int) -> float:
-        """Return the factor of this worker's update in the exchange after inner step `step`; 0 if it is not sampled."""
+        """Return the factor of this worker's update in the exchange after inner step `step`, or 0 if it is not
+        sampled."""
         members = self.members(step) if self.samples else range(len(self.weights))
         return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
 
 
 def share(weights: Sequence[float], rank: int) -> float:
-    """Return W w_i / sum_j w_j for worker `rank`: the plain mean of updates scaled by it is the weighted mean."""
+    """Return W w_i / sum_j w_j for worker i = `rank`. The plain mean of updates scaled by it is their weighted mean."""
     if len(set(weights)) == 1:
         return 1.0
     return len(weights) * weights[rank] / sum(weights)

@@ -27,7 +27,7 @@ class Baseline:
 
     def __init__(self, parameters: Iterable[Tensor], processes: int) -> None:
         self._size = sum(local_part(p).nbytes for p in parameters) // processes
-        self._with_others = Bytes()  # correction for steps with another number of workers
+        self._with_others = Bytes()  # correction for steps that were made with another number of workers
 
     def bytes(self, steps: int, workers: int) -> Bytes:
         return self._with_others + ring_all_reduce(steps * self._size, workers)
@@ -39,7 +39,7 @@ class Baseline:
 
 
 class LocalRecords(Records):
-    """The records of `LocalUpdates`: properties that change nothing, and need no other worker."""
+    """The records of `LocalUpdates`, as properties that change nothing and need no other worker."""
 
     steps: int
     optimizers: Sequence[Optimizer]
@@ -94,13 +94,13 @@ class LocalRecords(Records):
 
     @property
     def workers(self) -> int:
-        """The number of workers; of elastic ones those in the last round."""
+        """The number of workers, or if workers join and leave, the number in the last round."""
         return self._workers.workers
 
     @property
     def paces(self) -> list[int]:
         """The inner steps of each worker in a round, by rank: `every`, unless weight is "steps" (see `Workers`). With a
-        manager, those of this worker alone."""
+        manager, the list has only those of this worker."""
         return list(self._workers.paces)
 
     @property
@@ -115,16 +115,14 @@ class LocalRecords(Records):
 
     @property
     def position(self) -> int:
-        """The number of inner steps that the anchor includes, of all workers, also those that have left."""
+        """The number of inner steps of all workers that the anchor includes. Workers that have left count too."""
         return self._workers.position(self.steps)
 
     @property
     def contraction(self) -> float | None:
-        """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C last kept; None: not
-        measured.
-
-        Averaged over the fragments measured; see `Compression.monitor_every`.
-        """
+        """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C kept at the last
+        measurement (see `Compression.monitor_every`), or None if there was none. It is a mean over the measured
+        fragments."""
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
 
@@ -140,5 +138,6 @@ class LocalRecords(Records):
 
     @property
     def sampled(self) -> bool:
-        """True if this worker is in the next exchange (see `Workers.sample`); else it may train or call `sit_out`."""
+        """True if this worker is in the next exchange (see `Workers.sample`). If not, it may train or call
+        `sit_out`."""
         return self._workers.sampled(self.steps)

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 class SavedExchange:
     """An exchange that is completed but not yet applied, as stored in a `state_dict`, with its outcome."""
 
-    due: int  # the inner step after which it is applied
-    applied: bool  # False: rejected
-    invalid: bool  # this worker's update was non-finite, or too large to compress
-    reports: list[Report]  # of all workers, by rank; empty if it was valid
+    due: int  # the inner step after which the exchange is applied
+    applied: bool  # True if the exchange will be applied, False if it was rejected
+    invalid: bool  # True if this worker's update was non-finite, or too large to compress
+    reports: list[Report]  # the reports of all workers, by rank; empty if the exchange was valid
     start: dict[str, Tensor]  # the parameters at `begin`, by name
-    mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if rejected
-    frozen: list[str]  # parameters that were frozen at `begin`, on this worker
-    agrees: bool  # the same parameters are frozen on all workers
+    mean: dict[str, Tensor]  # mean update over workers, by parameter; empty if the exchange was rejected
+    frozen: list[str]  # names of the parameters that were frozen at `begin` on this worker
+    agrees: bool  # True if the same parameters are frozen on all workers
     times: list[int]  # nanoseconds of the workers' inner steps, by rank; 0: unknown
 
 
@@ -48,22 +48,22 @@ class LocalRound:
 
     part: "Fragment"
     t: int  # index of the round, the number of applied rounds of the fragment before it
-    due: int  # the inner step after which it is applied
+    due: int  # the inner step after which the round is applied
     exchanged: Round | None  # exchange of the error memory; None: closed, or loaded from a saved state
-    invalid: Tensor  # bool[]: this worker's update v is non-finite, or too large to compress
+    invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
     share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
-    later: bool = False  # it is applied at a later step than that after which it begins
-    flush: Compressor | None = None  # of a flush: compresses v, without noise; None: an ordinary round
-    frozen: list[str] = field(default_factory=list)  # parameters that were frozen at `begin`, on this worker
-    agrees: bool = True  # the same parameters are frozen on all workers, so the exchange does not change them
-    residuals: dict[str, Tensor] = field(default_factory=dict)  # of the frozen parameters, 0 - C(0), by name
-    before: list[Tensor] = field(default_factory=list)  # parameters at `begin`; later changes are kept. Empty: none
-    call: PendingCall = field(default_factory=PendingCall)  # of the exchange, which may run in the background
+    later: bool = False  # True if `due` is later than the step after which the round begins
+    flush: Compressor | None = None  # compressor of a flush, which adds no noise; None: an ordinary round
+    frozen: list[str] = field(default_factory=list)  # names of the parameters frozen at `begin` on this worker
+    agrees: bool = True  # True if all workers have frozen the same parameters, which the exchange then does not change
+    residuals: dict[str, Tensor] = field(default_factory=dict)  # residuals 0 - C(0) of frozen parameters, by name
+    before: list[Tensor] = field(default_factory=list)  # parameters at `begin`, to keep later changes; empty: not kept
+    call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
-    reports: list[Report] = field(default_factory=list)  # of all workers, by rank; empty if the exchange is valid
+    reports: list[Report] = field(default_factory=list)  # reports of all workers, by rank; empty if all are valid
     norm: Tensor | None = None  # norm of v, float32[1]; None: updates are not clipped
     factors: Tensor | None = None  # clipping factors of all workers' v, float64[W]; None: not clipped
-    workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: log the ranks
+    workers: Sequence[str] = ()  # names of the workers for the log, by rank; empty: the ranks are logged
     applied: bool | None = None  # True: applied; False: rejected; None: not known yet
 
     @classmethod
@@ -78,9 +78,9 @@ class LocalRound:
         Args:
             part: the fragment, of which the round becomes `current`.
             due: the inner step after which the round is applied.
-            share: the weight of v in the mean; 0: send nothing, and keep the local update.
-            later: `due` is a later step, so the changes of the parameters until then are kept.
-            flush: send v with this compressor and without noise; afterwards x is the anchor.
+            share: the weight of v in the mean; with 0 the worker sends zeros, and keeps its local update.
+            later: True if the round is applied at a later step; the changes of the parameters until then are kept.
+            flush: a compressor with which v is sent, without noise; afterwards x is the anchor.
         """
         options = part.options
         t, spec = part.rounds, options.compression
@@ -116,15 +116,15 @@ class LocalRound:
         g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
         if self.share:
             exchanged.absorb()
-            if self.frozen:  # zeros were sent of these parameters, which keep their error memory
+            if self.frozen:  # zeros were sent for these parameters, which keep their error memory
                 residuals = part.by_name(exchanged.v)
                 self.residuals = {name: residuals[name].clone() for name in self.frozen}
                 part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
-        # Else the mean is subtracted from the anchor term by term.
+        # Otherwise the mean is subtracted from the anchor term by term.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
         as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
-        # Here, not in `close`: there the main thread's collective could run before another fragment's exchange.
+        # Gather reports here, since in `close` the main thread's collective could overtake another fragment's exchange.
         if self.invalid.device.type == "cpu" or part.feedback.channel.group.stages(self.invalid.device):
             self.gather_reports()
 
@@ -138,8 +138,8 @@ class LocalRound:
         return squares_of(self.part.views(self._of_worker(sent, self.share * factor)), self.share)
 
     def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """Return `v`, a v scaled by `scale`, float[n], without the part decay e at coordinates that this worker owns: e
-        is the residual of a mean there, so it is a part of all workers' updates."""
+        """Return `v`, which is scaled by `scale`, float[n], without the part decay e at coordinates that this worker
+        owns. There e is the residual of a mean, so it belongs to the updates of all workers."""
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
             return v
@@ -164,7 +164,8 @@ class LocalRound:
         return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
 
     def _vector(self, g: Averaged) -> Tensor:
-        """Return the mean update over workers, float[n]; with "senders" each coordinate over its senders only."""
+        """Return the mean update over workers, float[n]; with "senders", each coordinate is averaged only over the
+        workers that sent it."""
         n, total = self.part.compressed_d, g.write_to(self.part.zeros().flat)
         if self.part.options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
@@ -175,9 +176,9 @@ class LocalRound:
         return total
 
     def gather_reports(self) -> None:
-        """Gather all workers' reports, if the exchange is invalid on one of them; collective."""
+        """Gather all workers' reports if the exchange is invalid on one of them; collective."""
         assert self.exchanged is not None
-        # Above 0: a worker's v is invalid; NaN: a message is.
+        # The fraction is above 0 if a worker's v is invalid, and NaN if a message is.
         if self.exchanged.verdict.fraction != 0 and not self.reports:
             report, where = str(self.exchanged.full_report()), self.invalid.device
             texts = self.part.feedback.channel.gather_text(report, where, "guard")
@@ -215,7 +216,7 @@ class LocalRound:
 
     def _exclude_frozen(self) -> None:
         """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor does
-        not change, else this worker has sent C(0), whose residual is added to e."""
+        not change. Otherwise this worker has sent C(0), whose residual is added to e."""
         part = self.part
         if not self.frozen:
             return
@@ -235,7 +236,7 @@ class LocalRound:
         assert exchanged is not None
         exchanged.close(apply=commit)
         if commit:
-            part.anchor.clear_owed(self.frozen)  # the rest was part of the vector v that was sent
+            part.anchor.clear_owed(self.frozen)  # the entries of the others were part of the sent vector v
         else:
             for each in part.trained:
                 each.cancel_exchange()
@@ -246,7 +247,7 @@ class LocalRound:
 
     @property
     def leaves_rest(self) -> bool:
-        """True of a flush that has not sent all of v: afterwards x is at the anchor, not at the start point."""
+        """True for a flush that has not sent all of v. Afterwards x is at the anchor, not at the start point."""
         if self.flush is None or not self.share:
             return False
         return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))

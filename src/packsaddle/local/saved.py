@@ -15,7 +15,8 @@ from packsaddle.local.records import Baseline
 
 
 def _rules(*, by_steps: bool) -> list[Rule]:
-    """Return rules for the entries of the saved state: shared by all workers or not, and how to convert them."""
+    """Return the rules of the saved state: which entries are shared by all workers, and how the others are converted to
+    another number of workers."""
     part = ("fragments", ANY)
     error = (*part, "error", ANY)
     return [

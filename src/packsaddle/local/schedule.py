@@ -7,18 +7,19 @@ from dataclasses import dataclass, replace
 class Event:
     """The begin or the end of an exchange of one fragment, after an inner step."""
 
-    begins: bool  # False: it ends, if one is running
+    begins: bool  # True: an exchange begins; False: the running exchange, if any, ends
     fragment: int  # index of the fragment
-    tick: int  # the tick at which it is due, identical on all workers
+    tick: int  # the tick at which the event is due, identical on all workers
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The inner steps after which each fragment is exchanged. A value without state; steps are counted from 1.
+    """The inner steps after which each fragment is exchanged. It is immutable; steps are counted from 1.
 
     Time is counted in ticks, `every` in a round, which are identical on all workers. A worker makes `pace` inner steps
     in a round, spread evenly over its ticks. An exchange of fragment i begins at each tick n with
-    (n + offsets[i]) % every = 0, and ends `delay` ticks later, each after the first inner step that reaches the tick.
+    (n + offsets[i]) % every = 0, and ends `delay` ticks later. It begins or ends after the first inner step that
+    reaches the tick.
     Workers that join and leave exchange one fragment in each round, in rotation, and a round every `period` steps.
     """
 
@@ -34,7 +35,9 @@ class Schedule:
         return self.origin + (step - self.since) * self.every // (self.pace or self.every)
 
     def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":
-        """Return this schedule with another pace after inner step n; the next `idle` steps stay at its tick."""
+        """Return this schedule with another pace after inner step n. The tick does not advance in the next `idle`
+        steps.
+        """
         return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
@@ -68,5 +71,5 @@ class Schedule:
 
 
 def offsets(every: int, parts: int) -> list[int]:
-    """Return the offsets of `parts` sets of parameters, which are exchanged every / parts steps apart."""
+    """Return the offsets of `parts` fragments, so that they are exchanged every / parts steps apart."""
     return [i * every // parts for i in range(parts)]

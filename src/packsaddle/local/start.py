@@ -25,11 +25,12 @@ from packsaddle.numerics.devices import widened
 
 T = TypeVar("T")
 _log = logging.getLogger("packsaddle")
-_PROOF = 16  # gradients with fewer different values than this may be equal on all workers by chance
+_PROOF = 16  # gradients with fewer distinct values than this may be equal on all workers by chance
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's persistent buffers by name; others, such as caches, may differ in shape between workers."""
+    """Return a model's persistent buffers by name. Other buffers, such as caches, may have different shapes on
+    different workers."""
     passing = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -118,9 +119,9 @@ class StateDictWarning:
     """A hook of a model that warns once if its `state_dict` is read while this worker's parameters differ from the
     anchor, since a script that saves it on rank 0 would save that worker's own model.
 
-    `owner` is the `LocalUpdates` of the model, at whose end the hook ends, and `differs(owner)` returns True if the
-    parameters differ. It does not warn within `own_state`, where checkpoints read each worker's parameters. A copy of
-    the model has no such hook.
+    `owner` is the `LocalUpdates` of the model; the hook is removed when it ends. `differs(owner)` returns True if the
+    parameters differ. The hook does not warn within `own_state`, in which checkpoints read each worker's parameters. A
+    copy of the model has no such hook.
     """
 
     def __init__(self, model: nn.Module, owner: T, differs: Callable[[T], bool]) -> None:
@@ -144,7 +145,7 @@ class StateDictWarning:
 
 
 def _no_op(*_: object) -> None:
-    """Do nothing: the hook of a copied model."""
+    """No-op: the hook of a copied model."""
 
 
 class UnsentSteps:
@@ -159,7 +160,7 @@ class UnsentSteps:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
-        """Record the number of inner steps after one of them; `exchanged`: a round followed it."""
+        """Record an inner step, the `steps`-th. `exchanged` is True if a round followed it."""
         self._steps, self._is_pending = steps, True
         self._exchanged = steps if exchanged else self._exchanged
 
@@ -178,7 +179,7 @@ class UnsentSteps:
 
 @dataclass(frozen=True)
 class Watches:
-    """The watches of mistakes during a training."""
+    """The watches that detect mistakes in a training script."""
 
     others: OtherOptimizers
     unsent: UnsentSteps

@@ -1,20 +1,21 @@
-"""Frozen and trained parameters, told apart at the steps of their own optimizers."""
+"""Frozen and trained parameters, distinguished at the steps of their own optimizers."""
 
 from torch import Tensor
 
 
 class Trained:
-    """A parameter, which an exchange takes as frozen only if it is, and was at all steps of its optimizer since the
-    last exchange.
+    """A parameter, and whether it counts as frozen in an exchange: it does if it is frozen now, and was at all steps of
+    its optimizer since the last exchange.
 
-    An exchange cannot ask the parameter alone: it runs in another optimizer's step, during which GANs freeze what that
-    one does not train (`set_requires_grad(D, False)`, Lightning's `toggle_optimizer`).
+    The current `requires_grad` is not sufficient. An exchange may run in the step of another optimizer, during which
+    GANs freeze the parameters that this optimizer does not train (`set_requires_grad(D, False)`, Lightning's
+    `toggle_optimizer`).
     """
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self._before = parameter.requires_grad  # at a step up to the last exchange
-        self._since: bool | None = None  # at a step since then; None: there was none
+        self._before = parameter.requires_grad  # True if the parameter was trained at a step up to the last exchange
+        self._since: bool | None = None  # True if the parameter was trained at a step since then; None: no step
 
     @property
     def requires_grad(self) -> bool:
@@ -22,11 +23,11 @@ class Trained:
 
     @property
     def requires_grad_next(self) -> bool:
-        """`requires_grad` in the next exchange; after `begin_exchange`, in this one."""
+        """True if it counts as trained in the next exchange, or after `begin_exchange` in the current one."""
         return self.parameter.requires_grad or (self._before if self._since is None else self._since)
 
     def note_step(self) -> None:
-        """Note `requires_grad` at a step of the parameter's optimizer."""
+        """Record `requires_grad` at a step of the parameter's optimizer."""
         self._since = bool(self._since) or self.parameter.requires_grad
 
     def begin_exchange(self) -> None:
@@ -34,7 +35,7 @@ class Trained:
             self._before, self._since = self._since, None
 
     def cancel_exchange(self) -> None:
-        """Go on with the steps up to an exchange that was rejected, or without this worker."""
+        """Count the steps before this exchange in the next one, since it was rejected or this worker was not in it."""
         if self._before:
             self._since = True
 

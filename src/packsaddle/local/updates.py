@@ -6,14 +6,14 @@ computes
     v = decay e + (s - x) + xi              x: this worker's parameters, which started at s; xi: shared noise
     e <- v - C(v)                           e: the error memory, the part of v that the compressor C did not send
     a <- outer step along mean_i C(v_i)     a: the anchor, the parameters last agreed on, identical on all workers
-    x <- s = a - e                          s = a without `keep_unsent`; with a `delay` x keeps the steps made meanwhile
+    x <- s = a - e                          s = a without `keep_unsent`; with a `delay` x keeps its progress meanwhile
 
 With every=1, x <- a, inner SGD and no outer optimizer, this is the paper's Algorithm 1. The design is that of DiLoCo
 (Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
 Algorithm 1).
 
-Three objects own three questions: when (`Schedule`), with whom (`FixedWorkers` or `ElasticWorkers`), and what follows
-a round (`Reactions`).
+Three objects determine when a round runs (`Schedule`), with which workers (`FixedWorkers` or `ElasticWorkers`), and
+what follows it (`Reactions`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,43 +91,44 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             settings of the exchange.
         every: H, inner steps between two exchanges of a fragment.
         workers: the process group of the workers, or a `Workers` with more settings; a DeviceMesh, if workers are sites
-            of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. None: the
-            default group, or this process alone without one.
+            of several processes; or, for workers that join and leave, a torchft Manager or an `Elastic`. By default,
+            torch's default group, or this process alone if there is none.
         model: the module that the optimizers train. Its frozen parameters and persistent buffers are also set to
             rank 0's (with a manager they are compared instead), and ValueError is raised if it has a trainable
-            parameter that is in none of the optimizers. Saved states have its names of parameters: a run that resumes
-            needs `model` if it was given before. None: another optimizer of the same module raises RuntimeError once it
-            steps, unless the module was made before `import packsaddle`, copied or unpickled.
+            parameter that is in none of the optimizers. Saved states use its parameter names, so a run that resumes
+            needs `model` if it was given before. If None, another optimizer of the same module raises RuntimeError once
+            it steps, unless the module was made before `import packsaddle`, copied or unpickled.
         outer: the step of the anchor. The outer optimizer, `OuterSGD()` or a function of the anchor's tensors that
             returns a torch optimizer, has the workers' mean update as its gradient. `OuterAgreement()` lengthens the
             mean update where workers disagree. By default the mean update is subtracted.
         mean_momentum: c in [0, 1], the fraction of AdamW's first moments that is replaced by the direction of the
-            workers' mean update after a round (see `local.moments`). It sends nothing. None: 0.5 if an optimizer is
-            Adam or a variant of it, none is Muon, and `outer` has no momentum; else 0.
+            workers' mean update after a round (see `local.moments`). It sends nothing. The default is 0.5 if an
+            optimizer is Adam or a variant of it, none is Muon, and `outer` has no momentum; else 0.
         overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more settings.
         noise: the standard deviation of Gaussian noise added in each round, or a `Noise`.
         escape: the saddle escape check of the anchor, an `Escape`, which counts rounds, or None for no check.
         keep_unsent: after a round continue at a - e, where a is the anchor and e this worker's error memory, as in CSER
-            (Xie et al. 2020). It trains better than False: continue at a, as in Algorithm 1 and DiLoCo.
+            (Xie et al. 2020). It trains better than False, with which workers continue at a, as in Algorithm 1 and
+            DiLoCo.
         offload: keep the anchor, the error memory and the outer optimizer's state on the CPU.
         seed: seed of all shared randomness; identical on all workers.
         scaler: the GradScaler that steps the optimizer, so that the steps it skips on one worker are counted too.
         warn_own_state: warn once if `model.state_dict()` is called while this worker's parameters differ from the
-            anchor. Set it to False in a script in which each worker saves its own.
+            anchor. Set it to False in a script in which each worker saves its own parameters.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
-    step, on every worker. With a manager the first step, or `join`, waits for the others instead, and a worker that
-    joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they differ between
-    workers, and RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group.
+    step, on every worker. With a manager, the first step or `join` waits for the other workers instead, and a worker
+    that joins later receives their anchor. Raises ValueError or TypeError for invalid arguments, also if they differ
+    between workers, and RuntimeError if a launcher has set WORLD_SIZE above 1 and there is no process group.
 
     A round in which a worker's update is not finite is rejected on all workers, and recorded in `skips`. That worker
     continues from the last round, with the non-finite entries of its optimizers' states cleared. NonFiniteError is
     raised after more than `max_skipped` consecutive rejected rounds, or if an optimizer cannot be reset.
 
-    Steps raise RuntimeError if workers make different calls after unequal numbers of steps, and the first one if
-    gradients are identical on all workers, so exchanged already. Within torch's `Join([local])` a worker that has ended
-    joins the others' rounds. If training ends with steps after the last round, and without `flush`, `state_dict` or
-    use of the anchor, rank 0 logs a warning.
+    Steps raise RuntimeError if workers make different calls or exchange after unequal numbers of steps. The first step
+    raises it if gradients are identical on all workers, and so were exchanged already. Within torch's `Join([local])` a
+    worker that has ended joins the others' rounds. If training ends with steps after the last round, and without
+    `flush`, `state_dict` or use of the anchor, rank 0 logs a warning.
     """
 
     @suggests(
@@ -181,9 +182,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
             check_covers(parameters.values(), model)
         untrained = untrained_tensors(named, model)
         self.steps = 0  # inner steps, including those that a scaler skipped
-        self._has_begun = False  # the first inner step has begun, or was skipped by a scaler
+        self._has_begun = False  # True if the first inner step has begun, or was skipped by a scaler
 
-        # Set up when (a schedule of fragments), with whom (workers), and what follows a round (reactions).
+        # Make the schedule of the fragments, the workers to exchange with, and the reactions to the end of a round.
         device = torch.device("cpu") if offload else local_part(next(iter(parameters.values()))).device
         is_elastic = isinstance(options.workers, Elastic)
         to = Connection.of(options, device, is_split=any(map(is_split, parameters.values())))
@@ -241,13 +242,14 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._has_begun = True
         if self._enter():
             self._attempts.are_discarded = True
-            for each in trained.values():  # computed before the others' parameters were loaded
+            for each in trained.values():  # gradients, computed before the other workers' parameters were loaded
                 each.parameter.grad = None
 
     @torch.no_grad()
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
-        Returns True if collectives were run with a fixed set of workers. `has_ended`: this worker no longer trains."""
+        Returns True if collectives were run with a fixed set of workers. `has_ended` is True if this worker no longer
+        trains."""
         # Count the step, and check it. A step that a scaler skips has no `_before_step`.
         self._whole.check_closed("optimizer.step()")
         self._watches.others.check()
@@ -263,7 +265,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         return ran
 
     def _enter(self) -> bool:
-        """Join elastic workers if this one has not; return True if the others' parameters were loaded."""
+        """Join elastic workers unless this worker has joined; return True if their parameters were loaded."""
         entered = self._workers.enter()
         self.steps = max(self.steps, self._workers.steps) if entered else self.steps
         return entered
@@ -322,7 +324,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     @torch.no_grad()
     def wait(self) -> None:
         """Wait for running exchanges, so that the ledger has their bytes. Each is still applied at its due step.
-        Collective over the processes of a site; so is each call that waits."""
+        Collective over the processes of a site, as is every other method that waits for exchanges."""
         self._whole.wait()
 
     @torch.no_grad()
@@ -352,9 +354,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def anchor(self) -> dict[str, Tensor]:
         """Return a copy of the anchor, the parameters last agreed on by all workers, as a dict by parameter name.
 
-        Names are those in the optimizers, if they have different ones, as by AdamW(model.named_parameters()), else
-        those in `model`, if it was given, else "parameter 0", .... The tensors are at least float32 and have the shapes
-        of this process's shards.
+        Names are those in the optimizers if these have names, as by AdamW(model.named_parameters()); otherwise those in
+        `model`, if it was given, or else "parameter 0", .... The tensors are at least float32 and have the shapes of
+        this process's shards.
         """
         self._set_anchor_before_first_step()
         self._watches.unsent.clear()
@@ -399,17 +401,18 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def flush(self, compressor: Compressor | None = None) -> bool:
         """Exchange pending updates, so that all workers have the same parameters, those of the anchor; collective.
 
-        Call at the end of training. Running exchanges are applied first; then pending updates of the whole model are
-        exchanged without noise, and their mean is subtracted from the anchor, also with an outer optimizer, whose
-        momentum is of whole rounds. Updates that compression leaves out stay in the error memories for later rounds.
+        Call at the end of training. Running exchanges are applied first. Then pending updates of the whole model are
+        exchanged without noise, and their mean is subtracted from the anchor; an outer optimizer is not used. The part
+        of the updates that compression does not send stays in the error memories for later rounds.
         Returns True if all exchanges were applied. With a torchft Manager, this is an uncompressed round of all present
         workers, also of those that continue training.
 
         Args:
-            compressor: compresses this exchange. None: Rounded("int4"), an eighth of the bytes, where rounds send no
-                more than that, by exchange "auto" (the default) or "two-way", without `back`; elsewhere uncompressed.
-                Identity(): uncompressed, after which error memories are 0 (except the excess of clipped updates, see
-                `Workers`): use it before you freeze parameters.
+            compressor: compresses this exchange. The default is Rounded("int4"), an eighth of the uncompressed bytes,
+                if rounds send no more than that by exchange "auto" (the default) or "two-way" without `back`;
+                otherwise the exchange is uncompressed. Identity() sends all updates uncompressed, so error memories are
+                0 afterwards (except for the excess of clipped updates, see `Workers`); use it before you freeze
+                parameters.
 
         Parameters that were frozen at all steps since the last exchange keep their values and error memories. Raises
         TypeError or ValueError for an unsuitable compressor, also if workers pass different ones, and RuntimeError for
@@ -425,10 +428,10 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
     def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
         """Replace tensors with their means over workers, weighted as by `Workers.weight`, uncompressed; collective.
 
-        For tensors computed from each worker's own parameters, which differ between workers even after `flush`: a
-        module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
-        schedule-free optimizer. Tensors that are not floating point are set to worker 0's. Raises TypeError for
-        anything else than tensors, ValueError, naming the first difference, if workers pass other shapes or dtypes, and
+        Use it for tensors computed from each worker's own parameters, which differ between workers even after `flush`:
+        a module such as torch's AveragedModel, whose parameters and buffers are averaged, or tensors such as z of a
+        schedule-free optimizer. Tensors that are not floating point are set to worker 0's. Raises TypeError for objects
+        that are not tensors, ValueError, naming the first difference, if workers pass different shapes or dtypes, and
         RuntimeError with a manager.
 
         >>> import torch
@@ -481,7 +484,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._workers.check_call(call, self.steps)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        # A state of an earlier format, which `State.split` refuses, has no share.
+        # A state of an earlier format, for which `State.split` raises an error, has no share.
         return float(state.get("share", 1.0))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The anchor of the whole model: the anchors of all fragments, by parameter."""
+"""The anchor of the whole model, which combines the anchors of all fragments."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ class WholeAnchor:
 
     def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
         self._fragments, self._names = fragments, list(names)
-        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}  # by id of parameters
+        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}  # by parameter's id
         self._open = 0  # number of open `at_anchor` contexts, which may be nested
 
     @torch.no_grad()
@@ -27,7 +27,7 @@ class WholeAnchor:
         return [each.parameter for each in self.trained.values()]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return the anchor as parameters for an outer optimizer, by name of the parameter."""
+        """Return the anchor's tensors as parameters for an outer optimizer, by name of the parameter."""
         leaves = {n: a for part in self._fragments for n, a in zip(part.names, part.anchor.leaves, strict=True)}
         return {name: leaves[name] for name in self._names}
 

@@ -1,8 +1,8 @@
 """Candidates for the k largest magnitudes of a long vector on a CPU, collected in the pass that computes the vector.
 
 The k-th largest magnitudes of the last two selections predict a threshold for the next one. The code that computes the
-vector collects the indices that reach it. The code that selects from the vector ranks these alone, if they are at least
-k. Otherwise it makes a pass of its own, so the selected coordinates never depend on the prediction.
+vector collects the indices whose magnitudes reach it. The code that selects from the vector ranks only these indices if
+there are at least k. Otherwise it ranks all, so the selected coordinates never depend on the prediction.
 """
 
 import math
@@ -13,10 +13,10 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-Range = tuple[int, int, int]  # index of a tensor, and the first and last + 1 of its elements
-_MARGINS = 0.005, 0.3  # the least and the most relative distance of the threshold from the predicted magnitude
-_MOST_GROWTH = 1.5  # of the k-th largest magnitude from one selection to the next
-_ROOM = 8  # candidates to collect at most, as a multiple of k
+Range = tuple[int, int, int]  # index of a tensor, and the range [start, stop) of its elements
+_MARGINS = 0.005, 0.3  # bounds on the relative distance of the threshold from the predicted magnitude
+_MOST_GROWTH = 1.5  # largest predicted factor by which the k-th largest magnitude grows or shrinks between selections
+_ROOM = 8  # maximum number of collected candidates, as a multiple of k
 
 offered: ContextVar["Candidates | None"] = ContextVar("packsaddle_candidates", default=None)
 
@@ -26,13 +26,13 @@ class Candidates:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.threshold, self.room = math.inf, 0  # the magnitude from which indices are collected, and how many at most
+        self.threshold, self.room = math.inf, 0  # the least magnitude collected, and the most indices to collect
         self._margin, self._last = 0.03, 0.0  # the margin, and the k-th largest magnitude in the last selection
         self._found: tuple[int, Tensor] | None = None  # address of the vector, and its indices, increasing int64[m]
 
     def collect(self, outs: Sequence[Tensor], ranges: Sequence[Range], found: Sequence[Tensor | None]) -> None:
-        """Keep the indices `found` in each range of `outs`, views of the vector in the order of its coordinates.
-        No-op if they do not cover the first n coordinates."""
+        """Store the indices `found` in each of `ranges` of `outs`, views of the vector in the order of its coordinates.
+        No-op if the ranges do not cover the first n coordinates."""
         parts, end = list[Tensor](), 0
         for (i, start, stop), indices in zip(ranges, found, strict=True):
             first = int(outs[i].storage_offset())
@@ -55,7 +55,8 @@ class Candidates:
             offered.reset(token)
 
     def reached(self, v: Tensor, k: int) -> Tensor | None:
-        """Return the indices for v, float[n], and discard them; None if they are of another vector or fewer than k."""
+        """Return the stored indices for v, float[n], and discard them. Returns None if they belong to another vector or
+        are fewer than k."""
         found, self._found = self._found, None
         m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
         # Too few candidates cost a second pass, and so do too many, which are not collected.

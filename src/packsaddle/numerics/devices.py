@@ -13,12 +13,13 @@ def wide(device: torch.device | str) -> torch.dtype:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return the tensor in the widest dtype of its device; no copy if it has this dtype already."""
+    """Return the tensor in the widest dtype of its device, or the tensor itself if it has this dtype already."""
     return tensor.to(wide(tensor.device))
 
 
 def device_of_doubles(device: torch.device) -> torch.device:
-    """Return the device for float64 vectors that are computed from tensors on `device`: itself, or the CPU for MPS."""
+    """Return the device for float64 vectors that are computed from tensors on `device`: the CPU for MPS, otherwise
+    `device`."""
     return device if wide(device) is torch.float64 else torch.device("cpu")
 
 

@@ -15,8 +15,8 @@ _ROOM = 64.0  # `is_in_range` limits ||v||_1 to the largest number of the dtype 
 
 
 def is_finite(vector: Tensor) -> Tensor:
-    """Return True if no coordinate is Inf or NaN, bool[]; does not synchronize with a GPU.
-    Elements are checked only if the sum, which takes a tenth of the time, is non-finite."""
+    """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU.
+    Elements are checked only if their sum is non-finite, since a sum takes a tenth of the time."""
     if vector.device.type != "cpu":
         exact = wide(vector.device) is torch.float64  # else a sum of finite numbers may overflow
         return vector.sum(dtype=torch.float64).isfinite() if exact else torch.isfinite(vector).all()
@@ -25,12 +25,12 @@ def is_finite(vector: Tensor) -> Tensor:
 
 
 def is_in_range(vector: Tensor) -> Tensor:
-    """Return True if ||v||_1 <= M / 64, bool[], M the largest number of the dtype; does not synchronize with a GPU.
+    """Return a bool[] that is True if ||v||_1 <= M / 64, where M is the largest number of the dtype.
 
     Then v is finite, and so are the intermediate results of all compressors: counters of sketches and factors (at most
     ||v||_1 times a Gaussian, below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v). 16-bit vectors use the M of
     float32, the dtype of error memories. On a CPU the Euclidean norm, as fast as a sum, suffices unless it is large:
-    ||v||_1 <= sqrt(d) ||v||_2.
+    ||v||_1 <= sqrt(d) ||v||_2. Does not synchronize with a GPU.
     """
     dtype = torch.promote_types(vector.dtype, torch.float32)
     limit = torch.finfo(dtype).max / _ROOM
@@ -43,8 +43,8 @@ def is_in_range(vector: Tensor) -> Tensor:
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS), finite if v is; does not
-    synchronize with a GPU."""
+    """Return an upper bound on the largest magnitude, float64[] (float32[] on MPS), which is finite if the vector is.
+    Does not synchronize with a GPU."""
     if not vector.numel():
         return torch.zeros((), dtype=wide(vector.device), device=vector.device)
     if vector.device.type == "cpu":  # the Euclidean norm is much faster there than the maximum norm, but can overflow
@@ -63,8 +63,8 @@ def overflow_margin(dtype: torch.dtype) -> float:
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha * more, and return an upper bound on the norm of out. The tensors have the same shape and
-    no gaps in memory. They are added in parts that fit a cache, and the bound is the sum of the norms of the parts."""
+    """Set out to base + alpha * more, and return an upper bound on the norm of out: the sum of the norms of its parts,
+    which are computed one by one to fit a cache. The tensors must have the same shape and no gaps in memory."""
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
         norm: Tensor = torch.linalg.vector_norm(torch.add(base, more, alpha=alpha, out=out))
@@ -103,7 +103,8 @@ def add_if_finite(sums: Iterable[Sum], candidates: Candidates | None = None) -> 
 
 
 def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1-D views of both tensors with the same element order; if impossible, the tensors as [1, ...]."""
+    """Return 1-D views of both tensors with the same element order. If that is impossible, return the tensors with an
+    additional first dimension of 1."""
     if out.is_contiguous() and more.is_contiguous():
         return out.view(-1), more.view(-1)
     if out.stride() == more.stride():  # e.g. channels_last; no gaps in memory
@@ -112,7 +113,7 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_finite(sums: Sequence[Sum], *_: float) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
-    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`, which finds no indices."""
+    """PyTorch version of the compiled loop `kernels.numba_loops.add_finite`; this version finds no indices."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):

@@ -107,8 +107,9 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
-    """Walk the cycles of most numbers of `index`, int64[k], from n on, in place, while the host does not wait: their
-    number after each step is estimated, with a margin of six standard deviations."""
+    """Replace most numbers in `index`, int64[k], that are n or more by walking their cycles, in place.
+    The host does not wait for their number: it is estimated after each step, with a margin of six standard deviations.
+    """
     outside = torch.arange(len(index), device=index.device)
     expected = float(len(index))
     while expected > 1 / 16:
@@ -120,7 +121,8 @@ def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
 
 
 def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
-    """Apply a permutation of the integers below 2^bits to x; a round XORs one half with a keyed hash of the other."""
+    """Apply a permutation of the integers below 2^bits to x. Each round XORs one half of the bits with a keyed hash of
+    the other half."""
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     low, high = x & low_mask, x >> low_bits
@@ -144,8 +146,8 @@ _SLAB = 64 * 2 * _PAIRS  # numbers generated at a time, to bound scratch memory
 
 
 class Keys(NamedTuple):
-    """Three 32-bit keys of a counter-based sequence, which has two random words per counter, hashed in two rounds:
-    the key of the first round, and those of each word's second round."""
+    """Three 32-bit keys of a counter-based sequence. Each counter gives two random words, hashed in two rounds: they
+    share the key of the first round, and each has its own key in the second."""
 
     first: int
     second: int
@@ -176,7 +178,7 @@ def _signed(word: int, bits: int = 32) -> int:
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
     """Add scale * N(0, 1) noise to out, float[n], in place: numbers `start`, start + 1, ... of the sequence of `key`.
-    Identical on every device up to rounding in the logarithm, sine and cosine."""
+    The numbers are identical on every device up to rounding in the logarithm, sine and cosine."""
     if loop := kernel("add_gaussians", out):
         loop(out, scale, key, start)
         return
@@ -197,7 +199,7 @@ def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:
-    """Return the normal numbers of chunks `first` to `last` - 1, 2048 in each, float32[2048 (last - first)]."""
+    """Return the normal numbers of the chunks [first, last), 2048 in each, float32[2048 (last - first)]."""
     counters = torch.arange(first * _PAIRS, last * _PAIRS, device=device).to(torch.int32)
     hashed = _mixed(counters * _signed(0x9E3779B1) + _signed(key.first))
     radial, angular = _mixed(hashed + _signed(key.second)), _mixed(hashed + _signed(key.third))

@@ -9,10 +9,10 @@ is divided into chunks of c coordinates; chunk b is rotated by rho_b and multipl
 are summed: (S v)_q = sum_b sigma_b v[b, q - rho_b]. The estimate of coordinate (b, p) is
 sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + rho_b - rho_b'].
 
-*Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish; each
-other chunk adds one coordinate, uniform over that chunk since its rotation is. Hence the variance is
-sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes (Charikar et al.
-2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b coordinates, at
+*Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish. Every
+other chunk adds one of its coordinates, each with the same probability since rotations are uniform. Hence the variance
+is sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes (Charikar et
+al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b coordinates, at
 most ((d - n) / c) ||v||^2 with n the smallest chunk.
 """
 
@@ -124,7 +124,7 @@ def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor
 
 
 def _median(rows: list[Tensor]) -> Tensor:
-    """Return the elementwise median of vectors; for an even number, the mean of the middle two.
+    """Return the elementwise median of vectors; for an even number of vectors, the mean of the middle two values.
 
     Among n // 2 + 2 of n values the smallest and the largest cannot be the median of all. They are discarded and
     another value is added, repeatedly, until only the median remains, by elementwise minima and maxima, which are
@@ -191,7 +191,8 @@ class NormSketch:
         return float(binom.sf((self.rows + 1) // 2 - 1, self.rows, p))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return S v, float[rows, columns], for a random S from (seed, step); a copy of v if that is not longer."""
+        """Return S v, float[rows, columns], for a random S from (seed, step). Returns a copy of v instead if v is not
+        longer than S v."""
         if v.numel() <= self.rows * self.columns:
             return v.clone()
         c, positions = self.columns, torch.arange(self.columns, device=v.device)

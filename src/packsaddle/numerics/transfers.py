@@ -14,10 +14,10 @@ def read(*tensors: Tensor) -> list[Any]:
     """Return the numbers of each tensor, as its `tolist` does. The host waits once for all tensors of a device."""
     if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
         return [tensor.tolist() for tensor in tensors]
-    # As bytes, so that tensors may have any dtypes.
+    # View them as bytes, so that tensors of different dtypes can be concatenated.
     flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
     pieces = torch.split(torch.cat(flat).cpu(), [len(piece) for piece in flat])
-    # Copied, so that their memory is aligned.
+    # Copy each part, so that its memory is aligned.
     return [
         piece.clone().view(tensor.dtype).view(tensor.shape).tolist()
         for piece, tensor in zip(pieces, tensors, strict=True)
@@ -25,8 +25,8 @@ def read(*tensors: Tensor) -> list[Any]:
 
 
 class Readback:
-    """A copy of a tensor to the host, begun here. `tolist` waits for this copy, and not for work that the device was
-    given since then."""
+    """An asynchronous copy of a tensor to the host. `tolist` waits for the copy, but not for work that was queued on
+    the device after it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._event = None
@@ -44,20 +44,21 @@ class Readback:
 
 
 def indices_where(mask: Tensor, n: int) -> Tensor:
-    """Return the indices where bool[d] is True, increasing int64[n]. They must be n; on a GPU the first n are returned,
-    with zeros if there are fewer, since the host would wait for their number."""
+    """Return the indices at which `mask`, bool[d], is True, increasing int64[n]; there must be exactly n. On a GPU this
+    is not checked, since the host would wait: the first n are returned, or fewer followed by zeros."""
     if mask.device.type == "cpu":  # four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    if mask.device.type == "cuda":  # other devices may lack it
+    if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static
         return torch.nonzero_static(mask, size=n, fill_value=0).squeeze(1)
-    # The index at its place among those that are True; the others go to place n.
+    # Write each index to its place among those where the mask is True, and all others to place n.
     places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
     found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
     return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]
 
 
 def all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return tensors of one device on the host: themselves if they are there, else copies, for which it waits once."""
+    """Return the tensors themselves if they are on the host. Otherwise return copies of them on the host, which waits
+    once for all."""
     device = tensors[0].device if tensors else torch.device("cpu")
     if not has_streams(device):
         return [tensor.cpu() for tensor in tensors]
@@ -67,12 +68,12 @@ def all_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return a copy of a device's tensor on the host, which waits for the current stream alone."""
+    """Copy a device's tensor to the host. The host waits only for the current stream."""
     return all_to_host([tensor])[0]
 
 
 def assign(target: Tensor, value: Tensor) -> None:
-    """Copy `value` to `target`. From the host to a device with streams, the host does not wait."""
+    """Copy `value` to `target`. The host does not wait for a copy from the host to a device with streams."""
     if target.device != value.device and has_streams(target.device):
         target.copy_(value.to(target.dtype).pin_memory(), non_blocking=True)
     else:

@@ -14,7 +14,7 @@ def own(default: Any) -> Any:
 
 
 def agreement(options: Any, where: str = "") -> dict[str, object]:
-    """Return the options that must be equal on all workers, nested ones too, as a dict of values by dotted name.
+    """Return the options that must be equal on all workers, including nested ones, as a dict of values by dotted name.
     Options of a field `compression` are not prefixed with its name."""
     found: dict[str, object] = {}
     for f in dataclasses.fields(options):

@@ -13,8 +13,9 @@ from typing import Any, get_args, get_type_hints
 def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     """Return the description of each argument of a function, or of each field of a dataclass.
 
-    A field's description is its entry in the "Args:" of its class, else its comment; that of a class goes before those
-    of its base classes. A function's descriptions include those of the fields of its arguments that are option classes.
+    A field's description is its entry in the "Args:" of its class, or else its comment. Descriptions in a class replace
+    those in its base classes. If an argument of a function is an option class, the descriptions of its fields are
+    included.
     """
     if not isinstance(of, type):
         classes = (option_class(hint) for name, hint in get_type_hints(of).items() if name != "return")
@@ -42,7 +43,8 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field that a dataclass declares, on its line or above; else ""."""
+    """Return the comment of each field that a dataclass declares, from its line and the lines above, or "" if there is
+    none."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (tree,) = ast.parse(source).body
@@ -50,7 +52,7 @@ def comments(cls: type) -> dict[str, str]:
     found = {}
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            # Comments above the field, then the one on its line.
+            # Join the comments above the field and the one on its line.
             above, at = "", node.lineno - 2
             while lines[at].startswith("    # "):
                 above, at = f"{lines[at].strip(' #')} {above}", at - 1

@@ -8,14 +8,14 @@ _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%
 _UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}  # units per second; division makes 55ms exactly 0.055
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
 DURATION = "seconds such as 30, 55ms or 2min"
-_EXACT = 2.0**53  # above it, a float may differ from the whole number in the text
+_EXACT = 2.0**53  # above this number, a float may differ from the whole number in the text
 
 
 def real(text: str) -> float:
     """Parse a number with an optional suffix: k (1e3), M (1e6), G or B (1e9), or %. Raises ValueError otherwise."""
     match = _NUMBER.fullmatch(text.strip())
     if match is None or not match[2]:
-        return float(text)  # also parses inf
+        return float(text)  # `float` also parses inf
     return float(match[1]) / 100 if match[2] == "%" else float(match[1]) * _SUFFIXES[match[2]]
 
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain dictionaries and TOML, with errors that name the key and the nearest valid one.
+"""Frozen dataclasses from plain dictionaries and TOML, with errors that name the key and the most similar valid key.
 
 tomllib reads values but keeps no positions, so `line_of` finds the line of a key for the messages.
 """
@@ -22,15 +22,15 @@ from packsaddle.options.numerals import real, whole
 
 T = TypeVar("T")
 Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the outermost
-_FEW = 5  # most keys of a table, and most suggested keys, in a message
+_FEW = 5  # maximum number of keys of a table, and of suggested keys, in a message
 
 
 def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = None, *, saved: bool = False) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
-    `where` is the path of `data` in the whole configuration, whose dataclass is `root` (None: `cls`), for error
-    messages; `saved` as in `decode`. A field whose type is a union of dataclasses needs a table with a `kind`, the name
-    of the class.
+    `where` is the path of `data` in the whole configuration, and `root` the dataclass of that, by default `cls`; both
+    are for error messages. `saved` is as in `decode`. A field whose type is a union of dataclasses needs a table with a
+    `kind`, the name of the class.
     """
     root = root or cls
     if not isinstance(data, Mapping):
@@ -45,7 +45,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
             raise _about(place, f"unknown key {dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
     values = {}
     for key, value in data.items():
-        # An integer for a fraction is kept, so that the class rejects ratio = 1.
+        # An integer is not converted if the field is a fraction, so that the class rejects ratio = 1.
         is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
         values[key] = value if is_kept else decode(hints[key], value, (*where, key), root, saved=saved)
     for name, f in fields.items():
@@ -94,7 +94,7 @@ def plain(value: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """Return the dataclasses in a union; () if there are fewer than two."""
+    """Return the dataclasses in a union, or () if there are fewer than two."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     classes = tuple(m for m in alternatives if dataclasses.is_dataclass(m))
     return classes if len(classes) > 1 else ()
@@ -107,7 +107,7 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
     number may be text such as "25M", a plain value in place of a table sets its first field, and fields with defaults
     may be missing. With `saved`, for data that `feedback.state` wrote, these are errors.
     """
-    # Annotations that allow several types or values.
+    # Decode annotations that allow several types or values.
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any or (value is None and type(None) in args):
         return value
@@ -130,7 +130,7 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
             raise _about(where, f"{dotted(where)} must be one of {_listed(args)}, got {shown(value)}{near}")
         return value
 
-    # Dictionaries, lists and dataclasses.
+    # Decode dictionaries, lists and dataclasses.
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _about(where, f"{dotted(where)} must be a table, got {shown(value)}")
@@ -149,7 +149,7 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
             value = {first[0].name: value}
         return build(hint, value, where, root, saved=saved)  # type: ignore[arg-type]
 
-    # A plain type; a bool is not a number.
+    # Decode plain types. A bool does not count as a number.
     if not saved and hint in (int, float) and not isinstance(value, bool):
         value = _number(hint, value)
     if not isinstance(value, (float, int) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
@@ -181,13 +181,13 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
     """Return "did you mean X?" with the keys whose names are closest to that of `place`, an unknown key in a table of
-    type `cls`; "" if none is close enough. Keys of other tables must be closer than those of this table, and their
-    names must not be keys of another `kind` of it."""
+    type `cls`, or "" if none is close enough. Keys of other tables must be closer than the keys of this table, and must
+    not be keys of another `kind` of this table."""
     table, name = place[:-1], shortened(str(place[-1]))
     known = dict.fromkeys(_places(root))
     others = (other for other in known if (*table, other[-1]) not in known)
 
-    # Similarities are from 0 to 1; those of equal names are 1, and get_close_matches of difflib requires 0.6.
+    # Similarities are from 0 to 1. The similarity of equal names is 1, and difflib's get_close_matches requires 0.6.
     scores: dict[Place, float] = {}
     for other in (*((*table, f.name) for f in settable(cls)), *others):
         is_near = other[:-1] == table
@@ -200,7 +200,7 @@ def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
 
 
 def _places(cls: Any, where: Place = ()) -> Iterator[Place]:
-    """Yield the path of each key of a dataclass and of the tables in it, of every kind; not of tables in lists."""
+    """Yield the path of each key of a dataclass and of the tables in it, of every `kind`, except of tables in lists."""
     hints = get_type_hints(cls)
     for f in settable(cls):
         yield (*where, f.name)
@@ -226,13 +226,14 @@ def dotted(where: Place) -> str:
 
 
 def line_of(key: Sequence[str], path: Path, text: str) -> str:
-    """Return "FILE, line N" of a key in a TOML text, else of the innermost table around it with a line, else "FILE".
+    """Return "FILE, line N" for a key in a TOML text. If the key is not in the text, N is the line of the innermost
+    table around it that is; if there is none, return "FILE".
 
-    A table's line is that of its first mention. Lines are accumulated until tomllib parses them after the last header:
-    then they are one statement, since no part of one is valid alone.
+    The line of a table is that of its first mention. To find statements, lines are accumulated until tomllib can parse
+    them after the last header: no part of a statement is valid alone.
     """
     header, statement, start, depth, found = "", "", 1, 0, 0
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(), which splits at more characters than TOML
+    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would split at more characters than TOML
         statement += line + "\n"
         try:
             table = tomllib.loads(header + statement)
@@ -248,7 +249,8 @@ def line_of(key: Sequence[str], path: Path, text: str) -> str:
 def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """Return the first dotted key whose values differ, and both values; None if equal. Ignores the key "workers"."""
+    """Return the first dotted key whose values differ, and both values, or None if all are equal. The key "workers" is
+    ignored."""
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":

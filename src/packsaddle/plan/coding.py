@@ -1,4 +1,4 @@
-"""Measured speed of compressors on this machine, and the entries of a table of compressors."""
+"""Measurement of the speed of compressors on this machine, and the entries of a table of compressors."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ class Line:
     """The seconds of a call as a linear function of the number of coordinates."""
 
     fixed: float  # seconds per call
-    per_coordinate: float  # further seconds for each coordinate
+    per_coordinate: float  # additional seconds per coordinate
 
     @classmethod
     def through(cls, a: tuple[int, float], b: tuple[int, float]) -> "Line":
@@ -38,11 +38,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Pace:
-    """The speed of a compressor: seconds of each operation by the number of coordinates of a vector."""
+    """The speed of a compressor: the seconds of each operation as a function of the number of coordinates."""
 
-    encode: Line  # compress a vector
-    decode: Line  # decode a received message, and add it to a vector
-    add: Line  # add a message with known context (`Message.context`) to a vector
+    encode: Line  # time to compress a vector
+    decode: Line  # time to decode a received message, and add it to a vector
+    add: Line  # time to add a message whose context is known (`Message.context`) to a vector
 
     def seconds(self, work: Work) -> float:
         n = work.coordinates
@@ -52,9 +52,9 @@ class Pace:
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
     """Time a compressor on two Gaussian vectors on `device`, one of d and one of few coordinates; return its pace.
 
-    The pace has the seconds to encode, decode and add as linear functions of the number of coordinates, each through
-    two minima over at least `repeats` calls, with torch's threads. Raises ValueError if the compressor does not support
-    d coordinates.
+    The pace has the seconds to encode, decode and add as linear functions of the number of coordinates. Each is fitted
+    to the times for the two vectors, which are minima over at least `repeats` calls with torch's threads. Raises
+    ValueError if the compressor does not support d coordinates.
     """
     return measure_with_spread(compressor, d, repeats=repeats, device=device)[0]
 
@@ -63,7 +63,7 @@ def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
     """Return the pace, as `measure` does, and the fraction by which an encoding's median time exceeds the minimum.
-    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure`."""
+    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure` does."""
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
@@ -83,7 +83,7 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     out, message = torch.zeros_like(v), compressor.encode(v, seed=0, step=0)
 
     def decode(out: Tensor = out) -> None:
-        # `receive` computes the message's context, which only the sender already has.
+        # Include `receive`, which computes the message's context: only the sender already has it.
         compressor.add_decoded(compressor.receive(message.parts, n, seed=0, step=0), out, 1e-6)
 
     return {
@@ -104,13 +104,13 @@ class CompressorEntry:
     protocol: str
     sent: int  # bytes that one worker sends per step
     received: int  # bytes that one worker receives per step
-    milliseconds: float  # to encode and decode one vector on one thread, the median of five
+    milliseconds: float  # time to encode and decode one vector on one thread, median of five
 
 
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
     """Measure the table entry of one compressor. Raises ValueError if it does not support d coordinates."""
     compressor.validate(d)
-    torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with others
+    torch.set_num_threads(1)  # one thread, as for a worker that shares its machine with other workers
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
     for step in range(5):

@@ -20,15 +20,16 @@ from packsaddle.plan.step_time import Dense, Fleet, Link, Step, StepTime, break_
 from packsaddle.plan.timing import clocked
 
 _SMALL = 20  # number of all-reduces of one element, to measure the latency
-_ENOUGH = 0.5  # seconds of an all-reduce that is long enough to measure the rate
-_MOST = 1 << 26  # bytes of the largest all-reduce
+_ENOUGH = 0.5  # an all-reduce of this many seconds is long enough to measure the rate
+_MOST = 1 << 26  # largest size of an all-reduce, in bytes
 _LARGE = 5  # number of all-reduces of the largest message, to measure the rate
 
 
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
     """Measure latency and rate of the link between workers of `group` by all-reduces on `device`; collective.
 
-    Latency is fitted to small and rate to large all-reduces, by median times. Both are equal on all workers. Raises
+    The latency is fitted to the median time of small all-reduces, and the rate to that of large ones. Both results are
+    identical on all workers. Raises
     ValueError for one worker, and RuntimeError if a large message takes no longer than a small one, so that no rate can
     be computed.
 
@@ -55,7 +56,7 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """Return the median seconds of an all-reduce, averaged over workers, so equal on all of them; collective."""
+    """Return the median time of an all-reduce in seconds, averaged over workers; collective."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
@@ -65,7 +66,8 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
 
 
 def probe_locally(workers: int) -> Link:
-    """Start `workers` local processes and measure the link between them: by NCCL with enough GPUs, else by gloo."""
+    """Start `workers` local processes and measure the link between them, by NCCL if there are enough GPUs, else by
+    gloo."""
     found: Link = launch(_probe_world, (), workers)
     return found
 
@@ -82,9 +84,9 @@ _PATTERN = re.compile(
 
 
 def parse_rate(text: str) -> float:
-    """Return a rate in bits a second: "100mbit" (also Mbit/s, Mbps), or "12.5MB/s" in bytes, of 8 bits.
+    """Parse a rate, such as "100mbit" (also Mbit/s, Mbps) or "12.5MB/s", to bits per second.
 
-    Prefixes k, M, G, T are powers of 1000, in any case; a capital B in B/s or Bps is a byte, a small b a bit.
+    Prefixes k, M, G, T are powers of 1000, in any case. A capital B in B/s or Bps means bytes, a lower-case b bits.
     Raises ValueError for anything else, such as BPS and B/S, and for a rate of 0.
     """
     match = _PATTERN.fullmatch(text)
@@ -96,7 +98,7 @@ def parse_rate(text: str) -> float:
 
 
 def slower_rate(text: str) -> float:
-    """Return the rate of a link in bits a second: one rate, or the slower of UP/DOWN, such as 20mbit/100mbit.
+    """Parse the rate of a link to bits per second. Of two rates UP/DOWN, such as 20mbit/100mbit, return the lower one.
     Every exchange receives as much as it sends. Raises ValueError as `parse_rate` does."""
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 
@@ -113,14 +115,15 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class StepsNeeded:
-    """Steps to reach the loss of uncompressed training, as a multiple of its steps, each at the best learning rate."""
+    """The number of steps to reach the loss of uncompressed training, as a multiple of the steps of that training. Both
+    use the best learning rate."""
 
     factor: float
-    at_least: bool = False  # True: `factor` is a lower bound, as the measurement ended before the loss was reached
+    at_least: bool = False  # True if `factor` is a lower bound, as the measurement ended before the loss was reached
 
 
-# sgd: experiments/text (30 passes over the data); adamw: experiments/adamw (800 steps, three seeds). Muon
-# was measured within local updates only.
+# Measured in experiments/text for sgd (30 passes over the data), and in experiments/adamw for adamw (800 steps, three
+# seeds). Muon was measured only with local updates.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
@@ -137,8 +140,8 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
-    """Return the steps relative to uncompressed training: 1 for lossless compressors and without an optimizer, else the
-    measured number, or None if there is none."""
+    """Return the number of steps relative to uncompressed training. It is 1 for lossless compressors and if `optimizer`
+    is None. Otherwise it is the measured number, or None if there is none."""
     if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)
@@ -153,9 +156,9 @@ class Forecast:
 
     compressor: str  # "none" for DistributedDataParallel
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
-    sent: int  # bytes per step, of the worker that sends most
+    sent: int  # bytes per step that the busiest worker sends
     time: StepTime  # seconds of one step, by cause
-    break_even: float | None  # rate, payload bytes a second, below which this beats DDP; None: always or never
+    break_even: float | None  # payload bytes per second below which this is faster than DDP; None: always or never
     steps: StepsNeeded | None  # steps that make the progress of one uncompressed step; None: not measured
 
     @property
@@ -165,12 +168,13 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """True if the number of steps needed was measured, and is not just a lower bound."""
+        """True if the number of steps needed was measured, and is not only a lower bound."""
         return self.steps is not None and not self.steps.at_least
 
     @property
     def seconds(self) -> float:
-        """Seconds to make the progress of one uncompressed step; if `steps` was not measured, seconds of a step."""
+        """Seconds to make the progress of one uncompressed step. If `steps` was not measured, this is the time of one
+        step."""
         return self.time.total * (self.steps.factor if self.steps else 1.0)
 
 
@@ -197,7 +201,8 @@ class Verdict:
 
     @property
     def break_even(self) -> float | None:
-        """The rate, payload bytes a second, below which some compressor beats DDP; None if none or one always does."""
+        """The rate in payload bytes per second below which some compressor is faster than DDP, or None if none ever is,
+        or one always is."""
         return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:
@@ -227,19 +232,20 @@ def forecast(
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
 
-    # DDP: a ring sends 2 (n - 1) / n of the float32 gradients.
+    # DDP's ring all-reduce sends 2 (n - 1) / n of the float32 gradients.
     nbytes = 4 * (workload.d + workload.dense)
     dense = Dense(nbytes, overlap)
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
 
-    # The forecast uses the exchange that is fastest on this link; the break-even rate, the fastest one at each rate.
+    # The forecast uses the exchange that is fastest on this link. The break-even rate uses the fastest at each rate.
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = []
         choices = [choose(bound, "direct", d=workload.d, dense=workload.dense, workers=fleet.workers)]
-        if choices[0].name == "all-gather" and workload.d >= fleet.workers:  # two-way needs one per worker
+        # A two-way exchange needs a coordinate per worker.
+        if choices[0].name == "all-gather" and workload.d >= fleet.workers:
             choices += [choose(bound, "two-way", d=workload.d, dense=workload.dense, workers=fleet.workers)]
         for choice in choices:
             coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)

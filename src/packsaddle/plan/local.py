@@ -25,7 +25,7 @@ class Setting:
     compressor: Compressor
     keep_unsent: bool = False
     delay: int = 0
-    agreement: float = 0.0  # p of `OuterAgreement`, whose exchanges have four more bytes a tensor; 0: without it
+    agreement: float = 0.0  # p of `OuterAgreement`, which sends four more bytes per tensor; 0: not used
 
 
 Inner = Literal["adamw", "muon"]
@@ -65,8 +65,8 @@ _MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return each setting's steps relative to uncompressed training, measured with this number of workers, or else with
-    the next larger one, or with the largest."""
+    """Return the number of steps of each setting relative to uncompressed training, as measured with this number of
+    workers, else with the next larger number, else with the largest."""
     numbers = measured_workers(optimizer)
     w = next((w for w in numbers if w >= workers), numbers[-1])
     return {setting: steps[w] for setting, steps in _MEASURED[optimizer].items() if w in steps}
@@ -83,7 +83,7 @@ class LocalForecast:
 
     setting: Setting
     fragments: int  # number of fragments of the model, each exchanged separately
-    sent: float  # bytes per inner step, of the worker that sends most
+    sent: float  # bytes per inner step that the busiest worker sends
     compute: float  # seconds of computing, and of waiting for the slowest worker at each exchange
     waiting: float  # part of `compute`: seconds of waiting for the slowest worker
     coding: float  # seconds to compress and decompress
@@ -92,7 +92,7 @@ class LocalForecast:
 
     @property
     def step(self) -> float:
-        """Seconds per inner step (step of a worker's own optimizer)."""
+        """Seconds per inner step, i.e. step of a worker's own optimizer."""
         return self.compute + self.coding + self.exchange
 
     @property
@@ -120,11 +120,11 @@ class LocalForecast:
 
 
 def forecast_unequal(local: LocalForecast, compute: float, speeds: Sequence[float]) -> dict[str, Any]:
-    """Predict the inner steps a second of all workers together, for workers of unequal `speeds`.
+    """Predict the inner steps per second of all workers together, for workers of unequal `speeds`.
 
-    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. Returns "equal":
-    with equal steps in a round; "paced": with `Workers(weight="steps")`, and the "steps" of each worker in a round;
-    "alone": the fastest worker, without an exchange.
+    `local` is the forecast for workers of speed 1, whose inner step takes `compute` seconds, above 0. Returns a dict:
+    "equal" is for equal steps in a round, "paced" for `Workers(weight="steps")`, and "alone" for the fastest worker
+    without an exchange; "steps" are the steps of each worker in a paced round.
     """
     every, times = local.setting.every, [compute / speed for speed in speeds]
     total, rest = every * len(times), every * (local.coding + local.exchange)
@@ -149,7 +149,8 @@ def forecast_local(
     Settings that need over `most_steps` times the steps of uncompressed training are omitted. `optimizer` is the inner
     optimizer of the measurements; `pace(compressor, d)` returns the speed of a compressor; `update` is the time in
     seconds per exchange to compute the compressor's input and the residual. With a delay, the number of fragments is
-    the one for which steps wait least. Raises ValueError for fewer than two workers, or if no setting remains.
+    the one with which steps wait for the least time. Raises ValueError for fewer than two workers, or if no setting
+    remains.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -177,7 +178,7 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    # Averaged with the uncompressed coordinates: a flag, and a number a tensor with `agreement`.
+    # A flag, and with `agreement` a number per tensor, are averaged with the uncompressed coordinates.
     dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
     choice = choose(bound, "direct" if bound.lossless else "auto", d=workload.d, dense=dense, workers=fleet.workers)
     coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
@@ -188,7 +189,8 @@ def _forecast(
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Return the seconds, in `every` steps, of waiting for an exchange that outlasts its delay or these steps."""
+        """Return the time in seconds per round that steps wait for exchanges that take longer than their delay, or than
+        the round."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

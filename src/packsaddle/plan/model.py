@@ -29,12 +29,12 @@ class ModelSize:
     tensors: int = 0  # number of all tensors, compressed or not; 0: unknown
 
     def bind(self, compressor: Compressor) -> Compressor:
-        """Return the compressor bound to the shapes of the model's tensors, if known."""
+        """Return the compressor, bound to the shapes of the model's tensors if they are known."""
         return compressor.for_tensors(self.shapes) if self.shapes else compressor
 
     @classmethod
     def of_size(cls, d: int) -> "ModelSize":
-        """Return a size of d compressed coordinates of unknown shapes. Raises ConfigError for d < 1."""
+        """Return the size of a model with d compressed coordinates and unknown shapes. Raises ConfigError for d < 1."""
         if d < 1:
             raise ConfigError(f"d must be at least 1, got {d}")
         return cls(f"d = {d:,}", d, 0)
@@ -54,8 +54,9 @@ class ModelSize:
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
-    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding:
-    those of the error memory and, with `noise`, the noise. Minima over `repeats` on at most 2^25 coordinates."""
+    """Return the seconds by which a step of CompressedSGD on d coordinates takes longer than a step of torch.optim.SGD,
+    not counting encoding and decoding: the time for the error memory and, with `noise`, for the noise. Times are minima
+    over `repeats` steps, measured on at most 2^25 coordinates."""
     n = min(d, LONGEST)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
 
@@ -101,9 +102,9 @@ class TrainingStep:
 
     @classmethod
     def of_model(cls, model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> "TrainingStep":
-        """Return the step of `model` on `batch` random examples of this `shape`: float32, or with `tokens` int64 below
-        the size of the smallest embedding. Raises ConfigError for batch < 1, and for tokens of a model without an
-        embedding."""
+        """Return the training step of `model` on `batch` random examples of this `shape`. Examples are float32 or, with
+        `tokens`, int64 numbers below the size of the smallest embedding. Raises ConfigError for batch < 1, and for
+        `tokens` if the model has no embedding."""
         if batch < 1:
             raise ConfigError(f"batch must be at least 1, got {batch}")
         rng = torch.Generator().manual_seed(0)
@@ -133,7 +134,7 @@ class TrainingStep:
         return next((t for t in found if t.numel() == 1), squares)
 
     def time(self, optimizers: Sequence[torch.optim.Optimizer] = ()) -> Timing:
-        """Time forward pass, backward pass and a step of these `optimizers` repeatedly until the minimum is stable."""
+        """Time forward pass, backward pass and a step of `optimizers` together, until the minimum time is stable."""
 
         def step() -> None:
             self.model.zero_grad()
@@ -147,7 +148,7 @@ class TrainingStep:
 def muon_and_adamw(model: nn.Module, muon: dict[str, Any], adamw: dict[str, Any]) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices of hidden layers, and AdamW for all other trained parameters, with these options.
 
-    AdamW is left out if it has no parameters. Raises ConfigError if Muon has none.
+    AdamW is omitted if it has no parameters. Raises ConfigError if Muon has none.
     """
     hidden = hidden_matrices(model)
     muons = {id(p) for _, p in hidden}

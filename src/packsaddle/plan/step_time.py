@@ -18,12 +18,12 @@ from packsaddle.options.numerals import duration
 FRAMING = 1448 / 1514  # TCP/IP payload as a fraction of an Ethernet frame of 1,514 bytes
 LATENCY = 1e-4  # seconds for a small message, typical of gloo in a local network
 Tail = Literal["lognormal", "exponential"]
-_MOST = 1e9  # largest valid time in seconds, and spread: sums and squares of larger ones may overflow
+_MOST = 1e9  # largest valid time in seconds, and spread; sums and squares of larger values may overflow
 
 
 @dataclass(frozen=True)
 class Link:
-    """The network link between a worker and the others. Times are numbers, or text such as "55ms".
+    """The network link between a worker and the other workers. Times are numbers, or text such as "55ms".
 
     Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
 
@@ -34,8 +34,8 @@ class Link:
     """
 
     latency: float  # seconds from the start of a small message to its end, software included
-    rate: float  # payload bytes a second, each way
-    overhead: float = 1e-5  # seconds of each further message sent or received at the same time
+    rate: float  # payload bytes per second in each direction
+    overhead: float = 1e-5  # seconds for each additional message that is sent or received at the same time
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -47,22 +47,23 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float | str) -> "Link":
-        """Return the link with a nominal rate of `bits` a second, packet headers included, and `latency` in seconds."""
+        """Return the link with a nominal rate of `bits` per second, including packet headers, and this `latency`."""
         return cls(duration(latency, "latency"), bits / 8 * FRAMING)
 
     @property
     def bits(self) -> float:
-        """The nominal rate in bits a second, packet headers included."""
+        """The nominal rate in bits per second, including packet headers."""
         return self.rate / FRAMING * 8
 
     def parts(self, cost: Cost) -> tuple[float, float]:
-        """Return two times in seconds of an exchange with this `cost`: its latency, and its bytes over the rate."""
+        """Return the two parts of the time of an exchange with this `cost`, in seconds: its latency, and its bytes
+        divided by the rate."""
         return cost.hops * self.latency + cost.fan * self.overhead, cost.bytes / self.rate
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers, whose compute times are independent: mean `compute` seconds, standard deviation spread * compute.
+    """The workers. Their compute times are independent, with mean `compute` and standard deviation spread * compute.
 
     `compute` is a number, or text such as "55ms". Raises ValueError unless workers is at least 1, compute and spread
     are from 0 to 1e9, and spread is at most 1 with the tail "exponential".
@@ -99,8 +100,9 @@ class Fleet:
 def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> float:
     """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
-    `tail` "exponential": 1 - spread plus an exponential time of mean spread, whose expected maximum is spread * H_W
-    (Renyi 1953). "lognormal": by quadrature over the normal score of the slowest worker.
+    With `tail` "exponential" a time is 1 - spread plus an exponential time of mean `spread`, whose expected maximum is
+    spread * H_W (Renyi 1953). With "lognormal" the maximum is computed by quadrature over the normal score of the
+    slowest worker.
 
     >>> from packsaddle.plan.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -108,7 +110,7 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
     """
     if workers == 1 or spread == 0:
         return 1.0
-    from scipy.integrate import quad  # slow to import, and only uneven workers need it
+    from scipy.integrate import quad  # imported here because it is slow to import
     from scipy.special import digamma, log_ndtr, ndtri
 
     if tail == "exponential":
@@ -125,22 +127,22 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step by cause; `total` is their sum.
+    """The seconds of one step by cause; `total` is their sum.
 
     >>> from packsaddle.plan import StepTime
     >>> round(StepTime(compute=0.1, waiting=0.0, compression=0.01, latency=0.001, bandwidth=0.02).total, 3)
     0.131
     """
 
-    compute: float  # forward and backward pass
-    waiting: float  # waiting for the slowest worker
-    compression: float  # encoding, decoding and the optimizer's other work
+    compute: float  # time of the forward and backward pass
+    waiting: float  # time of waiting for the slowest worker
+    compression: float  # time of encoding, decoding and the optimizer's other work
     latency: float  # latency of the exchange's sequential messages
-    bandwidth: float  # transfer of the exchange's bytes over the busiest link
+    bandwidth: float  # time to transfer the exchange's bytes over the busiest link
 
     @property
     def exchange(self) -> float:
-        """Seconds of the exchange: latency and bandwidth."""
+        """Seconds of the exchange: latency plus bandwidth."""
         return self.latency + self.bandwidth
 
     @property
@@ -151,7 +153,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A step of `CompressedSGD`: compute, coding and exchange, sequentially."""
+    """A step of `CompressedSGD`: compute, coding and exchange, one after the other."""
 
     cost: Cost  # critical path of the exchange
     compression: float  # seconds of encoding, decoding and the optimizer's other work
@@ -166,9 +168,9 @@ class Dense:
     """A step of DistributedDataParallel, which all-reduces `nbytes` bytes in buckets."""
 
     nbytes: int
-    overlap: bool = True  # exchange during the backward pass; False: after it
-    bucket: int = 25 * 2**20  # bytes, torch's default
-    backward: float = 2 / 3  # fraction of the compute time
+    overlap: bool = True  # True: exchange during the backward pass; False: after it
+    bucket: int = 25 * 2**20  # size of a bucket in bytes; this is torch's default
+    backward: float = 2 / 3  # time of the backward pass, as a fraction of the compute time
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of a step whose buckets become ready at even intervals of the backward pass. Buckets are
@@ -194,8 +196,9 @@ def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds
 
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, payload bytes a second, at which `steps` steps of the fastest of `kinds` take as long as one
-    `dense` step. The latency is that of `link`. Below this rate they are faster. None if they never are, or always."""
+    """Return the rate, in payload bytes per second, at which `steps` steps of the fastest of `kinds` take as long as
+    one `dense` step; below this rate they are faster. The latency is that of `link`. Returns None if they are never
+    faster, or always."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)

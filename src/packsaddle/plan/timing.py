@@ -1,4 +1,4 @@
-"""Timing of several functions by alternating calls, so that other load on the machine affects all of them equally."""
+"""Timing of several functions by alternating calls, so that other work of the machine affects all of them equally."""
 
 import math
 import time
@@ -39,7 +39,7 @@ def side_by_side(
     each function are within this fraction of each other, or for `limit` seconds.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
-    fastest: dict[str, list[float]] = {name: [] for name in works}  # three of each
+    fastest: dict[str, list[float]] = {name: [] for name in works}  # the three shortest times of each function
     spent = 0.0
     for attempt in count():
         is_settled = all(_is_reproduced(each, within) for each in fastest.values()) or spent >= limit

@@ -23,8 +23,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Extras:
-    """Terms added to the gradients: weight decay of each parameter group, and noise xi from coordinate `noisy_from` on.
-    `scale` is the GradScaler factor contained in the gradients; the terms are unscaled."""
+    """Terms added to the gradients: weight decay of each parameter group, and noise xi on all coordinates from
+    `noisy_from` on. `scale` is the GradScaler's factor, which the gradients contain and the terms do not."""
 
     decays: Sequence[float]
     noise: GaussianNoise | None = None
@@ -54,16 +54,16 @@ class Storm:
 
 
 class Gradient:
-    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi; subclasses add momentum or the like."""
+    """The direction of plain SGD, u = gradient + weight_decay * x + noise xi. Subclasses add momentum or STORM."""
 
     kind = "gradient"  # name of the class in saved states, and of the vector kept between steps
-    started = True  # False: the vector kept between steps has no value yet, since no step was applied
-    keeps = False  # True: keeps a vector between steps
+    started = True  # False if the vector kept between steps has no value yet, since no step was applied
+    keeps = False  # True if the direction keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
         self.candidates = Candidates(flat.compressed_d)  # for the largest coordinates of the last sum
-        self.norm: Tensor | None = None  # upper bound on the norm of the last sum computed; None: not measured
+        self.norm: Tensor | None = None  # upper bound on the norm of the last sum; None: not measured
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -72,7 +72,7 @@ class Gradient:
             return closure()
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Set out to base + scale * u, both float[d]; out may be base. One scale per parameter group."""
+        """Set out to base + scale * u, both float[d]; out may be base. `scales` has a scale per parameter group."""
         if out is base:  # in place
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
@@ -86,7 +86,8 @@ class Gradient:
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale * u to out, float[d], in place. If the sum is not finite, undo it up to rounding, return False."""
+        """Add scale * u to out, float[d], in place. Return False if the sum is not finite, after undoing the addition
+        up to rounding."""
         # Noise, decay and frozen parameters change out after the pass that could collect candidates.
         self.candidates.discard()
         is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
@@ -119,7 +120,7 @@ class Gradient:
         in_one_pass = out is not base and out.flat.device.type == "cpu"  # on a GPU a foreach call is faster
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
-        # In one pass, also bound the norm of the result, by the sum of the norms of its parts.
+        # A single pass also bounds the norm of the result, by the sum of the norms of its parts.
         total = out.flat.new_zeros(())
         self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):
@@ -150,7 +151,7 @@ class Gradient:
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the vector that exists only to roll back a step; 0 without one."""
+        """Bytes of the vector that exists only to roll back a step, or 0 if there is none."""
         return 0
 
     def vectors(self) -> dict[str, Tensor]:
@@ -166,7 +167,7 @@ class Gradient:
 
 class _StatefulGradient(Gradient):
     """A direction that keeps a vector between steps, float[d], in at least float32. A step computes the next value in
-    `_next`. Without `spare` that is the buffer of `_now`: no step can be rolled back."""
+    `_next`. Without `spare`, `_next` is the buffer `_now`, so no step can be rolled back."""
 
     keeps = True
 
@@ -208,9 +209,9 @@ class Momentum(_StatefulGradient):
     """Momentum m of each worker, applied before compression: m <- beta m + g, g = gradient + weight_decay x + xi.
 
     The direction is u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e is SGD with momentum
-    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`:
-    m <- beta m + (1 - beta) g, with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and
-    Richtarik 2023).
+    on the mean gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). With `averaging`,
+    m <- beta m + (1 - beta) g, and m = g in the first step; with memory="ef21" this is EF21-SGDM (Fatkhullin, Tyurin
+    and Richtarik 2023).
     """
 
     kind = "momentum"
@@ -231,9 +232,9 @@ class Momentum(_StatefulGradient):
 
 
 class StormGradient(_StatefulGradient):
-    """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), g of the same examples.
+    """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g on the same examples.
 
-    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. The gradient g
+    A step needs a closure that computes loss and gradients, and calls it twice: at x_t and at x_{t-1}. The gradient g
     includes weight decay; noise is added to the direction d_t but not accumulated. With memory="ef21" it is EF21-STORM
     (Fatkhullin et al. 2023).
     """
@@ -278,7 +279,7 @@ class StormGradient(_StatefulGradient):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_out_of_range(self) -> str | None:  # of the gradient or of d_t
+    def first_out_of_range(self) -> str | None:  # in the gradient or in d_t
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:
@@ -292,13 +293,13 @@ class StormGradient(_StatefulGradient):
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """The update of one step, scale * u, float[d], computed when it is added. One scale per parameter group."""
+    """The update of one step, scale * u, float[d], computed when it is added. Each parameter group has a scale."""
 
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
-    is_known_invalid: bool = False  # a GradScaler found an Inf
-    x_is_large: bool = False  # weight decay may overflow, so finite gradients do not imply a finite u
+    is_known_invalid: bool = False  # True if a GradScaler found an Inf
+    x_is_large: bool = False  # True if weight decay may overflow, so that finite gradients do not imply a finite u
 
     @property
     def norm(self) -> Tensor | None:  # type: ignore[override]

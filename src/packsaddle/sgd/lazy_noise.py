@@ -15,13 +15,13 @@ from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-# Relative size below which a term added to a sum of this dtype loses too many digits.
+# A term below this fraction of a sum of the dtype loses too many digits when it is added.
 _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @dataclass
 class OutstandingNoise:
-    """The noise not applied to x yet, represented by its variance: one number per cell (a block of coordinates).
+    """The noise that is not applied to x yet, represented by its variance: one number per cell, a block of coordinates.
 
     If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
     sum_s eta_s xi_s to x, over the steps s since the cell was last sent: Gaussian with variance sum_s (eta_s r_s)^2,
@@ -31,7 +31,7 @@ class OutstandingNoise:
     """
 
     total: float  # the variance of a coordinate that was never sent
-    kept: Tensor  # float64[cells] (float32 on MPS), the total when each cell was last sent
+    kept: Tensor  # float64[cells] (float32 on MPS), the value of `total` when each cell was last sent
     size: int  # coordinates per cell
 
     def __post_init__(self) -> None:
@@ -39,19 +39,22 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:  # rounding of the sum would lose it
+        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:  # the sum's rounding would lose the variance
             least = float(self.kept.min())
             self.kept -= least
             self.total -= least
         self.total += variance
 
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
-        """Draw the noise of these m cells of b coordinates; add it to out, float[m b], and clear it."""
+        """Draw the outstanding noise of these m cells of b coordinates, add it to out, float[m b], and set its variance
+        to 0."""
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept.index_fill_(0, cells.index, self.total)
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return a draw of the outstanding noise of all coordinates, float[d] as `like`, without clearing it."""
+        """Return a draw of the outstanding noise of all coordinates, float[d] like `like`; its variance does not
+        change.
+        """
         noise = like.new_zeros(len(self.kept) * self.size)
         # Use a different random stream from that of `take` at this step, since both draws may reach x.
         self._add(self.total - self.kept, noise, keys(seed, step, Stream.SETTLED))
@@ -82,9 +85,9 @@ class Perturber:
     ) -> None:
         self._noise, self._memory, self._seed, self._d = noise, memory, seed, memory.compressed_d
         self._step = 0  # step index t of the last draw
-        self.outstanding: OutstandingNoise | None = None  # None: noise is eager
+        self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
-        # Number and size of cells, if all workers send the same ones in each step; else None.
+        # (number of cells, size of a cell) if all workers send the same cells in each step, else None.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
         if not plain:
@@ -105,7 +108,8 @@ class Perturber:
             raise ValueError(problem)
 
     def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return the noise xi_t of this step (None: 0), and the number of leading coordinates on which it is lazy."""
+        """Return the noise xi_t of this step, or None if it is 0, and the number of leading coordinates on which it is
+        lazy."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:
@@ -113,7 +117,7 @@ class Perturber:
         if len(set(lrs)) == 1 and not self._memory.slice.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
-        # A cell may span several rates, or frozen parameters: move the outstanding noise to the memory.
+        # A cell may span several learning rates or frozen parameters, so move the outstanding noise to the memory.
         self._settle(self.outstanding, step)
         return xi, 0
 
@@ -123,7 +127,8 @@ class Perturber:
             outstanding.clear()
 
     def add_outstanding(self, g: Averaged) -> None:
-        """Add the outstanding noise of the exchanged cells, that of this step included, to the mean g, in place."""
+        """Add the outstanding noise of the exchanged cells, including the noise of this step, to the mean g, in
+        place."""
         if self.outstanding is None:
             return
         self.outstanding.grow(self.grown)
@@ -134,7 +139,8 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the change of x by `add_outstanding`: 7 std, since these Gaussians are at most 7."""
+        """An upper bound on the change of x by `add_outstanding`: 7 std, since the normal numbers used are at most
+        7."""
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, math.sqrt(self.outstanding.total))
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
@@ -145,7 +151,8 @@ class Perturber:
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
     def load(self, saved: OutstandingNoise | None, step: int) -> None:
-        """Restore a saved state. If noise is eager here, or cells differ, it is drawn and added to the memory."""
+        """Restore a saved state. If noise is not lazy here, or the cells differ, the saved noise is drawn and added to
+        the memory."""
         here = self.outstanding
         if here is not None:
             here.clear()

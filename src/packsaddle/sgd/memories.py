@@ -10,15 +10,15 @@ from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Updat
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
-_LARGE = 1 << 20  # coordinates; a smaller vector has a spare, which fits the cache and makes rollback exact
+_LARGE = 1 << 20  # coordinates; a smaller vector has a spare vector, which fits a cache and makes rollback exact
 
 
 class EstimateMemory(ErrorMemory):
     """EF21's estimate of this worker's gradient, float[d], and the mean of all workers' estimates (memory="ef21").
 
-    After Richtarik, Sokolov and Fatkhullin 2021. From its update u and estimate g^(i) a worker sends C(u - g^(i)), and
-    adds it to g^(i); x <- x - eta mean_i g^(i). So no update is ever unsent: e = 0 and y = x. EF21's proof does not
-    assume bounded gradients; small batches need momentum. Raises ValueError for 16-bit parameters.
+    The method is from Richtarik, Sokolov and Fatkhullin 2021. With its update u and estimate g^(i), a worker sends
+    C(u - g^(i)) and adds it to g^(i); x <- x - eta mean_i g^(i). So no update is ever unsent: e = 0 and y = x. EF21's
+    proof does not assume bounded gradients; small batches need momentum. Raises ValueError for 16-bit parameters.
     """
 
     kind = "ef21"
@@ -73,7 +73,7 @@ class EstimateMemory(ErrorMemory):
         compressed, dense = slice(self.compressed_d), slice(self.compressed_d, None)
         for term in sent:
             term.add_to(self.vector[compressed], 1.0)
-            term.add_to(self._lacking.flat[compressed], -1.0)  # the residual, for `feedback.checks`
+            term.add_to(self._lacking.flat[compressed], -1.0)  # leaves the residual, for `feedback.checks`
         self.vector[dense].add_(self._lacking.flat[dense])
         self._lacking.flat[dense].zero_()
         self._clear_frozen(self.vector)
@@ -92,8 +92,8 @@ class EstimateMemory(ErrorMemory):
 def make_memory(
     kind: Memory, flat: FlatParameters, rates: Callable[[], Sequence[float]], *, spare: bool, revocable: bool
 ) -> ErrorMemory:
-    """Return the error memory of this kind; with `spare`, its steps can be rolled back. A large buffer on a CPU is
-    rolled back by subtraction, without a spare vector, if its updates are `revocable`."""
+    """Return the error memory of this kind. With `spare`, its steps can be rolled back. A large memory on a CPU needs
+    no spare vector for that if updates are `revocable`, i.e. can be subtracted."""
     if kind == "ef21":
         return EstimateMemory(flat, rates)
     in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"

@@ -44,8 +44,8 @@ from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_directio
 from packsaddle.sgd.lazy_noise import OutstandingNoise, Perturber
 from packsaddle.sgd.memories import make_memory
 
-T = TypeVar("T")  # a loss, as the user's closure returns it
-_NUMBERS = ("step", "started", "start_step")  # entries that each parameter group has in a saved state
+T = TypeVar("T")  # type of the loss that the user's closure returns
+_NUMBERS = ("step", "started", "start_step")  # entries of each parameter group in a saved state
 # Entries of a saved state that torch's checkpoint tools drop, with the values to load instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
@@ -72,11 +72,11 @@ class FlatTarget:
 
     def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
         self._flat, self._memory, self._noise = flat, memory, noise
-        self.x_was_large = False  # an update was large enough to overflow x
+        self.x_was_large = False  # True once an update was so large that it could have overflowed x
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Subtract the mean update g from x (line 11); x is unchanged if that would overflow."""
-        # A small step cannot overflow x, whatever x is.
+        # A sufficiently small step cannot overflow any x.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
@@ -107,7 +107,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.
         compressor: C, or a `Compression`, which also sets how messages are averaged, which tensors are sent
-            uncompressed, where the error is kept and which checks are made. Not a function of the step.
+            uncompressed, where the error is kept and which checks are made. A function of the step is not supported.
         noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
             returns it (see `Ramp`); or a `Noise`.
         escape: the escape check of Algorithm 1, lines 4-8, or None for no check.
@@ -115,8 +115,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         nesterov: use Nesterov's form of the momentum.
         weight_decay: coefficient of x added to the gradient, before compression.
         seed: seed of all shared randomness; identical on all workers.
-        process_group: a torch.distributed process group; None is the default group if there is one, else
-            this process alone.
+        process_group: a torch.distributed process group; by default torch's default group if there is one, else this
+            process alone.
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
@@ -127,7 +127,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     Attributes: `choice`, how messages are averaged and why; `monitor`, the measured contraction; `skips`, the skipped
     steps, which change neither parameters nor memories; `drifts`, the comparisons that found workers to differ.
 
-    A parameter without a gradient has gradient zero: noise and weight decay still apply. One that is frozen does not
+    A parameter without a gradient has gradient zero: noise and weight decay still apply. A frozen parameter does not
     move, and its error memory and momentum are discarded.
 
     >>> import torch
@@ -167,8 +167,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
-        self._is_busy = False  # the user's closure or objective is running
-        self._step_supports_amp_scaling = True  # a GradScaler then lets `step` skip steps
+        self._is_busy = False  # True while the user's closure or objective runs
+        self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to skip steps
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
 
@@ -208,7 +208,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._rates = StepRates()
 
-        # Arguments must be equal on all workers; all start from rank 0's x.
+        # Check that arguments are equal on all workers, and start from rank 0's x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same |= {"seed": self.seed, **agreement(spec), "noise": noise, "momentum": momentum, "nesterov": nesterov}
@@ -324,8 +324,9 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
     def _factors(self, like: Tensor) -> Tensor:
-        """Return this worker's factors of the update, float[0 or more], to compare between workers: the learning rates
-        with memory="ef21", or the std of lazy noise. On a GPU the std is left out: a step would wait for the device."""
+        """Return the factors that this worker applies to the update, float[0 or more], to compare between workers: the
+        learning rates with memory="ef21", or the std of lazy noise. On a GPU the std is omitted, since a step would
+        wait for the device."""
         if self.channel.group.size == 1:
             return like[:0]
         is_lazy = self._noise.outstanding is not None and like.device.type == "cpu"
@@ -372,7 +373,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             self._drift.compare(t, [self._flat.x, *shared.values()], named, self._rates)
 
     def _check_escape(self) -> None:
-        """Run the escape check (lines 4-8). If it fires, clear the memory; if it rolls x back, the direction too."""
+        """Run the escape check (lines 4-8). If it fires, clear the error memory; if it rolls x back, also clear the
+        vectors that the direction keeps."""
         if self._escape is None:
             return
         with self._busy():
@@ -390,7 +392,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @property
     def spare_bytes(self) -> int:
-        """Bytes of the vectors that exist only to roll a step back, which `max_skipped=None` saves."""
+        """Bytes of the vectors that exist only to roll back a step; with `max_skipped=None` there are none."""
         return self._memory.spare_bytes + self._direction.spare_bytes
 
     @property
@@ -415,7 +417,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
-        None if it depends on the values (see `Compressor.rates`)."""
+        Returns None if it depends on the values of v (see `Compressor.rates`)."""
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -428,7 +430,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     @torch.no_grad()
     def error(self) -> Tensor:
         """Return the workers' mean error memory e_t, float[d], in the order of `parameters_to_vector`; collective.
-        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not)."""
+        Raises RuntimeError if a learning rate is 0, since e_t is then undefined (`corrected` is still defined)."""
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
         e = self._mean_pending()
@@ -440,8 +442,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
     def corrected(self) -> Tensor:
         """Return x_t minus the mean unsent update, y_t = x_t - eta e_t, float[d], ordered as in `error`; collective.
 
-        With lazy noise only its marginal distribution is exact, as that of `error`: outstanding noise is drawn
-        separately for each t.
+        With lazy noise only the marginal distributions of this and of `error` are exact, since outstanding noise is
+        drawn separately for each t.
         """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
@@ -456,7 +458,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: memory, escape check's start, direction."""
+        """Return the flat vectors of a checkpoint by name: error memory, start point of the escape check, direction."""
         start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
         return {self._memory.name: self._memory.vector, **start, **kept}
@@ -467,11 +469,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this worker, which differs between workers: tensors and plain types only.
+        """Return the state of this worker as tensors and plain types. It differs between workers.
 
         Each parameter has "error" (the error memory eta e), or "estimate" with memory="ef21", and with an escape check
         "start" (its start point), as views. Each group has format, step t, start step t', seed, rank and number of
-        workers. Further entries: aggregator, outstanding noise, skips, ledger totals, resets and drifts.
+        workers. Further entries are the aggregator, outstanding noise, skips, ledger totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 

@@ -1,7 +1,7 @@
 """Theorems 3.1 and 3.2 in numbers: assumptions, constants hidden in O-tilde, step sizes, number of steps.
 
 The theorems hide constants and logarithms in O-tilde. `Constants.theory` replaces them with those that Jin et al. (JACM
-2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` by values derived for one saddle at a time. So the
+2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` with values derived for one saddle at a time. So the
 results are *orders of magnitude*. Only `first_order_plan` is proved with its constants.
 """
 
@@ -27,7 +27,7 @@ class Assumptions:
         epsilon: Target, an epsilon-SOSP: ||grad f|| <= epsilon and lambda_min >= -sqrt(rho epsilon).
         smoothness: L, the Lipschitz constant of the gradient of f.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian.
-        sigma: Standard deviation of the stochastic gradient: E||grad F - grad f||^2 <= sigma^2, whole vectors.
+        sigma: Standard deviation of the stochastic gradient as a whole vector: E||grad F - grad f||^2 <= sigma^2.
         f_max: Largest difference |f(x) - f(y)|.
         lipschitz_gradient: l-tilde, the Lipschitz constant of every stochastic gradient (Assumption C); by
             default it is not assumed.
@@ -69,7 +69,8 @@ class Assumptions:
 
     @property
     def noise_ratio(self) -> float:
-        """Gradient noise ratio N of Jin et al., Eq. (8): about sigma^2 / epsilon^2, times d without Assumption C."""
+        """Gradient noise ratio N of Jin et al., Eq. (8): about sigma^2 / epsilon^2, or d times this without Assumption
+        C."""
         relative = (self.sigma / self.epsilon) ** 2
         if self.lipschitz_gradient is None:
             return 1 + relative * self.d
@@ -79,7 +80,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants that the theorems hide in O-tilde: powers of the logarithm iota, and factors.
+    """The constants that the theorems hide in O-tilde, which are powers of the logarithm iota, and factors.
 
     The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). That Algorithm 1 shares them up to
     logarithms is an assumption; the factors 1 of the second and third bound on eta are guesses. `practical` has no
@@ -101,7 +102,7 @@ class Constants:
     second_order_factor: float = 1.0  # factor of the third bound on eta
     noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
-    patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho eps)
+    patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho epsilon)
     radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
     radius_factor: float = 2.0  # factor of R
     decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
@@ -177,7 +178,7 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
 
 
 def noise_norm(a: Assumptions, c: Constants) -> float:
-    """Return the approximate norm of the artificial noise xi, which is r of Jin et al."""
+    """Return the approximate norm of the artificial noise xi, which Jin et al. call r."""
     return float(c.iota**c.noise_power) * a.epsilon * math.sqrt(a.noise_ratio)
 
 
@@ -186,18 +187,18 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
     if c.patience is None:
         interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
     else:
-        # Along the escape direction y is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, gamma the
-        # curvature, so the median time to distance R is the t at which 0.6745 times this is R.
+        # Along the escape direction y is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, where gamma is
+        # the curvature. So the median time to distance R is the t at which 0.6745 times this std is R.
         noise, gamma = noise_norm(a, c) / math.sqrt(a.d), a.curvature
         growth = radius(a, c) * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
-        predicted = max(0.0, math.log(growth)) / math.log1p(eta * gamma)  # 0 if the noise exceeds R
+        predicted = max(0.0, math.log(growth)) / math.log1p(eta * gamma)  # 0 if the noise already exceeds R
         interval = math.ceil(c.patience * max(predicted, 1 / (eta * gamma)))
     longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
     return interval, math.ceil(a.f_max * longest)
 
 
 def radius(a: Assumptions, c: Constants) -> float:
-    """Return the radius R of the escape check, a distance from the saddle."""
+    """Return the radius R of the escape check, i.e. the distance from the saddle at which a segment ends."""
     return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
 
 
@@ -213,7 +214,7 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
     mu is about sqrt(q): epsilon^(3/4) / sqrt(alpha) if linear, else sqrt(d) times that, with alpha = 1 under
     Assumption C and d otherwise.
     """
-    half = step_sizes(assumptions, constants, 0.5, linear=linear)  # where mu^2 / (1 - mu) = 1/2
+    half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
     return 2 / (1 + math.sqrt(1 + 4 / q))  # the positive root of the quadratic, without cancellation
 
@@ -234,13 +235,15 @@ class FirstOrderPlan:
 
 
 def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0) -> FirstOrderPlan:
-    """Return a plan for first-order stationarity only, proved with its constants under Assumptions A and B, no resets.
+    """Return a plan for first-order stationarity only, without resets; it is proved with its constants under
+    Assumptions A and B.
 
     With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t and E||e_t||^2 (as in Lemma A.5 of the paper) give, for
     eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
     mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
-    T bounds the first term by epsilon^2 / 2, eta each of the other two by epsilon^2 / 4. The compressor C must act on
-    the mean over workers. Of `assumptions`, rho and l-tilde are not used; `mu` is the contraction of C, in (0, 1].
+    The choice of T bounds the first term by epsilon^2 / 2, and that of eta each of the other two by epsilon^2 / 4. The
+    compressor C must act on the mean over workers. rho and l-tilde in `assumptions` are not used; `mu` is the
+    contraction of C, in (0, 1].
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=0.01)

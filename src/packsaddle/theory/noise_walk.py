@@ -24,16 +24,17 @@ class Walk:
     """The random walk of a run's parameters under artificial noise, with the quantities that determine its length."""
 
     lr: float  # learning rate eta
-    steps: float  # number of steps T; if the noise std r_t varies, sum_t (r_t / r)^2
+    steps: float  # number of steps T, or sum_t (r_t / r)^2 if the noise std r_t varies
     rms: float  # root mean square of the initial parameters x_0: ||x_0|| / sqrt(d)
 
     def times(self, r: float) -> float:
-        """Return the length of the walk for the noise std r over ||x_0||: eta r sqrt(T) / rms. Infinite if x_0 is 0."""
+        """Return the length of the walk for the noise std r, divided by ||x_0||: eta r sqrt(T) / rms. It is infinite if
+        x_0 is 0."""
         length = self.lr * r * math.sqrt(self.steps)
         return length / self.rms if self.rms else (math.inf if length else 0.0)
 
     def suggested(self, times: float = GOOD) -> float | None:
-        """Return the noise std r for a walk of length `times` ||x_0||; None if lr, steps or x_0 is zero."""
+        """Return the noise std r for a walk of length `times` ||x_0||, or None if lr, steps or x_0 is zero."""
         unit = self.times(1.0)
         return times / unit if 0 < unit < math.inf else None
 
@@ -42,8 +43,8 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
     """Suggest the noise std r for `CompressedSGD(noise=r)`, for a model before training.
 
     r = times ||x_0|| / (lr sqrt(d steps)), for d trainable coordinates with initial values x_0. If r decreases
-    (`Ramp`), `steps` is sum_t (r_t / r)^2: about the steps before the decrease and a third of those during it. Momentum
-    m accumulates noise too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m).
+    (`Ramp`), `steps` is sum_t (r_t / r)^2, about the steps before the decrease plus a third of the steps during it.
+    Momentum m accumulates noise too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m).
 
     Without gradients the noise would move the parameters by `times` ||x_0|| in root mean square. Raises ValueError if
     lr, steps or times are not positive and finite, or if all parameters are zero.

@@ -1,4 +1,4 @@
-"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k that costs the fewest."""
+"""Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k with the fewest bytes."""
 
 import math
 from bisect import bisect_left
@@ -41,9 +41,9 @@ FAMILIES: Mapping[str, Family] = {
 class Plan:
     """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and their cost.
 
-    Orders of magnitude (see `packsaddle.theory.bounds`), except mu, k and `sent` (exact up to coded indices). Bytes are
-    those that one worker sends, without the escape check and its resets (an uncompressed all-reduce per commit, so at
-    most d / interval values a step).
+    The values are orders of magnitude (see `packsaddle.theory.bounds`), except mu, k and `sent` (exact up to coded
+    indices). Bytes are those that one worker sends, without the escape check and its resets (an uncompressed all-reduce
+    per commit, so at most d / interval values per step).
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -91,7 +91,8 @@ class Plan:
 
     @property
     def proved_for_workers(self) -> bool:
-        """True if C acts on the workers' mean, as the proofs assume; an all-gather averages each worker's C(v)."""
+        """True if C acts on the workers' mean, as the proofs assume. It is False for an all-gather, which averages each
+        worker's C(v)."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants
 
 
 def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL, workers: int = 4) -> Plan:
-    """Return the plan with the fewest total bytes over k: about the smallest k that needs no more steps than k = d.
+    """Return the plan for the k with the fewest total bytes, about the smallest k that needs no more steps than k = d.
 
     `family(k)` is the compressor that sends k coordinates; `assumptions`, `constants`, `workers` and ValueError are as
     in `plan`. For smaller k, compression limits eta, and k T grows as k falls; for larger k, T is constant and each
@@ -218,16 +219,18 @@ def _first(holds: Callable[[int], bool], d: int) -> int:
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
-MOST_STEPS = 10**9  # most steps of a feasible run: twelve days at a thousand steps a second
+MOST_STEPS = 10**9  # maximum number of steps of a feasible run, twelve days at a thousand steps per second
 _HALVINGS = 40  # bisections of an interval of log(epsilon), which is at most 92 long
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The number of steps without compression, the smallest over compressors, and that under easier assumptions."""
+    """The number of steps without compression, which no compressor reduces, and that number under easier
+    assumptions."""
 
     steps: int  # steps T without compression
-    at_twice_epsilon: int | None  # steps for 2 epsilon; None: then every first-order stationary point is second-order
+    # Steps for 2 epsilon; None: for 2 epsilon every first-order stationary point is second-order stationary.
+    at_twice_epsilon: int | None
     epsilon: float | None  # smallest target epsilon with at most MOST_STEPS steps; None: there is none
     with_lipschitz_gradient: int | None  # steps under Assumption C with l-tilde = L; None: already assumed
 
@@ -237,11 +240,12 @@ class Reach:
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return the number of steps without compression: as assumed, with a larger epsilon, and under Assumption C."""
+    """Return the number of steps without compression under the assumptions `a`, for a larger epsilon, and under
+    Assumption C."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
-        if c.mode == "theory":  # its logarithm depends on the problem
+        if c.mode == "theory":  # its logarithm iota depends on the problem
             c = Constants.theory(b, c.failure_probability or 0.1)
         return _steps(b, c, Identity())
 
@@ -255,7 +259,8 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
 
 
 def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
-    """Bisect log(epsilon) in [given, greatest] for the smallest epsilon that is `within`; None if none is."""
+    """Bisect log(epsilon) in [given, greatest] for the smallest epsilon for which `within` is True; None if there is
+    none."""
     low, high = math.log(given), math.log(greatest) - 1e-12  # within the valid range by more than rounding errors
     if within(given):
         return given

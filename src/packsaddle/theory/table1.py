@@ -1,7 +1,7 @@
 """Table 1 of the paper (Corollary 3.4): costs of methods as powers of d and epsilon, exact, as text, and evaluated.
 
-Orders of magnitude: every constant is 1 and logarithms are omitted. A row's `improvement` is computed from the
-communication columns; `printed` is the paper's entry.
+The costs are orders of magnitude: every constant is 1 and logarithms are omitted. A row's `improvement` is computed
+from the communication columns; `printed` is the paper's entry.
 """
 
 from collections.abc import Iterable
@@ -52,13 +52,13 @@ def _power(base: str, exponent: Fraction) -> str:
 class Row:
     """One row of the paper's Table 1: a compressor, and its costs as orders of magnitude."""
 
-    lipschitz: bool  # True: Assumption C holds
+    lipschitz: bool  # True if Assumption C holds
     compressor: str
     mu: Order | None  # contraction of the compressor; None: a constant c > 0
     iterations: Order
     communication: Order  # numbers sent per worker
     baseline: Order  # numbers sent per worker without compression
-    printed: Order | None  # the improvement as the paper prints it
+    printed: Order | None  # the improvement that the paper prints
 
     @property
     def improvement(self) -> Order:

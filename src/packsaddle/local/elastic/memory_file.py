@@ -1,8 +1,8 @@
 """The file that stores a worker's error memory while the worker is absent.
 
-A memory may be used only once: updates that were sent after it was written must not be sent again. So the file names
-its worker, its run and the worker's last attempt at a round, and `OwnFile.claim` compares them with the records that
-all workers share (`Roster`). The file is written atomically, and read with weights_only=True.
+A memory may be used only once: updates that were sent after the file was written must not be sent again. So the file
+names its worker, the run and the worker's last attempt at a round, and `OwnFile.claim` compares them with the records
+that all workers share (`Roster`). The file is written atomically, and read with weights_only=True.
 """
 
 import logging
@@ -34,7 +34,7 @@ class MemoryFile:
     run: int  # id of the run, a hash of the names of the workers in its first round
     worker: int  # id of the worker
     attempt: int  # the worker's last attempt at a round that the anchor includes
-    error: Mapping[str, Tensor]  # unsent updates by parameter, floating point, shaped as the parameters
+    error: Mapping[str, Tensor]  # unsent updates by name of the parameter, floating point, in the parameters' shapes
     format: int = FORMAT
 
     @property
@@ -71,7 +71,7 @@ class OwnFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempt: int | None = None  # attempt at a round after which the file was written; None: unknown
+        self._attempt: int | None = None  # the attempt at a round after which the file was written; None: unknown
         self._claimed = False
         lock, number = path.with_name(f"{path.name}.lock"), None
         try:
@@ -94,11 +94,13 @@ class OwnFile:
         return self._attempt == attempt and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-        """Return the error memory with which this worker continues, or None, and the norm of a lost one; enable `save`.
+        """Return the error memory with which this worker continues, or None, and the norm of a lost memory. Enables
+        `save`.
 
-        The memory is the file's, or zero if its worker has sent updates since it was written: then the later memory is
-        lost. An outdated or unreadable file, or one of another run, is renamed, with a warning. Raises ConfigError if
-        the file's worker was in the last round: the file is then a copy, or locks do not work.
+        The memory is that in the file. It is zero if the file's worker has sent updates since the file was written: the
+        worker's later memory is then lost. An outdated or unreadable file, or one of another run, is renamed, with a
+        warning. Raises ConfigError if the file's worker was in the last round: the file is then a copy, or locks do not
+        work.
         """
         found = self._read(shapes, roster.run)
         self._claimed = True
@@ -119,7 +121,7 @@ class OwnFile:
         self._set_aside(
             f"the memory in {self.path}, of norm {found.norm:.3g}, is older than what its worker has sent since"
         )
-        if member is None:  # removed from the roster: its memory was counted as lost
+        if member is None:  # the worker was removed from the roster, and its memory was counted as lost
             return None, 0.0
         nothing = {name: torch.zeros_like(error) for name, error in found.error.items()}
         return replace(found, attempt=taken, error=nothing), member.norm
@@ -156,7 +158,7 @@ class OwnFile:
     def remove(self) -> None:
         """Delete the file, after its error memory has been sent to the other workers."""
         if self._claimed:
-            with suppress(OSError):  # if it remains, a later `claim` finds it outdated
+            with suppress(OSError):  # if the file cannot be deleted, a later `claim` detects that it is outdated
                 self.path.unlink(missing_ok=True)
 
 

@@ -19,30 +19,30 @@ from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
-_REMEMBERED = 256  # most workers in the roster, if no round has more
-_PAST = 64  # most history hashes to keep, one per round
+_REMEMBERED = 256  # maximum number of workers in the roster, unless a round has more
+_PAST = 64  # maximum number of history hashes, one per round
 
 
 @dataclass(frozen=True)
 class Hello:
-    """The message that each worker sends at the start of a round: integers below 2^63, and floats."""
+    """The message that each worker sends about itself at the start of a round: integers below 2^63, and floats."""
 
-    worker: int  # its random name
+    worker: int  # the worker's random name
     arguments: int  # hash of the arguments that must be equal on all workers
-    message: int  # hash of version, compressor, d and round of its compressed message
-    history: int  # hash of all rounds that its anchor includes
-    anchor: int  # fingerprint of its anchor; 0: not compared in this round
+    message: int  # hash of version, compressor, d and round of the worker's compressed message
+    history: int  # hash of all rounds that the worker's anchor includes
+    anchor: int  # fingerprint of the worker's anchor; 0: not compared in this round
     run: int  # random name of the run; 0: none yet
-    attempt: int  # number of its attempts at rounds
-    steps: int  # inner steps since the last round that includes its update
-    dense: int  # 1: requests a round that sends all pending updates
-    keeps: int  # 1: its file has its error memory as of its last round
-    has_pending: int  # 1: it has updates to send in a round with dense = 1, if `weight` is 0
-    frozen: int  # hash of the names of its frozen parameters
-    weight: float  # its weight in the mean; 0: it only receives
-    idle_weight: float  # its weight in a round with dense = 1, if `weight` is 0
-    seconds: float  # seconds per inner step; 0: unknown
-    lost: float  # norm of error memories that it found to be lost
+    attempt: int  # number of the worker's attempts at rounds
+    steps: int  # the worker's inner steps since the last round that includes its update
+    dense: int  # 1: the worker requests a round that sends all pending updates
+    keeps: int  # 1: the worker's file contains its error memory after its last round
+    has_pending: int  # 1: with `weight` 0, the worker still has updates to send in a round with dense = 1
+    frozen: int  # hash of the names of the worker's frozen parameters
+    weight: float  # the worker's weight in the mean; 0: it only receives
+    idle_weight: float  # the worker's weight in a round with dense = 1, if `weight` is 0
+    seconds: float  # seconds per inner step of the worker; 0: unknown
+    lost: float  # norm of error memories that the worker found to be lost
 
     def packed(self, device: torch.device) -> Tensor:
         """Return this message as int64[16]; floats are stored as their bit patterns."""
@@ -64,11 +64,11 @@ def most(values: Sequence[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Member:
-    """The record of one worker in the roster, as of its last round."""
+    """The record of one worker in the roster, made in the worker's last round."""
 
-    norm: float  # norm of its error memory after that round
-    keeps: bool  # its file has that memory, as it reported
-    here: bool  # True: it was in the last round of the run
+    norm: float  # norm of the worker's error memory after that round
+    keeps: bool  # True if the worker reported that its file contains this memory
+    here: bool  # True if the worker was in the last round of the run
 
 
 class Roster:
@@ -76,19 +76,21 @@ class Roster:
 
     def __init__(self) -> None:
         self.run = 0  # 0: no round has been committed
-        self.position = 0  # inner steps that the anchor includes, of all workers
+        self.position = 0  # number of inner steps of all workers that the anchor includes
         self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
-        self.past: list[int] = []  # `history` after each of the last rounds
-        self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that the anchor includes
-        self.members: dict[int, Member] = {}  # in the order of their last rounds
+        self.past: list[int] = []  # value of `history` after each of the last rounds
+        self.taken: dict[int, int] = {}  # last attempt of each worker at a round that the anchor includes
+        self.members: dict[int, Member] = {}  # record of each worker, in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of absent workers' error memories: those in files (`keeps`), or the others."""
+        """Return the sum of the norms of those error memories of absent workers that are in files if `keeps`, else of
+        those that are not."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round; the lists are by rank. `taken`: the round was applied, not rejected."""
+        """Record a committed round; the lists have an entry per rank. `taken` is True if the round was applied, False
+        if it was rejected."""
         # The first round names the run. The anchor includes only updates with a weight above 0.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
@@ -97,7 +99,7 @@ class Roster:
                 self.taken[hello.worker] = hello.attempt
                 self.position += hello.steps if taken else 0
             self.gone += hello.lost
-        # Anchors of different rounds have different hashes.
+        # Hash the round into the history, so that anchors of different rounds have different hashes.
         self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
         self.past = [*self.past, self.history][-_PAST:]
         # Move the workers of this round to the end of `members`, so that the first one has been absent longest.
@@ -127,17 +129,17 @@ class Account:
     """Counts of one worker: attempts at rounds, inner steps, weights; and norms of its error memory."""
 
     attempts: int = 0  # number of attempts at rounds
-    included: int = 0  # its last attempt that the anchor includes
-    since: int = 0  # inner steps since its last attempt that the anchor includes
+    included: int = 0  # the worker's last attempt that the anchor includes
+    since: int = 0  # inner steps since that attempt
     ahead: int = 0  # inner steps since the last round
     counted: float = 0.0  # sum of the weights of earlier rounds, to subtract from the total of the weight function
     last_weight: float = 1.0  # weight in the last round that included its update
     norm: float = 0.0  # norm of the error memory after the last round
-    sent: float = 0.0  # norm of its message in its last round
-    found_lost: float = 0.0  # norm of lost error memory, not yet reported to the others
+    sent: float = 0.0  # norm of the worker's message in its last round
+    found_lost: float = 0.0  # norm of lost error memory, not yet reported to the other workers
 
     def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
-        """Return this worker's weight in a round at this time (see `Elastic.weight`); 0 if it has not stepped.
+        """Return the weight that this worker has in a round now (see `Elastic.weight`), or 0 if it has not stepped.
         Raises ConfigError if the weight function's total is not finite or decreases."""
         if not self.since:
             return 0.0
@@ -149,5 +151,5 @@ class Account:
         return found
 
     def start_count(self, weight: float) -> None:
-        """Restart the count of inner steps after a round that included them with weight `weight`."""
+        """Restart the count of inner steps after a round that included them; `weight` was their weight in it."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight

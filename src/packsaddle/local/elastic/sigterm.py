@@ -34,12 +34,13 @@ class Sigterm:
 
     @property
     def left(self) -> float:
-        """The remaining seconds of the grace period; before the signal, its whole length."""
+        """The remaining seconds of the grace period, or all its seconds before the signal."""
         return max(0.0, self._until - time.monotonic()) if self.asked else self._grace
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context manager that marks a wait for other workers; SIGTERM, also an earlier one, raises LeavingError."""
+        """Context manager for a wait for other workers, in which SIGTERM, also if it was received before, raises
+        LeavingError."""
         self._waiting = True
         try:
             if self.asked:
@@ -74,7 +75,7 @@ class Sigterm:
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit with SystemExit, or by force after 3 s, since interpreter exit would wait for torchft's thread."""
+    """Exit with SystemExit, or forcibly after 3 s, since interpreter exit may wait for torchft's thread."""
     end = threading.Timer(_MOMENT, os._exit, (code,))
     end.daemon = True
     end.start()

@@ -8,7 +8,7 @@ The workers of torchft's quorum exchange their updates v of one fragment (parame
     confirm    an all-gather, which completes on a worker only if all workers have completed the exchange
     vote       Manager.should_commit: all commit, or all roll back and repeat the round with the remaining workers
 
-A worker whose confirmation fails cannot know whether another worker has committed the round. It keeps the exchange
+A worker whose confirmation fails cannot determine whether another worker has committed the round. It keeps the exchange
 until the next quorum. If others are ahead, the state that it receives contains its last attempt included in the anchor,
 by which the exchange is committed or rolled back. So no update is applied twice, and none is lost.
 
@@ -71,7 +71,8 @@ class Attempt:
 
 
 class RoundFailedError(RuntimeError):
-    """An attempt at a round was not committed; `ElasticWorkers.round` repeats it. The message is empty after a vote."""
+    """An attempt at a round was not committed; `ElasticWorkers.round` repeats the round. The message is empty if the
+    workers voted against it."""
 
 
 class ElasticWorkers:
@@ -86,7 +87,7 @@ class ElasticWorkers:
         outer: the outer optimizer of the anchor, or None.
     """
 
-    lockstep: Lockstep | None = None  # their calls are not in lockstep
+    lockstep: Lockstep | None = None  # elastic workers do not make their calls in lockstep
 
     def __init__(
         self,
@@ -108,17 +109,17 @@ class ElasticWorkers:
         self._device = fragments[0].anchor.flat.device
 
         # State of this worker.
-        self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # its random name
+        self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # random name of this worker
         self.has_joined = False
-        self._exchanged = False  # True: a round followed the last inner step
+        self._exchanged = False  # True if a round followed the last inner step
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
         self.account = Account()
         self.paces = [schedule.period]  # inner steps of this worker from one round to the next
         self._resumed = time.monotonic()  # time at the end of the last round
-        self._energy = 0.0  # ||v||^2 of the uncommitted round; v: local update plus error memory
+        self._energy = 0.0  # ||v||^2 in the uncommitted round, where v is local update plus error memory
         self._in_doubt: Sequence[Fragment] = ()  # fragments of a round that other workers may have committed
-        self._handed = False  # after SIGTERM: the error memory is in its file, or empty
-        self._sends_all = False  # leaving without a saved memory: the next round sends all pending updates
+        self._handed = False  # True after SIGTERM if the error memory is in its file, or is zero
+        self._sends_all = False  # True if this worker leaves without a file, so the next round sends all updates
 
         self.roster = Roster()  # identical on all workers after a round
         same = {"fragments": len(fragments), "outer": outer is not None}
@@ -135,8 +136,8 @@ class ElasticWorkers:
         parameters: Mapping[str, Tensor],
         untrained: Sequence[tuple[str, Tensor]],
     ) -> None:
-        """Set the reactions to the end of a round, and what is compared when this worker joins: the arguments `same`,
-        and checksums of the frozen parameters."""
+        """Set the reactions to the end of a round, and the values that are compared when this worker joins: the
+        arguments `same`, and checksums of the frozen parameters."""
         self._reactions = reactions
         frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
 
@@ -176,9 +177,9 @@ class ElasticWorkers:
         if self.has_joined:
             return
         self.round(uncompressed=False)
-        self.account.ahead = self.account.since  # above 0 for a worker restored from a checkpoint
+        self.account.ahead = self.account.since  # above 0 if this worker was restored from a checkpoint
         if self._file is not None:
-            # Continue as the worker of the file, with its name, attempts and error memory, at its start point.
+            # Continue as the worker that wrote the file, with its name, attempts, error memory and start point.
             shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
             found, lost = self._file.claim(shapes, self.roster)
             self.account.found_lost += lost
@@ -200,7 +201,7 @@ class ElasticWorkers:
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
-        Returns False: a worker that has ended its training leaves."""
+        Always returns False, since a worker that has ended its training leaves and runs no more collectives."""
         self.steps, self._exchanged = steps, False
         self.account.since += 1
         self.account.ahead += 1
@@ -214,14 +215,14 @@ class ElasticWorkers:
         """Run an uncompressed round of all present workers. Raises RuntimeError for a compressor."""
         if compressor is not None:
             raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
-        self.join()  # a worker without steps of its own may have a memory file to send
+        self.join()  # a worker that has not stepped may have a memory file to send
         return self.round(uncompressed=True)
 
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
         """Run a round, repeating it until it is committed; return True if all of its exchanges were applied.
 
-        `uncompressed`: send all pending updates. Raises PeerLostError if no round is committed in `patience` seconds,
-        and ConfigError if this worker's arguments differ from the others'.
+        With `uncompressed`, all pending updates are sent. Raises PeerLostError if no round is committed in `patience`
+        seconds, and ConfigError if this worker's arguments differ from those of the others.
         """
         if not self.has_joined:
             self._arguments_hash = hash_of(self._arguments())
@@ -255,8 +256,9 @@ class ElasticWorkers:
         return applied
 
     def _once(self, dense: bool, seconds: float) -> bool:
-        """Attempt a round; return True if it was applied, False if rejected. Raises RoundFailedError if uncommitted."""
-        # Wait until torchft has determined the set of workers; a worker that is behind loads another's state.
+        """Attempt a round; return True if it was applied, False if it was rejected. Raises RoundFailedError if it was
+        not committed."""
+        # Wait until torchft has determined the set of workers; a worker that is behind loads another worker's state.
         manager = self.settings.manager
         try:
             with self._sigterm.waiting():
@@ -264,10 +266,10 @@ class ElasticWorkers:
         except (ConfigError, LeavingError):
             raise
         except Exception as error:  # torchft raises errors of several types
-            # Without this, torchft 0.2.0 raises the same error again at every later quorum.
+            # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
             manager._quorum_future = None
             raise RoundFailedError(str(error)) from error
-        self._roll_back()  # no-op if `_recover` has committed the last round because others were ahead
+        self._roll_back()  # no-op if `_recover` has committed the last round because other workers were ahead
         # After an error, abort the group so that no worker waits for this one in a collective; the commit then fails.
         attempt, reason = None, ""
         if manager.errored() is None:
@@ -276,7 +278,7 @@ class ElasticWorkers:
             except (ConfigError, LeavingError):
                 self._break()
                 raise
-            except (RuntimeError, AssertionError) as error:  # raised by torch's backends, or without a group
+            except (RuntimeError, AssertionError) as error:  # from torch's backends, or because there is no group
                 reason = str(error)
                 manager.report_error(error)
                 self._break()
@@ -293,7 +295,8 @@ class ElasticWorkers:
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange one round with the workers of the quorum, up to the vote; return it as an `Attempt`."""
+        """Exchange the updates of one round with the workers of the quorum; return the round, which is not voted on
+        yet."""
         self._group.renew()
         self.channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
@@ -317,14 +320,14 @@ class ElasticWorkers:
             assert r.exchanged is not None
             self._energy += _energy(r.exchanged.v)
             norms = standings = None
-            if r.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
+            if r.norm is not None:  # v depends on the Hello messages, so they cannot contain the norm of v
                 norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
                 norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
                 parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
                 standings = torch.tensor(parts_in, device=norms.device)
             r.exchange(self.channel.step, norms, standings)
             r.gather_reports()
-        # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
+        # Confirm: this gather completes only if all workers have exchanged. From here on, other workers may commit.
         norm = torch.tensor([self._norm_after()], dtype=wide(self._device), device=self._device)
         self._in_doubt = parts
         confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
@@ -333,9 +336,9 @@ class ElasticWorkers:
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
         compared = every > 0 and self._rounds % every == 0
-        # A worker that has not joined only receives (weight 0). One without steps since its last round has the
-        # `idle_weight` of ordinary rounds where all pending updates are sent: an error memory, or unsent updates of
-        # fragments that were not in that round. Without any its zeros count with others' updates.
+        # A worker that has not joined only receives (weight 0). One that has not stepped since its last round counts
+        # with `idle_weight`, its last weight, if all pending updates are sent: it may have an error memory, or unsent
+        # updates of fragments that were not in that round. Without any, its zeros are averaged with others' updates.
         own = self.account
         has_more = len(self._fragments) > 1 and not own.since and self._has_pending()
         idle_weight = own.last_weight if self.has_joined and (own.counted or own.norm) else 0.0
@@ -369,10 +372,11 @@ class ElasticWorkers:
         return self._fragments[self._schedule.in_rotation(self._rounds)]
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments, anchors and messages of all workers match; the most frequent, or the first, are right.
+        """Check that arguments, anchors and messages of all workers match. Those that most workers have are right, or
+        in a tie the first.
 
         Raises RoundFailedError on workers that have the right ones, and ConfigError on workers with other arguments or
-        messages, or if the first round has different anchors. Later, a worker with another anchor loads the others'.
+        messages, or if the first round has different anchors. Later, a worker with another anchor loads the right one.
         """
         hashes = [h.arguments for h in hellos]
         self._compare("be given the same arguments", hashes, self._arguments, hellos)
@@ -390,7 +394,8 @@ class ElasticWorkers:
         raise RoundFailedError("workers have different anchors")
 
     def _compare(self, must: str, hashes: Sequence[int], text: Callable[[], str], hellos: Sequence[Hello]) -> None:
-        """Raise an error if the workers' `hashes` and texts differ; it names a worker, and the first line that differs.
+        """Raise an error if the workers' `hashes`, and so their texts, differ; it names a worker, and the first line in
+        which the texts differ.
 
         `text` returns this worker's text; texts are gathered only if hashes differ. Raises ConfigError on a worker
         whose text is not the most frequent one, RoundFailedError on the others.
@@ -425,7 +430,7 @@ class ElasticWorkers:
                     *(worker, self._rounds, member.norm, fate),
                 )
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
-        # Update this worker's counts; the norm of its message follows from ||sent||^2 = ||v||^2 - ||e||^2
+        # Update this worker's counts. The norm of its message follows from ||sent||^2 = ||v||^2 - ||e||^2.
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
         own = self.account
         own.found_lost -= mine.lost
@@ -494,9 +499,10 @@ class ElasticWorkers:
         self._sigterm.hold()  # SIGTERM must not interrupt the loading
         try:
             self._shared_state.validate(state)
-        except ValueError as error:  # arguments, which would explain the error, are compared only later
+        except ValueError as error:  # the arguments, which would explain the error, are only compared later
             raise ConfigError(f"workers must be given the same arguments: {error}") from None
-        # Commit the exchange in doubt if the others' anchor includes this worker's last attempt; else roll it back.
+        # Commit the exchange in doubt if the anchor of the others includes this worker's last attempt; else roll it
+        # back.
         own, is_new = self.account, not self.roster.past
         included = state["roster"]["included"].get(self.worker, 0)
         had = bool(self._in_doubt) and included == own.attempts
@@ -547,7 +553,7 @@ class ElasticWorkers:
         share = Value(("share",), float, lambda: 1.0, skip)
         return [share, *own, *self.roster.fields((*path, "roster"))]
 
-    # What only a fixed set of workers has.
+    # Methods that have no function for elastic workers.
 
     def check_fixed(self, call: str) -> None:
         """Raise RuntimeError for a call that only a fixed set of workers supports."""
@@ -560,7 +566,7 @@ class ElasticWorkers:
         raise RuntimeError(_FIXED["average"])
 
     def check_call(self, call: str, steps: int) -> None:
-        """No-op: the workers that are present make different numbers of calls."""
+        """No-op: elastic workers may make different numbers of calls."""
 
     def exchanging(self, steps: int) -> bool:
         """Return True if a round followed the last inner step."""
@@ -570,7 +576,7 @@ class ElasticWorkers:
         return True
 
     def position(self, steps: int) -> int:
-        """Return the number of inner steps that the anchor includes, of all workers."""
+        """Return the number of inner steps of all workers that the anchor includes."""
         return self.roster.position
 
     def identity(self) -> dict[str, Any]:
@@ -580,26 +586,28 @@ class ElasticWorkers:
 
     @property
     def _keeps(self) -> bool:
-        """True if this worker's file has the error memory as it was after its last round."""
+        """True if this worker's file contains its error memory after its last round."""
         return self._file is not None and self._file.holds(self.account.included)
 
     def _save(self) -> bool:
-        """Write the pending updates to this worker's memory file; return False without a file, or if writing fails."""
+        """Write the pending updates to this worker's memory file; return False if there is no file, or if writing
+        fails."""
         if self._file is None:
             return False
         pending = by_parameter(self._fragments, [part.unapplied() for part in self._fragments])
         return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, pending))
 
     def _may_leave(self) -> bool:
-        """Save the error memory to its file after SIGTERM; return False if it must be sent in the next round."""
+        """Save the error memory to its file after SIGTERM; return False if the memory must be sent in the next round
+        instead."""
         if not self._sends_all:
             self._handed = self._save() or not self._has_pending()
             self._sends_all = not self._handed
         return self._handed
 
     def leave(self) -> bool:
-        """Save the error memory to its file, or send it in one more round, committed in `grace` seconds; then leave the
-        run.
+        """Leave the run, after saving the error memory to its file, or sending it in one more round that must be
+        committed within `grace` seconds.
 
         Returns False, with an error in the log, if updates are lost.
         """
@@ -636,7 +644,7 @@ class ElasticWorkers:
         return False
 
     def _has_pending(self) -> bool:
-        """Return True if a round would send updates: those of frozen parameters stay."""
+        """Return True if a round would send updates; those of frozen parameters do not count, as they are not sent."""
         pending = [part.unapplied() for part in self._fragments]
         for part, vector in zip(self._fragments, pending, strict=True):
             for name, view in part.by_name(vector).items():

@@ -29,8 +29,9 @@ class SlowKernelsWarning(UserWarning):
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop `name` for the device of `vectors` (by default, for `device`). None if there is none, or
-    if a vector is on another device, has a stride other than 1, is not float32 or float64, or requires gradients."""
+    """Return the compiled loop `name` for the device of `vectors`, or for `device` without vectors. Returns None if
+    there is no such loop, or if a vector is on another device than the first, has a stride other than 1, is not float32
+    or float64, or requires gradients."""
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
     where = vectors[0].device.type if vectors else torch.device(device).type
@@ -49,13 +50,13 @@ def compiler(device: torch.device | str) -> str:
 
 
 def arithmetic(device: torch.device | str) -> str:
-    """Return a type of device and its compiler of loops, such as "numba on cpu". Workers must have the same: with
-    another, random numbers, sums and the order of equal magnitudes may differ in what all workers compute alone."""
+    """Return a type of device and its compiler of loops, such as "numba on cpu", which must be equal on all workers.
+    Otherwise results that every worker computes separately could differ: random numbers, sums, the order of ties."""
     return f"{compiler(device)} on {torch.device(device).type}"
 
 
 def obstacle(device: torch.device | str) -> str:
-    """Return the reason why a device has no compiled loops; "" if it has them."""
+    """Return the reason why a device has no compiled loops, or "" if it has them."""
     return _load(torch.device(device).type)[1]
 
 

@@ -71,8 +71,8 @@ def _sums_of_magnitudes(v: Array, edges: Array, start: int, stop: int, sums: Arr
 
 
 def add_signs(packed: Tensor, sizes: Sequence[int], scales: Tensor, out: Tensor) -> None:
-    """Add +scale or -scale to element i of out, float[d], where bit i of `packed` is 1 or 0; `scales`, float[runs], has
-    the scale of each run of out with these lengths."""
+    """Add +scale to element i of out, float[d], if bit i of `packed` is 1, and -scale if it is 0. `scales`,
+    float[runs], contains the scale of each run of out; `sizes` are the runs' lengths."""
     check_room("signs", packed, -(-len(out) // 8))
     check_room("scales", scales, len(sizes))
     p, s, o, edges = packed.numpy(), scales.numpy(), out.numpy(), _edges(sizes)
@@ -178,7 +178,7 @@ def _sum_of_squares(v: Array) -> float:
 
 @compiled_loop
 def pack_codes(codes: Array, bits: int, out: Array) -> None:
-    """Pack `codes`, uint8[n], n a multiple of 8, in `bits` bits each, at most 8, into `out`."""
+    """Pack `codes`, uint8[n], into `out` with `bits` bits each, at most 8. n must be a multiple of 8."""
     for k in range(len(codes) // 8):
         word = np.uint64(0)
         for j in range(8):
@@ -206,16 +206,17 @@ def _add_levels(codes: Array, levels: int, bucket: int, norms: Array, out: Array
         x, norm = out[start : start + bucket], norms[start // bucket]
         c = codes[start : start + len(x)]
         for i in range(len(x)):
-            x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
+            x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # this order cannot overflow
 
 
 @compiled_loop
 def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
-    """Unpack n codes of `bits` bits each, at most 8, from `packed` into `codes`, uint8[n], n a multiple of 8."""
+    """Unpack n codes of `bits` bits each, at most 8, from `packed` into `codes`, uint8[n]. n must be a multiple of
+    8."""
     mask = np.uint64((1 << bits) - 1)
     for k in range(len(codes) // 8):
         word = np.uint64(0)
-        for j in range(bits):  # the bytes of the last word may be missing
+        for j in range(bits):  # some bytes of the last word may be missing
             place = k * bits + j
             word = (word << np.uint64(8)) | (np.uint64(packed[place]) if place < len(packed) else np.uint64(0))
         for j in range(8):
@@ -223,7 +224,7 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
 
 
 def pack_numbers(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers below 2^width, int64[n], into uint8[ceil(n width / 8)], high bit first; width at most 56."""
+    """Pack numbers below 2^width, int64[n], into uint8[ceil(n width / 8)], high bit first. width is at most 56."""
     out = torch.empty(-(-len(numbers) * width // 8), dtype=torch.uint8)
     _pack_numbers(numbers.numpy(), width, out.numpy())
     return out
@@ -254,7 +255,7 @@ def _pack_rice(numbers: Array, b: int) -> Array:
     for i in range(len(numbers)):
         bits += np.int64(numbers[i]) >> b
     coded = np.zeros((bits + 7) // 8 + (len(numbers) * b + 7) // 8, np.uint8)
-    # Write the quotients by 2^b in unary, as zeros and a one, and then the remainders of a group at a time.
+    # Write all quotients by 2^b in unary, as zeros and a one; then all remainders, one group of numbers at a time.
     remainders, bit = np.empty(_GROUP, np.int64), np.int64(0)
     rest = coded[(bits + 7) // 8 :]
     for group in range(0, len(numbers), _GROUP):
@@ -287,9 +288,9 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode the positions of the members, the `going_on` elements of `codes`, uint8[n], below `low` or above `high`.
-    Their gaps are Rice-coded with parameter b, or if `inverted` the gaps of the `coded` others. Also returns the
-    members."""
+    """Encode the positions of the members: the `going_on` elements of `codes`, uint8[n], below `low` or above `high`.
+    The gaps between them are Rice-coded with parameter b, or, with `inverted`, those between the other elements. There
+    are `coded` elements whose gaps are coded. Also returns the members."""
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)
@@ -304,8 +305,8 @@ def pack_layer(
 
 @compiled_loop
 def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Array) -> None:
-    """Write the indices of the codes below `low` or above `high`, or if `inverted` of the others, to `places`, which
-    needs one more element."""
+    """Write the indices of the codes below `low` or above `high`, or with `inverted` of all other codes, to `places`,
+    which must have one element more than there are indices."""
     n: Any = 0
     for i in range(len(codes)):  # branch-free: indices that do not qualify are overwritten
         places[n] = i
@@ -313,7 +314,7 @@ def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Arra
 
 
 def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -> Tensor | None:
-    """Invert `pack_rice`: return the n numbers; None unless `packed` encodes exactly n, all at most `most`."""
+    """Invert `pack_rice`: return the n numbers, or None unless `packed` encodes exactly n numbers of at most `most`."""
     split = len(packed) - -(-n * b // 8)
     if split < 0:
         return None

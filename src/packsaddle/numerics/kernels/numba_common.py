@@ -18,8 +18,8 @@ WORTH_THREADS = 1 << 18  # minimum number of elements per thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
-compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # sums in any order
-# Sums in any order, with fused multiply-add, as torch.add uses it for `alpha`.
+compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # may add in any order
+# It may add in any order, and with fused multiply-add, which torch.add uses for `alpha`.
 compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
 

@@ -19,6 +19,59 @@ from packsaddle.numerics.kernels.numba_common import (
 )
 
 
+<<<<<<< HEAD
+=======
+def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
+    """Return the values of v at m cells of b consecutive coordinates, float[m b], with zeros beyond the end of v."""
+    out = torch.empty(cells.numel() * b, dtype=v.dtype)
+    _gather_cells(v.numpy(), cells.numpy(), b, out.numpy())
+    return out
+
+
+@compiled_loop
+def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
+    d = len(v)
+    for i in range(len(cells)):
+        start = cells[i] * b
+        # Loop over slices: numba then excludes negative indices, and vectorizes.
+        source, target = v[start : min(d, start + b)], out[i * b : (i + 1) * b]
+        for j in range(len(source)):
+            target[j] = source[j]
+        target[len(source) :] = 0.0
+
+
+def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
+    """Add alpha * values, float[m b], to out, float[d], at m cells of b consecutive coordinates, in place."""
+    check_room("values", values, len(cells) * b)
+    scale = scalar(alpha, out.numpy())
+    _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
+
+
+@compiled_loop
+def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) -> None:
+    d = len(out)
+    for i in range(len(cells)):
+        start = cells[i] * b
+        target = out[start : min(d, start + b)]
+        source = values[i * b : i * b + len(target)]
+        for j in range(len(target)):
+            target[j] += alpha * source[j]
+
+
+def add_coordinates(out: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
+    """Add alpha * values, float[k], to out, float[d], at indices, int64[k], in place; twice as fast as index_add_."""
+    check_room("values", values, len(index))
+    _add_coordinates(out.numpy(), index.numpy(), values.numpy(), scalar(alpha, out.numpy()))
+
+
+@compiled_loop
+def _add_coordinates(out: Array, index: Array, values: Array, alpha: float) -> None:
+    for i in range(len(index)):
+        if 0 <= index[i] < len(out):
+            out[index[i]] += alpha * values[i]
+
+
+>>>>>>> h-prose
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
     """Return the first k values, int64[k], of the keyed permutation of [0, n) of `seeds.sample_without_replacement`."""
     out = torch.empty(k, dtype=torch.int64)
@@ -70,7 +123,8 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Write the indices of magnitudes >= `limit` to `out`; return their number n. Complete if n + BLOCK <= len(out)."""
+    """Write the indices of magnitudes >= `limit` to `out`, and return the number n of such magnitudes. `out` has all
+    indices if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
     # Only count in blocks without such a magnitude, which are the majority.
@@ -99,8 +153,8 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 
 def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
-    """Return the indices of the `kept` largest magnitudes of each chunk, increasing int64[...]; the first of equal
-    ones. `kept_of_last` is the number for a shorter last chunk."""
+    """Return the indices of the `kept` largest magnitudes of each chunk, increasing int64[...]; among equal ones, the
+    first. A shorter last chunk keeps `kept_of_last`."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
     bits, o = bits_of(v), out.numpy()
@@ -123,7 +177,7 @@ def _largest_of_chunks(
     for start in range(0, len(bits), chunk):
         block = bits[start : start + chunk]
         k = kept if len(block) == chunk else kept_of_last
-        # Candidates reach slightly less than the previous chunk's threshold; if there are too few, rank all.
+        # Rank only magnitudes slightly below the previous chunk's threshold or larger; if these are too few, rank all.
         m = _reached_places(block, mask, block.dtype.type(guess), found)
         if m < k:
             m = _reached_places(block, mask, block.dtype.type(0), found)
@@ -138,7 +192,8 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """Write the indices of magnitudes >= `limit` to `found`, one longer than `bits`; return their number."""
+    """Write the indices of magnitudes >= `limit` to `found`, which has one element more than `bits`, and return their
+    number."""
     m: Any = 0
     for i in range(len(bits)):
         found[m] = i
@@ -180,7 +235,8 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write k indices, offset + found, to `out`: those of magnitudes above the limit, and of the first equal to it."""
+    """Write k indices, each increased by `offset`, to `out`: those of the magnitudes above `limit`, and the first of
+    those equal to it."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
@@ -228,9 +284,9 @@ def add_finite(
 ) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
     """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a sum of squares overflows.
 
-    Return the completed ranges (index of the sum, start, stop), their sum of squares, infinite if stopped, and for each
-    range the indices in `out` at which the magnitude of the result is at least `limit`, or None if these may be more
-    than `room`.
+    Returns the completed ranges (index of the sum, start, stop); their sum of squares, infinite if the additions were
+    stopped; and for each range the indices in `out` at which the magnitude of the result is at least `limit`, or None
+    if there may be more than `room` of these.
     """
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
@@ -281,11 +337,11 @@ def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, f
         for i in range(len(o)):
             o[i] = o[i] + factor * m[i]
         total += squares
-        if found is None:  # compiled separately
+        if found is None:  # numba compiles this case separately
             continue
         if n + _LINE > len(found):
             continue
-        # Search the line while it is in the cache.
+        # Search these elements while they are in the cache.
         for at in range(0, len(o), _PIECE):
             piece = o[at : at + _PIECE]
             c: Any = np.int32(0)

@@ -28,7 +28,8 @@ def mixed(h: Any) -> Any:
 
 
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
-    """Add scale * N(0, 1) noise to out: numbers `start`, start + 1, ... of `keys`. See `seeds.add_gaussians`."""
+    """Add scale * N(0, 1) noise to out: the numbers `start`, start + 1, ... of the sequence of `keys` (see
+    `seeds.add_gaussians`)."""
     o, (first, second, third) = out.numpy(), (np.uint32(key) for key in keys)
     factor = scalar(scale, o)
     in_parts(len(out), 2 * PAIRS, lambda a, b: _add_gaussians(o[a:b], factor, first, second, third, start + a))
@@ -48,9 +49,32 @@ def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, 
         done += len(target)
 
 
+<<<<<<< HEAD
+=======
+def add_cell_gaussians(out: Tensor, scales: Tensor, keys: tuple[int, int, int]) -> None:
+    """Add scales[i] * N(0, 1) noise to the i-th of m cells of b elements in out, float[m b] (see `seeds`). b must
+    divide 2048."""
+    o, s, (first, second, third) = out.numpy(), scales.numpy(), (np.uint32(key) for key in keys)
+    b = len(out) // max(1, len(scales))
+    _add_cell_gaussians(o, s, b, first, second, third)
+
+
+@compiled_loop
+def _add_cell_gaussians(out: Array, scales: Array, b: int, first: Any, second: Any, third: Any) -> None:
+    scratch = np.empty(6 * PAIRS, np.float32)
+    for start in range(0, len(out), 2 * PAIRS):
+        numbers = _chunk(np.uint32(start // 2), first, second, third, scratch)
+        for cell in range(start, min(len(out), start + 2 * PAIRS), b):
+            target, source, scale = out[cell : cell + b], numbers[cell - start : cell - start + b], scales[cell // b]
+            for i in range(len(target)):
+                target[i] += scale * source[i]
+
+
+>>>>>>> h-prose
 @compiled_loop
 def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
-    """Return the 2 PAIRS normal numbers of PAIRS counters from `counter` on, in `scratch`, float32[6 PAIRS]."""
+    """Return the 2 * PAIRS normal numbers of PAIRS counters, of which `counter` is the first, in `scratch`,
+    float32[6 * PAIRS]."""
     # Each loop below reads and writes disjoint arrays; otherwise it would not vectorize.
     uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
     mantissas, radii = scratch[2 * PAIRS : 3 * PAIRS], scratch[3 * PAIRS : 4 * PAIRS]
@@ -74,7 +98,8 @@ def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Arr
 
 @compiled_loop
 def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
-    """Write radii * (cos, sin) of random angles: 30 bits for +-45 degrees, 2 to negate the cosine and to swap."""
+    """Write radii * (cos, sin) of random angles to `cosines` and `sines`. 30 bits of an angle stand for +-45 degrees,
+    one negates the cosine, and one swaps cosine and sine."""
     one = np.float32(1)
     for i in range(len(angles)):
         a = angles[i]
@@ -91,7 +116,7 @@ def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Arr
 
 @compiled_loop
 def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
-    """Split floats, given by their bits, into mantissa in [sqrt(1/2), sqrt(2)) and exponent: mantissa 2^exponent."""
+    """Split floats mantissa * 2^exponent, given by their bits, into mantissas in [sqrt(1/2), sqrt(2)) and exponents."""
     for i in range(len(bits)):
         exponent = (bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)
         mantissas[i] = bits[i] - (exponent << np.int32(23))
@@ -100,7 +125,8 @@ def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
 
 @compiled_loop
 def _radii(mantissas: Array, exponents: Array) -> None:
-    """Replace exponents with sqrt(-2 log u) for u = mantissa 2^exponent; the logarithm is that of musl's logf."""
+    """Replace each exponent with sqrt(-2 log u), where u = mantissa * 2^exponent. The logarithm is computed as in
+    musl's logf."""
     one, two, half = np.float32(1), np.float32(2), np.float32(0.5)
     for i in range(len(mantissas)):
         f = mantissas[i] - one

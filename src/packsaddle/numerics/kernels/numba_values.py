@@ -17,8 +17,9 @@ from packsaddle.numerics.kernels.numba_common import (
 
 
 def pack_levels_of_blocks(values: Tensor, halvings: int, block: int) -> tuple[Tensor, Tensor]:
-    """Encode values, float[k], in `halvings` + 1 bits each; return the packed codes, uint8[...], and the levels of each
-    block of `block` values, a multiple of 8, float64[blocks, 2^halvings]. See `compressors.values`."""
+    """Encode values, float[k], in `halvings` + 1 bits each (see `compressors.values`). Returns the packed codes,
+    uint8[...], and the levels of each block, float64[blocks, 2^halvings]. A block has `block` values, a multiple of 8.
+    """
     k, bits = len(values), halvings + 1
     packed = torch.empty(-(-k * bits // 8), dtype=torch.uint8)
     levels = torch.empty(-(-k // block), 1 << halvings, dtype=torch.float64)
@@ -41,7 +42,7 @@ def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None
     for start in range(0, len(v), block):
         x, of_block = v[start : start + block], levels[start // block]
         mean = sum_of_magnitudes(x) / len(x)
-        # The largest float32 that is at most the mean separates the same values, and is compared faster.
+        # Round the mean down to float32: this separates the same values, and comparisons are faster.
         split[0] = mean
         if split[0] > mean:
             split.view(np.int32)[0] -= 1
@@ -52,7 +53,7 @@ def _pack_two_levels(v: Array, block: int, packed: Array, levels: Array) -> None
 
 @compiled_sum
 def _sums_around(x: Array, split: float) -> tuple[float, float, float]:
-    """Return the sum of the magnitudes up to `split`, that of the larger ones, and the number of these."""
+    """Return the sum of the magnitudes up to `split`, the sum of the larger ones, and the number of the larger ones."""
     low, high, above = 0.0, 0.0, 0.0
     for i in range(len(x)):
         m = abs(x[i])
@@ -102,7 +103,7 @@ def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, l
 
 @compiled_sum
 def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
-    """Return the mean of the magnitudes that have this code, 0 if there are none."""
+    """Return the mean of the magnitudes that have this code, or 0 if none has it."""
     s, n = 0.0, 0.0
     for i in range(len(magnitudes)):
         is_member = codes[i] == code
@@ -112,14 +113,14 @@ def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
 
 
 def unpack_levels_of_blocks(packed: Tensor, k: int, halvings: int, block: int, levels: Tensor) -> Tensor:
-    """Decode `pack_levels_of_blocks`: return the values, float[k], in the type of `levels`, float[...]."""
+    """Decode the output of `pack_levels_of_blocks`. Returns the values, float[k], in the type of `levels`."""
     out = torch.zeros(k, dtype=levels.dtype)
     add_levels_of_blocks(packed, halvings, block, levels, out)
     return out
 
 
 def add_levels_of_blocks(packed: Tensor, halvings: int, block: int, levels: Tensor, out: Tensor) -> None:
-    """Decode `pack_levels_of_blocks`, and add the values to out, float[k]; `levels` has the type of `out`."""
+    """Decode the output of `pack_levels_of_blocks`, and add the values to out, float[k], in the type of `levels`."""
     bits = halvings + 1
     check_room("codes", packed, -(-len(out) * bits // 8))
     check_room("levels", levels, -(-len(out) // block) << halvings)

@@ -1,7 +1,7 @@
 """Triton versions of the loops for CUDA, launched on the current stream without synchronization.
 
-Each has the arguments and results of the numba loop of the same name. There is no loop for selection by magnitude,
-since torch.topk is a radix select, and none for cells, which torch gathers and adds by index. With TRITON_INTERPRET=1
+Each has the arguments and results of the numba loop of the same name. There is no loop that selects by magnitude, since
+torch.topk is a radix select, and none for cells, since torch gathers and adds them by index. With TRITON_INTERPRET=1
 the loops run on CPU tensors.
 """
 
@@ -145,7 +145,7 @@ def _add_levels(packed, norms, out, alpha, levels, bucket, d, n, BITS: tl.conste
     low = tl.load(packed + byte + 1, mask=(i < d) & (byte + 1 < n), other=0).to(tl.int32)
     code = (((high << 8) | low) >> (16 - BITS - (bit & 7).to(tl.int32))) & ((1 << BITS) - 1)
     norm = tl.load(norms + i // bucket, mask=i < d, other=0.0)
-    _add(out, i, ((code - levels).to(norm.dtype) * alpha) * norm, d)  # in this order: no overflow
+    _add(out, i, ((code - levels).to(norm.dtype) * alpha) * norm, d)  # this order cannot overflow
 
 
 def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
