@@ -64,7 +64,7 @@ def main() -> None:
     if arguments.local_updates:  # noqa: SIM108 -- lines to be copied
         callback = LocalUpdatesCallback(trainer, every=8)
     else:
-        callback = PacksaddleCallback(trainer)  # QSGD(127), for the Trainer's AdamW
+        callback = PacksaddleCallback(trainer)  # four bits a value
     trainer.add_callback(callback)
     if arguments.certify:
         mine = range(training.process_index, 64, training.world_size)

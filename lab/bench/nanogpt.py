@@ -22,7 +22,7 @@ import argparse
 import hashlib
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,14 @@ WIDTH, HEADS, LAYERS = 128, 4, 4
 STEP_TIME = 0.055  # seconds of a step of 12 windows on a core of its own
 
 
-# Dense training (None), or local updates of one bit every 8 steps with further arguments of `LocalUpdates`.
-METHODS: dict[str, Mapping[str, Any] | None] = {
+# Dense training (None), gradients averaged at every step as by a hook, with a compressor, or local updates of one bit
+# every 8 steps with further arguments of `LocalUpdates`.
+Method = Mapping[str, Any] | packsaddle.Compressor | None
+METHODS: dict[str, Method] = {
     "dense": None,
+    "hook, QSGD(127)": packsaddle.QSGD(127),
+    "hook, four bits": packsaddle.Rounded("int4"),
+    "hook, three bits": packsaddle.Rounded("int3"),
     "local": {},
     "local, no mean momentum": {"mean_momentum": 0.0},
     "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
@@ -125,17 +130,41 @@ def rate_at(step: int, warm_up: int, steps: int) -> float:
     return 0.1 * RATE + 0.45 * RATE * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
-def train(text: Text, how: Mapping[str, Any] | None, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
+class AveragedGradients:
+    """Replaces gradients with their mean over workers, compressed with error memory, as the hook of
+    DistributedDataParallel does with scope="model". Workers simulated in one process have no DistributedDataParallel,
+    so the mean is read from a step of SGD with rate 1 on zeros."""
+
+    def __init__(self, parameters: Iterable[Tensor], compressor: packsaddle.Compressor) -> None:
+        self._parameters = list(parameters)
+        self._zeros = [nn.Parameter(torch.zeros_like(p)) for p in self._parameters]
+        self._sgd = packsaddle.CompressedSGD(self._zeros, lr=1.0, compressor=compressor)
+
+    def exchange(self) -> None:
+        for zero, p in zip(self._zeros, self._parameters, strict=True):
+            zero.data.zero_()
+            zero.grad = p.grad
+        self._sgd.step()
+        for zero, p in zip(self._zeros, self._parameters, strict=True):
+            p.grad = -zero.data
+
+    @property
+    def sent(self) -> int:
+        return self._sgd.ledger.total.sent
+
+
+def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) -> tuple[float, int]:
     """Train as this worker; return the held-out loss of the model of all workers, and the bytes that it has sent."""
     # The recipe's network and optimizer; matrices alone have weight decay.
     rank, net = resolve(None).rank, GPT(text.characters, seed)
     matrices, others = ([p for p in net.parameters() if (p.dim() >= 2) is has_decay] for has_decay in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99))
-    local = None if how is None else packsaddle.LocalUpdates(optimizer, model=net, **how)
+    hook = AveragedGradients(net.parameters(), how) if isinstance(how, packsaddle.Compressor) else None
+    local = packsaddle.LocalUpdates(optimizer, model=net, **how) if isinstance(how, Mapping) else None
 
     # Each worker draws its own windows; dense training those of all workers.
-    mine = range(workers) if local is None else [rank]
+    mine = range(workers) if how is None else [rank]
     generators = [torch.Generator().manual_seed(1000 * seed + worker) for worker in mine]
     step = 0
     while step < steps:
@@ -145,6 +174,8 @@ def train(text: Text, how: Mapping[str, Any] | None, workers: int, seed: int, st
         windows = text.train[starts[:, None] + torch.arange(BLOCK + 1)]
         optimizer.zero_grad()
         net(windows[:, :-1], windows[:, 1:]).backward()
+        if hook is not None:
+            hook.exchange()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         step = local.position // workers if local is not None and local.paces[0] > 8 else step + 1
@@ -154,8 +185,13 @@ def train(text: Text, how: Mapping[str, Any] | None, workers: int, seed: int, st
     with torch.no_grad():
         pieces = text.last.split(128)
         total = sum(float(net(w[:, :-1], w[:, 1:])) * len(w) for w in pieces)
-    sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # a ring all-reduce
-    return total / len(text.last), sent if local is None else local.ledger.total.sent
+    if hook is not None:
+        sent = hook.sent
+    elif local is not None:
+        sent = local.ledger.total.sent
+    else:
+        sent = 2 * (workers - 1) * sum(4 * p.numel() for p in net.parameters()) * steps // workers  # a ring all-reduce
+    return total / len(text.last), sent
 
 
 def make(path: Path, text: Text, name: str, workers: int, seed: int, steps: int = STEPS) -> None:
@@ -175,11 +211,12 @@ def rows(path: Path) -> list[dict[str, str]]:
     return read_rows(path, lambda row: {**row, "steps": row.get("steps") or str(STEPS)}, "row")
 
 
-def table(found: Sequence[Mapping[str, str]]) -> str:
-    """Return the Markdown table of the mean losses over seeds, with the range, and of the megabytes sent."""
+def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
+    """Return the Markdown table of the mean losses over seeds of trainings of `steps`, with the range, and of the
+    megabytes sent."""
     lines = ["| workers | method | loss | range, seeds | MB sent by a worker |", "| --- " * 5 + "|"]
-    for workers, name in _settings(found):
-        mine = _of(found, workers, name, STEPS)
+    for workers, name in _settings(found, steps):
+        mine = _of(found, workers, name, steps)
         losses = sorted(float(row["loss"]) for row in mine)
         spread = f"{losses[0]:.3f} to {losses[-1]:.3f}, {len(losses)}" if len(losses) > 1 else "one seed"
         sent = int(mine[0]["sent"]) / 1e6
@@ -203,7 +240,7 @@ def lengths(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str, floa
     They are interpolated between the two trainings whose losses are next to it, in the logarithm of the steps.
     """
     target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
-    for workers, name in _settings(found):
+    for workers, name in _settings(found, STEPS):
         seen = {int(row["steps"]): row for row in _of(found, workers, name) if row["seed"] == "0"}
         longer = [n for n in sorted(seen) if float(seen[n]["loss"]) <= target]
         if workers > 1 and longer and longer[0] > min(seen):
@@ -226,9 +263,9 @@ def _of(
     return sorted((row for row in mine if steps in (None, int(row["steps"]))), key=lambda row: int(row["seed"]))
 
 
-def _settings(found: Sequence[Mapping[str, str]]) -> list[tuple[int, str]]:
+def _settings(found: Sequence[Mapping[str, str]], steps: int) -> list[tuple[int, str]]:
     names = list(METHODS)
-    keys = {(int(row["workers"]), names.index(row["method"])) for row in found if int(row["steps"]) == STEPS}
+    keys = {(int(row["workers"]), names.index(row["method"])) for row in found if int(row["steps"]) == steps}
     return [(workers, names[index]) for workers, index in sorted(keys)]
 
 
@@ -244,7 +281,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROWS)
     options = parser.parse_args()
     if options.command == "table":
-        print(f"{table(rows(options.out))}\n\n{speed_ups(rows(options.out))}")
+        found = rows(options.out)
+        print(f"{table(found)}\n\n{speed_ups(found)}\n\n{table(found, STEPS // 2)}")
         return
     if options.text is None:
         parser.error("run needs --text")

@@ -15,11 +15,12 @@ from packsaddle.compressors import compressors, describe
 Outcomes = dict[Key, Outcome]
 Waits = int | tuple[int, ...]
 NEVER = ("torch: SGD", "torch: AdamW", "torch: DDP", "torch: FSDP2", "DDP hook, uncoded", "DDP hook, RandomK")
+HOOKS = ("DDP hook", "DDP hook, unprotected", "FSDP hook")
 ONCE = ("CompressedSGD", "CompressedSGD, noise", "CompressedSGD, momentum", "CompressedSGD, SharedTopK")
 ROUNDS = ("", ", fused", ", capturable", ", Muon and AdamW", ", outer", ", mean_momentum", ", clip")
 # Two workers of an NCCL group: waits in each step, or in each step of a round, and in the flush after it.
 STEPS: dict[str, Waits] = {
-    **dict.fromkeys((*NEVER, "FSDP hook, uncoded"), 0),
+    **dict.fromkeys((*NEVER, *HOOKS, "FSDP hook, uncoded"), 0),
     **dict.fromkeys((*ONCE, "CompressedSGD, QSGD uncoded", "torch: DDP, GradScaler"), 1),
     "CompressedSGD, TopK": 3,
     "CompressedSGD, TopK two-way": 6,
@@ -32,9 +33,9 @@ STEPS: dict[str, Waits] = {
     **dict.fromkeys(("LocalUpdates, overlap", "LocalUpdates, overlap agreement"), (0, 1, 0, 0, 2)),
     "LocalUpdates, overlap TopK int2": (0, 1, 0, 2, 2),
     "LocalUpdates, overlap fragments": (1, 0, 1, 0, 3),
-    **dict.fromkeys(("DDP hook", "DDP hook, unprotected", "DDP hook, GradScaler"), 3),
+    **dict.fromkeys(("DDP hook, coded", "DDP hook, GradScaler"), 3),
     "DDP hook, TopK model": 2,
-    "FSDP hook": 9,
+    "FSDP hook, coded": 9,
 }
 # The same over gloo for CPU tensors and NCCL for the device's.
 MIXED_STEPS: dict[str, Waits] = dict.fromkeys((f"LocalUpdates, offload{o}" for o in ("", " overlap")), (0, 0, 0, 1, 3))

@@ -22,6 +22,7 @@ from lab.bench.nanogpt import (
     table,
     train,
 )
+from packsaddle import Identity, simulate
 
 
 def text() -> Text:
@@ -44,6 +45,13 @@ def test_one_worker_with_local_updates_is_one_without() -> None:
     local, sent = train(text(), METHODS["local, no mean momentum"], 1, 0, steps=3)
     assert local == pytest.approx(dense, rel=1e-5)
     assert sent == 0
+
+
+def test_gradients_averaged_uncompressed_are_those_of_all_windows() -> None:
+    dense, _ = train(text(), METHODS["dense"], 2, 0, steps=3)
+    averaged, sent = simulate(lambda _: train(text(), Identity(), 2, 0, steps=3), 2)[0]
+    assert averaged == pytest.approx(dense, rel=1e-5)
+    assert sent > 3 * 4 * 795_904
 
 
 def test_another_text_is_refused(tmp_path: Path) -> None:

@@ -202,11 +202,13 @@ HOOKS: dict[str, Make] = {
     "torch: DDP, GradScaler": ddp(hooked=False, scaled=True),
     "DDP hook": ddp(),
     "DDP hook, unprotected": ddp(protects=False),
+    "DDP hook, coded": ddp(QSGD),
     "DDP hook, uncoded": ddp(ps.QSGD(127, coded=False)),
     "DDP hook, RandomK": ddp(ps.RandomK(0.05), noise=1e-3),
     "DDP hook, TopK model": ddp(TOPK, scope="model"),
     "DDP hook, GradScaler": ddp(ps.QSGD(127, coded=False), scaled=True),
-    "FSDP hook": fsdp(QSGD),
+    "FSDP hook": fsdp(),
+    "FSDP hook, coded": fsdp(QSGD),
     "FSDP hook, uncoded": fsdp(ps.QSGD(127, coded=False)),
 }
 

@@ -21,7 +21,7 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import TorchGroup, same_workers, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_if_nothing_compressed
-from packsaddle.compressors import QSGD
+from packsaddle.compressors import Rounded
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.noise import Noise
@@ -38,7 +38,7 @@ from packsaddle.options.agreement import agreement
 @suggests(compression="compressor", error_feedback="compressor", optimizers="optimizer", start_iter="start_step")
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
+    compressor: AnyCompression = Rounded("int4"),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,
@@ -83,7 +83,7 @@ def register_ddp_hook(
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.QSGD(127), optimizer=optimizer)
+    >>> hook = packsaddle.register_ddp_hook(model, optimizer=optimizer)
     >>> model(torch.rand(8, 64)).square().mean().backward()
     >>> optimizer.step()
     >>> hook.steps, hook.skipped, hook.ledger.total.sent, sorted(hook.memory())

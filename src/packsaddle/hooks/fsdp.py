@@ -17,7 +17,7 @@ from packsaddle.comm.devices import check_not_capturing
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import QSGD
+from packsaddle.compressors import Rounded
 from packsaddle.errors import suggests
 from packsaddle.feedback.compression import AnyCompression, Compression
 from packsaddle.feedback.exchanging import Exchanging
@@ -214,7 +214,7 @@ class FSDPHook(GradientHook, Exchanging):
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,
-    compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
+    compressor: AnyCompression = Rounded("int4"),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compressors import QSGD, Sign
+from packsaddle.compressors import Rounded, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
@@ -41,7 +41,7 @@ class _Attached(Attached, TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
+        compressor: AnyCompression = Rounded("int4"),  # noqa: B008 -- immutable
         *,
         resume_from: str | Path | None = None,
         **options: Any,
@@ -92,9 +92,9 @@ class _Attached(Attached, TrainerCallback):
 class PacksaddleCallback(_Attached):
     """Compresses the gradients that workers exchange, and logs `measures` as packsaddle/sent and so on.
 
-    Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`. It accepts the
-    arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is
-    measured every `logging_steps`, or as set by a `Compression`.
+    Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer))`. It accepts the arguments of
+    `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is measured every
+    `logging_steps`, or as set by a `Compression`.
 
     Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
     (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one

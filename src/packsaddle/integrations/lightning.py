@@ -17,7 +17,7 @@ from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from packsaddle.compressors import QSGD, Sign
+from packsaddle.compressors import Rounded, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
@@ -39,7 +39,7 @@ class _Attached(Attached, Callback):
 
     def __init__(
         self,
-        compressor: AnyCompression = QSGD(127),  # noqa: B008 -- immutable
+        compressor: AnyCompression = Rounded("int4"),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         super().__init__(compressor, options)
