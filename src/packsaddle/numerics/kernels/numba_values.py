@@ -189,7 +189,7 @@ def _pack_four_bits(v: Array, scales: Array, block: int, packed: Array) -> None:
 
 
 def add_four_bits(packed: Tensor, block: int, scales: Tensor, out: Tensor, alpha: float) -> None:
-    """Decode `pack_four_bits`, and add alpha times the values to out, float[k]; `scales` has the type of `out`."""
+    """Decode the output of `pack_four_bits`, and add alpha * values to out, float[k], in the type of `scales`."""
     check_room("codes", packed, -(-len(out) // 2))
     check_room("scales", scales, -(-len(out) // block))
     p, s, o = packed.numpy(), scales.numpy(), out.numpy()
