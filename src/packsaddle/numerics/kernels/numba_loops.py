@@ -19,59 +19,6 @@ from packsaddle.numerics.kernels.numba_common import (
 )
 
 
-<<<<<<< HEAD
-=======
-def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
-    """Return the values of v at m cells of b consecutive coordinates, float[m b], with zeros beyond the end of v."""
-    out = torch.empty(cells.numel() * b, dtype=v.dtype)
-    _gather_cells(v.numpy(), cells.numpy(), b, out.numpy())
-    return out
-
-
-@compiled_loop
-def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
-    d = len(v)
-    for i in range(len(cells)):
-        start = cells[i] * b
-        # Loop over slices: numba then excludes negative indices, and vectorizes.
-        source, target = v[start : min(d, start + b)], out[i * b : (i + 1) * b]
-        for j in range(len(source)):
-            target[j] = source[j]
-        target[len(source) :] = 0.0
-
-
-def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
-    """Add alpha * values, float[m b], to out, float[d], at m cells of b consecutive coordinates, in place."""
-    check_room("values", values, len(cells) * b)
-    scale = scalar(alpha, out.numpy())
-    _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
-
-
-@compiled_loop
-def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) -> None:
-    d = len(out)
-    for i in range(len(cells)):
-        start = cells[i] * b
-        target = out[start : min(d, start + b)]
-        source = values[i * b : i * b + len(target)]
-        for j in range(len(target)):
-            target[j] += alpha * source[j]
-
-
-def add_coordinates(out: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
-    """Add alpha * values, float[k], to out, float[d], at indices, int64[k], in place; twice as fast as index_add_."""
-    check_room("values", values, len(index))
-    _add_coordinates(out.numpy(), index.numpy(), values.numpy(), scalar(alpha, out.numpy()))
-
-
-@compiled_loop
-def _add_coordinates(out: Array, index: Array, values: Array, alpha: float) -> None:
-    for i in range(len(index)):
-        if 0 <= index[i] < len(out):
-            out[index[i]] += alpha * values[i]
-
-
->>>>>>> h-prose
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
     """Return the first k values, int64[k], of the keyed permutation of [0, n) of `seeds.sample_without_replacement`."""
     out = torch.empty(k, dtype=torch.int64)

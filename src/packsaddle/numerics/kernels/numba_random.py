@@ -49,28 +49,6 @@ def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, 
         done += len(target)
 
 
-<<<<<<< HEAD
-=======
-def add_cell_gaussians(out: Tensor, scales: Tensor, keys: tuple[int, int, int]) -> None:
-    """Add scales[i] * N(0, 1) noise to the i-th of m cells of b elements in out, float[m b] (see `seeds`). b must
-    divide 2048."""
-    o, s, (first, second, third) = out.numpy(), scales.numpy(), (np.uint32(key) for key in keys)
-    b = len(out) // max(1, len(scales))
-    _add_cell_gaussians(o, s, b, first, second, third)
-
-
-@compiled_loop
-def _add_cell_gaussians(out: Array, scales: Array, b: int, first: Any, second: Any, third: Any) -> None:
-    scratch = np.empty(6 * PAIRS, np.float32)
-    for start in range(0, len(out), 2 * PAIRS):
-        numbers = _chunk(np.uint32(start // 2), first, second, third, scratch)
-        for cell in range(start, min(len(out), start + 2 * PAIRS), b):
-            target, source, scale = out[cell : cell + b], numbers[cell - start : cell - start + b], scales[cell // b]
-            for i in range(len(target)):
-                target[i] += scale * source[i]
-
-
->>>>>>> h-prose
 @compiled_loop
 def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
     """Return the 2 * PAIRS normal numbers of PAIRS counters, of which `counter` is the first, in `scratch`,

@@ -166,8 +166,8 @@ def _add_two_levels(packed: Array, block: int, levels: Array, out: Array) -> Non
 
 
 def pack_four_bits(values: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Round values, float[k], to the multiples -7 to 7 of a seventh of their block's scale, float[blocks] in their type.
-    Return multiple + 8, in four bits each, uint8[ceil(k / 2)]; `block` is even."""
+    """Round values, float[k], to multiples m = -7, ..., 7 of a seventh of their block's scale, and return all m + 8 in
+    four bits each, uint8[ceil(k / 2)]. `scales`, float[blocks], has the type of the values; `block` is even."""
     check_room("scales", scales, -(-len(values) // block))
     packed = torch.empty(-(-len(values) // 2), dtype=torch.uint8)
     v, s, p = values.numpy(), scales.numpy(), packed.numpy()
@@ -189,7 +189,7 @@ def _pack_four_bits(v: Array, scales: Array, block: int, packed: Array) -> None:
 
 
 def add_four_bits(packed: Tensor, block: int, scales: Tensor, out: Tensor, alpha: float) -> None:
-    """Decode `pack_four_bits`, and add alpha times the values to out, float[k]; `scales` has the type of `out`."""
+    """Decode the output of `pack_four_bits`, and add alpha * values to out, float[k], in the type of `scales`."""
     check_room("codes", packed, -(-len(out) // 2))
     check_room("scales", scales, -(-len(out) // block))
     p, s, o = packed.numpy(), scales.numpy(), out.numpy()
