@@ -42,5 +42,6 @@ def replaced(parts: Mapping[str, Tensor], name: str, content: Tensor) -> dict[st
 
 
 def outcome(compressor: Compressor, parts: Mapping[str, Tensor], d: int) -> str:
-    """Return "refused" if decoding raises MessageError, or "valid"."""
-    return "refused" if mutations.outcome(compressor, parts, d) == "refused" else "valid"
+    """Return "refused" if `receive` raises MessageError, or "valid"."""
+    found = mutations.outcome(compressor, parts, d)
+    return "valid" if found in ("finite", "not finite") else found
