@@ -359,6 +359,7 @@ def test_choice() -> None:
     assert pick(LowRank(), 8) == "low-rank all-reduce"
     assert pick(TopK(0.01), 8, "direct") == "all-gather"
     assert pick(TopK(k=1), 8, d=3) == "all-gather"
+    assert all(pick(c, 2, d=0) for c in (RandomK(k=3), LinearSketch(columns=3), TopK(0.1)))  # nothing is compressed
     reason = choose(TopK(0.01), "auto", d=10_000, dense=0, workers=8).reason
     assert "bytes sent per exchange by the busiest worker; all-gather" in reason
 

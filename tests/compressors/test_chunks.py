@@ -119,12 +119,12 @@ def test_threads_choose_the_same() -> None:
 def test_bits_of_a_coordinate_that_is_sent(c: Compressor, least: float, most: float) -> None:
     """All that travels of a Gaussian vector, as the ledger of two workers counts it, with the 8 bytes that announce
     each part's size."""
-    d = 1 << 18
+    d = 1 << 20
 
     def worker(rank: int) -> int:
-        p = torch.nn.Parameter(torch.zeros(512, 512))
+        p = torch.nn.Parameter(torch.zeros(1024, 1024))
         opt = CompressedSGD([p], 0.1, Compression(c, dense_below=0), seed=0)
-        p.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(rank))
+        p.grad = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(rank))
         opt.step()
         return opt.ledger.total.sent - opt.ledger.by_purpose["start"].sent
 

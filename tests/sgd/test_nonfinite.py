@@ -1,11 +1,11 @@
 """A step whose gradient is not finite leaves no trace: the run is one in which its batch never existed."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fronts import differences
 from hypothesis import given
 from hypothesis import strategies as st
 from specs import folded
@@ -34,7 +34,6 @@ from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_finite
 from packsaddle.sgd import memories
 
-Gloo = Callable[..., list[Any]]
 Batch = tuple[int, bool]  # its number, and whether one worker's is bad
 WORKERS, STEPS = 3, 10
 BAD = float("nan"), float("inf"), -float("inf")
@@ -45,6 +44,13 @@ def plan(seed: int) -> list[Batch]:
     chosen = torch.randperm(STEPS - 2, generator=torch.Generator().manual_seed(seed))[:3].tolist()
     bad = {*chosen, chosen[0] + 1}
     return [(batch, batch in bad) for batch in range(STEPS)]
+
+
+def with_and_without(seed: int) -> tuple[list[Batch], list[Batch]]:
+    return plan(seed), [batch for batch in plan(seed) if not batch[1]]
+
+
+IGNORED = pytest.mark.filterwarnings("ignore:.*has nothing to do:UserWarning", "ignore:.*compress.*:UserWarning")
 
 
 def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any) -> dict[str, Any]:
@@ -78,31 +84,20 @@ def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any
             scale.step(opt)
             scale.update()
     state = opt.state_dict()
-    flat = {f"{i} {name}": v.clone() for i, vectors in state["state"].items() for name, v in vectors.items()}
-    return {
+    kept = {
         "x": [w.detach().clone() for w in weights],
-        "steps": opt.steps,
-        "skipped": opt.skipped,
-        "skips": [(s.step, s.workers, s.parameter) for s in opt.skips],
         "noise": state["noise"],
         "aggregator": state["aggregator"],
         "resets": [(r.step, r.committed, r.distance) for r in opt.resets],
-        **flat,
+        "vectors": {i: {name: v.clone() for name, v in of.items()} for i, of in state["state"].items()},
     }
+    skips = [(s.step, s.workers, s.parameter) for s in opt.skips]
+    return {"state": kept, "steps": opt.steps, "skipped": opt.skipped, "skips": skips}
 
 
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
-
-
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    return [name for name in a if name not in ("skipped", "skips") and not equal(a[name], b[name])]
+def all_differences(runs: list[dict[str, Any]], twins: list[dict[str, Any]]) -> list[list[str]]:
+    """What differs between the states of two runs, by worker."""
+    return [differences(a["state"], b["state"]) for a, b in zip(runs, twins, strict=True)]
 
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -141,17 +136,14 @@ WAYS |= {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*has nothing to do:UserWarning", "ignore:.*compress.*:UserWarning")
+@IGNORED
 @pytest.mark.parametrize(("way", "seed"), [(way, i % 3) for i, way in enumerate(WAYS)])
 def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
-    batches = plan(seed)
-    without = [batch for batch in batches if not batch[1]]
-    runs = simulate(lambda rank: run(batches, seed, **WAYS[way]), WORKERS)
-    twins = simulate(lambda rank: run(without, seed, **WAYS[way]), WORKERS)
+    runs, twins = (simulate(lambda rank, b=b: run(b, seed, **WAYS[way]), WORKERS) for b in with_and_without(seed))
+    assert all_differences(runs, twins) == [[]] * WORKERS
     for mine, twin in zip(runs, twins, strict=True):
-        assert differences(mine, twin) == []
         assert (mine["skipped"], twin["skipped"]) == (4, 0)
-        assert mine["steps"] == STEPS - 4
+        assert mine["steps"] == twin["steps"] == STEPS - 4
         assert mine["skips"] == runs[0]["skips"]  # all know who it was, and which tensor
     assert all(len(workers) == 1 and name.startswith("parameter ") for _, workers, name in runs[0]["skips"])
 
@@ -162,66 +154,44 @@ SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay"
 @pytest.mark.parametrize(("way", "seed"), [(way, i % 3) for i, way in enumerate(SCALED)])
 def test_nor_behind_a_scaler(way: str, seed: int) -> None:
     """Its scale is out of the error memory; a worker alone with an Inf does not leave the others waiting."""
-    batches = plan(seed)
-    without = [batch for batch in batches if not batch[1]]
-    runs = simulate(lambda rank: run(batches, seed, 1024.0, **WAYS[way]), WORKERS)
-    twins = simulate(lambda rank: run(without, seed, 1024.0, **WAYS[way]), WORKERS)
-    plain = simulate(lambda rank: run(without, seed, **WAYS[way]), WORKERS)
-    for mine, twin, unscaled in zip(runs, twins, plain, strict=True):
-        assert differences(mine, twin) == differences(twin, unscaled) == []
-        assert mine["skipped"] == 4
+    batches, without = with_and_without(seed)
+    runs, twins, plain = (
+        simulate(lambda rank, b=b, scale=scale: run(b, seed, scale, **WAYS[way]), WORKERS)
+        for b, scale in ((batches, 1024.0), (without, 1024.0), (without, 0.0))
+    )
+    assert all_differences(runs, twins) == all_differences(twins, plain) == [[]] * WORKERS
+    assert [mine["skipped"] for mine in runs] == [4] * WORKERS
 
 
 REVOCABLE = [way for way in WAYS if not any(name in way for name in ("momentum", "nesterov", "storm", "ef21", "QSGD"))]
 
 
-@pytest.mark.filterwarnings("ignore:.*has nothing to do:UserWarning", "ignore:.*compress.*:UserWarning")
+@IGNORED
 @pytest.mark.parametrize("way", REVOCABLE)
 def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large vectors have no second one: a bad batch is subtracted again. Without bad batches the bits are the same."""
-    batches = plan(0)
-    without = [batch for batch in batches if not batch[1]]
+    batches, without = with_and_without(0)
     beside = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
     monkeypatch.setattr(memories, "_LARGE", 0)
-    twins = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
-    assert [differences(mine, twin) for mine, twin in zip(twins, beside, strict=True)] == [[]] * WORKERS
-    runs = simulate(lambda rank: run(batches, **WAYS[way]), WORKERS)
+    runs, twins = (simulate(lambda rank, b=b: run(b, **WAYS[way]), WORKERS) for b in (batches, without))
+    assert all_differences(twins, beside) == [[]] * WORKERS
+    tolerance = 1e-2 if way == "bfloat16" else 1e-5  # a last bit of x in 16 bits may fall the other way
     for mine, twin in zip(runs, twins, strict=True):
-        assert mine["skipped"] == 4
-        assert mine["steps"] == twin["steps"]
-        assert mine["skips"] == runs[0]["skips"]
-        tolerance = 1e-2 if way == "bfloat16" else 1e-5  # a last bit of x in 16 bits may fall the other way
-        vectors = [name for name, value in mine.items() if isinstance(value, Tensor)]
-        assert vectors
-        for a, b in [(mine[name], twin[name]) for name in vectors] + list(zip(mine["x"], twin["x"], strict=True)):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-        assert [equal(a, b) for a, b in zip(mine["x"], runs[0]["x"], strict=True)] == [True] * 4  # on all workers
-
-
-def leaves_out_a_step_of_a_million(rank: int) -> dict[str, Any]:
-    """One good step, then one that is bad on worker 1, of 2^20 + 9 coordinates in three tensors."""
-    rng = torch.Generator().manual_seed(rank)
-    weights = [nn.Parameter(torch.zeros(n, 3)) for n in (300_000, 49_000)] + [nn.Parameter(torch.zeros(1585))]
-    opt = CompressedSGD(weights, 0.1, Compression(TopK(k=5), dense_below=0), noise=0.01, weight_decay=0.1, seed=4)
-    for step in range(2):
-        for w in weights:
-            w.grad = torch.randn(w.shape, generator=rng)
-        if step == 1:
-            before = [w.detach().clone() for w in weights], [opt.state[w]["error"].clone() for w in weights]
-            if rank == 1:
-                weights[1].grad[41_000, 2] = math.nan  # type: ignore[index]
-        opt.step()
-    after = [w.detach().clone() for w in weights], [opt.state[w]["error"].clone() for w in weights]
-    assert opt.skips[0].parameter == "parameter 1"
-    return {"skipped": opt.skipped, "spare": opt.spare_bytes, "before": before, "after": after}
+        assert (mine["skipped"], mine["steps"], mine["skips"]) == (4, twin["steps"], runs[0]["skips"])
+        for part in ("x", "vectors"):
+            found, expected = mine["state"][part], twin["state"][part]
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        assert differences(mine["state"]["x"], runs[0]["state"]["x"]) == []  # on all workers
 
 
 def test_a_million_coordinates_have_no_second_vector() -> None:
-    for found in simulate(leaves_out_a_step_of_a_million, 2):
-        assert (found["skipped"], found["spare"]) == (1, 0)
-        assert equal(found["before"][0], found["after"][0])
-        for a, b in zip(found["before"][1], found["after"][1], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-7)  # of gradients times 0.1
+    sizes = ((1 << 20) + 9, 1000)
+    made = [CompressedSGD([nn.Parameter(torch.zeros(n, 1))], 0.1, Compression(TopK(k=5), dense_below=0)) for n in sizes]
+    for opt in made:
+        weight = opt.param_groups[0]["params"][0]
+        weight.grad = torch.ones_like(weight)
+        opt.step()
+    assert [opt.spare_bytes for opt in made] == [0, 4000]
 
 
 @pytest.mark.parametrize("size", [1e15, 1e25, 3e38])
@@ -238,19 +208,7 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
 
     beside = two_steps()
     monkeypatch.setattr(memories, "_LARGE", 0)
-    assert equal(two_steps(), beside)
-
-
-def of_three(batches: list[Batch], way: str) -> dict[str, Any]:
-    return run(batches, 1, **WAYS[way])
-
-
-def test_between_processes(gloo: Gloo) -> None:
-    way, batches = "two-way TopK", plan(1)
-    without = [batch for batch in batches if not batch[1]]
-    runs, twins = (gloo(of_three, WORKERS, b, way) for b in (batches, without))
-    assert [differences(mine, twin) for mine, twin in zip(runs, twins, strict=True)] == [[]] * WORKERS
-    assert [mine["skipped"] for mine in runs] == [4] * WORKERS
+    assert differences(two_steps(), beside) == []
 
 
 def test_an_overflow_of_the_sum_is_no_overflow_of_a_gradient() -> None:
@@ -273,60 +231,44 @@ def test_finite_is_what_every_coordinate_is(values: list[float]) -> None:
 # ---- too many in a row
 
 
-def gives_up(most: int, bad: int) -> tuple[str, dict[str, Any]]:
-    rank = resolve(None).rank
-    p = nn.Parameter(torch.ones(5, 5))
-    opt = CompressedSGD([("weights", p)], 0.1, Compression(TopK(k=3), dense_below=0, max_skipped=most), noise=0.1)
-    p.grad = torch.ones_like(p)
-    opt.step()
-    before = {"x": p.detach().clone(), "error": opt.state_dict()["state"][0]["error"].clone()}
-    message = ""
-    try:
-        for _ in range(bad):
-            p.grad = torch.ones_like(p) * (float("nan") if rank == 1 else 1.0)
-            opt.step()
-    except NonFiniteError as error:
-        message = str(error)
-    after = {"x": p.detach().clone(), "error": opt.state_dict()["state"][0]["error"].clone()}
-    return message, {"kept": equal(before, after), "steps": opt.steps, "skipped": opt.skipped}
-
-
 def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
+    """At the first step beyond the limit. tests/feedback/engine/test_invalid_steps.py has all fronts."""
+
+    def worker(rank: int, most: int) -> None:
+        p = nn.Parameter(torch.ones(5, 5))
+        opt = CompressedSGD([("weights", p)], 0.1, Compression(TopK(k=3), dense_below=0, max_skipped=most), noise=0.1)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        before = p.detach().clone(), opt.error()
+        p.grad = torch.ones_like(p) * (math.nan if rank == 1 else 1.0)
+        for _ in range(most):
+            opt.step()
+        with pytest.raises(NonFiniteError, match=f"{most + 1} consecutive step.*max_skipped={most}") as raised:
+            opt.step()
+        assert str(raised.value).startswith("step 1: weights is not finite on worker 1; ")
+        assert (opt.steps, opt.skipped) == (1, most + 1)
+        assert differences(before, (p.detach(), opt.error())) == []
+
     for most in (0, 2):
-        for message, found in simulate(lambda rank, most=most: gives_up(most, most + 1), 2):
-            assert message.startswith("step 1: weights is not finite on worker 1; ")
-            assert f"{most + 1} consecutive step" in message
-            assert f"max_skipped={most}" in message
-            assert found == {"kept": True, "steps": 1, "skipped": most + 1}
-        for message, found in simulate(lambda rank, most=most: gives_up(most, most), 2):
-            assert (message, found["skipped"]) == ("", most)
+        simulate(lambda rank, most=most: worker(rank, most), 2)
 
 
 def test_a_step_that_is_taken_begins_the_row_anew() -> None:
-    p = nn.Parameter(torch.ones(5, 5))
-    opt = CompressedSGD([p], 0.1, Compression(RandomK(0.01), max_skipped=1, dense_below=0))
-    for value in (math.nan, 1.0, math.nan, 1.0, math.inf, 1.0):
+    """Also in an optimizer that loads the state, which keeps the row."""
+
+    def made() -> tuple[nn.Parameter, CompressedSGD]:
+        p = nn.Parameter(torch.ones(5, 5))
+        return p, CompressedSGD([p], 0.1, Compression(RandomK(0.01), max_skipped=1, dense_below=0))
+
+    (p, opt), (q, again) = made(), made()
+    for value in (math.nan, 1.0, math.nan, 1.0, math.inf, 1.0, math.nan):
         p.grad = torch.full_like(p, value)
         opt.step()
-    again = CompressedSGD(
-        [nn.Parameter(torch.ones(5, 5))], 0.1, Compression(RandomK(0.01), max_skipped=1, dense_below=0)
-    )
     again.load_state_dict(opt.state_dict())
-    assert (opt.steps, opt.skipped, again.steps, again.skipped) == (3, 3, 3, 3)
-    p.grad = torch.full_like(p, math.nan)
-    opt.step()
-    again.load_state_dict(opt.state_dict())
-    again.param_groups[0]["params"][0].grad = torch.full((5, 5), math.nan)
+    assert (opt.steps, opt.skipped, again.steps, again.skipped) == (3, 4, 3, 4)
+    q.grad = torch.full_like(q, math.nan)
     with pytest.raises(NonFiniteError, match="2 consecutive steps"):
         again.step()
-
-
-@pytest.mark.parametrize("most", [-1, 2.5, True])
-def test_a_limit_that_is_no_count_is_refused(most: Any) -> None:
-    with pytest.raises(ValueError, match=f"max_skipped must be an integer of at least 0, got {most}"):
-        CompressedSGD(
-            [nn.Parameter(torch.ones(5, 5))], 0.1, Compression(RandomK(0.01), dense_below=0, max_skipped=most)
-        )
 
 
 def test_it_costs_no_bytes() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fronts import differences
 from specs import folded
-from test_nonfinite import COMPRESSORS, differences
+from test_nonfinite import COMPRESSORS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,15 +43,13 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
             w.grad = g
         opt.step(lambda: None)
     state = opt.state_dict()
-    vectors = {f"{i} {name}": v.clone() for i, vs in state["state"].items() for name, v in vs.items()}
+    vectors = {i: {name: v.clone() for name, v in of.items()} for i, of in state["state"].items()}
+    x = [w.detach().clone() for w in weights]
     return {
-        "x": [w.detach().clone() for w in weights],
+        "state": {"x": x, "noise": state["noise"], "aggregator": state["aggregator"], "vectors": vectors},
         "steps": opt.steps,
-        "noise": state["noise"],
-        "aggregator": state["aggregator"],
         "skips": [(s.step, s.workers) for s in opt.skips],
-        "finite": all(bool(v.isfinite().all()) for v in [*weights, *vectors.values()]),
-        **vectors,
+        "finite": all(bool(v.isfinite().all()) for v in [*x, *(v for of in vectors.values() for v in of.values())]),
     }
 
 
@@ -91,7 +90,7 @@ def test_a_huge_batch_leaves_no_trace(way: str, workers: int, kind: str) -> None
     )
     whose = (0,) if kind == "one worker" else tuple(range(workers))
     for run, other in zip(mine, twin, strict=True):
-        assert differences(run, other) == []
+        assert differences(run["state"], other["state"]) == []
         assert run["finite"]
         assert run["skips"] == [(2, whose), (2, whose), (4, whose)]
         assert run["steps"] == STEPS - len(HUGE)
@@ -120,8 +119,7 @@ def hook_run(kind: str, scope: Any, *, has_them: bool, **options: Any) -> dict[s
     memory = hook.memory()
     x = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     return {
-        "x": x,
-        "memory": memory,
+        "state": {"x": x, "memory": memory},
         "steps": hook.steps,
         "skips": [(s.step, s.workers, s.parameter) for s in hook.skips],
         "finite": all(bool(v.isfinite().all()) for v in [x, *memory.values()]),
@@ -157,7 +155,7 @@ def hook_runs(kind: str, scopes: tuple[str, ...]) -> dict[str, tuple[dict[str, A
 def test_nor_behind_the_hook(kind: str, scopes: tuple[str, ...], workers: int, gloo: Gloo) -> None:
     for rank, runs in enumerate(gloo(hook_runs, workers, kind, scopes)):
         for name, (mine, twin) in runs.items():
-            assert differences(mine, twin) == [], name
+            assert differences(mine["state"], twin["state"]) == [], name
             assert mine["finite"], name
             is_mine = rank == 0 or kind != "one worker"
             whose = (rank,) if is_mine else ()
@@ -220,7 +218,7 @@ def test_nor_by_outstanding_noise() -> None:
 
     (x, noise), (twin, other) = run(True), run(False)
     assert torch.equal(x, twin)
-    assert differences({"noise": noise}, {"noise": other}) == []
+    assert differences(noise, other) == []
 
 
 def owner(rank: int) -> tuple[int, int, bool]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from problems import network, vector
@@ -15,7 +16,6 @@ from torch import nn
 
 from packsaddle import (
     QSGD,
-    AdaptiveTopK,
     CompressedSGD,
     Compression,
     Compressor,
@@ -35,7 +35,7 @@ from packsaddle import (
     simulate,
 )
 from packsaddle.comm import Solo
-from packsaddle.compressors import selection
+from packsaddle.compressors import compressors, selection
 from packsaddle.numerics.candidates import Candidates
 from packsaddle.sgd import memories
 
@@ -61,13 +61,13 @@ def make(model: nn.Module, data: torch.Tensor, **changes: Any) -> CompressedSGD:
 
 
 def test_the_compressor_may_follow_the_rate() -> None:
-    model = nn.Linear(4, 3)
-    assert CompressedSGD(model.parameters(), 0.1, Compression(RandomK(0.5), dense_below=0)).compressor == RandomK(0.5)
+    p = nn.Parameter(torch.zeros(4, 3))
     for given in (RandomK(0.5), Compression(RandomK(0.5))):  # alike, and by keyword too
-        with pytest.warns(UserWarning, match="nothing will be compressed"):
-            assert CompressedSGD(model.parameters(), 0.1, compressor=given).compressor == RandomK(0.5)
+        with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=256"):
+            opts = [CompressedSGD([p], 0.1, given), CompressedSGD([p], 0.1, compressor=given)]
+        assert [opt.compressor for opt in opts] == [RandomK(0.5)] * 2
     with pytest.raises(TypeError, match="positional"):
-        CompressedSGD(model.parameters(), 0.1, RandomK(0.5), 0.01)  # type: ignore[misc]
+        CompressedSGD([p], 0.1, RandomK(0.5), 0.01)  # type: ignore[misc]
 
 
 def test_state_keeps_its_precision() -> None:
@@ -87,31 +87,30 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     train(model, data, opt, 3)
     error, state = opt.error(), opt.state_dict()
     (group,) = state["param_groups"]
-    older = (
-        "has format 1, .* reads format 6: finish the run with the packsaddle that saved it, or load the weights alone"
-    )
-    with pytest.raises(ValueError, match=f"the state {older}"):
-        opt.load_state_dict(state | {"param_groups": [group | {"format": 1}]})
-    with pytest.raises(ValueError, match=r"has no param_groups\[0\]\.format; was it saved by CompressedSGD\?"):
-        opt.load_state_dict(state | {"param_groups": [{k: v for k, v in group.items() if k != "format"}]})
-    with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
-        opt.load_state_dict(make(network()[0], data, seed=4).state_dict())
-    with pytest.raises(ValueError, match=r"start of 0\.weight must have shape \(20, 6\), found nothing"):
-        opt.load_state_dict(make(network()[0], data, escape=None).state_dict())
-    with pytest.raises(ValueError, match="the state is of 2 parameters, and there are 4"):
-        opt.load_state_dict(
-            CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3).state_dict()
-        )
-    groups = [{k: v for k, v in g.items() if k != "step"} for g in state["param_groups"]]
-    with pytest.raises(ValueError, match=r"the state has no param_groups\[0\]\.step"):
-        opt.load_state_dict({**state, "param_groups": groups})
-    shapes = list(network()[0].parameters())
-    shapes[0] = nn.Parameter(torch.zeros(6, 20, dtype=torch.float64))
-    other = CompressedSGD(shapes, 0.1, compressor=Identity(), seed=3)
-    with pytest.raises(ValueError, match=r"must have shape \(20, 6\), found shape \(6, 20\)"):
-        opt.load_state_dict(other.state_dict())
-    assert torch.equal(opt.error(), error)
+    turned = [nn.Parameter(torch.zeros(6, 20, dtype=torch.float64)), *list(model.parameters())[1:]]
+    fewer = CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3)
+    older = "reads format 6: finish the run with the packsaddle that saved it, or load the weights alone"
+    wrong: dict[str, Any] = {
+        f"the state has format 1, .* {older}": state | {"param_groups": [group | {"format": 1}]},
+        r"has no param_groups\[0\]\.format; was it saved by CompressedSGD\?": without(state, "format"),
+        r"the state has no param_groups\[0\]\.step": without(state, "step"),
+        "seed is 3 here, but the state was saved with seed 4": make(network()[0], data, seed=4).state_dict(),
+        r"start of 0\.weight must have shape \(20, 6\), found nothing": make(model, data, escape=None).state_dict(),
+        "the state is of 2 parameters, and there are 4": fewer.state_dict(),
+        r"must have shape \(20, 6\), found shape \(6, 20\)": CompressedSGD(
+            turned, 0.1, compressor=Identity(), seed=3
+        ).state_dict(),
+    }
+    for message, bad in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            opt.load_state_dict(bad)
+        assert torch.equal(opt.error(), error)
     opt.load_state_dict(state)
+
+
+def without(state: dict[str, Any], name: str) -> dict[str, Any]:
+    groups = [{key: value for key, value in group.items() if key != name} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 def test_changing_the_learning_rate_keeps_y_and_rescales_e() -> None:
@@ -203,150 +202,88 @@ def test_closure_and_parameters_without_gradient() -> None:
     assert torch.equal(unused, torch.ones(2, 1))
 
 
-def test_frozen_later_stays_where_it_is() -> None:
-    a, b = nn.Parameter(torch.ones(5, 1)), nn.Parameter(torch.ones(5, 1))
-    opt = CompressedSGD([a, b], 0.1, Compression(TopK(k=1), dense_below=0), noise=0.5)
-    a.grad, b.grad = torch.ones(5, 1), torch.ones(5, 1)
-    opt.step()
-    b.requires_grad_(False)
-    frozen = b.clone()
-    for _ in range(10):
-        opt.step()
-    assert torch.equal(b, frozen)
-    assert not torch.equal(a, torch.ones(5, 1))
-    b.requires_grad_(True)
-    for _ in range(10):
-        opt.step()
-    assert not torch.equal(b, frozen)
-
-
-def test_a_scaler_of_a_power_of_two_changes_nothing() -> None:
-    runs = []
-    for scaled in (True, False):
-        p, data = nn.Parameter(torch.ones(20, 20)), torch.rand(20, 20, generator=torch.Generator().manual_seed(0))
-        opt = CompressedSGD([p], 0.1, Compression(RandomK(0.1), dense_below=0))
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=256.0)
-        for _ in range(5):
-            opt.zero_grad()
-            scaler.scale((p - data).square().sum()).backward()
-            scaler.step(opt)
-            scaler.update()
-        runs.append(p.detach().clone())
-    assert torch.equal(*runs)
-
-
 @pytest.mark.parametrize("exchange", ["direct", "two-way"])
 @pytest.mark.parametrize(
     "c", [Sign(), LinearSketch(0.5), QSGD(), LowRank(), TopK(k=1), SketchTopK(k=2), SharedTopK(k=4)], ids=repr
 )
 def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> None:
-    """Sign makes something of zeros, sketches leak between coordinates, an owner may hold an error back."""
+    """Sign makes something of zeros, sketches leak between coordinates, an owner may hold an error back; until it is no
+    longer frozen."""
     if exchange == "two-way" and isinstance(c, LowRank | SketchTopK | SharedTopK):
         exchange = "direct"
     a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
     opt = CompressedSGD([a, b], 0.1, Compression(c, dense_below=0, exchange=exchange), noise=0.5)
-    for step in range(12):
+    before = b.clone()
+    for step in range(24):
+        if step in (3, 12):
+            before = b.clone()
+            b.requires_grad_(step == 12)
         a.grad = torch.ones_like(a)
-        b.grad = torch.ones_like(b) if step < 3 else None
-        if step == 3:
-            b.requires_grad_(False)
-            frozen = b.clone()
+        b.grad = torch.ones_like(b) if b.requires_grad else None
         opt.step()
-    assert torch.equal(b, frozen)
+        if step == 11:
+            assert torch.equal(b, before)
+    assert not torch.equal(b, before)
     assert not torch.equal(a, torch.ones(5, 4))
 
 
-def test_gradient_accumulation_is_the_sum() -> None:
-    results = []
-    for passes in (1, 2):
-        model, data = network()
-        opt = make(model, data, escape=None)
-        for part in data.chunk(passes):
-            (model(part) - part).square().sum().backward()
-        opt.step()
-        results.append(vector(model))
-    assert torch.allclose(*results, rtol=1e-12)
-
-
-def test_gradients_are_left_alone() -> None:
+def test_gradients_and_torchs_random_state_are_left_alone() -> None:
     model, data = network()
     opt = make(model, data)
     (model(data) - data).square().mean().backward()
-    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    before, state = [p.grad.clone() for p in model.parameters() if p.grad is not None], torch.random.get_rng_state()
     opt.step()
     assert all(torch.equal(b, p.grad) for b, p in zip(before, model.parameters(), strict=True) if p.grad is not None)
-
-
-def test_global_random_state_is_untouched() -> None:
-    model, data = network()
-    state = torch.random.get_rng_state()
-    train(model, data, make(model, data), 6)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def train_compressed(model: nn.Module) -> Any:
-    return CompressedSGD(model.parameters(), 0.1)
+W = nn.Parameter(torch.ones(40, 40))
+MODULE: Any = nn.Linear(1, 1)
+RAMP: Any = RatioRamp(RandomK(0.1), 5)
+REFUSALS: dict[str, Callable[[], object]] = {
+    r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: CompressedSGD(MODULE, 0.1),
+    "lr must be a number, got '0.1'": lambda: CompressedSGD([W], "0.1"),  # type: ignore[arg-type]
+    "lr must be a number, got True": lambda: CompressedSGD([W], True),
+    r"lr must be finite and not negative, got -0\.1": lambda: CompressedSGD([W], -0.1),
+    "weight_decay must be finite and not negative, got nan": lambda: CompressedSGD([W], 0.1, weight_decay=math.nan),
+    "noise must be finite and not negative, got -1": lambda: CompressedSGD([W], 0.1, noise=-1.0),
+    r"seed must be an integer, got 1\.5": lambda: CompressedSGD([W], 0.1, seed=1.5),  # type: ignore[arg-type]
+    "dense_below must be an integer of at least 0, got -1": lambda: Compression(RandomK(0.01), dense_below=-1),
+    "max_skipped must be an integer of at least 0, got 2.5": lambda: Compression(max_skipped=2.5),  # type: ignore[arg-type]
+    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: Compression(back=0.1),  # type: ignore[arg-type]
+    r"k of RandomK must be at most d = 1600 \(the coordinates\)": lambda: CompressedSGD([W], 0.1, RandomK(k=2000)),
+    "compressor must be a packsaddle Compressor": lambda: CompressedSGD([W], 0.1, 0.01),  # type: ignore[arg-type]
+    r"got RatioRamp\(.*: functions of the step are for register_ddp_hook": lambda: CompressedSGD([W], 0.1, RAMP),
+    r"got Ratio.*: functions of the step are for register_d": lambda: CompressedSGD([W], 0.1, Compression(RAMP)),
+    r"floating point, but parameter 0 is torch\.int64": lambda: CompressedSGD([torch.ones(3).long()], 0.1),
+    "empty parameter list": lambda: CompressedSGD([], 0.1),
+    "takes all its parameters at construction": lambda: CompressedSGD([W], 0.1).add_param_group({"params": [W]}),
+    "cannot be copied or pickled; use state_dict": lambda: copy.deepcopy(CompressedSGD([W], 0.1)),
+}
 
 
-def train_locally(model: nn.Module) -> Any:
-    return LocalUpdates(torch.optim.AdamW(model.parameters()))
+@pytest.mark.parametrize("message", REFUSALS)
+def test_refusals(message: str) -> None:
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        REFUSALS[message]()
 
 
-def attach_to_nothing(model: nn.Module) -> Any:
-    return attach(model)
+ALONE: dict[str, Callable[[nn.Module], object]] = {
+    "CompressedSGD": lambda model: CompressedSGD(model.parameters(), 0.1),
+    "LocalUpdates": lambda model: LocalUpdates(torch.optim.AdamW(model.parameters())),
+    "attach": attach,
+}
 
 
-def test_refusals() -> None:
-    w = nn.Parameter(torch.ones(40, 40))
-    module: Any = torch.nn.Linear(1, 1)
-    with pytest.raises(TypeError, match=r"params must be parameters, got the module Linear: pass \.parameters\(\)"):
-        CompressedSGD(module, 0.1)
-    for rate in (TopK(0.1), "0.1", None, True):
-        with pytest.raises(TypeError, match="lr must be a number, got "):
-            CompressedSGD([w], rate)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"lr must be finite and not negative, got -0\.1"):
-        CompressedSGD([w], -0.1)
-    with pytest.raises(ValueError, match="weight_decay must be finite and not negative, got nan"):
-        CompressedSGD([w], 0.1, weight_decay=float("nan"))
-    with pytest.raises(ValueError, match="noise must be finite and not negative, got -1"):
-        CompressedSGD([w], 0.1, noise=-1.0)
-    with pytest.raises(ValueError, match="dense_below must be an integer of at least 0, got -1"):
-        CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=-1))
-    with pytest.raises(ValueError, match=r"k of RandomK must be at most d = 1600 \(the coordinates\), got 2000"):
-        CompressedSGD([w], 0.1, compressor=RandomK(k=2000))
-    with pytest.raises(ValueError, match="compressor must be a packsaddle Compressor"):
-        CompressedSGD([w], 0.1, compressor=0.01)  # type: ignore[arg-type]
-    for schedule in (RatioRamp(RandomK(0.1), 5), Compression(RatioRamp(RandomK(0.1), 5))):
-        with pytest.raises(ValueError, match=r"got RatioRamp\(.*: functions of the step are for register_ddp_hook"):
-            CompressedSGD([w], 0.1, schedule)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"back must be a packsaddle Compressor or None, got 0\.1"):
-        Compression(TopK(0.1), exchange="two-way", back=0.1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"floating point, but parameter 0 is torch\.int64"):
-        CompressedSGD([torch.ones(3, dtype=torch.int64)], 0.1)
-    with pytest.raises(ValueError, match="empty parameter list"):
-        CompressedSGD([], 0.1)
-    opt = CompressedSGD([w], 0.1)
-    with pytest.raises(RuntimeError, match="takes all its parameters at construction"):
-        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
-    embedding = nn.Embedding(50, 40, sparse=True)
-    opt = CompressedSGD(embedding.named_parameters(), 0.1)
-    embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="weight has a sparse gradient"):
-        opt.step()
-
-
-@pytest.mark.parametrize("make", [train_compressed, train_locally, attach_to_nothing])
-def test_a_process_of_several_that_would_train_alone_raises(
-    make: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("front", ALONE)
+def test_a_process_of_several_that_would_train_alone_raises(front: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        RuntimeError, match=r"WORLD_SIZE is 4, .*call torch\.distributed\.init_process_group\(\) before"
-    ):
-        make(nn.Linear(40, 40))
+    message = r"WORLD_SIZE is 4, .*call torch\.distributed\.init_process_group\(\) before"
+    with pytest.raises(RuntimeError, match=message):
+        ALONE[front](nn.Linear(40, 40))
     for alone in ("1", ""):
         monkeypatch.setenv("WORLD_SIZE", alone)
-        make(nn.Linear(40, 40))
+        ALONE[front](nn.Linear(40, 40))
 
 
 def test_a_process_of_several_may_train_alone_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,47 +295,37 @@ def test_a_process_of_several_may_train_alone_on_purpose(monkeypatch: pytest.Mon
         assert "workers=2" in repeated
 
 
-def test_nothing_to_compress_is_said() -> None:
-    with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=256"):
-        CompressedSGD([nn.Parameter(torch.ones(3, 3))], 0.1)
+TWO_WAY: dict[str, Any] = {"compressor": TopK(0.3), "exchange": "two-way", "back": TopK(0.1), "escape": None}
 
 
-def test_torch_checkpoint_tools_round_trip() -> None:
-    """torch's distributed checkpoint names parameters instead of numbering them."""
+@pytest.mark.parametrize("changes", [{}, TWO_WAY], ids=["direct", "two-way"])
+def test_torch_checkpoint_tools_round_trip(changes: dict[str, Any]) -> None:
+    """torch's distributed checkpoint names parameters instead of numbering them; an owner's error is in it too."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     model, data = network()
-    opt = make(model, data)
+    opt = make(model, data, **changes)
     train(model, data, opt, 5)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
-    error, steps = opt.error(), opt.steps
-    train(model, data, opt, 3)
-    set_optimizer_state_dict(model, opt, saved)
-    assert torch.equal(opt.error(), error)
-    assert opt.steps == steps
-
-
-def test_an_owners_error_is_part_of_the_state() -> None:
-    """What an owner keeps of the mean survives torch's checkpoint tools, and another exchange continues with it."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model, data = network()
-    two_way = {"compressor": TopK(0.3), "exchange": "two-way", "back": TopK(0.1), "escape": None}
-    opt = make(model, data, **two_way)
-    train(model, data, opt, 5)
-    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
-    y = opt.corrected()
-    assert opt.error().any()
-    weights = copy.deepcopy(model.state_dict())
+    saved, weights = copy.deepcopy(get_optimizer_state_dict(model, opt)), copy.deepcopy(model.state_dict())
+    error, y, steps = opt.error(), opt.corrected(), opt.steps
+    assert error.any()
     train(model, data, opt, 3)
     model.load_state_dict(weights)
     set_optimizer_state_dict(model, opt, saved)
+    assert torch.equal(opt.error(), error)
     assert torch.equal(opt.corrected(), y)
-    for other in ("direct", "coordinator"):
-        changed = {**two_way, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
-        another = make(network()[0], data, **changed)
-        another.load_state_dict(opt.state_dict())
-        assert torch.equal(another.error(), opt.error())
+    assert opt.steps == steps
+
+
+@pytest.mark.parametrize("other", ["direct", "coordinator"])
+def test_another_exchange_continues_with_an_owners_error(other: str) -> None:
+    model, data = network()
+    opt = make(model, data, **TWO_WAY)
+    train(model, data, opt, 5)
+    changed = {**TWO_WAY, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
+    another = make(network()[0], data, **changed)
+    another.load_state_dict(opt.state_dict())
+    assert torch.equal(another.error(), opt.error())
 
 
 def test_a_warm_start_that_does_not_fit_is_left_out() -> None:
@@ -438,65 +365,47 @@ def test_another_workers_state_is_refused() -> None:
         ({"lr": 0.5}, r"worker 0 has lr=\[0\.1\] and worker 1 has lr=\[0\.5\]"),
         ({"escape": Escape(5, 1.0, float)}, r"worker 0 has escape=None and worker 1 has escape=Escape\(interval=5"),
         ({"exchange": "two-way"}, "worker 0 has exchange='direct' and worker 1 has exchange='two-way'"),
+        ({"params": [nn.Parameter(torch.ones(80, 40))]}, "worker 0 has numel=1600 and worker 1 has numel=3200"),
     ],
 )
 def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
     def worker(rank: int) -> None:
-        arguments = {"lr": 0.1, "seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
-        CompressedSGD([nn.Parameter(torch.ones(40, 40))], **folded(arguments))
+        arguments = {"params": [W], "lr": 0.1, "seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
+        CompressedSGD(**folded(arguments))
 
     with pytest.raises(ValueError, match=message):
         simulate(worker, 2)
 
 
 def test_equal_functions_are_equal_arguments() -> None:
-    """Each worker has its own objective and schedule objects, which lie at other addresses."""
+    """Each worker has its own objective and schedule objects, which lie at other addresses; numpy's seeds are seeds."""
 
     def worker(rank: int) -> int:
-        w = nn.Parameter(torch.ones(40, 40))
-        return CompressedSGD([w], 0.1, noise=lambda step: 0.1, escape=Escape(5, 1.0, lambda: float(w.sum()))).numel
+        given: dict[str, Any] = {"noise": lambda step: 0.1, "escape": Escape(5, 1.0, lambda: float(W.sum()))}
+        return CompressedSGD([W], 0.1, seed=5 if rank else np.int64(5), **given).numel
 
     assert simulate(worker, 2) == [1600, 1600]
 
 
-def test_a_model_of_another_size_is_told_at_the_start() -> None:
-    with pytest.raises(ValueError, match="worker 0 has numel=1600 and worker 1 has numel=3200"):
-        simulate(lambda rank: CompressedSGD([nn.Parameter(torch.ones(40 * (1 + rank), 40))], 0.1), 2)
-
-
-def test_seed_must_be_an_integer() -> None:
-    import numpy as np
-
-    w = nn.Parameter(torch.ones(40, 40))
-    with pytest.raises(ValueError, match=r"seed must be an integer, got 1\.5"):
-        CompressedSGD([w], 0.1, seed=1.5)  # type: ignore[arg-type]
-    opt = CompressedSGD([w], 0.1, seed=np.int64(5), noise=0.1)
-    opt.step()
-
-
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, torch.tensor(-1.0)])
-def test_a_rate_that_is_none_is_refused_at_the_step(name: str, value: Any) -> None:
+def test_a_rate_that_is_none_is_refused_at_the_step(name: str) -> None:
     model, data = network()
     opt = make(model, data)
     train(model, data, opt, 2)
     x, e, rate = vector(model), opt.error(), opt.param_groups[0][name]
-    opt.param_groups[0][name] = value
-    with pytest.raises(ValueError, match=rf"^{name} must be finite and not negative, got {float(value):g}$"):
-        opt.step()
+    for value in (-1.0, math.nan, math.inf, torch.tensor(-1.0)):
+        opt.param_groups[0][name] = value
+        with pytest.raises(ValueError, match=rf"^{name} must be finite and not negative, got {float(value):g}$"):
+            opt.step()
     opt.param_groups[0][name] = rate
     assert torch.equal(vector(model), x)
     assert torch.equal(opt.error(), e)
     assert opt.steps == 2
     train(model, data, opt, 1)
-
-
-def test_which_groups_rate_is_refused() -> None:
-    groups = [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(2)]
-    opt = CompressedSGD(groups, 0.1, Compression(RandomK(0.5), dense_below=0))
-    opt.param_groups[1]["lr"] = -1
-    with pytest.raises(ValueError, match="lr of parameter group 1 must be finite and not negative, got -1"):
-        opt.step()
+    pair = CompressedSGD([{"params": [nn.Parameter(torch.ones(20, 20))]} for _ in range(2)], 0.1)
+    pair.param_groups[1][name] = -1
+    with pytest.raises(ValueError, match=f"{name} of parameter group 1 must be finite and not negative, got -1"):
+        pair.step()
 
 
 def test_a_step_within_a_step_is_refused() -> None:
@@ -530,12 +439,6 @@ COUNTS: dict[str, Callable[[bool], object]] = {
 def test_a_flag_is_no_count(name: str, flag: bool) -> None:
     with pytest.raises(ValueError, match=rf"^{name} .*must be .*, got {flag}$"):
         COUNTS[name](flag)
-
-
-def test_copying_is_refused() -> None:
-    opt = CompressedSGD([nn.Parameter(torch.ones(40, 40))], 0.1)
-    with pytest.raises(TypeError, match="cannot be copied or pickled; use state_dict"):
-        copy.deepcopy(opt)
 
 
 def test_a_sparse_gradient_leaves_the_memory_alone() -> None:
@@ -574,29 +477,19 @@ def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
     assert torch.allclose(opt.corrected(), torch.full((128,), 95.0), atol=1e-3)
 
 
-def test_a_nan_is_seen() -> None:
+@pytest.mark.parametrize("c", [*compressors(0.5), TopK(k=2), SharedTopK(k=12, block_size=2)], ids=repr)
+def test_a_nan_is_seen(c: Compressor) -> None:
     """Where no step is left out a NaN reaches x with every compressor, and the monitor does not call it perfect."""
-    for c in (
-        AdaptiveTopK(0.5),
-        TopK(k=2),
-        RandomK(0.5),
-        Sign(),
-        QSGD(),
-        SketchTopK(k=2),
-        SharedTopK(k=12, block_size=2),
-        LinearSketch(0.5),
-        LowRank(),
-    ):
-        p = nn.Parameter(torch.zeros(10, 6))
-        opt = CompressedSGD([p], 0.1, Compression(c, dense_below=0, monitor_every=1, max_skipped=None))
-        for step in range(12):
-            p.grad = torch.ones_like(p)
-            if step == 0:
-                p.grad[3, 2] = float("nan")
-            opt.step()
-        assert p.isnan().any(), c
-        assert opt.monitor.whole is not None
-        assert math.isnan(opt.monitor.whole), c
+    p = nn.Parameter(torch.zeros(10, 6))
+    opt = CompressedSGD([p], 0.1, Compression(c, dense_below=0, monitor_every=1, max_skipped=None))
+    for step in range(12):
+        p.grad = torch.ones_like(p)
+        if step == 0:
+            p.grad[3, 2] = math.nan
+        opt.step()
+    assert p.isnan().any()
+    assert opt.monitor.whole is not None
+    assert math.isnan(opt.monitor.whole)
 
 
 def test_monitor_measures_single_steps() -> None:
@@ -612,8 +505,6 @@ def test_monitor_measures_single_steps() -> None:
     assert opt.monitor.by_tensor["w"] == pytest.approx(0.1)
     assert opt.monitor.by_tensor["b"] == 1.0
     assert opt.monitor.whole == pytest.approx((20 + 4 * 7) / (200 + 4 * 7))
-    with pytest.raises(ValueError, match="monitor_every must be an integer of at least 0, got -1"):
-        CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0, monitor_every=-1))
 
 
 @pytest.mark.parametrize("c", [Sign(per_tensor=True), LowRank()], ids=repr)
@@ -668,13 +559,6 @@ def test_scalars_travel_with_the_step() -> None:
     assert 0 < means[0] < 2
     assert len(nothing) == 0
     assert purposes == same
-
-
-@pytest.mark.parametrize("compressor", [RandomK(k=3), LinearSketch(columns=3), TopK(0.1)], ids=repr)
-@pytest.mark.filterwarnings("ignore:nothing will be compressed")
-def test_an_exchange_is_chosen_where_nothing_is_compressed(compressor: Compressor) -> None:
-    opt = CompressedSGD([nn.Parameter(torch.zeros(5))], 0.1, Compression(compressor, exchange="auto"))
-    assert opt.choice.reason
 
 
 def test_what_it_is_can_be_read() -> None:
