@@ -1,50 +1,16 @@
-"""Real gloo processes: equal to the serial simulation, worker by worker, and equal bytes."""
+"""Groups of workers: every dtype, subgroups, and the bytes of a network in closed form.
+
+That processes equal the simulation is in test_aggregators.py.
+"""
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
-import problems
-import pytest
 import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, Compression, Compressor, Escape, Identity, NormSketch, RandomK, TopK, simulate
 from packsaddle.comm.group import resolve
-
-COMPRESSORS: dict[str, Compressor] = {
-    "Identity": Identity(),
-    "RandomK": RandomK(0.25),
-    "RandomK blocks": RandomK(0.5, block_size=2),
-    "TopK": TopK(k=3),
-}
-ESCAPES: dict[str, dict[str, Any]] = {
-    "off": {},
-    "interval": {"interval": 6},
-    "radius": {"interval": 1000, "radius": 0.3},
-    "at y": {"interval": 6, "compare": "y"},
-}
-
-
-def toy_runs(steps: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every compressor with every escape rule, in the present group: all pairs on two workers, each once on others."""
-    pairs = product(COMPRESSORS, ESCAPES) if resolve(None).size == 2 else zip(COMPRESSORS, ESCAPES, strict=True)
-    return {(c, e): problems.run(COMPRESSORS[c], steps=steps, noise=0.2, **ESCAPES[e]) for c, e in pairs}
-
-
-@pytest.mark.parametrize("workers", [2, 4])
-def test_processes_equal_the_simulation(gloo: Callable[..., list[Any]], workers: int) -> None:
-    steps = 14
-    simulated = simulate(lambda rank: toy_runs(steps), workers)
-    for real, serial in zip(gloo(toy_runs, workers, steps), simulated, strict=True):
-        assert real.keys() == serial.keys()
-        for case, run in real.items():
-            for quantity in ("x", "e", "y"):
-                # Sums of W doubles in another order, over stable steps.
-                assert torch.allclose(run[quantity], serial[case][quantity], rtol=1e-9, atol=1e-12), (case, quantity)
-            assert (run["resets"], run["bytes"]) == (serial[case]["resets"], serial[case]["bytes"]), case
-            assert bool(run["resets"]) == (case[1] != "off")
-
 
 DTYPES = (torch.int16, torch.float8_e4m3fn, torch.bool, torch.complex64, torch.bfloat16, torch.int64)
 

@@ -377,18 +377,15 @@ def test_many_small_chunks_are_the_same_sketch(d: int, c: int, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_a_lone_spike_is_sent_wherever_it_is() -> None:
-    """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
-    d = 20
-    for columns in (None, 1):
-        c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns or 4, oversample=1)
-        for position in (0, d // 3, d - 1):
-            v = torch.zeros(d)
-            v[position] = 1.0
-            # At a rate of 1/d, 30 d draws have 30 hits, and 11 are 3.5 deviations below; three rows hit more often.
-            least, draws = (11, 30 * d) if columns else (12, 12 * d)
-            hits = (s for s in range(draws) if c(v, seed=s).any())
-            assert len(list(islice(hits, least))) == least
+@pytest.mark.parametrize("position", [0, 6, 19])
+def test_a_lone_spike_is_sent_wherever_it_is(position: int) -> None:
+    """The worst case for a sketch of one counter: every coordinate ties with it, and is sent at a rate of 1/d.
+
+    600 draws then have 30 hits, and 11 are 3.5 deviations below.
+    """
+    c, v = SketchTopK(k=1, rows=1, columns=1, oversample=1), torch.eye(20)[position]
+    hits = (s for s in range(600) if c(v, seed=s).any())
+    assert len(list(islice(hits, 11))) == 11
 
 
 def test_low_rank_matches_singular_values() -> None:
@@ -470,12 +467,6 @@ def test_randomk_pairs_are_uniform() -> None:
     for found, pairs in ((adjacent, d - 1), (mirrored, d)):
         expected = p * pairs * seeds
         assert abs(found - expected) < 6 * (expected * 2) ** 0.5
-
-
-def test_randomk_differs_between_steps_and_seeds() -> None:
-    c = RandomK(k=20)
-    supports = {tuple(c.support(10_000, seed=s, step=t).tolist()) for s in range(4) for t in range(4)}
-    assert len(supports) == 16
 
 
 def test_mu_in_closed_form() -> None:

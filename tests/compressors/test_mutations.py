@@ -54,7 +54,7 @@ def test_every_kind_of_mutation(compressor: Compressor, loops: type[nullcontext[
         for v in VECTORS.values():
             made = as_bytes(compressor.encode(v, seed=1, step=2))
             assert outcome(compressor, tensors(made), D) == "finite"
-            mutants = [mutate(made, kind, {}, rng) for kind in (*OF_A_PART, "random") * 3]
+            mutants = [mutate(made, kind, {}, rng) for kind in (*OF_A_PART, "random") * 2]
             assert {outcome(compressor, tensors(parts), D) for parts in mutants} <= OUTCOMES
 
 

@@ -87,22 +87,6 @@ def test_two_blocks_are_kept_as_often_as_their_energies_say(shape: str, half: bo
     assert abs(cells.count([0, 1]) / draws - p) <= 5 * (p * (1 - p) / draws) ** 0.5 + 2**-8
 
 
-def test_what_is_kept_is_no_less_than_mu_where_the_bound_is_tight() -> None:
-    """Blocks of equal energy are kept alike, whatever they look like: exactly K / B in the mean."""
-    d, b, draws = 1000, 10, 1000
-    v = torch.randn(d, generator=torch.Generator().manual_seed(0)).view(-1, b)
-    v[::2] = 0
-    v[::2, 3] = 1.0
-    v = (v / v.norm(dim=1, keepdim=True)).view(-1)
-    c = SharedTopK(k=100, block_size=b)
-    kept = torch.stack([c(v, seed=s) for s in range(draws)]).view(draws, -1, b).square().sum(2).round().double()
-    assert kept.sum(1).tolist() == [10.0] * draws
-    often = kept.mean(0)
-    assert float((often - 0.1).abs().max()) <= 5 * (0.09 / draws) ** 0.5
-    spikes = float(often[::2].mean())  # 50 blocks whose counts are not independent: at most those of 50 draws
-    assert abs(spikes - 0.1) <= 5 * (0.09 / draws / 50) ** 0.5
-
-
 def test_shapes_by_default() -> None:
     """Whole blocks make k coordinates but for rounding, mu is at least k/d, and projections cost a quarter."""
     for d in (1, 2, 37, 500, 4001, 20_011, 10**6, 10**9):

@@ -49,18 +49,6 @@ def test_the_support_is_that_of_the_definition(half: bool, rows: int | None) -> 
     assert message.nbytes == c.shape(d)[0] * 150 * (2 if half else 8) + 50 * 8
 
 
-def test_candidates_are_looked_at_again() -> None:
-    """Of those that the sketch shows, the exact values choose: no other candidate is larger than one that is kept."""
-    d, c = 5000, SketchTopK(k=20, columns=100, oversample=8)
-    v = torch.randn(d, generator=torch.Generator().manual_seed(2))
-    message = c.encode(v, seed=0, step=0)
-    index = c.places(message.parts["sketch"], c.draw(d, seed=0, step=0), d).index
-    cells, kept = message.context
-    assert torch.equal(cells.index, index[kept])
-    assert (len(index), len(kept)) == (160, 20)
-    assert set(index[kept].tolist()) == set(index[torch.topk(v[index].abs(), 20).indices].tolist())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [1.0, 100.0, 1e4, "mixed"])
 def test_defaults_find_planted_heavy_hitters(magnitude: float | str) -> None:

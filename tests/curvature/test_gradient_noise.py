@@ -69,22 +69,6 @@ def test_the_mean_over_workers_and_batches_is_quieter() -> None:
     assert (quiet.times(0.1), quiet.times(0.0), quiet.std_error) == (math.inf, 0.0, 0.0)
 
 
-def test_momentum_accumulates_artificial_noise_as_it_does_that_of_batches() -> None:
-    """Of one standard deviation each, in 1,000 coordinates and 60 steps: x moves as far, ten times as with SGD."""
-
-    def spread(noise: float, batch: float, momentum: float) -> float:
-        x = torch.nn.Parameter(torch.zeros(20, 50))
-        optimizer = CompressedSGD([x], 0.1, Identity(), noise=noise, momentum=momentum)
-        rng = torch.Generator().manual_seed(1)
-        for _ in range(60):
-            x.grad = batch * torch.randn(20, 50, generator=rng)
-            optimizer.step()
-        return float(x.detach().std())
-
-    assert spread(0.5, 0.0, 0.9) == pytest.approx(spread(0.0, 0.5, 0.9), rel=0.1)
-    assert spread(0.5, 0.0, 0.9) > 7 * spread(0.5, 0.0, 0.0)
-
-
 def test_workers_together_measure_what_each_has() -> None:
     data = [examples(12, 5, seed) for seed in range(3)]
 

@@ -173,20 +173,6 @@ def test_dense_tensors_bytes_and_mu() -> None:
     assert opt.mu == pytest.approx((20 + 284) / 2284)
 
 
-def test_mu_is_the_contraction_of_even_vectors() -> None:
-    """Measured on the optimizer itself: gradients of Gaussian entries, first step, over seeds."""
-    lost = []
-    for seed in range(300):
-        ps = [nn.Parameter(torch.zeros(30, 10)), nn.Parameter(torch.zeros(30))]
-        opt = CompressedSGD(ps, 1.0, Compression(RandomK(0.2), dense_below=1), seed=seed)
-        for p in ps:
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
-        total = sum(float(p.grad.square().sum()) for p in ps if p.grad is not None)
-        opt.step()
-        lost.append(float(opt.error().square().sum()) / total)
-    assert sum(lost) / len(lost) == pytest.approx(1 - opt.mu, abs=0.01)
-
-
 def test_closure_and_parameters_without_gradient() -> None:
     used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))
     opt = CompressedSGD([used, unused], 0.1, Compression(Identity(), dense_below=0))
