@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from long_vectors import long_vectors
 from torch import Tensor
-from torch_loops import both
+from torch_loops import both, two_threads
 
 from packsaddle import QSGD, CompressedSGD, Compression, Compressor, TopK, simulate
 from packsaddle.compressors import wire
@@ -95,11 +95,8 @@ def test_threads_choose_the_same() -> None:
     v = torch.randn(1 << 20, generator=torch.Generator().manual_seed(3))
     c = TopK(1 / 64, chunk=4000)
     alone = c.encode(v, seed=0, step=0)
-    torch.set_num_threads(2)
-    try:
+    with two_threads():
         together = c.encode(v, seed=0, step=0)
-    finally:
-        torch.set_num_threads(1)
     assert torch.equal(alone.context, together.context)
     assert torch.equal(alone.parts["indices"], together.parts["indices"])
 

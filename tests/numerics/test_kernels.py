@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from long_vectors import long_vectors
 from torch import Tensor
-from torch_loops import both, torch_only
+from torch_loops import both, torch_only, two_threads
 
 from packsaddle import (
     QSGD,
@@ -51,13 +51,6 @@ def by_long_vector_and(name: str, values: Sequence[Any]) -> pytest.MarkDecorator
 
 
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -144,11 +137,11 @@ def check_rounding(compressor: QSGD, v: Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("compressor", SELECTING, ids=repr)
 def test_threads_and_double_precision(compressor: Compressor) -> None:
     for name in ("normal", "sparse", "layers"):
-        check_bit_for_bit(compressor, twice(name))
+        with two_threads():
+            check_bit_for_bit(compressor, twice(name))
 
 
 def twice(name: str) -> Tensor:
@@ -156,9 +149,9 @@ def twice(name: str) -> Tensor:
     return LONG[name].repeat(2).double()
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_threads_and_double_precision_of_levels() -> None:
-    check_rounding(QSGD(coded=False), twice("normal"))
+    with two_threads():
+        check_rounding(QSGD(coded=False), twice("normal"))
 
 
 @by_long_vector_and("k", [1, 700, D // 10, D // 3, D])

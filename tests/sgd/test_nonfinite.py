@@ -13,24 +13,22 @@ from torch import Tensor, nn
 
 from packsaddle import (
     QSGD,
-    AdaptiveTopK,
     CompressedSGD,
     Compression,
     Compressor,
     Escape,
     Identity,
-    LinearSketch,
     LowRank,
     NonFiniteError,
     RandomK,
     SharedTopK,
-    Sign,
     SketchTopK,
     Storm,
     TopK,
     simulate,
 )
 from packsaddle.comm.group import resolve
+from packsaddle.compressors import compressors
 from packsaddle.numerics.finite import is_finite
 from packsaddle.sgd import memories
 
@@ -100,17 +98,14 @@ def all_differences(runs: list[dict[str, Any]], twins: list[dict[str, Any]]) -> 
     return [differences(a["state"], b["state"]) for a, b in zip(runs, twins, strict=True)]
 
 
+# Every compressor, and those that have a support of their own with sizes at which they use it.
 COMPRESSORS: dict[str, Compressor] = {
-    "Identity": Identity(),
+    **{repr(c): c for c in compressors(0.2)},
     "TopK": TopK(k=5),
     "RandomK": RandomK(0.2),
-    "AdaptiveTopK": AdaptiveTopK(0.5),
-    "Sign": Sign(),
     "QSGD": QSGD(),
     "SharedTopK": SharedTopK(0.2, block_size=2),
     "SketchTopK": SketchTopK(k=1, rows=3, columns=4),
-    "LinearSketch": LinearSketch(0.5),
-    "LowRank": LowRank(),
 }
 WAYS: dict[str, dict[str, Any]] = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
 for way in ("two-way", "coordinator"):
@@ -148,7 +143,7 @@ def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
     assert all(len(workers) == 1 and name.startswith("parameter ") for _, workers, name in runs[0]["skips"])
 
 
-SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay", "LowRank")
+SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay", repr(LowRank()))
 
 
 @pytest.mark.parametrize(("way", "seed"), [(way, i % 3) for i, way in enumerate(SCALED)])
@@ -163,7 +158,9 @@ def test_nor_behind_a_scaler(way: str, seed: int) -> None:
     assert [mine["skipped"] for mine in runs] == [4] * WORKERS
 
 
-REVOCABLE = [way for way in WAYS if not any(name in way for name in ("momentum", "nesterov", "storm", "ef21", "QSGD"))]
+# Those that are rounded to few bits may round the other way, by more than a last digit.
+KEPT = ("momentum", "nesterov", "storm", "ef21", "QSGD", "'int", "'bfloat16'")
+REVOCABLE = [way for way in WAYS if not any(name in way for name in KEPT)]
 
 
 @IGNORED

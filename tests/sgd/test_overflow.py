@@ -1,8 +1,6 @@
 """Gradients that are finite, and what is made of them would not be: such a step leaves no trace either."""
 
 import math
-from collections.abc import Callable
-from itertools import cycle
 from typing import Any
 
 import pytest
@@ -11,13 +9,11 @@ from fronts import differences
 from specs import folded
 from test_nonfinite import COMPRESSORS
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import CompressedSGD, Compression, Identity, Noise, RandomK, Storm, TopK, register_ddp_hook, simulate
+from packsaddle import CompressedSGD, Compression, Identity, Noise, RandomK, Storm, TopK, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_in_range, magnitude
 
-Gloo = Callable[..., list[Any]]
 STEPS, HUGE = 8, (2, 3, 6)
 KINDS = ("all alike", "mixed signs", "one worker")
 pytestmark = pytest.mark.filterwarnings("ignore:.*compress.*:UserWarning")
@@ -94,74 +90,6 @@ def test_a_huge_batch_leaves_no_trace(way: str, workers: int, kind: str) -> None
         assert run["finite"]
         assert run["skips"] == [(2, whose), (2, whose), (4, whose)]
         assert run["steps"] == STEPS - len(HUGE)
-
-
-def hook_run(kind: str, scope: Any, *, has_them: bool, **options: Any) -> dict[str, Any]:
-    torch.manual_seed(3)
-    model = DistributedDataParallel(
-        nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 8)), bucket_cap_mb=0.001, broadcast_buffers=False
-    )
-    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
-    hook = register_ddp_hook(
-        model, noise=0.01, optimizer=optimizer, scope=scope, **folded({"dense_below": 40} | options)
-    )
-    replacements: dict[int, Tensor] = {}
-    for i, p in enumerate(model.parameters()):
-        p.register_hook(lambda g, i=i: replacements[i])
-    for step in range(STEPS):
-        if step in HUGE and not has_them:
-            continue
-        found = gradients([p.shape for p in model.parameters()], step, kind)
-        replacements.update(enumerate(found))
-        optimizer.zero_grad()
-        model(torch.ones(2, 8)).sum().backward()
-        optimizer.step()
-    memory = hook.memory()
-    x = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    return {
-        "state": {"x": x, "memory": memory},
-        "steps": hook.steps,
-        "skips": [(s.step, s.workers, s.parameter) for s in hook.skips],
-        "finite": all(bool(v.isfinite().all()) for v in [x, *memory.values()]),
-    }
-
-
-def hook_runs(kind: str, scopes: tuple[str, ...]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Every way, or for kinds but the first one of each exchange, in these scopes by turns.
-
-    The test above has every way with every kind, in the same round.
-    """
-    ways = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
-    ways |= {name: VARIANTS[name] for name in ("two-way", "coordinator, random back", "int8")}
-    if kind != KINDS[0]:
-        ways = {name: ways[name] for name in ("TopK", "RandomK", "two-way")}
-    return {
-        f"{scope}, {name}": tuple(  # type: ignore[misc]
-            hook_run(kind, scope, has_them=has_them, **options) for has_them in (True, False)
-        )
-        for (name, options), scope in zip(ways.items(), cycle(scopes), strict=False)
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "scopes", "workers"),
-    [
-        (KINDS[0], ("model", "bucket"), 2),
-        (KINDS[1], ("bucket",), 2),
-        (KINDS[2], ("bucket", "model"), 2),
-        (KINDS[1], ("bucket", "model"), 1),
-    ],
-)
-def test_nor_behind_the_hook(kind: str, scopes: tuple[str, ...], workers: int, gloo: Gloo) -> None:
-    for rank, runs in enumerate(gloo(hook_runs, workers, kind, scopes)):
-        for name, (mine, twin) in runs.items():
-            assert differences(mine["state"], twin["state"]) == [], name
-            assert mine["finite"], name
-            is_mine = rank == 0 or kind != "one worker"
-            whose = (rank,) if is_mine else ()
-            assert [skip[:2] for skip in mine["skips"]] == [(2, whose), (2, whose), (4, whose)], name
-            assert all((p == "a gradient of another worker") is not is_mine for _, _, p in mine["skips"]), name
-            assert mine["steps"] == STEPS - len(HUGE), name
 
 
 # ---- where every worker's vector can be used, and the mean or x cannot take it

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 from unittest import mock
 
+import torch
+
 from packsaddle.numerics import kernels
 
 T = TypeVar("T")
@@ -22,3 +24,13 @@ def both(work: Callable[[], T]) -> tuple[T, T]:
     with torch_only():
         plain = work()
     return work(), plain
+
+
+@contextmanager
+def two_threads() -> Iterator[None]:
+    """Let torch and the compiled loops have two threads inside."""
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
