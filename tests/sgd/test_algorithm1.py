@@ -13,7 +13,6 @@ from torch import nn
 
 from packsaddle import (
     CompressedSGD,
-    Compression,
     Compressor,
     Identity,
     LowRank,
@@ -108,14 +107,11 @@ def test_identity_is_sgd() -> None:
 def test_error_reaches_its_theoretical_size() -> None:
     """Constant gradient g, fresh RandomK: E||e_t||^2 / ||g||^2 -> (1 - mu)(2 - mu) / mu^2, 105 for mu = 1/8."""
     mu, d = 1 / 8, 400
-    w = nn.Parameter(torch.zeros(d, 1, dtype=torch.float64))
-    opt = CompressedSGD([w], 1.0, Compression(RandomK(mu), dense_below=0))
+    w, opt = problems.lone(torch.zeros(d, 1, dtype=torch.float64), 1.0, RandomK(mu))
     sizes = []
     for t in range(400):
-        w.grad = torch.ones_like(w)
-        opt.step()
+        problems.feed(w, opt, 1.0)
         if t >= 100:
             sizes.append(float(opt.error().square().sum()) / d)
-    expected = (1 - mu) * (2 - mu) / mu**2
     # 300 correlated steps (over about 2/mu) of 400 coordinates: 1.5% standard error.
-    assert sum(sizes) / len(sizes) == pytest.approx(expected, rel=0.06)
+    assert sum(sizes) / len(sizes) == pytest.approx((1 - mu) * (2 - mu) / mu**2, rel=0.06)

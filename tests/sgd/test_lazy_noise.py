@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import network, vector
+from problems import feed, lone, network, vector
 from scipy.stats import ks_2samp, kstest
 from specs import folded
 from torch import Tensor, nn
@@ -153,15 +153,12 @@ def test_looking_does_not_change_the_run() -> None:
 
 def test_what_is_looked_at_has_the_noise_in_it() -> None:
     """y_t - x_t has, over coordinates, the variance that eager noise would give it."""
-    sizes = {}
+    sizes = []
     for lazy in (True, False):
-        w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
-        opt = CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0), noise=Noise(0.3, lazy))
-        for _ in range(20):
-            w.grad = torch.zeros_like(w)
-            opt.step()
-        sizes[lazy] = float(opt.error().std())
-    assert sizes[True] == pytest.approx(sizes[False], rel=0.05)
+        w, opt = lone(torch.zeros(D, 1, dtype=torch.float64), 0.1, RandomK(0.01), noise=Noise(0.3, lazy))
+        feed(w, opt, *[0.0] * 20)
+        sizes.append(float(opt.error().std()))
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -171,22 +168,14 @@ def test_what_is_looked_at_has_the_noise_in_it() -> None:
 )
 def test_noise_is_settled_where_a_state_goes_on_otherwise(other: dict[str, Any]) -> None:
     """Saved with outstanding noise, loaded where it cannot be: it is in the error memory then, in its size."""
-    sizes, saved = [], {}
-    for settings in ({}, other):
-        w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
-        made = {"compressor": RandomK(0.1), "noise": 0.3, "dense_below": 0, **settings}
-        opt = CompressedSGD([w], 0.1, **folded(made))
-        if settings:
-            opt.load_state_dict(saved)
-            assert float((opt.state_dict()["noise"] or {"total": 0.0})["total"]) == 0
-        else:
-            for _ in range(8):
-                w.grad = torch.zeros_like(w)
-                opt.step()
-            saved = copy.deepcopy(opt.state_dict())
-        sizes.append(float(opt.error().std()))
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
-    assert sizes[0] > 0.5
+    zeros = torch.zeros(D, 1, dtype=torch.float64)
+    w, opt = lone(zeros, 0.1, RandomK(0.1), noise=0.3)
+    feed(w, opt, *[0.0] * 8)
+    _, loaded = lone(zeros, 0.1, **{"compressor": RandomK(0.1), "noise": 0.3, **other})
+    loaded.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert float((loaded.state_dict()["noise"] or {"total": 0.0})["total"]) == 0
+    assert float(loaded.error().std()) == pytest.approx(float(opt.error().std()), rel=0.05)
+    assert float(opt.error().std()) > 0.5
 
 
 @pytest.mark.parametrize(("dtype", "std"), [(torch.float64, 1e-6), (torch.float32, 10.0)])
@@ -250,24 +239,14 @@ def test_noise_goes_through_the_memory_where_cells_do_not_fit(change: str) -> No
 
 def test_eager_noise_goes_on_from_what_was_outstanding() -> None:
     """A state with outstanding noise goes on in an optimizer whose noise is eager: y has all of it, and steps go on."""
-
-    def step(p: nn.Parameter, opt: CompressedSGD) -> None:
-        p.grad = torch.ones_like(p)
-        opt.step()
-
-    (p, opt), (q, other) = (unlike_noise(lazy) for lazy in (True, False))
-    for _ in range(3):
-        step(p, opt)
+    unlike = [Noise(0.3, lazy) for lazy in (True, False)]
+    (p, opt), (q, other) = (lone(torch.zeros(40, 40), 0.1, RandomK(0.1), noise=noise) for noise in unlike)
+    feed(p, opt, *[1.0] * 3)
     q.data.copy_(p.data)
     other.load_state_dict(opt.state_dict())
     y = other.corrected()
     assert torch.allclose(y, opt.corrected(), rtol=0, atol=1e-5)
-    step(q, other)
+    feed(q, other, 1.0)
     noise = Noise(0.3).vector(y, seed=0, step=3)
     assert noise is not None
     assert torch.allclose(other.corrected(), y - 0.1 * (1 + noise), rtol=0, atol=1e-5)
-
-
-def unlike_noise(lazy: bool) -> tuple[nn.Parameter, CompressedSGD]:
-    p = nn.Parameter(torch.zeros(40, 40))
-    return p, CompressedSGD([p], 0.1, Compression(RandomK(0.1), dense_below=0), noise=Noise(0.3, lazy))

@@ -8,6 +8,7 @@ import torch
 from fronts import differences
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import feed, lone
 from specs import folded
 from torch import Tensor, nn
 
@@ -182,13 +183,10 @@ def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.Monk
 
 
 def test_a_million_coordinates_have_no_second_vector() -> None:
-    sizes = ((1 << 20) + 9, 1000)
-    made = [CompressedSGD([nn.Parameter(torch.zeros(n, 1))], 0.1, Compression(TopK(k=5), dense_below=0)) for n in sizes]
-    for opt in made:
-        weight = opt.param_groups[0]["params"][0]
-        weight.grad = torch.ones_like(weight)
-        opt.step()
-    assert [opt.spare_bytes for opt in made] == [0, 4000]
+    made = [lone(torch.zeros(n, 1), 0.1, TopK(k=5)) for n in ((1 << 20) + 9, 1000)]
+    for p, opt in made:
+        feed(p, opt, 1.0)
+    assert [opt.spare_bytes for _, opt in made] == [0, 4000]
 
 
 @pytest.mark.parametrize("size", [1e15, 1e25, 3e38])
@@ -196,11 +194,8 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
     """Squares of it overflow, but nothing else need to: the step is taken, with the bits of a small vector's."""
 
     def two_steps() -> list[Tensor]:
-        p = nn.Parameter(torch.zeros(40, 40))
-        opt = CompressedSGD([p], 1e-3, Compression(TopK(k=9), dense_below=0))
-        for seed in range(2):
-            p.grad = torch.rand(40, 40, generator=torch.Generator().manual_seed(seed)) * size
-            opt.step()
+        p, opt = lone(torch.zeros(40, 40), 1e-3, TopK(k=9))
+        feed(p, opt, *[torch.rand(40, 40, generator=torch.Generator().manual_seed(seed)) * size for seed in range(2)])
         return [p.detach(), opt.state[p]["error"].clone(), torch.tensor(opt.skipped)]
 
     beside = two_steps()
@@ -209,10 +204,8 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
 
 
 def test_an_overflow_of_the_sum_is_no_overflow_of_a_gradient() -> None:
-    p = nn.Parameter(torch.zeros(4, 4))
-    opt = CompressedSGD([p], 1e-3, Compression(Identity(), dense_below=0))
-    p.grad = torch.full((4, 4), 3e38)
-    opt.step()
+    p, opt = lone(torch.zeros(4, 4), 1e-3, Identity())
+    feed(p, opt, 3e38)
     assert opt.skipped == 0
     assert torch.equal(p, torch.full((4, 4), -1e-3).mul(3e38))
 
@@ -252,20 +245,12 @@ def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
 
 def test_a_step_that_is_taken_begins_the_row_anew() -> None:
     """Also in an optimizer that loads the state, which keeps the row."""
-
-    def made() -> tuple[nn.Parameter, CompressedSGD]:
-        p = nn.Parameter(torch.ones(5, 5))
-        return p, CompressedSGD([p], 0.1, Compression(RandomK(0.01), max_skipped=1, dense_below=0))
-
-    (p, opt), (q, again) = made(), made()
-    for value in (math.nan, 1.0, math.nan, 1.0, math.inf, 1.0, math.nan):
-        p.grad = torch.full_like(p, value)
-        opt.step()
+    (p, opt), (q, again) = (lone(torch.ones(5, 5), 0.1, RandomK(0.01), max_skipped=1) for _ in range(2))
+    feed(p, opt, math.nan, 1.0, math.nan, 1.0, math.inf, 1.0, math.nan)
     again.load_state_dict(opt.state_dict())
     assert (opt.steps, opt.skipped, again.steps, again.skipped) == (3, 4, 3, 4)
-    q.grad = torch.full_like(q, math.nan)
     with pytest.raises(NonFiniteError, match="2 consecutive steps"):
-        again.step()
+        feed(q, again, math.nan)
 
 
 def test_it_costs_no_bytes() -> None:

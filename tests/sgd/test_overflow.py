@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from fronts import differences
+from problems import feed, lone
 from specs import folded
 from test_nonfinite import COMPRESSORS
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Compression, Identity, Noise, RandomK, Storm, TopK, simulate
+from packsaddle import CompressedSGD, Identity, Noise, RandomK, Storm, TopK, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_in_range, magnitude
 
@@ -52,14 +53,10 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_momentum_that_overflows_is_forgotten_where_it_is_not_sent(nesterov: bool) -> None:
     """Each gradient is finite, and so is its sum with e; the momentum of the first five alone is not."""
-    weight = nn.Parameter(torch.ones(100, 100))
-    spec = Compression(RandomK(0.01), dense_below=0)
-    opt = CompressedSGD([weight], 1e-30, spec, momentum=0.9, nesterov=nesterov)
-    for step in range(12):
-        weight.grad = torch.full_like(weight, 1e-3)
-        if step < 5:
-            weight.grad[0, 0] = 1e38
-        opt.step()
+    weight, opt = lone(torch.ones(100, 100), 1e-30, RandomK(0.01), momentum=0.9, nesterov=nesterov)
+    huge = torch.full_like(weight, 1e-3)
+    huge[0, 0] = 1e38
+    feed(weight, opt, *[huge] * 5, *[1e-3] * 7)
     assert 0 < opt.skipped < 5
     vectors = [v for v in opt.state_dict()["state"][0].values() if isinstance(v, Tensor)]
     assert all(bool(v.isfinite().all()) for v in vectors)
@@ -95,36 +92,27 @@ def test_a_huge_batch_leaves_no_trace(way: str, workers: int, kind: str) -> None
 # ---- where every worker's vector can be used, and the mean or x cannot take it
 
 
-def in_crowds(rank: int) -> tuple[Tensor, list[tuple[tuple[int, ...], str]], Tensor]:
-    p = nn.Parameter(torch.ones(1, 1))
-    opt = CompressedSGD([p], 1.0, Compression(Identity(), dense_below=0))
-    for value in (1.0, 5e36, 2.0):
-        p.grad = torch.full_like(p, value)
-        opt.step()
-    return p.detach().clone(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["error"]
+def in_crowds(rank: int) -> tuple[float, list[tuple[tuple[int, ...], str]], float]:
+    p, opt = lone(torch.ones(1, 1), 1.0, Identity())
+    feed(p, opt, 1.0, 5e36, 2.0)
+    return p.item(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["error"].item()
 
 
 @pytest.mark.slow
 def test_a_sum_over_workers_that_overflows_is_left_out_by_all() -> None:
     """Of 70 workers with 5e36 each the sum is 3.5e38, and the mean is made of the sum."""
-    for x, skips, pending in simulate(in_crowds, 70):
-        assert x.item() == 1.0 - 1.0 - 2.0
-        assert skips == [((), "a mean of finite gradients")]
-        assert pending.item() == 0.0
+    expected = (1.0 - 1.0 - 2.0, [((), "a mean of finite gradients")], 0.0)
+    assert simulate(in_crowds, 70) == [expected] * 70
 
 
 @pytest.mark.parametrize("memory", ["buffer", "ef21"])
-def test_x_never_overflows_however_far_it_has_gone(memory: Any) -> None:
+def test_x_never_overflows_however_far_it_has_gone(memory: str) -> None:
     """By hand: 2^121 a step, 127 times, is 2^128 - 2^121; once more is 2^128, which float32 has not."""
-    p = nn.Parameter(torch.zeros(1, 1))
-    opt = CompressedSGD([p], 1.0, Compression(Identity(), dense_below=0, max_skipped=50, memory=memory))
-    for _ in range(140):
-        p.grad = torch.full_like(p, -(2.0**121))
-        opt.step()
+    p, opt = lone(torch.zeros(1, 1), 1.0, Identity(), max_skipped=50, memory=memory)
+    feed(p, opt, *[-(2.0**121)] * 140)
     assert p.item() == 2.0**128 - 2.0**121
     assert (opt.steps, opt.skipped) == (127, 13)
-    p.grad = torch.full_like(p, 2.0**120)
-    opt.step()
+    feed(p, opt, 2.0**120)
     assert p.item() == 2.0**128 - 2.0**121 - 2.0**120
     if memory == "ef21":  # the estimate has turned round with the gradient
         assert opt.state_dict()["state"][0]["mean_estimate"].item() == 2.0**120
@@ -132,33 +120,23 @@ def test_x_never_overflows_however_far_it_has_gone(memory: Any) -> None:
 
 def test_nor_by_outstanding_noise() -> None:
     """What was drawn for a step that x could not take is outstanding again."""
+    start, first = torch.ones(40, 1), (torch.arange(40) < 4).float()[:, None]
+    start[:20] = 3.4e38
 
-    def run(bad: bool) -> tuple[Tensor, Any]:
-        p = nn.Parameter(torch.full((40, 1), 3.4e38))
-        p.data[20:] = 1.0
-        opt = CompressedSGD([p], 1.0, Compression(RandomK(1.0), dense_below=0), noise=Noise(0.5, lazy=True), seed=1)
-        for g in ([-1e36] if bad else []) + [1.0]:
-            p.grad = torch.zeros_like(p)
-            p.grad[:4] = g
-            opt.step()
-        assert opt.skipped == bad
-        return p.detach().clone(), opt.state_dict()["noise"]
+    def run(*sizes: float) -> tuple[Tensor, Any]:
+        p, opt = lone(start, 1.0, RandomK(1.0), noise=Noise(0.5, lazy=True), seed=1)
+        feed(p, opt, *[size * first for size in sizes])
+        assert opt.skipped == len(sizes) - 1
+        return p.detach(), opt.state_dict()["noise"]
 
-    (x, noise), (twin, other) = run(True), run(False)
-    assert torch.equal(x, twin)
-    assert differences(noise, other) == []
+    assert differences(run(-1e36, 1.0), run(1.0)) == []
 
 
 def owner(rank: int) -> tuple[int, int, bool]:
     """The reply keeps one coordinate of eight, so the owner's error of the others grows from step to step."""
-    p = nn.Parameter(torch.zeros(8, 1))
-    back = RandomK(k=1, block_size=1)
-    spec = Compression(TopK(k=1), exchange="coordinator", back=back, dense_below=0, max_skipped=300)
-    opt = CompressedSGD([p], 1e-3, spec)
-    for _ in range(200):
-        p.grad = torch.zeros_like(p)
-        p.grad[3] = 3e38
-        opt.step()
+    back, large = RandomK(k=1, block_size=1), 3e38 * torch.eye(8)[:, 3:4]
+    p, opt = lone(torch.zeros(8, 1), 1e-3, TopK(k=1), exchange="coordinator", back=back, max_skipped=300)
+    feed(p, opt, *[large] * 200)
     return opt.steps, opt.skipped, all(bool(v.isfinite().all()) for v in (p.detach(), opt.state[p]["error"]))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import network, vector
+from problems import feed, lone, network, vector
 from specs import folded
 from torch import nn
 
@@ -436,29 +436,22 @@ def test_a_sparse_gradient_leaves_the_memory_alone() -> None:
     assert not opt.error().any()
 
 
-def test_sixteen_bit_parameters_lose_nothing() -> None:
+@pytest.mark.parametrize("dense_below", [0, 10**6])
+def test_sixteen_bit_parameters_lose_nothing(dense_below: int) -> None:
     """1,000 updates of 1e-3 on bfloat16 ones, each below half a unit in the last place, still arrive at 0."""
-    for dense_below in (0, 10**6):
-        p = nn.Parameter(torch.ones(64, 2, dtype=torch.bfloat16))
-        opt = CompressedSGD([p], 1e-3, Compression(Identity(), dense_below=dense_below))
-        for _ in range(1000):
-            p.grad = torch.ones_like(p)
-            opt.step()
-        assert opt.corrected().abs().max() < 1e-4
-        assert p.abs().max() < 0.01
+    p, opt = lone(torch.ones(64, 2, dtype=torch.bfloat16), 1e-3, Identity(), dense_below=dense_below)
+    feed(p, opt, *[1.0] * 1000)
+    assert opt.corrected().abs().max() < 1e-4
+    assert p.abs().max() < 0.01
 
 
 @pytest.mark.parametrize("dense_below", [0, 10**6])
 def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
     """Steps of 0.05 on a bfloat16 100, whose neighbour is 99.5, with a commit every fourth step: 95 after 100."""
-    p = nn.Parameter(torch.full((64, 2), 100.0, dtype=torch.bfloat16))
     calls = itertools.count()  # f(x_t), asked for first, is always below f(x_t')
-    opt = CompressedSGD(
-        [p], 0.05, Compression(Identity(), dense_below=dense_below), escape=Escape(3, 1e9, lambda: next(calls))
-    )
-    for _ in range(100):
-        p.grad = torch.ones_like(p)
-        opt.step()
+    escape, x = Escape(3, 1e9, lambda: next(calls)), torch.full((64, 2), 100.0, dtype=torch.bfloat16)
+    p, opt = lone(x, 0.05, Identity(), dense_below=dense_below, escape=escape)
+    feed(p, opt, *[1.0] * 100)
     assert [r.committed for r in opt.resets] == [True] * 25
     assert torch.allclose(opt.corrected(), torch.full((128,), 95.0), atol=1e-3)
 
@@ -466,13 +459,10 @@ def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
 @pytest.mark.parametrize("c", [*compressors(0.5), TopK(k=2), SharedTopK(k=12, block_size=2)], ids=repr)
 def test_a_nan_is_seen(c: Compressor) -> None:
     """Where no step is left out a NaN reaches x with every compressor, and the monitor does not call it perfect."""
-    p = nn.Parameter(torch.zeros(10, 6))
-    opt = CompressedSGD([p], 0.1, Compression(c, dense_below=0, monitor_every=1, max_skipped=None))
-    for step in range(12):
-        p.grad = torch.ones_like(p)
-        if step == 0:
-            p.grad[3, 2] = math.nan
-        opt.step()
+    p, opt = lone(torch.zeros(10, 6), 0.1, c, monitor_every=1, max_skipped=None)
+    first = torch.ones(10, 6)
+    first[3, 2] = math.nan
+    feed(p, opt, first, *[1.0] * 11)
     assert p.isnan().any()
     assert opt.monitor.whole is not None
     assert math.isnan(opt.monitor.whole)
@@ -507,10 +497,8 @@ def test_compressors_that_know_tensors(c: Any) -> None:
 
 def test_a_step_of_randomk_makes_no_vector_of_the_models_size() -> None:
     """After the first step nothing is allocated that grows with d, with noise too."""
-    w = nn.Parameter(torch.zeros(1000, 1000))
-    opt = CompressedSGD([w], 0.1, RandomK(0.01), noise=0.1)
-    w.grad = torch.ones_like(w)
-    opt.step()
+    w, opt = lone(torch.zeros(1000, 1000), 0.1, RandomK(0.01), noise=0.1)
+    feed(w, opt, 1.0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         opt.step()
     sizes = [event.self_cpu_memory_usage for event in profile.events() or ()]
