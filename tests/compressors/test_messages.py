@@ -24,7 +24,7 @@ by_loops = pytest.mark.parametrize("loops", [contextlib.nullcontext, torch_only]
 @by_loops
 @by_setting
 def test_a_part_of_a_wrong_length_is_refused(compressor: Compressor, loops: type[contextlib.nullcontext[None]]) -> None:
-    """Cut, emptied, doubled, one element less and one more; a missing part, and one more. Another shape or dtype may fit."""
+    """Cut, emptied, doubled, one element less and one more; a missing part, and one more. Other dtypes may fit."""
     with loops():
         parts = dict(compressor.encode(VECTORS["gaussian"], seed=1, step=2).parts)
         for name, part in parts.items():
