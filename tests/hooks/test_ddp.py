@@ -566,9 +566,7 @@ def refusals() -> None:
         "optimizer must have all parameters of the model, and lacks": made(optimizer=other),
         "the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has": made(compressor=unlike),
         "has a communication hook already, .*; for another hook wrap model.module anew": lambda: attach(second),
-        "model must be a DistributedDataParallel, got Sequential: wrap the model first": lambda: register_ddp_hook(
-            plain
-        ),
+        "must be a DistributedDataParallel, got Sequential: wrap the model first": lambda: register_ddp_hook(plain),
         "extra was added, replaced or unfrozen after DistributedDataParallel": lambda: passed(added),
         "has a sparse gradient, which is not supported": lambda: sparse(torch.tensor([1, 2])).sum().backward(),
     }
