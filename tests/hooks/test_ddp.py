@@ -251,6 +251,7 @@ def accumulated() -> dict[str, Tensor]:
         optimizer = torch.optim.SGD(model.parameters(), 0.3)
         hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
         train(model, optimizer, batches(10), accumulate=kind == "accumulated", clip=0.01)
+        assert hook.steps == 10
         assert repr(hook) == f"DDPHook(TopK(ratio=0.05), scope=bucket, workers={resolve(None).size}, steps=10)"
         assert math.isclose(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])), 0.01, rel_tol=1e-4)
         found[kind] = vector(model)

@@ -237,19 +237,6 @@ def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
     assert same(runs[0].x, runs[1].x)
 
 
-def test_estimates_need_one_rate() -> None:
-    """x moves by each worker's own rate, so a scheduler that looks at a worker's own loss would drive them apart."""
-
-    def worker(rank: int) -> None:
-        Run(compressor=TopK(k=2), memory="ef21", lr=0.1).step(0)
-        run = Run(compressor=TopK(k=2), memory="ef21", lr=0.1)
-        run.opt.param_groups[0]["lr"] = 0.1 * (1 + rank)
-        run.step(0)
-
-    with pytest.raises(RuntimeError, match="workers must have one lr"):
-        simulate(worker, 2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
