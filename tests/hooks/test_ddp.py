@@ -19,19 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 from torch_loops import torch_only
 
-from packsaddle import (
-    CompressedSGD,
-    Compression,
-    Compressor,
-    Identity,
-    Noise,
-    RandomK,
-    RatioRamp,
-    Sign,
-    TopK,
-    attach,
-    register_ddp_hook,
-)
+import packsaddle as ps
 from packsaddle.comm.group import resolve
 
 Gloo = Callable[..., list[Any]]
@@ -46,9 +34,9 @@ def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> di
     """Train both ways on the same batches."""
     ours, theirs = network(), wrapped(network(), cap)
     same = folded({"noise": 0.01, "seed": 3, "dense_below": 100, "monitor_every": 5, **options})
-    a = CompressedSGD(ours.parameters(), 0.2, **{**same, "noise": Noise(same["noise"], lazy=False)})
+    a = ps.CompressedSGD(ours.parameters(), 0.2, **{**same, "noise": ps.Noise(same["noise"], lazy=False)})
     b = torch.optim.SGD(theirs.parameters(), 0.2)
-    hook = register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
+    hook = ps.register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
     for batch in batches(STEPS):
         for model, optimizer in ((ours, a), (theirs, b)):
             optimizer.zero_grad()
@@ -92,13 +80,13 @@ def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
             assert run["mu"][0] == pytest.approx(run["mu"][1], rel=1e-9), case
 
 
-def by_bucket(compressor: Compressor, decay: float) -> dict[str, Any]:
+def by_bucket(compressor: ps.Compressor, decay: float) -> dict[str, Any]:
     """Buckets are compressed one by one: y moves as in SGD without compression, whatever the buckets are. The learning
     rate falls, which does not change the error memory, in units of a gradient."""
     model = wrapped(network(), SEVERAL)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    spec = Compression(compressor, dense_below=100, decay=decay)
-    hook = register_ddp_hook(model, spec, noise=0.02, seed=5, optimizer=optimizer)
+    spec = ps.Compression(compressor, dense_below=100, decay=decay)
+    hook = ps.register_ddp_hook(model, spec, noise=0.02, seed=5, optimizer=optimizer)
     sections = []
     for step, batch in enumerate(batches(12)):
         rate = optimizer.param_groups[0]["lr"] = 0.1 * 0.9**step
@@ -128,7 +116,7 @@ def noise_of(hook: Any, model: DistributedDataParallel, seed: int) -> Tensor:
     named = dict(model.module.named_parameters())
     order = sorted(named, key=lambda name: named[name].ndim < 2)
     like = torch.zeros(sum(p.numel() for p in named.values()), dtype=torch.float64)
-    xi = Noise(0.02).vector(like, seed=seed, step=hook.steps)
+    xi = ps.Noise(0.02).vector(like, seed=seed, step=hook.steps)
     assert xi is not None
     pieces = dict(zip(order, torch.split(xi, [named[name].numel() for name in order]), strict=True))
     return torch.cat([pieces[name] for name in named])
@@ -142,7 +130,7 @@ def test_nothing_is_lost_while_buckets_are_made_anew(gloo: Gloo) -> None:
 
 
 def test_without_error_feedback_nothing_is_kept(gloo: Gloo) -> None:
-    first, second = gloo(by_bucket, 2, TopK(0.05), 0.0)
+    first, second = gloo(by_bucket, 2, ps.TopK(0.05), 0.0)
     assert torch.equal(first["x"], second["x"])
 
 
@@ -193,8 +181,8 @@ def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
             model = wrapped(network(torch.float32), SEVERAL)
             optimizer = optimizers[(i + j) % 3](model.parameters())
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaler" else None
-            spec = Compression(**options, dense_below=100)
-            hook = register_ddp_hook(model, spec, scaler=scaler, optimizer=optimizer)
+            spec = ps.Compression(**options, dense_below=100)
+            hook = ps.register_ddp_hook(model, spec, scaler=scaler, optimizer=optimizer)
             seen = spy(hook)
             before = value_of(model, data[0])
             train(model, optimizer, data, scaler=scaler, accumulate=kind == "accumulation", clip=1.0)
@@ -216,7 +204,7 @@ def test_every_compressor_and_every_loop_with_any_optimizer(gloo: Gloo) -> None:
 def unlike_loops() -> str:
     other = torch_only() if torch.distributed.get_rank() else contextlib.nullcontext()
     with other, pytest.raises(ValueError, match="arithmetic") as raised:
-        register_ddp_hook(wrapped(network(torch.float32), SEVERAL), TopK(0.1))
+        ps.register_ddp_hook(wrapped(network(torch.float32), SEVERAL), ps.TopK(0.1))
     return str(raised.value)
 
 
@@ -231,8 +219,8 @@ def held_elsewhere() -> bool:
     """Return whether a hook of another `dense_below` has the error memory of the state that it loads."""
     hooks = []
     for below in (100, 0):
-        model, spec = wrapped(network()), Compression(TopK(0.1), exchange="two-way", dense_below=below)
-        hooks.append(register_ddp_hook(model, spec, scope="model"))
+        model, spec = wrapped(network()), ps.Compression(ps.TopK(0.1), exchange="two-way", dense_below=below)
+        hooks.append(ps.register_ddp_hook(model, spec, scope="model"))
         loss(model, batches(1)[0]).backward()
     hooks[1].load_state_dict(hooks[0].state_dict())
     before, after = (hook.memory() for hook in hooks)
@@ -249,7 +237,7 @@ def accumulated() -> dict[str, Tensor]:
     for kind in ("whole", "accumulated"):
         model = wrapped(network(), SEVERAL)
         optimizer = torch.optim.SGD(model.parameters(), 0.3)
-        hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
+        hook = ps.register_ddp_hook(model, ps.Compression(ps.TopK(0.05), dense_below=100))
         train(model, optimizer, batches(10), accumulate=kind == "accumulated", clip=0.01)
         assert hook.steps == 10
         assert repr(hook) == f"DDPHook(TopK(ratio=0.05), scope=bucket, workers={resolve(None).size}, steps=10)"
@@ -286,7 +274,7 @@ def options_of_ddp() -> dict[str, tuple[Tensor, Tensor]]:
         torch.manual_seed(0)
         model = wrapped(Tied().double(), SEVERAL, **{name: True})
         if hooked:
-            register_ddp_hook(model, Identity())
+            ps.register_ddp_hook(model, ps.Identity())
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         for step, batch in enumerate(batches(12)):
             model.module.used = name != "find_unused_parameters" or step % 2 == 0
@@ -311,7 +299,7 @@ def unused_in_turn(options: dict[str, Any], scope: str, by_one: bool) -> float:
     model = wrapped(Tied().double(), SEVERAL, find_unused_parameters=True, gradient_as_bucket_view=views)
     named = dict(model.module.named_parameters())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    hook = register_ddp_hook(model, **folded({"dense_below": 100, **options}), optimizer=optimizer, scope=scope)
+    hook = ps.register_ddp_hook(model, **folded({"dense_below": 100, **options}), optimizer=optimizer, scope=scope)
     y, far, rate = {name: p.detach().clone() for name, p in named.items()}, 0.0, 0.1
     for step, batch in enumerate(batches(9)):
         model.module.used = step % 2 == 0 if not by_one else step % 3 == resolve(None).rank
@@ -344,9 +332,9 @@ def test_no_update_of_a_parameter_is_lost_that_some_workers_do_not_use(gloo: Glo
     """DDP discards the mean of a parameter that no worker used. Of one that some used, it delivers the others' C(0)
     too, which is not 0 with Sign and with values="int1". Other ways by turns."""
     ways = list(WAYS.values())[scope == "bucket" :: 2]
-    ways += [{"compressor": RandomK(0.2), "gradient_as_bucket_view": True}]
-    ways += [{"compressor": Sign(per_tensor=True)}, {"compressor": TopK(0.05, values="int1")}]
-    ways += [{"compressor": Sign(), "exchange": "two-way"}]
+    ways += [{"compressor": ps.RandomK(0.2), "gradient_as_bucket_view": True}]
+    ways += [{"compressor": ps.Sign(per_tensor=True)}, {"compressor": ps.TopK(0.05, values="int1")}]
+    ways += [{"compressor": ps.Sign(), "exchange": "two-way"}]
     for run in gloo(unused_in_all_ways, 2, ways, scope):
         assert max(run) < 1e-12, run
 
@@ -354,7 +342,7 @@ def test_no_update_of_a_parameter_is_lost_that_some_workers_do_not_use(gloo: Glo
 def sixteen_bit() -> tuple[Tensor, Tensor]:
     """bfloat16 parameters: what a gradient cannot hold of the mean goes to the memory, so that y is exact."""
     model = wrapped(network(torch.bfloat16), SEVERAL)
-    hook = register_ddp_hook(model, Compression(RandomK(0.1), dense_below=100))
+    hook = ps.register_ddp_hook(model, ps.Compression(ps.RandomK(0.1), dense_below=100))
     total, delivered = torch.zeros(2, sum(p.numel() for p in model.parameters()))
     for batch in batches(10, torch.bfloat16):
         model.zero_grad()
@@ -376,7 +364,7 @@ def under_ddp() -> tuple[str, str]:
     mine = [torch.distributed.new_group([rank]) for rank in range(2)][resolve(None).rank]
     for group in (None, mine):
         plain = network()
-        optimizer = CompressedSGD(plain.parameters(), 0.1)
+        optimizer = ps.CompressedSGD(plain.parameters(), 0.1)
         model = DistributedDataParallel(plain, process_group=group)
         loss(model, batches(1)[0]).backward()
         try:
@@ -402,8 +390,8 @@ def behind_a_scaler(way: str, scope: Any, bad: float | None) -> tuple[Tensor, Te
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.5)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    spec = Compression(**WAYS[way], dense_below=100)
-    hook = register_ddp_hook(model, spec, noise=0.01, scope=scope, scaler=scaler, optimizer=optimizer)
+    spec = ps.Compression(**WAYS[way], dense_below=100)
+    hook = ps.register_ddp_hook(model, spec, noise=0.01, scope=scope, scaler=scaler, optimizer=optimizer)
     factor = [1.0]
     model.module[2].weight.register_hook(lambda g: g * factor[0])  # in one of the buckets, not in the last
     for step, batch in enumerate(batches(7, torch.float32)):
@@ -437,7 +425,7 @@ def bad_step_of_an_unused_parameter() -> dict[str, Any]:
     torch.manual_seed(0)
     model = wrapped(Tied(), SEVERAL, find_unused_parameters=True)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    hook = register_ddp_hook(model, TopK(0.1), scaler=scaler)
+    hook = ps.register_ddp_hook(model, ps.TopK(0.1), scaler=scaler)
     model.module.used = False
     data = batches(3, torch.float32)
     train(model, optimizer, data[:2], scaler=scaler)
@@ -455,7 +443,7 @@ def test_a_bad_step_is_skipped_with_unused_parameters_too(gloo: Gloo) -> None:
 def read_in_the_middle() -> float:
     """What is lost of the gradient by reading the hook in a backward pass."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
+    hook = ps.register_ddp_hook(model, ps.Compression(ps.TopK(0.05), dense_below=100))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model.module[0].weight.register_hook(lambda g: None if hook.memory() else g.new_zeros(hook.steps))
     train(model, optimizer, batches(2))
@@ -474,8 +462,8 @@ def test_reading_in_a_backward_pass_changes_nothing(gloo: Gloo) -> None:
 
 def warmed_up() -> list[int]:
     model = wrapped(network())
-    ramp = RatioRamp(RandomK(0.01), 10, first=0.5)
-    hook = register_ddp_hook(model, Compression(ramp, dense_below=100), start_step=2)
+    ramp = ps.RatioRamp(ps.RandomK(0.01), 10, first=0.5)
+    hook = ps.register_ddp_hook(model, ps.Compression(ramp, dense_below=100), start_step=2)
     train(model, torch.optim.SGD(model.parameters(), 0.1), batches(13))
     return [hook.ledger.at(t)["values"].payload // 8 for t in range(13)]
 
@@ -495,7 +483,7 @@ def test_warm_up_is_dense_then_a_falling_ratio(gloo: Gloo) -> None:
 def overlapping() -> bool:
     """The first bucket's exchange waits for the gradient that comes last: a hook that blocks the pass never ends."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, Compression(RandomK(0.1), dense_below=100))
+    hook = ps.register_ddp_hook(model, ps.Compression(ps.RandomK(0.1), dense_below=100))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     train(model, optimizer, batches(2))  # DDP makes its buckets anew
     reached, original, waited = threading.Event(), hook.channel.group.all_reduce, []
@@ -520,24 +508,24 @@ def passed(model: nn.Module) -> None:
 
 def refusals() -> None:
     """Compression's own fields are in tests/sgd/test_sgd.py."""
-    unlike = RandomK(0.1 if resolve(None).rank else 0.2)
+    unlike = ps.RandomK(0.1 if resolve(None).rank else 0.2)
     plain: Any = network()
     added, second = wrapped(network()), wrapped(network())
     sparse = DistributedDataParallel(nn.Embedding(9, 4, sparse=True))
-    register_ddp_hook(second, RandomK(0.1))
-    register_ddp_hook(added, RandomK(0.1))
-    register_ddp_hook(sparse, Compression(RandomK(0.1), dense_below=0))
+    ps.register_ddp_hook(second, ps.RandomK(0.1))
+    ps.register_ddp_hook(added, ps.RandomK(0.1))
+    ps.register_ddp_hook(sparse, ps.Compression(ps.RandomK(0.1), dense_below=0))
     passed(added)
     added.module.extra = nn.Parameter(torch.zeros(3))
     other: Any = torch.optim.SGD(network().parameters(), 0.1)
 
     def made(**options: Any) -> Callable[[], object]:
-        return lambda: register_ddp_hook(wrapped(network()), **folded(options, TopK(0.1)))
+        return lambda: ps.register_ddp_hook(wrapped(network()), **folded(options, ps.TopK(0.1)))
 
     calls: dict[str, Callable[[], object]] = {
         "function of the step that returns one, got 0.01": made(compressor=lambda step: 0.01),
-        "made, as RandomK\\(0.01\\) or Sign\\(\\) is, got the class TopK itself": made(compressor=TopK),
-        "k of TopK must be at most d = 7200": made(compressor=TopK(k=10**6)),
+        "made, as RandomK\\(0.01\\) or Sign\\(\\) is, got the class TopK itself": made(compressor=ps.TopK),
+        "k of TopK must be at most d = 7200": made(compressor=ps.TopK(k=10**6)),
         'scope must be "bucket" or "model", got \'layer\'': made(scope="layer"),
         "start_step must be an integer of at least 0, got 1.5": made(start_step=1.5),
         "exchange must be one of .*got 'two-ways'": made(exchange="two-ways"),
@@ -546,8 +534,8 @@ def refusals() -> None:
         "scaler must be a torch.amp.GradScaler, got float": made(scaler=1024.0),
         "optimizer must have all parameters of the model, and lacks": made(optimizer=other),
         "the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has": made(compressor=unlike),
-        "has a communication hook already, .*; for another hook wrap model.module anew": lambda: attach(second),
-        "must be a DistributedDataParallel, got Sequential: wrap the model first": lambda: register_ddp_hook(plain),
+        "has a communication hook already, .*; for another hook wrap model.module anew": lambda: ps.attach(second),
+        "must be a DistributedDataParallel, got Sequential: wrap the model first": lambda: ps.register_ddp_hook(plain),
         "extra was added, replaced or unfrozen after DistributedDataParallel": lambda: passed(added),
         "has a sparse gradient, which is not supported": lambda: sparse(torch.tensor([1, 2])).sum().backward(),
     }
@@ -562,21 +550,21 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
 
 def attachments() -> None:
     compiled = torch.compile(wrapped(network()), backend="aot_eager")
-    hook = attach(compiled, RandomK(0.1))
+    hook = ps.attach(compiled, ps.RandomK(0.1))
     assert hook is not None
     train(compiled, torch.optim.SGD(compiled.parameters(), 0.1), batches(3))
     assert hook.steps == 3
     past = wrapped(network())
-    register_ddp_hook(past, RandomK(0.1))
+    ps.register_ddp_hook(past, ps.RandomK(0.1))
     passed(past.module)  # a framework that runs the model itself
     with pytest.raises(RuntimeError, match="DistributedDataParallel never called the hook"):
         passed(past.module)
     anew = wrapped(past.module)
-    again = register_ddp_hook(anew, RandomK(0.1))
+    again = ps.register_ddp_hook(anew, ps.RandomK(0.1))
     train(anew, torch.optim.SGD(anew.parameters(), 0.1), batches(2))
     assert again.steps == 2
     late, quiet = wrapped(network()), wrapped(network())
-    hooks = [register_ddp_hook(model, RandomK(0.1)) for model in (late, quiet)]
+    hooks = [ps.register_ddp_hook(model, ps.RandomK(0.1)) for model in (late, quiet)]
     for _ in range(2):
         with late.no_sync():
             value = loss(late, batches(1)[0])
@@ -587,7 +575,7 @@ def attachments() -> None:
         passed(model)
     assert [hook.steps for hook in hooks] == [1, 1]
     with pytest.raises(TypeError, match="model must have one DistributedDataParallel in it, got Sequential with 0"):
-        attach(network(), RandomK(0.1))
+        ps.attach(network(), ps.RandomK(0.1))
 
 
 def test_attach_finds_the_model_and_notices_a_hook_that_is_never_called(gloo: Gloo) -> None:
@@ -595,7 +583,7 @@ def test_attach_finds_the_model_and_notices_a_hook_that_is_never_called(gloo: Gl
 
 
 def test_attach_without_workers_has_nothing_to_do() -> None:
-    assert attach(network(), RandomK(0.1)) is None
+    assert ps.attach(network(), ps.RandomK(0.1)) is None
 
 
 def test_a_worker_that_fails_ends_though_its_exchange_cannot(tmp_path: Path) -> None:
@@ -622,7 +610,7 @@ def test_a_worker_that_fails_ends_though_its_exchange_cannot(tmp_path: Path) -> 
 
 def broken_exchange() -> str:
     model = wrapped(network())
-    hook = register_ddp_hook(model, RandomK(0.1))
+    hook = ps.register_ddp_hook(model, ps.RandomK(0.1))
 
     def all_reduce(tensor: Tensor) -> None:
         raise RuntimeError("connection closed by peer")
@@ -642,7 +630,7 @@ def one_failed_bucket() -> tuple[list[str], list[int], list[int], bool]:
     """The hook's second bucket of the third pass fails on all workers, and the loop goes on after it."""
     model = wrapped(network(), SEVERAL / 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=0, monitor_every=0))
+    hook = ps.register_ddp_hook(model, ps.Compression(ps.TopK(0.05), dense_below=0, monitor_every=0))
     attempt, calls = hook._exchange, [0] * 5  # in each pass
     steps: list[int] = []
     errors: list[str] = []

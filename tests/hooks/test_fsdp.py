@@ -11,16 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from packsaddle import (
-    QSGD,
-    Compression,
-    Compressor,
-    Identity,
-    LowRank,
-    TopK,
-    attach,
-    register_fsdp_hook,
-)
+import packsaddle as ps
 
 Gloo = Callable[..., list[Any]]
 
@@ -66,7 +57,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> Non
 def beside_native_hsdp() -> tuple[Tensor, Tensor]:
     mesh = meshes()
     native, ours = sharded(mesh), sharded(mesh["shard"])
-    hook = register_fsdp_hook(ours, mesh["replicate"].get_group(), Identity())
+    hook = ps.register_fsdp_hook(ours, mesh["replicate"].get_group(), ps.Identity())
     for model in (native, ours):
         train(model, torch.optim.AdamW(model.parameters(), 1e-2), 8)
     assert hook.steps == 8
@@ -82,7 +73,7 @@ def compressed() -> dict[str, Any]:
     """Plain SGD: y = x - eta e moves as it would uncompressed, from the gradients at x."""
     mesh = meshes()
     native, ours, group = sharded(mesh), sharded(mesh["shard"]), mesh["replicate"].get_group()
-    hook = register_fsdp_hook(ours, group, Compression(TopK(0.05), exchange="two-way"))
+    hook = ps.register_fsdp_hook(ours, group, ps.Compression(ps.TopK(0.05), exchange="two-way"))
     optimizer = torch.optim.SGD(ours.parameters(), 0.1)
     start, total = local_shards(ours), torch.zeros_like(local_shards(ours))
     for t in range(10):
@@ -118,11 +109,11 @@ def test_compressed_it_keeps_what_it_does_not_send(gloo: Gloo) -> None:
 
 
 FLAT = "compressor must act on flat shards, in which tensors are cut, and"
-REFUSED: dict[str, Callable[[Any], tuple[nn.Module, Compressor]]] = {
-    "model must have been sharded by fully_shard, got Sequential": lambda mesh: (network(), TopK(0.1)),
-    "must be sharded on a mesh of one dimension, got 2": lambda mesh: (sharded(mesh), TopK(0.1)),
-    f"{FLAT} LowRank": lambda mesh: (sharded(mesh["shard"]), LowRank(1)),
-    f"{FLAT} TopK": lambda mesh: (sharded(mesh["shard"]), TopK(0.1, per_tensor=True)),
+REFUSED: dict[str, Callable[[Any], tuple[nn.Module, ps.Compressor]]] = {
+    "model must have been sharded by fully_shard, got Sequential": lambda mesh: (network(), ps.TopK(0.1)),
+    "must be sharded on a mesh of one dimension, got 2": lambda mesh: (sharded(mesh), ps.TopK(0.1)),
+    f"{FLAT} LowRank": lambda mesh: (sharded(mesh["shard"]), ps.LowRank(1)),
+    f"{FLAT} TopK": lambda mesh: (sharded(mesh["shard"]), ps.TopK(0.1, per_tensor=True)),
 }
 
 
@@ -131,9 +122,9 @@ def refusals() -> None:
     for message, made in REFUSED.items():
         model, compressor = made(mesh)
         with pytest.raises((TypeError, ValueError), match=message):
-            register_fsdp_hook(model, mesh["replicate"].get_group(), compressor)
+            ps.register_fsdp_hook(model, mesh["replicate"].get_group(), compressor)
     with pytest.raises((TypeError, ValueError), match=r"see packsaddle\.register_fsdp_hook"):
-        attach(sharded(mesh["shard"]), TopK(0.1))
+        ps.attach(sharded(mesh["shard"]), ps.TopK(0.1))
 
 
 def test_what_is_refused(gloo: Gloo) -> None:
@@ -159,14 +150,14 @@ def different_starts() -> dict[str, list[float]]:
     group = mesh["replicate"].get_group()
     model = sharded(mesh["shard"])
     fill(model, 0.01 * (1 + rank))
-    register_fsdp_hook(model, group)
+    ps.register_fsdp_hook(model, group)
     found["with weights"] = values(model)
     fill(model, 0.5)  # as loading a checkpoint does
     loss(model, 0).backward()
     found["loaded"] = values(model)
 
     model = sharded(mesh["shard"], on_meta())
-    hook = register_fsdp_hook(model, group)
+    hook = ps.register_fsdp_hook(model, group)
     model.to_empty(device="cpu")
     fill(model, 0.01 * (1 + rank))
     with torch.no_grad():
@@ -205,7 +196,7 @@ def made_late() -> list[Tensor]:
     mesh, found = meshes(), []
     for late in (False, True):
         model = sharded(mesh["shard"], on_meta() if late else network())
-        hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1), noise=0.01)
+        hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.1), noise=0.01)
         if late:
             model.to_empty(device="cpu")
         fill(model, 0.01)
@@ -227,7 +218,7 @@ def in_one_shard() -> dict[str, Any]:
     """Two passes; in the second the first row of the first layer, a row of the first shard, is NaN on worker 0."""
     mesh = meshes()
     model = sharded(mesh["shard"], fronts.network())
-    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1))
+    hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.1))
     for t in range(2):
         model[0].value = math.nan if (t, dist.get_rank()) == (1, 0) else None  # type: ignore[assignment]
         loss(model, t).backward()
@@ -256,7 +247,7 @@ def test_replicas_of_a_shard_agree_and_other_shards_do_not_know(gloo: Gloo) -> N
 def loaded_wrongly() -> list[str]:
     mesh, found = meshes(), []
     model = sharded(mesh["shard"])
-    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.05))
+    hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.05))
     loss(model, 0).backward()
     state = hook.state_dict()
     identity = state["identity"]
@@ -310,7 +301,7 @@ def uneven() -> tuple[float, float, int, list[int]]:
     mesh, model, plain = meshes(), Uneven(), Uneven()
     for layer in (*model.layers, model):
         fully_shard(layer, mesh=mesh["shard"])
-    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.05))
+    hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.05))
     shard, shards = mesh["shard"].get_local_rank(), mesh["shard"].size()
     e, sent = torch.zeros(3, 31 * 60), [0]
     for t in range(40):
@@ -341,7 +332,7 @@ def called_twice() -> str:
     """What is said where the model is called twice before one backward pass; a shared block comes twice as well."""
     mesh = meshes()
     model = sharded(mesh["shard"])
-    register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1))
+    ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.1))
     with pytest.raises(RuntimeError, match="used twice") as raised:
         (loss(model, 0) + loss(model, 1)).backward()
     return str(raised.value)
@@ -357,7 +348,7 @@ def accumulated_over_a_bad_pass(empties: bool) -> tuple[bool, int, int]:
     """Two micro-batches for a step, both reduced, the first with a NaN on one replica; or dropped before the second."""
     mesh = meshes()
     model = sharded(mesh["shard"])
-    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1))
+    hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), ps.TopK(0.1))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     hook.protect(optimizer)
     before = local_shards(model)
@@ -389,7 +380,7 @@ class Branches(nn.Module):
         return self.blocks[branch](x)  # type: ignore[no-any-return]
 
 
-def unlike_branches(compressor: Compressor, at: int) -> tuple[list[str], int, bool]:
+def unlike_branches(compressor: ps.Compressor, at: int) -> tuple[list[str], int, bool]:
     """Replicas agree until pass `at`, where they take unlike branches; return errors, steps, and if memories stayed."""
     from torch.distributed.fsdp import fully_shard
 
@@ -397,7 +388,7 @@ def unlike_branches(compressor: Compressor, at: int) -> tuple[list[str], int, bo
     mesh, model, said = meshes(), Branches(), []
     for layer in (*model.blocks, model):
         fully_shard(layer, mesh=mesh["shard"])
-    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), compressor)
+    hook = ps.register_fsdp_hook(model, mesh["replicate"].get_group(), compressor)
     before: dict[str, Tensor] = {}
     for t in range(at + 1):
         before = {name: e.clone() for name, e in hook.memory().items()}
@@ -409,8 +400,10 @@ def unlike_branches(compressor: Compressor, at: int) -> tuple[list[str], int, bo
     return said, hook.steps, all(torch.equal(e, after[name]) for name, e in before.items())
 
 
-@pytest.mark.parametrize(("compressor", "at"), [(TopK(0.1), 2), (QSGD(127), 0), (Identity(), 1)], ids=str)
-def test_replicas_that_use_unlike_modules_of_one_shape_are_refused(gloo: Gloo, compressor: Compressor, at: int) -> None:
+@pytest.mark.parametrize(("compressor", "at"), [(ps.TopK(0.1), 2), (ps.QSGD(127), 0), (ps.Identity(), 1)], ids=str)
+def test_replicas_that_use_unlike_modules_of_one_shape_are_refused(
+    gloo: Gloo, compressor: ps.Compressor, at: int
+) -> None:
     """Their gradients would be averaged into each other's, as torch's hybrid sharding does."""
     for rank, (said, steps, kept) in enumerate(gloo(unlike_branches, 4, compressor, at, fresh=True)):
         assert len(said) == 1

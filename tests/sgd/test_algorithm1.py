@@ -11,25 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle import (
-    CompressedSGD,
-    Compressor,
-    Identity,
-    LowRank,
-    RandomK,
-    SharedTopK,
-    SketchTopK,
-    TopK,
-    simulate,
-)
+import packsaddle as ps
 from packsaddle.compressors.registry import CLASSES
 from packsaddle.reference import Check, algorithm1
 
-COMPRESSORS: dict[str, Compressor] = {
-    "Identity": Identity(),
-    "RandomK": RandomK(0.25),
-    "RandomK blocks": RandomK(0.5, block_size=2),
-    "TopK": TopK(k=3),
+COMPRESSORS: dict[str, ps.Compressor] = {
+    "Identity": ps.Identity(),
+    "RandomK": ps.RandomK(0.25),
+    "RandomK blocks": ps.RandomK(0.5, block_size=2),
+    "TopK": ps.TopK(k=3),
 }
 by_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS.keys())
 # Double precision; a hundred steps of a smooth, stable iteration multiply rounding errors by a few hundred.
@@ -45,13 +35,13 @@ def gradients(workers: int) -> list[Any]:
 @by_compressor
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("escape", ESCAPES, ids=str)
-def test_the_check_is_the_papers(compressor: Compressor, workers: int, escape: dict[str, Any]) -> None:
+def test_the_check_is_the_papers(compressor: ps.Compressor, workers: int, escape: dict[str, Any]) -> None:
     """The optimizer also checks x_T, as the reference does at the beginning of one more iteration."""
     steps = 50
     check = Check(lambda x: sum(float(problems.f_i(x, i)) for i in range(workers)) / workers, **escape)
     options: dict[str, Any] = {"eta": 0.05, "steps": steps + 1, "r": 0.02, "seed": 5, "check": check}
     twin = algorithm1(problems.start(), gradients(workers), compressor, **options)
-    for ours in simulate(lambda rank: problems.run(compressor, steps=steps, **escape), workers):
+    for ours in ps.simulate(lambda rank: problems.run(compressor, steps=steps, **escape), workers):
         assert ours["resets"] == twin.resets
         assert torch.allclose(ours["x"], torch.stack(twin.x[:-1]), **TOLERANCE)
         assert torch.allclose(ours["e"], torch.stack(twin.e[:-1]), **TOLERANCE)
@@ -64,11 +54,11 @@ def test_the_iterates_are_the_references(workers: int) -> None:
     assert {type(compressor) for compressor in families.COMPRESSORS} == set(CLASSES.values())
     shapes = [torch.Size((2, 4)), torch.Size((4,))]  # of the parameters in `problems.run`
     for compressor in families.COMPRESSORS:
-        if isinstance(compressor, LowRank | SharedTopK | SketchTopK if workers > 1 else LowRank):
+        if isinstance(compressor, ps.LowRank | ps.SharedTopK | ps.SketchTopK if workers > 1 else ps.LowRank):
             continue
         options: dict[str, Any] = {"eta": 0.05, "steps": 10, "r": 0.02, "seed": 5}
         twin = algorithm1(problems.start(), gradients(workers), compressor.for_tensors(shapes), **options)
-        for ours in simulate(lambda rank, c=compressor: problems.run(c, steps=10), workers):
+        for ours in ps.simulate(lambda rank, c=compressor: problems.run(c, steps=10), workers):
             for name, theirs in (("x", twin.x), ("e", twin.e)):
                 assert torch.allclose(ours[name], torch.stack(theirs), **TOLERANCE), (compressor, name)
 
@@ -77,7 +67,7 @@ def test_the_check_both_commits_and_rolls_back() -> None:
     """The comparison above would be idle if the twin never met both outcomes."""
     outcomes = set()
     for seed in range(5):
-        outcomes |= {c for _, c in problems.run(TopK(k=3), steps=100, noise=1.0, seed=seed, interval=7)["resets"]}
+        outcomes |= {c for _, c in problems.run(ps.TopK(k=3), steps=100, noise=1.0, seed=seed, interval=7)["resets"]}
         if len(outcomes) == 2:
             break
     assert outcomes == {True, False}
@@ -97,7 +87,7 @@ def test_identity_is_sgd() -> None:
             opt.step()
         return [p.detach() for p in ps]
 
-    ours = trajectory(lambda groups: CompressedSGD(groups, 0.01, compressor=Identity(), weight_decay=0.1))
+    ours = trajectory(lambda groups: ps.CompressedSGD(groups, 0.01, compressor=ps.Identity(), weight_decay=0.1))
     torchs = trajectory(lambda groups: torch.optim.SGD(groups, 0.01, weight_decay=0.1))
     for a, b in zip(ours, torchs, strict=True):
         # Ten steps, each with a few single-precision roundings of numbers of order one.
@@ -107,7 +97,7 @@ def test_identity_is_sgd() -> None:
 def test_error_reaches_its_theoretical_size() -> None:
     """Constant gradient g, fresh RandomK: E||e_t||^2 / ||g||^2 -> (1 - mu)(2 - mu) / mu^2, 105 for mu = 1/8."""
     mu, d = 1 / 8, 400
-    w, opt = problems.lone(torch.zeros(d, 1, dtype=torch.float64), 1.0, RandomK(mu))
+    w, opt = problems.lone(torch.zeros(d, 1, dtype=torch.float64), 1.0, ps.RandomK(mu))
     sizes = []
     for t in range(400):
         problems.feed(w, opt, 1.0)

@@ -12,22 +12,7 @@ from problems import feed, lone
 from specs import folded
 from torch import Tensor, nn
 
-from packsaddle import (
-    QSGD,
-    CompressedSGD,
-    Compression,
-    Compressor,
-    Escape,
-    Identity,
-    LowRank,
-    NonFiniteError,
-    RandomK,
-    SharedTopK,
-    SketchTopK,
-    Storm,
-    TopK,
-    simulate,
-)
+import packsaddle as ps
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import compressors
 from packsaddle.numerics.finite import is_finite
@@ -60,7 +45,7 @@ def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any
     weights = [nn.Parameter(torch.randn(s, generator=torch_start)) for s in shapes]
     dtype = options.pop("dtype", torch.float32)
     weights = [nn.Parameter(w.detach().to(dtype)) for w in weights]
-    opt = CompressedSGD(weights, 0.05, **folded({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
+    opt = ps.CompressedSGD(weights, 0.05, **folded({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
     scale = torch.amp.GradScaler("cpu", init_scale=scaler, growth_interval=3) if scaler else None
     for batch, bad in batches:
         rng = torch.Generator().manual_seed(100 * batch + rank)
@@ -100,13 +85,13 @@ def all_differences(runs: list[dict[str, Any]], twins: list[dict[str, Any]]) -> 
 
 
 # Every compressor, and those that have a support of their own with sizes at which they use it.
-COMPRESSORS: dict[str, Compressor] = {
+COMPRESSORS: dict[str, ps.Compressor] = {
     **{repr(c): c for c in compressors(0.2)},
-    "TopK": TopK(k=5),
-    "RandomK": RandomK(0.2),
-    "QSGD": QSGD(),
-    "SharedTopK": SharedTopK(0.2, block_size=2),
-    "SketchTopK": SketchTopK(k=1, rows=3, columns=4),
+    "TopK": ps.TopK(k=5),
+    "RandomK": ps.RandomK(0.2),
+    "QSGD": ps.QSGD(),
+    "SharedTopK": ps.SharedTopK(0.2, block_size=2),
+    "SketchTopK": ps.SketchTopK(k=1, rows=3, columns=4),
 }
 WAYS: dict[str, dict[str, Any]] = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
 for way in ("two-way", "coordinator"):
@@ -114,28 +99,28 @@ for way in ("two-way", "coordinator"):
         f"{way} {name}": {"compressor": COMPRESSORS[name], "exchange": way} for name in ("TopK", "RandomK", "QSGD")
     }
 WAYS |= {
-    "coordinator back": {"compressor": TopK(k=5), "exchange": "coordinator", "back": TopK(k=9)},
-    "nothing dense": {"compressor": TopK(k=5), "dense_below": 0},
-    "nothing dense, two-way": {"compressor": QSGD(), "dense_below": 0, "exchange": "two-way"},
-    "all dense": {"compressor": TopK(k=1), "dense_below": 1000},
-    "eager noise": {"compressor": RandomK(0.2), "lazy": False},
-    "decay": {"compressor": TopK(k=5), "weight_decay": 0.1},
-    "momentum": {"compressor": TopK(k=5), "momentum": 0.9},
-    "nesterov": {"compressor": RandomK(0.2), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    "storm": {"compressor": TopK(k=5), "momentum": Storm(0.3), "weight_decay": 0.1},
-    "ef21": {"compressor": TopK(k=5), "memory": "ef21"},
-    "ef21 momentum": {"compressor": TopK(k=5), "memory": "ef21", "momentum": 0.5},
-    "bfloat16": {"compressor": TopK(k=5), "dtype": torch.bfloat16},
-    "float64": {"compressor": TopK(k=5), "dtype": torch.float64},
-    "escape": {"compressor": TopK(k=5), "escape": Escape(4, 2.0, lambda: 0.0)},
-    "monitor": {"compressor": TopK(k=5), "monitor_every": 1},
+    "coordinator back": {"compressor": ps.TopK(k=5), "exchange": "coordinator", "back": ps.TopK(k=9)},
+    "nothing dense": {"compressor": ps.TopK(k=5), "dense_below": 0},
+    "nothing dense, two-way": {"compressor": ps.QSGD(), "dense_below": 0, "exchange": "two-way"},
+    "all dense": {"compressor": ps.TopK(k=1), "dense_below": 1000},
+    "eager noise": {"compressor": ps.RandomK(0.2), "lazy": False},
+    "decay": {"compressor": ps.TopK(k=5), "weight_decay": 0.1},
+    "momentum": {"compressor": ps.TopK(k=5), "momentum": 0.9},
+    "nesterov": {"compressor": ps.RandomK(0.2), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "storm": {"compressor": ps.TopK(k=5), "momentum": ps.Storm(0.3), "weight_decay": 0.1},
+    "ef21": {"compressor": ps.TopK(k=5), "memory": "ef21"},
+    "ef21 momentum": {"compressor": ps.TopK(k=5), "memory": "ef21", "momentum": 0.5},
+    "bfloat16": {"compressor": ps.TopK(k=5), "dtype": torch.bfloat16},
+    "float64": {"compressor": ps.TopK(k=5), "dtype": torch.float64},
+    "escape": {"compressor": ps.TopK(k=5), "escape": ps.Escape(4, 2.0, lambda: 0.0)},
+    "monitor": {"compressor": ps.TopK(k=5), "monitor_every": 1},
 }
 
 
 @IGNORED
 @pytest.mark.parametrize(("way", "seed"), [(way, i % 3) for i, way in enumerate(WAYS)])
 def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
-    runs, twins = (simulate(lambda rank, b=b: run(b, seed, **WAYS[way]), WORKERS) for b in with_and_without(seed))
+    runs, twins = (ps.simulate(lambda rank, b=b: run(b, seed, **WAYS[way]), WORKERS) for b in with_and_without(seed))
     assert all_differences(runs, twins) == [[]] * WORKERS
     for mine, twin in zip(runs, twins, strict=True):
         assert (mine["skipped"], twin["skipped"]) == (4, 0)
@@ -144,7 +129,7 @@ def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
     assert all(len(workers) == 1 and name.startswith("parameter ") for _, workers, name in runs[0]["skips"])
 
 
-SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay", repr(LowRank()))
+SCALED = ("TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay", repr(ps.LowRank()))
 
 
 @pytest.mark.parametrize(("way", "seed"), [(way, i % 3) for i, way in enumerate(SCALED)])
@@ -152,7 +137,7 @@ def test_nor_behind_a_scaler(way: str, seed: int) -> None:
     """Its scale is out of the error memory; a worker alone with an Inf does not leave the others waiting."""
     batches, without = with_and_without(seed)
     runs, twins, plain = (
-        simulate(lambda rank, b=b, scale=scale: run(b, seed, scale, **WAYS[way]), WORKERS)
+        ps.simulate(lambda rank, b=b, scale=scale: run(b, seed, scale, **WAYS[way]), WORKERS)
         for b, scale in ((batches, 1024.0), (without, 1024.0), (without, 0.0))
     )
     assert all_differences(runs, twins) == all_differences(twins, plain) == [[]] * WORKERS
@@ -169,9 +154,9 @@ REVOCABLE = [way for way in WAYS if not any(name in way for name in KEPT)]
 def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large vectors have no second one: a bad batch is subtracted again. Without bad batches the bits are the same."""
     batches, without = with_and_without(0)
-    beside = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
+    beside = ps.simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
     monkeypatch.setattr(memories, "_LARGE", 0)
-    runs, twins = (simulate(lambda rank, b=b: run(b, **WAYS[way]), WORKERS) for b in (batches, without))
+    runs, twins = (ps.simulate(lambda rank, b=b: run(b, **WAYS[way]), WORKERS) for b in (batches, without))
     assert all_differences(twins, beside) == [[]] * WORKERS
     tolerance = 1e-2 if way == "bfloat16" else 1e-5  # a last bit of x in 16 bits may fall the other way
     for mine, twin in zip(runs, twins, strict=True):
@@ -183,7 +168,7 @@ def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.Monk
 
 
 def test_a_million_coordinates_have_no_second_vector() -> None:
-    made = [lone(torch.zeros(n, 1), 0.1, TopK(k=5)) for n in ((1 << 20) + 9, 1000)]
+    made = [lone(torch.zeros(n, 1), 0.1, ps.TopK(k=5)) for n in ((1 << 20) + 9, 1000)]
     for p, opt in made:
         feed(p, opt, 1.0)
     assert [opt.spare_bytes for _, opt in made] == [0, 4000]
@@ -194,7 +179,7 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
     """Squares of it overflow, but nothing else need to: the step is taken, with the bits of a small vector's."""
 
     def two_steps() -> list[Tensor]:
-        p, opt = lone(torch.zeros(40, 40), 1e-3, TopK(k=9))
+        p, opt = lone(torch.zeros(40, 40), 1e-3, ps.TopK(k=9))
         feed(p, opt, *[torch.rand(40, 40, generator=torch.Generator().manual_seed(seed)) * size for seed in range(2)])
         return [p.detach(), opt.state[p]["error"].clone(), torch.tensor(opt.skipped)]
 
@@ -204,7 +189,7 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
 
 
 def test_an_overflow_of_the_sum_is_no_overflow_of_a_gradient() -> None:
-    p, opt = lone(torch.zeros(4, 4), 1e-3, Identity())
+    p, opt = lone(torch.zeros(4, 4), 1e-3, ps.Identity())
     feed(p, opt, 3e38)
     assert opt.skipped == 0
     assert torch.equal(p, torch.full((4, 4), -1e-3).mul(3e38))
@@ -226,30 +211,32 @@ def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
 
     def worker(rank: int, most: int) -> None:
         p = nn.Parameter(torch.ones(5, 5))
-        opt = CompressedSGD([("weights", p)], 0.1, Compression(TopK(k=3), dense_below=0, max_skipped=most), noise=0.1)
+        opt = ps.CompressedSGD(
+            [("weights", p)], 0.1, ps.Compression(ps.TopK(k=3), dense_below=0, max_skipped=most), noise=0.1
+        )
         p.grad = torch.ones_like(p)
         opt.step()
         before = p.detach().clone(), opt.error()
         p.grad = torch.ones_like(p) * (math.nan if rank == 1 else 1.0)
         for _ in range(most):
             opt.step()
-        with pytest.raises(NonFiniteError, match=f"{most + 1} consecutive step.*max_skipped={most}") as raised:
+        with pytest.raises(ps.NonFiniteError, match=f"{most + 1} consecutive step.*max_skipped={most}") as raised:
             opt.step()
         assert str(raised.value).startswith("step 1: weights is not finite on worker 1; ")
         assert (opt.steps, opt.skipped) == (1, most + 1)
         assert differences(before, (p.detach(), opt.error())) == []
 
     for most in (0, 2):
-        simulate(lambda rank, most=most: worker(rank, most), 2)
+        ps.simulate(lambda rank, most=most: worker(rank, most), 2)
 
 
 def test_a_step_that_is_taken_begins_the_row_anew() -> None:
     """Also in an optimizer that loads the state, which keeps the row."""
-    (p, opt), (q, again) = (lone(torch.ones(5, 5), 0.1, RandomK(0.01), max_skipped=1) for _ in range(2))
+    (p, opt), (q, again) = (lone(torch.ones(5, 5), 0.1, ps.RandomK(0.01), max_skipped=1) for _ in range(2))
     feed(p, opt, math.nan, 1.0, math.nan, 1.0, math.inf, 1.0, math.nan)
     again.load_state_dict(opt.state_dict())
     assert (opt.steps, opt.skipped, again.steps, again.skipped) == (3, 4, 3, 4)
-    with pytest.raises(NonFiniteError, match="2 consecutive steps"):
+    with pytest.raises(ps.NonFiniteError, match="2 consecutive steps"):
         feed(q, again, math.nan)
 
 
@@ -257,13 +244,13 @@ def test_it_costs_no_bytes() -> None:
     def moved(most: int | None) -> list[dict[str, Any]]:
         def worker(rank: int) -> dict[str, Any]:
             p, b = nn.Parameter(torch.ones(20, 5)), nn.Parameter(torch.ones(3))
-            opt = CompressedSGD([p, b], 0.1, Compression(TopK(k=3), dense_below=10, max_skipped=most))
+            opt = ps.CompressedSGD([p, b], 0.1, ps.Compression(ps.TopK(k=3), dense_below=10, max_skipped=most))
             for t in range(5):
                 p.grad, b.grad = torch.full_like(p, t + rank), torch.ones_like(b)
                 opt.step()
             return dict(opt.ledger.by_purpose)
 
-        return simulate(worker, 2)
+        return ps.simulate(worker, 2)
 
     with_it, without = moved(20), moved(None)
     for found, bare in zip(with_it, without, strict=True):

@@ -14,33 +14,14 @@ from problems import feed, lone, network, vector
 from specs import folded
 from torch import nn
 
-from packsaddle import (
-    QSGD,
-    CompressedSGD,
-    Compression,
-    Compressor,
-    Escape,
-    Identity,
-    LinearSketch,
-    LocalUpdates,
-    LowRank,
-    Ramp,
-    RandomK,
-    RatioRamp,
-    SharedTopK,
-    Sign,
-    SketchTopK,
-    TopK,
-    attach,
-    simulate,
-)
+import packsaddle as ps
 from packsaddle.comm import Solo
 from packsaddle.compressors import compressors, selection
 from packsaddle.numerics.candidates import Candidates
 from packsaddle.sgd import memories
 
 
-def train(model: nn.Module, data: torch.Tensor, opt: CompressedSGD, steps: int, scheduler: Any = None) -> None:
+def train(model: nn.Module, data: torch.Tensor, opt: ps.CompressedSGD, steps: int, scheduler: Any = None) -> None:
     for _ in range(steps):
         opt.zero_grad()
         (model(data) - data).square().mean().backward()
@@ -49,33 +30,33 @@ def train(model: nn.Module, data: torch.Tensor, opt: CompressedSGD, steps: int, 
             scheduler.step()
 
 
-def make(model: nn.Module, data: torch.Tensor, **changes: Any) -> CompressedSGD:
+def make(model: nn.Module, data: torch.Tensor, **changes: Any) -> ps.CompressedSGD:
     arguments: dict[str, Any] = {
-        "compressor": RandomK(0.1),
-        "noise": Ramp(0.1, 5, 20),
-        "escape": Escape(4, 0.5, lambda: (model(data) - data).square().mean()),
+        "compressor": ps.RandomK(0.1),
+        "noise": ps.Ramp(0.1, 5, 20),
+        "escape": ps.Escape(4, 0.5, lambda: (model(data) - data).square().mean()),
         "dense_below": 100,
         "seed": 3,
     }
-    return CompressedSGD(model.named_parameters(), 0.1, **folded({**arguments, **changes}))
+    return ps.CompressedSGD(model.named_parameters(), 0.1, **folded({**arguments, **changes}))
 
 
 def test_the_compressor_may_follow_the_rate() -> None:
     p = nn.Parameter(torch.zeros(4, 3))
-    for given in (RandomK(0.5), Compression(RandomK(0.5))):  # alike, and by keyword too
+    for given in (ps.RandomK(0.5), ps.Compression(ps.RandomK(0.5))):  # alike, and by keyword too
         with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=256"):
-            opts = [CompressedSGD([p], 0.1, given), CompressedSGD([p], 0.1, compressor=given)]
-        assert [opt.compressor for opt in opts] == [RandomK(0.5)] * 2
+            opts = [ps.CompressedSGD([p], 0.1, given), ps.CompressedSGD([p], 0.1, compressor=given)]
+        assert [opt.compressor for opt in opts] == [ps.RandomK(0.5)] * 2
     with pytest.raises(TypeError, match="positional"):
-        CompressedSGD([p], 0.1, RandomK(0.5), 0.01)  # type: ignore[misc]
+        ps.CompressedSGD([p], 0.1, ps.RandomK(0.5), 0.01)  # type: ignore[misc]
 
 
 def test_state_keeps_its_precision() -> None:
     """torch would cast the float32 error memory of bfloat16 parameters to bfloat16."""
     model, data = nn.Linear(40, 40).bfloat16(), torch.randn(8, 40).bfloat16()
-    opt = CompressedSGD(model.parameters(), 0.1, compressor=RandomK(0.1))
+    opt = ps.CompressedSGD(model.parameters(), 0.1, compressor=ps.RandomK(0.1))
     train(model, data, opt, 3)
-    resumed = CompressedSGD(nn.Linear(40, 40).bfloat16().parameters(), 0.1, compressor=RandomK(0.1))
+    resumed = ps.CompressedSGD(nn.Linear(40, 40).bfloat16().parameters(), 0.1, compressor=ps.RandomK(0.1))
     resumed.load_state_dict(opt.state_dict())
     assert opt.error().dtype == torch.float32
     assert torch.equal(resumed.error(), opt.error())
@@ -88,7 +69,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     error, state = opt.error(), opt.state_dict()
     (group,) = state["param_groups"]
     turned = [nn.Parameter(torch.zeros(6, 20, dtype=torch.float64)), *list(model.parameters())[1:]]
-    fewer = CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3)
+    fewer = ps.CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=ps.Identity(), seed=3)
     older = "reads format 6: finish the run with the packsaddle that saved it, or load the weights alone"
     wrong: dict[str, Any] = {
         f"the state has format 1, .* {older}": state | {"param_groups": [group | {"format": 1}]},
@@ -97,8 +78,8 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
         "seed is 3 here, but the state was saved with seed 4": make(network()[0], data, seed=4).state_dict(),
         r"start of 0\.weight must have shape \(20, 6\), found nothing": make(model, data, escape=None).state_dict(),
         "the state is of 2 parameters, and there are 4": fewer.state_dict(),
-        r"must have shape \(20, 6\), found shape \(6, 20\)": CompressedSGD(
-            turned, 0.1, compressor=Identity(), seed=3
+        r"must have shape \(20, 6\), found shape \(6, 20\)": ps.CompressedSGD(
+            turned, 0.1, compressor=ps.Identity(), seed=3
         ).state_dict(),
     }
     for message, bad in wrong.items():
@@ -146,7 +127,7 @@ def test_groups_have_their_own_rates() -> None:
     """y moves by each group's own eta (grad + weight_decay x), whatever the layout; e is in units of a gradient."""
     ps = [nn.Parameter(torch.full(shape, 2.0, dtype=torch.float64)) for shape in ((4, 5), (3,), (6, 2))]
     groups = [{"params": ps[:2], "lr": 0.5}, {"params": ps[2:], "weight_decay": 0.25}]
-    opt = CompressedSGD(groups, 0.1, Compression(RandomK(k=2), dense_below=4))
+    opt = ps.CompressedSGD(groups, 0.1, ps.Compression(ps.RandomK(k=2), dense_below=4))
     for p in ps:
         p.grad = torch.ones_like(p)
     opt.step()
@@ -162,7 +143,7 @@ def test_groups_have_their_own_rates() -> None:
 
 def test_dense_tensors_bytes_and_mu() -> None:
     model = nn.Sequential(nn.Linear(50, 40), nn.LayerNorm(40), nn.Linear(40, 4))  # 2000 | 40 40 40 160 4
-    opt = CompressedSGD(model.parameters(), 0.1, compressor=RandomK(0.01))
+    opt = ps.CompressedSGD(model.parameters(), 0.1, compressor=ps.RandomK(0.01))
     (model(torch.ones(2, 50)).sum()).backward()
     opt.step()
     assert (opt.numel, opt.compressed_numel) == (2284, 2000)
@@ -175,7 +156,7 @@ def test_dense_tensors_bytes_and_mu() -> None:
 
 def test_closure_and_parameters_without_gradient() -> None:
     used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))
-    opt = CompressedSGD([used, unused], 0.1, Compression(Identity(), dense_below=0))
+    opt = ps.CompressedSGD([used, unused], 0.1, ps.Compression(ps.Identity(), dense_below=0))
 
     def closure() -> float:
         opt.zero_grad()
@@ -190,15 +171,17 @@ def test_closure_and_parameters_without_gradient() -> None:
 
 @pytest.mark.parametrize("exchange", ["direct", "two-way"])
 @pytest.mark.parametrize(
-    "c", [Sign(), LinearSketch(0.5), QSGD(), LowRank(), TopK(k=1), SketchTopK(k=2), SharedTopK(k=4)], ids=repr
+    "c",
+    [ps.Sign(), ps.LinearSketch(0.5), ps.QSGD(), ps.LowRank(), ps.TopK(k=1), ps.SketchTopK(k=2), ps.SharedTopK(k=4)],
+    ids=repr,
 )
-def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> None:
+def test_no_compressor_moves_what_is_frozen(c: ps.Compressor, exchange: str) -> None:
     """Sign makes something of zeros, sketches leak between coordinates, an owner may hold an error back; until it is no
     longer frozen."""
-    if exchange == "two-way" and isinstance(c, LowRank | SketchTopK | SharedTopK):
+    if exchange == "two-way" and isinstance(c, ps.LowRank | ps.SketchTopK | ps.SharedTopK):
         exchange = "direct"
     a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
-    opt = CompressedSGD([a, b], 0.1, Compression(c, dense_below=0, exchange=exchange), noise=0.5)
+    opt = ps.CompressedSGD([a, b], 0.1, ps.Compression(c, dense_below=0, exchange=exchange), noise=0.5)
     before = b.clone()
     for step in range(24):
         if step in (3, 12):
@@ -225,26 +208,28 @@ def test_gradients_and_torchs_random_state_are_left_alone() -> None:
 
 W = nn.Parameter(torch.ones(40, 40))
 MODULE: Any = nn.Linear(1, 1)
-RAMP: Any = RatioRamp(RandomK(0.1), 5)
+RAMP: Any = ps.RatioRamp(ps.RandomK(0.1), 5)
 REFUSALS: dict[str, Callable[[], object]] = {
-    r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: CompressedSGD(MODULE, 0.1),
-    "lr must be a number, got '0.1'": lambda: CompressedSGD([W], "0.1"),  # type: ignore[arg-type]
-    "lr must be a number, got True": lambda: CompressedSGD([W], True),
-    r"lr must be finite and not negative, got -0\.1": lambda: CompressedSGD([W], -0.1),
-    "weight_decay must be finite and not negative, got nan": lambda: CompressedSGD([W], 0.1, weight_decay=math.nan),
-    "noise must be finite and not negative, got -1": lambda: CompressedSGD([W], 0.1, noise=-1.0),
-    r"seed must be an integer, got 1\.5": lambda: CompressedSGD([W], 0.1, seed=1.5),  # type: ignore[arg-type]
-    "dense_below must be an integer of at least 0, got -1": lambda: Compression(RandomK(0.01), dense_below=-1),
-    "max_skipped must be an integer of at least 0, got 2.5": lambda: Compression(max_skipped=2.5),  # type: ignore[arg-type]
-    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: Compression(back=0.1),  # type: ignore[arg-type]
-    r"k of RandomK must be at most d = 1600 \(the coordinates\)": lambda: CompressedSGD([W], 0.1, RandomK(k=2000)),
-    "compressor must be a packsaddle Compressor": lambda: CompressedSGD([W], 0.1, 0.01),  # type: ignore[arg-type]
-    r"got RatioRamp\(.*: functions of the step are for register_ddp_hook": lambda: CompressedSGD([W], 0.1, RAMP),
-    r"got Ratio.*: functions of the step are for register_d": lambda: CompressedSGD([W], 0.1, Compression(RAMP)),
-    r"floating point, but parameter 0 is torch\.int64": lambda: CompressedSGD([torch.ones(3).long()], 0.1),
-    "empty parameter list": lambda: CompressedSGD([], 0.1),
-    "takes all its parameters at construction": lambda: CompressedSGD([W], 0.1).add_param_group({"params": [W]}),
-    "cannot be copied or pickled; use state_dict": lambda: copy.deepcopy(CompressedSGD([W], 0.1)),
+    r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: ps.CompressedSGD(MODULE, 0.1),
+    "lr must be a number, got '0.1'": lambda: ps.CompressedSGD([W], "0.1"),  # type: ignore[arg-type]
+    "lr must be a number, got True": lambda: ps.CompressedSGD([W], True),
+    r"lr must be finite and not negative, got -0\.1": lambda: ps.CompressedSGD([W], -0.1),
+    "weight_decay must be finite and not negative, got nan": lambda: ps.CompressedSGD([W], 0.1, weight_decay=math.nan),
+    "noise must be finite and not negative, got -1": lambda: ps.CompressedSGD([W], 0.1, noise=-1.0),
+    r"seed must be an integer, got 1\.5": lambda: ps.CompressedSGD([W], 0.1, seed=1.5),  # type: ignore[arg-type]
+    "dense_below must be an integer of at least 0, got -1": lambda: ps.Compression(ps.RandomK(0.01), dense_below=-1),
+    "max_skipped must be an integer of at least 0, got 2.5": lambda: ps.Compression(max_skipped=2.5),  # type: ignore[arg-type]
+    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: ps.Compression(back=0.1),  # type: ignore[arg-type]
+    r"k of RandomK must be at most d = 1600 \(the coordinates\)": lambda: ps.CompressedSGD(
+        [W], 0.1, ps.RandomK(k=2000)
+    ),
+    "compressor must be a packsaddle Compressor": lambda: ps.CompressedSGD([W], 0.1, 0.01),  # type: ignore[arg-type]
+    r"got RatioRamp\(.*: functions of the step are for register_ddp_hook": lambda: ps.CompressedSGD([W], 0.1, RAMP),
+    r"got Ratio.*: functions of the step are for register_d": lambda: ps.CompressedSGD([W], 0.1, ps.Compression(RAMP)),
+    r"floating point, but parameter 0 is torch\.int64": lambda: ps.CompressedSGD([torch.ones(3).long()], 0.1),
+    "empty parameter list": lambda: ps.CompressedSGD([], 0.1),
+    "takes all its parameters at construction": lambda: ps.CompressedSGD([W], 0.1).add_param_group({"params": [W]}),
+    "cannot be copied or pickled; use state_dict": lambda: copy.deepcopy(ps.CompressedSGD([W], 0.1)),
 }
 
 
@@ -255,9 +240,9 @@ def test_refusals(message: str) -> None:
 
 
 ALONE: dict[str, Callable[[nn.Module], object]] = {
-    "CompressedSGD": lambda model: CompressedSGD(model.parameters(), 0.1),
-    "LocalUpdates": lambda model: LocalUpdates(torch.optim.AdamW(model.parameters())),
-    "attach": attach,
+    "CompressedSGD": lambda model: ps.CompressedSGD(model.parameters(), 0.1),
+    "LocalUpdates": lambda model: ps.LocalUpdates(torch.optim.AdamW(model.parameters())),
+    "attach": ps.attach,
 }
 
 
@@ -275,13 +260,15 @@ def test_a_process_of_several_that_would_train_alone_raises(front: str, monkeypa
 def test_a_process_of_several_may_train_alone_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     model = nn.Linear(40, 40)
-    assert CompressedSGD(model.parameters(), 0.1, process_group=Solo()).channel.group.size == 1
-    assert "workers=1" in repr(LocalUpdates(torch.optim.AdamW(model.parameters()), workers=Solo()))
-    for repeated in simulate(lambda rank: repr(LocalUpdates(torch.optim.AdamW(nn.Linear(40, 40).parameters()))), 2):
+    assert ps.CompressedSGD(model.parameters(), 0.1, process_group=Solo()).channel.group.size == 1
+    assert "workers=1" in repr(ps.LocalUpdates(torch.optim.AdamW(model.parameters()), workers=Solo()))
+    for repeated in ps.simulate(
+        lambda rank: repr(ps.LocalUpdates(torch.optim.AdamW(nn.Linear(40, 40).parameters()))), 2
+    ):
         assert "workers=2" in repeated
 
 
-TWO_WAY: dict[str, Any] = {"compressor": TopK(0.3), "exchange": "two-way", "back": TopK(0.1), "escape": None}
+TWO_WAY: dict[str, Any] = {"compressor": ps.TopK(0.3), "exchange": "two-way", "back": ps.TopK(0.1), "escape": None}
 
 
 @pytest.mark.parametrize("changes", [{}, TWO_WAY], ids=["direct", "two-way"])
@@ -308,7 +295,7 @@ def test_another_exchange_continues_with_an_owners_error(other: str) -> None:
     model, data = network()
     opt = make(model, data, **TWO_WAY)
     train(model, data, opt, 5)
-    changed = {**TWO_WAY, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
+    changed = {**TWO_WAY, "exchange": other, "back": None if other == "direct" else ps.TopK(0.1)}
     another = make(network()[0], data, **changed)
     another.load_state_dict(opt.state_dict())
     assert torch.equal(another.error(), opt.error())
@@ -318,7 +305,7 @@ def test_a_warm_start_that_does_not_fit_is_left_out() -> None:
     states = []
     for matrix_rank in (1, 2):
         model, data = network()
-        opt = make(model, data, compressor=LowRank(matrix_rank), escape=None)
+        opt = make(model, data, compressor=ps.LowRank(matrix_rank), escape=None)
         for state in states:
             opt.load_state_dict(state)
         train(model, data, opt, 2)
@@ -339,38 +326,41 @@ def test_another_workers_state_is_refused() -> None:
         return "done"
 
     states: list[Any] = []
-    assert simulate(worker, 2) == ["done", "done"]
+    assert ps.simulate(worker, 2) == ["done", "done"]
 
 
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
         ({"seed": 1}, r"worker 0 has seed=0 and worker 1 has seed=1"),
-        ({"compressor": TopK(0.2)}, r"worker 0 has compressor=RandomK\(ratio=0\.2.* and worker 1 has compressor=TopK"),
+        (
+            {"compressor": ps.TopK(0.2)},
+            r"worker 0 has compressor=RandomK\(ratio=0\.2.* and worker 1 has compressor=TopK",
+        ),
         ({"noise": 0.5}, r"worker 0 has noise=0\.0 and worker 1 has noise=0\.5"),
         ({"lr": 0.5}, r"worker 0 has lr=\[0\.1\] and worker 1 has lr=\[0\.5\]"),
-        ({"escape": Escape(5, 1.0, float)}, r"worker 0 has escape=None and worker 1 has escape=Escape\(interval=5"),
+        ({"escape": ps.Escape(5, 1.0, float)}, r"worker 0 has escape=None and worker 1 has escape=Escape\(interval=5"),
         ({"exchange": "two-way"}, "worker 0 has exchange='direct' and worker 1 has exchange='two-way'"),
         ({"params": [nn.Parameter(torch.ones(80, 40))]}, "worker 0 has numel=1600 and worker 1 has numel=3200"),
     ],
 )
 def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
     def worker(rank: int) -> None:
-        arguments = {"params": [W], "lr": 0.1, "seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
-        CompressedSGD(**folded(arguments))
+        arguments = {"params": [W], "lr": 0.1, "seed": 0, "compressor": ps.RandomK(0.2), **(difference if rank else {})}
+        ps.CompressedSGD(**folded(arguments))
 
     with pytest.raises(ValueError, match=message):
-        simulate(worker, 2)
+        ps.simulate(worker, 2)
 
 
 def test_equal_functions_are_equal_arguments() -> None:
     """Each worker has its own objective and schedule objects, which lie at other addresses; numpy's seeds are seeds."""
 
     def worker(rank: int) -> int:
-        given: dict[str, Any] = {"noise": lambda step: 0.1, "escape": Escape(5, 1.0, lambda: float(W.sum()))}
-        return CompressedSGD([W], 0.1, seed=5 if rank else np.int64(5), **given).numel
+        given: dict[str, Any] = {"noise": lambda step: 0.1, "escape": ps.Escape(5, 1.0, lambda: float(W.sum()))}
+        return ps.CompressedSGD([W], 0.1, seed=5 if rank else np.int64(5), **given).numel
 
-    assert simulate(worker, 2) == [1600, 1600]
+    assert ps.simulate(worker, 2) == [1600, 1600]
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
@@ -388,7 +378,7 @@ def test_a_rate_that_is_none_is_refused_at_the_step(name: str) -> None:
     assert torch.equal(opt.error(), e)
     assert opt.steps == 2
     train(model, data, opt, 1)
-    pair = CompressedSGD([{"params": [nn.Parameter(torch.ones(20, 20))]} for _ in range(2)], 0.1)
+    pair = ps.CompressedSGD([{"params": [nn.Parameter(torch.ones(20, 20))]} for _ in range(2)], 0.1)
     pair.param_groups[1][name] = -1
     with pytest.raises(ValueError, match=f"{name} of parameter group 1 must be finite and not negative, got -1"):
         pair.step()
@@ -410,11 +400,11 @@ def test_a_step_within_a_step_is_refused() -> None:
 
 
 COUNTS: dict[str, Callable[[bool], object]] = {
-    "seed": lambda flag: CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, Identity(), seed=flag),
-    "interval": lambda flag: Escape(flag, 1.0, lambda: 0.0),
-    "every": lambda flag: Escape(5, 1.0, lambda: 0.0, every=flag),
+    "seed": lambda flag: ps.CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, ps.Identity(), seed=flag),
+    "interval": lambda flag: ps.Escape(flag, 1.0, lambda: 0.0),
+    "every": lambda flag: ps.Escape(5, 1.0, lambda: 0.0, every=flag),
     **{
-        name: lambda flag, name=name: Compression(RandomK(0.5), **{name: flag})  # type: ignore[misc]
+        name: lambda flag, name=name: ps.Compression(ps.RandomK(0.5), **{name: flag})  # type: ignore[misc]
         for name in ("dense_below", "max_skipped", "compare_every", "monitor_every")
     },
 }
@@ -429,7 +419,7 @@ def test_a_flag_is_no_count(name: str, flag: bool) -> None:
 
 def test_a_sparse_gradient_leaves_the_memory_alone() -> None:
     embedding = nn.Embedding(50, 40, sparse=True)
-    opt = CompressedSGD(embedding.named_parameters(), 0.1, noise=1.0)
+    opt = ps.CompressedSGD(embedding.named_parameters(), 0.1, noise=1.0)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse gradient"):
         opt.step()
@@ -439,7 +429,7 @@ def test_a_sparse_gradient_leaves_the_memory_alone() -> None:
 @pytest.mark.parametrize("dense_below", [0, 10**6])
 def test_sixteen_bit_parameters_lose_nothing(dense_below: int) -> None:
     """1,000 updates of 1e-3 on bfloat16 ones, each below half a unit in the last place, still arrive at 0."""
-    p, opt = lone(torch.ones(64, 2, dtype=torch.bfloat16), 1e-3, Identity(), dense_below=dense_below)
+    p, opt = lone(torch.ones(64, 2, dtype=torch.bfloat16), 1e-3, ps.Identity(), dense_below=dense_below)
     feed(p, opt, *[1.0] * 1000)
     assert opt.corrected().abs().max() < 1e-4
     assert p.abs().max() < 0.01
@@ -449,15 +439,15 @@ def test_sixteen_bit_parameters_lose_nothing(dense_below: int) -> None:
 def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
     """Steps of 0.05 on a bfloat16 100, whose neighbour is 99.5, with a commit every fourth step: 95 after 100."""
     calls = itertools.count()  # f(x_t), asked for first, is always below f(x_t')
-    escape, x = Escape(3, 1e9, lambda: next(calls)), torch.full((64, 2), 100.0, dtype=torch.bfloat16)
-    p, opt = lone(x, 0.05, Identity(), dense_below=dense_below, escape=escape)
+    escape, x = ps.Escape(3, 1e9, lambda: next(calls)), torch.full((64, 2), 100.0, dtype=torch.bfloat16)
+    p, opt = lone(x, 0.05, ps.Identity(), dense_below=dense_below, escape=escape)
     feed(p, opt, *[1.0] * 100)
     assert [r.committed for r in opt.resets] == [True] * 25
     assert torch.allclose(opt.corrected(), torch.full((128,), 95.0), atol=1e-3)
 
 
-@pytest.mark.parametrize("c", [*compressors(0.5), TopK(k=2), SharedTopK(k=12, block_size=2)], ids=repr)
-def test_a_nan_is_seen(c: Compressor) -> None:
+@pytest.mark.parametrize("c", [*compressors(0.5), ps.TopK(k=2), ps.SharedTopK(k=12, block_size=2)], ids=repr)
+def test_a_nan_is_seen(c: ps.Compressor) -> None:
     """Where no step is left out a NaN reaches x with every compressor, and the monitor does not call it perfect."""
     p, opt = lone(torch.zeros(10, 6), 0.1, c, monitor_every=1, max_skipped=None)
     first = torch.ones(10, 6)
@@ -471,7 +461,7 @@ def test_a_nan_is_seen(c: Compressor) -> None:
 def test_monitor_measures_single_steps() -> None:
     """RandomK of equal magnitudes keeps exactly k/d, TopK of one spike everything, a dense tensor everything."""
     w, b = nn.Parameter(torch.zeros(20, 10)), nn.Parameter(torch.zeros(7))
-    opt = CompressedSGD([("w", w), ("b", b)], 0.5, Compression(RandomK(0.1), dense_below=8, monitor_every=2))
+    opt = ps.CompressedSGD([("w", w), ("b", b)], 0.5, ps.Compression(ps.RandomK(0.1), dense_below=8, monitor_every=2))
     for step in range(2):
         assert opt.monitor.whole is None
         w.grad, b.grad = torch.ones_like(w), torch.full_like(b, 2.0)
@@ -483,21 +473,21 @@ def test_monitor_measures_single_steps() -> None:
     assert opt.monitor.whole == pytest.approx((20 + 4 * 7) / (200 + 4 * 7))
 
 
-@pytest.mark.parametrize("c", [Sign(per_tensor=True), LowRank()], ids=repr)
+@pytest.mark.parametrize("c", [ps.Sign(per_tensor=True), ps.LowRank()], ids=repr)
 def test_compressors_that_know_tensors(c: Any) -> None:
     """The optimizer tells them where tensors are: matrices of rank one are kept whole, each tensor has its scale."""
     ps = [nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(5, 9))]
-    opt = CompressedSGD(ps, 1.0, Compression(c, dense_below=0))
+    opt = ps.CompressedSGD(ps, 1.0, ps.Compression(c, dense_below=0))
     for i, p in enumerate(ps):
         rank_one = torch.linspace(1, 2, len(p))[:, None] * torch.ones(p.shape[1])
-        p.grad = torch.full_like(p, 10.0**i) if isinstance(c, Sign) else rank_one
+        p.grad = torch.full_like(p, 10.0**i) if isinstance(c, ps.Sign) else rank_one
     opt.step()
     assert torch.allclose(opt.error(), torch.zeros(93), atol=1e-5)
 
 
 def test_a_step_of_randomk_makes_no_vector_of_the_models_size() -> None:
     """After the first step nothing is allocated that grows with d, with noise too."""
-    w, opt = lone(torch.zeros(1000, 1000), 0.1, RandomK(0.01), noise=0.1)
+    w, opt = lone(torch.zeros(1000, 1000), 0.1, ps.RandomK(0.01), noise=0.1)
     feed(w, opt, 1.0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         opt.step()
@@ -525,7 +515,7 @@ def test_scalars_travel_with_the_step() -> None:
         return found
 
     (x, means, purposes, calls), (without, nothing, same, _) = (
-        simulate(partial(work, scalars), 2)[0] for scalars in (True, False)
+        ps.simulate(partial(work, scalars), 2)[0] for scalars in (True, False)
     )
     assert torch.equal(x, without)
     assert calls == 3
@@ -537,10 +527,10 @@ def test_scalars_travel_with_the_step() -> None:
 
 def test_what_it_is_can_be_read() -> None:
     model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64))
-    opt = CompressedSGD(model.parameters(), 0.1, RandomK(0.01))
+    opt = ps.CompressedSGD(model.parameters(), 0.1, ps.RandomK(0.01))
     of = "RandomK(ratio=0.01) on 32,768 of 33,088 coordinates"
     assert repr(opt) == f"CompressedSGD(lr=0.1, {of}, exchange=all-reduce, workers=1, steps=0)"
-    local = LocalUpdates(torch.optim.AdamW(model.parameters()), every=8, compressor=TopK(0.5))
+    local = ps.LocalUpdates(torch.optim.AdamW(model.parameters()), every=8, compressor=ps.TopK(0.5))
     about = "every=8, TopK(ratio=0.5), outer=mean, fragments=1, workers=1, steps=0, rounds=0"
     assert repr(local) == f"LocalUpdates(AdamW, {about})"
 
@@ -556,7 +546,7 @@ def test_candidates_collected_with_the_gradient_change_no_selection(monkeypatch:
     for use in (reached, lambda self, v, k: None):
         monkeypatch.setattr(Candidates, "reached", use)
         net = torch.nn.ParameterList([torch.zeros(500, 500), torch.zeros(9), torch.zeros(200, 500)])
-        opt = CompressedSGD(net.parameters(), 0.1, TopK(0.2), noise=lambda t: 0.1 if t in (9, 10) else 0.0)
+        opt = ps.CompressedSGD(net.parameters(), 0.1, ps.TopK(0.2), noise=lambda t: 0.1 if t in (9, 10) else 0.0)
         for step, whole in enumerate(gradients):
             net[0].grad, net[2].grad = whole[:500].clone(), None if step == 3 else whole[500:].clone()
             opt.param_groups[0]["weight_decay"] = 0.1 if step in (11, 12) else 0.0
