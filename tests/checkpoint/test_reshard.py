@@ -261,13 +261,10 @@ def two_optimizers(*weights: float | None) -> Parts:
     model = torch.nn.ModuleList([torch.nn.Linear(64, 64, bias=False) for _ in weights])
     parts: Parts = {"model": model}
     for i, weight in enumerate(weights):
-        one = with_local(model[i], torch.optim.SGD(model[i].parameters(), lr=1.0, momentum=0.9), workers=of(weight))
+        optimizer = torch.optim.SGD(model[i].parameters(), lr=1.0, momentum=0.9)
+        one = with_local(model[i], optimizer, workers=packsaddle.Workers(weight=weight))
         parts |= {f"optimizer {i}": one["optimizer"], f"local {i}": one["local"]}
     return parts
-
-
-def of(weight: float | None) -> packsaddle.Workers:
-    return packsaddle.Workers(weight=weight)
 
 
 def test_workers_of_unlike_weights(tmp_path: Path) -> None:
@@ -292,7 +289,7 @@ def test_workers_of_unlike_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_a_state_of_an_earlier_format(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_of_an_earlier_format(workers: int, tmp_path: Path) -> None:
     def made(rank: int) -> Parts:
         layer = torch.nn.Linear(40, 40)
         return with_local(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
