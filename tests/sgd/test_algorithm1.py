@@ -79,13 +79,13 @@ def test_identity_is_sgd() -> None:
     start = [torch.randn(5, 4, generator=rng), torch.randn(4, generator=rng), torch.randn(40, 40, generator=rng)]
 
     def trajectory(make: Any) -> list[torch.Tensor]:
-        ps = [nn.Parameter(s.clone()) for s in start]
-        opt = make([{"params": ps[:2]}, {"params": ps[2:], "lr": 0.02, "weight_decay": 0.3}])
+        weights = [nn.Parameter(s.clone()) for s in start]
+        opt = make([{"params": weights[:2]}, {"params": weights[2:], "lr": 0.02, "weight_decay": 0.3}])
         for _ in range(10):
             opt.zero_grad()
-            sum((p**3).sum() + p.sin().sum() for p in ps).backward()
+            sum((p**3).sum() + p.sin().sum() for p in weights).backward()
             opt.step()
-        return [p.detach() for p in ps]
+        return [p.detach() for p in weights]
 
     ours = trajectory(lambda groups: ps.CompressedSGD(groups, 0.01, compressor=ps.Identity(), weight_decay=0.1))
     torchs = trajectory(lambda groups: torch.optim.SGD(groups, 0.01, weight_decay=0.1))

@@ -125,15 +125,15 @@ def test_scheduler() -> None:
 
 def test_groups_have_their_own_rates() -> None:
     """y moves by each group's own eta (grad + weight_decay x), whatever the layout; e is in units of a gradient."""
-    ps = [nn.Parameter(torch.full(shape, 2.0, dtype=torch.float64)) for shape in ((4, 5), (3,), (6, 2))]
-    groups = [{"params": ps[:2], "lr": 0.5}, {"params": ps[2:], "weight_decay": 0.25}]
+    weights = [nn.Parameter(torch.full(shape, 2.0, dtype=torch.float64)) for shape in ((4, 5), (3,), (6, 2))]
+    groups = [{"params": weights[:2], "lr": 0.5}, {"params": weights[2:], "weight_decay": 0.25}]
     opt = ps.CompressedSGD(groups, 0.1, ps.Compression(ps.RandomK(k=2), dense_below=4))
-    for p in ps:
+    for p in weights:
         p.grad = torch.ones_like(p)
     opt.step()
     y = torch.cat([torch.full((23,), 2.0 - 0.5), torch.full((12,), 2.0 - 0.1 * (1 + 0.25 * 2))]).double()
     assert torch.allclose(opt.corrected(), y)
-    e, x = opt.error(), nn.utils.parameters_to_vector(ps).detach()
+    e, x = opt.error(), nn.utils.parameters_to_vector(weights).detach()
     # Two coordinates were sent; the vector (3,) went dense. All others hold grad + weight_decay x.
     assert int((e[:20] == 0).sum() + (e[23:] == 0).sum()) == 2
     assert not e[20:23].any()
@@ -188,7 +188,7 @@ def test_no_compressor_moves_what_is_frozen(c: ps.Compressor, exchange: str) -> 
             before = b.clone()
             b.requires_grad_(step == 12)
         a.grad = torch.ones_like(a)
-        b.grad = torch.ones_like(b) if b.requires_grad else None
+        b.grad = torch.full_like(b, 1.0 if step < 3 else 9.0) if b.requires_grad else None
         opt.step()
         if step == 11:
             assert torch.equal(b, before)
@@ -218,8 +218,10 @@ REFUSALS: dict[str, Callable[[], object]] = {
     "noise must be finite and not negative, got -1": lambda: ps.CompressedSGD([W], 0.1, noise=-1.0),
     r"seed must be an integer, got 1\.5": lambda: ps.CompressedSGD([W], 0.1, seed=1.5),  # type: ignore[arg-type]
     "dense_below must be an integer of at least 0, got -1": lambda: ps.Compression(ps.RandomK(0.01), dense_below=-1),
-    "max_skipped must be an integer of at least 0, got 2.5": lambda: ps.Compression(max_skipped=2.5),  # type: ignore[arg-type]
-    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: ps.Compression(back=0.1),  # type: ignore[arg-type]
+    "max_skipped must be an integer of at least 0, got 2.5": lambda: ps.Compression(ps.TopK(0.1), max_skipped=2.5),  # type: ignore[arg-type]
+    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: ps.Compression(
+        ps.TopK(0.1), exchange="two-way", back=0.1
+    ),  # type: ignore[arg-type]
     r"k of RandomK must be at most d = 1600 \(the coordinates\)": lambda: ps.CompressedSGD(
         [W], 0.1, ps.RandomK(k=2000)
     ),
@@ -476,9 +478,9 @@ def test_monitor_measures_single_steps() -> None:
 @pytest.mark.parametrize("c", [ps.Sign(per_tensor=True), ps.LowRank()], ids=repr)
 def test_compressors_that_know_tensors(c: Any) -> None:
     """The optimizer tells them where tensors are: matrices of rank one are kept whole, each tensor has its scale."""
-    ps = [nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(5, 9))]
-    opt = ps.CompressedSGD(ps, 1.0, ps.Compression(c, dense_below=0))
-    for i, p in enumerate(ps):
+    weights = [nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(5, 9))]
+    opt = ps.CompressedSGD(weights, 1.0, ps.Compression(c, dense_below=0))
+    for i, p in enumerate(weights):
         rank_one = torch.linspace(1, 2, len(p))[:, None] * torch.ones(p.shape[1])
         p.grad = torch.full_like(p, 10.0**i) if isinstance(c, ps.Sign) else rank_one
     opt.step()

@@ -57,8 +57,10 @@ def trained(front: str, way: str, value: float, whose: tuple[int, ...], has_them
     return {"state": state, "steps": one.engine.steps, "skips": skips, "skipped": one.engine.skipped}
 
 
-def with_and_without(front: str, way: str, *invalid: Any) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    mine, twin = (trained(front, way, *invalid, has_them) for has_them in (True, False))
+def with_and_without(
+    front: str, way: str, value: float, whose: tuple[int, ...]
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    mine, twin = (trained(front, way, value, whose, has_them) for has_them in (True, False))
     return differences(mine.pop("state"), twin.pop("state")), mine, twin
 
 
