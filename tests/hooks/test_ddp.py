@@ -170,9 +170,9 @@ def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
     """Losses before and after, weights, bytes counted and seen: a plain loop for each kind of message, and the other
     loops, which do not depend on it, for one of each exchange."""
     optimizers: list[Callable[[Any], torch.optim.Optimizer]] = [
-        lambda ps: torch.optim.SGD(ps, 0.5),
-        lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
-        lambda ps: torch.optim.AdamW(ps, 3e-3),
+        lambda of: torch.optim.SGD(of, 0.5),
+        lambda of: torch.optim.SGD(of, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
+        lambda of: torch.optim.AdamW(of, 3e-3),
     ]
     found = {}
     data = batches(1, torch.float32) * 14

@@ -208,6 +208,7 @@ def test_gradients_and_torchs_random_state_are_left_alone() -> None:
 
 W = nn.Parameter(torch.ones(40, 40))
 MODULE: Any = nn.Linear(1, 1)
+NUMBER: Any = 0.1
 RAMP: Any = ps.RatioRamp(ps.RandomK(0.1), 5)
 REFUSALS: dict[str, Callable[[], object]] = {
     r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: ps.CompressedSGD(MODULE, 0.1),
