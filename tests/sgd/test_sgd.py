@@ -207,32 +207,38 @@ def test_gradients_and_torchs_random_state_are_left_alone() -> None:
 
 
 W = nn.Parameter(torch.ones(40, 40))
-MODULE: Any = nn.Linear(1, 1)
-NUMBER: Any = 0.1
-RAMP: Any = ps.RatioRamp(ps.RandomK(0.1), 5)
+RAMP = ps.RatioRamp(ps.RandomK(0.1), 5)
+
+
+def sgd(*arguments: Any, params: Any = (W,), **options: Any) -> ps.CompressedSGD:
+    return ps.CompressedSGD(params, *arguments, **options)
+
+
+def spec(compressor: Any = RAMP, **options: Any) -> ps.Compression:
+    return ps.Compression(compressor, **options)
+
+
 REFUSALS: dict[str, Callable[[], object]] = {
-    r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: ps.CompressedSGD(MODULE, 0.1),
-    "lr must be a number, got '0.1'": lambda: ps.CompressedSGD([W], "0.1"),  # type: ignore[arg-type]
-    "lr must be a number, got True": lambda: ps.CompressedSGD([W], True),
-    r"lr must be finite and not negative, got -0\.1": lambda: ps.CompressedSGD([W], -0.1),
-    "weight_decay must be finite and not negative, got nan": lambda: ps.CompressedSGD([W], 0.1, weight_decay=math.nan),
-    "noise must be finite and not negative, got -1": lambda: ps.CompressedSGD([W], 0.1, noise=-1.0),
-    r"seed must be an integer, got 1\.5": lambda: ps.CompressedSGD([W], 0.1, seed=1.5),  # type: ignore[arg-type]
-    "dense_below must be an integer of at least 0, got -1": lambda: ps.Compression(ps.RandomK(0.01), dense_below=-1),
-    "max_skipped must be an integer of at least 0, got 2.5": lambda: ps.Compression(ps.TopK(0.1), max_skipped=2.5),  # type: ignore[arg-type]
-    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: ps.Compression(
-        ps.TopK(0.1), exchange="two-way", back=0.1
-    ),  # type: ignore[arg-type]
-    r"k of RandomK must be at most d = 1600 \(the coordinates\)": lambda: ps.CompressedSGD(
-        [W], 0.1, ps.RandomK(k=2000)
+    r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: sgd(
+        0.1, params=nn.Linear(1, 1)
     ),
-    "compressor must be a packsaddle Compressor": lambda: ps.CompressedSGD([W], 0.1, 0.01),  # type: ignore[arg-type]
-    r"got RatioRamp\(.*: functions of the step are for register_ddp_hook": lambda: ps.CompressedSGD([W], 0.1, RAMP),
-    r"got Ratio.*: functions of the step are for register_d": lambda: ps.CompressedSGD([W], 0.1, ps.Compression(RAMP)),
-    r"floating point, but parameter 0 is torch\.int64": lambda: ps.CompressedSGD([torch.ones(3).long()], 0.1),
-    "empty parameter list": lambda: ps.CompressedSGD([], 0.1),
-    "takes all its parameters at construction": lambda: ps.CompressedSGD([W], 0.1).add_param_group({"params": [W]}),
-    "cannot be copied or pickled; use state_dict": lambda: copy.deepcopy(ps.CompressedSGD([W], 0.1)),
+    r"floating point, but parameter 0 is torch\.int64": lambda: sgd(0.1, params=[torch.ones(3).long()]),
+    "empty parameter list": lambda: sgd(0.1, params=[]),
+    "lr must be a number, got '0.1'": lambda: sgd("0.1"),
+    "lr must be a number, got True": lambda: sgd(True),
+    r"lr must be finite and not negative, got -0\.1": lambda: sgd(-0.1),
+    "weight_decay must be finite and not negative, got nan": lambda: sgd(0.1, weight_decay=math.nan),
+    "noise must be finite and not negative, got -1": lambda: sgd(0.1, noise=-1.0),
+    r"seed must be an integer, got 1\.5": lambda: sgd(0.1, seed=1.5),
+    "dense_below must be an integer of at least 0, got -1": lambda: spec(dense_below=-1),
+    "max_skipped must be an integer of at least 0, got 2.5": lambda: spec(max_skipped=2.5),
+    r"back must be a packsaddle Compressor or None, got 0\.1": lambda: spec(exchange="two-way", back=0.1),
+    r"k of RandomK must be at most d = 1600 \(the coordinates\)": lambda: sgd(0.1, ps.RandomK(k=2000)),
+    "compressor must be a packsaddle Compressor": lambda: sgd(0.1, 0.01),
+    r"got RatioRamp\(.*: functions of the step are for register_ddp_hook": lambda: sgd(0.1, RAMP),
+    r"got Ratio.*: functions of the step are for register_ddp_hook": lambda: sgd(0.1, spec()),
+    "takes all its parameters at construction": lambda: sgd(0.1).add_param_group({"params": [W]}),
+    "cannot be copied or pickled; use state_dict": lambda: copy.deepcopy(sgd(0.1)),
 }
 
 
