@@ -219,9 +219,7 @@ def spec(compressor: Any = RAMP, **options: Any) -> ps.Compression:
 
 
 REFUSALS: dict[str, Callable[[], object]] = {
-    r"params must be parameters, got the module Linear: pass \.parameters\(\)": lambda: sgd(
-        0.1, params=nn.Linear(1, 1)
-    ),
+    r"must be parameters, got the module Linear: pass \.parameters\(\)": lambda: sgd(0.1, params=nn.Linear(1, 1)),
     r"floating point, but parameter 0 is torch\.int64": lambda: sgd(0.1, params=[torch.ones(3).long()]),
     "empty parameter list": lambda: sgd(0.1, params=[]),
     "lr must be a number, got '0.1'": lambda: sgd("0.1"),
