@@ -15,7 +15,18 @@ from long_vectors import long_vectors
 from torch import Tensor
 from torch_loops import both, torch_only, two_threads
 
-import packsaddle as ps
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    LinearSketch,
+    RandomK,
+    Rounded,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
@@ -46,7 +57,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
 
 
-def message(compressor: ps.Compressor, v: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def message(compressor: Compressor, v: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     sent = compressor.encode(v, seed=3, step=4)
     received = compressor.receive(sent.parts, len(v), seed=3, step=4)
     out = torch.zeros_like(v)  # so that a product that is rounded before it is added is rounded once all the same
@@ -56,14 +67,14 @@ def message(compressor: ps.Compressor, v: Tensor) -> tuple[dict[str, Tensor], Te
 
 @by_dtype
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
-def test_every_compressor_on_nasty_vectors(compressor: ps.Compressor, dtype: torch.dtype) -> None:
+def test_every_compressor_on_nasty_vectors(compressor: Compressor, dtype: torch.dtype) -> None:
     for name, v in nasty_vectors().items():
         v = v.to(dtype)
         (parts, out), (plain_parts, plain_out) = both(lambda v=v: message(compressor, v))  # type: ignore[misc]
-        drawn = isinstance(compressor, ps.LinearSketch) and compressor.sketch == "gaussian"
+        drawn = isinstance(compressor, LinearSketch) and compressor.sketch == "gaussian"
         size = float(v.nan_to_num(0, 0, 0).abs().sum()) if len(v) else 0.0
         for part in parts:  # the last digits of normal numbers differ
-            if drawn or (isinstance(compressor, ps.SharedTopK) and part == "sketch"):
+            if drawn or (isinstance(compressor, SharedTopK) and part == "sketch"):
                 assert torch.allclose(parts[part], plain_parts[part], rtol=0, atol=1e-6 * size, equal_nan=True), name
             else:
                 assert close(parts[part], plain_parts[part]), (name, part)
@@ -81,41 +92,41 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 
 SELECTING = [
-    ps.RandomK(0.01),
-    ps.RandomK(0.013, block_size=7),
-    ps.TopK(0.001),
-    ps.TopK(0.1),
-    ps.TopK(1 / 64, chunk=4096, values="int2"),
-    ps.TopK(0.5, values="int1"),
-    ps.TopK(0.5, values="int2"),
-    ps.TopK(0.3, values="int3"),
-    ps.Rounded(),
-    ps.AdaptiveTopK(0.3),
-    ps.AdaptiveTopK(1.0),
-    ps.Sign(),
-    ps.Sign(per_tensor=True),
+    RandomK(0.01),
+    RandomK(0.013, block_size=7),
+    TopK(0.001),
+    TopK(0.1),
+    TopK(1 / 64, chunk=4096, values="int2"),
+    TopK(0.5, values="int1"),
+    TopK(0.5, values="int2"),
+    TopK(0.3, values="int3"),
+    Rounded(),
+    AdaptiveTopK(0.3),
+    AdaptiveTopK(1.0),
+    Sign(),
+    Sign(per_tensor=True),
 ]
 
 
 @by_long_vector_and("compressor", SELECTING)
-def test_long_vectors_bit_for_bit(compressor: ps.Compressor, v: Tensor) -> None:
+def test_long_vectors_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
     check_bit_for_bit(compressor, v)
 
 
-def check_bit_for_bit(compressor: ps.Compressor, v: Tensor) -> None:
+def check_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
     bound = compressor.for_tensors([torch.Size([n]) for n in (len(v) // 3, 0, len(v) - len(v) // 3)])
     (parts, out), (plain_parts, plain_out) = both(lambda: message(bound, v))
     for name in parts:
         assert close(parts[name], plain_parts[name]) if name == "scales" else same(parts[name], plain_parts[name])
-    assert close(out, plain_out) if isinstance(compressor, ps.Sign) else same(out, plain_out)
+    assert close(out, plain_out) if isinstance(compressor, Sign) else same(out, plain_out)
 
 
-@by_long_vector_and("compressor", [ps.QSGD(coded=False), ps.QSGD(levels=127, bucket=100, coded=False)])
-def test_rounding_of_long_vectors(compressor: ps.QSGD, v: Tensor) -> None:
+@by_long_vector_and("compressor", [QSGD(coded=False), QSGD(levels=127, bucket=100, coded=False)])
+def test_rounding_of_long_vectors(compressor: QSGD, v: Tensor) -> None:
     check_rounding(compressor, v)
 
 
-def check_rounding(compressor: ps.QSGD, v: Tensor) -> None:
+def check_rounding(compressor: QSGD, v: Tensor) -> None:
     """Codes are torch's but where a sum of squares, rounded otherwise, moves a coordinate across its threshold."""
     (parts, out), (plain_parts, plain_out) = both(lambda: message(compressor, v))
     assert close(parts["scales"], plain_parts["scales"])
@@ -127,7 +138,7 @@ def check_rounding(compressor: ps.QSGD, v: Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compressor", SELECTING, ids=repr)
-def test_threads_and_double_precision(compressor: ps.Compressor) -> None:
+def test_threads_and_double_precision(compressor: Compressor) -> None:
     for name in ("normal", "sparse", "layers"):
         with two_threads():
             check_bit_for_bit(compressor, twice(name))
@@ -140,7 +151,7 @@ def twice(name: str) -> Tensor:
 
 def test_threads_and_double_precision_of_levels() -> None:
     with two_threads():
-        check_rounding(ps.QSGD(coded=False), twice("normal"))
+        check_rounding(QSGD(coded=False), twice("normal"))
 
 
 @by_long_vector_and("k", [1, 700, D // 10, D // 3, D])
@@ -237,7 +248,7 @@ def test_strided_and_half_vectors_take_the_plain_way() -> None:
 
 def test_vectors_that_require_a_gradient_are_compressed_too() -> None:
     v = torch.randn(5000)
-    for compressor in (ps.RandomK(0.5), ps.TopK(0.1), ps.Sign(), ps.QSGD()):
+    for compressor in (RandomK(0.5), TopK(0.1), Sign(), QSGD()):
         assert torch.equal(compressor(v.clone().requires_grad_(True)), compressor(v))
 
 
@@ -302,6 +313,6 @@ def test_candidates_of_a_sum(dtype: torch.dtype) -> None:
 
 def test_sketched_supports_are_the_same() -> None:
     v = LONG["heavy tails"]
-    for compressor in (ps.SketchTopK(0.01), ps.SketchTopK(0.001, rows=5), ps.SketchTopK(k=3, columns=50)):
+    for compressor in (SketchTopK(0.01), SketchTopK(0.001, rows=5), SketchTopK(k=3, columns=50)):
         (parts, _), (plain, _) = both(lambda compressor=compressor: message(compressor, v))  # type: ignore[misc]
         assert same(parts["values"], plain["values"])
