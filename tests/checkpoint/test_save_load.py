@@ -18,6 +18,7 @@ from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resu
 
 import packsaddle
 from packsaddle import CheckpointError, LocalUpdates, load_checkpoint, save_checkpoint
+from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.group import Solo
 from packsaddle.comm.simulation import simulate
@@ -496,6 +497,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     try:
         with pytest.raises(CheckpointError, match=r"step-00000006 cannot be written: File too large"):
             save_checkpoint(tmp_path, one.parts, step=6, extra={"large": torch.ones(1_000_000)})
+        with pytest.raises(OSError, match="File too large"):
+            write_whole(tmp_path / "file", lambda file: torch.save(torch.ones(1_000_000), file))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
