@@ -8,6 +8,8 @@ from typing import Any
 import problems
 import pytest
 import torch
+from exchanges import decoded as decode
+from exchanges import exchanged
 from torch import Tensor
 
 from packsaddle import (
@@ -65,6 +67,8 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (TopK(0.25, values="int2", chunk=64), "direct", None),
     (TopK(0.25, values="int2", chunk=64), "two-way", None),
     (Stages(Sign()), "direct", None),
+    (Stages(LowRank()), "direct", None),
+    (Stages(TopK(0.25)), "two-way", None),
     (Stages(QSGD(levels=3, coded=False)), "two-way", None),
     (QSGD(levels=3), "direct", None),
     (QSGD(levels=3), "two-way", None),
@@ -133,31 +137,8 @@ def exchange_once(
     compressor: Compressor, exchange: str, back: Compressor | None, d: int, dense: int, workers: int, steps: int = 1
 ) -> list[dict[str, Any]]:
     """Average vectors of d + dense coordinates `steps` times by themselves; return what every worker saw last."""
-
-    def worker(rank: int) -> dict[str, Any]:
-        channel = Communicator(resolve(None), Ledger())
-        made = choose(compressor, exchange, d=d, dense=dense, workers=workers, back=back).aggregator
-        v, tail = vectors(d, workers)[rank], torch.full((dense,), float(rank))
-        for step in range(steps):
-            channel.step = step
-            averaged = made.average(channel, v, tail, seed=7, step=step)
-        return {
-            "own": decode(averaged.own, d),
-            "mean": decode(averaged.mean, d),
-            "dense": averaged.dense,
-            "bytes": channel.ledger.total,
-            "predicted": made.wire(d, dense, rank, workers, 4),
-            "protocol": made,
-        }
-
-    return simulate(worker, workers)
-
-
-def decode(terms: Any, d: int) -> Tensor:
-    out = torch.zeros(d)
-    for term in terms:
-        term.add_to(out, 1.0)
-    return out
+    settings: dict[str, Any] = {"exchange": exchange, "back": back, "dense": dense, "steps": steps}
+    return simulate(lambda rank: exchanged(compressor, vectors(d, workers), **settings), workers)
 
 
 @by_case
@@ -378,6 +359,7 @@ def test_choice() -> None:
     assert pick(LowRank(), 8) == "low-rank all-reduce"
     assert pick(TopK(0.01), 8, "direct") == "all-gather"
     assert pick(TopK(k=1), 8, d=3) == "all-gather"
+    assert all(pick(c, 2, d=0) for c in (RandomK(k=3), LinearSketch(columns=3), TopK(0.1)))  # nothing is compressed
     reason = choose(TopK(0.01), "auto", d=10_000, dense=0, workers=8).reason
     assert "bytes sent per exchange by the busiest worker; all-gather" in reason
 

@@ -68,24 +68,16 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.parametrize(
-    ("bind", "expected"), [(None, "127.0.0.1"), ("127.0.0.1", "127.0.0.1"), ("::", "::"), ("203.0.113.9", "")]
-)
+@pytest.mark.parametrize(("bind", "expected"), [(None, "127.0.0.1"), ("::", "::"), ("203.0.113.9", "")])
 def test_rank_0_of_another_launcher_listens_at_its_address(bind: str | None, expected: str) -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "RANK": "0"}
     chosen = {} if bind is None else {"PACKSADDLE_BIND": bind}
-    found = subprocess.run(
-        [python(), "-c", RANK_0],
-        env=environment(**place, **chosen),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    command, env = [python(), "-c", RANK_0], environment(**place, **chosen)
+    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert found.stdout.strip() == expected, found.stderr
     if not expected:
-        assert (
-            "ConfigError: the workers could not meet: this machine cannot listen at 203.0.113.9; name" in found.stderr
-        )
+        said = "ConfigError: the workers could not meet: this machine cannot listen at 203.0.113.9; name"
+        assert said in found.stderr
         assert "in PACKSADDLE_BIND, or :: for all" in found.stderr
 
 

@@ -86,30 +86,25 @@ def train(setting: str, exchange: str, corrupted: int | None, *, sizes: bool = F
     return weight.detach(), [(skip.step, skip.workers, str(skip)) for skip in opt.skips]
 
 
-@pytest.mark.parametrize("exchange", ["direct", "two-way", "coordinator"])
-@pytest.mark.parametrize("setting", MESSAGES)
-def test_a_step_is_skipped_and_leaves_nothing(gloo: Gloo, setting: str, exchange: str) -> None:
-    expected = gloo(train, 3, setting, exchange, None)
-    for rank, (x, skips) in enumerate(gloo(train, 3, setting, exchange, CORRUPTED)):
+def with_and_without(setting: str, exchange: str, sizes: bool) -> Any:
+    return train(setting, exchange, CORRUPTED, sizes=sizes), train(setting, exchange, None)
+
+
+# A size is refused before anything is allocated.
+ANNOUNCED = f"sizes in a message of any compressor from worker {SENDER} must be bytes of levels, scales"
+CASES = [(setting, exchange, False) for setting in MESSAGES for exchange in ("direct", "two-way", "coordinator")]
+
+
+@pytest.mark.parametrize(("setting", "exchange", "sizes"), [*CASES, ("QSGD", "direct", True)])
+def test_a_step_is_skipped_and_leaves_nothing(gloo: Gloo, setting: str, exchange: str, sizes: bool) -> None:
+    said = ANNOUNCED if sizes else MESSAGES[setting][2]
+    for (x, skips), (expected, none) in gloo(with_and_without, 3, setting, exchange, sizes):
         ((step, workers, text),) = skips
         assert (step, workers) == (CORRUPTED, (SENDER,))
-        assert text.startswith(f"step {CORRUPTED}: {MESSAGES[setting][2]}")
-        assert f" from worker {SENDER} must be " in text
-        assert torch.equal(x, expected[rank][0]), "as without that step, bit for bit"
-        assert expected[rank][1] == []
-
-
-def test_a_size_is_refused_before_anything_is_allocated(gloo: Gloo) -> None:
-    expected = gloo(train, 3, "QSGD", "direct", None)
-    for rank, (x, skips) in enumerate(gloo(announce_too_much, 3)):
-        ((step, workers, text),) = skips
-        assert (step, workers) == (CORRUPTED, (SENDER,))
-        assert f"sizes in a message of any compressor from worker {SENDER} must be bytes of levels, scales" in text
-        assert torch.equal(x, expected[rank][0])
-
-
-def announce_too_much() -> tuple[Tensor, list[Any]]:
-    return train("QSGD", "direct", CORRUPTED, sizes=True)
+        assert text.startswith(f"step {CORRUPTED}: {said}")
+        assert sizes or f" from worker {SENDER} must be " in text
+        assert torch.equal(x, expected), "as without that step, bit for bit"
+        assert none == []
 
 
 def unchecked() -> str:

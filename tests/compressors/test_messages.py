@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from corruption import SETTINGS, VECTORS, D, corrupted, mutated, outcome, replaced
+from corruption import SETTINGS, VECTORS, D, outcome, replaced
 from torch import Tensor
 from torch_loops import torch_only
 
@@ -23,25 +23,8 @@ by_loops = pytest.mark.parametrize("loops", [contextlib.nullcontext, torch_only]
 
 @by_loops
 @by_setting
-def test_a_corrupted_part_is_refused_or_decodes_to_a_vector(
-    compressor: Compressor, loops: type[contextlib.nullcontext[None]]
-) -> None:
-    rng = torch.Generator().manual_seed(0)
-    with loops():
-        for v in VECTORS.values():
-            parts = dict(compressor.encode(v, seed=1, step=2).parts)
-            assert outcome(compressor, parts, D) == "valid"
-            for name, part in parts.items():
-                for content in corrupted(part, rng) if len(part) else ():
-                    outcome(compressor, replaced(parts, name, content), D)
-                for _ in range(5):
-                    outcome(compressor, replaced(parts, name, mutated(part, rng)), D)
-
-
-@by_loops
-@by_setting
 def test_a_part_of_a_wrong_length_is_refused(compressor: Compressor, loops: type[contextlib.nullcontext[None]]) -> None:
-    """Cut, emptied, doubled, one element less and one more; a missing part, and one more."""
+    """Cut, emptied, doubled, one element less and one more; a missing part, and one more. Other dtypes may fit."""
     with loops():
         parts = dict(compressor.encode(VECTORS["gaussian"], seed=1, step=2).parts)
         for name, part in parts.items():
@@ -56,6 +39,8 @@ def test_a_part_of_a_wrong_length_is_refused(compressor: Compressor, loops: type
             )
             for content in halves:
                 assert outcome(compressor, replaced(parts, name, content), D) == "refused", (name, len(content))
+            for content in (part.view(1, -1), part.to(torch.int64), part.to(torch.float64)):
+                assert outcome(compressor, replaced(parts, name, content), D) in ("refused", "valid")
             assert outcome(compressor, {n: p for n, p in parts.items() if n != name}, D) == "refused", name
         assert outcome(compressor, {**parts, "1 more": torch.zeros(1)}, D) == "refused"
 

@@ -1,6 +1,5 @@
 """Stages against the same passes written out, its contraction, and what follows from the compressor in it."""
 
-from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -8,20 +7,12 @@ import torch
 
 from packsaddle import (
     QSGD,
-    AdaptiveTopK,
-    CompressedSGD,
-    Compression,
     Compressor,
-    Identity,
-    LinearSketch,
     LowRank,
     RandomK,
-    RatioRamp,
     Sign,
-    SketchTopK,
     Stages,
     TopK,
-    simulate,
 )
 from packsaddle.compressors.base import part_count
 from packsaddle.compressors.registry import describe, identify
@@ -54,21 +45,7 @@ def test_stages_of_stages_are_as_many_passes() -> None:
     contexts = [cells for pair in nested.encode(v, seed=0, step=0).context for cells in pair]
     drawn = [set(cells.index.tolist()) for cells in contexts]
     assert all(len(a & b) < 0.4 * len(a) for a, b in combinations(drawn, 2))
-    kept = [sum(float((c(v, seed=s) - v).square().sum()) for s in range(20)) for c in (nested, plain)]
-    assert kept[0] == pytest.approx(kept[1], rel=0.05)
     assert nested.mu(2000) == pytest.approx(plain.mu(2000))
-
-
-@pytest.mark.parametrize("inner", INSIDE, ids=repr)
-def test_contraction_is_a_power(inner: Compressor) -> None:
-    """mu as stated; and the loss of each pass is about the product of single passes' on such a vector."""
-    for passes in (1, 2, 4):
-        c = Stages(inner, passes)
-        assert c.mu(600) == pytest.approx(1 - (1 - inner.mu(600)) ** passes)
-        lost = [float((V - c(V, seed=s)).square().sum() / V.square().sum()) for s in range(40)]
-        assert sum(lost) / len(lost) <= (1 - c.mu(600)) * 1.01
-    shares = [float((V - Stages(inner, p)(V)).square().sum()) for p in (1, 2, 4)]
-    assert shares[0] > shares[1] > shares[2]
 
 
 def test_two_signs_are_two_scales() -> None:
@@ -92,6 +69,7 @@ def test_what_follows_from_the_compressor() -> None:
     assert (Stages(QSGD()).private, Stages(Sign()).private) == (True, False)
     for inner in INSIDE:
         c = Stages(inner, 3)
+        assert c.mu(600) == pytest.approx(1 - (1 - inner.mu(600)) ** 3)
         assert c.fixed_size == inner.fixed_size
         assert c.needs_tensors == inner.needs_tensors
         assert not c.linear
@@ -106,8 +84,6 @@ def test_what_follows_from_the_compressor() -> None:
     sections, sizes = [torch.ones(200), torch.full((200,), 0.1)], [200, 200]
     assert Stages(TopK(0.5)).apportion(sections, sizes) == [Stages(TopK(k=199)), Stages(TopK(k=1))]
     assert Stages(Sign()).apportion(sections, sizes) is None
-    with pytest.raises(ValueError, match="k of TopK must be at most d = 600"):
-        Stages(TopK(k=601))(V)
 
 
 def test_support_is_the_union() -> None:
@@ -122,12 +98,6 @@ def test_support_is_the_union() -> None:
     assert Stages(Sign()).support_of(Stages(Sign()).encode(V, seed=0, step=0), 600) is None
 
 
-def test_bytes_of_a_long_vector_are_predicted_from_a_part() -> None:
-    c = Stages(AdaptiveTopK(0.3), 2)
-    v = torch.randn(1 << 21, generator=torch.Generator().manual_seed(4))
-    assert c.encode(v, seed=0, step=0).nbytes == pytest.approx(c.message_bytes(1 << 21), rel=0.02)
-
-
 def test_in_words() -> None:
     assert describe(Stages(Sign(), 3)) == "Stages(compressor=Sign(), passes=3)"
     assert describe(Sign(per_tensor=True).for_tensors([torch.Size([3])] * 1000)) == "Sign(per_tensor=True)"
@@ -136,43 +106,3 @@ def test_in_words() -> None:
         "compressor": {"kind": "Sign", "per_tensor": False},
         "passes": 2,
     }
-
-
-@pytest.mark.parametrize("inner", [Sign(), QSGD(), LowRank(), SketchTopK(0.1), TopK(0.05)], ids=repr)
-@pytest.mark.parametrize("exchange", ["direct", "two-way"])
-def test_workers_agree_and_nothing_is_lost(inner: Compressor, exchange: str) -> None:
-    """Mean of updates plus mean of errors is the mean of what was to be applied, on workers with unlike gradients."""
-
-    def worker(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        p = torch.nn.Parameter(torch.zeros(30, 20, dtype=torch.float64))
-        opt = CompressedSGD([p], 0.5, Compression(Stages(inner, 2), exchange=exchange, dense_below=0), seed=1)
-        total = torch.zeros_like(p)
-        for step in range(4):
-            rng = torch.Generator().manual_seed(100 * rank + step)
-            p.grad = torch.randn(30, 20, generator=rng, dtype=torch.float64)
-            total += 0.5 * p.grad
-            opt.step()
-        return p.detach(), 0.5 * opt.error().view(30, 20), total
-
-    results = simulate(worker, 3)
-    x = [r[0] for r in results]
-    assert all(torch.equal(x[0], other) for other in x)
-    errors = torch.stack([r[1] for r in results]).mean(0)
-    assert torch.allclose(-x[0] + errors, torch.stack([r[2] for r in results]).mean(0), atol=1e-9)
-
-
-REFUSALS: dict[str, Callable[[], object]] = {
-    "compressor of Stages must not be linear, and RandomK": lambda: Stages(RandomK(0.1)),
-    "compressor of Stages must not be linear, and LinearSketch": lambda: Stages(LinearSketch(0.1)),
-    "compressor of Stages must leave something, and Identity": lambda: Stages(Identity()),
-    "compressor of Stages must be a Compressor, got 'Sign'": lambda: Stages("Sign"),  # type: ignore[arg-type]
-    "passes of Stages must be a positive integer, got 0": lambda: Stages(Sign(), 0),
-    "passes of Stages must be a positive integer, got True": lambda: Stages(Sign(), True),
-    "compressor of RatioRamp must have a ratio": lambda: RatioRamp(Stages(TopK(0.1)), stop=10),
-}
-
-
-@pytest.mark.parametrize(("message", "make"), REFUSALS.items())
-def test_refusals(message: str, make: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -1,19 +1,21 @@
 """Losses with an `autograd.Function` whose backward is wrong the second time, and losses with random curvature."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from searches import Point, arguments, certified, dense_hessian
 from torch import Tensor, nn
 
 from packsaddle import Verdict, certify, simulate
-from packsaddle.curvature import Curvature, Search, certify_population, spectral_density
+from packsaddle.curvature import Curvature, certify_population, spectral_density
 from packsaddle.curvature.custom_functions import custom_functions
 
 Loss = Callable[[Any, Any], Tensor]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-SETTINGS: dict[str, Any] = {"hessian_lipschitz": 1e-2}
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -108,22 +110,11 @@ def loss_by(cross_entropy: Callable[..., Tensor]) -> Loss:
     )
 
 
-def started(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+plainly = loss_by(nn.functional.cross_entropy)
 
 
-def smallest_eigenvalue(model: nn.Module, batch: Any) -> float:
-    """Of the dense Hessian with torch's own cross entropy, in float64."""
-    names, shapes = zip(*((n, p.shape) for n, p in model.named_parameters()), strict=True)
-
-    def f(theta: Tensor) -> Tensor:
-        pieces = torch.split(theta, [s.numel() for s in shapes])
-        named = {n: piece.view(s) for n, piece, s in zip(names, pieces, shapes, strict=True)}
-        output = torch.func.functional_call(model, named, (batch[0].double(),))
-        return nn.functional.cross_entropy(output, batch[1]) + 1e-2 * theta.square().sum()
-
-    theta = torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
-    return float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(f, theta))[0])
+def certificate(model: nn.Module, loss: Loss, batches: Any, **given: Any) -> Any:
+    return certified(model, loss, batches, **{"epsilon": None, "hessian_lipschitz": 1e-2, **given})
 
 
 @DTYPES
@@ -134,27 +125,18 @@ def test_a_minimum_under_a_fused_loss_is_no_saddle(dtype: torch.dtype) -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = loss_by(nn.functional.cross_entropy)(model, batch)
+        loss = plainly(model, batch)
         loss.backward()
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    plain, by_fused = (
-        certify(model, loss_by(f), [batch], epsilon=1e-2, search=Search(generator=started()), **SETTINGS)
-        for f in (nn.functional.cross_entropy, fused)
-    )
-    exact = smallest_eigenvalue(model.double(), batch)
+    plain, by_fused = (certificate(model, f, [batch], epsilon=1e-2) for f in (plainly, loss_by(fused)))
+    exact = float(torch.linalg.eigvalsh(dense_hessian(model, plainly, batch))[0])
     assert plain.verdict is by_fused.verdict is Verdict.SECOND_ORDER_STATIONARY
     assert (plain.hvp, by_fused.hvp) == ("double backward", "differences of gradients")
     assert by_fused.lambda_min_lower <= exact <= by_fused.lambda_min_upper
     assert "a custom autograd.Function, FusedCrossEntropy" in str(by_fused.hvp_reason)
     assert " its product of norm " in str(by_fused)
-
-
-class Point(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.x = nn.Parameter(torch.zeros(20, dtype=dtype))
 
 
 def concave_in_one(model: Any, batch: Tensor) -> Tensor:
@@ -164,12 +146,12 @@ def concave_in_one(model: Any, batch: Tensor) -> Tensor:
 
 @DTYPES
 def test_a_saddle_inside_a_function_is_found(dtype: torch.dtype) -> None:
-    arguments: Any = (Point(dtype), concave_in_one, [torch.zeros(1)])
-    found = certify(*arguments, epsilon=1e-2, hessian_lipschitz=1.0, search=Search(generator=started()))
+    arguments: Any = (Point(torch.zeros(20, dtype=dtype)), concave_in_one, [torch.zeros(1)])
+    found = certificate(*arguments, epsilon=1e-2, hessian_lipschitz=1.0)
     assert found.verdict is Verdict.SADDLE
     assert -1.001 <= found.lambda_min_upper < -0.1
     with pytest.raises(ValueError, match=r"hvp must be 'differences' or 'auto' for this loss: .*product .* Concave"):
-        certify(*arguments, epsilon=1e-2, search=Search(hvp="double-backward"))
+        certificate(*arguments, epsilon=1e-2, hvp="double-backward")
 
 
 def test_the_direction_of_the_verdict_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,14 +162,9 @@ def test_the_direction_of_the_verdict_is_compared_too(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Curvature, "random_vector", start)
     told: list[int] = []
-    found = certify(
-        Point(),
-        concave_in_one,
-        [torch.zeros(1)],
-        epsilon=1e-2,
-        hessian_lipschitz=1e-7,
-        progress=lambda bounds: told.append(bounds.products),
-    )
+    settings: dict[str, Any] = {"epsilon": 1e-2, "hessian_lipschitz": 1e-7}
+    model = Point(torch.zeros(20))
+    found = certify(model, concave_in_one, [torch.zeros(1)], **settings, progress=lambda b: told.append(b.products))
     assert found.hvp == "differences of gradients"
     assert told.index(1, 1) > 1  # the search began again after several products
 
@@ -196,7 +173,7 @@ def test_the_direction_of_the_verdict_is_compared_too(monkeypatch: pytest.Monkey
 def test_kinks_hide_no_wrong_product(dtype: torch.dtype) -> None:
     """Differences of a ReLU network in float32, or in 16 bits, are too coarse; a copy in float64 decides."""
     model, batch = classifier(dtype, nn.ReLU(), nn.ReLU())
-    found = certify(model, loss_by(fused), [batch], search=Search(generator=started(), max_hvps=3), **SETTINGS)
+    found = certificate(model, loss_by(fused), [batch], max_hvps=3)
     assert found.hvp == "differences of gradients"
     assert str(found.hvp_reason).startswith("in float64 its product of norm ")
 
@@ -207,13 +184,7 @@ def test_a_function_that_is_right_twice_is_trusted(dtype: torch.dtype, activatio
     found = {}
     for square in (Squared, TorchsSquare):
         model, batch = classifier(dtype, activation(), square(), activation())
-        found[square] = certify(
-            model,
-            loss_by(nn.functional.cross_entropy),
-            [batch],
-            search=Search(generator=started(), hvp="double-backward"),
-            **SETTINGS,
-        )
+        found[square] = certificate(model, plainly, [batch], hvp="double-backward")
         assert custom_functions(model(batch[0]).sum()) == ({"Square"} if square is Squared else set())
     own, torchs = found.values()
     assert own.verdict is torchs.verdict
@@ -228,7 +199,7 @@ def test_a_loss_without_a_copy_in_double_precision_is_not_trusted() -> None:
     def loss(model: Any, batch: Any) -> Tensor:
         return Square.apply(model(batch[0]), True).mean()
 
-    found = certify(model, loss, [batch], search=Search(generator=started(), max_hvps=3), **SETTINGS)
+    found = certificate(model, loss, [batch], max_hvps=3)
     assert found.hvp == "differences of gradients"
     assert "in float64 (TypeError); the loss has a custom autograd.Function, Square" in str(found.hvp_reason)
 
@@ -246,14 +217,7 @@ def test_a_pilot_and_the_proof_are_compared() -> None:
     flags = torch.zeros(64, 8, 1, dtype=torch.float64)
     for some in (slice(None), slice(1, None, 8)):  # a pilot has every eighth batch
         flags[some] = 1.0
-        found = certify(
-            model,
-            loss,
-            list(flags),
-            epsilon=1e-2,
-            hessian_lipschitz=1.0,
-            search=Search(pilot_examples=64, generator=started()),
-        )
+        found = certificate(model, loss, list(flags), epsilon=1e-2, hessian_lipschitz=1.0, pilot_examples=64)
         assert found.hvp == "differences of gradients"
         assert found.lambda_min_upper == pytest.approx(-1.0, abs=1e-6)
         flags.zero_()
@@ -269,7 +233,7 @@ def test_workers_decide_alike() -> None:
     def work(rank: int) -> Any:
         batches: list[Any] = [[(x[:32], labels[:32], False)], [(x[32:], labels[32:], True)], []]
         own, _ = classifier(torch.float32, nn.ReLU())
-        return certify(own, loss, batches[rank], epsilon=1.0, search=Search(generator=started()), **SETTINGS)
+        return certificate(own, loss, batches[rank], epsilon=1.0)
 
     found = simulate(work, 3)
     assert {c.hvp for c in found} == {"differences of gradients"}
@@ -281,67 +245,46 @@ def test_workers_decide_alike() -> None:
 def test_populations_and_spectra_are_by_differences_too() -> None:
     model, (x, labels) = classifier(torch.float64)
     batches = list(zip(x.split(4), labels.split(4), strict=True))
-    plain, by_fused = (
-        certify_population(
-            model,
-            loss_by(f),
-            batches,
-            epsilon=10.0,
-            search=Search(failure_probability=0.05, generator=started()),
-            **SETTINGS,
-        )
-        for f in (nn.functional.cross_entropy, fused)
-    )
+    given = arguments(epsilon=10.0, hessian_lipschitz=1e-2, failure_probability=0.05, seed=0)
+    plain = certify_population(model, plainly, batches, **given)
+    by_fused = certify_population(model, loss_by(fused), batches, **given)
     assert by_fused.hvp == "differences of gradients"
     assert by_fused.quotient == pytest.approx(plain.quotient, rel=0.5)
     assert "FusedCrossEntropy" in str(by_fused.hvp_reason)
     assert "by differences of gradients; no double backward" in str(by_fused)
     assert plain.hvp_reason is None
     exact, by_fused_spectrum = (
-        spectral_density(
-            model, loss_by(f), batches, probes=1, steps=15, search=Search(generator=started())
-        )  # to the end
-        for f in (nn.functional.cross_entropy, fused)
+        spectral_density(model, f, batches, **arguments(probes=1, steps=15, seed=0))  # to the end
+        for f in (plainly, loss_by(fused))
     )
     assert by_fused_spectrum.hvp == "differences of gradients"
     for end in (0, -1):
         assert by_fused_spectrum.nodes[0][end] == pytest.approx(exact.nodes[0][end], abs=1e-6)
 
 
-@pytest.mark.parametrize("hvp", ["auto", "double-backward"])
-def test_random_curvature_is_refused_where_the_loss_is_zero(hvp: Any) -> None:
+def test_random_curvature_is_refused_where_the_loss_is_zero() -> None:
+    """By differences what is random counts as their error."""
     model = nn.Linear(20, 1, bias=False)
     nn.init.zeros_(model.weight)
-    for times in (1.0, 1e-2):
+    for times, hvp in product((1.0, 1e-2), ("auto", "double-backward", "differences")):
 
         def loss(model: Any, batch: Tensor, times: float = times) -> Tensor:
             return ((1 + times * torch.randn(20)) * model.weight.square()).sum()
 
-        with pytest.raises(ValueError, match="loss_fn gave two Hessian-vector products"):
-            certify(model, loss, [torch.zeros(1)], epsilon=1.0, search=Search(hvp=hvp))
-    # By differences what is random counts as their error.
-    found = certify(
-        model, loss, [torch.zeros(1)], epsilon=1e-2, hessian_lipschitz=1e-4, search=Search(hvp="differences")
-    )
-    assert found.verdict is Verdict.UNDECIDED or found.hvp_error > 0
+        refused = pytest.raises(ValueError, match="loss_fn gave two Hessian-vector products")
+        with nullcontext() if hvp == "differences" else refused:
+            found = certificate(model, loss, [torch.zeros(1)], epsilon=1e-2, hessian_lipschitz=1e-4, hvp=hvp)
+            assert found.verdict is Verdict.UNDECIDED or found.hvp_error > 0
 
 
 def test_what_products_and_comparisons_cost_is_counted() -> None:
     """One gradient; of each product two passes, of the comparison six or more; a plain loss has one product more than
     steps, with which its first is repeated."""
     model, batch = classifier(torch.float64, nn.Tanh())
-    steps = []
-    plain = certify(
-        model,
-        loss_by(nn.functional.cross_entropy),
-        [batch],
-        epsilon=10.0,
-        search=Search(generator=started()),
-        progress=lambda bounds: steps.append(bounds.products),
-        **SETTINGS,
-    )
-    assert plain.hvps == steps[-1] + 1
-    assert plain.backward_passes == 1 + 2 * plain.hvps
+    steps: list[int] = []
+    found = certificate(model, plainly, [batch], epsilon=10.0, progress=lambda bounds: steps.append(bounds.products))
+    assert found.hvps == steps[-1] + 1
+    assert found.backward_passes == 1 + 2 * found.hvps
 
 
 def test_functions_of_torch_are_not_custom() -> None:

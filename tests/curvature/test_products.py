@@ -1,9 +1,7 @@
 """Hessian-vector products by differences of gradients: their errors, and certificates, against dense Hessians."""
 
-import copy
 import math
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -12,15 +10,11 @@ from typing import Any
 import pytest
 import torch
 from scipy.special import betaincinv
+from searches import Point, certified, dense_hessian, derivatives
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from packsaddle import Verdict, certify, simulate
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import resolve
-from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature import Search
-from packsaddle.curvature.hessian import Curvature
+from packsaddle import Verdict, simulate
 from packsaddle.curvature.lanczos import Lanczos
 from packsaddle.curvature.products import Differences, choose_products
 
@@ -51,24 +45,6 @@ def under_autocast(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.mse_loss(output.float(), batch[1])
 
 
-def dense_hessian(model: nn.Module, batch: Batch) -> Tensor:
-    """The Hessian, float64[d, d], at the parameters that the model has, in double precision."""
-    model = copy.deepcopy(model).double()
-    parameters = dict(model.named_parameters())
-    x, y = batch[0].double(), batch[1].double()
-
-    def f(theta: Tensor) -> Tensor:
-        pieces = torch.split(theta, [p.numel() for p in parameters.values()])
-        named = {n: piece.view(p.shape) for (n, p), piece in zip(parameters.items(), pieces, strict=True)}
-        return nn.functional.mse_loss(torch.func.functional_call(model, named, (x,)), y)
-
-    return torch.autograd.functional.hessian(f, torch.cat([p.detach().reshape(-1) for p in parameters.values()]))
-
-
-def derivatives(model: nn.Module, batch: Batch, loss: Callable[..., Tensor] = loss_fn) -> Curvature:
-    return Curvature(model, loss, [batch], Communicator(resolve(None), Ledger()))
-
-
 KINDS = {
     "float64": (torch.float64, loss_fn, 1e-8),
     "float32": (torch.float32, loss_fn, 2e-3),
@@ -85,9 +61,9 @@ def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
     for seed in range(15):
         model, batch = network(seed, dtype)
         before = [p.clone() for p in model.parameters()]
-        hessian = dense_hessian(model, batch)
+        hessian = dense_hessian(model, loss_fn, batch)
         eigenvalues, vectors = torch.linalg.eigh(hessian)
-        differences = Differences(derivatives(model, batch, loss))
+        differences = Differences(derivatives(model, loss, [batch]))
         random = torch.randn(len(hessian), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for v in (random / random.norm(), vectors[:, 0], vectors[:, -1]):
             product, error = differences.checked(v)
@@ -120,20 +96,17 @@ def uncovered(kind: str, seeds: range, products: int, delta: float) -> tuple[int
     failures, above = 0, 0
     for seed in seeds:
         model, batch = network(seed, dtype)
-        exact = torch.linalg.eigvalsh(dense_hessian(model, batch))
+        exact = torch.linalg.eigvalsh(dense_hessian(model, loss_fn, batch))
         smallest, largest, rounding = float(exact[0]), float(exact[-1]), 1e-12 * float(exact.abs().max())
-        certificate = certify(
+        certificate = certified(
             model,
             loss,
             [batch],
-            epsilon=1e3,
             hessian_lipschitz=smallest**2 / 1e3,  # a threshold that takes all products
-            search=Search(
-                failure_probability=delta,
-                max_hvps=products,
-                hvp="differences",
-                generator=torch.Generator().manual_seed(seed),
-            ),
+            failure_probability=delta,
+            max_hvps=products,
+            hvp="differences",
+            seed=seed,
         )
         assert certificate.lambda_min_upper >= smallest - rounding, seed
         failures += certificate.lambda_min_lower > smallest + rounding
@@ -150,12 +123,12 @@ def test_small_failure_probabilities_are_kept(dtype: torch.dtype) -> None:
     delta, runs, failures = 1e-4, 30, 0
     for seed in range(runs):
         model, batch = network(seed, dtype)
-        eigenvalues, vectors = torch.linalg.eigh(dense_hessian(model, batch))
+        eigenvalues, vectors = torch.linalg.eigh(dense_hessian(model, loss_fn, batch))
         v, n = vectors[:, 0], len(vectors)
         along = 3 * seed / runs * math.sqrt(float(betaincinv(0.5, (n - 1) / 2, delta)))
         across = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         across -= (across @ v) * v
-        differences = Differences(derivatives(model, batch))
+        differences = Differences(derivatives(model, loss_fn, [batch]))
         lanczos = Lanczos(
             differences,
             along * v + math.sqrt(1 - along**2) * across / across.norm(),
@@ -171,23 +144,12 @@ def test_small_failure_probabilities_are_kept(dtype: torch.dtype) -> None:
 def test_the_error_at_kinks_is_measured() -> None:
     """f = |x_1 - s| for s within h of x_1 = 0: the gradient jumps by 2, and products are wrong by 1 / h."""
 
-    class Kink(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-
-    def kinked(model: nn.Module, batch: Tensor) -> Tensor:
-        x = model.x
+    def kinked(model: Any, batch: Tensor) -> Tensor:
+        x: Tensor = model.x
         return (x[0] - 1e-7).abs() + x.square().sum() / 2 + (x[1] ** 4) / 24
 
-    certificate = certify(
-        Kink(),
-        kinked,
-        [torch.zeros(1)],
-        epsilon=2.0,
-        hessian_lipschitz=1e-9,
-        search=Search(hvp="differences", max_hvps=2),
-    )
+    settings: dict[str, Any] = {"epsilon": 2.0, "hessian_lipschitz": 1e-9, "hvp": "differences", "max_hvps": 2}
+    certificate = certified(Point(torch.zeros(2, dtype=torch.float64)), kinked, [torch.zeros(1)], **settings)
     assert certificate.lambda_min_lower <= 1.0 <= certificate.lambda_min_upper
 
 
@@ -195,23 +157,15 @@ def test_the_error_at_kinks_is_measured() -> None:
 def test_a_sharp_valley_is_measured_from_far_beyond_it(w: float) -> None:
     """f = -cos(w u^T x) / w^2 for a unit u: H = u u^T. Of a flat direction the best step is many periods of u's long,
     and products of u differ little there, as all are nearly 0."""
-
-    class Far(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.x = nn.Parameter(torch.zeros(200))
-            with torch.no_grad():
-                self.x[0] = 100.0  # across u, for a long first step
-
     u = nn.functional.normalize(torch.cat([torch.zeros(1), torch.ones(199)]), dim=0)
+    flat = torch.eye(200, dtype=torch.float64)[0]  # across u
 
-    def valley(model: nn.Module, batch: Tensor) -> Tensor:
-        x = model.x
-        return -torch.cos(w * (u @ x)) / w**2 + 1e-6 * x[0] ** 2  # type: ignore[operator, index, no-any-return]
+    def valley(model: Any, batch: Tensor) -> Tensor:
+        x: Tensor = model.x
+        return -torch.cos(w * (u @ x)) / w**2 + 1e-6 * x[0] ** 2
 
-    differences = Differences(Curvature(Far(), valley, [torch.zeros(1)], Communicator(resolve(None), Ledger())))
-    flat = torch.zeros(200, dtype=torch.float64)
-    flat[0] = 1.0
+    far = Point(100.0 * flat.float())  # for a long first step
+    differences = Differences(derivatives(far, valley, [torch.zeros(1)]))
     differences.checked(flat)
     assert differences.step > 1.0 / w
     product, error = differences.checked(u.double())
@@ -241,17 +195,7 @@ def test_fused_attention_is_certified_by_differences_if_a_network_insists() -> N
     """Flash attention has no double backward; torch's choice of a kernel is replaced by one that has, and agrees."""
     rng = torch.Generator().manual_seed(1)
     x, y = torch.randn(4, 5, 6, generator=rng), torch.randn(4, 5, 6, generator=rng)
-    found = {}
-    for flash in (True, False):
-        found[flash] = certify(
-            Attention(flash=flash),
-            loss_fn,
-            [(x, y)],
-            epsilon=1e3,
-            hessian_lipschitz=1e-6,
-            search=Search(generator=torch.Generator().manual_seed(2)),
-        )
-    fused, plain = found.values()
+    fused, plain = (certified(Attention(flash=flash), loss_fn, [(x, y)], seed=2) for flash in (True, False))
     assert (fused.hvp, plain.hvp) == ("differences of gradients", "double backward")
     assert fused.verdict == plain.verdict == Verdict.SADDLE
     assert fused.lambda_min_upper - fused.hvp_error == pytest.approx(plain.lambda_min_upper, abs=2 * fused.hvp_error)
@@ -261,18 +205,14 @@ def test_fused_attention_is_certified_by_differences_if_a_network_insists() -> N
     assert plain.hvp_step is None
     assert "by double backward, " in str(plain)
     with pytest.raises(RuntimeError, match="is not implemented"):
-        certify(Attention(flash=True), loss_fn, [(x, y)], epsilon=1e3, search=Search(hvp="double-backward"))
+        certified(Attention(flash=True), loss_fn, [(x, y)], hvp="double-backward")
 
 
 @pytest.mark.slow
 def test_compiled_networks_are_certified_by_differences() -> None:
     model, batch = network(0, torch.float32)
-    settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6}
-    plain = certify(model, loss_fn, [batch], **settings, search=Search(generator=torch.Generator().manual_seed(0)))
-    compiled = torch.compile(model, backend="aot_eager")
-    certificate = certify(
-        compiled, loss_fn, [batch], **settings, search=Search(generator=torch.Generator().manual_seed(0))
-    )
+    plain = certified(model, loss_fn, [batch])
+    certificate = certified(torch.compile(model, backend="aot_eager"), loss_fn, [batch])
     assert certificate.verdict == plain.verdict == Verdict.SADDLE
     assert "does not currently support double backward" in str(certificate.hvp_reason)
     assert certificate.lambda_min_upper == pytest.approx(plain.lambda_min_upper, abs=2 * certificate.hvp_error)
@@ -282,7 +222,7 @@ def test_rho_by_differences_is_rho_by_double_backward() -> None:
     for dtype, within in ((torch.float64, 1e-3), (torch.float32, 0.05)):
         model, batch = network(3, dtype)
         v = torch.randn(26, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        curvature = derivatives(model, batch)
+        curvature = derivatives(model, loss_fn, [batch])
         differences = Differences(curvature)
         differences.checked(v / v.norm())
         exact = choose_products(curvature, "double-backward").change(v / v.norm())
@@ -301,19 +241,10 @@ def test_workers_choose_alike_and_certify_the_union() -> None:
     def worker(rank: int) -> Any:
         model, (x, y) = network(0, torch.float64)
         mine: list[Any] = [[(x[:10], y[:10], False)], [(x[10:], y[10:], True)], []][rank]
-        return certify(
-            model,
-            loss,
-            mine,
-            epsilon=1e3,
-            hessian_lipschitz=1e-6,
-            search=Search(generator=torch.Generator().manual_seed(0)),
-        )
+        return certified(model, loss, mine)
 
     model, batch = network(0, torch.float64)
-    settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6}
-    search = Search(hvp="differences", generator=torch.Generator().manual_seed(0))
-    alone = certify(model, loss_fn, [batch], **settings, search=search)
+    alone = certified(model, loss_fn, [batch], hvp="differences")
     found = simulate(worker, 3)
     assert [c.hvp_reason for c in found[::2]] == ["another worker's batch has no double backward"] * 2
     assert found[1].hvp_reason == "a function is marked once_differentiable"
@@ -333,9 +264,3 @@ class _Once(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient.clone()
-
-
-def test_a_wrong_hvp_is_named() -> None:
-    model, batch = network(0, torch.float64)
-    with pytest.raises(ValueError, match="hvp must be one of auto, double-backward, differences, got 'exact'"):
-        certify(model, loss_fn, [batch], epsilon=1.0, search=Search(hvp="exact"))  # type: ignore[arg-type]

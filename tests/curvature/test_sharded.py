@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from searches import arguments
+from searches import arguments, certified
 from torch import Tensor, nn
 
 from packsaddle import certify
@@ -36,9 +36,13 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def certificate(model: nn.Module, batches: list[Tensor], **options: Any) -> Any:
-    search = {"hvp": "differences", "tolerance": 1e-3, "max_hvps": 8, "generator": torch.Generator().manual_seed(3)}
-    given = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, **search, **options}
-    return certify(model, loss_fn, batches, **arguments(**given))
+    given = {"hvp": "differences", "tolerance": 1e-3, "max_hvps": 8, "seed": 3, **options}
+    return certified(model, loss_fn, batches, **given)
+
+
+def nodes(model: nn.Module, batches: list[Tensor]) -> list[float]:
+    given = arguments(probes=1, steps=4, hvp="differences", seed=1)
+    return list(spectral_density(model, loss_fn, batches, **given).nodes[0])
 
 
 def sharded(shape: tuple[int, ...]) -> tuple[nn.Module, list[Tensor]]:
@@ -57,34 +61,21 @@ def certify_sharded(shape: tuple[int, ...]) -> dict[str, Any]:
     model, batches = sharded(shape)
     before = [p.to_local().clone() for p in model.parameters()]
     found = certificate(model, batches)
-    direction = found.escape_direction
     held = sum(p.to_local().numel() for p in model.parameters())
-    assert direction.shape == (held,)
+    assert found.escape_direction.shape == (held,)
     for p, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.to_local(), old)
         assert p.grad is None
     assert found.hvp_reason is None
     assert certificate(model, batches, max_hvps=1).hvps > 0  # once more, of the same objects
-    spectrum = spectral_density(
-        model, loss_fn, batches, probes=1, steps=4, search=Search(generator=torch.Generator().manual_seed(1))
-    )
-    result = {name: getattr(found, name) for name in (*EXACT, *MEASURED)}
-    return {**result, "held": held, "nodes": spectrum.nodes[0], "why": str(spectrum), "bytes": found.bytes_sent}
+    return {name: getattr(found, name) for name in (*EXACT, *MEASURED)} | {"held": held, "nodes": nodes(model, batches)}
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=str)
 def test_a_sharded_model_has_the_whole_ones_certificate(gloo: Callable[..., list[Any]], shape: tuple[int, ...]) -> None:
     """Of 3 shards, and of 2 shards on 2 replicas; vectors have d / R numbers a worker."""
     model, batches = network()
-    alone = certificate(model, batches)
-    nodes = spectral_density(
-        model,
-        loss_fn,
-        batches,
-        probes=1,
-        steps=4,
-        search=Search(hvp="differences", generator=torch.Generator().manual_seed(1)),
-    ).nodes[0]
+    alone, expected = certificate(model, batches), nodes(model, batches)
     d = sum(p.numel() for p in model.parameters())
     many = gloo(certify_sharded, torch.Size(shape).numel(), shape)
     assert sum(m["held"] for m in many) == d * (2 if shape == (2, 2) else 1)
@@ -92,7 +83,7 @@ def test_a_sharded_model_has_the_whole_ones_certificate(gloo: Callable[..., list
         assert [found[name] for name in EXACT] == [getattr(alone, name) for name in EXACT]
         for name in MEASURED:  # gradients are summed in another order, of which products keep 1 / h
             assert found[name] == pytest.approx(getattr(alone, name), abs=2 * alone.hvp_error)
-        assert found["nodes"] == pytest.approx(nodes, abs=2 * alone.hvp_error)
+        assert found["nodes"] == pytest.approx(expected, abs=2 * alone.hvp_error)
 
 
 def refuse() -> list[str]:

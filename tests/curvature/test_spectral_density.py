@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from searches import arguments
-from torch import Tensor, nn
+from searches import Point, arguments
+from torch import Tensor
 
 from packsaddle import simulate
 from packsaddle.curvature import SpectralDensity, spectral_density
@@ -14,21 +14,14 @@ from packsaddle.curvature import SpectralDensity, spectral_density
 EIGENVALUES = torch.cat([torch.linspace(-1, 2, 40), torch.tensor([9.0])]).double()
 
 
-class Quadratic(nn.Module):
+def loss_fn(model: Any, batch: Tensor) -> Tensor:
     """f = sum_i lambda_i x_i^2 / 2, whose Hessian is as good as any with these eigenvalues: probes have no axes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x = nn.Parameter(torch.zeros(len(EIGENVALUES), dtype=torch.float64))
-
-
-def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
     return (EIGENVALUES * model.x.square()).sum() / 2
 
 
 def measured(seed: int, **options: Any) -> SpectralDensity:
-    given = {"generator": torch.Generator().manual_seed(seed), **options}
-    return spectral_density(Quadratic(), loss_fn, [torch.zeros(1)], **arguments(**given))
+    at = Point(torch.zeros(len(EIGENVALUES), dtype=torch.float64))
+    return spectral_density(at, loss_fn, [torch.zeros(1)], **arguments(seed=seed, **options))
 
 
 def smoothed(at: tuple[float, ...], width: float) -> Tensor:
@@ -86,13 +79,3 @@ def test_bad_arguments_are_named() -> None:
     for name, value in (("probes", 0), ("steps", 0), ("points", 0), ("width", 0.0), ("width", math.inf)):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             measured(0, **{name: value})
-
-
-def test_torchs_generator_is_left_as_it_was() -> None:
-    """A DataLoader draws from it each time it is read, which would change the training that goes on."""
-    rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-    model = torch.nn.Linear(4, 4)
-    before = torch.get_rng_state()
-    loader = torch.utils.data.DataLoader(rows, batch_size=8)
-    spectral_density(model, lambda m, x: (m(x) - x).square().mean(), loader, probes=1, steps=2)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -1,19 +1,16 @@
 """The effective step of a coordinate that waits: against its recursion, dense Hessians, a network that dies."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from searches import derivatives
 from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Compression, Identity, RandomK, TopK
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import resolve
-from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature import Curvature
 from packsaddle.curvature.step_stability import LIMIT, CoordinateStep, Overshoot, largest_overshoot
 
 
@@ -54,8 +51,8 @@ class Quadratic(nn.Module):
         return 0.5 * x @ self.hessian @ x
 
 
-def curvature_of(model: nn.Module) -> Curvature:
-    return Curvature(model, lambda m, batch: m(), [torch.zeros(1)], Communicator(resolve(None), Ledger()))
+def at(model: Quadratic) -> Curvature:
+    return derivatives(model, lambda m, batch: m(), [torch.zeros(1)])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -66,7 +63,7 @@ def test_the_worst_coordinate_of_a_dense_hessian_is_found(seed: int) -> None:
     hessian[7, 7] += 4.0
     hessian[23, 23] += 9.0
     steps = [CoordinateStep("a", 0.1, 50.0), CoordinateStep("b", 0.1, 1.0)]
-    found = largest_overshoot(curvature_of(Quadratic(hessian)), steps, torch.Generator().manual_seed(seed))
+    found = largest_overshoot(at(Quadratic(hessian)), steps, torch.Generator().manual_seed(seed))
     assert (found.step.name, found.index) == ("a", (1, 2))  # 4 waiting 50 steps is worse than 9 at once
     assert found.curvature == pytest.approx(float(hessian[7, 7]), rel=1e-12)
     assert found.gain == pytest.approx(5.0 * float(hessian[7, 7]), rel=1e-12)
@@ -99,7 +96,7 @@ def test_a_function_that_double_backward_leaves_out_is_detected() -> None:
     hessian = torch.diag(torch.linspace(0.1, 1.0, 30, dtype=torch.float64))
     hessian[7, 7] = 4.0
     steps = [CoordinateStep("a", 0.1, 50.0), CoordinateStep("b", 0.1, 1.0)]
-    found = largest_overshoot(curvature_of(Fused(hessian)), steps, torch.Generator().manual_seed(0))
+    found = largest_overshoot(at(Fused(hessian)), steps, torch.Generator().manual_seed(0))
     assert (found.step.name, found.index) == ("a", (1, 2))
     assert found.curvature == pytest.approx(4.1, rel=1e-6)
     assert found.curvature <= 4.1
@@ -118,19 +115,16 @@ def test_waits_are_by_tensor_and_only_where_they_are_known() -> None:
     assert made(TopK(0.1), 50) is None
 
 
-def test_the_advice_names_the_coordinate_and_settings() -> None:
-    text = Overshoot(CoordinateStep("decoder.bias", 0.1, 1000.0), (12,), 0.139).advice()
+def test_the_advice_names_the_coordinate_and_settings_that_are_stable() -> None:
+    before = Overshoot(CoordinateStep("decoder.bias", 0.1, 1000.0), (12,), 0.139)
+    text = before.advice()
     for part in ("decoder.bias[12] waits 1/mu = 1,000 steps", "eta/mu = 100", "0.139", "13.9", "lr below 0.019"):
         assert part in text, text
     assert "dense_below = 256" in text
-
-
-def test_what_follows_the_advice_is_stable() -> None:
-    before = Overshoot(CoordinateStep("w", 0.1, 1000.0), (0, 0), 0.139)
     assert not Overshoot(CoordinateStep("w", 0.1 * LIMIT / before.gain * 0.99, 1000.0), (0, 0), 0.139).is_unstable
 
 
-def test_of_a_real_network(tmp_path: Path) -> None:
+def test_of_a_real_network() -> None:
     """An autoencoder of digits whose biases are compressed with the rest is past stability, and else it is not."""
     sklearn = pytest.importorskip("sklearn.datasets")
     images = torch.as_tensor(sklearn.load_digits().data / 16).float()
@@ -139,17 +133,9 @@ def test_of_a_real_network(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 8), nn.Sigmoid(), nn.Linear(8, 64))
         opt = CompressedSGD(model.named_parameters(), 0.1, Compression(RandomK(0.001), dense_below=below))
-        waits = opt.waits()
-        assert waits is not None
-        steps = [
-            CoordinateStep(name, 0.1, wait) for (name, _), wait in zip(model.named_parameters(), waits, strict=True)
-        ]
-        curvature = Curvature(
-            model,
-            lambda m, batch: nn.functional.mse_loss(m(batch), batch),
-            [images],
-            Communicator(resolve(None), Ledger()),
-        )
+        named = zip(dict(model.named_parameters()), opt.waits() or [], strict=True)
+        steps = [CoordinateStep(name, 0.1, wait) for name, wait in named]
+        curvature = derivatives(model, lambda m, batch: nn.functional.mse_loss(m(batch), batch), [images])
         found = largest_overshoot(curvature, steps, torch.Generator().manual_seed(0))
         gains.append((found.gain, found.step.name))
     assert gains[0][0] > LIMIT > gains[1][0]

@@ -97,17 +97,10 @@ def test_what_is_shared_out_adds_up_within_bounds(parts: list[tuple[float, int]]
 @pytest.mark.parametrize("compressor", [TopK(0.02), TopK(k=300), AdaptiveTopK(0.7)])
 def test_a_vector_that_stays_is_chosen_from_as_one(compressor: Compressor) -> None:
     v, allocation = sections(), Allocation(sum(SIZES))
-    allocation.begin(compressor)
-    for i, part in enumerate(v):
-        assert allocation.of((str(i),), compressor) is None  # nothing is known yet
-        allocation.observe((str(i),), part, compressor)
-    allocation.close(apply=True)
-    allocation.begin(compressor)
-    one, parts = (
-        compressor(torch.cat(v)),
-        [(allocation.of((str(i),), compressor) or Identity())(x) for i, x in enumerate(v)],
-    )
-    chosen = torch.cat(parts)
+    assert budgets(allocation, compressor) == [None] * 4  # nothing is known yet
+    observed(allocation, compressor, v)
+    one = compressor(torch.cat(v))
+    chosen = torch.cat([(c or Identity())(x) for c, x in zip(budgets(allocation, compressor), v, strict=True)])
     # The section of least scale has none of the largest and sends one all the same, in the place of another; an energy
     # is a share of a sum that rounds otherwise, at most one coordinate of each section.
     assert int(((one != 0) != (chosen != 0)).sum()) <= (4 if isinstance(compressor, AdaptiveTopK) else 2)
@@ -115,27 +108,33 @@ def test_a_vector_that_stays_is_chosen_from_as_one(compressor: Compressor) -> No
         assert int((chosen != 0).sum()) == int((one != 0).sum())
 
 
+def observed(allocation: Allocation, compressor: Compressor, v: list[Tensor], *, apply: bool = True) -> None:
+    """Let a step go by in which the sections were these."""
+    allocation.begin(compressor)
+    for i, part in enumerate(v):
+        allocation.observe((str(i),), part, compressor)
+    allocation.close(apply=apply)
+
+
+def budgets(allocation: Allocation, compressor: Compressor) -> list[Compressor | None]:
+    """Each section's compressor in the next step."""
+    allocation.begin(compressor)
+    return [allocation.of((str(i),), compressor) for i in range(4)]
+
+
 def test_a_step_that_was_not_taken_is_not_gone_by() -> None:
     allocation, compressor = Allocation(sum(SIZES)), TopK(0.02)
-    for taken, seed in ((True, 1), (False, 2)):
-        allocation.begin(compressor)
-        for i, part in enumerate(sections(seed)):
-            allocation.observe((str(i),), part, compressor)
-        allocation.close(apply=taken)
-    allocation.begin(compressor)
-    assert [allocation.of((str(i),), compressor) for i in range(4)] == compressor.apportion(sections(1), SIZES)
+    observed(allocation, compressor, sections(1))
+    observed(allocation, compressor, sections(2), apply=False)
+    assert budgets(allocation, compressor) == compressor.apportion(sections(1), SIZES)
 
 
 def test_what_a_step_goes_by_is_saved() -> None:
     compressor, allocation, loaded = TopK(0.02), Allocation(sum(SIZES)), Allocation(sum(SIZES))
-    allocation.begin(compressor)
-    for i, part in enumerate(sections()):
-        allocation.observe((str(i),), part, compressor)
-    allocation.close(apply=True)
+    observed(allocation, compressor, sections())
     saved, there = (a.field(lambda: torch.device("cpu")) for a in (allocation, loaded))
     there.load(saved.get())
-    loaded.begin(compressor)
-    assert [loaded.of((str(i),), compressor) for i in range(4)] == compressor.apportion(sections(), SIZES)
+    assert budgets(loaded, compressor) == compressor.apportion(sections(), SIZES)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """Compiled loops against the same in torch: equal bits where arithmetic allows it, on vectors meant to break them."""
 
-import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,9 @@ import torch
 from families import COMPRESSORS
 from hypothesis import given
 from hypothesis import strategies as st
+from long_vectors import long_vectors
 from torch import Tensor
-from torch_loops import torch_only
+from torch_loops import both, torch_only, two_threads
 
 from packsaddle import (
     QSGD,
@@ -37,28 +37,10 @@ from packsaddle.numerics.kernels import SlowKernelsWarning, arithmetic, compiler
 from packsaddle.numerics.seeds import sample_without_replacement
 
 pytest.importorskip("numba")
-D = 530_001  # long enough for samples, blocks and threads, and a multiple of nothing
+D = 300_007  # long enough for samples and blocks, and a multiple of nothing
 
 
-def long_vectors() -> dict[str, Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    normal = torch.randn(D, generator=rng)
-    return {
-        "normal": normal,
-        "heavy tails": normal * torch.randn(D, generator=rng).exp() ** 3,
-        "sparse": torch.where(torch.rand(D, generator=rng) < 0.002, normal, 0.0),
-        "few values": (normal * 2).round(),
-        "equal": torch.full((D,), -0.25),
-        "zeros": torch.zeros(D),
-        "tiny": normal * 1e-42,
-        "huge": normal.clamp(-3, 3) * 1e38,
-        "layers": normal * 10.0 ** -(torch.arange(D) // 100_000),
-        "with infinity": torch.where(torch.arange(D) == 17, -math.inf, normal),
-        "with NaN": torch.where(torch.arange(D) % 100_000 == 5, math.nan, normal),
-    }
-
-
-LONG = long_vectors()
+LONG = long_vectors(D)
 
 
 def by_long_vector_and(name: str, values: Sequence[Any]) -> pytest.MarkDecorator:
@@ -69,20 +51,6 @@ def by_long_vector_and(name: str, values: Sequence[Any]) -> pytest.MarkDecorator
 
 
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
-def both(work: Callable[[], Any]) -> tuple[Any, Any]:
-    """What the compiled loops give, and what torch gives."""
-    with torch_only():
-        plain = work()
-    return work(), plain
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -137,7 +105,7 @@ SELECTING = [
     AdaptiveTopK(0.3),
     AdaptiveTopK(1.0),
     Sign(),
-    Sign(per_tensor=True).for_tensors([torch.Size([D // 3]), torch.Size([0]), torch.Size([D - D // 3])]),
+    Sign(per_tensor=True),
 ]
 
 
@@ -147,7 +115,8 @@ def test_long_vectors_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
 
 
 def check_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
-    (parts, out), (plain_parts, plain_out) = both(lambda: message(compressor, v))
+    bound = compressor.for_tensors([torch.Size([n]) for n in (len(v) // 3, 0, len(v) - len(v) // 3)])
+    (parts, out), (plain_parts, plain_out) = both(lambda: message(bound, v))
     for name in parts:
         assert close(parts[name], plain_parts[name]) if name == "scales" else same(parts[name], plain_parts[name])
     assert close(out, plain_out) if isinstance(compressor, Sign) else same(out, plain_out)
@@ -162,26 +131,31 @@ def check_rounding(compressor: QSGD, v: Tensor) -> None:
     """Codes are torch's but where a sum of squares, rounded otherwise, moves a coordinate across its threshold."""
     (parts, out), (plain_parts, plain_out) = both(lambda: message(compressor, v))
     assert close(parts["scales"], plain_parts["scales"])
-    codes, plain = (wire.unpack(p["levels"], compressor.bits, D) for p in (parts, plain_parts))
+    codes, plain = (wire.unpack(p["levels"], compressor.bits, len(v)) for p in (parts, plain_parts))
     assert int((codes - plain).abs().max()) <= 1
     assert float((codes != plain).double().mean()) < 1e-4
     assert close(out[codes == plain], plain_out[codes == plain])
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("compressor", SELECTING, ids=repr)
 def test_threads_and_double_precision(compressor: Compressor) -> None:
     for name in ("normal", "sparse", "layers"):
-        check_bit_for_bit(compressor, LONG[name].double())
+        with two_threads():
+            check_bit_for_bit(compressor, twice(name))
 
 
-@pytest.mark.usefixtures("two_threads")
+def twice(name: str) -> Tensor:
+    """A long vector in double precision, which two threads share."""
+    return LONG[name].repeat(2).double()
+
+
 def test_threads_and_double_precision_of_levels() -> None:
-    check_rounding(QSGD(coded=False), LONG["normal"].double())
+    with two_threads():
+        check_rounding(QSGD(coded=False), twice("normal"))
 
 
-@by_long_vector_and("k", [1, 700, 53_000, D // 3, D])
+@by_long_vector_and("k", [1, 700, D // 10, D // 3, D])
 def test_largest_against_a_sort(v: Tensor, k: int) -> None:
     """A stable sort of the magnitudes, NaN first: the first of equals are taken, in increasing order."""
     expected = as_integers(v).sort(descending=True, stable=True).indices[:k].sort().values
@@ -189,7 +163,7 @@ def test_largest_against_a_sort(v: Tensor, k: int) -> None:
         assert torch.equal(found, expected)
 
 
-@by_long_vector_and("first", [0, 300_000, D - 1])
+@by_long_vector_and("first", [0, D // 2, D - 1])
 def test_largest_of_blocks_against_a_sort(v: Tensor, first: int) -> None:
     turned = as_integers(v).roll(-first).sort(descending=True, stable=True).indices[:5000]
     expected = ((turned + first) % D).sort().values
@@ -252,17 +226,10 @@ def test_samples_are_the_same_integers(n: int, k: int) -> None:
     assert torch.equal(compiled_one, plain)
 
 
-@given(st.integers(1, 56), st.integers(0, 200), st.integers(0, 2**31))
-def test_numbers_of_any_width(width: int, n: int, seed: int) -> None:
-    numbers = torch.randint(2 ** min(width, 62), (n,), generator=torch.Generator().manual_seed(seed))
-    packed, plain = both(lambda: wire.pack(numbers, width))
-    assert torch.equal(packed, plain)
-    assert all(torch.equal(found, numbers) for found in both(lambda: wire.unpack(packed, width, n)))
-
-
 def test_strided_and_half_vectors_take_the_plain_way() -> None:
-    v = torch.randn(100)
-    assert kernel("reaching", v) is not None
+    v, coded = torch.randn(100), ("levels", "layer", "rice")
+    for name in ("reaching", "add_levels", "count_codes", *(f"pack_{of}" for of in coded), "unpack_rice"):
+        assert kernel(name, v) is not None, name
     assert kernel("reaching", v[::2]) is None
     assert kernel("reaching", v.to(torch.bfloat16)) is None
     assert kernel("reaching", v, torch.randn(3, device="meta")) is None

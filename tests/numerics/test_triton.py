@@ -13,14 +13,9 @@ pytest.importorskip("triton")
 
 def test_triton_loops_against_torch() -> None:
     """In a process of its own: the interpreter is chosen when Triton is imported."""
-    interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "support" / "triton_loops.py"],
-        env={**os.environ, **interpret},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    env = {**os.environ, **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})}
+    script = Path(__file__).parents[1] / "support" / "triton_loops.py"
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["gaussians", "signs", "levels"]
 

@@ -13,7 +13,6 @@ from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, Sto
 from packsaddle.comm.group import resolve
 from packsaddle.feedback.noise import Noise
 
-Gloo = Callable[..., list[Any]]
 WORKERS, STEPS, LR, SEED, R = 3, 30, 0.03, 5, 0.05
 COMPRESSORS: dict[str, Compressor] = {"TopK": TopK(k=3), "RandomK": RandomK(0.25)}
 
@@ -140,18 +139,17 @@ def test_ef21_is_its_definition(name: str, beta: float) -> None:
         assert same(y, x)  # nothing is ever pending
 
 
-def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **options: Any) -> float:
-    """Distance to the minimum of a mean of quadratics whose minima differ; each worker's gradient has its own noise."""
+def quadratics(**options: Any) -> float:
+    """Distance after 150 steps to the minimum of a mean of quadratics whose minima differ."""
 
     def worker(rank: int) -> float:
         rng = torch.Generator().manual_seed(rank)
         a = 0.5 + torch.rand(20, generator=rng, dtype=torch.float64)
         b = 5 * torch.randn(20, generator=rng, dtype=torch.float64)
         p = nn.Parameter(torch.zeros(20, dtype=torch.float64))
-        opt = CompressedSGD([p], lr, **folded({"compressor": TopK(k=2), "dense_below": 0} | options))
-        rng.manual_seed(100 * seed + rank)
-        for _ in range(steps):
-            p.grad = a * p.detach() - b + noise * torch.randn(20, generator=rng, dtype=torch.float64)
+        opt = CompressedSGD([p], 0.15, **folded({"compressor": TopK(k=2), "dense_below": 0} | options))
+        for _ in range(150):
+            p.grad = a * p.detach() - b
             opt.step()
         sums = torch.stack([a, b])
         resolve(None).all_reduce(sums)
@@ -163,20 +161,8 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
 @pytest.mark.slow
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
-    assert quadratics(150, 0.15, memory="ef21") < 1e-7
-    assert quadratics(150, 0.15, memory="buffer") > 1
-
-
-@pytest.mark.slow
-def test_momentum_calms_ef21_under_noise() -> None:
-    """EF21 alone follows noisy gradients badly, with momentum well (Fatkhullin et al. 2023, section 2)."""
-
-    def distance(momentum: float) -> float:
-        runs = [quadratics(100, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(2)]
-        return sum(runs) / len(runs)
-
-    calm, alone = distance(0.95), distance(0.0)
-    assert calm < 0.6 * alone, (calm, alone)
+    assert quadratics(memory="ef21") < 1e-7
+    assert quadratics(memory="buffer") > 1
 
 
 # ---- STORM
@@ -211,27 +197,6 @@ def test_storm_is_its_definition(weight_decay: float) -> None:
         assert same(x, expected)
 
 
-def estimate_error(**options: Any) -> float:
-    """Mean squared distance of x's movement to the true gradient, over a run."""
-
-    def worker(rank: int) -> float:
-        run, total = Run(sampled, compressor=Identity(), noise=0.0, lr=0.003, **options), 0.0
-        for t in range(200):
-            before = run.x
-            run.step(t)
-            moved = (before - run.x) / 0.003
-            total += float((moved - sum(problems.gradient(w)(before) for w in range(WORKERS)) / WORKERS).square().sum())
-        return total / 200
-
-    return simulate(worker, WORKERS)[0]
-
-
-@pytest.mark.slow
-def test_storm_reduces_the_variance() -> None:
-    plain, storm = estimate_error(), estimate_error(momentum=Storm(0.05))
-    assert storm < 0.25 * plain, (storm, plain)
-
-
 def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
     run = Run(sampled, compressor=Identity(), momentum=Storm(0.2), lr=0.0, noise=0.0)
     for t in range(3):
@@ -243,54 +208,7 @@ def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
         run.opt.step()
 
 
-# ---- with everything else
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "momentum": {"momentum": 0.9},
-    "nesterov, two-way": {"momentum": 0.9, "nesterov": True, "exchange": "two-way"},
-    "ef21": {"memory": "ef21"},
-    "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
-    "storm": {"momentum": Storm(0.3)},
-    "ef21, storm": {"memory": "ef21", "momentum": Storm(0.3)},
-    "ef21, escape": {"memory": "ef21", "momentum": 0.5, "escape": True},
-    "storm, escape": {"momentum": Storm(0.3), "escape": True},
-}
-
-
-def variant(name: str) -> Tensor:
-    """x of a run with everything that goes with momentum."""
-    options = dict(VARIANTS[name])
-
-    def make() -> Run:
-        return Run(sampled, compressor=TopK(k=3), **options)
-
-    if options.pop("escape", False):
-        held: list[Run] = []
-        options["escape"] = Escape(5, 1e9, lambda: problems.f_i(held[-1].x, held[-1].rank))
-        plain = make
-
-        def make() -> Run:
-            run = plain()
-            held.append(run)
-            return run
-
-    run = make()
-    for t in range(26):
-        run.step(t)
-    assert bool(run.opt.resets) == ("escape" in name)
-    return run.x
-
-
-def variants() -> dict[str, Tensor]:
-    return {name: variant(name) for name in VARIANTS}
-
-
-def test_processes_equal_the_simulation(gloo: Gloo) -> None:
-    simulated = simulate(lambda rank: variants(), 2)
-    for real, serial in zip(gloo(variants, 2), simulated, strict=True):
-        for name in VARIANTS:
-            assert same(real[name], serial[name]), name
+# ---- with other options
 
 
 def test_weights_that_are_loaded_later_stay() -> None:
@@ -319,25 +237,6 @@ def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
     assert same(runs[0].x, runs[1].x)
 
 
-def test_a_state_of_another_variant_is_refused() -> None:
-    state = Run(compressor=TopK(k=2), momentum=0.5).opt.state_dict()
-    with pytest.raises(ValueError, match="direction is gradient here, but the state was saved with direction momentum"):
-        Run(compressor=TopK(k=2)).opt.load_state_dict(state)
-
-
-def test_estimates_need_one_rate() -> None:
-    """x moves by each worker's own rate, so a scheduler that looks at a worker's own loss would drive them apart."""
-
-    def worker(rank: int) -> None:
-        Run(compressor=TopK(k=2), memory="ef21", lr=0.1).step(0)
-        run = Run(compressor=TopK(k=2), memory="ef21", lr=0.1)
-        run.opt.param_groups[0]["lr"] = 0.1 * (1 + rank)
-        run.step(0)
-
-    with pytest.raises(RuntimeError, match="workers must have one lr"):
-        simulate(worker, 2)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -355,7 +254,10 @@ def test_what_does_not_go_together_is_named(options: dict[str, Any], message: st
         Run(**({"compressor": RandomK(0.25)} | options))
 
 
-def test_sixteen_bits_are_too_few_for_estimates() -> None:
+def test_a_state_or_a_dtype_that_does_not_fit_is_refused() -> None:
+    state = Run(compressor=TopK(k=2), momentum=0.5).opt.state_dict()
+    with pytest.raises(ValueError, match="direction is gradient here, but the state was saved with direction momentum"):
+        Run(compressor=TopK(k=2)).opt.load_state_dict(state)
     p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
         CompressedSGD([p], 0.1, **folded({"dense_below": 0, "memory": "ef21"}))

@@ -1,22 +1,20 @@
 """Gradients that are finite, and what is made of them would not be: such a step leaves no trace either."""
 
 import math
-from collections.abc import Callable
-from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
+from fronts import differences
+from problems import feed, lone
 from specs import folded
-from test_nonfinite import COMPRESSORS, differences
+from test_nonfinite import COMPRESSORS
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import CompressedSGD, Compression, Identity, Noise, RandomK, Storm, TopK, register_ddp_hook, simulate
+from packsaddle import CompressedSGD, Identity, Noise, RandomK, Storm, TopK, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_in_range, magnitude
 
-Gloo = Callable[..., list[Any]]
 STEPS, HUGE = 8, (2, 3, 6)
 KINDS = ("all alike", "mixed signs", "one worker")
 pytestmark = pytest.mark.filterwarnings("ignore:.*compress.*:UserWarning")
@@ -42,29 +40,23 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
             w.grad = g
         opt.step(lambda: None)
     state = opt.state_dict()
-    vectors = {f"{i} {name}": v.clone() for i, vs in state["state"].items() for name, v in vs.items()}
+    vectors = {i: {name: v.clone() for name, v in of.items()} for i, of in state["state"].items()}
+    x = [w.detach().clone() for w in weights]
     return {
-        "x": [w.detach().clone() for w in weights],
+        "state": {"x": x, "noise": state["noise"], "aggregator": state["aggregator"], "vectors": vectors},
         "steps": opt.steps,
-        "noise": state["noise"],
-        "aggregator": state["aggregator"],
         "skips": [(s.step, s.workers) for s in opt.skips],
-        "finite": all(bool(v.isfinite().all()) for v in [*weights, *vectors.values()]),
-        **vectors,
+        "finite": all(bool(v.isfinite().all()) for v in [*x, *(v for of in vectors.values() for v in of.values())]),
     }
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_momentum_that_overflows_is_forgotten_where_it_is_not_sent(nesterov: bool) -> None:
     """Each gradient is finite, and so is its sum with e; the momentum of the first five alone is not."""
-    weight = nn.Parameter(torch.ones(100, 100))
-    spec = Compression(RandomK(0.01), dense_below=0)
-    opt = CompressedSGD([weight], 1e-30, spec, momentum=0.9, nesterov=nesterov)
-    for step in range(12):
-        weight.grad = torch.full_like(weight, 1e-3)
-        if step < 5:
-            weight.grad[0, 0] = 1e38
-        opt.step()
+    weight, opt = lone(torch.ones(100, 100), 1e-30, RandomK(0.01), momentum=0.9, nesterov=nesterov)
+    huge = torch.full_like(weight, 1e-3)
+    huge[0, 0] = 1e38
+    feed(weight, opt, *[huge] * 5, *[1e-3] * 7)
     assert 0 < opt.skipped < 5
     vectors = [v for v in opt.state_dict()["state"][0].values() if isinstance(v, Tensor)]
     assert all(bool(v.isfinite().all()) for v in vectors)
@@ -91,114 +83,36 @@ def test_a_huge_batch_leaves_no_trace(way: str, workers: int, kind: str) -> None
     )
     whose = (0,) if kind == "one worker" else tuple(range(workers))
     for run, other in zip(mine, twin, strict=True):
-        assert differences(run, other) == []
+        assert differences(run["state"], other["state"]) == []
         assert run["finite"]
         assert run["skips"] == [(2, whose), (2, whose), (4, whose)]
         assert run["steps"] == STEPS - len(HUGE)
 
 
-def hook_run(kind: str, scope: Any, *, has_them: bool, **options: Any) -> dict[str, Any]:
-    torch.manual_seed(3)
-    model = DistributedDataParallel(
-        nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 8)), bucket_cap_mb=0.001, broadcast_buffers=False
-    )
-    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
-    hook = register_ddp_hook(
-        model, noise=0.01, optimizer=optimizer, scope=scope, **folded({"dense_below": 40} | options)
-    )
-    replacements: dict[int, Tensor] = {}
-    for i, p in enumerate(model.parameters()):
-        p.register_hook(lambda g, i=i: replacements[i])
-    for step in range(STEPS):
-        if step in HUGE and not has_them:
-            continue
-        found = gradients([p.shape for p in model.parameters()], step, kind)
-        replacements.update(enumerate(found))
-        optimizer.zero_grad()
-        model(torch.ones(2, 8)).sum().backward()
-        optimizer.step()
-    memory = hook.memory()
-    x = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    return {
-        "x": x,
-        "memory": memory,
-        "steps": hook.steps,
-        "skips": [(s.step, s.workers, s.parameter) for s in hook.skips],
-        "finite": all(bool(v.isfinite().all()) for v in [x, *memory.values()]),
-    }
-
-
-def hook_runs(kind: str, scopes: tuple[str, ...]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Every way, or for kinds but the first one of each exchange, in these scopes by turns.
-
-    The test above has every way with every kind, in the same round.
-    """
-    ways = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
-    ways |= {name: VARIANTS[name] for name in ("two-way", "coordinator, random back", "int8")}
-    if kind != KINDS[0]:
-        ways = {name: ways[name] for name in ("TopK", "RandomK", "two-way")}
-    return {
-        f"{scope}, {name}": tuple(  # type: ignore[misc]
-            hook_run(kind, scope, has_them=has_them, **options) for has_them in (True, False)
-        )
-        for (name, options), scope in zip(ways.items(), cycle(scopes), strict=False)
-    }
-
-
-@pytest.mark.parametrize(
-    ("kind", "scopes", "workers"),
-    [
-        (KINDS[0], ("model", "bucket"), 2),
-        (KINDS[1], ("bucket",), 2),
-        (KINDS[2], ("bucket", "model"), 2),
-        (KINDS[1], ("bucket", "model"), 1),
-    ],
-)
-def test_nor_behind_the_hook(kind: str, scopes: tuple[str, ...], workers: int, gloo: Gloo) -> None:
-    for rank, runs in enumerate(gloo(hook_runs, workers, kind, scopes)):
-        for name, (mine, twin) in runs.items():
-            assert differences(mine, twin) == [], name
-            assert mine["finite"], name
-            is_mine = rank == 0 or kind != "one worker"
-            whose = (rank,) if is_mine else ()
-            assert [skip[:2] for skip in mine["skips"]] == [(2, whose), (2, whose), (4, whose)], name
-            assert all((p == "a gradient of another worker") is not is_mine for _, _, p in mine["skips"]), name
-            assert mine["steps"] == STEPS - len(HUGE), name
-
-
 # ---- where every worker's vector can be used, and the mean or x cannot take it
 
 
-def in_crowds(rank: int) -> tuple[Tensor, list[tuple[tuple[int, ...], str]], Tensor]:
-    p = nn.Parameter(torch.ones(1, 1))
-    opt = CompressedSGD([p], 1.0, Compression(Identity(), dense_below=0))
-    for value in (1.0, 5e36, 2.0):
-        p.grad = torch.full_like(p, value)
-        opt.step()
-    return p.detach().clone(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["error"]
+def in_crowds(rank: int) -> tuple[float, list[tuple[tuple[int, ...], str]], float]:
+    p, opt = lone(torch.ones(1, 1), 1.0, Identity())
+    feed(p, opt, 1.0, 5e36, 2.0)
+    return p.item(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["error"].item()
 
 
 @pytest.mark.slow
 def test_a_sum_over_workers_that_overflows_is_left_out_by_all() -> None:
     """Of 70 workers with 5e36 each the sum is 3.5e38, and the mean is made of the sum."""
-    for x, skips, pending in simulate(in_crowds, 70):
-        assert x.item() == 1.0 - 1.0 - 2.0
-        assert skips == [((), "a mean of finite gradients")]
-        assert pending.item() == 0.0
+    expected = (1.0 - 1.0 - 2.0, [((), "a mean of finite gradients")], 0.0)
+    assert simulate(in_crowds, 70) == [expected] * 70
 
 
 @pytest.mark.parametrize("memory", ["buffer", "ef21"])
-def test_x_never_overflows_however_far_it_has_gone(memory: Any) -> None:
+def test_x_never_overflows_however_far_it_has_gone(memory: str) -> None:
     """By hand: 2^121 a step, 127 times, is 2^128 - 2^121; once more is 2^128, which float32 has not."""
-    p = nn.Parameter(torch.zeros(1, 1))
-    opt = CompressedSGD([p], 1.0, Compression(Identity(), dense_below=0, max_skipped=50, memory=memory))
-    for _ in range(140):
-        p.grad = torch.full_like(p, -(2.0**121))
-        opt.step()
+    p, opt = lone(torch.zeros(1, 1), 1.0, Identity(), max_skipped=50, memory=memory)
+    feed(p, opt, *[-(2.0**121)] * 140)
     assert p.item() == 2.0**128 - 2.0**121
     assert (opt.steps, opt.skipped) == (127, 13)
-    p.grad = torch.full_like(p, 2.0**120)
-    opt.step()
+    feed(p, opt, 2.0**120)
     assert p.item() == 2.0**128 - 2.0**121 - 2.0**120
     if memory == "ef21":  # the estimate has turned round with the gradient
         assert opt.state_dict()["state"][0]["mean_estimate"].item() == 2.0**120
@@ -206,33 +120,23 @@ def test_x_never_overflows_however_far_it_has_gone(memory: Any) -> None:
 
 def test_nor_by_outstanding_noise() -> None:
     """What was drawn for a step that x could not take is outstanding again."""
+    start, first = torch.ones(40, 1), (torch.arange(40) < 4).float()[:, None]
+    start[:20] = 3.4e38
 
-    def run(bad: bool) -> tuple[Tensor, Any]:
-        p = nn.Parameter(torch.full((40, 1), 3.4e38))
-        p.data[20:] = 1.0
-        opt = CompressedSGD([p], 1.0, Compression(RandomK(1.0), dense_below=0), noise=Noise(0.5, lazy=True), seed=1)
-        for g in ([-1e36] if bad else []) + [1.0]:
-            p.grad = torch.zeros_like(p)
-            p.grad[:4] = g
-            opt.step()
-        assert opt.skipped == bad
-        return p.detach().clone(), opt.state_dict()["noise"]
+    def run(*sizes: float) -> tuple[Tensor, Any]:
+        p, opt = lone(start, 1.0, RandomK(1.0), noise=Noise(0.5, lazy=True), seed=1)
+        feed(p, opt, *[size * first for size in sizes])
+        assert opt.skipped == len(sizes) - 1
+        return p.detach(), opt.state_dict()["noise"]
 
-    (x, noise), (twin, other) = run(True), run(False)
-    assert torch.equal(x, twin)
-    assert differences({"noise": noise}, {"noise": other}) == []
+    assert differences(run(-1e36, 1.0), run(1.0)) == []
 
 
 def owner(rank: int) -> tuple[int, int, bool]:
     """The reply keeps one coordinate of eight, so the owner's error of the others grows from step to step."""
-    p = nn.Parameter(torch.zeros(8, 1))
-    back = RandomK(k=1, block_size=1)
-    spec = Compression(TopK(k=1), exchange="coordinator", back=back, dense_below=0, max_skipped=300)
-    opt = CompressedSGD([p], 1e-3, spec)
-    for _ in range(200):
-        p.grad = torch.zeros_like(p)
-        p.grad[3] = 3e38
-        opt.step()
+    back, large = RandomK(k=1, block_size=1), 3e38 * torch.eye(8)[:, 3:4]
+    p, opt = lone(torch.zeros(8, 1), 1e-3, TopK(k=1), exchange="coordinator", back=back, max_skipped=300)
+    feed(p, opt, *[large] * 200)
     return opt.steps, opt.skipped, all(bool(v.isfinite().all()) for v in (p.detach(), opt.state[p]["error"]))
 
 

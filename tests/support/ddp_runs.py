@@ -7,42 +7,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
-from packsaddle import (
-    QSGD,
-    AdaptiveTopK,
-    Compressor,
-    Identity,
-    LinearSketch,
-    LowRank,
-    RandomK,
-    SharedTopK,
-    Sign,
-    SketchTopK,
-    TopK,
-)
+import packsaddle as ps
 from packsaddle.comm.group import resolve
 
 SEVERAL = 0.02  # MiB: the network below then has several buckets
-COMPRESSORS: dict[str, Compressor] = {
-    "Identity": Identity(),
-    "RandomK": RandomK(0.05),
-    "RandomK per tensor": RandomK(0.05, per_tensor=True),
-    "TopK": TopK(0.05),
-    "TopK k": TopK(k=200),
-    "AdaptiveTopK": AdaptiveTopK(0.3),
+COMPRESSORS: dict[str, ps.Compressor] = {
+    "Identity": ps.Identity(),
+    "RandomK": ps.RandomK(0.05),
+    "RandomK per tensor": ps.RandomK(0.05, per_tensor=True),
+    "TopK": ps.TopK(0.05),
+    "TopK k": ps.TopK(k=200),
+    "AdaptiveTopK": ps.AdaptiveTopK(0.3),
     # Counters in bfloat16 are rounded otherwise in eta g than in g, so the hook and the optimizer may choose otherwise.
-    "SharedTopK": SharedTopK(0.05, half=False),
-    "SketchTopK": SketchTopK(0.05, rows=3, columns=64, half=False),
-    "Sign": Sign(),
-    "QSGD": QSGD(),
-    "LinearSketch": LinearSketch(0.2),
-    "LowRank": LowRank(1),
+    "SharedTopK": ps.SharedTopK(0.05, half=False),
+    "SketchTopK": ps.SketchTopK(0.05, rows=3, columns=64, half=False),
+    "Sign": ps.Sign(),
+    "QSGD": ps.QSGD(),
+    "LinearSketch": ps.LinearSketch(0.2),
+    "LowRank": ps.LowRank(1),
 }
 # Every compressor, and the exchanges through owners, which keep residuals of the mean.
 WAYS: dict[str, dict[str, Any]] = {
     **{name: {"compressor": c} for name, c in COMPRESSORS.items()},
-    "two-way": {"compressor": TopK(0.05), "exchange": "two-way"},
-    "coordinator": {"compressor": TopK(0.05), "exchange": "coordinator", "back": RandomK(0.5)},
+    "two-way": {"compressor": ps.TopK(0.05), "exchange": "two-way"},
+    "coordinator": {"compressor": ps.TopK(0.05), "exchange": "coordinator", "back": ps.RandomK(0.5)},
 }
 
 

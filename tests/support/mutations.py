@@ -104,7 +104,7 @@ def _replace_numbers(part: Part, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-_OF_A_PART: dict[str, Callable[[Part, random.Random], bytes]] = {
+OF_A_PART: dict[str, Callable[[Part, random.Random], bytes]] = {
     "bits": _flip_bits,
     "lengths": _change_lengths,
     "codes": _replace_codes,
@@ -112,7 +112,7 @@ _OF_A_PART: dict[str, Callable[[Part, random.Random], bytes]] = {
     "extended": _extend,
     "numbers": _replace_numbers,
 }
-KINDS = (*_OF_A_PART, "random", "another vector", "another d", "another compressor")
+KINDS = (*OF_A_PART, "random", "another vector", "another d", "another compressor")
 
 
 def mutate(parts: Parts, kind: str, others: Mapping[str, Sequence[Parts]], rng: random.Random) -> Parts:
@@ -131,31 +131,38 @@ def mutate(parts: Parts, kind: str, others: Mapping[str, Sequence[Parts]], rng: 
     part = parts[name]
     if kind == "random":
         return {**parts, name: Part(part.dtype, rng.randbytes(len(part.content)))}
-    return {**parts, name: Part(part.dtype, _OF_A_PART[kind](part, rng))}
+    return {**parts, name: Part(part.dtype, OF_A_PART[kind](part, rng))}
 
 
-def outcome(compressor: Compressor, parts: Parts, out: Tensor, *, thorough: bool) -> str:
-    """Decode a message into out, float[d]: "refused" by MessageError, "finite", or "not finite".
+def tensors(parts: Parts) -> dict[str, Tensor]:
+    return {name: part.tensor() for name, part in parts.items()}
 
-    Raises AssertionError if finite numbers decode to others, if a support has wrong or repeated indices, or, with
-    `thorough`, if a second decoding differs. Other exceptions pass.
+
+def outcome(compressor: Compressor, parts: Mapping[str, Tensor], d: int) -> str:
+    """Decode a message of float[d]: "refused" by `receive`, so that nothing is added, "finite", or "not finite".
+
+    Raises AssertionError if finite numbers decode to others, if a support has wrong or repeated indices, or if a second
+    decoding differs. Other exceptions pass.
     """
-    tensors, d = {name: part.tensor() for name, part in parts.items()}, len(out)
     try:
-        message = compressor.receive(tensors, d, seed=1, step=2)
+        messages = [compressor.receive(parts, d, seed=1, step=2) for _ in range(2)]
     except MessageError as error:
         return "refused" if type(compressor).__name__ in error.compressor else f"without the compressor: {error}"
-    compressor.add_decoded(message, out.zero_())
-    if thorough:
-        support, first = compressor.support_of(message, d), out.clone()
-        if support is not None and len(support):
-            assert len(set(support.tolist())) == len(support), "coordinates of a support must be distinct"
-            assert int(support.min()) >= 0, "an index is negative"
-            assert int(support.max()) < d, "an index is beyond the end"
-        compressor.add_decoded(compressor.receive(tensors, d, seed=1, step=2), out.zero_())
-        assert torch.equal(first.nan_to_num(7.0), out.nan_to_num(7.0)), "the same message decodes differently"
-    if math.isfinite(float(out.sum())) or bool(out.isfinite().all()):
+    found, again = (_decoded(compressor, message, d) for message in messages)
+    assert torch.equal(found.nan_to_num(7.0), again.nan_to_num(7.0)), "the same message decodes differently"
+    if bool(found.isfinite().all()):
         return "finite"
-    numbers = torch.cat([part.double() for part in tensors.values() if part.is_floating_point()])
+    numbers = torch.cat([part.double() for part in parts.values() if part.is_floating_point()])
     assert not bool((numbers.abs() < HUGE).all()), "finite numbers decode to others"
     return "not finite"
+
+
+def _decoded(compressor: Compressor, message: Message, d: int) -> Tensor:
+    out = torch.zeros(d)
+    compressor.add_decoded(message, out)
+    support = compressor.support_of(message, d)
+    if support is not None and len(support):
+        assert len(support.unique()) == len(support), "coordinates of a support must be distinct"
+        assert int(support.min()) >= 0, "an index is negative"
+        assert int(support.max()) < d, "an index is beyond the end"
+    return out

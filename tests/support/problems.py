@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from specs import folded
 from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Compression, Compressor, Escape, Noise
@@ -97,3 +98,16 @@ def network(seed: int = 0) -> tuple[nn.Module, Tensor]:
 def vector(model: nn.Module) -> Tensor:
     """A copy of its parameters, float[d]."""
     return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def lone(x: Tensor, lr: float, compressor: Compressor, **options: Any) -> tuple[nn.Parameter, CompressedSGD]:
+    """Return a parameter that starts at x, all compressed, and its optimizer; options as those of `folded`."""
+    p = nn.Parameter(x.clone())
+    return p, CompressedSGD([p], lr, **folded({"compressor": compressor, "dense_below": 0} | options))
+
+
+def feed(p: nn.Parameter, opt: CompressedSGD, *gradients: float | Tensor) -> None:
+    """Step by each of these gradients, of which a number is that of all coordinates."""
+    for g in gradients:
+        p.grad = g.clone() if isinstance(g, Tensor) else torch.full_like(p, g)
+        opt.step()

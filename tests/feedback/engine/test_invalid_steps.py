@@ -22,7 +22,8 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=3e-3)
 
 
-# Every compressor and exchange, and each kind of optimizer. CompressedSGD's further ways: tests/sgd/test_nonfinite.py.
+# Every compressor and exchange, and each kind of optimizer. CompressedSGD's further ways: tests/sgd/test_nonfinite.py,
+# test_overflow.py.
 HOOKED = {
     name: {"noise": 0.01, "monitor_every": 1, **options, **({"inner": inner} if inner else {})}
     for (name, options), inner in zip(COMPRESSORS.items(), (None, momentum, adamw) * 5, strict=False)
@@ -38,13 +39,17 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def trained(front: str, way: str, value: float, has_them: bool) -> dict[str, Any]:
+# What multiplies a row of the gradient, and on which of two workers: the last are finite, and too large to compress.
+INVALID = ((math.nan, (1,)), (math.inf, (1,)), (1.7e308, (1,)), (1.7e308, (0, 1)))
+
+
+def trained(front: str, way: str, value: float, whose: tuple[int, ...], has_them: bool) -> dict[str, Any]:
     one = made(front, **WAYS[front][way])
     for t in range(10):
         if t not in BAD:
             one.step(t)
         elif has_them:
-            one.step(t, value if resolve(None).rank == 1 else None)
+            one.step(t, value if resolve(None).rank in whose else None)
     state = one.everything()
     for part in ("engine", "optimizer"):
         state[part] = {k: v for k, v in state[part].items() if k not in ("skips", "guard", "ledger")}  # they count them
@@ -52,18 +57,20 @@ def trained(front: str, way: str, value: float, has_them: bool) -> dict[str, Any
     return {"state": state, "steps": one.engine.steps, "skips": skips, "skipped": one.engine.skipped}
 
 
-def with_and_without(front: str, way: str, value: float) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    mine, twin = (trained(front, way, value, has_them) for has_them in (True, False))
+def with_and_without(
+    front: str, way: str, value: float, whose: tuple[int, ...]
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    mine, twin = (trained(front, way, value, whose, has_them) for has_them in (True, False))
     return differences(mine.pop("state"), twin.pop("state")), mine, twin
 
 
 @parameters_of(WAYS)
 def test_a_bad_batch_leaves_no_trace(front: str, way: str, on_workers: Callable[..., list[Any]]) -> None:
     """Of one layer, reduced after others. A hook names its own worker alone, for a collective could hang there."""
-    value = (math.nan, math.inf)[list(WAYS[front]).index(way) % 2]
-    for rank, (differ, mine, twin) in enumerate(on_workers(with_and_without, front, way, value)):
+    value, whose = INVALID[list(WAYS[front]).index(way) % len(INVALID)]
+    for rank, (differ, mine, twin) in enumerate(on_workers(with_and_without, front, way, value, whose)):
         assert differ == []
-        named = (1,) if rank == 1 or not FRONTS[front].processes else ()
+        named = tuple(worker for worker in whose if worker == rank or not FRONTS[front].processes)
         assert mine == {"steps": 7, "skips": [(3, named), (3, named), (6, named)], "skipped": 3}
         assert twin == {"steps": 7, "skips": [], "skipped": 0}
 
