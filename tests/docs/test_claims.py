@@ -80,20 +80,12 @@ def test_local_updates_of_muon() -> None:
     assert gain
     losses = [four[f"AdamW, {how}"][0] for how in (mixed, sign)] + [first[f"Muon, {how}"][0] for how in (mixed, sign)]
     assert list(gain.groups()) == [f"{loss:.3f}" for loss in losses]
-    losses = [f"{four[m][0]:.3f}" for m in ("Muon, local 8, Sign", "AdamW, dense, beta1 0.8", "Muon, dense")]
-    front = re.search(
-        r"loss ([\d.]+) at 11\.4 kB a step; dense AdamW ([\d.]+) and dense Muon ([\d.]+) at 2,168 kB",
-        (DOCS.parent / "README.md").read_text(),
-    )
-    assert front
-    assert list(front.groups()) == losses
+    # The front page of the documentation; that of the project is `test_evidence.front`'s.
     times = round(two["Muon, dense"][1] / two["Muon, local 8, Sign"][1])
     assert two["Muon, local 8, Sign"][0] < two["AdamW, dense, beta1 0.8"][0]
-    assert round(two["Muon, local 8, Sign"][0] - two["Muon, dense"][0], 2) == 0.04
-    for page in (DOCS.parent / "README.md", DOCS / "index.md"):
-        assert re.search(rf"lose 0.04 to dense\s+training \(DDP\), at a {times}rd of its\s+bytes", page.read_text()), (
-            page
-        )
+    lost = two["Muon, local 8, Sign"][0] - two["Muon, dense"][0]
+    front = " ".join((DOCS / "index.md").read_text().split())
+    assert f"lose {lost:.2f} to dense training (DDP), at a {times}rd of its bytes" in front
 
 
 def test_all_methods_inside_muon_and_adamw() -> None:

@@ -27,21 +27,6 @@ RACE = ROOT / "experiments" / "race"
 TARGET = RACE / "target"
 SIGN, TOPK, SPARSE = "Sign(per_tensor=True)", 'TopK(1/16, values="int2")', 'TopK(1/48, values="int2")'
 LINKS = ("10 Mbit/s", "50 Mbit/s", "200 Mbit/s", "1000 Mbit/s")
-TITLES = {
-    "ddp": "DDP, float32",
-    "ddp-fp16": "DDP, float16",
-    "QSGD(127) hook=bucket": "the hook, `QSGD(127)`",
-    "powersgd-4": "torch's PowerSGD, rank 4",
-    "local-sgd-8": "torch's local SGD, every 8",
-    "local-sgd-32": "torch's local SGD, every 32",
-    "local-sgd-128": "torch's local SGD, every 128",
-    "TopK(0.01)": "`CompressedSGD`, `TopK(0.01)`",
-    **{f"{SIGN} every={n}": f"`LocalUpdates` every {n}, `{SIGN}`" for n in (2, 8, 32)},
-    **{f"{TOPK} every={n}": f"`LocalUpdates` every {n}, `{TOPK}`" for n in (2, 8)},
-    f"{SPARSE} every=32": f"`LocalUpdates` every 32, `{SPARSE}`",
-    "sparseloco-32": "SparseLoCo's algorithm, every 32",
-    "diloco-32": "torchft's DiLoCo, every 32",
-}
 # Methods of the races by the clock, without the optimizer inside; ours first.
 OURS = {
     "local 8, Sign": f"`LocalUpdates` every 8, `{SIGN}` (the default)",
@@ -132,10 +117,6 @@ class Race:
     def sent(self, method: str, steps: int = 600) -> float:
         """kB a step."""
         return self.entry(method, steps).curves[0].sent / 1000
-
-
-def kilobytes(sent: float) -> str:
-    return f"{sent:,.0f}" if sent > 70 else f"{sent:.1f}"
 
 
 def two(numbers: list[float]) -> list[str]:
