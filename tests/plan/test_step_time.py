@@ -28,7 +28,7 @@ from packsaddle import (
     simulate,
 )
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, Cost, RingAllGather, RingAllReduce
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Cost, RingAllGather, RingAllReduce
 from packsaddle.comm.group import resolve
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors.registry import compressors
@@ -39,7 +39,6 @@ from packsaddle.plan.step_time import (
     Dense,
     Fleet,
     Link,
-    Step,
     StepTime,
     break_even,
     compressed,
@@ -58,11 +57,8 @@ def test_collectives_by_hand() -> None:
     assert Broadcast(100).cost(2) == Cost(1, 0, 100)
     assert Broadcast(100).cost(4) == Cost(2, 1, 300)  # 0 sends to 1 and 2 together, then 1 to 3
     assert Cost(1, 2, 3.0) + Cost(10, 20, 30.0) == Cost(11, 22, 33.0)
-
-
-@pytest.mark.parametrize("collective", [RingAllReduce((9,)), RingAllGather(9), AllToAll([9]), Broadcast(9)], ids=repr)
-def test_one_worker_waits_for_nobody(collective: Collective) -> None:
-    assert collective.cost(1) == Cost()
+    for collective in (RingAllReduce((9,)), RingAllGather(9), AllToAll([9]), Broadcast(9)):
+        assert collective.cost(1) == Cost()
 
 
 @pytest.mark.parametrize("workers", range(1, 40))
@@ -182,6 +178,10 @@ def test_a_step_by_hand() -> None:
     assert time == StepTime(0.05, 0.0, pytest.approx(0.021), pytest.approx(6e-4), pytest.approx(0.015))
     assert time.total == pytest.approx(0.0866)
 
+    link = Link.nominal(1e8, 0.01)
+    assert (link.rate, link.bits) == (1e8 / 8 * FRAMING, pytest.approx(1e8))
+    assert link.parts(Cost(3, 2, 1.195e6)) == (pytest.approx(0.03002), pytest.approx(0.1, rel=1e-3))
+
     # To the owners at once and back in a ring; or at once, if small. Sizes that differ are sent before each message.
     for compressor, d, hops, fan in ((Sign(), 10**6, 1 + 3, 2), (Sign(), 8, 2, 4), (TopK(0.1), 10**5, 2 + 1 + 3, 6)):
         protocol = choose(compressor, "two-way", d=d, dense=0, workers=4).aggregator
@@ -223,12 +223,8 @@ def test_the_slowest_of_many(tail: Any, workers: int, spread: float) -> None:
     found = expected_maximum(workers, spread, tail)
     assert abs(found - slowest.mean()) < 4 * slowest.std() / math.sqrt(draws)
     assert found > 1 + spread / 3
-
-
-def test_waiting() -> None:
-    assert Fleet(1, 2.0, 0.5).waiting == Fleet(100, 2.0).waiting == 0
-    assert Fleet(4, 2.0, 0.3, "exponential").waiting == pytest.approx(2 * 0.3 * (1 / 2 + 1 / 3 + 1 / 4))
-    assert Fleet(10**6, 2.0, 0.3).waiting < Fleet(10**6, 2.0, 0.3, "exponential").waiting
+    assert Fleet(workers, 2.0, spread, tail).waiting == pytest.approx(2 * (found - 1))
+    assert Fleet(workers, 2.0).waiting == 0
 
 
 seconds = st.floats(1e-4, 1.0)
@@ -253,27 +249,12 @@ def test_times_are_equal_at_break_even(coding: float, compute: float, workers: i
         assert a < b
 
 
-def test_no_break_even_with_more_bytes_than_dense() -> None:
-    many: Step = Compressed(RingAllGather(1_000_000).cost(100), 0.0)
-    assert break_even([many], Dense(4_000_000), Link(1e-4, 1e9), Fleet(100, 0.1)) is None
-
-
-def test_links() -> None:
-    link = Link.nominal(1e8, 0.01)
-    assert link.rate == 1e8 / 8 * FRAMING
-    assert link.bits == pytest.approx(1e8)
-    assert link.parts(Cost(3, 2, 1.195e6)) == (pytest.approx(0.03002), pytest.approx(0.1, rel=1e-3))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Link(0.1, 0.0), "rate of a link must be positive, in bytes a second, got 0.0"),
-        (lambda: Link(-1.0, 1.0), "latency of a link must be from 0 to 1e+09 seconds, got -1.0"),
         (lambda: Fleet(0, 1.0), "workers must be at least 1, got 0"),
         (lambda: Fleet(2, 1.0, -0.5), "spread must be from 0 to 1e+09, got -0.5"),
-        (lambda: Fleet(2, 1.0, 1e300), "spread must be from 0 to 1e+09, got 1e+300"),
-        (lambda: Fleet(2, 1e300), "compute must be from 0 to 1e+09, got 1e+300"),
         (lambda: Fleet(2, 1.0, 1.5, "exponential"), "spread of an exponential tail must be at most 1, got 1.5"),
         (lambda: Fleet(2, 1.0, 0.5, "normal"), "tail must be one of lognormal, exponential, got 'normal'"),  # type: ignore[arg-type]
     ],

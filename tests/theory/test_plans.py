@@ -167,6 +167,19 @@ def test_without_compression_a_plan_is_jin_et_al() -> None:
     assert p.noise_norm == pytest.approx(0.1 * n**0.5)
     assert p.noise_suffices
     assert not replace(p, noise=0.001).noise_suffices
+    # iota as printed, where that is usable, and its powers.
+    a = Assumptions(1000, 0.1, lipschitz_gradient=1.0)
+    c = Constants.theory(a, failure_probability=0.05)
+    assert c.iota == pytest.approx(math.log(1000 * n / (0.1 * 0.05)))
+    large = plan(a, Identity(), constants=c)
+    assert large.eta == pytest.approx(1 / (n * c.iota**9))
+    assert large.radius == pytest.approx(2 * 0.1**0.5 / c.iota**2)
+    assert large.decrease == pytest.approx(0.1**1.5 / c.iota**5)
+    assert large.interval == pytest.approx(c.iota**10 * n / 0.1**0.5)
+    assert large.steps == pytest.approx(c.iota**15 * 100 * n / 0.01)
+    # In other units of f the printed argument is d L f_max N / (rho epsilon delta) = 2e-9 / delta.
+    tiny = Assumptions(1, 0.1, sigma=0.0, f_max=1e-10)
+    assert Constants.theory(tiny, 0.5).iota == pytest.approx(math.log(1 / 0.1**0.5 / 0.5))
     assert (p.mu, p.k, p.bound_by, p.improvement, p.theorem) == (1.0, 10_000, "gradient noise", 1.0, "3.2")
     assert p.total == p.steps * round(2 * 2 / 3 * 40_000)
 
@@ -183,25 +196,6 @@ def test_practical_plans_are_first_order_plans_and_wait_for_escapes() -> None:
             assert p.interval == math.ceil(2 * predicted_escape_time(p.eta, 0.1**0.5, p.noise, p.radius))
             assert p.decrease == pytest.approx(2 / 3 * 0.1**1.5)
             assert p.steps >= 4 * p.interval / p.decrease
-
-
-def test_theory_constants() -> None:
-    """iota as printed, where that is usable; powers of iota as in Eq. (8)."""
-    a = Assumptions(1000, 0.1, lipschitz_gradient=1.0)
-    c = Constants.theory(a, failure_probability=0.05)
-    assert c.iota == pytest.approx(math.log(1000 * (101 + 10**0.5) / (0.1 * 0.05)))
-    small, large = plan(a, Identity(), constants=JIN), plan(a, Identity(), constants=c)
-    assert large.eta == pytest.approx(small.eta / c.iota**9)
-    assert large.noise == pytest.approx(small.noise * c.iota)
-    assert large.radius == pytest.approx(small.radius / c.iota**2)
-    assert large.decrease == pytest.approx(small.decrease / c.iota**5)
-    assert large.interval == pytest.approx(c.iota**10 * (101 + 10**0.5) / 0.1**0.5)
-    assert large.steps == pytest.approx(c.iota**15 * 100 * (101 + 10**0.5) / 0.01)
-    # In other units of f the printed argument is d L f_max N / (rho epsilon delta) = 2e-9 / delta.
-    tiny = Assumptions(1, 0.1, sigma=0.0, f_max=1e-10)
-    assert Constants.theory(tiny, 0.5).iota == pytest.approx(math.log(1 / 0.1**0.5 / 0.5))
-    assert Constants.theory(tiny, 0.5, log_factor=3.0).iota == pytest.approx(3 * math.log(2 / 0.1**0.5))
-    assert Constants.theory(replace(tiny, epsilon=1.0), 0.9).iota == 1.0
 
 
 @given(problems, modes, st.sampled_from([RandomK(0.1), TopK(0.1), SketchTopK(0.1), LinearSketch(0.1), Sign()]))
@@ -313,48 +307,11 @@ def test_first_order_terms_by_hand() -> None:
     assert first_order_plan(quiet, 0.5).bound_by == "error feedback"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"d": 0}, "d must be an integer from 1 to 1e15, got 0"),
-        ({"d": 2.5}, "d must be an integer"),
-        ({"epsilon": 0.0}, "epsilon must be positive, from 1e-20 to 1e+20, got 0.0"),
-        ({"epsilon": math.nan}, "epsilon must be positive, from 1e-20 to 1e+20, got nan"),
-        ({"smoothness": -1.0}, "smoothness must be positive"),
-        ({"hessian_lipschitz": math.inf}, "hessian_lipschitz must be positive"),
-        ({"sigma": -1.0}, "sigma must be from 0 to 1e+20, got -1.0"),
-        ({"f_max": 0.0}, "f_max must be positive"),
-        ({"lipschitz_gradient": 0.0}, "lipschitz_gradient must be positive"),
-        ({"epsilon": 4.0}, "smoothness must be at least sqrt(hessian_lipschitz * epsilon) = 2"),
-    ],
-)
-def test_impossible_assumptions_are_named(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        Assumptions(**{"d": 10, "epsilon": 0.1, **changes})
-
-
-def test_impossible_plans_are_named() -> None:
-    a = Assumptions(10, 0.1)
-    with pytest.raises(ValueError, match="workers must be at least 2"):
-        plan(a, Identity(), workers=1)
-    with pytest.raises(ValueError, match="k of RandomK must be at most d = 10"):
-        plan(a, RandomK(k=11))
-    with pytest.raises(ValueError, match="iota must be positive and finite, got 0"):
-        Constants("theory", iota=0.0)
-    with pytest.raises(ValueError, match=re.escape("failure_probability must be in (0, 1), got 1")):
-        Constants.theory(a, failure_probability=1.0)
-
-
 def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("plan", "theory", "--d", 1_000_000, "--epsilon", 0.1) == 0
     out = capsys.readouterr().out
     for text in ("RandomK", "TopK*", "LinearSketch", "22", "gradient noise", "Not covered by the proofs"):
         assert text in out
-    assert "at least about sigma = 1, and is." in out
-    assert "This is no guarantee" in out
-    assert "Out of reach" not in out
-    assert command("plan", "theory", "--d", 1_000_000, "--epsilon", 0.1, "--mode", "theory") == 0
-    assert "Out of reach: at a million steps a second" in capsys.readouterr().out
     for name in ("identity", "sign", "qsgd", "lowrank", "RandomK"):
         assert command("plan", "theory", "--d", 500, "--epsilon", 0.5, "--compressor", name) == 0
         assert name.lower() in capsys.readouterr().out.lower()
@@ -427,14 +384,13 @@ def test_table_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 REFUSALS = {
     "theory --d 0 --epsilon 0.1": "d must be an integer from 1 to 1e15, got 0",
-    "theory --d 10 --epsilon -1": "epsilon must be positive, from 1e-20 to 1e+20, got -1.0",
+    "theory --d 10 --epsilon nan": "epsilon must be positive, from 1e-20 to 1e+20, got nan",
     "theory --d 10 --epsilon 2": "smoothness must be at least sqrt(hessian_lipschitz * epsilon) = 1.41421",
+    "theory --d 10 --epsilon 0.1 --sigma -1": "sigma must be from 0 to 1e+20, got -1.0",
     "theory --d 10 --epsilon 0.1 --workers 1": "workers must be at least 2",
     "theory --d 10 --epsilon 0.1 --compressor topkk": "got 'topkk' (did you mean topk?)",
     "theory --d 10 --epsilon 0.1 --compressor topk --ratio 2": "ratio of TopK must be in (0, 1], got 2.0",
     "theory --d 10 --epsilon 0.1 --compressor sign --ratio 0.5": "ratio is for one of randomk",
-    "theory --d 10 --epsilon 0.1 --compressor adaptivetopk": "compressor 'adaptivetopk' needs --ratio",
-    "table --d 0 --epsilon 0.1": "d must be at least 1, got 0",
     "table --d 10 --epsilon 1.5": "epsilon must be in (0, 1) for the orders of Table 1, got 1.5",
 }
 
