@@ -22,7 +22,6 @@ from lab.paper.problems import (
     QuadraticQuartic,
     RankOnePCA,
 )
-from packsaddle import CompressedSGD, Compression, RandomK
 
 PROBLEMS: list[Problem] = [
     Cosine(4),
@@ -159,19 +158,3 @@ def test_assumption_c_holds_or_fails_as_declared() -> None:
     for t in range(20):
         assert float((smooth.gradient(x, step=t) - smooth.gradient(y, step=t)).norm()) <= float((x - y).norm())
         assert float((rough.gradient(x, step=t) - rough.gradient(y, step=t)).norm()) > 100 * float((x - y).norm())
-
-
-@pytest.mark.slow
-def test_octopus_is_escaped_leg_by_leg() -> None:
-    """Perturbed, compressed SGD from near 0 passes every saddle in order and ends at a minimum."""
-    problem = Octopus(3)
-    x = torch.nn.Parameter(torch.full((3,), 1e-3, dtype=torch.float64))
-    opt = CompressedSGD([x], 0.04, Compression(RandomK(k=2), dense_below=0), noise=0.02)
-    stages = [0]
-    for _ in range(1500):
-        x.grad = problem.gradient(x.detach())
-        opt.step()
-        stages.append(problem.stage(x.detach()))
-    assert sorted(set(stages)) == [0, 1, 2, 3]
-    assert stages == sorted(stages)
-    assert float(problem(x.detach())) == pytest.approx(-3 * problem.nu, abs=1.0)

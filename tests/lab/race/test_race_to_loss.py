@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ import torch
 from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
-from lab.bench.origin import UNKNOWN, Origin, check_text, described
-from lab.bench.rows_file import add_rows, read_rows
 from lab.race import curves as curves_module
 from lab.race import search as search_module
 from lab.race.contenders import parse
@@ -90,22 +87,6 @@ def test_text_of_the_library_is_the_same_everywhere_and_does_not_repeat() -> Non
     held_out = load_library(DataConfig("text"), train=False)
     assert held_out.vocabulary == whole.vocabulary
     assert len(held_out) == pytest.approx(len(whole) / 9, rel=0.01)
-
-
-def test_rows_with_more_columns_than_their_file(tmp_path: Path) -> None:
-    """Rows of before have empty cells; an origin that they lack is not recorded."""
-    file = tmp_path / "rows.csv"
-    add_rows(file, [{"method": "a", "s": 1}])
-    origin = Origin.here(threads=1, text="abc")
-    add_rows(file, [{"method": "b", **asdict(origin), "s": 2}])
-    add_rows(file, [{"method": "c", **asdict(origin), "s": 3}])
-    found = read_rows(file, lambda row: (row["method"], float(row["s"]), Origin.of_row(row)), "row")
-    assert found == [("a", 1.0, UNKNOWN), ("b", 2.0, origin), ("c", 3.0, origin)]
-    assert described([UNKNOWN, origin])["torch"] == f"{torch.__version__}; not recorded"
-    assert origin.date.startswith("20")
-    check_text([UNKNOWN, origin], "abc", file)
-    with pytest.raises(ValueError, match=r"rows.csv must have rows of one text, abd, got abc: use another file"):
-        check_text([UNKNOWN, origin], "abd", file)
 
 
 def validated() -> tuple[float, float, bool]:

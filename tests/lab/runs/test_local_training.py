@@ -237,19 +237,6 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None:
             command("lab", *arguments)
 
 
-def test_another_number_of_workers_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the midst of a round, with an exchange under way; epochs stay epochs."""
-    folder, every = tmp_path / "run", ("--serial", "--checkpoint-every", 13)
-    keys = (*KEYS, "noise.lower_from=0.5", "local.schedule=cosine", "test_every=0.5")
-    cut_at(monkeypatch, 15, "run", path, "--workers", 2, "--out", folder, *every, "--set", *keys)
-    assert command("lab", "run", "--resume", folder, "--workers", 3, *every) == 0
-    summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["workers"], summary["steps"]) == (3, 13 + round((1 - 13 / 20) * 13))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["epoch"] == pytest.approx(1, abs=1 / 20)
-    assert lines[-1]["loss"] < lines[0]["loss"]
-
-
 @pytest.mark.process
 def test_processes_give_the_run_of_a_simulation_and_go_on(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

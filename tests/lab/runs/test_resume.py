@@ -273,16 +273,3 @@ def test_another_number_of_workers(
     losses = [line["loss"] for line in found if line["epoch"] > 2]
     assert min(losses) <= summary["final_loss"] <= max(losses)
     assert found[-1]["loss"] < found[0]["loss"]
-
-
-@pytest.mark.slow
-def test_the_final_loss_is_a_mean_where_the_last_epoch_has_another_number_of_workers(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, before, after = tmp_path / "run", 4, 1
-    late = 40 // before - 2
-    how = ("--checkpoint-every", 1, "--serial")
-    cut_off(monkeypatch, late, "run", config, "--workers", before, "--out", folder, *how, "--set", "log_every=1")
-    assert command("lab", "run", "--resume", folder, "--workers", after, *how) == 0
-    losses = [line["loss"] for line in lines(folder)]
-    assert json.loads((folder / "summary.json").read_text())["final_loss"] == pytest.approx(sum(losses) / len(losses))
