@@ -63,6 +63,16 @@ def test_a_shown_rate_can_be_parsed(bits: float) -> None:
     assert link_planner.parse_rate(link_planner.format_rate(bits)) == pytest.approx(bits, rel=0.006)
 
 
+@given(st.text(alphabet="0123456789.kmgtbitBps/ -", max_size=8))
+def test_no_text_breaks_the_parser(text: str) -> None:
+    try:
+        parsed = link_planner.slower_rate(text)
+    except ValueError as error:
+        parsed, message = 1.0, str(error)
+        assert message.startswith("rate must be positive")
+    assert parsed > 0
+
+
 class Modelled(Solo):
     """A group whose all-reduces take no time but move a clock as a link would."""
 

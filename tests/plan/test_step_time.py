@@ -249,6 +249,11 @@ def test_times_are_equal_at_break_even(coding: float, compute: float, workers: i
         assert a < b
 
 
+def test_no_break_even_with_more_bytes_than_dense() -> None:
+    many = Compressed(RingAllGather(1_000_000).cost(100), 0.0)
+    assert break_even([many], Dense(4_000_000), Link(1e-4, 1e9), Fleet(100, 0.1)) is None
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

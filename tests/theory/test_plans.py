@@ -177,6 +177,8 @@ def test_without_compression_a_plan_is_jin_et_al() -> None:
     assert large.decrease == pytest.approx(0.1**1.5 / c.iota**5)
     assert large.interval == pytest.approx(c.iota**10 * n / 0.1**0.5)
     assert large.steps == pytest.approx(c.iota**15 * 100 * n / 0.01)
+    with pytest.raises(ValueError, match=re.escape("failure_probability must be in (0, 1), got 1")):
+        Constants.theory(a, failure_probability=1.0)
     # In other units of f the printed argument is d L f_max N / (rho epsilon delta) = 2e-9 / delta.
     tiny = Assumptions(1, 0.1, sigma=0.0, f_max=1e-10)
     assert Constants.theory(tiny, 0.5).iota == pytest.approx(math.log(1 / 0.1**0.5 / 0.5))

@@ -200,6 +200,16 @@ def test_batched_gradients_are_in_bfloat16_if_the_run_is(pictures: Path, tmp_pat
     assert len({line["payload"] for line in list(found.values())[:2]}) == 1
 
 
+def test_a_certificate_is_in_the_runs_precision(mnist: Path, tmp_path: Path) -> None:
+    rule = CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=20, max_hvps=5)
+    both = {}
+    for precision in ("float32", "float64"):
+        config = ae_config(workers=1, precision=precision, certify=rule, noise=NoiseConfig(0.0), epochs=1.0)
+        (both[precision],) = run(config, "serial", mnist, tmp_path / precision)["certificates"]
+    assert both["float64"]["grad_norm"] == pytest.approx(both["float32"]["grad_norm"], rel=1e-3)
+    assert both["float64"]["grad_norm"] != both["float32"]["grad_norm"]
+
+
 @pytest.mark.parametrize(
     ("config", "way"),
     [

@@ -50,6 +50,13 @@ def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert CONSTANT.schedule(torch.optim.SGD([torch.zeros(1)], 0.1)) is None
 
 
+def test_adamw_decays_matrices_only() -> None:
+    model = torch.nn.Linear(3, 2)
+    decayed, others = Recipe("adamw").make(model.parameters(), 0.1).param_groups
+    assert (decayed["params"], decayed["weight_decay"], decayed["betas"]) == ([model.weight], 0.1, (0.9, 0.99))
+    assert (others["params"], others["weight_decay"]) == ([model.bias], 0.0)
+
+
 def test_a_racer_clips_and_follows_the_schedule() -> None:
     """One step of SGD with the recipe's rate and clipped gradient, by hand."""
     recipe = Recipe("adamw", 10)

@@ -19,12 +19,7 @@ from runs import CONFIG, differences, lines, result
 from lab.runs.folder_lock import LOCK, check_free, locked
 from packsaddle.errors import ConfigError
 
-WAYS: dict[str, tuple[str, ...]] = {
-    "one": (),
-    "serial": ("--workers", "2", "--serial"),
-    "processes": ("--workers", "2"),
-    "torchrun": (),
-}
+WAYS: dict[str, tuple[str, ...]] = {"one": (), "processes": ("--workers", "2"), "torchrun": ()}
 LONG = ("--set", "epochs=1000", "--checkpoint-every", "10")
 
 
@@ -100,17 +95,6 @@ def test_the_second_is_refused_and_told_who_was_first(
     until(lambda: is_free(folder))
     recorded = [line["step"] for line in lines(folder)]
     assert recorded == sorted(set(recorded))  # by one run alone
-
-
-def test_torchrun_is_refused_once_by_its_first_worker(config: Path, tmp_path: Path, start: Any) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    with locked(folder):
-        second = start("run", config, "--resume", folder, by_torchrun=True)
-        said = second.communicate(timeout=180)[1]
-    assert second.returncode != 0
-    assert said.count(f"python -m lab: error: {folder} is being trained in by process {os.getpid()}") == 1
-    assert list(folder.iterdir()) == []
 
 
 def test_workers_whose_launcher_was_killed_save_and_end(config: Path, tmp_path: Path, start: Any) -> None:

@@ -115,7 +115,7 @@ def test_the_papers_autoencoder() -> None:
     [
         (ModelConfig("mnist-autoencoder"), (1, 28, 28)),
         (ModelConfig("autoencoder", (12, 3)), (1, 8, 8)),
-        (ModelConfig("resnet18"), (3, 16, 16)),
+        (ModelConfig("resnet18", width=4), (3, 16, 16)),
     ],
 )
 def test_tasks(config: ModelConfig, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,6 @@ from lab.runs.tasks.sharding import shard
 from lab.runs.tasks.text import UNKNOWN, Text, load_text
 from packsaddle import certify
 from packsaddle.curvature import Search
-from packsaddle.errors import ConfigError
 
 CPU = torch.device("cpu")
 WORDS = ("saddle", "mule", "a long way", "packs?", "\u00fcber", "noise,", "42")
@@ -114,10 +113,6 @@ def test_shards(folder: Path) -> None:
         assert sorted(torch.cat(shards).tolist()) == list(range(len(data)))
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
         assert (torch.cat(shards).tolist() == list(range(len(data)))) == (how == "class")
-    few = load(folder, limit=4)
-    assert [shard(few, "class", worker=w, workers=4, seed=0).tolist() for w in range(4)] == [[0], [1], [2], [3]]
-    with pytest.raises(ConfigError, match=r"worker 4 of 5 gets no examples with data\.shard = 'class'"):
-        shard(few, "class", worker=4, workers=5, seed=0)
 
 
 CONFIG = """
