@@ -114,55 +114,6 @@ def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.Capt
     refused(capsys, "report already exists", "lab", "report", tmp_path / "runs")
 
 
-@pytest.mark.parametrize(
-    ("keys", "reason"),
-    [
-        ((), ""),
-        (("compressor=",), "compressor.kind is Identity, the default without [local]; packsaddle compressors compares"),
-        (("compressor=", "local={optimizer='sgd', every=2}"), ""),
-        (("dense_below=99999",), "all tensors are vectors or smaller than dense_below = 99999"),
-    ],
-    ids=["TopK", "no compressor", "no compressor, local", "small tensors"],
-)
-@pytest.mark.filterwarnings("ignore:nothing will be compressed")
-def test_a_run_ends_with_a_line_if_it_compressed_nothing(
-    keys: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, folder = tmp_path / "small.toml", tmp_path / "run"
-    path.write_text(PLAIN)
-    assert command("lab", "run", path, "--serial", "--workers", 2, "--out", folder, "--set", "epochs=0.1", *keys) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("nothing was compressed: ")]
-    assert len(lines) == bool(reason)
-    assert reason in "".join(lines)
-    summary = json.loads((folder / "summary.json").read_text())
-    sent = summary["payload"] - summary["bytes_by_purpose"]["start"]["payload"]
-    assert (sent >= 4 * summary["rounds"] * summary["parameters"]) == bool(reason)
-
-
-@pytest.mark.slow
-def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
-    """One class per worker, batch normalisation, test accuracy: the shape of the paper's Figure 1 in miniature."""
-    from PIL import Image
-
-    for part in ("train", "test"):
-        for label, colour in enumerate(((250, 20, 20), (20, 250, 20))):
-            folder = tmp_path / "images" / part / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(6):
-                shade = tuple(c - 3 * i if c > 100 else c + i for c in colour)
-                Image.new("RGB", (8, 8), shade).save(folder / f"{i}.png")
-    path = tmp_path / "classes.toml"
-    path.write_text(
-        'lr=0.01\nepochs=4\nbatch_size=3\n[data]\nname="folder"\nshard="class"\n[model]\nname="resnet18"\nwidth=16\n'
-        '[compressor]\nkind="RandomK"\nratio=0.1\n'
-    )
-    folders = ("--data-dir", tmp_path / "images", "--out", tmp_path / "run")
-    assert command("lab", "run", path, "--serial", "--workers", 2, *folders) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert 0 <= summary["test_accuracy"] <= 1
-    assert summary["compression"] > 5
-
-
 ELASTIC = ("--elastic", "http://localhost:1")
 REFUSALS = {
     ("run", "none.toml"): "config file none.toml does not exist",

@@ -1,10 +1,7 @@
 """The report's page, figures and CSVs over seeds: what they show, and that nothing in them runs or loads."""
 
-import base64
 import csv
-import html
 import itertools
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -15,7 +12,7 @@ import pytest
 from scipy import stats
 
 from lab.runs.report import write_report
-from lab.runs.report.curves import curve, read_curves
+from lab.runs.report.curves import curve
 from lab.runs.report.figures import inline_svg, thinned
 from lab.runs.report.page import render
 from lab.runs.report.settings import estimate, settings
@@ -52,34 +49,6 @@ def make_run(folder: Path, label: str, seed: int, *, done: bool = True, **lines:
 def measured(values: dict[str, list[float]], i: int) -> dict[str, float]:
     """Quantities of the i-th line; NaN is not measured, as tests are on some lines only."""
     return {name: v[i] for name, v in values.items() if not (name.startswith("test") and math.isnan(v[i]))}
-
-
-@pytest.mark.slow
-def test_pictures_of_certified_points_are_in_the_page(tmp_path: Path) -> None:
-    """Those that the command certify has written, whole and by name. Old ones have no headline, and their verdict may
-    rest on an epsilon that nobody gave, so it is not shown."""
-    make_run(tmp_path / "run", "a", 0)
-    numbers = {"grad_norm": 0.01, "epsilon": 0.1, "lambda_min_lower": -2.0, "lambda_min_upper": -1.0, "threshold": -0.5}
-    point = {"headline": "saddle", **numbers, "hessian_lipschitz": 2.5, "hessian_lipschitz_estimated": True}
-    without = {**point, "headline": "not a minimum: lambda_min is at most -1", "epsilon": None, "threshold": None}
-    old = {"verdict": "second-order stationary", **{k: v for k, v in point.items() if k != "headline"}}
-    found = {"certificate": point, "certificate-2": without, "certificate-3": old}
-    for name, content in found.items():
-        folder = tmp_path / "run" / name
-        folder.mkdir()
-        (folder / "certificate.png").write_bytes(name.encode())
-        document = {"points": [{**content, "file": "run/checkpoint/model.pt"}]}
-        (folder / "certificates.json").write_text(json.dumps(document))
-    text = write_report(read_runs([tmp_path / "run"]), tmp_path / "report").read_text()
-    begin, end = "gradient norm 0.01", "rho 2.5 (estimated)</figcaption>"
-    assert f"<br>saddle; {begin}, epsilon 0.1; smallest eigenvalue in [-2, -1], threshold -0.5, {end}" in text
-    assert f"<br>{without['headline']}; {begin}; smallest eigenvalue in [-2, -1], {end}" in text
-    assert "second-order stationary" not in text
-    images = [attributes for tag, attributes in Page(text).tags if tag == "img"]
-    assert [image["alt"] for image in images] == [f"a: {name}/certificate.png" for name in found]
-    prefix = "data:image/png;base64,"
-    pictures = [base64.b64decode((image["src"] or "").removeprefix(prefix)) for image in images]
-    assert pictures == [name.encode() for name in found]
 
 
 class Page(HTMLParser):
@@ -224,23 +193,6 @@ def test_thinned_curves_keep_all_extremes(log: bool) -> None:
 
 
 @pytest.mark.slow
-def test_rounds_are_an_axis_where_a_run_has_local_updates(tmp_path: Path) -> None:
-    """Beside a run that has not counted them; others have no such choice."""
-    for name in ("plain", "local"):
-        make_run(tmp_path / name, name, 0)
-    config = tmp_path / "local" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"local": {"every": 5}}))
-    lines = (tmp_path / "local" / "metrics.jsonl").read_text().splitlines()
-    counted = [json.dumps(json.loads(text) | {"rounds": 2 * (i + 1)}) for i, text in enumerate(lines)]
-    (tmp_path / "local" / "metrics.jsonl").write_text("\n".join(counted) + "\n")
-    page = Page(write_report(read_runs([tmp_path / "plain", tmp_path / "local"]), tmp_path / "report").read_text())
-    assert "training loss against rounds" in page.charts
-    plain, local = read_curves(tmp_path / "report" / "curves.csv")
-    assert all(map(math.isnan, plain.columns["rounds"]))
-    assert local.along("rounds", "loss")[0] == [2, 4, 6, 8, 10]
-
-
-@pytest.mark.slow
 @pytest.mark.xdist_group("compared")
 def test_the_page_asks_for_nothing(compared: Compared) -> None:
     """It has no script, no tag names an address outside of it, and a policy forbids every request and every script."""
@@ -259,18 +211,6 @@ def test_the_page_asks_for_nothing(compared: Compared) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert {address.removeprefix("#") for address in named} <= set(ids)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("compared")
-def test_labels_are_harmless(compared: Compared) -> None:
-    folder, _ = compared
-    text = (folder / "report" / "index.html").read_text()
-    assert "alert(1)</script>" not in text
-    assert not any(tag == "a" for tag, _ in Page(text).tags)
-    assert html.escape(printable(NASTY)).replace("&quot;", "&#34;").replace("&#x27;", "&#39;") in text
-    svg = (folder / "report" / "figure.svg").read_text()
-    assert "<script" not in svg
 
 
 def test_what_diverged_is_said(tmp_path: Path) -> None:
