@@ -13,21 +13,9 @@ from commandline import command, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+import packsaddle as ps
 from lab.paper.problems import Cosine, Oracle
 from lab.paper.proof import predicted_escape_time
-from packsaddle import (
-    QSGD,
-    CompressedSGD,
-    Compression,
-    Identity,
-    LinearSketch,
-    RandomK,
-    SharedTopK,
-    Sign,
-    SketchTopK,
-    TopK,
-    simulate,
-)
 from packsaddle.reference import algorithm1
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
 from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
@@ -156,7 +144,7 @@ def test_balanced_mu_equalises_the_first_and_third_terms(a: Assumptions, c: Cons
 
 def test_without_compression_a_plan_is_jin_et_al() -> None:
     """Eq. (8) by hand: L = rho = sigma = l-tilde = 1, epsilon = 0.1, iota = 1: N = 1 + 100 + 1 / sqrt(0.1)."""
-    p = plan(Assumptions(10_000, 0.1, lipschitz_gradient=1.0), Identity(), constants=JIN, workers=3)
+    p = plan(Assumptions(10_000, 0.1, lipschitz_gradient=1.0), ps.Identity(), constants=JIN, workers=3)
     n = 101 + 10**0.5
     assert p.eta == pytest.approx(1 / n)
     assert p.interval == math.ceil(n / 0.1**0.5)
@@ -171,7 +159,7 @@ def test_without_compression_a_plan_is_jin_et_al() -> None:
     a = Assumptions(1000, 0.1, lipschitz_gradient=1.0)
     c = Constants.theory(a, failure_probability=0.05)
     assert c.iota == pytest.approx(math.log(1000 * n / (0.1 * 0.05)))
-    large = plan(a, Identity(), constants=c)
+    large = plan(a, ps.Identity(), constants=c)
     assert large.eta == pytest.approx(1 / (n * c.iota**9))
     assert large.radius == pytest.approx(2 * 0.1**0.5 / c.iota**2)
     assert large.decrease == pytest.approx(0.1**1.5 / c.iota**5)
@@ -189,7 +177,7 @@ def test_without_compression_a_plan_is_jin_et_al() -> None:
 def test_practical_plans_are_first_order_plans_and_wait_for_escapes() -> None:
     """Eta and T satisfy the proved bounds for epsilon / 2; I is twice the worst saddle's median escape time."""
     for lipschitz in (None, 1.0):
-        for compressor in (Identity(), RandomK(0.05), TopK(0.05)):
+        for compressor in (ps.Identity(), ps.RandomK(0.05), ps.TopK(0.05)):
             a = Assumptions(400, 0.1, lipschitz_gradient=lipschitz)
             p = plan(a, compressor)
             proved = first_order_plan(replace(a, epsilon=0.05), p.mu, noise=p.noise)
@@ -200,7 +188,11 @@ def test_practical_plans_are_first_order_plans_and_wait_for_escapes() -> None:
             assert p.steps >= 4 * p.interval / p.decrease
 
 
-@given(problems, modes, st.sampled_from([RandomK(0.1), TopK(0.1), SketchTopK(0.1), LinearSketch(0.1), Sign()]))
+@given(
+    problems,
+    modes,
+    st.sampled_from([ps.RandomK(0.1), ps.TopK(0.1), ps.SketchTopK(0.1), ps.LinearSketch(0.1), ps.Sign()]),
+)
 def test_steps_fall_with_easier_problems(a: Assumptions, c: Constants, compressor: Any) -> None:
     base = plan(a, compressor, constants=c)
     easier = [
@@ -214,7 +206,7 @@ def test_steps_fall_with_easier_problems(a: Assumptions, c: Constants, compresso
     for other in easier:
         assert plan(other, compressor, constants=c).steps <= slack * base.steps
     assert plan(replace(a, smoothness=2 * a.smoothness), compressor, constants=c).steps >= base.steps
-    assert plan(a, Identity(), constants=c).steps <= base.steps
+    assert plan(a, ps.Identity(), constants=c).steps <= base.steps
     assert base.noise_suffices
     assert base.interval * base.eta * a.curvature >= c.iota * (1 - 1e-12)
 
@@ -250,11 +242,13 @@ def test_best_is_balanced_where_corollary_3_3_applies_and_clipped_elsewhere() ->
     best, balanced = best_plan(a, FAMILIES["RandomK"]), balanced_k(a, FAMILIES["RandomK"])
     assert best.k is not None
     assert best.k != balanced
-    assert best.total < plan(a, RandomK(k=balanced)).total
+    assert best.total < plan(a, ps.RandomK(k=balanced)).total
 
 
 @pytest.mark.parametrize(
-    "compressor", [RandomK(0.1), TopK(0.1), SketchTopK(0.1), SharedTopK(0.1), QSGD(), Identity()], ids=repr
+    "compressor",
+    [ps.RandomK(0.1), ps.TopK(0.1), ps.SketchTopK(0.1), ps.SharedTopK(0.1), ps.QSGD(), ps.Identity()],
+    ids=repr,
 )
 def test_bytes_are_those_of_a_run(compressor: Any) -> None:
     """One step of three workers on 3000 coordinates; tolerance: coded indices and levels and padding vary."""
@@ -262,14 +256,14 @@ def test_bytes_are_those_of_a_run(compressor: Any) -> None:
     def step(rank: int) -> int:
         x = torch.nn.Parameter(torch.zeros(3000))
         x.grad = torch.randn(3000, generator=torch.Generator().manual_seed(rank))
-        opt = CompressedSGD([x], 0.1, Compression(compressor, dense_below=0, max_skipped=None))
+        opt = ps.CompressedSGD([x], 0.1, ps.Compression(compressor, dense_below=0, max_skipped=None))
         before = opt.ledger.total.sent
         opt.step()
         return opt.ledger.total.sent - before
 
-    sent = max(simulate(step, 3))
+    sent = max(ps.simulate(step, 3))
     expected = plan(Assumptions(3000, 0.1), compressor, workers=3).sent
-    assert expected == pytest.approx(sent, rel=0.02 if isinstance(compressor, TopK | QSGD) else 1e-3)
+    assert expected == pytest.approx(sent, rel=0.02 if isinstance(compressor, ps.TopK | ps.QSGD) else 1e-3)
 
 
 @pytest.mark.slow
@@ -278,14 +272,14 @@ def test_the_first_order_plan_keeps_its_promise(sigma: float, epsilon: float, k:
     """Cosine from near its maximum with RandomK, averaged over seeds; f_max is what f can fall by from there."""
     problem, x = Cosine(4), torch.full((4,), 3.0, dtype=torch.float64)
     a = Assumptions(4, epsilon, sigma=sigma, f_max=float(problem(x)))
-    p = first_order_plan(a, RandomK(k=k).mu(4))
+    p = first_order_plan(a, ps.RandomK(k=k).mu(4))
 
     def mean_square(eta: float, steps: int) -> float:
         total = 0.0
         for seed in range(3):
             oracle = Oracle(problem, sigma=sigma, seed=seed)
             gradients = [lambda x, t, oracle=oracle: oracle.gradient(x, step=t)]
-            trace = algorithm1(x, gradients, RandomK(k=k), eta=eta, steps=steps, seed=seed)
+            trace = algorithm1(x, gradients, ps.RandomK(k=k), eta=eta, steps=steps, seed=seed)
             total += float(problem.gradient(torch.stack(trace.x[:-1])).square().sum(1).mean()) / 3
         return total
 
@@ -323,13 +317,13 @@ def test_a_plan_that_nobody_can_follow_says_so(capsys: pytest.CaptureFixture[str
     """Above 1e9 steps of the plan without compression: with the numbers of plans on easier terms, and code 0."""
     assert command("plan", "theory", "--d", 1_000_000, "--epsilon", 0.1) == 0
     said = " ".join(capsys.readouterr().out.split())
-    fewest = plan(Assumptions(1_000_000, 0.1), Identity()).steps
-    times = fewest / plan(Assumptions(1_000_000, 0.2), Identity()).steps
+    fewest = plan(Assumptions(1_000_000, 0.1), ps.Identity()).steps
+    times = fewest / plan(Assumptions(1_000_000, 0.2), ps.Identity()).steps
     assert f"OUT OF REACH: the uncompressed plan needs {fewest:.1e} steps" in said
     assert "over the limit of 1e+09 (12 days at 1,000 steps a second)" in said
     assert f"twice the epsilon needs 1/{times:.3g} of the steps" in said
     assert "No epsilon that is valid for this L and rho is within reach" in said  # 8e9 steps at 1, the greatest
-    lipschitz = plan(Assumptions(1_000_000, 0.1, lipschitz_gradient=1.0), Identity()).steps
+    lipschitz = plan(Assumptions(1_000_000, 0.1, lipschitz_gradient=1.0), ps.Identity()).steps
     assert f"--lipschitz-gradient 1): {lipschitz:.1e} steps" in said
     assert "The theory is cautious" in said
     assert command("plan", "theory", "--d", 1_000_000, "--epsilon", 0.1, "--lipschitz-gradient", 1) == 0
@@ -358,7 +352,7 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert a == Assumptions(5000, 0.2, sigma=0.5, lipschitz_gradient=2.0)
     assert Constants(**document["constants"]) == PRACTICAL
     dense, top = document["plans"]
-    for shown, compressor in ((dense, Identity()), (top, TopK(0.02))):
+    for shown, compressor in ((dense, ps.Identity()), (top, ps.TopK(0.02))):
         expected = plan(a, compressor, workers=3)
         for name in ("mu", "k", "eta", "steps", "interval", "radius", "noise", "decrease", "sent", "total", "bound_by"):
             assert shown[name] == getattr(expected, name), name

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import packsaddle
+import packsaddle as ps
 from lab.runs.config import (
     AnyCompressor,
     CertifyConfig,
@@ -26,21 +27,6 @@ from lab.runs.config import (
 )
 from lab.runs.tasks.sharding import Calendar
 from lab.runs.training import LocalTraining
-from packsaddle import (
-    CompressedSGD,
-    Compression,
-    Escape,
-    Identity,
-    LinearSketch,
-    LocalUpdates,
-    LowRank,
-    Noise,
-    RandomK,
-    Search,
-    SharedTopK,
-    Sign,
-    TopK,
-)
 from packsaddle.compressors import compressors, describe, identify
 from packsaddle.compressors.registry import PLAIN
 from packsaddle.errors import ConfigError
@@ -67,11 +53,11 @@ def write(folder: Path, extra: str = "") -> Path:
 def test_tables_overrides_and_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, '[compressor]\nkind = "RandomK"\nratio = 0.01\n[escape]\ninterval = 5\nradius = 1\n')
     config = load(path, ["compressor.ratio=0.5", "noise.std=0.25", "label=two words", "seed=7", "data.shard='class'"])
-    assert config.compressor == RandomK(0.5)
+    assert config.compressor == ps.RandomK(0.5)
     assert config.escape == EscapeConfig(5, 1.0)
     assert (config.noise.std, config.label, config.seed, config.data.shard) == (0.25, "two words", 7, "class")
     assert (config.epochs, config.model.widths) == (2.0, (32, 8))
-    assert load(write(tmp_path)).compressor == Identity()
+    assert load(write(tmp_path)).compressor == ps.Identity()
 
 
 ADAMW = '[local]\nevery = 8\noptimizer = "adamw"\n'
@@ -81,29 +67,29 @@ def test_local_updates_of_a_file_have_the_defaults_of_python(tmp_path: Path) -> 
     """All options of a file that sets none, as LocalUpdates takes them; only the contraction is always measured."""
     config, model = load(write(tmp_path, ADAMW)), torch.nn.Linear(64, 64)
     found = LocalTraining(config, model, Calendar.of([(0, 1)], 8, 8, 1.0), None).front.options
-    ours = LocalUpdates(torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())).options
+    ours = ps.LocalUpdates(torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())).options
     assert replace(found, compression=replace(found.compression, monitor_every=0)) == ours
-    assert config.compressor == Sign(per_tensor=True)
-    assert load(write(tmp_path), ["local.optimizer=sgd", "compressor.kind=Sign"]).compressor == Sign()
+    assert config.compressor == ps.Sign(per_tensor=True)
+    assert load(write(tmp_path), ["local.optimizer=sgd", "compressor.kind=Sign"]).compressor == ps.Sign()
 
 
 def test_a_compressor_that_is_set_stays_with_local_updates(tmp_path: Path) -> None:
     """Also Identity, which run folders without a compressor have in their config.json; without [local] it is the
     default."""
     config = load(write(tmp_path, ADAMW), ["compressor.kind=Identity"])
-    assert config.compressor == build(Config, plain(config)).compressor == Identity()
-    assert load(write(tmp_path)).compression() == Compression(Identity(), monitor_every=100)
+    assert config.compressor == build(Config, plain(config)).compressor == ps.Identity()
+    assert load(write(tmp_path)).compression() == ps.Compression(ps.Identity(), monitor_every=100)
 
 
 # Tables with their counterparts in Python; for other tables it is the class itself, which packsaddle exports.
 COUNTERPARTS: dict[type, tuple[Any, ...]] = {
-    Config: (Compression, CompressedSGD, LocalUpdates),
+    Config: (ps.Compression, ps.CompressedSGD, ps.LocalUpdates),
     DataConfig: (),
     ModelConfig: (),
-    NoiseConfig: (Noise,),
-    EscapeConfig: (Escape,),
-    CertifyConfig: (Search,),
-    LocalConfig: (LocalUpdates, torch.optim.AdamW),
+    NoiseConfig: (ps.Noise,),
+    EscapeConfig: (ps.Escape,),
+    CertifyConfig: (ps.Search,),
+    LocalConfig: (ps.LocalUpdates, torch.optim.AdamW),
 }
 # The only keys whose defaults are not those of the arguments of the same name: both defaults.
 DIFFERENT: dict[str, tuple[Any, Any]] = {
@@ -213,10 +199,10 @@ def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list
     "compressor",
     [
         *(c for c in compressors(0.1) if isinstance(c, PLAIN)),
-        TopK(k=3),
-        SharedTopK(0.1, block_size=64),
-        LinearSketch(0.1, sketch="gaussian"),
-        LowRank(2),
+        ps.TopK(k=3),
+        ps.SharedTopK(0.1, block_size=64),
+        ps.LinearSketch(0.1, sketch="gaussian"),
+        ps.LowRank(2),
     ],
     ids=describe,
 )
