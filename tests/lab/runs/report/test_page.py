@@ -156,8 +156,8 @@ def test_lines_are_the_means_of_the_seeds(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_long_runs_are_a_small_page(tmp_path: Path) -> None:
-    """10,000 noisy lines each, at most 2 MB, in five settings of two seeds, which have bands."""
-    rng, runs, n = np.random.default_rng(0), [], 10_000
+    """Thousands of noisy lines each, of which a chart has some hundreds: at most 2 MB, in five settings with bands."""
+    rng, runs, n = np.random.default_rng(0), [], 3_000
     for i in range(10):
         loss, norm = (1 / np.sqrt(np.arange(1, n + 1)) * rng.uniform(0.9, 1.1, n) for _ in range(2))
         lines = [
