@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from stored_rows import at_best_rate, read
 
 from lab.bench.muon import COMPARED, compare
 from packsaddle import SketchTopK, TopK
@@ -40,15 +41,9 @@ def test_what_sketch_topk_finds() -> None:
 
 def muon(setting: str, *, seeds: str = "012") -> dict[str, tuple[float, float]]:
     """Return the mean loss over seeds at the best rate of seed 0, and the kB a step, of each method."""
-    with (DOCS.parent / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = {}
-    for method in {row["method"] for row in rows}:
-        mine = [row for row in rows if row["method"] == method]
-        best = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))["rate"]
-        losses = [float(row["validation_loss"]) for row in mine if row["rate"] == best and row["seed"] in seeds]
-        found[method] = mean(losses), float(mine[0]["kB_a_step"])
-    return found
+    rows = [row for row in read(DOCS.parent / "experiments" / "muon" / f"{setting}.csv") if row["seed"] in seeds]
+    found = {method: at_best_rate(rows, method) for method in {row["method"] for row in rows if row["seed"] == "0"}}
+    return {method: (mean(losses), sent) for method, (losses, sent) in found.items()}
 
 
 def kilobytes(sent: float) -> str:

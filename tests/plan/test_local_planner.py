@@ -12,6 +12,7 @@ from statistics import mean
 
 import pytest
 import torch
+from stored_rows import at_best_rate, read
 from torch import nn
 
 from packsaddle import Identity, LocalUpdates, OuterAgreement, Rounded, Sign, simulate
@@ -76,27 +77,16 @@ MUON = {2: "gpt-2.csv", 4: "char-4.csv", 8: "char-8.csv"}
 METHODS = {Sign(per_tensor=True): "local {}, Sign", Rounded(): "local {}, Rounded int2", Identity(): "local SGD {}"}
 
 
-def muon_loss(rows: list[dict[str, str]], method: str) -> float:
-    """Return the mean loss over seeds at a method's best rate of seed 0."""
-    mine = [row for row in rows if row["method"] == method]
-    best = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
-    return mean(float(row["validation_loss"]) for row in mine if row["rate"] == best["rate"])
-
-
-def muon_rows(name: str) -> list[dict[str, str]]:
-    with (EXPERIMENTS / "muon" / name).open() as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize("workers", MUON)
 def test_the_multiples_of_muon_are_those_of_its_rows(workers: int) -> None:
     """On lines in log2 of the steps through dense training of all the steps, of half of them, and of a quarter."""
-    dense = muon_rows("gpt-2.csv" if workers == 2 else "char-4.csv")
+    dense = read(EXPERIMENTS / "muon" / ("gpt-2.csv" if workers == 2 else "char-4.csv"))
     words = ("", ", half of the steps", ", quarter of the steps")
-    losses = [muon_loss(dense, f"Muon, dense{w}") for w in words if any(w in row["method"] for row in dense)]
+    known = [f"Muon, dense{w}" for w in words if any(w in row["method"] for row in dense)]
+    losses = [mean(at_best_rate(dense, method)[0]) for method in known]
     for setting, stated in measured_with(workers, "muon").items():
         name = f"Muon, {METHODS[setting.compressor].format(setting.every)}"
-        loss = muon_loss(muon_rows(MUON[workers]), name)
+        loss = mean(at_best_rate(read(EXPERIMENTS / "muon" / MUON[workers]), name)[0])
         halvings = max(i for i, low in enumerate(losses[:-1]) if loss >= low)
         halvings += (loss - losses[halvings]) / (losses[halvings + 1] - losses[halvings])
         assert halvings <= len(losses) - 1, name  # no loss is above those of dense training

@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ from packsaddle.compressors import (
     TopK,
     describe,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_charts_of_reports() -> Iterator[None]:
+    """Leave out sixteen charts, which take longer than these runs; `report/test_page.py` tests them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lab.runs.report.page.inline_svg", lambda *arguments: "<svg></svg>")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,12 @@ from packsaddle.cli.folders import make_new
 from packsaddle.errors import ConfigError, MissingExtraError
 
 
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the page's charts, which test_page.py tests."""
+    monkeypatch.setattr("lab.runs.report.page.inline_svg", lambda *arguments: "<svg></svg>")
+
+
 def line(epoch: float, loss: float) -> dict[str, Any]:
     n = int(epoch * 1000)
     moved = {"payload": n, "sent": n, "received": n, "seconds": epoch, "resets": 0}
