@@ -354,8 +354,9 @@ _globals: list[dict[str, object]] = []  # of the program, until the process ends
 def _run(words: list[str]) -> int:
     """Return the exit code of the program; one that Ctrl-C ends, ends this process as well.
 
-    What the program leaves in its globals is not destroyed: a model behind DistributedDataParallel would destroy gloo's
-    process group, whose threads may still hold Python callbacks. torch then joins them with the GIL, for ever.
+    The program's globals are kept, so that their destructors do not run. A model behind DistributedDataParallel would
+    destroy gloo's process group, which joins gloo's threads with the GIL held. That deadlocks, or aborts, while a
+    thread still releases Python callbacks, such as those of torch's PowerSGD hook.
     """
     import runpy
     import traceback
