@@ -53,7 +53,7 @@ def name(page: Path) -> str:
 
 def prose(page: Path) -> list[str]:
     """The lines of a page, empty in place of code blocks and inline code, so that numbers of lines stay."""
-    lines, fenced, code = [], False, False
+    lines, fenced, code = list[str](), False, False
     for line in page.read_text().splitlines():
         fence = line.lstrip().startswith("```")
         indented = line.startswith("    ") and (code or not lines or not lines[-1].strip())

@@ -438,7 +438,7 @@ def local_states(folder: Path) -> dict[str, Any]:
     with pytest.raises(TypeError, match="wraps the model in DistributedDataParallel, got Linear"):
         attach_local_updates(other, other, [torch.optim.SGD(other.parameters())], TopK(0.1))
     half = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    last = [torch.optim.SGD(half[1].parameters(), lr=0.1)]
+    last: list[torch.optim.Optimizer] = [torch.optim.SGD(half[1].parameters(), lr=0.1)]
     with pytest.raises(
         ValueError, match=r"must have all parameters .*, but 0\.weight, 0\.bias would be trained"
     ):
