@@ -129,20 +129,21 @@ def test_what_is_found_is_told_where_it_cannot_be_written(
     assert "new cannot be written: No space left on device" in told.err
 
 
-def test_weights_of_wrapped_models_are_those_of_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("function", "prefix"),
+    [
+        *(("problem", p) for p in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.")),
+        *(("named", p) for p in ("module.", "module.module.", "_orig_mod.module.")),
+    ],
+)
+def test_weights_of_wrapped_models_are_those_of_the_model(
+    function: str, prefix: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if a part of the model has a wrapper's name."""
     weights = torch.load(folder / "zero.pt")
-    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
-        torch.save({prefix + name: value for name, value in weights.items()}, folder / "named.pt")
-        assert command("certify-script", "script_of_mine:problem", "named.pt", "--json", "--epsilon", 10) == 0
-        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
-
-
-def test_a_models_own_part_may_have_a_wrappers_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = torch.load(folder / "zero.pt")
-    for prefix in ("module.", "module.module.", "_orig_mod.module."):
-        torch.save({prefix + name: value for name, value in weights.items()}, folder / "named.pt")
-        assert command("certify-script", "script_of_mine:named", "named.pt", "--json", "--epsilon", 10) == 0
-        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
+    torch.save({prefix + name: value for name, value in weights.items()}, folder / "named.pt")
+    assert command("certify-script", f"script_of_mine:{function}", "named.pt", "--json", "--epsilon", 10) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
 
 
 @pytest.mark.slow
@@ -157,10 +158,7 @@ def test_findings_are_written_to_a_new_folder(folder: Path, capsys: pytest.Captu
     assert len(point["spectrum"]["density"]) == len(point["spectrum"]["values"])
     assert len(point["sharpest_profile"]["losses"]) == 41
     directions = torch.load(folder / "found" / "certificate.direction.pt")
-    assert {name: v.shape for name, v in directions.items()} == {
-        "escape_direction": (20,),
-        "sharpest_direction": (20,),
-    }
+    assert {name: len(v) for name, v in directions.items()} == {"escape_direction": 20, "sharpest_direction": 20}
     assert (folder / "found" / "certificate.png").stat().st_size > 10_000
     refused(capsys, "output folder found already exists", *words, "--out", "found")
 
@@ -202,16 +200,8 @@ def refuse_other_weights() -> list[str]:
 
 
 def test_weights_that_do_not_fit_a_sharded_model_are_refused(gloo: Callable[..., list[Any]]) -> None:
-    first, second = gloo(refuse_other_weights, 2)
-    assert (
-        first
-        == second
-        == [
-            "bias must have the shape (4,), got None",
-            "weight must have the shape (4, 4), got (2, 2)",
-            "the model has no more",
-        ]
-    )
+    shapes = ["bias must have the shape (4,), got None", "weight must have the shape (4, 4), got (2, 2)"]
+    assert gloo(refuse_other_weights, 2) == [[*shapes, "the model has no more"]] * 2
 
 
 @pytest.mark.process
@@ -225,36 +215,28 @@ def test_a_file_of_another_format_is_told_in_one_line(folder: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+MISTAKES = {
+    ("", "zero.pt"): "the function must be given as module:function, got 'script_of_mine'",
+    (":one", "zero.pt"): "script_of_mine has no function 'one'",
+    (":two", "zero.pt"): "script_of_mine:two must return a model, a loss function and batches, got",
+    (":broken", "zero.pt"): "script_of_mine:broken failed: KeyError: 'no data'",
+    (":problem", "none.pt"): "checkpoint none.pt does not exist",
+    (":problem", "damaged.pt"): "checkpoint damaged.pt cannot be read: ",
+    (":problem", "other.pt"): "other.pt does not hold the weights of this model: ",
+    (":float_loss", "zero.pt"): "script_of_mine:float_loss: loss_fn must return a tensor of one",
+    (":vector_loss", "zero.pt"): "loss_fn must return a tensor of one number, the batch's mean loss",
+    (":constant_loss", "zero.pt"): "loss_fn must return a loss that torch can differentiate, got",
+    (":problem", "zero.pt", "--max-hvps", "0"): "--max-hvps must be at least 1, got 0",
+    (":problem", "zero.pt", "--tolerance", "0"): "--tolerance must be positive, got 0.0",
+    (":problem", "zero.pt", "--hvp", "exact"): "--hvp must be one of auto, double-backward, differences, got 'exact'",
+    (":problem", "zero.pt", "--epsilon", "0"): "--epsilon must be positive and finite, got 0",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES.items(), ids=map(" ".join, MISTAKES))
+def test_mistakes_are_told_in_one_line(
+    words: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "damaged.pt").write_bytes(b"no weights")
     torch.save({"weight": torch.zeros(2, 2)}, folder / "other.pt")
-    for function, file, message in (
-        ("script_of_mine", "zero.pt", "the function must be given as module:function, got 'script_of_mine'"),
-        ("no_such_module:problem", "zero.pt", "no_such_module cannot be imported: ModuleNotFoundError"),
-        ("script_of_mine:one", "zero.pt", "script_of_mine has no function 'one'"),
-        ("script_of_mine:two", "zero.pt", "script_of_mine:two must return a model, a loss function and batches, got"),
-        ("script_of_mine:broken", "zero.pt", "script_of_mine:broken failed: KeyError: 'no data'"),
-        ("script_of_mine:problem", "none.pt", "checkpoint none.pt does not exist"),
-        ("script_of_mine:problem", "damaged.pt", "checkpoint damaged.pt cannot be read: "),
-        ("script_of_mine:problem", "other.pt", "other.pt does not hold the weights of this model: "),
-        (
-            "script_of_mine:float_loss",
-            "zero.pt",
-            "script_of_mine:float_loss: loss_fn must return a tensor of one",
-        ),
-        (
-            "script_of_mine:vector_loss",
-            "zero.pt",
-            "loss_fn must return a tensor of one number, the batch's mean loss",
-        ),
-        ("script_of_mine:constant_loss", "zero.pt", "loss_fn must return a loss that torch can differentiate, got"),
-    ):
-        refused(capsys, message, "certify-script", function, file)
-    for flag, value, message in (
-        ("--max-hvps", 0, "must be at least 1, got 0"),
-        ("--tolerance", 0, "must be positive, got 0.0"),
-        ("--memory-limit", -1, "must not be negative, got -1"),
-        ("--hvp", "exact", "must be one of auto, double-backward, differences, got 'exact'"),
-    ):
-        refused(capsys, f"{flag} {message}", "certify-script", "a:b", "c", flag, value)
-    refused(capsys, "--epsilon must be positive and finite, got 0", "certify-script", "a:b", "c", "--epsilon", 0)
+    refused(capsys, message, "certify-script", f"script_of_mine{words[0]}", *words[1:])

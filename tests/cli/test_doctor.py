@@ -90,21 +90,18 @@ def test_under_torchrun_its_workers_exchange() -> None:
 
 
 @pytest.mark.parametrize(
-    ("needed", "verdict"), [("torch>=2.0", "ok"), ("torch>=99.1", "problem"), ("nonesuch>=1", "problem")]
+    ("needed", "verdict"), [("torch>=2.9", "ok"), ("torch>=2.99", "problem"), ("nonesuch>=1", "problem")]
 )
 def test_versions_older_than_the_oldest_tested(
     needed: str, verdict: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """By number: torch 2.10 is later than 2.9."""
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: [needed])
     fact = found(doctor.versions(), needed.split(">")[0])
     assert fact.verdict == verdict
     assert (f"'{needed}'" in fact.advice) == (verdict == "problem")
     assert command("doctor", "--no-try", "--json") == (verdict == "problem")
     assert json.loads(capsys.readouterr().out)["ok"] == (verdict == "ok")
-
-
-def test_versions_compare_by_number() -> None:
-    assert doctor._numbers("2.10.0+cu130") > doctor._numbers("2.9") > doctor._numbers("2.8.1")
 
 
 def test_every_dependency_is_understood_and_every_extra_has_a_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +123,10 @@ def test_a_missing_extra_comes_with_the_command_that_brings_it(monkeypatch: pyte
     assert (fact.verdict, fact.advice) == ("note", "pip install 'packsaddle[plot]'")
     assert fact.value.startswith("nonesuch missing, for the picture")
 
-
-def test_outside_an_installation_nothing_is_claimed_of_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str) -> list[str]:
         raise importlib.metadata.PackageNotFoundError(name)
 
+    # Outside an installation nothing is claimed of requirements.
     monkeypatch.setattr(importlib.metadata, "requires", unknown)
     assert [fact.name for fact in doctor.versions()] == ["packsaddle", "Python"]
     assert list(doctor.extras()) == []
@@ -202,6 +198,8 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (first.name, first.value) == ("cuda:0", "NVIDIA H100, 80 GiB, compute capability 9.0")
     assert "no real one" in known.value
     assert found(doctor.built_with(), "nccl").value == "available, used if every worker has a GPU"
+    monkeypatch.setattr(doctor, "backends", lambda: {"gloo": False, "nccl": True})
+    assert found(doctor.built_with(), "gloo").verdict == "problem"
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
     assert found(doctor.loops(), "cuda").value.startswith("compiled by triton")
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -247,7 +245,10 @@ def test_interfaces_as_linux_describes_them(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_interfaces_of_a_system_that_says_nothing_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As macOS: names alone."""
+    """As macOS: names alone. Every Linux has a loopback interface in its own tables."""
+    (here,) = [i for i in interfaces() if i.name == "lo"]
+    assert here.loopback
+    assert "127.0.0.1" in here.addresses
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo0"), (2, "en0")])
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(doctor, "_inet6", dict)
@@ -257,26 +258,15 @@ def test_interfaces_of_a_system_that_says_nothing_of_them(tmp_path: Path, monkey
     assert next(iter(doctor.network())).value == "state unknown, address unknown, rate unknown"
 
 
-def test_this_machine_has_a_loopback_interface() -> None:
-    """By its own tables, unaided: every Linux has one."""
-    (lo,) = [i for i in interfaces() if i.name == "lo"]
-    assert lo.loopback
-    assert "127.0.0.1" in lo.addresses
-
-
 HERE = "127.0.0.1"  # an address that can be listened on
-NAMES = {
-    "leads to loopback": ([HERE], "127.0.0.1", False),
-    "leads nowhere": ([], "127.0.0.1", False),
-    "leads to another machine": (["192.0.2.77"], "127.0.0.1", False),
-    "leads to another machine, then here": (["192.0.2.77", HERE], HERE, False),
-}
 
 
-@pytest.mark.parametrize(("addresses", "chosen", "reachable"), NAMES.values(), ids=NAMES)
-def test_gloo_listens_where_the_name_of_the_host_leads(
-    addresses: list[str], chosen: str, reachable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "addresses",
+    [[HERE], [], ["192.0.2.77"], ["192.0.2.77", HERE]],
+    ids=["loopback", "nowhere", "another machine", "another machine, then here"],
+)
+def test_gloo_listens_where_the_name_of_the_host_leads(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def lookup(host: str, port: None, type: int) -> list[Any]:
         if not addresses:
             raise socket.gaierror("unknown name")
@@ -286,19 +276,11 @@ def test_gloo_listens_where_the_name_of_the_host_leads(
     monkeypatch.setattr(socket, "getaddrinfo", lookup)
     monkeypatch.setattr(doctor, "interfaces", lambda: [Interface("en7", ("10.0.0.7",), "up", None, False)])
     listening = gloo_listens()
-    assert (listening.address, listening.reachable, listening.possible) == (chosen, reachable, True)
+    assert (listening.address, listening.reachable, listening.possible) == (HERE, False, True)
     fact = found(doctor.network(), "gloo")
     assert fact.verdict == "warning"
     assert "no other host can reach" in fact.value
     assert "set GLOO_SOCKET_IFNAME=en7 on each" in fact.advice
-
-
-def test_gloo_listens_on_a_reachable_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(doctor, "_usable_address", lambda host: "10.0.0.7")
-    fact = found(doctor.network(), "gloo")
-    assert fact.verdict == "ok"
-    assert fact.value.startswith("listens on 10.0.0.7: this host's name, ")
 
 
 def test_gloo_listens_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +290,10 @@ def test_gloo_listens_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", asked)
         assert found(doctor.network(), "gloo").verdict == verdict
     assert "names en8, which does not exist" in found(doctor.network(), "gloo").value
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(doctor, "_usable_address", lambda host: "10.0.0.7")
+    fact = found(doctor.network(), "gloo")
+    assert (fact.verdict, fact.value.partition(": this host")[0]) == ("ok", "listens on 10.0.0.7")
 
 
 def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,12 +305,6 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(facts, "launcher").verdict == "warning"
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "launcher" not in {fact.name for fact in doctor.variables()}
-
-
-def test_a_torch_without_gloo_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "backends", lambda: {"gloo": False, "nccl": True})
-    assert found(doctor.built_with(), "gloo").verdict == "problem"
-    assert found(doctor.built_with(), "nccl").verdict == "ok"
 
 
 def test_whether_workers_can_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Help: overviews without torch, the same text by every spelling, and options in groups."""
 
-import json
 import os
 import re
 import subprocess
@@ -89,18 +88,6 @@ def test_help_before_a_command_is_help_behind_it(words: str, capsys: pytest.Capt
     refused(capsys, "unknown command paln (did you mean plan?)", "help", "paln")
 
 
-def test_an_overview_into_a_closed_pipe_exits_silently() -> None:
-    words = [
-        "sh",
-        "-c",
-        '"$@" | true',
-        "sh",
-        *interpreter("import time, packsaddle_command as c; time.sleep(1); c.main()"),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
-
-
 FIRST = {
     "lab run": ["set", "workers", "out"],
     "lab certify": ["epsilon", "hessian_lipschitz", "examples"],
@@ -137,14 +124,6 @@ def test_options_are_in_groups(words: str, capsys: pytest.CaptureFixture[str], m
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_flags_of_all_groups_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--d", "25M", "--epsilon", "0.1", "--sigma", "0", "--ratio=1%", "--compressor", "topk", "--json")
-    assert command("plan", "theory", *words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["assumptions"]["d"], found["assumptions"]["sigma"]) == (25_000_000, 0.0)
-    assert found["plans"][1]["k"] == 250_000
-
-
 READ_IN_PART: dict[str, tuple[str, ...]] = {
     "overview": (),
     "help": ("plan", "link", "--help"),
@@ -159,8 +138,10 @@ def test_a_reader_that_leaves_is_no_error(name: str) -> None:
     """As `| head` does: a real pipe whose reading end is closed, before anything is written."""
     read, write = os.pipe()
     os.close(read)
-    interpreter = sys.executable if name == "table and lines" else python()
-    words = [interpreter, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
+    program = sys.executable if name == "table and lines" else python()
+    words = [program, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
+    if name == "overview":  # which the command prints before it imports the package
+        words = interpreter("import packsaddle_command; packsaddle_command.main()")
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
     os.close(write)
     if name == "refusal":  # nothing was to be printed there

@@ -69,25 +69,8 @@ def _planted(kind: Kind, library: Path) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
-def test_planted_waits_and_faults_are_found(kind: Kind, in_child: Callable[..., list[Any]], library: Path) -> None:
-    (found,) = in_child(_planted, kind, library)
-    for name, lines in found.items():
-        kinds = {line.split(" x ")[1].split(":")[0] for line in lines}
-        if name.startswith("no wait"):
-            assert not kinds, (name, lines)
-        elif name.startswith("no fault"):
-            assert kinds <= {"wait"}, (name, lines)
-        elif name.startswith(FAULTS):
-            assert name.split(":")[0] in kinds, (name, lines)
-        else:
-            assert kinds == {"wait"}, (name, lines)
-            assert lines[0].startswith("1 x "), (name, lines)
-
-
-def _refusals(kind: Kind, library: Path) -> dict[str, str]:
+def _refused(kind: Kind) -> dict[str, str]:
     """Return the errors of programs that a device refuses, by name; and garbage in pinned memory that arrives late."""
-    start(kind, library)
     x = torch.ones(4, device=kind)
     late = torch.zeros(4).pin_memory()
     late.copy_(x, non_blocking=True)
@@ -115,12 +98,30 @@ def _refusals(kind: Kind, library: Path) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_a_device_refuses_what_real_ones_do(kind: Kind, in_child: Callable[..., list[Any]], library: Path) -> None:
-    (found,) = in_child(_refusals, kind, library)
+def _found(kind: Kind, library: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    return _planted(kind, library), _refused(kind)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu", "mps"])
+def test_planted_faults_are_found_and_a_device_refuses_what_real_ones_do(
+    kind: Kind, in_child: Callable[..., list[Any]], library: Path
+) -> None:
+    ((found, refused),) = in_child(_found, kind, library)
+    for name, lines in found.items():
+        kinds = {line.split(" x ")[1].split(":")[0] for line in lines}
+        if name.startswith("no wait"):
+            assert not kinds, (name, lines)
+        elif name.startswith("no fault"):
+            assert kinds <= {"wait"}, (name, lines)
+        elif name.startswith(FAULTS):
+            assert name.split(":")[0] in kinds, (name, lines)
+        else:
+            assert kinds == {"wait"}, (name, lines)
+            assert lines[0].startswith("1 x "), (name, lines)
+
     expected = {"early": "False", "late": "True", "two devices": "same device", "numpy": "numpy"}
     expected |= {"generator": f"Expected a '{kind}' device type for generator"}
     expected |= {"float64": "doesn't support float64"} if kind == "mps" else {}
     expected |= {"nccl: cpu": "device type cpu", "nccl: dtype": "Unconvertible NCCL type"} if kind == "cuda" else {}
-    assert found.keys() == expected.keys()
-    assert all(text in found[name] for name, text in expected.items()), found
+    assert refused.keys() == expected.keys()
+    assert all(text in refused[name] for name, text in expected.items()), refused

@@ -8,17 +8,20 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import pytest
+from stored_rows import at_best_rate, read
 
 from lab.bench import nanogpt
 from lab.bench.result import shown
 from lab.race.contenders import parse
 from lab.race.curves import load
 from lab.race.target import TargetRace
+from lab.race.target_run import TargetRun
 from lab.race.target_settings import TargetSettings
 from lab.race.time_to_loss import Entry, computing, entries, load_steps
 
@@ -27,21 +30,6 @@ RACE = ROOT / "experiments" / "race"
 TARGET = RACE / "target"
 SIGN, TOPK, SPARSE = "Sign(per_tensor=True)", 'TopK(1/16, values="int2")', 'TopK(1/48, values="int2")'
 LINKS = ("10 Mbit/s", "50 Mbit/s", "200 Mbit/s", "1000 Mbit/s")
-TITLES = {
-    "ddp": "DDP, float32",
-    "ddp-fp16": "DDP, float16",
-    "QSGD(127) hook=bucket": "the hook, `QSGD(127)`",
-    "powersgd-4": "torch's PowerSGD, rank 4",
-    "local-sgd-8": "torch's local SGD, every 8",
-    "local-sgd-32": "torch's local SGD, every 32",
-    "local-sgd-128": "torch's local SGD, every 128",
-    "TopK(0.01)": "`CompressedSGD`, `TopK(0.01)`",
-    **{f"{SIGN} every={n}": f"`LocalUpdates` every {n}, `{SIGN}`" for n in (2, 8, 32)},
-    **{f"{TOPK} every={n}": f"`LocalUpdates` every {n}, `{TOPK}`" for n in (2, 8)},
-    f"{SPARSE} every=32": f"`LocalUpdates` every 32, `{SPARSE}`",
-    "sparseloco-32": "SparseLoCo's algorithm, every 32",
-    "diloco-32": "torchft's DiLoCo, every 32",
-}
 # Methods of the races by the clock, without the optimizer inside; ours first.
 OURS = {
     "local 8, Sign": f"`LocalUpdates` every 8, `{SIGN}` (the default)",
@@ -134,10 +122,6 @@ class Race:
         return self.entry(method, steps).curves[0].sent / 1000
 
 
-def kilobytes(sent: float) -> str:
-    return f"{sent:,.0f}" if sent > 70 else f"{sent:.1f}"
-
-
 def two(numbers: list[float]) -> list[str]:
     return [f"{number:.2f}" for number in numbers]
 
@@ -203,11 +187,7 @@ def clock() -> Iterator[str]:
     assert round(fmean(more_ours) / fmean(more_peer), 2) == round(fmean(ours) / fmean(peer), 2)
     yield f"local updates take {fmean(ours) / fmean(peer):.2f} times as long as averages in 16 bits"
     for rate in RATES[2:]:  # every 2 steps is best there
-        mine = [
-            run.total_s
-            for run in clock_race("AdamW").trainings()
-            if run.method == "AdamW, local 2, Sign" and run.rate == rate
-        ]
+        mine = [run.total_s for run in trainings("AdamW") if run.method == "AdamW, local 2, Sign" and run.rate == rate]
         assert fmean(mine) == pytest.approx(fmean(best_at("AdamW", rate)[0]))
 
 
@@ -222,7 +202,7 @@ def clock_card() -> Iterator[str]:
     assert found is not None
     yield f"Predicted for ours at 10 Mbit/s, as steps times the median step, timed in turns: {found[0]:.0f} s "
     yield f"({found[1]:.0f} to {found[2]:.0f})"
-    mine = [run for run in race.trainings() if (run.workers, run.rate, run.method) == (2, "10", method)]
+    mine = [run for run in trainings("Muon") if (run.workers, run.rate, run.method) == (2, "10", method)]
     yield f"plus {fmean(run.start_s + run.flush_s for run in mine):.0f} s for start and flush"
     ours, peer, _ = best_at("Muon", "200", 4)
     yield f"two bits every 4 steps take {fmean(ours) / fmean(peer):.2f} times as long as averages in 16 bits"
@@ -246,7 +226,7 @@ def overlaps() -> Iterator[str]:
 
 def clock_table(inner: str, workers: int = 2) -> Iterator[str]:
     """The rows of the table of a race."""
-    runs = [run for run in clock_race(inner).trainings() if run.rate in RATES and run.workers == workers]
+    runs = [run for run in trainings(inner) if run.rate in RATES and run.workers == workers]
     rates = [rate for rate in RATES if any(run.rate == rate for run in runs)]
     assert all(run.reached for run in runs)
     for method, title in CLOCK.items():
@@ -271,25 +251,22 @@ def ratio(ours: list[float], peer: list[float]) -> str:
     return f"{fmean(ours) / fmean(peer):.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
+@cache
 def best_at(inner: str, rate: str, workers: int = 2) -> tuple[list[float], list[float], float]:
     """The seconds by seed of our best method on a link, and of the best peer; and those of computing alone.
 
     The best has the least mean of those with three seeds.
     """
-    race, found = clock_race(inner), dict[str, list[float]]()
-    for run in sorted(race.trainings(), key=lambda run: run.seed):
+    found, mine = dict[str, list[float]](), trainings(inner)
+    for run in sorted(mine, key=lambda run: run.seed):
         if (run.rate, run.workers) == (rate, workers):
             found.setdefault(run.method.removeprefix(f"{inner}, "), []).append(run.total_s)
     whole = {method: seconds for method, seconds in found.items() if len(seconds) == 3}
     ours, peers = (
         min((m for m in whole if (m in OURS) == is_ours), key=lambda m: fmean(whole[m])) for is_ours in (True, False)
     )
-    mine = [
-        run
-        for run in race.trainings()
-        if run.method == f"{inner}, {ours}" and (run.rate, run.workers) == (rate, workers)
-    ]
-    limit = race.limit("muon" if inner == "Muon" else "adamw", workers, mine)
+    mine = [run for run in mine if (run.method, run.rate, run.workers) == (f"{inner}, {ours}", rate, workers)]
+    limit = clock_race(inner).limit("muon" if inner == "Muon" else "adamw", workers, mine)
     assert limit is not None
     return whole[ours], whole[peers], limit
 
@@ -297,22 +274,25 @@ def best_at(inner: str, rate: str, workers: int = 2) -> tuple[list[float], list[
 def steps_of(inner: str, method: str, workers: int = 2) -> float:
     """The mean over seeds of the steps to the target."""
     which = workers, f"{inner}, {method}"
-    runs = [run for run in clock_race(inner).trainings() if (run.workers, run.method) == which]
+    runs = [run for run in trainings(inner) if (run.workers, run.method) == which]
     return fmean({run.seed: run.steps for run in runs}.values())
 
 
+@cache
+def trainings(inner: str) -> list[TargetRun]:
+    return clock_race(inner).trainings()
+
+
+@cache
 def clock_race(inner: str) -> TargetRace:
     return TargetRace(TargetSettings.read(TARGET / f"{FILES[inner]}.toml"), TARGET, (), (2,), RATES, 3)
 
 
 def trained(setting: str, method: str, *, seeds: int = 3) -> tuple[float, float]:
     """Mean validation loss of some seeds at the best rate, and kB a step, of a simulated method."""
-    with (ROOT / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:
-        mine = [row for row in csv.DictReader(file) if row["method"] == method]
-    first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
-    best = [float(row["validation_loss"]) for row in mine if row["rate"] == first["rate"]]
-    assert len(best) == seeds
-    return fmean(best), float(first["kB_a_step"])
+    losses, sent = at_best_rate(read(ROOT / "experiments" / "muon" / f"{setting}.csv"), method)
+    assert len(losses) == seeds
+    return fmean(losses), sent
 
 
 def _range(found: list[float]) -> str:

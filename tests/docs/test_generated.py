@@ -89,18 +89,6 @@ def test_every_number_is_in_the_tables() -> None:
         assert all(f"`{key}`" in text and quantity.meaning for quantity in content for key in quantity.keys)
 
 
-def test_the_options_of_a_search_are_flags_and_keys() -> None:
-    names = ("max-hvps", "failure-probability", "tolerance", "sharpness", "pilot-examples", "hvp", "memory-limit")
-    text, certify = commands.markdown(), configuration.markdown().partition("### `[certify]`")[2].partition("###")[0]
-    for command in ("python -m lab certify", "packsaddle certify-script"):
-        section = text.partition(f"### {command}\n")[2].partition("\n### ")[0]
-        assert all(f"| `--{name}` |" in section for name in names)
-        assert "generator" not in section
-    assert all(f"| `{name.replace('-', '_')}` |" in certify for name in names)
-    assert "generator" not in certify
-    assert "| `tolerance` | number | `inf` |" in certify
-
-
 def keys(content: tuple[Quantity, ...]) -> tuple[set[str], set[str]]:
     """All keys, and those that every run has."""
     needed = {key for quantity in content if not quantity.optional for key in quantity.keys}

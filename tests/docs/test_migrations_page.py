@@ -1,12 +1,13 @@
 """The page of migrations: its diffs are those of the scripts, and its tables those of the measured rows."""
 
-import csv
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 import pytest
+from stored_rows import at_best_rate, read
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "migrations.md").read_text()
@@ -39,18 +40,14 @@ def test_diffs_are_of_the_scripts(name: str) -> None:
     assert f"```diff\n{diff}\n```" in PAGE
 
 
-def row(label: str, method: str, rows: list[dict[str, str]]) -> str:
-    mine = [each for each in rows if each["method"] == method]
-    first = min((each for each in mine if each["seed"] == "0"), key=lambda each: float(each["validation_loss"]))
-    losses = [float(each["validation_loss"]) for each in mine if each["rate"] == first["rate"]]
+def row(label: str, method: str, rows: Sequence[dict[str, str]]) -> str:
+    losses, sent = at_best_rate(rows, method)
     assert len(losses) == 3
-    sent = float(first["kB_a_step"])
     return f"| {label} | {sent:,.1f} | {mean(losses):.3f} | {min(losses):.3f} to {max(losses):.3f} |"
 
 
 def test_tables_are_of_the_rows() -> None:
-    with (ROOT / "experiments" / "migrations" / "runs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(ROOT / "experiments" / "migrations" / "runs.csv")
     written = [line for line in PAGE.splitlines() if re.search(r"\| [\d.]+ to [\d.]+ \|$", line)]
     assert set(written) == {row(label, method, rows) for label, method in METHODS.items()}
     in_card = [line for line in CARD.splitlines() if line.startswith("| ") and line.count(" to ") == 1]

@@ -437,6 +437,12 @@ def local_states(folder: Path) -> dict[str, Any]:
     other = torch.nn.Linear(3, 3)
     with pytest.raises(TypeError, match="wraps the model in DistributedDataParallel, got Linear"):
         attach_local_updates(other, other, [torch.optim.SGD(other.parameters())], TopK(0.1))
+    half = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    last: list[torch.optim.Optimizer] = [torch.optim.SGD(half[1].parameters(), lr=0.1)]
+    with pytest.raises(
+        ValueError, match=r"must have all parameters .*, but 0\.weight, 0\.bias would be trained"
+    ):
+        attach_local_updates(DistributedDataParallel(half), half, last, TopK(0.1))
     with pytest.raises(ValueError, match="no parameter in common, but SGD and Adam have one"):
         stepping([torch.optim.SGD(other.parameters()), torch.optim.Adam(other.parameters())])
     own.finish()
@@ -487,37 +493,17 @@ def loading(folder: Path) -> dict[str, str]:
     return found
 
 
-def half_of_a_model() -> str:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="must have all parameters of model") as caught:
-        attach_local_updates(wrapped, model, [optimizer], TopK(0.1))
-    return str(caught.value)
-
-
-def test_the_optimizer_has_all_of_the_frameworks_model(gloo: Callable[..., list[Any]]) -> None:
-    for said in gloo(half_of_a_model, 2):
-        assert "but 0.weight, 0.bias would be trained by each worker alone" in said
-
-
 def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
     differ = "workers must be given the same arguments, but worker 0 has steps of the saved state="
-
-    def cause(name: str) -> str:
-        return (
-            f"{tmp_path / name} has no packsaddle-RANK.pt of one step for each of 2 workers (were there as many when "
-            f"it was saved?). Without these files there is no state of packsaddle's hook: its error memory starts at "
-            f"zero. "
-        )
-
     for found in gloo(loading, 2, tmp_path):
-        assert found == {
-            "all": "True; step 2, 0 warnings",
-            "none": "False; step 3, 1 warnings",
-            "one": f"{cause('one')}{differ}2 and worker 1 has steps of the saved state='no file'; step 3, 0 warnings",
-            "mixed": f"{cause('mixed')}{differ}1 and worker 1 has steps of the saved state=2; step 3, 0 warnings",
-        }
+        assert (found.pop("all"), found.pop("none")) == ("True; step 2, 0 warnings", "False; step 3, 1 warnings")
+        for name, (first, second) in {"one": ("2", "'no file'"), "mixed": ("1", "2")}.items():
+            cause = (
+                f"{tmp_path / name} has no packsaddle-RANK.pt of one step for each of 2 workers (were "
+            )
+            end = f"{differ}{first} and worker 1 has steps of the saved state={second}; step 3, 0 warnings"
+            assert found[name].startswith(cause)
+            assert found[name].endswith(end)
 
 
 def test_importing_packsaddle_imports_no_framework() -> None:
@@ -565,9 +551,9 @@ def test_the_kubernetes_job_starts_one_run_on_all_pods(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml")
     needs("sklearn")
     service, job = yaml.safe_load_all((EXAMPLES / "kubernetes" / "job.yaml").read_text())
-    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
+    assert (service["kind"], service["spec"]["clusterIP"]) == ("Service", "None")
     assert service["spec"]["publishNotReadyAddresses"] is True  # pods look each other up before they are ready
-    assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     pod = job["spec"]["template"]["spec"]
     assert (pod["subdomain"], pod["restartPolicy"]) == (service["metadata"]["name"], "Never")
@@ -580,7 +566,6 @@ def test_the_kubernetes_job_starts_one_run_on_all_pods(tmp_path: Path) -> None:
     assert f"--master-addr={first}" in container["args"]
     (mount,) = container["volumeMounts"]
     assert mount["name"] == pod["volumes"][0]["name"]
-    assert {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= {variable["name"] for variable in container["env"]}
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -613,9 +598,8 @@ def test_the_trainers_certificate_takes_any_output_that_the_trainer_takes(kind: 
     class Model(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> Any:  # type: ignore[override]
             loss = super().forward(x).square().mean()
-            return {"ModelOutput": SequenceClassifierOutput(loss=loss), "dict": {"loss": loss}, "tuple": (loss, x)}[
-                kind
-            ]
+            output = SequenceClassifierOutput(loss=loss)
+            return {"ModelOutput": output, "dict": {"loss": loss}, "tuple": (loss, x)}[kind]
 
     class Trainer:
         @staticmethod
@@ -628,20 +612,13 @@ def test_the_trainers_certificate_takes_any_output_that_the_trainer_takes(kind: 
     assert torch.equal(callback._loss(model, {"x": x}), expected)
 
 
+UNUSED, TOKENS = "ddp_find_unused_parameters", "average_tokens_across_devices"
 WAIT: dict[str, tuple[dict[str, Any], int, str]] = {
-    "defaults": (
-        {"ddp_find_unused_parameters": None, "average_tokens_across_devices": True},
-        2,
-        "(ddp_find_unused_parameters=False, average_tokens_across_devices=False), got None and True: ",
-    ),
-    "one of them": (
-        {"ddp_find_unused_parameters": False, "average_tokens_across_devices": True},
-        2,
-        "(average_tokens_across_devices=False), got True: ",
-    ),
-    "older transformers": ({"ddp_find_unused_parameters": True}, 2, "(ddp_find_unused_parameters=False), got True: "),
-    "older transformers, set": ({"ddp_find_unused_parameters": False}, 2, ""),
-    "one worker": ({"ddp_find_unused_parameters": None, "average_tokens_across_devices": True}, 1, ""),
+    "defaults": ({UNUSED: None, TOKENS: True}, 2, f"({UNUSED}=False, {TOKENS}=False), got None and True: "),
+    "one of them": ({UNUSED: False, TOKENS: True}, 2, f"({TOKENS}=False), got True: "),
+    "older transformers": ({UNUSED: True}, 2, f"({UNUSED}=False), got True: "),
+    "older transformers, set": ({UNUSED: False}, 2, ""),
+    "one worker": ({UNUSED: None, TOKENS: True}, 1, ""),
 }
 
 

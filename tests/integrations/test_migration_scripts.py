@@ -5,7 +5,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -28,15 +28,26 @@ def needs(library: str, reason: str = "is not installed") -> None:
 
 
 def outputs(commands: list[list[str]], *environments: dict[str, str]) -> str:
-    """Run commands side by side and return what all of them printed."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    started = [
-        subprocess.Popen(words, env=environment(**given), **pipes)  # type: ignore[call-overload]
-        for words, given in zip(commands, environments, strict=True)
-    ]
-    printed = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), "\n".join(printed)
-    return "".join(printed)
+    """Run commands side by side and return what all of them printed; one that hangs is ended, with the others.
+
+    They print to files: one that waits for another must not wait for the reader of a pipe as well.
+    """
+    with contextlib.ExitStack() as stack:
+        files, started = [], []
+        for words, given in zip(commands, environments, strict=True):
+            files.append(stack.enter_context(tempfile.TemporaryFile("w+")))
+            words_to = {"stdout": files[-1], "stderr": subprocess.STDOUT}
+            started.append(subprocess.Popen(words, env=environment(**given), **words_to))  # type: ignore[call-overload]
+            stack.callback(started[-1].kill)  # no-op: it has ended
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in started:
+                process.wait(timeout=200)
+        codes = [process.poll() for process in started]
+        for file in files:
+            file.seek(0)
+        printed = "".join(file.read() for file in files)
+    assert codes == [0] * len(started), printed
+    return printed
 
 
 def workers_of(printed: str) -> tuple[float, int]:
@@ -53,17 +64,11 @@ def launched(script: Path) -> tuple[float, int]:
     return workers_of(outputs([torchrun(script)], {}))
 
 
-@contextlib.contextmanager
-def lighthouse(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def under_torchft(script: Path) -> tuple[float, int]:
+    """The same of two replica groups of one worker, as torchft's users start them."""
     from lab.bench import elastic
 
     with elastic.lighthouse(2) as address:
-        yield address
-
-
-def under_torchft(script: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[float, int]:
-    """The same of two replica groups of one worker, as torchft's users start them."""
-    with lighthouse(monkeypatch) as address:
         places = [{"TORCHFT_LIGHTHOUSE": address, "REPLICA_GROUP_ID": str(i)} for i in range(2)]
         return workers_of(outputs([torchrun(script, workers=1)] * 2, *places))
 
@@ -79,9 +84,7 @@ def test_afterwards_it_trains_with_fewer_bytes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_without_compression_it_is_what_was_replaced(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_compression_it_is_what_was_replaced(name: str, tmp_path: Path) -> None:
     """The real library's loss, to rounding: the same inner steps, means, and outer optimizer.
 
     Without init_sync: with it torchft replaces the first change of all workers but one by that one's.
@@ -94,7 +97,7 @@ def test_without_compression_it_is_what_was_replaced(
     shutil.copy(SCRIPTS / "task.py", tmp_path)
     before = tmp_path / "before.py"
     before.write_text((SCRIPTS / f"{name}_before.py").read_text().replace("=2,\n", "=2,\n    init_sync=False,\n"))
-    theirs = under_torchft(before, monkeypatch) if name.startswith("torchft") else launched(before)
+    theirs = under_torchft(before) if name.startswith("torchft") else launched(before)
     ours = launched(tmp_path / "exact.py")
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
     assert theirs[0] < 1
@@ -106,10 +109,10 @@ def test_powersgd_has_a_higher_loss_and_more_bytes() -> None:
     assert ours < theirs
 
 
-def test_after_torchft_workers_are_elastic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_torchft_workers_are_elastic() -> None:
     """With a lighthouse the script trains as it does without, by torchft's Manager."""
     needs("torchft")
-    elastic = under_torchft(SCRIPTS / "torchft_diloco_after.py", monkeypatch)
+    elastic = under_torchft(SCRIPTS / "torchft_diloco_after.py")
     fixed = launched(SCRIPTS / "torchft_diloco_after.py")
     assert elastic[0] == pytest.approx(fixed[0], rel=0.2, abs=1e-3)
 

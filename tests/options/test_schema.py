@@ -149,16 +149,13 @@ def test_a_dataclass_is_read_from_its_fields(saved: bool) -> None:
         ({"pair": [True]}, r"r\.pair must have 2 entries, got 1", True),
         ({"pair": [1, 2]}, r"r\.pair\[0\] must be of type bool, got 1", True),
         ({"past": [1, True]}, r"r\.past\[1\] must be of type int, got True", True),
-        ({"past": 1}, r"r\.past must be a list, got 1", True),
         ({"by_worker": [1]}, r"r\.by_worker must be a table, got \[1\]", True),
         ({"by_worker": {3: {"x": "?", "name": "a"}}}, r"r\.by_worker\[3\]\.x must be of type float, got '\?'", True),
         ({"point": {"x": 1.0, "name": "c"}}, r"r\.point\.name must be one of 'a', 'b', got 'c'", True),
         ({"point": {"x": 1.0, "name": "a", "y": 1}}, r"unknown key r\.point\.y", True),
         ({"point": {"x": 1.0}}, r"missing key r\.point\.name", False),
         ({"point": {"x": "1%", "name": "a"}}, r"r\.point\.x must be of type float, got '1%'", False),
-        ({"point": 1.5}, r"r\.point must be a table, got 1\.5", False),
         ({"past": ["1k"]}, r"r\.past\[0\] must be of type int, got '1k'", False),
-        ({"past": [1.0]}, r"r\.past\[0\] must be of type int, got 1\.0", False),
     ],
 )
 def test_a_value_of_another_type_is_named(change: dict[str, Any], message: str, also_in_a_configuration: bool) -> None:

@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import io
 import json
 import re
 import tomllib
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import packsaddle
 from lab.cli.console import print_runs
-from lab.paper.progress import StudyProgress
 from lab.runs.progress import live
 from lab.runs.report import write_report
 from lab.runs.report.curves import read_curves
@@ -62,13 +59,9 @@ def make_run(folder: Path, text: str) -> Path:
     """A run whose every string is `text`, in known fields and in unknown ones."""
     line = {"step": 10, "epoch": 1.0, "loss": 1.0, "sent": 10, "payload": 10, "seconds": 1.0}
     certificate = {"step": 10, "epoch": 1.0, "verdict": "saddle", "loss": 0.5, "lambda_min_lower": -2.0}
+    names = {"data": {"name": text, text: text}, "model": {"name": text}, "compressor": {"kind": text}}
     content: dict[str, Any] = {
-        "config.json": {
-            "label": text,
-            "data": {"name": text, text: text},
-            "model": {"name": text},
-            "compressor": {"kind": text},
-        },
+        "config.json": {"label": text, **names},
         "environment.json": {"packsaddle": text, "command": text, "started": text, "torch": text, text: text},
         "metrics.jsonl": {**line, text: text},
         "summary.json": {"label": text, "final_loss": 1.0, "exchange": text, text: text},
@@ -108,18 +101,6 @@ def test_terminals_show_and_do_not_obey(tmp_path: Path, capsys: pytest.CaptureFi
         if text.startswith("["):
             assert text in shown.splitlines()[-1]  # brackets are no markup
             assert text in shown.partition("done")[0]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_progress_of_a_study_shows_names_as_they_are(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(force_terminal=terminal, color_system=None, width=200, file=io.StringIO())
-    monkeypatch.setattr("lab.paper.progress.Console", lambda: console)
-    with StudyProgress("[red]study[/]", 2) as progress:
-        progress.show({"[bold]one[/bold]": 0.5, "two[/]": 0.5}, ["[bold]one[/bold]", "two[/]"])
-        progress.show({"[bold]one[/bold]": 1.0, "two[/]": 0.5}, ["two[/]"])
-    shown = console.file.getvalue()
-    assert "[red]study[/]" in shown
-    assert ("two[/]" in shown) == terminal
 
 
 def calls(path: Path) -> list[ast.Call]:

@@ -22,7 +22,7 @@ from lab.runs.tasks.images import load_data
 from lab.runs.tasks.models import make_task
 from lab.runs.templates import TASKS
 from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Rounded, Sign, TopK
-from packsaddle.cli.plan_link_text import LinkPlan, methods, ms
+from packsaddle.cli.plan_link_text import LinkPlan, methods
 from packsaddle.comm.group import Solo
 from packsaddle.plan import link as link_planner
 from packsaddle.plan import model as workload
@@ -33,30 +33,29 @@ from packsaddle.plan.model import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 from packsaddle.plan.timing import Timing
 
+RATES = {
+    "100mbit": 1e8,
+    "100 Mbit/s": 1e8,
+    "100Mbps": 1e8,
+    "12.5MBps": 1e8,
+    "12.5Mb/s": 12.5e6,
+    "2e3kbit": 2e6,
+    "64 bit": 64,
+    "1TB/s": 8e12,
+    "20mbit/100mbit": 20e6,  # the slower direction counts
+    "12.5MB/s/50mbit": 50e6,
+}
 
-@pytest.mark.parametrize(
-    ("text", "bits"),
-    [
-        ("100mbit", 1e8),
-        ("100 Mbit/s", 1e8),
-        ("100Mbps", 1e8),
-        ("1gbit", 1e9),
-        ("12.5MB/s", 1e8),
-        ("12.5MBps", 1e8),
-        ("12.5Mb/s", 12.5e6),
-        ("2e3kbit", 2e6),
-        ("64 bit", 64),
-        ("1TB/s", 8e12),
-    ],
-)
+
+@pytest.mark.parametrize(("text", "bits"), RATES.items())
 def test_rates(text: str, bits: float) -> None:
-    assert link_planner.parse_rate(text) == bits
+    assert link_planner.slower_rate(text) == bits
 
 
-@pytest.mark.parametrize("text", ["12.5MBPS", "12.5MB/S"])
-def test_a_rate_that_may_be_of_bits_or_of_bytes_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", ["12.5MBPS", "12.5MB/S", "fast", "", "1 / mbit", "0mbit", "1mbit/2mbit/3mbit"])
+def test_a_rate_that_is_none_or_may_be_of_bits_or_of_bytes_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="rate must be positive"):
-        link_planner.parse_rate(text)
+        link_planner.slower_rate(text)
 
 
 @given(st.floats(1, 9.99e14))
@@ -67,7 +66,7 @@ def test_a_shown_rate_can_be_parsed(bits: float) -> None:
 @given(st.text(alphabet="0123456789.kmgtbitBps/ -", max_size=8))
 def test_no_text_breaks_the_parser(text: str) -> None:
     try:
-        parsed = link_planner.parse_rate(text)
+        parsed = link_planner.slower_rate(text)
     except ValueError as error:
         parsed, message = 1.0, str(error)
         assert message.startswith("rate must be positive")
@@ -95,11 +94,6 @@ def test_a_probe_finds_the_link(workers: int, true: Link, monkeypatch: pytest.Mo
     assert found.latency == pytest.approx(true.latency, rel=0.01, abs=1e-8)
     assert found.rate == pytest.approx(true.rate, rel=0.01)
     assert group.now < 60 * (0.5 + 2 * workers * true.latency)  # it does not send more than it must
-
-
-def test_a_probe_needs_two() -> None:
-    with pytest.raises(ValueError, match="measuring a link needs at least 2 workers, got 1"):
-        link_planner.probe(Solo())
 
 
 def slow(compressor: Any, d: int) -> Pace:
@@ -186,8 +180,6 @@ def test_the_exchange_is_the_fastest_one() -> None:
     for workers, latency, expected in ((32, 0.0, "two-way"), (3, 1.0, "all-gather")):
         found = forecast(size, Link(latency, 1e6), Fleet(workers, 0.1), [TopK(0.01)], slow)
         assert next(f.exchange for f in found.forecasts if not f.is_dense) == expected
-    with pytest.raises(ValueError, match="workers must be at least 2"):
-        forecast(size, Link(0.0, 1e6), Fleet(1, 0.1), [TopK(0.01)], slow)
 
 
 def test_a_model_has_its_shapes() -> None:
@@ -216,12 +208,6 @@ def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyP
     assert workload.update_seconds(5000) == 5.0
 
 
-def test_resnet_of_the_optimizer() -> None:
-    pytest.importorskip("torchvision")
-    size = ModelSize.of_model("resnet18", toys.resnet18())
-    assert size.d + size.dense == 11_173_962
-
-
 def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     """The verdict first; the rates below which a compressor pays stand in the table."""
     asked = ("--d", 50_000, "--compute", "10ms", "--workers", 3)
@@ -230,14 +216,13 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("Use: ")
     assert "one machine alone " in out
     assert "pays" not in out
-    assert command("plan", "link", "100tbit", *asked, "--compressor", "qsgd", "--table") == 0
+    assert command("plan", "link", "100tbit", *asked, "--compressor", "TopK(1.23%)", "--table") == 0
     out = capsys.readouterr().out
     assert out.startswith("Use: DistributedDataParallel.\n")
-    assert "QSGD()" in out.partition("Mbit/s")[2]
-    assert (
-        command("plan", "link", "1mbit", *asked, "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json")
-        == 0
-    )
+    assert "TopK(0.0123)" in out.partition("Mbit/s")[2]
+    assert "Left out, as the number of steps is unknown: TopK(ratio=0.0123)." in out
+    spread = ("--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json")
+    assert command("plan", "link", "1mbit", *asked, *spread) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["fleet"]["compute"] == 0.01
     assert document["compress"] is False  # its number of steps is unknown
@@ -247,26 +232,6 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert best["seconds"] == pytest.approx(sum(best["time"].values()))
     assert dense["time"]["waiting"] == pytest.approx(0.01 * 0.5 * 0.8, rel=0.2)
     assert dense["time"]["bandwidth"] == pytest.approx(4 / 3 * 200_000 / (1e6 / 8 * 1448 / 1514))
-
-
-@pytest.mark.slow
-def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
-    """RandomK's steps are the shortest; behind AdamW it is not what is recommended."""
-    asked = ("plan", "link", "10mbit", "--d", 1_000_000, "--compute", 0.01, "--workers", 2)
-    assert command(*asked, "--optimizer", "adamw", "--json") == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["optimizer"] == "adamw"
-    assert not shown["best"].startswith(("RandomK", "Sign", "QSGD(levels=7"))
-    assert command(*asked, "--compressor", "TopK(1.23%)") == 0
-    assert "Left out, as the number of steps is unknown: TopK(ratio=0.0123)." in capsys.readouterr().out
-
-
-def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
-    own = ("--model", "lab.toys:mnist_autoencoder", "--input", "1x28x28", "--batch", 2)
-    assert command("plan", "link", "1gbit", *own, "--compressor", "randomk", "--json") == 0
-    document = json.loads(capsys.readouterr().out)
-    assert (document["compressed"], document["dense"], document["fleet"]["workers"]) == (209_920, 449, 4)
-    assert document["fleet"]["compute"] > 0
 
 
 def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,27 +268,26 @@ def test_plan_link_auto_under_torchrun() -> None:
     assert document["link"]["source"] == "measured between torchrun's workers"
 
 
-LINK = ("1gbit",)
+SIZED = ("1gbit", "--d", "5", "--compute", "1")
 REFUSALS = {
-    LINK: "--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for",
-    ("100mbits",): "rate must be",
-    (*LINK, "--d", "5", "--model", "a:b"): "--model a:b and --d 5 exclude each other: give one of them",
-    (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
-    (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
-    (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
-    (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the compute time",
-    (*LINK, "--d", "5", "--compute", "1", "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
-    (*LINK, "--d", "5", "--compute", "1", "--spread", "-1"): "spread must be from 0 to 1e+09, got -1.0",
-    (*LINK, "--d", "5", "--compute", "1", "--spread", "1e300"): "spread must be from 0 to 1e+09, got 1e+300",
-    (*LINK, "--d", "5", "--compute", "1e300"): "compute must be from 0 to 1e+09, got 1e+300",
-    (*LINK, "--d", "5", "--compute", "1", "--latency", "-1"): "latency of a link must be from 0 to 1e+09 seconds",
-    (*LINK, "--d", "5", "--compute", "1", "--compressor", "topq"): "compressor must be one of best, randomk",
-    (*LINK, "--d", "5", "--compute", "1", "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",
-    (*LINK, "--d", "5", "--compute", "1", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
-    (*LINK, "--model", "resnet18"): "--model must be MODULE:FUNCTION, got 'resnet18'",
-    ("fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
-    ("0mbit", "--d", "5", "--compute", "1"): "rate must be positive",
-    ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured if RATE is auto",
+    ("1gbit",): "--model MODULE:FUNCTION or --d NUMBER must be given, the model to plan for",
+    ("100mbits", *SIZED[1:]): "such as 100mbit, 1gbit or 12.5MB/s, got '100mbits'",
+    ("1gbit", "--d", "5", "--model", "a:b"): "--model a:b and --d 5 exclude each other: give one of them",
+    ("1gbit", "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
+    ("1gbit", "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
+    ("1gbit", "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
+    (*SIZED, "--batch", "3"): "--batch is for measuring the compute time",
+    (*SIZED, "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
+    (*SIZED, "--latency", "-1"): "latency of a link must be from 0 to 1e+09 seconds",
+    (*SIZED, "--compressor", "topq"): "compressor must be one of best, randomk",
+    (*SIZED, "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",
+    (*SIZED, "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
+    (*SIZED, "--most-steps", "2", "--optimizer", "sgd"): "--most-steps is for local updates, which were not",
+    (*SIZED, "--most-steps", "0.5"): "--most-steps must be at least",
+    (*SIZED, "--speeds", "1,fast"): "--speeds must be numbers above 0, such as 1,0.33, got '1,fast'",
+    (*SIZED, "--workers", "2", "--speeds", "1,1,0.5"): "--speeds must have a number for each of the 2 workers, got 3",
+    ("1gbit", "--model", "resnet18"): "--model must be MODULE:FUNCTION, got 'resnet18'",
+    ("auto", *SIZED[1:], "--latency", "1"): "--latency is measured if RATE is auto",
 }
 
 
@@ -358,14 +322,6 @@ def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
     assert 'packsaddle.Compression(packsaddle.QSGD(levels=127), exchange="two-way")' in found.lines[-1]
 
 
-@pytest.mark.parametrize(
-    ("text", "bits"),
-    [("20mbit/100mbit", 20e6), ("100mbit/20mbit", 20e6), ("12.5MB/s/50mbit", 50e6), ("50mbit/12.5MB/s", 50e6)],
-)
-def test_the_slower_direction_counts(text: str, bits: float) -> None:
-    assert link_planner.slower_rate(text) == bits
-
-
 def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--d", 200_000, "--compute", 0.05, "--workers", 2, "--compressor", "randomk", "--json")
     assert command("plan", "link", "20mbit/100mbit", *asked) == 0
@@ -374,18 +330,6 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     assert {f["every"] for f in asymmetric["local"]} == {2, 8, 32}
     assert command("plan", "link", "20mbit", *asked, "--optimizer", "sgd") == 0
     assert json.loads(capsys.readouterr().out)["local"] == []
-    refused = {
-        ("20mbit/fast",): "rate must be positive",
-        ("20mbit/1mbit/2mbit",): "rate must be positive",
-        ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
-        ("1gbit", "--most-steps", 2, "--optimizer", "sgd"): "--most-steps is for local updates, which were not",
-        ("1gbit", "--most-steps", 0.5): "--most-steps must be at least",
-        ("1gbit", "--speeds", "1,fast"): "--speeds must be numbers above 0, such as 1,0.33, got '1,fast'",
-        ("1gbit", "--speeds", "1,1,0.5"): "--speeds must have a number for each of the 2 workers, got 3",
-    }
-    for words, message in refused.items():
-        assert command("plan", "link", *words, *asked) == 2
-        assert message in capsys.readouterr().err
     assert command("plan", "link", "1gbit", "--optimizer", "muon", "--most-steps", 1.1, *asked) == 0
     document = json.loads(capsys.readouterr().out)
     assert {f["steps"] for f in document["local"]} == {1.06}
@@ -445,13 +389,3 @@ def test_a_long_flush_and_more_workers_than_steps_were_measured_with_are_named(
     said = capsys.readouterr().out
     assert "flush()" not in said.replace("local.flush()", "")
     assert "With 16 workers, more steps are needed than with 4, whose numbers these are: gains are smaller" in said
-
-
-def test_milliseconds_have_no_powers_of_ten() -> None:
-    assert [ms(s) for s in (0.0, 1.23456e-6, 0.0123456, 0.9994, 12.345)] == [
-        "0",
-        "0.001235",
-        "12.35",
-        "999.4",
-        "12,345",
-    ]

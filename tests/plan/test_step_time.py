@@ -12,23 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import (
-    QSGD,
-    AdaptiveTopK,
-    Compressor,
-    Identity,
-    Ledger,
-    LinearSketch,
-    LowRank,
-    RandomK,
-    SharedTopK,
-    Sign,
-    SketchTopK,
-    TopK,
-    simulate,
-)
+import packsaddle as ps
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, Cost, RingAllGather, RingAllReduce
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Cost, RingAllGather, RingAllReduce
 from packsaddle.comm.group import resolve
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors.registry import compressors
@@ -39,7 +25,6 @@ from packsaddle.plan.step_time import (
     Dense,
     Fleet,
     Link,
-    Step,
     StepTime,
     break_even,
     compressed,
@@ -58,11 +43,8 @@ def test_collectives_by_hand() -> None:
     assert Broadcast(100).cost(2) == Cost(1, 0, 100)
     assert Broadcast(100).cost(4) == Cost(2, 1, 300)  # 0 sends to 1 and 2 together, then 1 to 3
     assert Cost(1, 2, 3.0) + Cost(10, 20, 30.0) == Cost(11, 22, 33.0)
-
-
-@pytest.mark.parametrize("collective", [RingAllReduce((9,)), RingAllGather(9), AllToAll([9]), Broadcast(9)], ids=repr)
-def test_one_worker_waits_for_nobody(collective: Collective) -> None:
-    assert collective.cost(1) == Cost()
+    for collective in (RingAllReduce((9,)), RingAllGather(9), AllToAll([9]), Broadcast(9)):
+        assert collective.cost(1) == Cost()
 
 
 @pytest.mark.parametrize("workers", range(1, 40))
@@ -76,27 +58,27 @@ def test_broadcast_is_gloos_tree(workers: int) -> None:
     assert Broadcast(1).cost(workers).bytes == play(0, 0, 0)
 
 
-PROTOCOLS: list[tuple[Compressor, str]] = [
-    (Identity(), "direct"),
-    (RandomK(0.1), "direct"),
-    (LinearSketch(0.1), "direct"),
-    (SharedTopK(0.01), "direct"),
-    (SketchTopK(0.01), "direct"),
-    (LowRank(), "direct"),
-    (TopK(0.1), "direct"),
-    (AdaptiveTopK(0.5), "direct"),
-    (Sign(), "direct"),
-    (QSGD(), "direct"),
-    (TopK(0.1), "two-way"),
-    (QSGD(), "two-way"),
-    (TopK(0.1), "coordinator"),
-    (Sign(), "coordinator"),
+PROTOCOLS: list[tuple[ps.Compressor, str]] = [
+    (ps.Identity(), "direct"),
+    (ps.RandomK(0.1), "direct"),
+    (ps.LinearSketch(0.1), "direct"),
+    (ps.SharedTopK(0.01), "direct"),
+    (ps.SketchTopK(0.01), "direct"),
+    (ps.LowRank(), "direct"),
+    (ps.TopK(0.1), "direct"),
+    (ps.AdaptiveTopK(0.5), "direct"),
+    (ps.Sign(), "direct"),
+    (ps.QSGD(), "direct"),
+    (ps.TopK(0.1), "two-way"),
+    (ps.QSGD(), "two-way"),
+    (ps.TopK(0.1), "coordinator"),
+    (ps.Sign(), "coordinator"),
 ]
 
 
 @pytest.mark.parametrize(("compressor", "exchange"), PROTOCOLS, ids=str)
 @pytest.mark.parametrize("workers", [2, 3, 8])
-def test_the_model_moves_the_ledgers_bytes(compressor: Compressor, exchange: str, workers: int) -> None:
+def test_the_model_moves_the_ledgers_bytes(compressor: ps.Compressor, exchange: str, workers: int) -> None:
     """Link by link: never less than the busiest worker's busier direction, nor more than all bytes one by one."""
     d, dense = 4000, 50
     protocol = choose(compressor, exchange, d=d, dense=dense, workers=workers).aggregator
@@ -119,18 +101,18 @@ def test_the_model_moves_the_ledgers_bytes(compressor: Compressor, exchange: str
 
 
 @pytest.mark.parametrize("compressor", compressors(0.01), ids=str)
-def test_a_hundred_billion_coordinates(compressor: Compressor) -> None:
+def test_a_hundred_billion_coordinates(compressor: ps.Compressor) -> None:
     """By formula or from a part: nothing of the vector's size is made, and a message grows as the vector."""
     small, large = (
         choose(compressor, "direct", d=d, dense=0, workers=1000).aggregator.wire(d, 0, 0, 1000, 4).sent
         for d in (25 * 10**9, 10**11)
     )
-    expected = 2 if isinstance(compressor, LowRank) else 4  # factors of a square, as far as it is one
+    expected = 2 if isinstance(compressor, ps.LowRank) else 4  # factors of a square, as far as it is one
     assert large / small == pytest.approx(expected, rel=0.25 if expected == 2 else 0.01)
 
 
 @dataclass(frozen=True)
-class Counting(TopK):
+class Counting(ps.TopK):
     """Counts its calls by worker, with what they act on."""
 
     calls: ClassVar[Counter[tuple[int, str, int]]] = Counter()
@@ -161,11 +143,11 @@ def test_work_is_what_rank_0_does(exchange: str) -> None:
     def worker(rank: int) -> None:
         protocol = choose(c, exchange, d=d, dense=0, workers=workers, back=back).aggregator
         v = torch.randn(d, generator=torch.Generator().manual_seed(rank))
-        averaged = protocol.average(Communicator(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
+        averaged = protocol.average(Communicator(resolve(None), ps.Ledger()), v, v[:0], seed=0, step=0)
         for term in (*averaged.own, *averaged.mean):
             term.add_to(torch.zeros(d), 1.0)
 
-    simulate(worker, workers)
+    ps.simulate(worker, workers)
     expected: Counter[tuple[int, str, int]] = Counter()
     for work in choose(c, exchange, d=d, dense=0, workers=workers, back=back).aggregator.work(d, workers):
         for kind in ("encode", "decode", "add"):
@@ -176,14 +158,22 @@ def test_work_is_what_rank_0_does(exchange: str) -> None:
 
 def test_a_step_by_hand() -> None:
     """4 workers, 10 kB by RandomK: 6 hops of 0.1 ms, 15 kB at 1 MB/s, and coding as it is said to take."""
-    protocol = choose(RandomK(0.1), "direct", d=25_000, dense=0, workers=4).aggregator
+    protocol = choose(ps.RandomK(0.1), "direct", d=25_000, dense=0, workers=4).aggregator
     step = compressed(protocol, 25_000, 0, 4, lambda work: 0.001 * (work.encode + 10 * work.add))
     time = step.time(Link(1e-4, 1e6), Fleet(4, 0.05))
     assert time == StepTime(0.05, 0.0, pytest.approx(0.021), pytest.approx(6e-4), pytest.approx(0.015))
     assert time.total == pytest.approx(0.0866)
 
+    link = Link.nominal(1e8, 0.01)
+    assert (link.rate, link.bits) == (1e8 / 8 * FRAMING, pytest.approx(1e8))
+    assert link.parts(Cost(3, 2, 1.195e6)) == (pytest.approx(0.03002), pytest.approx(0.1, rel=1e-3))
+
     # To the owners at once and back in a ring; or at once, if small. Sizes that differ are sent before each message.
-    for compressor, d, hops, fan in ((Sign(), 10**6, 1 + 3, 2), (Sign(), 8, 2, 4), (TopK(0.1), 10**5, 2 + 1 + 3, 6)):
+    for compressor, d, hops, fan in (
+        (ps.Sign(), 10**6, 1 + 3, 2),
+        (ps.Sign(), 8, 2, 4),
+        (ps.TopK(0.1), 10**5, 2 + 1 + 3, 6),
+    ):
         protocol = choose(compressor, "two-way", d=d, dense=0, workers=4).aggregator
         cost = compressed(protocol, d, 0, 4, lambda work: 0.0).cost
         assert (cost.hops, cost.fan) == (hops, fan)
@@ -223,12 +213,8 @@ def test_the_slowest_of_many(tail: Any, workers: int, spread: float) -> None:
     found = expected_maximum(workers, spread, tail)
     assert abs(found - slowest.mean()) < 4 * slowest.std() / math.sqrt(draws)
     assert found > 1 + spread / 3
-
-
-def test_waiting() -> None:
-    assert Fleet(1, 2.0, 0.5).waiting == Fleet(100, 2.0).waiting == 0
-    assert Fleet(4, 2.0, 0.3, "exponential").waiting == pytest.approx(2 * 0.3 * (1 / 2 + 1 / 3 + 1 / 4))
-    assert Fleet(10**6, 2.0, 0.3).waiting < Fleet(10**6, 2.0, 0.3, "exponential").waiting
+    assert Fleet(workers, 2.0, spread, tail).waiting == pytest.approx(2 * (found - 1))
+    assert Fleet(workers, 2.0).waiting == 0
 
 
 seconds = st.floats(1e-4, 1.0)
@@ -254,26 +240,16 @@ def test_times_are_equal_at_break_even(coding: float, compute: float, workers: i
 
 
 def test_no_break_even_with_more_bytes_than_dense() -> None:
-    many: Step = Compressed(RingAllGather(1_000_000).cost(100), 0.0)
+    many = Compressed(RingAllGather(1_000_000).cost(100), 0.0)
     assert break_even([many], Dense(4_000_000), Link(1e-4, 1e9), Fleet(100, 0.1)) is None
-
-
-def test_links() -> None:
-    link = Link.nominal(1e8, 0.01)
-    assert link.rate == 1e8 / 8 * FRAMING
-    assert link.bits == pytest.approx(1e8)
-    assert link.parts(Cost(3, 2, 1.195e6)) == (pytest.approx(0.03002), pytest.approx(0.1, rel=1e-3))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Link(0.1, 0.0), "rate of a link must be positive, in bytes a second, got 0.0"),
-        (lambda: Link(-1.0, 1.0), "latency of a link must be from 0 to 1e+09 seconds, got -1.0"),
         (lambda: Fleet(0, 1.0), "workers must be at least 1, got 0"),
         (lambda: Fleet(2, 1.0, -0.5), "spread must be from 0 to 1e+09, got -0.5"),
-        (lambda: Fleet(2, 1.0, 1e300), "spread must be from 0 to 1e+09, got 1e+300"),
-        (lambda: Fleet(2, 1e300), "compute must be from 0 to 1e+09, got 1e+300"),
         (lambda: Fleet(2, 1.0, 1.5, "exponential"), "spread of an exponential tail must be at most 1, got 1.5"),
         (lambda: Fleet(2, 1.0, 0.5, "normal"), "tail must be one of lognormal, exponential, got 'normal'"),  # type: ignore[arg-type]
     ],
@@ -288,9 +264,9 @@ def test_pace() -> None:
     assert Line.through((10, 3.0), (10, 3.0)) == Line(0.0, 0.3)  # a vector so short that there is one point
     assert Line.through((10, 3.0), (30, 2.0)) == Line(2.0, 0.0)  # a machine that was busy at first
     pace = Pace(Line(1.0, 0.0), Line(0.0, 0.1), Line(0.0, 0.01))
-    works = choose(TopK(0.1), "direct", d=100, dense=0, workers=5).aggregator.work(100, 5)
+    works = choose(ps.TopK(0.1), "direct", d=100, dense=0, workers=5).aggregator.work(100, 5)
     assert sum(map(pace.seconds, works)) == pytest.approx(1.0 + 4 * 10 + 2 * 1)
-    timed = measure(TopK(k=50), 20_000, repeats=2)
+    timed = measure(ps.TopK(k=50), 20_000, repeats=2)
     assert timed.encode.at(20_000) > 0
     with pytest.raises(ValueError, match="k of TopK must be at most d = 10"):
-        measure(TopK(k=50), 10)
+        measure(ps.TopK(k=50), 10)

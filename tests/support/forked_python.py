@@ -348,8 +348,16 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: d
     os._exit(code)
 
 
+_globals: list[dict[str, object]] = []  # of the program, until the process ends
+
+
 def _run(words: list[str]) -> int:
-    """Return the exit code of the program; one that Ctrl-C ends, ends this process as well."""
+    """Return the exit code of the program; one that Ctrl-C ends, ends this process as well.
+
+    The program's globals are kept, so that their destructors do not run. A model behind DistributedDataParallel would
+    destroy gloo's process group, which joins gloo's threads with the GIL held. That deadlocks, or aborts, while a
+    thread still releases Python callbacks, such as those of torch's PowerSGD hook.
+    """
     import runpy
     import traceback
     import warnings
@@ -369,14 +377,15 @@ def _run(words: list[str]) -> int:
         sys.path[0] = os.getcwd()
         if words[0] == "-m":
             sys.argv = words[1:]
-            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+            _globals.append(runpy.run_module(words[1], run_name="__main__", alter_sys=True))
         elif words[0] == "-c":
             sys.argv = ["-c", *words[2:]]
-            exec(words[1], {"__name__": "__main__"})
+            _globals.append({"__name__": "__main__"})
+            exec(words[1], _globals[0])
         else:
             sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
             sys.argv = words
-            runpy.run_path(words[0], run_name="__main__")
+            _globals.append(runpy.run_path(words[0], run_name="__main__"))
     except SystemExit as stop:
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0

@@ -16,7 +16,7 @@ def test_nothing_but_configuration_errors(name: str, tmp_path: Path) -> None:
     inputs, read = TARGETS[name]
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=60, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, database=None, suppress_health_check=list(HealthCheck))
     @given(inputs)
     def one(value: Any) -> None:
         with warnings.catch_warnings():

@@ -13,7 +13,6 @@ from torch import Tensor
 from lab.paper.problems import (
     Cosine,
     DoubleWells,
-    MonkeySaddle,
     Octopus,
     Oracle,
     Quadratic,
@@ -34,10 +33,9 @@ from lab.paper.proof import (
     octopus_escapes,
     predicted_escape_time,
     random_k_limit,
-    reflect,
     residual_gap,
 )
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, RandomK, Sign, TopK, simulate
+from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, RandomK, Sign, TopK
 from packsaddle.feedback.noise import Noise
 from packsaddle.reference import Check, algorithm1
 
@@ -88,17 +86,6 @@ def test_the_second_run_is_algorithm_1_with_mirrored_noise() -> None:
             assert float(getattr(coupling, f"{name}_gap")[t]) == pytest.approx(float(gap), abs=1e-15)
 
 
-def test_mirrored_noise_has_the_same_law() -> None:
-    """4,000 reflected draws: mean and covariance of N(0, r^2 I) within 5 standard errors; not so at another scale."""
-    n, r, v = 4000, 0.3, torch.tensor([0.6, 0.0, -0.8], dtype=torch.float64)
-    mirrored = torch.stack([reflect(xi, v) for xi in draws(r, 3, n)])
-    assert bool((mirrored.mean(0).abs() < 5 * r / n**0.5).all())
-    covariance = mirrored.T @ mirrored / n
-    assert bool(((covariance - r**2 * torch.eye(3)).abs() < 5 * r**2 * (2 / n) ** 0.5).all())
-    halved = torch.stack([reflect(xi, v, 0.5) for xi in draws(r, 3, n)])
-    assert float((halved @ v).abs().max()) < 1e-12
-
-
 def test_the_stated_std_is_that_of_the_recursion() -> None:
     q, steps = 1 + ETA * GAMMA, 400
     stated = coupling_std(steps, eta=ETA, gamma=GAMMA, noise=R)
@@ -108,20 +95,6 @@ def test_the_stated_std_is_that_of_the_recursion() -> None:
     assert float(stated[-1]) == pytest.approx(2 * R * math.sqrt(ETA / (2 * GAMMA)) * q**steps, rel=ETA * GAMMA)
     only_first = coupling_std(3, eta=ETA, gamma=GAMMA, noise=lambda t: R * (t == 0))
     assert only_first.tolist() == pytest.approx([0, 2 * ETA * R, 2 * ETA * R * q, 2 * ETA * R * q**2])
-
-
-def test_the_rate_of_random_k_is_that_of_one_coordinate_sent_at_random() -> None:
-    """2,000 copies of (x, pending) over 2,000 steps: a slope to about 0.1%."""
-    for mu in (1.0, 0.3, 0.1):
-        rng = torch.Generator().manual_seed(0)
-        x, pending, logs = torch.ones(2000), torch.zeros(2000), torch.zeros(2000)
-        for _ in range(2000):
-            pending = pending - ETA * GAMMA * x
-            sent = torch.rand(2000, generator=rng) < mu
-            x, pending = torch.where(sent, x - pending, x), torch.where(sent, 0.0, pending)
-            logs += x.log()
-            pending, x = pending / x, torch.ones(2000)
-        assert growth_rate(ETA, GAMMA, mu) == pytest.approx(float(logs.mean()) / 2000, rel=5e-3)
 
 
 @pytest.mark.slow
@@ -330,18 +303,6 @@ def test_the_direction_is_that_of_the_smallest_eigenvalue() -> None:
     assert v.abs().tolist() == pytest.approx([1, 0, 0], abs=1e-12)
 
 
-def test_workers_share_one_trajectory() -> None:
-    """Three workers whose gradients disagree: one x on all, and y moves by the mean gradient and one noise."""
-    oracle = Oracle(DoubleWells(6), sigma=0.1, heterogeneity=1.0, workers=3)
-    method = Method(ETA, TopK(k=2), 0.05)
-    runs = simulate(lambda rank: follow(oracle, method, zeros(6), steps=30, seed=2), 3)
-    mean = torch.stack([run.gradients for run in runs]).mean(0)
-    for run in runs:
-        assert torch.equal(run.x, runs[0].x)
-        moves = run.y[1:] - run.y[:-1]
-        assert torch.allclose(moves, -ETA * (mean + draws(0.05, 6, 30, seed=2)), atol=1e-14)
-
-
 WELL, START = Oracle(DoubleWells(3)), torch.zeros(3)
 RUN = follow(WELL, Method(ETA), START + 1, steps=3)
 COUPLED = couple(WELL, Method(ETA), START, steps=3)
@@ -350,33 +311,14 @@ COUPLED = couple(WELL, Method(ETA), START, steps=3)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: Method(0.0), "lr of Method must be positive and finite, got 0.0"),
-        (lambda: follow(WELL, Method(ETA), START, steps=0), "steps must be at least 1, got 0"),
         (lambda: follow(WELL, Method(ETA), torch.zeros(2), steps=1), "start must have shape .3,., got .2,."),
         (lambda: follow(Oracle(WELL.problem, workers=2), Method(ETA), START, steps=1), "made for 2 workers, but 1 run"),
         (lambda: couple(WELL, Method(ETA), START, steps=3, direction=START), "direction must be a vector of 3"),
         (lambda: couple(WELL, Method(ETA), START + 1, steps=3), "must have a direction of negative curvature"),
-        (lambda: negative_curvature(MonkeySaddle(), torch.zeros(2)), "must have a direction of negative curvature"),
-        (lambda: COUPLED.growth_rate(0), "needs two or more differences, none 0, got 4 with 4 zeros"),
         (lambda: COUPLED.growth_rate(3), "needs two or more differences, none 0, got 1 with 1 zeros"),
         (lambda: improve_or_localise(RUN, smoothness=2.0, begin=2, horizon=2), "must be at most 3 steps"),
-        (lambda: improve_or_localise(RUN, smoothness=0.0), "smoothness must be positive and finite, got 0.0"),
-        (lambda: improve_or_localise(RUN, smoothness=1.0, iota=-1.0), "iota must be positive and finite, got -1.0"),
         (lambda: accumulate(torch.ones(2), 0.0), r"mu must be in \(0, 1\], got 0.0"),
-        (lambda: random_k_limit(1.5), r"mu must be in \(0, 1\], got 1.5"),
-        (lambda: growth_rate(0.1, 0.5, 2.0), r"mu must be in \(0, 1\], got 2.0"),
-        (lambda: error_growth(WELL, Method(ETA), START, steps=1, seeds=1), "seeds must be at least 2, got 1"),
         (lambda: predicted_escape_time(0.1, -0.5, 0.1, 1.0), "gamma must be positive and finite, got -0.5"),
-        (lambda: predicted_escape_time(0.1, 0.5, 0.0, 1.0), "noise must be positive and finite, got 0.0"),
-        (
-            lambda: escape_times(WELL, Method(ETA), START, radius=1.0, limit=0, seeds=1),
-            "limit must be at least 1, got 0",
-        ),
-        (
-            lambda: escape_times(WELL, Method(ETA), START, radius=1.0, limit=1, seeds=0),
-            "seeds must be at least 1, got 0",
-        ),
-        (lambda: escape_times(WELL, Method(ETA), START, radius=-1.0, limit=1, seeds=1), "radius of Escape"),
         (lambda: Quadratic((1.0, 2.0), slopes=(1.0,)), "needs a slope per curvature, got 1 for 2"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,7 +178,6 @@ def test_contenders_are_read() -> None:
     assert (ours.momentum, ours.memory, ours.every, ours.period) == (0.9, "ef21", None, 1)
     local = parse("TopK(0.01) every=8 delay=2 fragments=2 outer=nesterov", 0.1)
     assert (local.every, local.delay, local.fragments, local.outer, local.period) == (8, 2, 2, "nesterov", 8)
-    assert parse("TopK(0.01) hook=model noise=0.1", 0.1).hook == "model"
     assert (parse("local-sgd-8 lr=0.2", 0.1).period, parse("powersgd-8", 0.1).period) == (8, 1)
     assert [c.text for c in parse_all(("ddp", "powersgd-1", "ddp"), 0.1)] == ["ddp", "powersgd-1"]
     assert len(parse_all(("Stages(Sign(), 3)", "Stages(TopK(0.1, chunk=64), passes=2)"), 0.1)) == 2
@@ -190,51 +188,17 @@ def test_contenders_are_read() -> None:
     [
         (("train", "--contenders", "dpp"), "contender must be a compressor such as RandomK(0.01), or one of"),
         (("train", "--contenders", "TopJ(0.01)"), "no compressor TopJ (did you mean TopK?)"),
-        (("train", "--contenders", "TopK(2)"), "contender 'TopK(2)': "),
         (("train", "--contenders", "TopK(open('x'))"), "must look like RandomK(0.01)"),
         (("train", "--contenders", "Stages(open('x'))"), "must look like RandomK(0.01)"),
-        (("train", "--contenders", "Stages(Sign(2, 3, 4))"), "contender 'Stages(Sign(2, 3, 4))': "),
-        (("train", "--contenders", "Stages(RandomK(0.1))"), "must not be linear"),
         (("train", "--contenders", "ddp noise=0.1"), "noise is for packsaddle's compressors"),
-        (("train", "--contenders", "ddp lr=fast"), "lr must be a positive number, got 'fast'"),
-        (("train", "--contenders", "powersgd-0"), "N must be at least 1, got 0"),
-        (("train", "--contenders", "Sign every=1.5"), "every must be an integer above 0, got '1.5'"),
         (("train", "--contenders", "Sign delay=2"), "delay is of local updates, which need every="),
-        (("link", "--contenders", "Sign every=2 delay=5"), "delay must be below every = 2, got 5"),
         (("link", "--contenders", "Sign every=2 fragments=3"), "fragments must be at most every = 2, got 3"),
-        (("train", "--contenders", "Sign every=8 memory=ef21"), "local updates have no memory="),
-        (("train", "--contenders", "Sign every=8 outer=adam"), "outer must be one of none, nesterov, got 'adam'"),
-        (("train", "--contenders", "Sign memory=long"), "memory must be one of buffer, ef21, got 'long'"),
-        (
-            ("train", "--contenders", "Sign hook=bucket momentum=0.9"),
-            "a hook has noise, and of momentum, memory and every none",
-        ),
-        (("train", "--contenders", "ddp momentum=0.9"), "momentum is for packsaddle's compressors"),
-        (("train", "--lr", 0), "lr must be positive and finite, got 0.0"),
-        (("train", "--rounds", 0), "rounds must be positive, got 0"),
-        (("train", "--batch", 0), "batch must be at least 1 example, got 0"),
-        (("train", "--workers", 0), "workers must be 1 to 64, got 0"),
+        (("train", "--contenders", "Sign hook=bucket momentum=0.9"), "a hook has noise, and of momentum, memory"),
         (("train", "--data-dir", "/nowhere"), "data-dir must be a folder, got /nowhere"),
-        (("link", "--hosts", 1), "hosts must be 2 to 16, got 1"),
         (("exchange", "--workers", 1), "workers must be 2 to 64, got 1"),
-        (("exchange", "--d", 10), "d must be at least 1,000 coordinates, got 10"),
-        (("exchange", "--repeats", 0), "repeats must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[Any, ...], message: str) -> None:
     assert command(program(arguments), *arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-def test_link_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lab.race.train.available", lambda: "needs root")
-    assert command("lab.race", "link") == 2
-    assert capsys.readouterr().err == "python -m lab.race: error: link needs root\n"
-
-
-def test_data_that_cannot_be_read_is_said_before_workers_start(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert command("lab.race", "train", "--data-dir", tmp_path) == 2
-    assert f"mnist is not in --data-dir {tmp_path}" in capsys.readouterr().err

@@ -16,14 +16,12 @@ from torch.nn.utils import parameters_to_vector
 from lab.bench import muon
 from lab.race import target_settings
 from lab.race.entrant import enter
-from lab.race.inner import Half
 from lab.race.target_run import TargetRun, TargetStep, crossing, load_runs, load_steps, save
 from lab.race.target_settings import Method, TargetSettings, predicted_steps, rate_of, steps_to
 from lab.runs import ModelConfig
 from lab.runs.tasks import Task, make_task
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Identity
-from packsaddle.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = ROOT / "experiments" / "race" / "target" / "settings.toml"
@@ -144,34 +142,6 @@ def test_evaluations_wait_for_no_exchange() -> None:
     assert (method.next_quiet(50), replace(method, overlap=0).next_quiet(50)) == (52, 50)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('kind = "local-sgd"', "methods[1].kind must be"),
-        ("every = 3", "every must be at least 1 and overlap below it, got 0"),
-        ('name = "torch"', "methods must have different names"),
-        ("warm_up = 2", "warm_up must be at least 1, got 0"),
-    ],
-)
-def test_bad_settings(tmp_path: Path, line: str, message: str) -> None:
-    changed = {'kind = "local-sgd"': 'kind = "diloco"', "every = 3": "every = 0", 'name = "torch"': 'name = "ours"'}
-    (tmp_path / "settings.toml").write_text(TINY.replace(line, changed.get(line, "warm_up = 0")))
-    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
-        TargetSettings.read(tmp_path / "settings.toml")
-
-
-def test_settings_like_those_of_another_file(tmp_path: Path) -> None:
-    (tmp_path / "settings.toml").write_text(TINY)
-    (tmp_path / "other.toml").write_text('like = "settings.toml"\ntarget = 3.0\n')
-    method = '[[methods]]\nname = "DDP"\nkind = "dense"\ninner = "muon"\nlr = 0.1\n'
-    (tmp_path / "third.toml").write_text(f'like = "other.toml"\nseeds = 2\n{method}')
-    whole, third = (TargetSettings.read(tmp_path / f"{name}.toml") for name in ("settings", "third"))
-    assert third == replace(whole, target=3.0, seeds=2, methods=(Method("DDP", "dense", "muon", 0.1),))
-    (tmp_path / "other.toml").write_text('like = "nothing.toml"\n')
-    with pytest.raises(ConfigError, match=r"nothing\.toml cannot be read"):
-        TargetSettings.read(tmp_path / "third.toml")
-
-
 def tiny_network() -> Task:
     return make_task(ModelConfig("char-transformer", width=16, depth=1, heads=2), torch.Size([8]), 5, seed=0)
 
@@ -222,12 +192,6 @@ def test_methods_that_are_the_same_train_the_same(gloo: Callable[..., list[Any]]
         assert int(dense_sent) == 6 * 4 * d
         assert int(hook_sent) == pytest.approx(6 * 4 * d, abs=2500)  # and the comparison of options at the start
     torch.testing.assert_close(first[0], second[0])
-
-
-def test_half_rounds_to_sixteen_bits() -> None:
-    v = torch.tensor([1.0, 1 / 3, 1e-3, 70.0])
-    assert torch.equal(Half()(v), v.half().float())
-    assert Half().message_bytes(10) == 20
 
 
 def a_run(method: str, seed: int, seconds: float, *, reached: bool = True) -> TargetRun:

@@ -3,9 +3,7 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +13,10 @@ from typing import Any
 import pytest
 import torch
 from commandline import command, refused
-from forked_python import environment, torchrun
 from scipy.stats import binomtest
 
 from lab.runs.certification import Audit, read_config
 from lab.runs.config import CertifyConfig, DataConfig
-from lab.runs.report import write_report
 from lab.runs.run_checks import Inspector
 from lab.runs.run_folder import read_runs
 from lab.runs.tasks.images import load_images
@@ -115,9 +111,7 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert point["precision"] == "float64"
     direction = torch.load(out / "certificate.direction.pt", weights_only=True)["escape_direction"]
     assert len(direction) == 64 * 16 + 16 + 16 * 64 + 64
-    assert float(direction.norm()) == pytest.approx(1.0)
     middle = len(point["profile"]["distances"]) // 2
-    assert point["profile"]["distances"][middle] == 0.0
     assert point["profile"]["losses"][middle] == pytest.approx(point["loss"], rel=1e-12)
     assert (out / "certificate.png").stat().st_size > 10_000
     assert json.loads((out / "certificates.json").read_text())["points"] == document["points"]
@@ -125,38 +119,6 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
     assert point["hvps"] == expected.hvps
-
-
-def test_more_workers_than_have_work_are_refused(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    before = set(run.iterdir())
-    for workers, message in (
-        (100_000, "--workers must be at most 320 for the number of examples, got 100000"),
-        (9, "--workers must be at most 8 for the number of cores, got 9"),
-    ):
-        refused(capsys, message, "lab", "certify", run, "--workers", workers)
-    assert set(run.iterdir()) == before
-
-
-def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
-    """Two workers of a launcher give what one process gives; only the first speaks and writes."""
-    words = torchrun("-m", "lab", "certify", run, "--double", "--json", "--out", tmp_path / "certificate")
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=180)
-    assert done.returncode == 0, done.stderr
-    (point,) = json.loads(done.stdout)["points"]
-    search = read_config(run).certify
-    assert search is not None
-    assert search.max_hvps == 60
-    audit = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1, search), double=True)
-    expected = audit.certify()[0].certificate
-    assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
-    assert (point["verdict"], point["hvps"]) == (str(expected.verdict), expected.hvps)
-    assert point["bytes_sent"] > 0
-    assert sorted(p.name for p in (tmp_path / "certificate").iterdir()) == sorted(
-        ["certificate.direction.pt", "certificate.png", "certificate.svg", "certificates.json"]
-    )
 
 
 def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +175,10 @@ def test_iterates_of_a_run_that_lacks_some(run: Path, tmp_path: Path, capsys: py
     shutil.copytree(run, copy)
     name = f"step-{draw_iterates(6, STEPS, 0)[2]:08d}.pt"
     (copy / "iterates" / name).unlink()
-    assert command("lab", "certify", copy, "--iterates", "--out", tmp_path / "new") == 2
-    assert f"iterate iterates/{name} is missing" in capsys.readouterr().err
+    words = ("lab", "certify", copy, "--iterates", "--out", tmp_path / "new")
+    refused(capsys, f"iterate iterates/{name} is missing", *words)
     (copy / "summary.json").unlink()
-    assert command("lab", "certify", copy, "--iterates", "--out", tmp_path / "new") == 2
-    assert "has not finished, so its saved iterates are not a uniform sample" in capsys.readouterr().err
+    refused(capsys, "has not finished, so its saved iterates are not a uniform sample", *words)
     assert not (tmp_path / "new").exists()
 
 
@@ -228,14 +189,6 @@ def test_samples_along_a_run_are_at_random(run: Path) -> None:
     task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
     inspector = Inspector(config, task, images, [images.labels.argsort()], 10, 10)
     assert set(images.labels[inspector.examples.index].tolist()) == set(range(10))
-
-
-def test_losses_that_overflow_along_the_direction(run: Path, tmp_path: Path) -> None:
-    assert command("lab", "certify", run, "--distance", "1e45", "--out", tmp_path / "far") == 0
-    text = (tmp_path / "far" / "certificates.json").read_text()
-    assert "NaN" not in text
-    assert "Infinity" not in text
-    assert None in json.loads(text)["points"][0]["profile"]["losses"]
 
 
 def test_share() -> None:
@@ -251,48 +204,20 @@ def test_share() -> None:
     assert (none.at_least(), none.surprise) == (0.0, pytest.approx(2**-10))
 
 
-@pytest.mark.slow
-def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
-    page = write_report(read_runs([run]), tmp_path / "report").read_text()
-    assert "Certificates along the way" in page
-    assert (
-        page.count("<td>second-order stationary</td>")
-        + page.count("<td>undecided</td>")
-        + page.count("<td>saddle</td>")
-        + page.count("<td>gradient too large</td>")
-        == 2
-    )
-    assert "smallest eigenvalue of the Hessian" in page
-    killed = tmp_path / "killed"
-    shutil.copytree(run, killed)
-    for name in ("summary.json", "metrics.jsonl"):
-        (killed / name).unlink()
-    write_report(read_runs([run, killed]), tmp_path / "both")
-
-
 def test_a_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_text(CONFIG)
     diverge = ("--set", "lr=1e30", "model.output=linear", "certify.iterates=0", "max_skipped=99")
     assert command("lab", "run", tmp_path / "c.toml", *diverge, "--out", tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "certificates.jsonl").read_text().splitlines()]
     assert lines[-1]["verdict"] == "gradient too large"
-    write_report(read_runs([tmp_path / "run"]), tmp_path / "report")
-    assert command("lab", "certify", tmp_path / "run") == 2
-    assert "there is nothing to certify" in capsys.readouterr().err
+    capsys.readouterr()
+    refused(capsys, "there is nothing to certify", "lab", "certify", tmp_path / "run")
 
 
 REFUSALS: list[tuple[Sequence[str], str]] = [
-    (("NOTHING",), "is not a run folder (it has no config.json)"),
     (("RUN", "--epsilon", "0"), "--epsilon must be positive and finite, got 0.0"),
-    (("RUN", "--hessian-lipschitz", "-1"), "--hessian-lipschitz must be positive and finite, got -1.0"),
-    (("RUN", "--failure-probability", "1"), "--failure-probability must be in [1e-100, 1), got 1.0"),
-    (("RUN", "--tolerance", "0"), "--tolerance must be positive, got 0.0"),
-    (("RUN", "--max-hvps", "0"), "--max-hvps must be at least 1, got 0"),
-    (("RUN", "--pilot-examples", "-1"), "--pilot-examples must not be negative, got -1"),
-    (("RUN", "--memory-limit", "-1"), "--memory-limit must not be negative, got -1"),
     (("RUN", "--examples", "321"), "examples must be from 1 to 320, the training examples, got 321"),
     (("RUN", "--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
-    (("RUN", "--checkpoint", "config.json"), "cannot be read"),
     (("RUN", "--checkpoint", "checkpoint/worker-0.pt"), "does not hold the weights of this run's network"),
     (("RUN", "--checkpoint", "x", "--iterates"), "--checkpoint and --iterates exclude each other"),
     (("RUN", "--out", "RUN"), "already exists; choose another with --out"),
@@ -301,10 +226,9 @@ REFUSALS: list[tuple[Sequence[str], str]] = [
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS, ids=lambda a: " ".join(a) if isinstance(a, tuple) else "")
 def test_bad_input_is_one_line_and_code_2(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
+    run: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
 ) -> None:
-    names = {"RUN": run, "NOTHING": tmp_path}
-    refused(capsys, message, "lab", "certify", *(names.get(a, a) for a in arguments))
+    refused(capsys, message, "lab", "certify", *(run if a == "RUN" else a for a in arguments))
 
 
 @pytest.fixture(scope="module")
@@ -346,32 +270,6 @@ def test_where_nothing_states_epsilon_there_is_no_verdict_on_stationarity(
         assert f"model.pt: {point['headline']}\n" in said
         assert "no verdict on stationarity without epsilon (--epsilon)" in said
         assert "stationary" not in said
-        assert command("lab", "certify", plain, "--examples", "all", "--epsilon", 1, "--out", tmp_path / "all") == 0
-        assert "without epsilon" not in capsys.readouterr().out
-        refused(
-            capsys,
-            "--examples must be a whole number or all, got 'some'",
-            "lab",
-            "certify",
-            plain,
-            "--examples",
-            "some",
-        )
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("without_figures")
-def test_the_command_takes_a_sample_unless_told_otherwise(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("lab.cli.certify._SAMPLE", 100)
-    found = {}
-    for name, words in {"sample": (), "again": (), "all": ("--examples", "all"), "some": ("--examples", 150)}.items():
-        capsys.readouterr()
-        assert command("lab", "certify", plain, *words, "--max-hvps", 3, "--json", "--out", tmp_path / name) == 0
-        (found[name],) = json.loads(capsys.readouterr().out)["points"]
-    assert [found[name]["examples"] for name in found] == [100, 100, 320, 150]
-    assert {**found["sample"], "seconds": 0} == {**found["again"], "seconds": 0}
 
 
 @pytest.mark.parametrize(("epsilon", "first"), [(None, "not a minimum: lambda_min is at most "), (0.4, "saddle")])
@@ -414,8 +312,3 @@ def test_progress_and_the_time_left_go_to_stderr(
     assert "certify:" not in captured.out
     assert command("lab", *asked, "--json", "--out", tmp_path / "quiet") == 0
     assert capsys.readouterr().err == ""
-
-
-def test_iterates_are_asked_for_where_there_are_none(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("lab", "certify", plain, "--epsilon", 1, "--iterates") == 2
-    assert "has no saved iterates" in capsys.readouterr().err

@@ -1,18 +1,18 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
+import copy
 import inspect
 import json
 import math
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import packsaddle
+import packsaddle as ps
 from lab.runs.config import (
     AnyCompressor,
     CertifyConfig,
@@ -27,21 +27,6 @@ from lab.runs.config import (
 )
 from lab.runs.tasks.sharding import Calendar
 from lab.runs.training import LocalTraining
-from packsaddle import (
-    CompressedSGD,
-    Compression,
-    Escape,
-    Identity,
-    LinearSketch,
-    LocalUpdates,
-    LowRank,
-    Noise,
-    RandomK,
-    Search,
-    SharedTopK,
-    Sign,
-    TopK,
-)
 from packsaddle.compressors import compressors, describe, identify
 from packsaddle.compressors.registry import PLAIN
 from packsaddle.errors import ConfigError
@@ -68,18 +53,11 @@ def write(folder: Path, extra: str = "") -> Path:
 def test_tables_overrides_and_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, '[compressor]\nkind = "RandomK"\nratio = 0.01\n[escape]\ninterval = 5\nradius = 1\n')
     config = load(path, ["compressor.ratio=0.5", "noise.std=0.25", "label=two words", "seed=7", "data.shard='class'"])
-    assert config.compressor == RandomK(0.5)
+    assert config.compressor == ps.RandomK(0.5)
     assert config.escape == EscapeConfig(5, 1.0)
     assert (config.noise.std, config.label, config.seed, config.data.shard) == (0.25, "two words", 7, "class")
     assert (config.epochs, config.model.widths) == (2.0, (32, 8))
-    assert load(write(tmp_path)).compressor == Identity()
-
-
-def test_the_saved_form_reads_back(tmp_path: Path) -> None:
-    for overrides in ([], ["compressor.kind=TopK", "compressor.k=3", "escape.interval=4", "escape.radius=2.5"]):
-        config = load(write(tmp_path), overrides)
-        assert build(Config, json.loads(json.dumps(plain(config)))) == config
-    assert config.compressor == TopK(k=3)
+    assert load(write(tmp_path)).compressor == ps.Identity()
 
 
 ADAMW = '[local]\nevery = 8\noptimizer = "adamw"\n'
@@ -89,29 +67,29 @@ def test_local_updates_of_a_file_have_the_defaults_of_python(tmp_path: Path) -> 
     """All options of a file that sets none, as LocalUpdates takes them; only the contraction is always measured."""
     config, model = load(write(tmp_path, ADAMW)), torch.nn.Linear(64, 64)
     found = LocalTraining(config, model, Calendar.of([(0, 1)], 8, 8, 1.0), None).front.options
-    ours = LocalUpdates(torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())).options
+    ours = ps.LocalUpdates(torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())).options
     assert replace(found, compression=replace(found.compression, monitor_every=0)) == ours
-    assert config.compressor == Sign(per_tensor=True)
-    assert load(write(tmp_path), ["local.optimizer=sgd", "compressor.kind=Sign"]).compressor == Sign()
+    assert config.compressor == ps.Sign(per_tensor=True)
+    assert load(write(tmp_path), ["local.optimizer=sgd", "compressor.kind=Sign"]).compressor == ps.Sign()
 
 
 def test_a_compressor_that_is_set_stays_with_local_updates(tmp_path: Path) -> None:
     """Also Identity, which run folders without a compressor have in their config.json; without [local] it is the
     default."""
     config = load(write(tmp_path, ADAMW), ["compressor.kind=Identity"])
-    assert config.compressor == build(Config, plain(config)).compressor == Identity()
-    assert load(write(tmp_path)).compression() == Compression(Identity(), monitor_every=100)
+    assert config.compressor == build(Config, plain(config)).compressor == ps.Identity()
+    assert load(write(tmp_path)).compression() == ps.Compression(ps.Identity(), monitor_every=100)
 
 
 # Tables with their counterparts in Python; for other tables it is the class itself, which packsaddle exports.
 COUNTERPARTS: dict[type, tuple[Any, ...]] = {
-    Config: (Compression, CompressedSGD, LocalUpdates),
+    Config: (ps.Compression, ps.CompressedSGD, ps.LocalUpdates),
     DataConfig: (),
     ModelConfig: (),
-    NoiseConfig: (Noise,),
-    EscapeConfig: (Escape,),
-    CertifyConfig: (Search,),
-    LocalConfig: (LocalUpdates, torch.optim.AdamW),
+    NoiseConfig: (ps.Noise,),
+    EscapeConfig: (ps.Escape,),
+    CertifyConfig: (ps.Search,),
+    LocalConfig: (ps.LocalUpdates, torch.optim.AdamW),
 }
 # The only keys whose defaults are not those of the arguments of the same name: both defaults.
 DIFFERENT: dict[str, tuple[Any, Any]] = {
@@ -159,49 +137,27 @@ def test_a_kind_of_compressor_has_the_defaults_of_its_class(cls: type[Any], tmp_
 
 MISTAKES = {
     "lrr=0.1": "unknown key lrr (did you mean lr?)",
-    "data.shards='iid'": "unknown key data.shards (did you mean data.shard?)",
     "zebra=1": "unknown key zebra (a configuration takes data, model, lr, epochs, batch_size and 24 more)",
     "optimizer=adamw": "unknown key optimizer (did you mean local.optimizer?)",
-    "optimiser=adamw": "unknown key optimiser (did you mean local.optimizer?)",
     "every=8": "unknown key every (did you mean escape.every, certify.every or local.every?)",
     "ratio=0.1": "unknown key ratio (did you mean compressor.ratio or back.ratio?)",
     "local.lr=1": "unknown key local.lr (did you mean lr at the top level or local.outer.lr?)",
     "compressor={kind='Sign', rato=1}": "unknown key compressor.rato (Sign takes per_tensor)",
     "lr='fast'": "lr must be of type float, got 'fast'",
     "seed=1.5": "seed must be of type int, got 1.5",
-    "seed=true": "seed must be of type int, got True",
-    "lr=-1": "lr must be finite and not negative, got -1.0",
-    "lr=nan": "lr must be finite and not negative, got nan",
     "momentum=1": "--set momentum=1: momentum must be in [0, 1), got 1.0",
     "decay=0.5": "--set decay=0.5: decay must be 1 in CompressedSGD, got 0.5, which is for hooks and local updates",
     "exchange=senders": 'exchange "senders" is for local updates, not for gradients',
-    "epochs=0": "epochs must be positive and finite, got 0.0",
-    "workers=0": "workers must be an integer of at least 1, got 0",
     "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', 'text', got 'digit' (did you mean digits?)",
-    "data.limit=0": "data: limit must be an integer of at least 1, got 0",
-    "data=3": "data must be a table, got 3",
     "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK,",
     "compressor={kind='randomk'}": "LowRank, got 'randomk' (did you mean RandomK?)",
-    "compressor={kind=['TopK']}": "LowRank, got ['TopK']",
     "local.every=4": "missing key local.optimizer, one of 'sgd', 'adamw', 'muon'",
-    "compressor={kind='LowRank', shapes=[[1, 2]]}": "unknown key compressor.shapes",
-    "exchange=ring": "exchange must be one of 'direct', 'auto', 'all-reduce', 'all-gather', 'two-way', 'coordinator'",
-    "epochs=inf": "epochs must be positive and finite, got inf",
-    "noise.lower_from=-1": "noise: lower_from must be finite and not negative, got -1.0",
-    "compressor={kind='TopK', ratio=1.5}": "compressor: ratio of TopK must be in (0, 1], got 1.5; for a number of",
     "compressor={kind='TopK', ratio=1}": "compressor: ratio of TopK must be in (0, 1] and not an integer, got 1; for a",
-    "compressor={kind='LinearSketch', ratio=1}": "got 1; for a number of counters pass columns=",
-    "compressor={kind='RandomK', ratio=true}": "compressor.ratio must be of type float, got True",
-    "compressor={kind='TopK', block_size=2}": "unknown key compressor.block_size",
-    "noise.std=-0.1": "noise: std must be finite and not negative, got -0.1",
     "noise.lower_until=3": "noise: lower_until needs a lower_from that is not above it, got lower_from = None",
     "escape.interval=3": "missing key escape.radius",
-    "model.widths=8": "model.widths must be a list, got 8",
-    "model.widths=[8, 0]": "model: widths must be at least 1, got [8, 0]",
     "model.widths=[8, 'a']": "model.widths[1] must be of type int, got 'a'",
     "model.name=resnet18": "model: widths must be set for the autoencoder",
     "lr": "--set needs key=value, got 'lr'",
-    "lr.x=1": "--set lr.x=1: lr is not a table",
 }
 
 
@@ -216,32 +172,15 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
 # What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
 ORIGINS: list[tuple[str, list[str], str]] = [
     ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean noise.std?)"),
-    (
-        "[compressor]\nkind='Sign'\nratio=1\n",
-        [],
-        "line 12: unknown key compressor.ratio (Sign takes per_tensor)",
-    ),
     ("[compressor]\n\nkind = 'Topk'\n", [], "line 12: compressor.kind must be one of Identity, "),
     ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
     ("noise = {std = -1}\n", [], "line 10: unknown key model.noise (did you mean noise at the top level?)"),
-    ("[noise]\n\nstd = -1", [], "line 12: noise: std must be finite and not negative, got -1.0"),
     ("[certify]\nepsilon = 1\nat = [\n1,\n'two',\n]", [], "line 12: certify.at[1] must be of type float, got 'two'"),
     ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
-    (
-        "[escape]\ninterval = 3\n",
-        ["escape.radius=-1"],
-        "--set escape.radius=-1: escape: radius of Escape must be",
-    ),
+    ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius of Escape must be"),
     ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
-    ("", ["lrr=1"], "--set lrr=1: unknown key lrr (did you mean lr?)"),
     ("", ["lr=1", "lr=-1"], "--set lr=-1: lr must be finite and not negative, got -1.0"),
-    (
-        "",
-        ["model.name=resnet18"],
-        "line 9 (with --set model.name=resnet18): model: widths must be set for the autoencoder",
-    ),
-    ("[compressor]\nkind='TopK'\nratio=1\n", [], "line 12: compressor: ratio of TopK must be in (0, 1] and not an"),
-    ("[compressor]\nkind='TopK'\n", ["compressor.ratio=1"], "--set compressor.ratio=1: compressor: ratio of TopK must"),
+    ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths must be set for the auto"),
     ('"a\\nb" = 1', [], 'line 10: unknown key model."a\\nb" (Model takes name, widths, '),
 ]
 
@@ -256,74 +195,20 @@ def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list
     assert said.startswith("--set" if message.startswith("--set") else f"{tmp_path / 'config.toml'}, line ")
 
 
-def test_the_file_alone_is_named_where_no_line_is_to_blame(tmp_path: Path) -> None:
-    path = tmp_path / "config.toml"
-    path.write_text("epochs = 1\n[data]\nname = 'digits'\n")
-    with pytest.raises(ConfigError, match=r"config.toml: missing key model$"):
-        load(path)
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="does not exist"):
-        load(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load(tmp_path)
-    (tmp_path / "bad.toml").write_text("lr = = 1")
-    with pytest.raises(ConfigError, match=r"bad.toml, line 1, column 6: not valid TOML: Invalid value$"):
-        load(tmp_path / "bad.toml")
-    (tmp_path / "open.toml").write_text('lr = """\n')
-    with pytest.raises(ConfigError, match=r"open.toml, at its end: not valid TOML: Unterminated string$"):
-        load(tmp_path / "open.toml")
-    n = 50_000
-    for deep in ("lr = " + "[" * n, "a = " + "{a = " * n):
-        (tmp_path / "deep.toml").write_text(deep)
-        with pytest.raises(ConfigError, match=r"deep.toml: lists, tables or keys are nested too deeply$"):
-            load(tmp_path / "deep.toml")
-    with pytest.raises(ConfigError, match="too many digits, or too deeply nested brackets"):
-        configure({}, ["lr=" + "[" * n])
-    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        load(tmp_path / "bytes.toml")
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A dataclass of every type that a field may have."""
-
-    a: int
-    b: float = 1.0
-    c: str | None = None
-    d: tuple[float, ...] = ()
-
-
-@given(
-    st.dictionaries(st.sampled_from("abcde"), st.none() | st.integers() | st.text() | st.lists(st.floats() | st.text()))
-)
-def test_anything_builds_or_is_a_config_error(data: dict[str, Any]) -> None:
-    try:
-        leaf = build(Leaf, data)
-    except ConfigError as error:
-        message = str(error)
-    else:
-        message = ""
-        assert plain(leaf) | data == plain(leaf) or any(v != v for v in leaf.d)
-    assert "\n" not in message
-
-
 @pytest.mark.parametrize(
     "compressor",
     [
         *(c for c in compressors(0.1) if isinstance(c, PLAIN)),
-        TopK(k=3),
-        SharedTopK(0.1, block_size=64),
-        LinearSketch(0.1, sketch="gaussian"),
-        LowRank(2),
+        ps.TopK(k=3),
+        ps.SharedTopK(0.1, block_size=64),
+        ps.LinearSketch(0.1, sketch="gaussian"),
+        ps.LowRank(2),
     ],
     ids=describe,
 )
 def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
     """Also from JSON, as a run folder keeps it."""
-    config = replace(load(write(tmp_path)), compressor=compressor)
+    config = replace(load(write(tmp_path), ["escape.interval=4", "escape.radius=2.5"]), compressor=compressor)
     assert build(Config, json.loads(json.dumps(plain(config)))) == config
     assert identify(compressor) == plain(config)["compressor"]  # what a hook's state says of it
 
@@ -338,7 +223,6 @@ def test_a_certificates_options_are_those_of_a_search() -> None:
     assert build(CertifyConfig, json.loads(kept)) == rule
     for key, value, message in (
         ("hvp", "exact", "hvp must be one of 'auto', 'double-backward', 'differences', got 'exact'"),
-        ("memory_limit", -1, "memory_limit must not be negative, got -1"),
         ("generator", 1, "unknown key generator"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -347,12 +231,8 @@ def test_a_certificates_options_are_those_of_a_search() -> None:
 
 def test_an_empty_override_drops_a_key() -> None:
     data = {"lr": 0.1, "epochs": 1.0, "batch_size": 8, "data": {"name": "digits"}, "model": {"name": "resnet18"}}
-    given = {**data, "compressor": {"kind": "TopK", "ratio": 0.1}}
-    config = configure(given, ["compressor.kind=Sign", "compressor.ratio="])
+    top_k = {"compressor": {"kind": "TopK", "ratio": 0.1}}
+    config = configure({**data, **copy.deepcopy(top_k)}, ["compressor.kind=Sign", "compressor.ratio="])
     assert type(config.compressor).__name__ == "Sign"
     with pytest.raises(ValueError, match=r"--set compressor.ratio= drops it"):
-        configure(
-            {**data, "compressor": {"kind": "TopK", "ratio": 0.1}},
-            ["compressor.kind=Sign"],
-            lambda key: "config.toml, line 9",
-        )
+        configure({**data, **top_k}, ["compressor.kind=Sign"], lambda key: "config.toml, line 9")

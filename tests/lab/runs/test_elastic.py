@@ -1,5 +1,6 @@
 """Real processes that are told to stop, or killed: torch's launcher, torchrun, and workers killed at random moments."""
 
+import contextlib
 import json
 import os
 import signal
@@ -57,19 +58,9 @@ def until(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> Non
 
 
 def torchrun(config: Path, folder: Path, *more: Any, restarts: int = 0) -> tuple[Any, ...]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}")
-    return (
-        python(),
-        *launcher,
-        "--monitor-interval=0.1",
-        "-m",
-        "lab",
-        "run",
-        config,
-        "--resume",
-        folder,
-        *more,
-    )
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--monitor-interval=0.1")
+    run = ("-m", "lab", "run", config, "--resume", folder, *more)
+    return (python(), "-m", *launcher, f"--max-restarts={restarts}", *run)
 
 
 @pytest.mark.process
@@ -170,14 +161,10 @@ def test_workers_that_are_told_to_end_have_time_to_save(
 def worker_of(folder: Path, rank: int) -> int:
     """The process that has this rank in the run of a folder."""
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            if str(folder).encode() in words and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(
-                b"\0"
-            ):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            words, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            if str(folder).encode() in words and f"RANK={rank}".encode() in variables:
                 return int(process.name)
-        except OSError:  # it has ended, or is another user's
-            continue
     raise AssertionError("no such worker")
 
 

@@ -1,6 +1,5 @@
 """The lock on a run's folder: whoever comes second is told so, and whatever ends the first lets go of it."""
 
-import errno
 import json
 import os
 import signal
@@ -17,16 +16,10 @@ from commandline import command, refused
 from forked_python import environment, fork_of, python, torchrun
 from runs import CONFIG, differences, lines, result
 
-from lab.runs import folder_lock, trainer
 from lab.runs.folder_lock import LOCK, check_free, locked
 from packsaddle.errors import ConfigError
 
-WAYS: dict[str, tuple[str, ...]] = {
-    "one": (),
-    "serial": ("--workers", "2", "--serial"),
-    "processes": ("--workers", "2"),
-    "torchrun": (),
-}
+WAYS: dict[str, tuple[str, ...]] = {"one": (), "processes": ("--workers", "2"), "torchrun": ()}
 LONG = ("--set", "epochs=1000", "--checkpoint-every", "10")
 
 
@@ -104,17 +97,6 @@ def test_the_second_is_refused_and_told_who_was_first(
     assert recorded == sorted(set(recorded))  # by one run alone
 
 
-def test_torchrun_is_refused_once_by_its_first_worker(config: Path, tmp_path: Path, start: Any) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    with locked(folder):
-        second = start("run", config, "--resume", folder, by_torchrun=True)
-        said = second.communicate(timeout=180)[1]
-    assert second.returncode != 0
-    assert said.count(f"python -m lab: error: {folder} is being trained in by process {os.getpid()}") == 1
-    assert list(folder.iterdir()) == []
-
-
 def test_workers_whose_launcher_was_killed_save_and_end(config: Path, tmp_path: Path, start: Any) -> None:
     """Until then nobody else may train in the folder: a resume would write every line a second time."""
     folder = tmp_path / "run"
@@ -149,43 +131,6 @@ def test_nothing_is_left_of_it(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert "is done: nothing to continue" in capsys.readouterr().out
 
 
-def test_a_run_that_ends_between_the_look_and_the_lock_is_not_trained_again(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, real = tmp_path / "run", trainer.Trainer._step
-
-    def cut(self: Any, step: int, scalars: Any) -> Any:
-        if step == 15:
-            raise KeyboardInterrupt
-        return real(self, step, scalars)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", cut)
-        assert command("lab", "run", config, "--out", folder) == 130
-
-    def ended(_: Path) -> None:
-        (folder / "summary.json").write_text("{}")
-
-    taken = folder_lock.acquire
-    monkeypatch.setattr(folder_lock, "acquire", lambda path: (ended(path), taken(path))[1])
-    capsys.readouterr()
-    said = "was trained in by another process in the meantime; run the command again"
-    refused(capsys, said, "lab", "run", "--resume", folder)
-
-
-def test_a_file_system_without_locks_is_said_and_used(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def none(number: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", none)
-    assert command("lab", "run", config, "--out", tmp_path / "run") == 0
-    said = capsys.readouterr().err
-    assert f"warning: {tmp_path / 'run'} is on a file system without locks (No locks available)" in said
-    assert LOCK not in result(tmp_path / "run")["files"]
-
-
 def test_a_lock_taken_anew_while_its_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was locked may be a file that its last holder has removed since it was opened; it locks nothing."""
     real, opened = os.open, []
@@ -209,15 +154,4 @@ def test_a_study_is_made_by_one_process(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "study.json").write_text('{"study": "text", "scale": "smoke"}')
     with locked(tmp_path):
         refused(capsys, f"{tmp_path} is being trained in by process {os.getpid()}", *study)
-        refused(
-            capsys,
-            "is being trained in",
-            "lab.paper",
-            "table1",
-            "--scale",
-            "smoke",
-            "--resume",
-            "--out",
-            tmp_path,
-        )
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]

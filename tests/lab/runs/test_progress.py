@@ -30,9 +30,3 @@ def test_what_was_done_before_takes_no_time(
     assert first.startswith("run:  50%")
     assert first.endswith("about 10 s left")  # 2 s for two steps, ten to go
     assert second.endswith("about 8 s left")  # 4 s for four, eight to go
-
-
-def test_quiet_it_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with live("run", 2, quiet=True) as report:
-        report(2, "loss 1")
-    assert capsys.readouterr().out == ""

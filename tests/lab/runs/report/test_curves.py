@@ -67,14 +67,7 @@ def test_a_loss_that_is_constant_to_the_bit_stands_still_from_the_start() -> Non
     assert found is not None
     assert (found.since, found.lines, found.level) == (0, 30, 0.25)
     assert trend([0.25] * 30) == (0.25, 0.0, 0.0)
-    assert standstill(lines([0.0] * 30)) is not None
-
-
-def test_few_lines_say_nothing() -> None:
-    assert standstill([]) is None
-    assert standstill(lines([0.2, 0.2])) is None
     assert standstill(lines([0.2] * (LEAST_LINES - 1))) is None
-    assert standstill(lines([0.2] * LEAST_LINES)) is not None
 
 
 def test_what_is_not_finite_ends_a_stretch() -> None:
@@ -84,11 +77,6 @@ def test_what_is_not_finite_ends_a_stretch() -> None:
         assert found is not None
         assert (found.since, found.lines) == (550, 40)
     assert standstill(lines([math.nan] * 30)) is None
-
-
-def test_large_losses_do_not_overflow() -> None:
-    assert standstill(lines([1e300, 1e308] * 10)) is None
-    assert standstill(lines([1e308] * 20)) is not None
 
 
 @pytest.mark.parametrize("n", [8, 9, 23, 200])

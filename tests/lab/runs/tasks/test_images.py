@@ -11,7 +11,7 @@ from lab.runs.config import DataConfig, ModelConfig
 from lab.runs.tasks.images import Images, _digits, load_images
 from lab.runs.tasks.models import make_task, mnist_autoencoder
 from lab.runs.tasks.sharding import Batches, Calendar, deal, shard
-from packsaddle.errors import ConfigError, MissingExtraError, require
+from packsaddle.errors import ConfigError
 
 
 def test_digits() -> None:
@@ -64,39 +64,6 @@ def test_image_folder(tmp_path: Path) -> None:
     few = [load_images(DataConfig("folder", limit=3), tmp_path, train=True) for _ in range(2)]
     assert few[0].classes == 2  # of the whole folder, whatever the three are
     assert torch.equal(few[0].levels, few[1].levels)
-    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "cow")
-    with pytest.raises(ConfigError, match="must have the same classes; only one has cat, cow"):
-        load_images(DataConfig("folder"), tmp_path, train=False)
-
-
-def test_bad_image_folders(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"needs train/CLASS/\* and test/CLASS/\*"):
-        load_images(DataConfig("folder"), tmp_path, train=True)
-    (tmp_path / "train" / "empty").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="Found no valid file for the classes empty"):
-        load_images(DataConfig("folder"), tmp_path, train=True)
-    Image.new("RGB", (5, 4)).save(tmp_path / "train" / "empty" / "a.png")
-    Image.new("RGB", (6, 4)).save(tmp_path / "train" / "empty" / "b.png")
-    with pytest.raises(ConfigError, match=r"images must be of one size, but .*b\.png is \[3, 4, 6\]"):
-        load_images(DataConfig("folder"), tmp_path, train=True)
-    (tmp_path / "train" / "empty" / "b.png").write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"b\.png cannot be read as an image"):
-        load_images(DataConfig("folder"), tmp_path, train=True)
-
-
-def test_missing_data(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mnist needs --data-dir"):
-        load_images(DataConfig("mnist"), None, train=True)
-    with pytest.raises(ConfigError, match="nowhere is not a folder"):
-        load_images(DataConfig("mnist"), tmp_path / "nowhere", train=True)
-    for name in ("mnist", "cifar10"):
-        with pytest.raises(ConfigError, match=f"{name} is not in --data-dir .*; add --download to download it there"):
-            load_images(DataConfig(name), tmp_path, train=True)  # type: ignore[arg-type]
-
-
-def test_missing_extra() -> None:
-    with pytest.raises(MissingExtraError, match=r"flying needs nonesuch: pip install 'packsaddle\[plot\]'"):
-        require("nonesuch.sub", "plot", "flying")
 
 
 def labelled(labels: torch.Tensor) -> Images:
@@ -148,7 +115,7 @@ def test_the_papers_autoencoder() -> None:
     [
         (ModelConfig("mnist-autoencoder"), (1, 28, 28)),
         (ModelConfig("autoencoder", (12, 3)), (1, 8, 8)),
-        (ModelConfig("resnet18"), (3, 16, 16)),
+        (ModelConfig("resnet18", width=4), (3, 16, 16)),
     ],
 )
 def test_tasks(config: ModelConfig, shape: tuple[int, ...]) -> None:
@@ -162,13 +129,6 @@ def test_tasks(config: ModelConfig, shape: tuple[int, ...]) -> None:
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None for p in task.parameters())
-
-
-def test_models_refuse_images_of_the_wrong_shape() -> None:
-    with pytest.raises(ConfigError, match=r"mnist-autoencoder needs 1 x 28 x 28 images, got \[1, 8, 8\]"):
-        make_task(ModelConfig("mnist-autoencoder"), torch.Size((1, 8, 8)), 10, 0)
-    with pytest.raises(ConfigError, match=r"resnet18 needs images of 3 channels, got \[1, 8, 8\]"):
-        make_task(ModelConfig("resnet18"), torch.Size((1, 8, 8)), 10, 0)
 
 
 def drawn(batches: Batches, first: int, last: int) -> list[int]:

@@ -1,25 +1,19 @@
-"""The transformer over characters: causal, differentiable twice, and the same on processes as simulated."""
+"""The transformer over characters: causal, and differentiable twice."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from lab.runs.config import DataConfig, ModelConfig
 from lab.runs.tasks.models import Task, make_task, task_loss
-from lab.runs.tasks.sharding import Batches, shard
 from lab.runs.tasks.text import Text, load_text
-from packsaddle import CompressedSGD, Compression, Compressor, Identity, RandomK, TopK, simulate
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import Solo, resolve
+from packsaddle.comm.group import Solo
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature
 
 CPU = torch.device("cpu")
-COMPRESSORS: dict[str, Compressor] = {"Identity": Identity(), "RandomK": RandomK(0.1), "TopK": TopK(0.1)}
 
 
 def load(context: int) -> Text:
@@ -76,42 +70,3 @@ def test_derivatives_against_finite_differences() -> None:
     product = curvature.hessian_vector(v)
     assert product.norm() > 0.01
     assert torch.allclose(product, (gradients[0] - gradients[1]) / (2 * h), rtol=1e-5, atol=1e-7)
-
-
-def text_run(compressor: Compressor) -> dict[str, Any]:
-    """Some steps of the present group, each worker on its own stretch of the text."""
-    group, data = resolve(None), load(16)
-    task = tiny_task(data)
-    mine = shard(data, "class", worker=group.rank, workers=group.size, seed=0)
-    batches = Batches(mine, 4, worker=group.rank, seed=0)
-    opt = CompressedSGD(task.named_parameters(), 0.3, Compression(compressor, dense_below=0))
-    losses = []
-    for step in range(12):
-        opt.zero_grad()
-        loss = task(*data.batch(batches[step], CPU))
-        loss.backward()
-        losses.append(loss.item())
-        opt.step()
-    return {
-        "x": nn.utils.parameters_to_vector(task.parameters()).detach(),
-        "losses": losses,
-        "bytes": {name: (b.payload, b.sent, b.received) for name, b in opt.ledger.by_purpose.items()},
-    }
-
-
-def text_runs() -> dict[str, dict[str, Any]]:
-    return {name: text_run(compressor) for name, compressor in COMPRESSORS.items()}
-
-
-def test_processes_equal_the_simulation(gloo: Callable[..., list[Any]]) -> None:
-    processes, simulated = gloo(text_runs, 2), simulate(lambda rank: text_runs(), 2)
-    for name in COMPRESSORS:
-        real, serial = [p[name] for p in processes], [s[name] for s in simulated]
-        for a, b in zip(real, serial, strict=True):
-            assert torch.equal(a["x"], real[0]["x"])
-            # Single precision, twelve steps.
-            assert torch.allclose(a["x"], b["x"], rtol=1e-4, atol=1e-5), name
-            assert a["losses"] == pytest.approx(b["losses"], rel=1e-4)
-            assert a["bytes"] == b["bytes"]
-        assert real[0]["losses"] != real[1]["losses"]  # of different stretches
-        assert sum(real[0]["losses"][-3:]) < sum(real[0]["losses"][:3])

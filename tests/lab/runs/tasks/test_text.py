@@ -1,7 +1,6 @@
 """Text as data, and runs on it."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from commandline import command, refused
+from commandline import command
 
 from lab.runs.config import DataConfig, ModelConfig
 from lab.runs.tasks import text
-from lab.runs.tasks.images import load_data
 from lab.runs.tasks.models import make_task, task_loss
 from lab.runs.tasks.sharding import shard
 from lab.runs.tasks.text import UNKNOWN, Text, load_text
 from packsaddle import certify
 from packsaddle.curvature import Search
-from packsaddle.errors import ConfigError
-from packsaddle.options.schema import build
 
 CPU = torch.device("cpu")
 WORDS = ("saddle", "mule", "a long way", "packs?", "\u00fcber", "noise,", "42")
@@ -117,10 +113,6 @@ def test_shards(folder: Path) -> None:
         assert sorted(torch.cat(shards).tolist()) == list(range(len(data)))
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
         assert (torch.cat(shards).tolist() == list(range(len(data)))) == (how == "class")
-    few = load(folder, limit=4)
-    assert [shard(few, "class", worker=w, workers=4, seed=0).tolist() for w in range(4)] == [[0], [1], [2], [3]]
-    with pytest.raises(ConfigError, match=r"worker 4 of 5 gets no examples with data\.shard = 'class'"):
-        shard(few, "class", worker=4, workers=5, seed=0)
 
 
 CONFIG = """
@@ -191,53 +183,3 @@ def test_run_and_certify_commands(
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-3)
     assert point["lambda_min_upper"] < 0  # far from trained, some direction still bends down
     assert lines[-1]["loss"] == pytest.approx(point["loss"], rel=1e-5)
-
-
-REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no folder": (("--data-dir", "NOWHERE"), "nowhere is not a folder"),
-    "no files": (("--data-dir", "EMPTY"), "empty must contain *.txt or *.md files, also in subfolders, but has none"),
-    "bytes": (("--data-dir", "BYTES"), "bad.txt must be UTF-8, but byte 2 is not"),
-    "short": (
-        ("--data-dir", "SHORT"),
-        "test text must have more than data.context = 16 characters, got 10 of the 100 in",
-    ),
-    "very short": (("--data-dir", "SHORT", "--set", "data.context=95"), "training text must have more than"),
-    "limit": (("--set", "data.limit=1000000"), "(the windows of the training text)"),
-    "context": (("--set", "data.context=0"), "context must be an integer of at least 1, got 0"),
-    "heads": (("--set", "model.heads=3"), "width must be a multiple of heads, got 16 and 3"),
-    "depth": (("--set", "model.depth=0"), "depth must be an integer of at least 1, got 0"),
-    "context of images": (("--set", "data.name=digits"), "context is only for text, got name = 'digits'"),
-    "depth of images": (
-        ("--set", "model.name=resnet18", "model.depth=3", "model.width=64"),
-        "depth is only for the char-transformer, got name = 'resnet18'",
-    ),
-    "images": (
-        ("--set", "data.name=digits", "data.context=64"),
-        "model char-transformer needs data.name = 'text', got examples of shape [1, 8, 8]",
-    ),
-    "image model": (("--set", "model={name='resnet18'}"), "model resnet18 needs images, got examples of shape [16]"),
-    "workers": (("--set", "data.limit=1"), "gets no examples with data.shard = 'class'; use fewer workers"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_bad_input_is_one_line_and_code_2(
-    arguments: tuple[str, ...], message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folders = {name: tmp_path / name.lower() for name in ("NOWHERE", "EMPTY", "BYTES", "SHORT")}
-    for name in ("EMPTY", "BYTES", "SHORT"):
-        folders[name].mkdir()
-    (folders["BYTES"] / "bad.txt").write_bytes(b"ab\xff")
-    (folders["SHORT"] / "a.txt").write_text("x" * 100)
-    refused(capsys, message, "lab", "run", config, "--out", tmp_path / "run", *(folders.get(a, a) for a in arguments))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_python_without_the_default_text(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(ConfigError, match=r"is read from the module pydoc_data\.topics, which is missing"):
-        load(None)
-
-
-def test_text_and_images_load_alike() -> None:
-    assert isinstance(load_data(build(DataConfig, {"name": "text", "context": 32}), None, train=True), Text)
