@@ -40,6 +40,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 ROWS = Path(__file__).parents[2] / "experiments" / "nanogpt" / "runs.csv"
 BLOCK, BATCH, STEPS, RATE, WARM_UP = 64, 12, 2000, 1e-3, 100
 WIDTH, HEADS, LAYERS = 128, 4, 4
+EVERY = 8  # steps of a round of local updates, their default
 STEP_TIME = 0.055  # seconds of a step of 12 windows on a core of its own
 
 
@@ -54,6 +55,8 @@ METHODS: dict[str, Method] = {
     "local": {},
     "local, no mean momentum": {"mean_momentum": 0.0},
     "local, agreement": {"outer": packsaddle.OuterAgreement(0.5)},
+    "local, overlap": {"overlap": 2},
+    "local, agreement, overlap": {"outer": packsaddle.OuterAgreement(0.5), "overlap": 3},
     "local, 12 and 4 steps": {"workers": packsaddle.Workers(weight="steps", steps=[12, 4])},  # of two workers
 }
 
@@ -178,7 +181,7 @@ def train(text: Text, how: Method, workers: int, seed: int, steps: int = STEPS) 
             hook.exchange()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        step = local.position // workers if local is not None and local.paces[0] > 8 else step + 1
+        step = local.position // workers if local is not None and local.paces[0] > EVERY else step + 1
 
     if local is not None:
         local.flush()
@@ -224,20 +227,41 @@ def table(found: Sequence[Mapping[str, str]], steps: int = STEPS) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Reached:
+    """The training whose loss is that of one machine alone: its length in steps, and the bytes a worker sends."""
+
+    workers: int
+    method: str
+    steps: float
+    sent: float
+
+    def speed_up(self, mbit: float) -> float:
+        """Return the time of one machine alone over that of this training's steps and bytes.
+
+        The exchanges of a round take no time as far as they fit into the steps that overlap with them.
+        """
+        how = METHODS[self.method]
+        overlap = how.get("overlap", 0) if isinstance(how, Mapping) else 0
+        hidden = overlap * STEP_TIME * self.steps / EVERY
+        exchanges = 8 * self.sent / (mbit * 1e6)
+        return STEPS * STEP_TIME / (self.steps * STEP_TIME + max(0.0, exchanges - hidden))
+
+
 def speed_ups(found: Sequence[Mapping[str, str]], links: Sequence[int] = (10, 50, 200, 1000)) -> str:
-    """Return the Markdown table of `lengths`, and of the speed-up over one machine alone on each link, Mbit/s."""
+    """Return the Markdown table of `reached`, and of the speed-up over one machine alone on each link, Mbit/s."""
     heads = ["workers", "method", "steps", *(f"{mbit:,} Mbit/s" for mbit in links)]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
-    for workers, name, steps, sent in lengths(found):
-        ratios = [f"{speed_up(steps, sent, mbit):.2f}" for mbit in links]
-        lines.append(f"| {' | '.join([str(workers), name, f'{steps:,.0f}', *ratios])} |")
+    for one in reached(found):
+        ratios = [f"{one.speed_up(mbit):.2f}" for mbit in links]
+        lines.append(f"| {' | '.join([str(one.workers), one.method, f'{one.steps:,.0f}', *ratios])} |")
     return "\n".join(lines)
 
 
-def lengths(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str, float, float]]:
-    """Yield workers, method, steps and bytes of the training that ends at the loss of one machine alone, at seed 0.
+def reached(found: Sequence[Mapping[str, str]]) -> Iterator[Reached]:
+    """Yield each setting's training that ends at the loss of one machine alone, at seed 0.
 
-    They are interpolated between the two trainings whose losses are next to it, in the logarithm of the steps.
+    It is interpolated between the two trainings whose losses are next to it, in the logarithm of the steps.
     """
     target = float(_of(found, 1, "dense", STEPS)[0]["loss"])
     for workers, name in _settings(found, STEPS):
@@ -247,12 +271,7 @@ def lengths(found: Sequence[Mapping[str, str]]) -> Iterator[tuple[int, str, floa
             low, high = max(n for n in seen if n < longer[0]), longer[0]
             above, below = (float(seen[n]["loss"]) - target for n in (low, high))
             steps = math.exp(math.log(low) + math.log(high / low) * above / (above - below))
-            yield workers, name, steps, int(seen[high]["sent"]) * steps / high
-
-
-def speed_up(steps: float, sent: float, mbit: float) -> float:
-    """Return the time of one machine alone over that of `steps` and `sent` bytes one after the other."""
-    return STEPS * STEP_TIME / (steps * STEP_TIME + 8 * sent / (mbit * 1e6))
+            yield Reached(workers, name, steps, int(seen[high]["sent"]) * steps / high)
 
 
 def _of(

@@ -111,13 +111,13 @@ def speed_ups(canvas: Canvas) -> None:
     """How much sooner several workers reach the loss of one machine alone, by link, on nanoGPT's recipe."""
     plot, theme = Plot(canvas, LINKS, (0, 0.5, 1, 1.5, 2)), canvas.theme
     plot.frame("Speed-up over one machine alone", "nanoGPT on a CPU, to its loss", "Mbit/s in each direction")
-    found = {(workers, name): parts for workers, name, *parts in nanogpt.lengths(nanogpt.rows(nanogpt.ROWS))}
+    found = {(one.workers, one.method): one for one in nanogpt.reached(nanogpt.rows(nanogpt.ROWS))}
     for key, words, at, color, style in (
         ((4, "local"), "LocalUpdates, 4 workers", (45, 1.72), theme.first, "-"),
         ((2, "local"), "2 workers", (110, 1.27), theme.second, "-"),
         ((2, "dense"), "DDP, 2 workers", (12, 0.3), theme.muted, "--"),
     ):
-        plot.curve({link: [nanogpt.speed_up(*found[key], link)] for link in LINKS}, color, linestyle=style)
+        plot.curve({link: [found[key].speed_up(link)] for link in LINKS}, color, linestyle=style)
         canvas.text(*plot.at(*at), words, color, weight="bold")
     canvas.axes.plot(*zip(plot.at(LINKS[0], 1), plot.at(LINKS[-1], 1), strict=True), color=theme.ink, lw=2)
     canvas.text(*plot.at(12, 0.9), "one machine alone", weight="bold")

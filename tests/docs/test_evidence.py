@@ -316,7 +316,7 @@ def nano_gpt() -> Iterator[str]:
     yield f"dense training with their windows at {loss(2, 'dense'):.3f}"
     yield f"one machine alone at {loss(1, 'dense'):.3f}"
     yield f"four lose {loss(4, 'local', 1) - loss(4, 'dense', 1):.3f}"
-    fewer = {key: nanogpt.STEPS / steps for *key, steps, _ in nanogpt.lengths(rows) for key in [tuple(key)]}
+    fewer = {(one.workers, one.method): nanogpt.STEPS / one.steps for one in nanogpt.reached(rows)}
     yield f"in {fewer[2, 'local']:.2f} times fewer steps with two workers, and in {fewer[4, 'local']:.2f} times fewer"
     yield f"would need {fewer[2, 'dense']:.2f} times fewer"
 

@@ -12,12 +12,12 @@ from lab.bench.nanogpt import (
     RATE,
     ROWS,
     STEP_TIME,
+    Reached,
     Text,
-    lengths,
     make,
     rate_at,
+    reached,
     rows,
-    speed_up,
     speed_ups,
     table,
     train,
@@ -73,6 +73,7 @@ def test_the_card_has_the_tables_of_the_rows() -> None:
     card, found = (ROWS.parent / "README.md").read_text(), rows(ROWS)
     assert table(found) in card
     assert speed_ups(found) in card
+    assert table(found, 1000) in card
     mean = {
         key: fmean(
             float(row["loss"]) for row in found if (row["workers"], row["method"], row["steps"]) == (*key, "2000")
@@ -101,6 +102,10 @@ def test_a_speed_up_is_interpolated() -> None:
         {**row, "steps": "500", "loss": "2.0", "sent": "10"},
         {**row, "steps": "2000", "loss": "1.0", "sent": "40"},
     ]
-    assert list(lengths(found)) == [(2, "local", pytest.approx(1000), pytest.approx(20))]
-    assert speed_up(1000, 0, 10) == pytest.approx(2)
-    assert speed_up(1000, 1000 * STEP_TIME * 10e6 / 8, 10) == pytest.approx(1)
+    assert list(reached(found)) == [Reached(2, "local", pytest.approx(1000), pytest.approx(20))]
+    assert Reached(2, "local", 1000, 0).speed_up(10) == pytest.approx(2)
+    as_long = 1000 * STEP_TIME * 10e6 / 8
+    assert Reached(2, "local", 1000, as_long).speed_up(10) == pytest.approx(1)
+    # Two of eight steps overlap with the exchange: a quarter of the training's time is hidden.
+    assert Reached(2, "local, overlap", 1000, as_long).speed_up(10) == pytest.approx(2 / 1.75)
+    assert Reached(2, "local, overlap", 1000, as_long / 5).speed_up(10) == pytest.approx(2)
