@@ -68,7 +68,6 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (TopK(0.25, values="int2", chunk=64), "two-way", None),
     (Stages(Sign()), "direct", None),
     (Stages(LowRank()), "direct", None),
-    (Stages(TopK(0.25)), "two-way", None),
     (Stages(QSGD(levels=3, coded=False)), "two-way", None),
     (QSGD(levels=3), "direct", None),
     (QSGD(levels=3), "two-way", None),
