@@ -107,7 +107,7 @@ def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []
     seen = 0
-    with differentiating(model):
+    with torch.random.fork_rng(devices=()), differentiating(model):  # a DataLoader draws its seeds from the generator
         for batch in batches:
             n = batch_size(batch)
             grads = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
