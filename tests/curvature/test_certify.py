@@ -23,9 +23,9 @@ from lab.paper.problems import (
     QuadraticQuartic,
     RankOnePCA,
 )
-from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
+from packsaddle import CompressedSGD, Identity, Verdict, certify, gradient_noise, simulate
 from packsaddle.comm.group import resolve
-from packsaddle.curvature import Search, gradient_noise, spectral_density
+from packsaddle.curvature import Search, spectral_density
 from packsaddle.curvature.hessian import NotFiniteError, batch_size
 from packsaddle.integrations.callbacks import certificate_line
 
