@@ -20,10 +20,8 @@ from packsaddle import (
     Compression,
     Compressor,
     Elastic,
-    Escape,
     Identity,
     LocalUpdates,
-    LowRank,
     RandomK,
     Sign,
     TopK,
@@ -703,48 +701,9 @@ def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again(caplog: pyte
 # What is refused.
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"delay": 1}, "delay must be 0 with a manager"),
-        ({"exchange": "senders"}, 'exchange must not be "senders" with a manager'),
-        ({"escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with a manager"),
-        ({"compressor": Compression(LowRank(1), dense_below=0)}, "average messages directly with a manager"),
-        ({"compressor": Compression(TopK(0.1), exchange="two-way", dense_below=0)}, "average messages directly"),
-    ],
-)
-def test_what_does_not_go_with_a_manager(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Worker(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"weight": "tokens"}, 'weight must be None, "steps" or a function'),
-        ({"patience": 0}, "patience must be above 0 seconds"),
-        ({"grace": -1}, "grace must be above 0 seconds"),
-        ({"patience": "-1ms"}, "patience must be above 0 seconds, got '-1ms'"),
-        ({"grace": "5m"}, "grace must be seconds such as 30, 55ms or 2min, got '5m'"),
-    ],
-)
-def test_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Elastic(FakeManager(Solo()), **settings)
-
-
 def test_times_are_kept_in_seconds() -> None:
     elastic = Elastic(FakeManager(Solo()), patience="2min", grace="500ms")
     assert (elastic.patience, elastic.grace) == (120.0, 0.5)
-
-
-def test_a_manager_must_be_one_and_synchronous() -> None:
-    with pytest.raises(TypeError, match="manager must be a torchft Manager, got int"):
-        Elastic(3)
-    asynchronous = FakeManager(Solo())
-    asynchronous._use_async_quorum = True  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="use_async_quorum=False"):
-        Elastic(asynchronous)
 
 
 def test_what_is_of_a_manager_alone() -> None:

@@ -112,13 +112,6 @@ def test_an_outer_momentum_does_not_change_the_mean_update(foreach: bool) -> Non
         assert found == pytest.approx([1.0] * 4, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
-def test_torchs_optimizers_without_moments_are_refused(name: str) -> None:
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(ValueError, match=f"mean_momentum needs Adam's moments, .* and {name} has none"):
-        LocalUpdates(getattr(torch.optim, name)([p], lr=0.1), WHOLE, mean_momentum=0.5)
-
-
 def test_other_optimizers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     """In the log, since they may have states later; not where torch's own have moments."""
 

@@ -104,6 +104,8 @@ def drawn(number: int) -> Case:
         flushes=flushes,
         freezes=freezes,
     )
+    if is_sampled and rng.random() < 0.5:
+        return replace(case, sits_out=True, flushes={}, freezes="")
     return paced(case, rng) if kind == "" and rng.random() < 0.4 else case
 
 
