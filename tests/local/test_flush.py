@@ -52,7 +52,12 @@ def test_bits_of_a_flush_and_the_default() -> None:
     """Four bits are sent by default, and the rest is kept; with all bits nothing is left."""
 
     def work(worker: int) -> dict[str, tuple[int, Tensor, Tensor]]:
-        ways: dict[str, list[Compressor]] = {"all": [Identity()], "8": [Rounded("int8")], "4": [Rounded("int4")], "": []}
+        ways: dict[str, list[Compressor]] = {
+            "all": [Identity()],
+            "8": [Rounded("int8")],
+            "4": [Rounded("int4")],
+            "": [],
+        }
         found = {}
         for name, given in ways.items():
             run = Run(worker, compressor=Sign(per_tensor=True)).train(14)
