@@ -223,20 +223,3 @@ def test_the_default(name: str) -> None:
     ps = [torch.nn.Parameter(torch.ones(4, 3)) for _ in inner]
     made = [getattr(torch.optim, name)([p], lr=0.1) for name, p in zip(inner, ps, strict=True)]
     assert LocalUpdates(made, WHOLE, outer=outer).options.mean_momentum == expected
-
-
-def test_one_worker_trains_as_without_local_updates() -> None:
-    """Its mean update is its own."""
-    found = []
-    for exchanges in (True, False):
-        p, rng = torch.nn.Parameter(torch.ones(4, 3)), torch.Generator().manual_seed(0)
-        optimizer = AdamW([p], lr=0.1)
-        local = LocalUpdates(optimizer, WHOLE, every=2, keep_unsent=False) if exchanges else None
-        for _ in range(6):
-            p.grad = torch.randn(4, 3, generator=rng)
-            optimizer.step()
-        found.append(p.detach().clone())
-        if local is not None:
-            assert local.rounds == 3
-            local.flush()
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
