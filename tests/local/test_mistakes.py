@@ -1,4 +1,4 @@
-"""Mistakes of a first script: what is said, at construction where it can be, and when nothing is."""
+"""Mistakes of a first script that are warned of, and when nothing is said. Errors are in test_refusals.py."""
 
 import copy
 import pickle
@@ -30,15 +30,6 @@ from packsaddle.local.lockstep import Lockstep
 Gloo = Callable[..., list[Any]]
 
 
-def message(call: Callable[[], object]) -> str:
-    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
-        call()
-    return str(caught.value)
-
-
-# ---- arguments
-
-
 OUTERS = {"AdamW": None, "AdamW, outer": OuterSGD(), "AdamW, rate": OuterSGD(momentum=0.0), "Muon, AdamW": None}
 
 
@@ -54,9 +45,6 @@ def test_mean_momentum_where_the_guide_advises_against_it(inner: str) -> None:
     said = [w for w in found if "mean_momentum" in str(w.message)]
     assert [f"measurements with {expected}: set" in str(w.message) for w in said] == [True] * (expected is not None)
     assert all(w.filename == __file__ for w in said)
-
-
-# ---- workers with other arguments
 
 
 # ---- state_dict between rounds

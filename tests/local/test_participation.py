@@ -1,4 +1,7 @@
-"""Weights of workers and samples of them: against federated averaging written out, and a naive twin with memories."""
+"""Weights of workers, samples of them, and paces of unequal workers.
+
+Whole runs are compared with the twin in tests/feedback/engine/test_random_local_updates.py.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +25,6 @@ from packsaddle import (
 from packsaddle.comm.group import resolve
 from packsaddle.integrations import measures
 from packsaddle.local.participation import Participation
-
-Gloo = Callable[..., list[Any]]
-D, WEIGHTS = 40, (1.0, 5.0, 2.5, 1.5)
 
 
 def test_rounds_are_drawn_evenly() -> None:
