@@ -111,14 +111,6 @@ def test_a_log_line_names_worker_and_factor(caplog: pytest.LogCaptureFixture) ->
     assert lines[2].endswith("(4 in a row)")
 
 
-def test_one_worker_is_never_clipped() -> None:
-    worker = Worker(elastic=False, clip=1.0)
-    worker.train(9)
-    assert worker.local.flush()
-    assert worker.local.clips == []
-    assert not worker.local.pending().any()
-
-
 @pytest.mark.parametrize("compressor", [TopK(0.25), Identity()], ids=repr)
 def test_elastic_workers_lose_nothing(compressor: Compressor, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "packsaddle")

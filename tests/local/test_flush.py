@@ -77,13 +77,6 @@ def test_bits_of_a_flush_and_the_default() -> None:
         assert not rest["all"].any()
 
 
-def test_one_worker_keeps_its_parameters() -> None:
-    run = Run(0, compressor=Sign()).train(14)
-    before = run.x().clone()
-    assert run.local.flush()
-    torch.testing.assert_close(run.x(), before, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("dtype", "resumes"),
     [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True), (torch.float32, True)],

@@ -261,6 +261,18 @@ def test_bytes_are_counted() -> None:
         assert [span.first for span in local.ledger.spans if "values" in span.by_purpose] == [4, 9, 14, 19]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(every=3, compressor=Identity(), outer="nesterov", workers=1),
+        Case(every=4, compressor=TopK(0.2), fragments=2, delay=1, clip=1.0, workers=1, flushes={6: None}),
+        Case(every=2, compressor=Sign(), exchange="two-way", bad={5: 0}, workers=1, flushes={17: None}),
+    ],
+)
+def test_one_worker_equals_the_twin(case: Case) -> None:
+    check_twin(case, [train(case, 0)])
+
+
 def exact(worker: int, n: int) -> Tensor:
     """A gradient of few binary digits, so that sums of some are exact in double precision."""
     rng = torch.Generator().manual_seed(50 * worker + n)

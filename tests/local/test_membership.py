@@ -277,6 +277,7 @@ def test_all_that_is_pending_is_sent_at_the_end(compressor: Compressor, steps: i
         worker = joined(every=2, fragments=2, compressor=Compression(compressor, dense_below=0))
         worker.train(steps)
         assert getattr(worker.local, end)()
+        assert torch.equal(worker.x(), worker.anchor())
         return worker
 
     check_nothing_is_lost(simulate(run, 2), pending=False)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-from packsaddle import Compression, Elastic, Identity, LocalUpdates, TopK, simulate
+from packsaddle import Compression, Elastic, Identity, LocalUpdates, simulate
 from packsaddle.comm import Solo, resolve
-from packsaddle.integrations import JoinedOptimizer
 
 WHOLE = Compression(Identity(), dense_below=0)
 
@@ -94,50 +93,7 @@ def test_against_averages_by_hand(bad: str, order: tuple[int, int]) -> None:
         torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-5)
 
 
-def test_as_one_joined_optimizer() -> None:
-    """Bit for bit, but for the order of the parameters."""
-
-    def body(worker: int) -> list[Tensor]:
-        found = []
-        for join in (False, True):
-            net = network()
-            muon, adamw = muon_and_adamw(net)
-            joined = JoinedOptimizer([muon, adamw])
-            steps: list[Optimizer] = [joined] if join else [muon, adamw]
-            LocalUpdates(joined if join else [muon, adamw], every=2, compressor=Compression(TopK(0.2), dense_below=0))
-            for n in range(1, 9):
-                set_gradients(net, worker, n)
-                for optimizer in steps:
-                    optimizer.step()
-            found.append(flat(net))
-        return found
-
-    for several, joined in simulate(body, 2):
-        assert torch.equal(several, joined)
-
-
 # ---- steps that count, and steps that do not
-
-
-def test_schedulers_and_closures_of_each() -> None:
-    net = network()
-    muon, adamw = muon_and_adamw(net)
-    local = LocalUpdates([muon, adamw], every=2, compressor=WHOLE)
-    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.5, 4) for o in (muon, adamw)]
-
-    def closure() -> Tensor:
-        net.zero_grad()
-        loss: Tensor = net(torch.ones(3, 6)).square().mean()
-        loss.backward()
-        return loss
-
-    for _ in range(4):
-        muon.step(closure)
-        adamw.step()
-        for schedule in schedules:
-            schedule.step()
-    assert (local.steps, local.rounds) == (4, 2)
-    assert [o.param_groups[0]["lr"] for o in (muon, adamw)] == pytest.approx([0.01, 0.025])
 
 
 def test_a_scaler_skips_one_optimizer_on_one_worker() -> None:

@@ -634,6 +634,7 @@ class Twin:
                 traces[0].stopped = n
                 break
         for trace in traces:
+            trace.error = (self.shares(0, flush=True) * self.pending()).mean(0)
             trace.paces = traces[0].paces
             trace.rounds, trace.skips = sum(part.t for part in self.parts), self.skips
             trace.skipped = len(self.skips)
@@ -668,6 +669,7 @@ class Trace:
     skipped: int = 0
     stopped: int = 0  # the step with a NonFiniteError
     resets: list[tuple[int, bool]] = field(default_factory=list)  # round, and if x was committed
+    error: Tensor | None = None  # the mean of all that is pending, float[d], at the end; None after a NonFiniteError
     # Since the last resume:
     skips: list[tuple[int, ...]] = field(default_factory=list)  # the workers named by the rejected rounds
     clips: list[tuple[int, str, float]] = field(default_factory=list)
@@ -707,6 +709,7 @@ def train(case: Case, rank: int, *, resumes: bool = False) -> Trace:
             trace.ends += [len(trace.rows)] * (part == case.every)
         if resumes and is_quiet:
             training, local = resumed(training, local)
+    trace.error = None if trace.stopped else local.error()
     trace.rounds, trace.skipped, trace.skips = local.rounds, local.skipped, [skip.workers for skip in local.skips]
     trace.resets = [(reset.step, reset.committed) for reset in local.resets]
     trace.clips = [(clip.step, clip.worker, clip.factor) for clip in local.clips]
@@ -747,6 +750,8 @@ def check_twin(case: Case, found: list[Trace]) -> None:
             assert torch.equal(trace.rows[mine - 1][1], found[0].rows[first - 1][1]), mine
         for name in ("rounds", "skipped", "skips", "resets"):
             assert getattr(trace, name) == getattr(twin, name), name
+        if trace.error is not None:
+            torch.testing.assert_close(trace.error, twin.error, rtol=1e-9, atol=1e-11, equal_nan=True)
         # A worker that makes fewer steps than the round has ticks is ahead of the exchange that stops it.
         assert trace.stopped == twin.stopped or (trace.stopped > twin.stopped > 0 and case.weight == "steps")
         assert [clip[:2] for clip in trace.clips] == [clip[:2] for clip in twin.clips]
