@@ -21,8 +21,6 @@ from packsaddle import (
     CompressedSGD,
     Compression,
     DriftError,
-    Escape,
-    Identity,
     RandomK,
     TopK,
     register_ddp_hook,
@@ -44,16 +42,12 @@ Gloo = Callable[..., list[Any]]
 def test_any_single_bit_changes_a_fingerprint_and_a_place_in_memory_does_not(
     n: int, start: int, dtype: torch.dtype, seed: int
 ) -> None:
-    base = torch.randn(n + start, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    tensor = base[start:]
+    tensor = torch.randn(n + start, generator=torch.Generator().manual_seed(seed)).to(dtype)[start:]
     before = fingerprint(tensor)
     assert torch.equal(before, fingerprint(tensor.clone()))
-    expected = int.from_bytes(bytes(0), "little")
-    raw = tensor.clone().view(torch.uint8).tolist()
-    raw += [0] * (-len(raw) % 8)
-    for i in range(0, len(raw), 8):
-        expected += int.from_bytes(bytes(raw[i : i + 8]), "little", signed=True)
-    assert (int(before) - expected) % 2**64 == 0  # by hand
+    raw = bytes(tensor.clone().view(torch.uint8).tolist())
+    by_hand = sum(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
+    assert (int(before) - by_hand) % 2**64 == 0
     data = tensor.clone().view(torch.uint8)
     data[seed % len(data)] ^= 1 << (seed % 8)
     assert not torch.equal(before, fingerprint(data.view(dtype)))
@@ -64,112 +58,79 @@ def test_memory_formats_are_of_one_tensor() -> None:
     assert torch.equal(fingerprint(t), fingerprint(t.to(memory_format=torch.channels_last)))
 
 
-def run(changed: dict[int, int], **options: Any) -> dict[str, Any]:
-    """Worker w finds a bit of its second tensor flipped after step changed[w]."""
-    rank = resolve(None).rank
-    start = torch.Generator().manual_seed(0)
-    weights = [("first", nn.Parameter(torch.randn(6, 5, generator=start))), ("second", nn.Parameter(torch.ones(4, 5)))]
-    opt = CompressedSGD(
-        weights, 0.1, **folded({"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4} | options)
-    )
-    message = ""
-    try:
-        for t in range(21):
-            rng = torch.Generator().manual_seed(10 * t + rank)
-            for _, w in weights:
-                w.grad = w.detach() - torch.randn(w.shape, generator=rng)
-            opt.step()
-            if changed.get(rank) == t:
-                weights[1][1].data.view(-1).view(torch.int32)[7] ^= 1
-    except DriftError as error:
-        message = str(error)
-    found = [(d.step, d.name, d.workers) for d in opt.drifts]
-    moved = opt.ledger.by_purpose.get("guard")
-    return {
-        "message": message,
-        "found": found,
-        "x": [w.detach().clone() for _, w in weights],
-        "steps": opt.steps,
-        "sent": 0 if moved is None else moved.sent,
-        "anchor": [opt.state[w].get("start", torch.zeros(0)).clone() for _, w in weights],
-    }
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "TopK": {},
-    "RandomK": {"compressor": RandomK(0.2)},
-    "uncompressed": {"compressor": Identity()},
-    "two-way": {"exchange": "two-way"},
-    "ef21": {"memory": "ef21"},
-    "escape": {"escape": Escape(100, 1e9, lambda: 0.0)},
-    "momentum": {"momentum": 0.9},
-    "bfloat16 messages": {"compressor": TopK(k=3, values="bfloat16")},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_workers_that_are_equal_are_left_alone(way: str) -> None:
-    results = simulate(lambda rank: run({}, **WAYS[way]), 3)
-    assert [(r["message"], r["found"], r["steps"]) for r in results] == [("", [], 21)] * 3
-    if way == "TopK":
-        assert {r["sent"] for r in results} == {5 * 16 * 2}  # five comparisons of two numbers with two others
-
-
-@pytest.mark.parametrize("way", list(WAYS))
-def test_one_flipped_bit_is_named_on_all_workers(way: str) -> None:
-    for result in simulate(lambda rank: run({2: 9}, **WAYS[way]), 3):
-        assert result["found"] == [(11, "second", (2,))]
-        assert result["message"].startswith("after step 11: worker 2 differs from worker 0 in second. Find the cause")
-        assert result["steps"] == 12
+# ---- what is said, and what a comparison costs
 
 
 class Compared:
-    """CompressedSGD on a weight, compared every five steps."""
+    """This worker's CompressedSGD on two tensors, compared at intervals."""
 
-    def __init__(self) -> None:
-        self.weight = nn.Parameter(torch.ones(6, 5))
-        self.opt = CompressedSGD([self.weight], 0.1, Compression(TopK(k=3), dense_below=0, compare_every=5))
+    def __init__(self, rank: int, compare_every: int = 4) -> None:
+        start = torch.Generator().manual_seed(0)
+        first, self.second = nn.Parameter(torch.randn(6, 5, generator=start)), nn.Parameter(torch.ones(4, 5))
+        self.rank, self.tensors = rank, [("first", first), ("second", self.second)]
+        spec = Compression(TopK(k=3), dense_below=0, compare_every=compare_every)
+        self.opt = CompressedSGD(self.tensors, 0.1, spec)
 
-    def go(self, first: int, last: int) -> None:
+    def train(self, first: int, last: int) -> None:
         for t in range(first, last):
-            self.weight.grad = self.weight.detach() - (t + resolve(None).rank)
+            rng = torch.Generator().manual_seed(10 * t + self.rank)
+            for _, w in self.tensors:
+                w.grad = w.detach() - torch.randn(w.shape, generator=rng)
             self.opt.step()
 
-    def load(self, state: dict[str, Any], weight: Tensor) -> None:
-        self.opt.load_state_dict(state)
-        self.weight.data.copy_(weight)
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({2: 10}, "after step 11: worker 2 differs from worker 0 in second. Find the cause before resuming"),
+        ({1: 2, 3: 3}, "after step 3: workers 1, 3 differ from worker 0 in second"),
+    ],
+)
+def test_workers_with_one_flipped_bit_are_named(changed: dict[int, int], message: str) -> None:
+    """After these steps, by worker."""
+
+    def work(rank: int) -> str:
+        one, at = Compared(rank), changed.get(rank, 0)
+        one.train(0, at)
+        if at:
+            one.second.data.view(-1).view(torch.int32)[7] ^= 1
+        with pytest.raises(DriftError) as caught:
+            one.train(at, 21)
+        return str(caught.value)
+
+    for found in simulate(work, 4):
+        assert found.startswith(message)
+
+
+def test_a_comparison_sends_two_numbers() -> None:
+    def work(rank: int) -> int:
+        one = Compared(rank)
+        one.train(0, 21)
+        return one.opt.ledger.by_purpose["guard"].sent
+
+    assert simulate(work, 3) == [5 * 16 * 2] * 3  # five comparisons with two other workers
 
 
 def test_a_state_loaded_back_is_compared_as_soon() -> None:
     def work(rank: int) -> list[int]:
-        one = Compared()
-        one.go(0, 3)
-        state, weight = copy.deepcopy(one.opt.state_dict()), one.weight.detach().clone()
-        one.go(3, 18)
-        one.load(state, weight + rank)
+        one = Compared(rank, compare_every=5)
+        one.train(0, 3)
+        state, tensors = copy.deepcopy(one.opt.state_dict()), [w.detach().clone() for _, w in one.tensors]
+        one.train(3, 18)
+        one.opt.load_state_dict(state)
+        for (_, w), old in zip(one.tensors, tensors, strict=True):
+            w.data.copy_(old + rank)
         with pytest.raises(DriftError):
-            one.go(3, 18)
+            one.train(3, 18)
         return [drift.step for drift in one.opt.drifts]
 
     assert simulate(work, 2) == [[4], [4]]
 
 
-def test_several_workers_are_named() -> None:
-    for result in simulate(lambda rank: run({1: 1, 3: 2}), 4):
-        assert result["message"].startswith("after step 3: workers 1, 3 differ from worker 0 in second")
+# ---- rates and noise
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_repair_copies_worker_0(way: str) -> None:
-    results = simulate(lambda rank: run({2: 8}, on_drift="repair", **WAYS[way]), 3)
-    for result in results:
-        assert result["message"] == ""
-        assert len(result["found"]) == 1
-        assert all(torch.equal(a, b) for a, b in zip(result["x"], results[0]["x"], strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(result["anchor"], results[0]["anchor"], strict=True))
-
-
-def unlike(what: str, from_step: int, until: int, way: str) -> tuple[str, int]:
+def unlike(what: str, from_step: int, until: int, **options: Any) -> tuple[str, int]:
     """Worker 1 has another rate or noise at some steps."""
     rank = resolve(None).rank
 
@@ -182,7 +143,7 @@ def unlike(what: str, from_step: int, until: int, way: str) -> tuple[str, int]:
     start = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(20, 5, generator=start))
     groups = [{"params": [w]}, {"params": [nn.Parameter(torch.ones(4, 5))]}]
-    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4, "on_drift": "repair", **WAYS[way]}
+    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4, "on_drift": "repair"} | options
     opt = CompressedSGD(groups, 0.1, **folded(options), noise=noise)
     try:
         for t in range(20):
@@ -197,22 +158,24 @@ def unlike(what: str, from_step: int, until: int, way: str) -> tuple[str, int]:
     return "", opt.steps
 
 
-@pytest.mark.parametrize("way", ["TopK", "two-way", "momentum"])
+@pytest.mark.parametrize("options", [{}, {"exchange": "two-way"}, {"momentum": 0.9}], ids=str)
 @pytest.mark.parametrize("what", ["noise", "lr", "weight_decay"])
-def test_rates_that_come_to_differ_are_named_within_compare_every_steps(what: str, way: str) -> None:
+def test_rates_that_come_to_differ_are_named_within_compare_every_steps(what: str, options: dict[str, Any]) -> None:
     named = "noise is 0.1, not 0.2" if what == "noise" else f"{what} of parameter group 1 is 0.05, not 0.1"
     expected = (
         "worker 1 differs from worker 0 in learning rates, weight decay or noise, which must be the same on all "
         f"workers at every step: {named}"
     )
-    for message, steps in simulate(lambda rank: unlike(what, 5, 99, way), 3):
+    for message, steps in simulate(lambda rank: unlike(what, 5, 99, **options), 2):
         assert message.endswith(expected)
         assert 6 <= steps <= 5 + 4
-    if way == "TopK":
-        for message, steps in simulate(lambda rank: unlike(what, 5, 6, way), 3):
-            assert message.endswith("not in this step, but in one since the last comparison")
-            assert steps == 8
-        assert simulate(lambda rank: unlike(what, 99, 99, way), 3) == [("", 20)] * 3
+
+
+def test_rates_that_differed_between_two_comparisons() -> None:
+    for message, steps in simulate(lambda rank: unlike("lr", 5, 6), 2):
+        assert message.endswith("not in this step, but in one since the last comparison")
+        assert steps == 8
+    assert simulate(lambda rank: unlike("lr", 99, 99), 2) == [("", 20)] * 2
 
 
 def hooked_with_unlike_noise() -> tuple[str, int]:
@@ -238,16 +201,11 @@ def test_noise_that_differs_behind_ddp_is_named(gloo: Gloo) -> None:
         assert steps == 8
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"compare_every": -1}, "compare_every must be an integer of at least 0, got -1"),
-        ({"on_drift": "ignore"}, "on_drift must be one of stop, repair, got 'ignore'"),
-    ],
-)
-def test_what_is_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Compression(RandomK(0.01), **options)
+def test_settings() -> None:
+    with pytest.raises(ValueError, match="compare_every must be an integer of at least 0, got -1"):
+        Compression(TopK(0.01), compare_every=-1)
+    with pytest.raises(ValueError, match="on_drift must be one of stop, repair, got 'ignore'"):
+        Compression(TopK(0.01), on_drift="ignore")  # type: ignore[arg-type]
 
 
 # ---- what is compared at the start

@@ -1,7 +1,5 @@
-"""`LocalUpdates.average`: what follows each worker's own parameters, made equal on all of them."""
+"""`LocalUpdates.average` makes tensors that follow each worker's own parameters equal on all workers."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -10,173 +8,101 @@ from elastic_fakes import Worker
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from packsaddle import LocalUpdates, Sign, Workers, simulate
-from packsaddle.comm import resolve
+from packsaddle import Compression, LocalUpdates, Sign, Workers, simulate
 
 
-def network() -> nn.Sequential:
-    net, rng = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Linear(40, 40)), torch.Generator().manual_seed(0)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.3, generator=rng)
-    return net
+class Run:
+    """This worker's training of a network with batch statistics, and a moving average of it."""
 
+    def __init__(self, worker: int, **options: Any) -> None:
+        self.net, rng = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40)), torch.Generator().manual_seed(0)
+        for p in self.net.parameters():
+            nn.init.normal_(p, std=0.3, generator=rng)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True)
+        self.local = LocalUpdates(self.optimizer, Compression(Sign(), dense_below=0), every=4, **options)
+        self.batches = torch.Generator().manual_seed(worker)
 
-class ScheduleFree(torch.optim.Optimizer):
-    """SGD of Defazio et al. (2024), equation 3: parameters are y = (1 - b) z + b x, and x is the mean of all z."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.1, "b": 0.9, "k": 0})
-
-    @torch.no_grad()
-    def step(self, closure: object = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            group["k"] += 1
-            for y in group["params"]:
-                z = self.state[y].setdefault("z", y.clone())
-                x = (y - (1 - group["b"]) * z) / group["b"]
-                z.sub_(y.grad, alpha=group["lr"])
-                x.lerp_(z, 1 / group["k"])
-                y.copy_((1 - group["b"]) * z + group["b"] * x)
-
-    @torch.no_grad()
-    def eval(self) -> None:
-        for group in self.param_groups:
-            for y in group["params"]:
-                y.copy_((y - (1 - group["b"]) * self.state[y]["z"]) / group["b"])
-
-
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel, steps: int) -> None:
-    rng = torch.Generator().manual_seed(resolve(None).rank)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        net(torch.randn(8, 6, generator=rng)).square().mean().backward()
-        optimizer.step()
-        ema.update_parameters(net)
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.net(torch.randn(8, 6, generator=self.batches)).square().mean().backward()
+        self.optimizer.step()
 
 
 def floats(module: nn.Module) -> Tensor:
     return torch.cat([t.detach().double().reshape(-1) for t in [*module.parameters(), *module.buffers()]])
 
 
-def averaged(weight: float | None = None) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Averages before and after, and the parameters after."""
-    net = network()
-    optimizer, ema = (
-        torch.optim.SGD(net.parameters(), lr=0.1),
-        AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.8), use_buffers=True),
-    )
-    mine = None if weight is None else weight * (1 + resolve(None).rank)
-    local = LocalUpdates(optimizer, Sign(), every=4, workers=Workers(weight=mine))
-    train(net, optimizer, ema, 10)
-    local.flush()
-    before = floats(ema)
-    local.average(ema)
-    return [before], [floats(ema)], nn.utils.parameters_to_vector(net.parameters()).detach()
-
-
-@pytest.mark.parametrize("weight", [None, 2.0])
-def test_a_moving_average_is_the_mean_of_all_workers(weight: float | None) -> None:
-    (first, one, x), (second, two, y) = simulate(lambda _: averaged(weight), 2)
-    shares = (0.5, 0.5) if weight is None else (1 / 3, 2 / 3)
-    assert not torch.allclose(first[0], second[0])
-    assert torch.equal(one[0], two[0])
-    torch.testing.assert_close(one[0], shares[0] * first[0] + shares[1] * second[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(x, y)
-
-
-def test_in_processes(gloo: Callable[..., list[Any]]) -> None:
-    (first, one, _), (second, two, _) = gloo(averaged, 2)
-    assert torch.equal(one[0], two[0])
-    torch.testing.assert_close(one[0], (first[0] + second[0]) / 2, rtol=1e-5, atol=1e-6)
-
-
-def test_schedule_free_weights_are_equal_after_it() -> None:
+@pytest.mark.parametrize("weights", [None, (2.0, 4.0)])
+def test_a_moving_average_is_the_mean_of_all_workers(weights: tuple[float, float] | None) -> None:
     def body(worker: int) -> tuple[Tensor, Tensor]:
-        found = []
-        for average in (False, True):
-            net = network()
-            optimizer = ScheduleFree(net.parameters())
-            local = LocalUpdates(optimizer, Sign(), every=4)
-            train(net, optimizer, AveragedModel(net), 10)
-            local.flush()
-            if average:
-                local.average([state["z"] for state in optimizer.state.values()])
-            optimizer.eval()
-            found.append(nn.utils.parameters_to_vector(net.parameters()).detach())
-        return found[0], found[1]
+        run = Run(worker, workers=Workers(weight=weights and weights[worker]))
+        for _ in range(10):
+            run.step()
+            run.ema.update_parameters(run.net)
+        before = floats(run.ema)
+        run.local.average(run.ema)
+        return before, floats(run.ema)
 
-    (apart, x), (apart_too, y) = simulate(body, 2)
-    assert not torch.allclose(apart, apart_too)
-    assert torch.equal(x, y)
+    (first, one), (second, two) = simulate(body, 2)
+    parts = (0.5, 0.5) if weights is None else (1 / 3, 2 / 3)
+    assert not torch.allclose(first, second)
+    assert torch.equal(one, two)
+    torch.testing.assert_close(one, parts[0] * first + parts[1] * second, rtol=1e-5, atol=1e-6)
 
 
 def test_sixteen_bits_and_integers() -> None:
     def body(worker: int) -> tuple[list[float], int]:
-        local = LocalUpdates(torch.optim.SGD(network().parameters(), lr=0.1), Sign())
         half, count = torch.tensor([1.0, 3.0 * worker], dtype=torch.bfloat16), torch.tensor(5 + worker)
-        local.average([half, count])
+        Run(worker).local.average([half, count])
         return half.tolist(), int(count)
 
     assert simulate(body, 2) == [([1.0, 1.5], 5)] * 2
 
 
 def test_the_average_of_the_anchor_and_its_state_dict_need_no_exchange() -> None:
-    def body(worker: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], bool]:
-        net = network()
-        optimizer, ema = torch.optim.SGD(net.parameters(), lr=0.1), AveragedModel(net)
-        local = LocalUpdates(optimizer, Sign(), every=3)
-        rng = torch.Generator().manual_seed(worker)
+    def body(worker: int) -> tuple[Tensor, Tensor]:
+        run = Run(worker)
         for _ in range(10):
-            optimizer.zero_grad()
-            net(torch.randn(8, 6, generator=rng)).square().mean().backward()
-            optimizer.step()
-            if local.exchanging:
-                with local.at_anchor():
-                    ema.update_parameters(net)
-        before, own = local.ledger.total.sent, nn.utils.parameters_to_vector(net.parameters()).detach().clone()
-        saved = local.state_dict_of(net)
-        unchanged = torch.equal(own, nn.utils.parameters_to_vector(net.parameters()).detach())
-        parameters = nn.utils.parameters_to_vector(ema.parameters()).detach()
-        return parameters, saved, local.anchor(), unchanged and local.ledger.total.sent == before
+            run.step()
+            if run.local.exchanging:
+                with run.local.at_anchor():
+                    run.ema.update_parameters(run.net)
+        sent, own = run.local.ledger.total.sent, floats(run.net)
+        saved = run.local.state_dict_of(run.net)
+        assert torch.equal(own, floats(run.net))
+        assert run.local.ledger.total.sent == sent
+        trained = [name for name, _ in run.net.named_parameters()]
+        for name, a in zip(trained, run.local.anchor().values(), strict=True):
+            assert torch.equal(saved[name], a)
+        averages = nn.utils.parameters_to_vector(run.ema.parameters()).detach()
+        return averages, torch.cat([saved[name].view(-1) for name in trained])
 
-    (ema, saved, anchor, unchanged), (ema_too, saved_too, _, _) = simulate(body, 2)
-    assert unchanged
-    assert torch.equal(ema, ema_too)
-    trained = [name for name, _ in network().named_parameters()]
-    for name, a in zip(trained, anchor.values(), strict=True):
-        assert torch.equal(saved[name], a)
-        assert torch.equal(saved[name], saved_too[name])
+    one, two = simulate(body, 2)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, two, strict=True))
 
 
-def test_a_call_of_one_worker_alone_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("mine", "theirs", "message"),
+    [
+        ([torch.ones(2, 3)], [torch.ones(3, 2)], r"tensors\[0\]='\[2, 3\] .*' and worker 1 has tensors\[0\]='\[3, 2\]"),
+        ([torch.ones(4)], [torch.ones(4)] * 2, "number of tensors=1 and worker 1 has number of tensors=2"),
+        ([torch.ones(4)], [torch.ones(4).long()], r"float32' and worker 1 has tensors\[0\]='\[4\] torch.int64'"),
+    ],
+)
+def test_workers_average_tensors_of_the_same_shapes(mine: list[Tensor], theirs: list[Tensor], message: str) -> None:
+    """Those of one size in another order would be mixed, and those of another size end the process."""
+
     def body(worker: int) -> None:
-        local = LocalUpdates(torch.optim.SGD(network().parameters(), lr=0.1), Sign())
-        with pytest.raises(RuntimeError, match=r"worker 0 calls average\(\) .* and worker 1 calls flush\(\)"):
-            local.average([torch.zeros(2)]) if worker == 0 else local.flush()
+        with pytest.raises(ValueError, match=message):
+            Run(worker).local.average(theirs if worker else mine)
 
     simulate(body, 2)
+
+
+def test_it_is_for_tensors_of_a_fixed_set_of_workers() -> None:
+    run = Run(0)
+    with pytest.raises(TypeError, match="tensors must be a module or tensors, and one is of type tuple"):
+        run.local.average(run.net.named_parameters())  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="average is for a fixed set of workers"):
         Worker().local.average([torch.zeros(2)])
-
-
-def test_workers_average_tensors_of_the_same_shapes() -> None:
-    """Those of one size in another order would be mixed, and those of another size end the process."""
-    given: dict[str, Callable[[int], Any]] = {
-        r"tensors\[0\]='\[2, 3\] torch.float32' and worker 1 has tensors\[0\]='\[3, 2\]": lambda w: [
-            torch.ones(3, 2) if w else torch.ones(2, 3)
-        ],
-        r"number of tensors=1 and worker 1 has number of tensors=2": lambda w: [torch.ones(4)] * (1 + w),
-        r"tensors\[0\]='\[4\] torch.float32' and worker 1 has tensors\[0\]='\[4\] torch.int64'": lambda w: [
-            torch.ones(4, dtype=torch.int64 if w else None)
-        ],
-    }
-
-    def body(worker: int, found: str) -> None:
-        local = LocalUpdates(torch.optim.SGD(network().parameters(), lr=0.1), Sign())
-        with pytest.raises(ValueError, match=found):
-            local.average(given[found](worker))
-        with pytest.raises(TypeError, match="tensors must be a module or tensors, and one is of type tuple"):
-            local.average(network().named_parameters())  # type: ignore[arg-type]
-
-    for found in given:
-        simulate(partial(body, found=found), 2)

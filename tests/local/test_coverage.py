@@ -133,15 +133,3 @@ def test_averaged_gradients_are_an_exchange(gloo: Callable[..., list[Any]]) -> N
     assert gloo(behind_ddp, 2, False) == ["", ""]
     for said in gloo(behind_ddp, 2, True):
         assert "does not exchange: head.module.weight, head.module.bias" in said
-
-
-def test_a_given_model_is_covered() -> None:
-    net = Pair()
-    with pytest.raises(
-        ValueError, match=r"parameters of model that require gradients, but head\.weight, head\.bias would"
-    ):
-        LocalUpdates(sgd(net.body), model=net)
-    with pytest.raises(ValueError, match=r"but body\.weight, body\.bias, head\.weight and 1 more would"):
-        LocalUpdates(sgd(nn.Linear(2, 2)), model=net)
-    net.head.requires_grad_(False)
-    LocalUpdates(sgd(net.body), model=net, compressor=WHOLE)

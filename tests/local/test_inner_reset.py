@@ -127,44 +127,36 @@ def train(worker: int, make: Make, **options: Any) -> tuple[list[Tensor], LocalU
     return seen, local
 
 
-def by_hand(make: Make, cut: list[list[int]], *, hidden: bool = False) -> list[list[Tensor]]:
+def by_hand(make: Make, *, hidden: bool = False) -> list[list[Tensor]]:
     """Of two workers, x after each step. The optimizer of worker 1 is made anew, for all its moments are NaN.
 
     A hidden state is found at the first step after the round: that step is undone.
     """
     nets = [network(), network()]
     optimizers = [make(list(net.parameters())) for net in nets]
-    anchor, seen, left_out = [p.detach().clone() for p in nets[0].parameters()], [[], []], 0
+    anchor, seen, rejected = flat(nets[0]), [[], []], 0
     for n in range(1, STEPS + 1):
         for worker, net in enumerate(nets):
             backward(net, worker, n, bad=n == BAD and worker == 1)
             optimizers[worker].step()
-        with torch.no_grad():
-            xs = [list(net.parameters()) for net in nets]
-            if hidden and left_out == n - 1 > 0:
-                optimizers[1] = make(xs[1])
-                for x, a in zip(xs[1], anchor, strict=True):
-                    x.copy_(a)
-            for i, part in enumerate(cut):
-                if (n + i * EVERY // len(cut)) % EVERY:
-                    continue
-                if flat(nets[1]).isnan().any():
-                    left_out = n
-                    optimizers[1] = optimizers[1] if hidden else make(xs[1])
-                    for x, a in zip(xs[1], anchor, strict=True):
-                        x.copy_(a)
-                    continue
-                for k in part:
-                    anchor[k] = (xs[0][k] + xs[1][k]) / 2
-                    xs[0][k].copy_(anchor[k]), xs[1][k].copy_(anchor[k])
+        if n % EVERY == 0 and flat(nets[1]).isnan().any():
+            rejected = n
+        elif n % EVERY == 0:
+            anchor = (flat(nets[0]) + flat(nets[1])) / 2
+            for net in nets:
+                nn.utils.vector_to_parameters(anchor.clone(), net.parameters())
+        if rejected and n in (rejected, rejected + hidden):
+            nn.utils.vector_to_parameters(anchor.clone(), nets[1].parameters())
+        if rejected and n == rejected + hidden:
+            optimizers[1] = make(list(nets[1].parameters()))
         for worker, net in enumerate(nets):
             seen[worker].append(flat(net))
     return seen
 
 
-def check(make: Make, expected: list[list[Tensor]], rounds: int, **options: Any) -> None:
-    for (xs, local), ours in zip(simulate(lambda worker: train(worker, make, **options), 2), expected, strict=True):
-        assert (local.rounds, local.skipped) == (rounds, 1)
+def check(make: Make, expected: list[list[Tensor]]) -> None:
+    for (xs, local), ours in zip(simulate(lambda worker: train(worker, make), 2), expected, strict=True):
+        assert (local.rounds, local.skipped) == (STEPS // EVERY - 1, 1)
         assert local.skips[0].workers == (1,)
         for n, (x, y) in enumerate(zip(xs, ours, strict=True), start=1):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12, equal_nan=True, msg=f"after step {n}")
@@ -173,25 +165,11 @@ def check(make: Make, expected: list[list[Tensor]], rounds: int, **options: Any)
 @pytest.mark.parametrize("name", KNOWN)
 def test_nested_optimizers_are_reset(name: str) -> None:
     """One bad batch costs one round, and the runs of both workers are those of AdamW made anew on worker 1."""
-    check(KNOWN[name], by_hand(adamw, [[0, 1, 2, 3]]), STEPS // EVERY - 1)
+    check(KNOWN[name], by_hand(adamw))
 
 
 def test_a_state_that_is_elsewhere_is_reset_through_the_state_dict() -> None:
-    heavy = by_hand(lambda ps: SGD(ps, lr=0.05, momentum=0.9), [[0, 1, 2, 3]], hidden=True)
-    check(Buffers, heavy, STEPS // EVERY - 1)
-
-
-@pytest.mark.parametrize("name", ["itself", "list"])
-def test_all_fragments_go_back(name: str) -> None:
-    """Else the NaN of one fragment would reach the others' gradients again, and all rounds would be rejected."""
-    check(KNOWN[name], by_hand(adamw, [[0], [1, 2, 3]]), 2 * STEPS // EVERY - 1, fragments=2)
-
-
-def test_fragments_go_back_during_exchanges() -> None:
-    """Of each fragment the exchange that began with NaNs is rejected, and no other."""
-    for xs, local in simulate(lambda worker: train(worker, adamw, fragments=2, delay=3), 2):
-        assert (local.rounds, local.skipped) == (2 * STEPS // EVERY - 4, 2)  # the last have not landed
-        assert bool(xs[-1].isfinite().all())
+    check(Buffers, by_hand(lambda ps: SGD(ps, lr=0.05, momentum=0.9), hidden=True))
 
 
 @pytest.mark.parametrize("delay", [0, 1])
@@ -208,45 +186,37 @@ def test_a_state_that_cannot_be_reset(delay: int) -> None:
     assert one.startswith("parameter 0 on worker 1 is not finite after a step with finite gradients, and Secret could")
 
 
-def test_bad_batches_are_not_taken_for_state() -> None:
-    """Gradients that stay non-finite are skipped as `max_skipped` allows."""
-
-    def body(worker: int) -> tuple[int, int]:
-        net = network()
-        optimizer = Secret(list(net.parameters()))
-        kind = Compression(Identity(), dense_below=0, max_skipped=None)
-        local = LocalUpdates(optimizer, every=2, compressor=kind)
+def stays_bad(worker: int, make: Make, max_skipped: int | None) -> tuple[list[int], str]:
+    """Train in rounds of two steps, all of whose gradients are NaN on worker 1 after the fourth step. Returns the
+    numbers of steps and rounds, applied and rejected, and the error."""
+    net, message = network(), ""
+    optimizer = make(list(net.parameters()))
+    spec = Compression(Identity(), dense_below=0, max_skipped=max_skipped)
+    local = LocalUpdates(optimizer, every=2, compressor=spec, mean_momentum=0.0)
+    try:
         for n in range(1, 21):
             backward(net, worker, n, bad=n > 4 and worker == 1)
             optimizer.step()
-        return local.rounds, local.skipped
+    except NonFiniteError as error:
+        message = str(error)
+    return [local.steps, local.rounds, local.skipped], message
 
-    assert simulate(body, 2) == [(2, 8), (2, 8)]
+
+def test_bad_batches_are_not_taken_for_state() -> None:
+    """Gradients that stay non-finite are skipped as `max_skipped` allows."""
+    assert simulate(lambda worker: stays_bad(worker, Secret, None), 2) == [([20, 2, 8], "")] * 2
 
 
 def test_rounds_are_named(caplog: pytest.LogCaptureFixture) -> None:
     """Where a step would be named, of an optimizer that exchanges each of its steps."""
-
-    def body(worker: int) -> str:
-        net = network()
-        optimizer = SGD(net.parameters(), lr=0.1)
-        local = LocalUpdates(optimizer, every=2, compressor=Compression(Identity(), dense_below=0, max_skipped=1))
-
-        def steps() -> None:
-            for n in range(1, 21):
-                backward(net, worker, n, bad=n > 4 and worker == 1)
-                optimizer.step()
-
-        with pytest.raises(NonFiniteError) as raised:
-            steps()
-        assert (local.steps, local.rounds) == (8, 2)
-        return str(raised.value)
-
-    one, two = simulate(body, 2)
-    assert one == two
+    (counts, error), other = simulate(lambda worker: stays_bad(worker, adamw, 1), 2)
+    assert other == (counts, error)
+    assert counts == [8, 2, 2]
     found = "round 2: the local update of parameter 0 is not finite on worker 1; "
-    assert one.startswith(found + "2 consecutive rounds rejected, more than max_skipped=1. The anchor and the error")
-    assert [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()] == [
+    assert error.startswith(
+        found + "2 consecutive rounds rejected, more than max_skipped=1. The anchor and the error memories"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
         found + "the round is rejected",
         found + "the round is rejected (2 in a row)",
     ]

@@ -11,6 +11,7 @@ from specs import local_options
 from torch import Tensor, nn
 
 from packsaddle import Compression, Identity, LocalUpdates, TopK, Workers, simulate
+from packsaddle.comm import resolve
 
 WHOLE = Compression(Identity(), dense_below=0)
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
@@ -48,7 +49,7 @@ def test_any_optimizer(name: str) -> None:
                     p.grad = gradient(f"{i}", p.detach(), worker, n)
                 optimizer.step()
                 if not exchanges and n % 3 == 0:
-                    group = __import__("packsaddle").comm.group.resolve(None)
+                    group = resolve(None)
                     for p in ps:
                         total = p.detach().double()
                         group.all_reduce(total)
@@ -88,39 +89,24 @@ def test_sparse_gradients(make: Callable[[list[Any]], torch.optim.Optimizer]) ->
     assert not torch.equal(first, second)
 
 
-def test_groups_schedule_clipping_and_accumulation() -> None:
-    """A loop with all of them: rounds come every `every` optimizer steps, not backward passes."""
-
-    def body(worker: int) -> tuple[list[int], list[Tensor]]:
-        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
-        with torch.no_grad():
-            for i, p in enumerate(net.parameters()):
-                p.copy_(torch.linspace(-0.5, 0.5, p.numel()).view(p.shape) * (i + 1) / 4)
-        groups = [{"params": net[0].parameters(), "lr": 0.01}, {"params": net[2].parameters(), "weight_decay": 0.3}]
-        optimizer = torch.optim.AdamW(groups, lr=0.05)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
-        local = LocalUpdates(optimizer, every=2, compressor=Compression(TopK(0.3), dense_below=1))
-        rng, rounds = torch.Generator().manual_seed(worker), []
-        for n in range(12):
-            x = torch.randn(5, 6, generator=rng)
-            net(x).square().mean().backward()
-            if n % 2:
-                nn.utils.clip_grad_norm_(net.parameters(), 0.1)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-            rounds.append(local.rounds)
-        assert local.steps == 6
-        return rounds, [a.clone() for a in local.anchor().values()]
-
-    one, two = simulate(body, 2)
-    assert one[0] == two[0] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
-    for a, b in zip(one[1], two[1], strict=True):
-        assert torch.equal(a, b)
+def test_schedules_and_accumulation() -> None:
+    """Rounds come every `every` optimizer steps, not backward passes."""
+    net = nn.Linear(6, 8)
+    optimizer = torch.optim.AdamW([{"params": net.weight, "lr": 0.01}, {"params": net.bias, "weight_decay": 0.3}])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
+    local, rounds = LocalUpdates(optimizer, every=2, compressor=WHOLE), []
+    for n in range(12):
+        net(torch.ones(5, 6)).square().mean().backward()
+        if n % 2:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        rounds.append(local.rounds)
+    assert rounds == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.001, 0.0001])
 
 
-@pytest.mark.parametrize("delay", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "delay"), [(torch.bfloat16, 0), (torch.bfloat16, 1), (torch.float16, 0)])
 def test_16_bit_parameters_lose_no_small_updates(dtype: torch.dtype, delay: int) -> None:
     """Steps of a unit in the last place, of one worker of four: their mean is a quarter of it, and must add up."""
 
@@ -157,6 +143,12 @@ def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options
     def flat() -> Tensor:
         return torch.cat([x.detach().double().reshape(-1) for x in xs])
 
+    def drift() -> float:
+        y = torch.cat([a.double().reshape(-1) for a in local.anchor().values()]) - local.error()
+        mean = moved.clone()
+        resolve(None).all_reduce(mean)
+        return float((y - start - mean / 2).abs().max())
+
     at, start, moved, found = flat(), flat(), torch.zeros_like(flat()), list[float]()
     for n in range(1, steps + 1):
         for i, x in enumerate(xs):
@@ -172,11 +164,11 @@ def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options
             kept = at - torch.cat([s.double().reshape(-1) for s in starts])
             moved += overlap.blend * kept - (at - before)
         if n % 23 == 0 or n == steps:
-            y = torch.cat([a.double().reshape(-1) for a in local.anchor().values()]) - local.error()
-            mean = moved.clone()
-            __import__("packsaddle").comm.group.resolve(None).all_reduce(mean)
-            found.append(float((y - start - mean / 2).abs().max()))
+            found.append(drift())
             local.load_state_dict(local.state_dict())  # which has the rounding errors
+    if overlap.blend is None:  # a flush, too, blends the parameters of a running exchange
+        assert local.flush(Identity())
+        found.append(drift())
     return found
 
 
@@ -187,17 +179,17 @@ RUNS_16: dict[str, dict[str, Any]] = {
     "fragments": {"fragments": 3, "delay": 3},
     "two fragments": {"fragments": 2, "delay": 1},
     "blend": {"delay": 2, "blend": 0.5},
+    "clip": {"clip": 1.0},
 }
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("name", RUNS_16)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_parameters_lose_no_rounding(dtype: torch.dtype, name: str, keep: bool) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.bfloat16) for name in RUNS_16), ("delay", torch.float16)])
+def test_16_bit_parameters_lose_no_rounding(name: str, dtype: torch.dtype, keep: bool) -> None:
     """y moves by the mean of what inner optimizers move x by, though x is rounded where an exchange lands."""
     # Of sums of 16-bit numbers around 1, most of which float32 has exactly. One lost rounding is a hundred times that.
     bound = 16 * torch.finfo(torch.float32).eps
-    for found in simulate(lambda worker: drifts(worker, dtype, 100, keep=keep, **RUNS_16[name]), 2):
+    for found in simulate(lambda worker: drifts(worker, dtype, 48, keep=keep, **RUNS_16[name]), 2):
         assert max(found) < bound, found
 
 
@@ -275,30 +267,18 @@ def test_a_scaler_that_skips_on_one_worker_keeps_workers_in_step() -> None:
     assert float(x[0, 0]) == 2.0 - 0.125 * (8 * 1 + 7 * 2) / 2
 
 
-def test_autocast_and_closures() -> None:
-    def body(worker: int) -> Tensor:
-        net = nn.Linear(8, 8)
-        with torch.no_grad():
-            net.weight.fill_(0.1), net.bias.fill_(0.0)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
-        rng = torch.Generator().manual_seed(worker)
+def test_closures() -> None:
+    x = nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss: Tensor = net(torch.randn(4, 8, generator=rng)).float().square().mean()
-            loss.backward()
-            return loss
+    def closure() -> float:
+        x.grad = torch.ones_like(x)
+        return 3.0
 
-        for _ in range(4):
-            optimizer.step(closure)
-        assert local.rounds == 2
-        return net.weight.detach()
-
-    one, two = simulate(body, 2)
-    assert torch.equal(one, two)
-    assert not bool((one == 0.1).any())
+    assert [optimizer.step(closure) for _ in range(4)] == [3.0] * 4
+    assert local.rounds == 2
+    torch.testing.assert_close(x.detach(), torch.full((4, 4), 0.6))
 
 
 @pytest.mark.slow
@@ -312,25 +292,3 @@ def test_a_compiled_step_is_counted() -> None:
         x.grad = torch.ones_like(x)
         step()
     assert (local.steps, local.rounds) == (4, 2)
-
-
-def test_an_outer_optimizer_with_one_worker() -> None:
-    """SNOO: Nesterov over what one worker's AdamW has moved, against the same by hand."""
-    seen = []
-    for by_hand in (False, True):
-        (x,) = matrices(torch.float64)[:1]
-        optimizer = torch.optim.AdamW([x], lr=0.05)
-        anchor = nn.Parameter(x.detach().clone())
-        outer = torch.optim.SGD([anchor], lr=0.6, momentum=0.5, nesterov=True)
-        if not by_hand:
-            outer_of = partial(torch.optim.SGD, lr=0.6, momentum=0.5, nesterov=True)
-            LocalUpdates(optimizer, every=3, compressor=WHOLE, outer=outer_of)
-        for n in range(1, 13):
-            x.grad = gradient("x", x.detach(), 0, n)
-            optimizer.step()
-            if by_hand and n % 3 == 0:
-                anchor.grad = anchor.detach() - x.detach()
-                outer.step()
-                x.data.copy_(anchor)
-        seen.append(x.detach().clone())
-    torch.testing.assert_close(seen[0], seen[1], rtol=1e-13, atol=1e-13)

@@ -1,4 +1,4 @@
-"""Mistakes of a first script: what is said, at construction where it can be, and when nothing is."""
+"""Mistakes of a first script that are warned of, and when nothing is said. Errors are in test_refusals.py."""
 
 import copy
 import pickle
@@ -14,13 +14,10 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from packsaddle import (
-    CompressedSGD,
     Identity,
     LocalUpdates,
     OuterSGD,
-    Workers,
     load_checkpoint,
-    register_ddp_hook,
     save_checkpoint,
     simulate,
 )
@@ -31,47 +28,6 @@ from packsaddle.feedback.background import Background, Promise
 from packsaddle.local.lockstep import Lockstep
 
 Gloo = Callable[..., list[Any]]
-
-
-def message(call: Callable[[], object]) -> str:
-    with pytest.raises((RuntimeError, ValueError, TypeError)) as caught:
-        call()
-    return str(caught.value)
-
-
-# ---- arguments
-
-
-@pytest.mark.parametrize(("given", "meant"), [("compression", "compressor"), ("H", "every"), ("evry", "every")])
-def test_names_of_other_libraries(given: str, meant: str) -> None:
-    optimizer = SGD(nn.Linear(40, 40).parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=f"LocalUpdates has no argument {given}, did you mean {meant}=?"):
-        LocalUpdates(optimizer, **{given: 8})  # type: ignore[arg-type]
-    LocalUpdates(optimizer, every=8)
-
-
-def test_names_of_other_libraries_on_the_other_fronts() -> None:
-    with pytest.raises(TypeError, match="CompressedSGD has no argument compression, did you mean compressor="):
-        CompressedSGD([nn.Parameter(torch.zeros(2))], 0.1, compression=Identity())  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="register_ddp_hook has no argument qqq; it has model, compressor, noise"):
-        register_ddp_hook(None, qqq=1)  # type: ignore[call-arg, arg-type]
-
-
-def test_objects_that_are_no_optimizers() -> None:
-    optimizer = SGD(nn.Linear(40, 40).parameters(), lr=0.1)
-    for given, found in (
-        (torch.optim.lr_scheduler.StepLR(optimizer, 10), "StepLR"),
-        (torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), "ReduceLROnPlateau"),
-    ):
-        assert message(lambda given=given: LocalUpdates(given)) == f"optimizer must be a torch optimizer, got {found}"
-
-
-@pytest.mark.parametrize("outer", [SGD, OuterSGD], ids=lambda c: c.__name__)
-def test_a_class_as_the_outer_optimizer(outer: Any) -> None:
-    """torch's SGD would be made with its own defaults, a rate of 0.001."""
-    optimizer = SGD(nn.Linear(40, 40).parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=f"outer must be OuterSGD.*, got the class {outer.__name__} itself"):
-        LocalUpdates(optimizer, outer=outer)
 
 
 OUTERS = {"AdamW": None, "AdamW, outer": OuterSGD(), "AdamW, rate": OuterSGD(momentum=0.0), "Muon, AdamW": None}
@@ -89,50 +45,6 @@ def test_mean_momentum_where_the_guide_advises_against_it(inner: str) -> None:
     said = [w for w in found if "mean_momentum" in str(w.message)]
     assert [f"measurements with {expected}: set" in str(w.message) for w in said] == [True] * (expected is not None)
     assert all(w.filename == __file__ for w in said)
-
-
-# ---- workers with other arguments
-
-INNER: dict[str, tuple[Callable[[Sequence[nn.Parameter]], Optimizer], str]] = {
-    "class": (lambda ps: SGD(ps, lr=0.1), "optimizer[0]='AdamW' and worker 1 has optimizer[0]='SGD'"),
-    "rate": (
-        lambda ps: AdamW(ps, lr=0.1),
-        "optimizer[0].param_groups[0].lr=0.001 and worker 1 has optimizer[0].param_groups[0].lr=0.1",
-    ),
-    "groups": (
-        lambda ps: AdamW([{"params": ps[:1]}, {"params": ps[1:], "weight_decay": 0.0}], lr=1e-3),
-        "and worker 1 has optimizer[0].param_groups[1].amsgrad=False",
-    ),
-    "implementation": (lambda ps: AdamW(ps, lr=torch.tensor(1e-3, dtype=torch.float64), foreach=False), ""),
-}
-
-
-@pytest.mark.parametrize("inner", INNER)
-def test_other_inner_optimizers(inner: str) -> None:
-    make, expected = INNER[inner]
-
-    def body(worker: int, **options: Any) -> LocalUpdates:
-        net = nn.Linear(40, 40)
-        ps = list(net.parameters())
-        return LocalUpdates(make(ps) if worker else AdamW(ps, lr=1e-3), **options)
-
-    simulate(lambda worker: body(worker, workers=Workers(compare_optimizers=False)), 2)
-    if not expected:
-        simulate(body, 2)
-        return
-    for found in simulate(lambda worker: message(lambda: body(worker)), 2):
-        assert expected in found
-        assert "If they should differ, set workers=Workers(compare_optimizers=False) on all workers" in found
-
-
-def test_unlike_periods_are_answered_with_what_to_do() -> None:
-    def body(worker: int) -> str:
-        optimizer = SGD(nn.Linear(40, 40).parameters(), lr=0.1)
-        return message(lambda: LocalUpdates(optimizer, every=8 if worker else 24))
-
-    for found in simulate(body, 2):
-        assert "worker 0 has every=24 and worker 1 has every=8. For workers of different speeds, keep `every`" in found
-        assert "Workers(weight=" in found
 
 
 # ---- state_dict between rounds

@@ -1,18 +1,18 @@
 """First moments mixed with the mean update: the formula by hand, what is left as it is, and where moments are missing.
-Whole runs are compared with the twin in test_local_updates."""
+Whole runs are compared with the twin in tests/feedback/engine/test_random_local_updates.py."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from elastic_fakes import FakeGroup, FakeManager
+from elastic_fakes import joined
 from torch import Tensor
 from torch.optim import AdamW
 
-from packsaddle import Compression, Elastic, Identity, LocalUpdates, OuterAgreement, OuterSGD, simulate
-from packsaddle.comm import resolve
+from packsaddle import Compression, Identity, LocalUpdates, OuterAgreement, OuterSGD, simulate
 from packsaddle.local.inner import Shards
 from packsaddle.local.moments import MeanMomentum
 
@@ -45,14 +45,6 @@ def test_with_all_of_it_a_step_goes_along_the_mean_update(options: dict[str, obj
     assert float(state["exp_avg"].double().norm()) == pytest.approx(float(before.double().norm()), rel=1e-2)
 
 
-def test_a_fraction_is_between() -> None:
-    p, optimizer, state = stepped()
-    update, m = torch.ones(4, 3), state["exp_avg"].clone()
-    d = state["exp_avg_sq"].sqrt()
-    MeanMomentum([optimizer], 0.25, Shards([p])).mix([p], [update])
-    torch.testing.assert_close(state["exp_avg"], 0.75 * m + 0.25 * m.norm() / d.norm() * d)
-
-
 def test_nothing_changes_without_an_update_or_without_moments() -> None:
     p, optimizer, state = stepped()
     q, other, muon = stepped(torch.optim.Muon)
@@ -81,8 +73,7 @@ def test_what_is_not_finite_or_not_of_the_parameters_shape_stays_as_it_is() -> N
 
 
 @pytest.mark.filterwarnings("ignore:mean_momentum raised the loss")
-@pytest.mark.parametrize("foreach", [False, True])
-def test_an_outer_momentum_does_not_change_the_mean_update(foreach: bool) -> None:
+def test_an_outer_momentum_does_not_change_the_mean_update() -> None:
     """torch's foreach Nesterov, the default on a GPU, adds the momentum to its gradients in place."""
 
     def work(worker: int) -> list[float]:
@@ -90,7 +81,7 @@ def test_an_outer_momentum_does_not_change_the_mean_update(foreach: bool) -> Non
         optimizer = AdamW([p], lr=0.1)
 
         def outer(anchors: list[Any]) -> torch.optim.Optimizer:
-            return torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True, foreach=foreach)
+            return torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True, foreach=True)
 
         local = LocalUpdates(optimizer, WHOLE, every=2, outer=outer, mean_momentum=1.0, keep_unsent=False)
         found = []
@@ -110,13 +101,6 @@ def test_an_outer_momentum_does_not_change_the_mean_update(foreach: bool) -> Non
 
     for found in simulate(work, 2):
         assert found == pytest.approx([1.0] * 4, abs=1e-4)
-
-
-@pytest.mark.parametrize("name", ["Muon", "Adafactor"])
-def test_torchs_optimizers_without_moments_are_refused(name: str) -> None:
-    p = torch.nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(ValueError, match=f"mean_momentum needs Adam's moments, .* and {name} has none"):
-        LocalUpdates(getattr(torch.optim, name)([p], lr=0.1), WHOLE, mean_momentum=0.5)
 
 
 def test_other_optimizers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,36 +162,26 @@ def test_each_process_of_two_meshes_counts_once(gloo: Gloo) -> None:
     assert gloo(counted, 4) == [[1.0] * 4] * 4
 
 
-def trained(worker: int, elastic: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """First moments after each of five steps, two of them rounds, and after a flush; the anchor's change in rounds."""
-    rng = torch.Generator().manual_seed(worker)
-    p = torch.nn.Parameter(torch.ones(4, 3))
-    optimizer = AdamW([p], lr=0.1)
-    manager = FakeManager(resolve(None)) if elastic else None
-    workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False) if elastic else None
-    local = LocalUpdates(optimizer, WHOLE, every=2, mean_momentum=1.0, workers=workers)
-    if elastic:
-        local.join()
-    moments, changes = [], []
-    for n in range(5):
-        before = local.anchor()
-        p.grad = torch.randn(4, 3, generator=rng)
-        optimizer.step()
-        moments.append(optimizer.state[p]["exp_avg"] / optimizer.state[p]["exp_avg_sq"].sqrt())
-        if n % 2:
-            changes.append(before["parameter 0"] - local.anchor()["parameter 0"])
-    local.flush()
-    moments.append(optimizer.state[p]["exp_avg"] / optimizer.state[p]["exp_avg_sq"].sqrt())
-    return moments, changes
-
-
-@pytest.mark.parametrize("elastic", [False, True], ids=["fixed", "elastic"])
-def test_after_a_round_workers_step_along_the_anchors_change(elastic: bool) -> None:
+def test_elastic_workers_step_along_the_anchors_change_after_a_round() -> None:
     """But not after a flush, which may exchange little."""
-    for moments, changes in simulate(lambda worker: trained(worker, elastic), 2):
-        assert [cosine(moments[n], change) for n, change in zip((1, 3), changes, strict=True)] == pytest.approx([1, 1])
-        assert cosine(moments[0], changes[0]) < 0.99
-        assert torch.equal(moments[-1], moments[-2])
+
+    def work(rank: int) -> None:
+        worker = joined(inner=partial(AdamW, lr=0.1), every=2, compressor=WHOLE, mean_momentum=1.0)
+        p, found = worker.parameters[0], list[Tensor]()
+        state = worker.optimizer.state[p]
+        for n in range(1, 6):
+            before = worker.local.anchor()["parameter 0"]
+            worker.train(1)
+            direction = state["exp_avg"] / state["exp_avg_sq"].sqrt()
+            change = before - worker.local.anchor()["parameter 0"]
+            if n % 2 == 0:
+                assert cosine(direction, change) == pytest.approx(1)
+                assert cosine(found[-1], change) < 0.99
+            found.append(direction)
+        worker.local.flush()
+        assert torch.equal(state["exp_avg"] / state["exp_avg_sq"].sqrt(), found[-1])
+
+    simulate(work, 2)
 
 
 USUAL: dict[str, tuple[list[str], Any, float]] = {
@@ -230,20 +204,3 @@ def test_the_default(name: str) -> None:
     ps = [torch.nn.Parameter(torch.ones(4, 3)) for _ in inner]
     made = [getattr(torch.optim, name)([p], lr=0.1) for name, p in zip(inner, ps, strict=True)]
     assert LocalUpdates(made, WHOLE, outer=outer).options.mean_momentum == expected
-
-
-def test_one_worker_trains_as_without_local_updates() -> None:
-    """Its mean update is its own."""
-    found = []
-    for exchanges in (True, False):
-        p, rng = torch.nn.Parameter(torch.ones(4, 3)), torch.Generator().manual_seed(0)
-        optimizer = AdamW([p], lr=0.1)
-        local = LocalUpdates(optimizer, WHOLE, every=2, keep_unsent=False) if exchanges else None
-        for _ in range(6):
-            p.grad = torch.randn(4, 3, generator=rng)
-            optimizer.step()
-        found.append(p.detach().clone())
-        if local is not None:
-            assert local.rounds == 3
-            local.flush()
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)

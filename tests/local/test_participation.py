@@ -1,27 +1,22 @@
-"""Weights of workers and samples of them: against federated averaging written out, and a naive twin with memories."""
+"""Weights of workers, samples of them, and paces of unequal workers.
+
+Whole runs are compared with the twin in tests/feedback/engine/test_random_local_updates.py.
+"""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from clock import WorkersClock
-from specs import local_options
 from torch import Tensor, nn
 
 from packsaddle import (
-    QSGD,
     CheckpointError,
     Compression,
-    Compressor,
-    Escape,
-    Identity,
     LocalUpdates,
     RandomK,
-    SketchTopK,
-    TopK,
     Workers,
     load_checkpoint,
     save_checkpoint,
@@ -30,138 +25,6 @@ from packsaddle import (
 from packsaddle.comm.group import resolve
 from packsaddle.integrations import measures
 from packsaddle.local.participation import Participation
-
-Gloo = Callable[..., list[Any]]
-D, WEIGHTS = 40, (1.0, 5.0, 2.5, 1.5)
-
-
-def start() -> Tensor:
-    return torch.linspace(-1, 1, D, dtype=torch.float64)
-
-
-def gradient(x: Tensor, worker: int, step: int) -> Tensor:
-    """Of a quadratic with each worker's own minimum, and noise."""
-    rng = torch.Generator().manual_seed(97 * worker + step)
-    return x - worker + torch.randn(D, dtype=torch.float64, generator=rng)
-
-
-def worker_run(rank: int, steps: int, idle: bool, weight: float | None, **options: Any) -> dict[str, Any]:
-    """Train; with `idle` a worker that is not sampled sits out. Returns what was there after each round."""
-    x = nn.Parameter(start().view(5, 8))
-    optimizer = torch.optim.SGD([x], lr=0.1)
-    spec = Compression(options.pop("compressor"), dense_below=0)
-    local = LocalUpdates(optimizer, every=3, seed=3, **local_options(compressor=spec, weight=weight, **options))
-    anchors, sampled, xs, errors, n = [], [], [], [], 0
-    while n < steps:
-        sampled.append(local.sampled)
-        if idle and not local.sampled:
-            local.sit_out()
-        else:
-            for i in range(3):
-                x.grad = gradient(x.detach().view(-1), rank, n + i).view(5, 8)
-                optimizer.step()
-        n += 3
-        (anchor,) = local.anchor().values()
-        anchors.append(anchor.view(-1))
-        xs.append(x.detach().clone().view(-1))
-        errors.append(local.error())
-    return {"anchors": anchors, "sampled": sampled, "x": xs, "errors": errors, "steps": local.steps}
-
-
-def top(v: Tensor, k: int) -> Tensor:
-    kept = torch.zeros_like(v)
-    index = v.abs().argsort(descending=True)[:k]
-    kept[index] = v[index]
-    return kept
-
-
-def twin(
-    sampled: list[list[bool]], weights: tuple[float, ...], k: int, *, keep: bool, idle: bool
-) -> list[list[Tensor]]:
-    """From the algorithm: anchors by round, and each worker's x after it."""
-    workers = len(weights)
-    a, xs, es = (
-        start(),
-        [start() for _ in range(workers)],
-        [0 * start() for _ in range(workers)],
-    )
-    anchors, after = [], []
-    for number in range(len(sampled[0])):
-        inside = [i for i in range(workers) if sampled[i][number]]
-        for i in range(workers):
-            for j in range(3 if i in inside or not idle else 0):
-                xs[i] = xs[i] - 0.1 * gradient(xs[i], i, 3 * number + j)
-        moved = torch.zeros(D, dtype=torch.float64)
-        began = [a - es[i] if keep else a for i in range(workers)]
-        for i in inside:
-            v = es[i] + began[i] - xs[i]
-            sent = top(v, k)
-            es[i] = v - sent
-            moved += weights[i] * sent / sum(weights[j] for j in inside)
-        a = a - moved
-        for i in range(workers):
-            begin = a - es[i] if keep else a
-            xs[i] = begin if i in inside else xs[i] - began[i] + begin
-        anchors.append(a)
-        after.append([x.clone() for x in xs])
-    return [anchors, *zip(*after, strict=True)]  # type: ignore[list-item]
-
-
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("idle", [False, True])
-@pytest.mark.parametrize("sample", [0.4, 1.0])
-@pytest.mark.parametrize("weights", [WEIGHTS, None])
-def test_it_is_the_algorithm(weights: tuple[float, ...] | None, sample: float, idle: bool, keep: bool) -> None:
-    def run(rank: int) -> dict[str, Any]:
-        mine = None if weights is None else weights[rank]
-        return worker_run(
-            rank, 18, idle, mine, compressor=TopK(k=7), sample=sample, keep_unsent=keep, exchange="direct"
-        )
-
-    found = simulate(run, 4)
-    sampled = [each["sampled"] for each in found]
-    assert {sum(inside) for inside in zip(*sampled, strict=True)} == {{0.4: 2, 1.0: 4}[sample]}
-    anchors, *xs = twin(sampled, weights or (1.0,) * 4, 7, keep=keep, idle=idle)
-    for each, mine in zip(found, xs, strict=True):
-        assert each["steps"] == 18
-        for here, there in zip(each["anchors"] + each["x"], [*anchors, *mine], strict=True):
-            torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
-
-
-def test_it_is_federated_averaging() -> None:
-    """McMahan et al. 2017: w <- sum_k n_k w_k / sum_k n_k over the clients of a round, which begin at w."""
-    found = simulate(lambda r: worker_run(r, 24, True, WEIGHTS[r], compressor=Identity(), sample=0.5), 4)
-    w = start()
-    for number in range(8):
-        inside = [i for i in range(4) if found[i]["sampled"][number]]
-        ends = []
-        for i in inside:
-            x = w.clone()
-            for j in range(3):
-                x = x - 0.1 * gradient(x, i, 3 * number + j)
-            ends.append(WEIGHTS[i] * x)
-        w = torch.stack(ends).sum(0) / sum(WEIGHTS[i] for i in inside)
-        torch.testing.assert_close(found[0]["anchors"][number], w, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "compressor", [RandomK(0.3), TopK(k=5), QSGD(), SketchTopK(k=5)], ids=lambda c: type(c).__name__
-)
-def test_what_is_pending_is_weighed_alike(compressor: Compressor) -> None:
-    """y = a - error() moves by the weighted mean of what workers moved, whatever is sent of it."""
-    rounds = simulate(lambda r: worker_run(r, 18, False, WEIGHTS[r], compressor=compressor, keep_unsent=False), 4)
-    previous = start()
-    for number in range(6):
-        y = rounds[0]["anchors"][number] - rounds[0]["errors"][number]
-        before = start() if number == 0 else rounds[0]["anchors"][number - 1]
-        moved = torch.zeros(D, dtype=torch.float64)
-        for i in range(4):
-            x = before.clone()
-            for j in range(3):
-                x = x - 0.1 * gradient(x, i, 3 * number + j)
-            moved += WEIGHTS[i] * (before - x) / sum(WEIGHTS)
-        torch.testing.assert_close(y, previous - moved, rtol=1e-6, atol=1e-6)
-        previous = y
 
 
 def test_rounds_are_drawn_evenly() -> None:
@@ -181,91 +44,6 @@ def test_rounds_are_drawn_evenly() -> None:
 def test_the_number_drawn_is_rounded_up(sample: float, workers: int, drawn: int) -> None:
     """Not that of a product such as 0.07 * 100, which is above 7."""
     assert len(Participation(None, sample, workers, 0, seed=1).members(0)) == drawn
-
-
-def between_processes(weight_of: tuple[float, ...]) -> dict[str, Any]:
-    rank = resolve(None).rank
-    return worker_run(rank, 12, True, weight_of[rank], compressor=TopK(k=7), sample=0.6)
-
-
-def test_processes_are_the_simulation(gloo: Gloo) -> None:
-    real = gloo(between_processes, 3, WEIGHTS[:3])
-    simulated = simulate(lambda r: worker_run(r, 12, True, WEIGHTS[r], compressor=TopK(k=7), sample=0.6), 3)
-    for mine, theirs in zip(real, simulated, strict=True):
-        assert mine["sampled"] == theirs["sampled"]
-        for a, b in zip(mine["anchors"] + mine["x"], theirs["anchors"] + theirs["x"], strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weight": 0.0}, 'weight must be finite and above 0, "steps" or None, got 0.0'),
-        ({"weight": float("nan")}, 'weight must be finite and above 0, "steps" or None, got nan'),
-        ({"weight": True}, 'weight must be finite and above 0, "steps" or None, got True'),
-        ({"sample": 0.0}, "sample must be a fraction of the workers in (0, 1], got 0.0"),
-        ({"sample": 1.5}, "sample must be a fraction of the workers in (0, 1], got 1.5"),
-        ({"sample": 0.5, "delay": 1}, "delay must be 0 with weight or sample, got 1"),
-        ({"weight": 2.0, "exchange": "senders"}, 'exchange must not be "senders" with weight or sample'),
-        ({"weight": 2.0, "escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with weight or sample: its"),
-        ({"weight": "steps", "sample": 0.5}, 'sample must be 1 with weight="steps", got 0.5'),
-        ({"steps": [8, 3]}, 'steps must be numbers by rank with weight="steps", else None, got [8, 3]'),
-        ({"weight": "steps", "steps": 8}, 'steps must be numbers by rank with weight="steps", else None, got 8'),
-        ({"weight": "steps", "steps": {0: 8, 2: 3}}, "steps must have the ranks 0, 1, ... as keys, got {0: 8, 2: 3}"),
-        ({"weight": "steps", "steps": {1: 0, 0: 8}}, "steps[1] must be an integer of at least 1, got 0"),
-        (
-            {"weight": "steps", "steps": {1: 3, 0: 8}},
-            "steps must have a number for each of the 1 workers, got 2 numbers",
-        ),
-        ({"sample": 0.5, "compressor": SketchTopK(0.1)}, "must average messages directly with a manager or a sample"),
-    ],
-)
-def test_what_is_refused(options: dict[str, Any], message: str) -> None:
-    x = nn.Parameter(torch.zeros(50, 50))
-    with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- compared below
-        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, **local_options(**options))
-    assert message in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([{}, {"weight": 2.0}], "worker 0 has weight=False and worker 1 has weight=True"),
-        ([{"weight": "steps"}, {"weight": 2.0}], "worker 0 has weight='steps' and worker 1 has weight=True"),
-        (
-            [{"weight": "steps", "steps": {0: 3, 1: 1}}, {"weight": "steps", "steps": [3, 2]}],
-            "worker 0 has workers.steps=(3, 1) and worker 1 has workers.steps=(3, 2)",
-        ),
-    ],
-)
-def test_weights_are_of_all_workers_or_of_none(options: list[dict[str, Any]], message: str) -> None:
-    def run(rank: int) -> None:
-        x = nn.Parameter(torch.zeros(50, 50))
-        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, workers=Workers(**options[rank]))
-
-    with pytest.raises(ValueError, match="workers must be given the same arguments") as caught:
-        simulate(run, 2)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "later", "message"),
-    [
-        ({"sample": 0.5}, Compression(TopK(0.1), exchange="two-way"), "must average messages directly with a manager"),
-        ({"sample": 0.5}, Compression(SketchTopK(0.1)), "must average messages directly with a manager or a sample"),
-    ],
-)
-def test_later_compressors_of_a_schedule_are_refused_too(
-    options: dict[str, Any], later: Compression, message: str
-) -> None:
-    x = nn.Parameter(torch.zeros(50, 50))
-    optimizer = torch.optim.SGD([x], lr=0.1)
-    schedule = replace(later, compressor=lambda t: later.at(t) if t else Identity())
-    LocalUpdates(optimizer, schedule, every=1, workers=Workers(**options))
-    x.grad = torch.ones(50, 50)
-    optimizer.step()
-    with pytest.raises(ValueError, match=message):
-        optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{"weight": 2.0}, {"sample": 0.5}], ids=["weight", "sample"])

@@ -55,15 +55,6 @@ def test_what_is_frozen_starts_from_rank_0(with_model: bool, everything: bool) -
     assert sent - equal == expected
 
 
-def test_frozen_tensors_must_be_of_one_shape() -> None:
-    def body(worker: int) -> None:
-        frozen = nn.Parameter(torch.zeros(3 + worker), requires_grad=False)
-        LocalUpdates(torch.optim.SGD([nn.Parameter(torch.zeros(4, 4)), frozen], lr=0.1), compressor=WHOLE)
-
-    with pytest.raises(ValueError, match=r"worker 0 has untrained\[0\]='parameter 1 \[3\] .* worker 1 has .* \[4\]"):
-        simulate(body, 2)
-
-
 def with_gaps() -> tuple[list[float], list[float]]:
     """Parameters in columns of one array, and others beside them."""
     base = torch.arange(12.0).view(6, 2) + 100 * torch.distributed.get_rank()

@@ -3,6 +3,7 @@
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from elastic_fakes import FakeGroup, FakeManager
 from forked_python import environment, python
-from local_updates import Case, Twin, flat, made
+from local_updates import Case, Training, Twin, flat, made
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -59,29 +60,28 @@ def ended(cases: list[Case], ends: tuple[int, ...]) -> list[Found]:
     return found
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_equal_to_the_twin(workers: int, gloo: Gloo) -> None:
-    """Which goes on with zero updates of the workers that have ended; all anchors are bitwise identical."""
-    found = gloo(ended, workers, CASES, ENDS)
+def check(found: list[list[Found]], case: Case, ends: tuple[int, ...], i: int = 0) -> None:
+    """Compare all workers' results of case i with the twin, which goes on with zero updates of those that ended."""
+    twin = Twin(case, len(ends))
+    twin.run(ends)
+    for rows, expected in zip(found, twin.x, strict=True):
+        x, anchor, steps, rounds = rows[i]
+        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(flat(anchor), twin.a, rtol=1e-9, atol=1e-11)
+        assert torch.equal(flat(anchor), flat(found[0][i][1]))
+        assert rounds == found[0][i][3] > 0
+        assert steps == 13 or case.paces
+
+
+def test_equal_to_the_twin(gloo: Gloo) -> None:
+    found = gloo(ended, 3, CASES, ENDS)
     for i, case in enumerate(CASES):
-        twin = Twin(case, workers)
-        twin.run(ENDS)
-        for worker in range(workers):
-            x, anchor, steps, rounds = found[worker][i]
-            torch.testing.assert_close(x, twin.x[worker], rtol=1e-9, atol=1e-11)
-            torch.testing.assert_close(flat(anchor), twin.a, rtol=1e-9, atol=1e-11)
-            for name, a in anchor.items():
-                assert torch.equal(a, found[0][i][1][name])
-            assert (steps, rounds) == (13, found[0][i][3])
+        check(found, case, ENDS, i)
 
 
 def test_a_worker_without_data(gloo: Gloo) -> None:
     """It takes part from the first step's check on."""
-    case = CASES[0]
-    for (found,) in gloo(ended, 2, [case], (0, 13)):
-        twin = Twin(case, 2)
-        twin.run((0, 13))
-        torch.testing.assert_close(flat(found[1]), twin.a, rtol=1e-9, atol=1e-11)
+    check(gloo(ended, 2, CASES[:1], (0, 13)), CASES[0], (0, 13))
 
 
 PACED = [
@@ -90,27 +90,18 @@ PACED = [
 ]
 
 
-@pytest.mark.parametrize("ends", [(24, 3, 0), (3, 28, 8)])
-def test_paces(ends: tuple[int, ...], gloo: Gloo) -> None:
+@pytest.mark.parametrize(("case", "ends"), [(PACED[0], (24, 3, 0)), (PACED[1], (3, 28, 8))])
+def test_paces(case: Case, ends: tuple[int, ...], gloo: Gloo) -> None:
     """Of workers that end in the middle of a round, one of them without a step; the first or the second is the last."""
-    case = PACED[ends[0] == 3]
-    found = gloo(ended, 3, [case], ends)
-    twin = Twin(case, 3)
-    twin.run(ends)
-    for ((x, anchor, _, rounds),), expected in zip(found, twin.x, strict=True):
-        torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(flat(anchor), twin.a, rtol=1e-9, atol=1e-11)
-        assert torch.equal(flat(anchor), flat(found[0][0][1]))
-        assert rounds == found[0][0][3] > 0
+    check(gloo(ended, 3, [case], ends), case, ends)
 
 
 def test_sampled_workers(gloo: Gloo) -> None:
     """With a sample of the workers in each round, anchors are bitwise identical too."""
-    found = gloo(ended, 3, [replace(case, sample=0.5) for case in CASES[:2]], ENDS)
-    for worker in found:
-        for (_, anchor, steps, rounds), (_, first, _, _) in zip(worker, found[0], strict=True):
-            assert (steps, rounds) == (13, 4)
-            assert all(torch.equal(a, first[name]) for name, a in anchor.items())
+    found = gloo(ended, 3, [replace(CASES[0], sample=0.5)], ENDS)
+    for ((_, anchor, steps, rounds),) in found:
+        assert (steps, rounds) == (13, 4)
+        assert torch.equal(flat(anchor), flat(found[0][0][1]))
 
 
 def escaping() -> tuple[Tensor, list[Any], int]:
@@ -185,45 +176,69 @@ def test_workers_that_have_ended_do_not_limit_the_others(gloo: Gloo) -> None:
     assert first == pytest.approx([16.0, 40.0, 40.0], abs=0.2)
 
 
-def call_inside(call: str) -> str:
+# ---- mistakes
+
+
+def call_inside(call: str, training: Training, local: LocalUpdates, worker: int) -> None:
     """Worker 0 has ended after 10 steps when worker 1 calls a collective function within `Join`."""
+    with Join([local]):
+        for n in range(1, 11 + worker):
+            training.step(n, worker)
+        if worker:
+            getattr(local, call)(*[[training.parameters["w"].detach()]] * (call == "average"))
+
+
+def throw_early(training: Training, local: LocalUpdates, worker: int) -> None:
+    with Join([local], throw_on_early_termination=True):
+        for n in range(1, 10 + 3 * worker):
+            training.step(n, worker)
+
+
+def join_two(training: Training, local: LocalUpdates, worker: int) -> None:
+    with Join([made(CASES[0])[1], local]):
+        training.step(1, worker)
+
+
+INSIDE = "worker 0 exchanges a round after step 12, and worker 1 calls {}() after step 11"
+MISTAKES: dict[str, tuple[Callable[[Training, LocalUpdates, int], None], list[str]]] = {
+    **{call: (partial(call_inside, call), [INSIDE.format(call)] * 2) for call in ("flush", "error", "average")},
+    "early termination": (  # of torch's engine
+        throw_early,
+        ["Rank 0 exhausted all inputs", "Detected at least one rank that exhausted inputs"],
+    ),
+    "two": (join_two, ["Join must have one LocalUpdates and nothing else"] * 2),
+    "mean": (
+        lambda training, local, worker: Join([local], divide_by_initial_world_size=False),  # type: ignore[dict-item,return-value]
+        ["divide_by_initial_world_size must be True"] * 2,
+    ),
+}
+
+
+def message(name: str) -> str:
     worker = dist.get_rank()
-    case = Case(every=4, compressor=TopK(0.1))
-    training, local = made(case)
-    try:
-        with Join([local]):
-            for n in range(1, 11 + worker):
-                training.step(n, worker)
-            if worker:
-                getattr(local, call)(*[[training.parameters["w"].detach()]] * (call == "average"))
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    training, local = made(Case(every=4, compressor=TopK(0.1)))
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        MISTAKES[name][0](training, local, worker)
+    return str(caught.value)
 
 
-@pytest.mark.parametrize("call", ["flush", "error", "average"])
-def test_other_collectives_inside(call: str, gloo: Gloo) -> None:
-    for said in gloo(call_inside, 2, call):
-        assert f"worker 0 exchanges a round after step 12, and worker 1 calls {call}() after step 11" in said
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_told_to_all_workers(name: str, gloo: Gloo) -> None:
+    for found, expected in zip(gloo(message, 2, name), MISTAKES[name][1], strict=True):
+        assert expected in found
 
 
-def on_early_termination() -> str:
-    case = Case(every=4, compressor=TopK(0.1))
-    training, local = made(case)
-    try:
-        with Join([local], throw_on_early_termination=True):
-            for n in range(1, 10 + 3 * dist.get_rank()):
-                training.step(n, dist.get_rank())
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+def test_workers_that_cannot_join() -> None:
+    manager = FakeManager(Solo())
+    elastic = Elastic(manager, group=FakeGroup(manager))
+    local = LocalUpdates(torch.optim.SGD([nn.Parameter(torch.ones(40, 50))]), workers=elastic)
+    with pytest.raises(RuntimeError, match="with a manager, a worker that has ended calls leave"):
+        Join([local])
+    with pytest.raises(RuntimeError, match="call init_process_group before LocalUpdates"):
+        simulate(lambda worker: Join([made(CASES[0])[1]]), 2)
 
 
-def test_throw_on_early_termination(gloo: Gloo) -> None:
-    """Of torch's engine: all workers raise."""
-    first, second = gloo(on_early_termination, 2)
-    assert "Rank 0 exhausted all inputs" in first
-    assert "Detected at least one rank that exhausted inputs" in second
+# ---- sites, and workers that have exited
 
 
 def on_sites() -> tuple[list[Tensor], list[Tensor], int]:
@@ -268,36 +283,6 @@ def test_sites_with_ddp(gloo: Gloo) -> None:
                 torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-11)
 
 
-def two_joined() -> str:
-    case = Case(every=3, compressor=TopK(0.1))
-    training, local = made(case)
-    _, other = made(case)
-    with pytest.raises(RuntimeError) as caught, Join([other, local]):
-        training.step(1, dist.get_rank())
-    return str(caught.value)
-
-
-def test_usage_errors(gloo: Gloo) -> None:
-    for said in gloo(two_joined, 2):
-        assert "Join must have one LocalUpdates and nothing else" in said
-    manager = FakeManager(Solo())
-    elastic = Elastic(manager, group=FakeGroup(manager))
-    local = LocalUpdates(torch.optim.SGD([nn.Parameter(torch.ones(40, 50))]), workers=elastic)
-    with pytest.raises(RuntimeError, match="with a manager, a worker that has ended calls leave"):
-        Join([local])
-    with pytest.raises(RuntimeError, match="call init_process_group before LocalUpdates"):
-        simulate(lambda worker: Join([made(CASES[0])[1]]), 2)
-
-
-def by_actives() -> None:
-    Join([made(CASES[0])[1]], divide_by_initial_world_size=False)
-
-
-def test_the_mean_is_of_all_workers(gloo: Gloo) -> None:
-    with pytest.raises(AssertionError, match="divide_by_initial_world_size must be True"):
-        gloo(by_actives, 1)
-
-
 EXITS = """
 import sys
 import torch
@@ -311,17 +296,15 @@ optimizer = torch.optim.SGD([x], lr=0.1)
 if rank or alone != "LocalUpdates":
     local = LocalUpdates(optimizer, every=4)
 rng = torch.Generator().manual_seed(rank)
-for _ in range(10 + 3 * rank * (alone == "exchanges a round")):
+for _ in range(10 + 3 * rank):
     x.grad = torch.randn(x.shape, generator=rng)
     optimizer.step()
-if rank and alone == "calls flush()":
-    local.flush()
 """
 
 
-@pytest.mark.parametrize("alone", ["exchanges a round", "calls flush()", "LocalUpdates"])
+@pytest.mark.parametrize("alone", ["exchanges a round", "LocalUpdates"])
 def test_a_worker_that_has_exited(alone: str, tmp_path: Path) -> None:
-    """Worker 1 makes more steps, a call or the LocalUpdates alone: it names the other, its own step, and remedies."""
+    """Worker 1 makes more steps, or the LocalUpdates alone: it names the other, its own step, and remedies."""
     found = [
         subprocess.Popen(
             [python(), "-c", EXITS, str(rank), str(tmp_path / "store"), alone],
@@ -338,6 +321,5 @@ def test_a_worker_that_has_exited(alone: str, tmp_path: Path) -> None:
     if alone == "LocalUpdates":
         assert last.endswith("It waited in LocalUpdates(...), which every worker must call")
         return
-    step = 12 if alone == "exchanges a round" else 10
-    assert f"It was when worker 1 {alone} after step {step}. If worker 1 alone made this call" in last
+    assert "It was when worker 1 exchanges a round after step 12. If worker 1 alone made this call" in last
     assert "if the others ended after fewer steps, train within torch's Join([local])" in last

@@ -8,7 +8,8 @@ from specs import local_options
 from torch import Tensor
 
 from packsaddle import Compression, Elastic, LocalUpdates, TopK
-from packsaddle.comm import Group, ManagedGroup, Solo
+from packsaddle.comm import Group, ManagedGroup, Solo, resolve
+from packsaddle.local.elastic.workers import ElasticWorkers
 
 COMPRESSION = Compression(TopK(0.25), dense_below=0, compare_every=1)
 
@@ -145,3 +146,38 @@ class Worker:
             for state in [] if optimizer is None else optimizer.state.values():
                 found += [t.clone() for t in state.values() if isinstance(t, Tensor)]
         return found
+
+
+def membership(worker: Worker) -> ElasticWorkers:
+    found = worker.local._workers
+    assert isinstance(found, ElasticWorkers)
+    return found
+
+
+def joined(**arguments: Any) -> Worker:
+    """Return this worker of the simulated ones, or one alone, which has joined the others."""
+    worker = Worker(resolve(None), **arguments)
+    worker.local.join()
+    return worker
+
+
+def of_state(state: Callable[[], Any], *, joins: bool = True, **arguments: Any) -> Worker:
+    """Return a worker that loads a state of the others at its first quorum; with `joins` it has joined them."""
+    worker = Worker(resolve(None), **arguments)
+
+    def load() -> None:
+        worker.manager.before_quorum = lambda: None
+        worker.manager.load(state())
+
+    worker.manager.before_quorum = load
+    if joins:
+        worker.local.join()
+    return worker
+
+
+def check_nothing_is_lost(workers: Sequence[Worker], *, pending: bool) -> None:
+    """Check that the anchor has moved from x_0 by the mean of what workers have done, less what is still `pending`."""
+    mean = torch.stack([worker.moved - worker.local.pending() for worker in workers]).mean(0)
+    for worker in workers:
+        torch.testing.assert_close(worker.anchor(), Worker().x() - mean, rtol=1e-12, atol=1e-12)
+        assert bool(worker.local.pending().any()) == pending

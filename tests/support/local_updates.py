@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from math import prod
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ from packsaddle import (
 )
 from packsaddle.comm import resolve
 from packsaddle.compressors.low_rank import orthonormal, scaled
-from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.local.options import LocalOptions
 from packsaddle.local.pace import paces
@@ -87,6 +86,7 @@ class Case:
     paces: tuple[int, ...] | None = None  # by worker
     speeds: tuple[tuple[int, ...], ...] = ((1,) * 9,)  # seconds of a step by worker, in each round; the last: and later
     sample: float = 1.0
+    sits_out: bool = False  # workers that are not sampled do not train
     clip: float | None = None
     escape: tuple[int, float, Any, int] | None = None  # interval, radius, compare, every
     max_skipped: int | None = 20
@@ -133,6 +133,8 @@ class Case:
 
     def is_quiet(self, n: int, pace: Iterable[int]) -> bool:
         """Return True if no worker is ahead of others by an exchange, or by the first step's check, at tick n."""
+        if self.sits_out and n < self.next_due(1):  # in which those that sit out run the first step's check
+            return False
         tick = (n - 1) % self.every + 1
         lasts = [(self.last_step(tick, h), h) for h in pace]
         first = min(k * self.every // h for k, h in lasts)
@@ -142,6 +144,10 @@ class Case:
         """Return True if an exchange begins or ends at a tick."""
         offsets = [i * self.every // self.fragments for i in range(self.fragments)]
         return any((tick + offset - late) % self.every == 0 for offset in offsets for late in (0, self.delay))
+
+    def next_due(self, tick: int) -> int:
+        """Return the first tick from this one on at which an exchange begins; without a delay."""
+        return next(n for n in count(tick) if self.is_due(n))
 
     def is_frozen(self, name: str, worker: int, n: int) -> bool:
         """For spells of three steps; the first parameter never."""
@@ -293,7 +299,8 @@ class Twin:
         self.is_sent = [dict.fromkeys(values, True) for _ in range(self.size)]
         self.segment, self.segment_t = self.a.clone(), 0  # of the escape check
         self.resets: list[tuple[int, bool]] = []
-        self.skipped = self.streak = 0
+        self.skips = list[tuple[int, ...]]()  # the workers whose updates were invalid, by rejected round
+        self.streak = 0
         self.paces = self.following = list(case.paces or (case.every,) * self.size)
         self.times, self.changed = (1,) * self.size, 0  # of a step, as the paces are; rounds with others
         self.made, self.done = [0] * self.size, [0] * self.size  # steps of each worker, and those of this round
@@ -323,13 +330,18 @@ class Twin:
                 pending[:, part.at] += part.current.mean
         return pending
 
+    def is_idle(self, i: int, n: int) -> bool:
+        """Return True if worker i sits out inner step n, since the next exchange is without it."""
+        due = self.case.next_due(n)
+        return self.case.sits_out and due <= self.case.steps and not self.shares(due, flush=False)[i]
+
     def train(self, i: int, ends: tuple[int, ...] | None) -> None:
-        """Do the next inner step of worker i, unless it has ended."""
+        """Do the next inner step of worker i, unless it has ended or sits out."""
         before = self.x[i].clone()
         self.made[i] += 1
         self.done[i] += 1
         n = self.made[i]
-        if ends is None or n <= ends[i]:
+        if (ends is None or n <= ends[i]) and not self.is_idle(i, n):
             self.trainings[i].step(n, i)
         for name in self.places:
             trained = not self.case.is_frozen(name, i, n)
@@ -572,7 +584,7 @@ class Twin:
                     start = self.x[i].index_copy(0, each.at, each.current.before[i]) if begun else self.s()[i]
                     self.x[i, at] = start[at]
                     self.u[i, at] = 0
-        self.skipped += 1
+        self.skips.append(tuple(r.invalid.nonzero().flatten().tolist()))
         self.streak += 1
         if self.case.max_skipped is not None and self.streak > self.case.max_skipped:
             raise NonFiniteError("too many")
@@ -622,8 +634,10 @@ class Twin:
                 traces[0].stopped = n
                 break
         for trace in traces:
+            trace.error = (self.shares(0, flush=True) * self.pending()).mean(0)
             trace.paces = traces[0].paces
-            trace.rounds, trace.skipped = sum(part.t for part in self.parts), self.skipped
+            trace.rounds, trace.skips = sum(part.t for part in self.parts), self.skips
+            trace.skipped = len(self.skips)
             trace.resets, trace.stopped = self.resets, traces[0].stopped
             trace.clips = sorted((clip for part in self.parts for clip in part.clips), key=lambda clip: clip[0])
         return traces
@@ -655,8 +669,9 @@ class Trace:
     skipped: int = 0
     stopped: int = 0  # the step with a NonFiniteError
     resets: list[tuple[int, bool]] = field(default_factory=list)  # round, and if x was committed
+    error: Tensor | None = None  # the mean of all that is pending, float[d], at the end; None after a NonFiniteError
     # Since the last resume:
-    skips: list[Skip] = field(default_factory=list)
+    skips: list[tuple[int, ...]] = field(default_factory=list)  # the workers named by the rejected rounds
     clips: list[tuple[int, str, float]] = field(default_factory=list)
 
 
@@ -673,8 +688,12 @@ def train(case: Case, rank: int, *, resumes: bool = False) -> Trace:
             while done < last:
                 n, done = n + 1, done + 1
                 CLOCK.work(case.seconds(tick)[rank])
+                is_idle = case.sits_out and not local.sampled and case.next_due(tick) <= case.steps
                 try:
-                    training.step(n, rank)
+                    if not is_idle:
+                        training.step(n, rank)
+                    elif case.is_due(tick):
+                        local.sit_out()
                 finally:
                     note(trace, training, local)
             if tick in case.flushes and is_quiet:
@@ -690,7 +709,8 @@ def train(case: Case, rank: int, *, resumes: bool = False) -> Trace:
             trace.ends += [len(trace.rows)] * (part == case.every)
         if resumes and is_quiet:
             training, local = resumed(training, local)
-    trace.rounds, trace.skipped, trace.skips = local.rounds, local.skipped, local.skips
+    trace.error = None if trace.stopped else local.error()
+    trace.rounds, trace.skipped, trace.skips = local.rounds, local.skipped, [skip.workers for skip in local.skips]
     trace.resets = [(reset.step, reset.committed) for reset in local.resets]
     trace.clips = [(clip.step, clip.worker, clip.factor) for clip in local.clips]
     assert resumes or len(trace.clips) == local.clipped
@@ -728,8 +748,10 @@ def check_twin(case: Case, found: list[Trace]) -> None:
             torch.testing.assert_close(rows, twins, rtol=1e-9, atol=1e-11, equal_nan=True, msg=where.__add__)
         for mine, first in zip(trace.marks, found[0].marks, strict=True):
             assert torch.equal(trace.rows[mine - 1][1], found[0].rows[first - 1][1]), mine
-        for name in ("rounds", "skipped", "resets"):
+        for name in ("rounds", "skipped", "skips", "resets"):
             assert getattr(trace, name) == getattr(twin, name), name
+        if trace.error is not None:
+            torch.testing.assert_close(trace.error, twin.error, rtol=1e-9, atol=1e-11, equal_nan=True)
         # A worker that makes fewer steps than the round has ticks is ahead of the exchange that stops it.
         assert trace.stopped == twin.stopped or (trace.stopped > twin.stopped > 0 and case.weight == "steps")
         assert [clip[:2] for clip in trace.clips] == [clip[:2] for clip in twin.clips]

@@ -1,5 +1,7 @@
 """Another number of workers, on any front: x and y, x less all that is unsent, stay; and workers go on with one x.
 
+Of local updates so do the outer optimizer's state, and the means of the workers' own parameters and moments.
+
 tests/checkpoint/test_reshard.py has what a file may lack. FSDP refuses (tests/hooks/test_fsdp.py).
 """
 
@@ -9,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from fronts import Training, made, parameters_of
+from fronts import Training, flat, made, mean, parameters_of
 from torch import Tensor
 
-from packsaddle import QSGD, Storm, TopK, load_checkpoint, save_checkpoint
+from packsaddle import QSGD, Identity, OuterSGD, Storm, TopK, load_checkpoint, save_checkpoint
 
 COMMON: dict[str, dict[str, Any]] = {
     "TopK": {},
@@ -24,14 +26,15 @@ FURTHER: dict[str, dict[str, Any]] = {
     "STORM": {"momentum": Storm(0.3)},
     "QSGD": {"compressor": QSGD()},
     "x at the anchor": {"exchange": "two-way", "keep_unsent": False},
+    "AdamW, outer": {"inner": torch.optim.AdamW, "outer": OuterSGD(), "mean_momentum": 0.0},
 }
 WAYS = {
     "CompressedSGD": COMMON | {name: FURTHER[name] for name in ("momentum", "STORM")},
     "DDP by buckets": COMMON,
     "DDP by model": COMMON,
-    "local": COMMON | {name: FURTHER[name] for name in ("QSGD", "x at the anchor")},
+    "local": COMMON | {name: FURTHER[name] for name in ("QSGD", "x at the anchor", "AdamW, outer")},
     "local, two optimizers": {"two-way": COMMON["two-way"]},
-    "local overlapped": COMMON | {"x at the anchor": FURTHER["x at the anchor"]},
+    "local overlapped": COMMON | {name: FURTHER[name] for name in ("x at the anchor", "AdamW, outer")},
 }
 
 
@@ -42,34 +45,51 @@ def parts(one: Training) -> dict[str, Any]:
     return {"model": one.plain, **(both if one.engine is not one.optimizer else {"engine": one.engine})}
 
 
-def saved(front: str, way: str, folder: Path) -> tuple[Tensor, Tensor]:
+def of_local(one: Training) -> Tensor:
+    """Return the means over workers of the parameters and moments of local updates, and the outer state; collective."""
+    if not hasattr(one, "optimizer") or not hasattr(one.engine, "outer"):
+        return torch.zeros(0)
+    states = [t.double() for state in one.optimizer.state.values() for t in state.values()]
+    outer = [] if one.engine.outer is None else [t for state in one.engine.outer.state.values() for t in state.values()]
+    return torch.cat([mean(flat([*one.parameters(), *states])), *(t.view(-1) for t in outer)])
+
+
+def saved(front: str, way: str, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Save after a step that is between two rounds of local updates, or within the delay of one."""
     one = made(front, **WAYS[front][way])
     for t in range(7):
         one.step(t)
-    found = one.x(), one.y()
+    found = one.x(), one.y(), of_local(one)
     save_checkpoint(folder, parts(one), step=7)
     return found
 
 
-def carried(front: str, way: str, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+def carried(front: str, way: str, folder: Path) -> tuple[Tensor, ...]:
+    """Return x, y and `of_local` after loading, x after further steps, and of plain local updates after a flush."""
     one = made(front, **WAYS[front][way])
     load_checkpoint(folder, parts(one))
-    found = one.x(), one.y()
+    found = one.x(), one.y(), of_local(one)
     for t in range(7, 13):
         one.step(t)
-    return *found, one.x()
+    later, flushed = one.x(), found[1]
+    if front.startswith("local") and "outer" not in WAYS[front][way]:
+        load_checkpoint(folder, parts(one))
+        assert one.engine.flush(Identity())
+        flushed = one.x()
+    return *found, later, flushed
 
 
 @pytest.mark.filterwarnings("ignore:the checkpoint of step 7 was saved by")
 @pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3)])
 @parameters_of(WAYS)
 def test_y_stays(front: str, way: str, old: int, new: int, on_workers: Callable[..., Any], tmp_path: Path) -> None:
-    (x, y), *_ = on_workers(saved, front, way, tmp_path, workers=old)
+    (x, y, others), *_ = on_workers(saved, front, way, tmp_path, workers=old)
     assert (x - y).abs().max() > 1e-6
     found = on_workers(carried, front, way, tmp_path, workers=new)
-    for here, corrected, later in found:
+    for here, corrected, of_this, later, flushed in found:
         torch.testing.assert_close(here, x, rtol=0, atol=1e-12)
         torch.testing.assert_close(corrected, y, rtol=0, atol=1e-12)
-        assert torch.equal(later, found[0][2])
+        torch.testing.assert_close(of_this, others, rtol=0, atol=1e-12)
+        torch.testing.assert_close(flushed, y, rtol=0, atol=1e-12)
+        assert torch.equal(later, found[0][3])
         assert (later - x).abs().max() > 1e-3
