@@ -439,9 +439,7 @@ def local_states(folder: Path) -> dict[str, Any]:
         attach_local_updates(other, other, [torch.optim.SGD(other.parameters())], TopK(0.1))
     half = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     last: list[torch.optim.Optimizer] = [torch.optim.SGD(half[1].parameters(), lr=0.1)]
-    with pytest.raises(
-        ValueError, match=r"must have all parameters .*, but 0\.weight, 0\.bias would be trained"
-    ):
+    with pytest.raises(ValueError, match=r"must have all parameters .*, but 0\.weight, 0\.bias would be trained"):
         attach_local_updates(DistributedDataParallel(half), half, last, TopK(0.1))
     with pytest.raises(ValueError, match="no parameter in common, but SGD and Adam have one"):
         stepping([torch.optim.SGD(other.parameters()), torch.optim.Adam(other.parameters())])
@@ -498,9 +496,7 @@ def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]]
     for found in gloo(loading, 2, tmp_path):
         assert (found.pop("all"), found.pop("none")) == ("True; step 2, 0 warnings", "False; step 3, 1 warnings")
         for name, (first, second) in {"one": ("2", "'no file'"), "mixed": ("1", "2")}.items():
-            cause = (
-                f"{tmp_path / name} has no packsaddle-RANK.pt of one step for each of 2 workers (were "
-            )
+            cause = f"{tmp_path / name} has no packsaddle-RANK.pt of one step for each of 2 workers (were "
             end = f"{differ}{first} and worker 1 has steps of the saved state={second}; step 3, 0 warnings"
             assert found[name].startswith(cause)
             assert found[name].endswith(end)
