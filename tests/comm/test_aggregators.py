@@ -29,8 +29,9 @@ from packsaddle import (
     TopK,
     simulate,
 )
-from packsaddle.comm.aggregators import Aggregator, Averaged
+from packsaddle.comm.aggregators import Aggregator, AllGather, Averaged
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes
 from packsaddle.comm.select_aggregator import choose
@@ -172,6 +173,16 @@ def test_predicted_bytes_are_counted(compressor: Compressor, exchange: str, back
         for name in ("payload", "sent", "received"):
             a, b = getattr(counted, name), getattr(predicted, name)
             assert a == pytest.approx(b, rel=share, abs=100) if coded else a == b, (name, a, b)
+
+
+@pytest.mark.parametrize(("compressor", "d", "sizes"), [(TopK(0.1), 4000, 16), (Sign(), 4000, 0), (TopK(0.1), 0, 0)])
+def test_the_sizes_of_messages_are_predicted(compressor: Compressor, d: int, sizes: int) -> None:
+    """8 bytes for each part whose size varies."""
+    assert AllGather(compressor).collectives(d, 0, 2, 4)[0] == RingAllGather(sizes)
+
+
+def test_nothing_is_lost_of_no_coordinates() -> None:
+    assert AllGather(Sign()).mu(0, 2) == 1.0
 
 
 def test_gathered_mean_is_the_mean_of_compressions() -> None:

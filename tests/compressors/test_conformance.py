@@ -225,6 +225,10 @@ def test_numbers_of_other_libraries() -> None:
         assert RatioRamp(TopK(share), 10)(10) == TopK(0.25)  # type: ignore[arg-type]
 
 
+def test_a_ramp_of_one_step() -> None:
+    assert [RatioRamp(TopK(0.1), 1)(step) for step in (0, 1)] == [TopK(0.25), TopK(0.1)]
+
+
 def test_few_of_no_coordinates() -> None:
     for compressor in (TopK(k=5), RandomK(k=5), Stages(TopK(k=5))):
         assert compressor.restrict(0, 0, 10) == compressor
@@ -561,6 +565,7 @@ REFUSALS: dict[str, Callable[[], object]] = {
     "compressor of Stages must leave something, and Identity": lambda: Stages(Identity()),
     "compressor of Stages must be a Compressor, got 'Sign'": lambda: Stages("Sign"),  # type: ignore[arg-type]
     "k of TopK must be at most d = 6": lambda: Stages(TopK(k=7))(torch.ones(6)),
+    "stop of RatioRamp must be at least 1 step, got 0": lambda: RatioRamp(TopK(0.1), 0),
     "compressor of RatioRamp must have a ratio": lambda: RatioRamp(Stages(TopK(0.1)), stop=10),
     "first of RatioRamp .* not an integer, got 1; .* 1% is 0\\.01": lambda: RatioRamp(RandomK(0.01), 10, first=1),
 }
