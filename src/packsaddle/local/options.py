@@ -195,9 +195,16 @@ class Elastic(Option):
 
     may_be_absent: ClassVar[bool] = True  # as `Workers.may_be_absent`
 
+    @property
+    def is_site(self) -> bool:
+        """True if the manager is of a worker of several processes."""
+        return getattr(self.manager, "_group_world_size", 1) > 1
+
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
             raise TypeError(f"manager must be a torchft Manager, got {type(self.manager).__name__}")
+        if self.is_site and getattr(self.manager, "_init_sync", False):
+            raise ValueError("manager of a site must have init_sync=False: processes would begin at different anchors")
         if getattr(self.manager, "_use_async_quorum", False):
             raise ValueError("manager must have use_async_quorum=False: state must not change between two rounds")
         if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
@@ -388,8 +395,11 @@ class LocalOptions(Option):
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
         """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
-        if isinstance(self.workers, Elastic) and sharded:
-            raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
+        if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
+            raise ValueError(
+                "parameters must be whole on each worker with a manager of one process, and some are DTensors: "
+                "make that of a site, connect(..., site=True)"
+            )
         if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather):
             name = type(aggregator).__name__
             raise ValueError(
