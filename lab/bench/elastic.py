@@ -36,6 +36,7 @@ JOIN = 2.0  # seconds that it waits for live workers that have not joined the ro
 TIMEOUT = 4.0  # timeout of a collective, seconds
 IN, HIDDEN, OUT = 16, 48, 8
 DIRECTIONS = 4
+PROCESSES = 2  # of a site
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Spec:
     until: str | None = None  # it ends once this file exists
     grace: float = 25.0  # maximum seconds of leaving
     fault: int = 0  # its confirmation fails in this round, counted from 1, on this worker only; 0: never
+    inside: str = ""  # "DDP" or "FSDP2": a worker is a site of two processes; "": it is one process
+    process: int = 0  # rank in the site
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -72,6 +75,18 @@ def network() -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Linear(IN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, OUT)
     return nn.Sequential(*layers).double()
+
+
+def inside(model: nn.Module, kind: str) -> nn.Module:
+    """Return a model that the processes of a site train together."""
+    if kind == "DDP":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "FSDP2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
+    return model
 
 
 def batch(seed: int, worker: str, step: int, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -105,6 +120,9 @@ def work(spec: Spec) -> None:
 
     logging.getLogger("torchft").setLevel(logging.CRITICAL)
     log = Log(spec.log)
+    if spec.inside:
+        store = f"file://{spec.log.rsplit('-', 1)[0]}.store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=spec.process, world_size=PROCESSES)
     try:
         Worker(spec, log).train()
         log.write(event="end")
@@ -124,13 +142,14 @@ class Worker:
         from packsaddle.comm import connect
 
         self.spec, self.log = spec, log
-        self.model = network()
+        self.model = inside(network(), spec.inside)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
         self.optimizer.register_step_post_hook(self._stepped)  # runs before LocalUpdates' hook
-        manager = connect(spec.lighthouse, name=spec.name, timeout=TIMEOUT, quorum_timeout=60.0, connect_timeout=20.0)
+        times = {"timeout": TIMEOUT, "quorum_timeout": 60.0, "connect_timeout": 20.0}
+        manager = connect(spec.lighthouse, name=spec.name, site=bool(spec.inside), **times)
         elastic = packsaddle.Elastic(
             manager,
-            memory_file=Path(spec.memory) if spec.memory else None,
+            memory_file=Path(spec.memory).with_suffix(f".{spec.process}") if spec.memory else None,
             patience=90.0,
             grace=spec.grace,
         )
@@ -139,7 +158,7 @@ class Worker:
         if spec.fault:
             self._break(spec.fault)
         rng = torch.Generator().manual_seed(7)
-        d = sum(p.numel() for p in self.model.parameters())
+        d = len(self.parameters())
         self.directions = torch.randn(DIRECTIONS, d, generator=rng, dtype=torch.float64)
         self.moved = torch.zeros(d, dtype=torch.float64)
 
@@ -158,7 +177,13 @@ class Worker:
         channel.gather = gathered  # type: ignore[method-assign]
 
     def _stepped(self, *_: Any) -> None:
-        self.moved += self.before - flat(list(self.model.parameters())).double()
+        self.moved += self.before - self.parameters()
+
+    def parameters(self) -> Tensor:
+        """Return this process's part of the parameters, float64[d]."""
+        from packsaddle.comm.sharding import local_part
+
+        return flat(list(map(local_part, self.model.parameters()))).double()
 
     def anchor(self) -> Tensor:
         return flat(list(self.local.anchor().values()))
@@ -175,10 +200,10 @@ class Worker:
         self.say("join", None, pending)
         step = 0
         while not self.over():
-            x, y = batch(spec.seed, f"{spec.name} {spec.life}", step)
+            x, y = batch(spec.seed, f"{spec.name} {spec.life} {spec.process}".removesuffix(" 0"), step)
             self.optimizer.zero_grad()
             nn.functional.mse_loss(self.model(x), y).backward()
-            self.before = flat(list(self.model.parameters())).double()
+            self.before = self.parameters()
             try:
                 self.optimizer.step()
             except SystemExit:
@@ -212,6 +237,8 @@ class Worker:
             history=membership.roster.history,
             past=list(membership.roster.past)[-2:-1],
             run=membership.roster.run,
+            process=self.spec.process,
+            included=membership.account.included,
             worker=membership.worker,
             here=sorted(w for w, m in membership.roster.members.items() if m.here),
             sends=membership.account.included == membership.account.attempts,
@@ -268,12 +295,16 @@ class Crew:
         self.logs: list[Path] = []
 
     def start(self, name: str, **more: Any) -> None:
+        """Start a worker; if it is a site, its processes, which are called NAME.0 and NAME.1."""
         self.lives[name] = self.lives.get(name, -1) + 1
-        log = self.folder / f"{name}-{self.lives[name]}.jsonl"
-        self.logs.append(log)
-        spec = replace(self.first, name=name, log=str(log), life=self.lives[name], **more)
-        self.processes[name] = CONTEXT.Process(target=work, args=(spec,), daemon=True)
-        self.processes[name].start()
+        is_site = bool(more.get("inside", self.first.inside))
+        for process in range(PROCESSES if is_site else 1):
+            member = f".{process}" if is_site else ""
+            log = self.folder / f"{name}-{self.lives[name]}{'-' * is_site}{member[1:]}.jsonl"
+            self.logs.append(log)
+            spec = replace(self.first, name=name, log=str(log), life=self.lives[name], process=process, **more)
+            self.processes[name + member] = CONTEXT.Process(target=work, args=(spec,), daemon=True)
+            self.processes[name + member].start()
 
     def alive(self) -> list[str]:
         return [name for name, process in self.processes.items() if process.is_alive()]
@@ -302,17 +333,17 @@ class Crew:
 def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Compare the workers' logs of the same rounds: anchors, and the mean of their messages."""
     wrong: list[str] = []
-    rounds: dict[int, list[dict[str, Any]]] = {}
+    rounds: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by history, and process of a site
     for lines in logs:
         for line in lines:
             if line["event"] in ("round", "join"):
-                rounds.setdefault(line["history"], []).append(line)
-    anchors = {history: lines[0]["anchor"] for history, lines in rounds.items()}
+                rounds.setdefault((line["history"], line["process"]), []).append(line)
+    anchors = {key: lines[0]["anchor"] for key, lines in rounds.items()}
     checked = 0
-    for lines in rounds.values():
+    for (_, process), lines in rounds.items():
         if len({line["hash"] for line in lines}) > 1:
             wrong.append(f"anchors differ after round {lines[0]['round']}")
-        before = [anchors[p] for line in lines for p in line["past"] if p in anchors]
+        before = [anchors[p, process] for line in lines for p in line["past"] if (p, process) in anchors]
         sent = {line["worker"]: line for line in lines if line["sent"] is not None}
         joined = {line["worker"] for line in lines if line["sent"] is None}
         here = set(lines[0]["here"])

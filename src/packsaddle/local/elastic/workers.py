@@ -570,11 +570,10 @@ class ElasticWorkers:
     def _load_received(self) -> None:
         """Load a received state. Processes of a site may have received it from different workers, whose steps and inner
         optimizers differ: those of process 0, or its whole state if each process has the whole model."""
-        if self._received is not None:
-            state, self._received = self._received, None
-            self._recover(
-                {**state, **self._objects.send(state if self._has_replicas else {"steps": state["steps"]}, 0)}
-            )
+        if (state := self._received) is not None:
+            self._received = None
+            shared = state if self._has_replicas else {"steps": state["steps"]}
+            self._recover({**state, **self._objects.send(shared, 0)})
 
     def _discard_received(self) -> None:
         """Discard a received state, since other processes of this site have none."""
