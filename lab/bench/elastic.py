@@ -77,15 +77,17 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
-def inside(model: nn.Module, kind: str) -> nn.Module:
-    """Return a model that the processes of a site train together."""
-    if kind == "DDP":
-        return nn.parallel.DistributedDataParallel(model)
-    if kind == "FSDP2":
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def inside(model: nn.Module, kind: str, mesh: Any = None) -> nn.Module:
+    """Return a model that the processes of a site train together; `mesh` is theirs, by default of all processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
+    if kind:
+        mesh = mesh or init_device_mesh("cpu", (PROCESSES,))
+    if kind == "DDP":
+        return nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    if kind == "FSDP2":
+        fully_shard(model, mesh=mesh)
     return model
 
 
@@ -98,6 +100,12 @@ def batch(seed: int, worker: str, step: int, size: int = 32) -> tuple[Tensor, Te
     x = torch.randn(size, IN, generator=rng)
     y = torch.sin(x @ mix_in) @ mix_out + 0.1 * torch.randn(size, OUT, generator=rng)
     return x.double(), y.double()
+
+
+def compression() -> Any:
+    from packsaddle import Compression, TopK
+
+    return Compression(TopK(1 / 8, values="int8"), "direct", dense_below=10, compare_every=1)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -153,8 +161,7 @@ class Worker:
             patience=90.0,
             grace=spec.grace,
         )
-        compression = packsaddle.Compression(packsaddle.TopK(1 / 8, values="int8"), dense_below=10, compare_every=1)
-        self.local = packsaddle.LocalUpdates(self.optimizer, compression, every=spec.every, workers=elastic)
+        self.local = packsaddle.LocalUpdates(self.optimizer, compression(), every=spec.every, workers=elastic)
         if spec.fault:
             self._break(spec.fault)
         rng = torch.Generator().manual_seed(7)
@@ -200,7 +207,7 @@ class Worker:
         self.say("join", None, pending)
         step = 0
         while not self.over():
-            x, y = batch(spec.seed, f"{spec.name} {spec.life} {spec.process}".removesuffix(" 0"), step)
+            x, y = batch(spec.seed, f"{spec.name} {spec.life} {spec.process}", step)
             self.optimizer.zero_grad()
             nn.functional.mse_loss(self.model(x), y).backward()
             self.before = self.parameters()
@@ -221,7 +228,11 @@ class Worker:
         self.say("round", self.moved - (now - pending), now)
 
     def over(self) -> bool:
-        if self.spec.until is not None and Path(self.spec.until).exists():
+        """Return True if training ends; the processes of a site agree, since they look for the file one by one."""
+        is_over = torch.tensor([self.spec.until is not None and Path(self.spec.until).exists()], dtype=torch.int32)
+        if self.spec.inside:
+            torch.distributed.all_reduce(is_over)
+        if is_over:
             return True
         if self.spec.rounds is not None:
             return self.local.rounds >= self.spec.rounds
