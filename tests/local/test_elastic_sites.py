@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from elastic_fakes import FakeGroup, FakeManager
 from elastic_sites import Run
-
 from test_elastic_workers import crew, ended, reached, rounds
-from test_sites import INSIDE, Training, batches, place
+from test_sites import INSIDE, WHOLE, Training, batches, place
 from torch import Tensor, nn
 
 from packsaddle import Compression, Elastic, LocalUpdates, OuterSGD, TopK
@@ -159,13 +158,15 @@ def refused(inside: str) -> list[str]:
         site = Site(inside)
         whole = nn.Parameter(torch.ones(2, dtype=torch.float64))
         optimizer = torch.optim.SGD([*site.model.parameters(), whole], lr=0.1)
-        LocalUpdates(optimizer, workers=Elastic(site.manager, group=FakeGroup(site.manager), leave_on_sigterm=False))
+        elastic = Elastic(site.manager, group=FakeGroup(site.manager), leave_on_sigterm=False)
+        LocalUpdates(optimizer, WHOLE, workers=elastic)
 
     caught(mixed)
     caught(lambda: Site(inside, settings={"memory_file": Path(f"memory-{dist.get_rank()}") if mine else None}))
     single = FakeManager(TorchGroup(mesh["sites"].get_group()))
     elastic = Elastic(single, group=FakeGroup(single), leave_on_sigterm=False)
-    caught(lambda: LocalUpdates(Site(inside).optimizer, workers=elastic))
+    optimizer = torch.optim.SGD(Site(inside).model.parameters(), lr=0.1)
+    caught(lambda: LocalUpdates(optimizer, WHOLE, workers=elastic))
     manager = FakeManager(Solo())
     manager._group_world_size, manager._init_sync = 2, True  # type: ignore[attr-defined]
     caught(lambda: Elastic(manager))
@@ -175,9 +176,7 @@ def refused(inside: str) -> list[str]:
 def test_what_does_not_fit_is_refused(gloo: Gloo) -> None:
     for mixed, files, single, synced in gloo(refused, 4, "FSDP2"):
         assert "parameters must all be sharded in a site with a manager, or none" in mixed
-        assert (
-            "the processes of a worker must be given the same arguments, but process 0 has memory_file=False" in files
-        )
+        assert "be given the same arguments, but process 0 has memory_file=False" in files
         assert "parameters must be whole on each worker with a manager of one process" in single
         assert "manager of a site must have init_sync=False" in synced
 
