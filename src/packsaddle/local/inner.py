@@ -133,10 +133,10 @@ class Shards:
         # In the order of the parameters, which is that of all processes, and each group of processes once.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
         sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
-        self._sharing = distinct_groups(sharing)
-        self.groups: list[Group] = [*self._sharing]
-        if within is not None and getattr(within, "ranks", None) not in [group.ranks for group in self._sharing]:
-            self.groups.append(within)
+        # `within` may exchange tensors on more devices than the mesh's group of the same processes.
+        ranks = getattr(within, "ranks", None)
+        self._sharing = [within if within and group.ranks == ranks else group for group in distinct_groups(sharing)]
+        self.groups = self._sharing if within is None or within in self._sharing else [*self._sharing, within]
 
     def __call__(self, bad: Tensor) -> Tensor:
         """Return `bad`, bool[...], reduced with OR over all processes."""
