@@ -188,9 +188,7 @@ class Worker:
 
     def parameters(self) -> Tensor:
         """Return this process's part of the parameters, float64[d]."""
-        from packsaddle.comm.sharding import local_part
-
-        return flat(list(map(local_part, self.model.parameters()))).double()
+        return flat([p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]).double()
 
     def anchor(self) -> Tensor:
         return flat(list(self.local.anchor().values()))
