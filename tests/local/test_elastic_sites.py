@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import signal
+import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -241,3 +242,22 @@ def test_a_site_that_loses_a_process_comes_back(inside: str, tmp_path: Path) -> 
             assert back["pending"] == last["pending"]
         final = {rounds(logs[i])[-1]["hash"] for i in (process, 6 + process)}
         assert len(final) == 1
+
+
+@needs_torchft
+@pytest.mark.process
+def test_a_site_leaves_while_it_waits_for_others(tmp_path: Path) -> None:
+    """Its processes, which cannot agree on it there, save their memories, and end with their grace."""
+    with crew(tmp_path, 1, inside="DDP", memory=str(tmp_path / "memory"), grace=3.0) as (benchmark, workers):
+        workers.start("w1", step=6.0, memory=None)
+        reached(benchmark, workers, 0, 1)
+        time.sleep(2.0)  # in which it has done its steps, and the other not its first
+        before = [(tmp_path / f"memory.{process}").stat().st_mtime for process in (0, 1)]
+        for process in (0, 1):
+            workers.signal(f"w0.{process}", signal.SIGTERM)
+        for process in (0, 1):
+            workers.processes[f"w0.{process}"].join(60)
+            assert (tmp_path / f"memory.{process}").stat().st_mtime > before[process]
+        logs = workers.read()
+    assert [lines[-1]["event"] for lines in logs[:2]] == ["left", "left"]
+    assert [lines[-1]["code"] for lines in logs[:2]] == [0, 0]
