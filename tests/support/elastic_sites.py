@@ -1,8 +1,8 @@
 """Sites that come and go without torchft: threads whose collectives fail where a peer is dead, and their lighthouse.
 
-A site's processes are threads. A plan draws when a site is killed, at any collective of one of its processes, when a
-collective fails on one process alone, and when a state is not received. What a worker sends is logged as
-lab/bench/elastic.py logs it, from its own account, and checked there.
+A site's processes are threads, of which one runs at a time. A plan draws when a site is killed, at any collective of
+one of its processes, when a collective fails on one process alone, and when a state is not received. What a worker
+sends is logged as lab/bench/elastic.py logs it, from its own account, and checked there.
 """
 
 import random
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from packsaddle import Compression, Elastic, LocalUpdates, TopK
 from packsaddle.comm import Group
+from packsaddle.local.elastic.memory_file import OwnFile
 from packsaddle.local.elastic.workers import ElasticWorkers
 
 PROCESSES = 2
@@ -193,6 +194,8 @@ class Process:
         file = run.folder / f"{life.name}.{process}" if run.files else None
         workers = Elastic(manager, group=Lane(manager), leave_on_sigterm=False, memory_file=file)
         self.local = LocalUpdates(self.optimizer, run.compression, every=2, workers=workers)
+        assert isinstance(self.local._workers, ElasticWorkers)
+        run.files_of[life.number, process] = self.local._workers._file
         self.moved = torch.zeros(30, dtype=torch.float64)
         self.before = self.moved.clone()
         self.steps = 0
@@ -250,7 +253,8 @@ class Run:
         )
         self.compression = Compression(TopK(0.25), dense_below=0, compare_every=1)
         self.hub, self.logs, self.errors = Lighthouse(), [], []  # type: ignore[var-annotated]
-        self.running, self.killed, self._lock = 0, 0, threading.Lock()
+        self.running = self.killed = 0
+        self.files_of: dict[tuple[int, int], OwnFile | None] = {}  # by life and process
 
     def is_last(self) -> bool:
         return self.running == 1
@@ -268,7 +272,7 @@ class Run:
 
     def _life(self, name: str) -> Life:
         rng, processes = self.rng, range(PROCESSES)
-        with self._lock, self.hub.changed:
+        with self.hub.changed:
             life = Life(name, len(self.hub.lives))
             if name != "0" and self.killed < 4 and rng.random() < 0.8:
                 life.kill_at = rng.randrange(PROCESSES), rng.randint(20, 220)
@@ -296,17 +300,14 @@ class Run:
         self.hub.end(life)
 
     def _process(self, life: Life, process: int, log: list[dict[str, Any]]) -> None:
-        try:
-            with self.hub.changed:  # in the order of their ranks
+        with self.hub.changed:  # one thread runs at a time, until it waits for others
+            try:
                 self.hub._wait(lambda: len(life.managers) == process)
-            one = Process(self, life, process, log)
-            with self.hub.changed:
-                self.hub.changed.notify_all()
-            one.train()
-        except KilledError:
-            pass
-        except BaseException as error:
-            self.errors.append(error)
-            self.hub.end(life)
-        if self.files and (file := one.local._workers._file):  # type: ignore[union-attr]
-            file.close()
+                Process(self, life, process, log).train()
+            except KilledError:
+                pass
+            except BaseException as error:
+                self.errors.append(error)
+                self.hub.end(life)
+            if (file := self.files_of.pop((life.number, process), None)) is not None:
+                file.close()
