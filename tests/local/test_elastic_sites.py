@@ -54,6 +54,8 @@ def test_nothing_is_lost_by_sites_that_come_and_go(
             assert lines[0]["worker"] == was["worker"]
             if lines[0]["included"] == was["included"]:  # else it was killed between a vote and its log
                 assert torch.equal(lines[0]["pending"], was["pending"])
+    if files:
+        assert all(line["lost"] == 0 for lines in run.logs for line in lines)
         last |= {(line["name"], line["process"]): line for line in lines}
 
 

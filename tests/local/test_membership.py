@@ -413,12 +413,45 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     torch.testing.assert_close(back.x(), back.anchor() - pending, rtol=1e-12, atol=1e-12)
     back.manager.before_quorum = lambda: None
     back.train(3)  # after which the file is that of the new round
-    assert MemoryFile.read(path, _shapes(back)).attempt > before
+    assert MemoryFile.read(path, _shapes(back)).next_attempt > before
     back.local.leave()
     again = Worker(settings={"memory_file": path})
     again.manager.before_quorum = lambda: again.manager.load(back.manager.save())
     again.local.join()
     assert torch.equal(again.local.pending(), back.local.pending())
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_worker_that_is_killed_within_a_round_loses_no_memory(committed: bool, tmp_path: Path) -> None:
+    """Its file has what it will have if others commit the round, and if they do not."""
+
+    class KilledError(BaseException):
+        pass
+
+    def kill() -> bool:
+        raise KilledError
+
+    path = tmp_path / "memory.pt"
+    killed, twin = (Worker(settings={"memory_file": file}) for file in (path, tmp_path / "twin.pt"))
+    twin.local._workers.worker = killed.local._workers.worker
+    for worker in (killed, twin):
+        worker.local.join()
+        worker.train(5)
+    killed.manager.should_commit = kill  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        killed.train(1)
+    assert killed.local._workers._file is not None
+    killed.local._workers._file.close()
+    state = twin.manager.save()
+    twin.train(1)
+    back = returned(twin.manager.save() if committed else state, path)
+    back.local.join()
+    assert back.local.lost == 0
+    if committed:
+        assert torch.equal(back.local.pending(), twin.local.pending())
+    else:
+        sent = Worker().x() - back.anchor()
+        torch.testing.assert_close(back.local.pending(), killed.moved - sent, rtol=1e-12, atol=1e-12)
 
 
 def _shapes(worker: Worker) -> dict[str, torch.Size]:

@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -382,6 +382,7 @@ class ElasticWorkers:
             with fail_together(self._site):
                 self._exchange(r, hellos, weights)
         # Confirm: this gather completes only if all workers have exchanged. From here on others may commit.
+        self._save(parts)
         norm = torch.tensor([self._norm_after()], dtype=wide(self._device), device=self._device)
         self._in_doubt = parts
         with fail_together(self._site):
@@ -516,14 +517,15 @@ class ElasticWorkers:
             times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
             steps = paces(list(times.values()), len(times) * self._schedule.period)
             self.paces = [dict(zip(times, steps, strict=True))[self.worker]]
-        # The error memory in the file has now been sent, so replace the file before training continues.
-        applied, reports = True, 0
+        applied, is_saved, reports = True, True, 0
         for part in attempt.parts:
             r = part.apply_round(None if self._outer is None else self._outer.optimizer)
             self._reactions(r)
             applied &= bool(r.applied)
+            is_saved &= bool(r.applied) and r.flush is None and r.agrees
             reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
-        self._save()
+        if not (is_saved and self._keeps):  # else `_try` has written the memory as it is now
+            self._save()
         # Stop if most other workers could not decode this worker's message; they continue without it.
         if 2 * reports > self._group.size - 1:
             raise GuardError(
@@ -680,12 +682,20 @@ class ElasticWorkers:
         """True if this worker's file has the error memory as it was after its last round."""
         return self._file is not None and self._file.holds(self.account.included)
 
-    def _save(self) -> bool:
-        """Write the pending updates to this worker's memory file; return False without a file, or if writing fails."""
+    def _save(self, exchanged: Sequence[Fragment] = ()) -> bool:
+        """Write the pending updates to this worker's memory file; return False without a file, or if writing fails.
+        `exchanged` are the fragments of the round in progress: also write what is pending once it is committed."""
         if self._file is None:
             return False
-        pending = by_parameter(self._fragments, [part.unapplied() for part in self._fragments])
-        return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, pending))
+        if self._in_doubt:  # nothing has changed since the file was written
+            return self._keeps
+        now = [part.unapplied() for part in self._fragments]
+        memory = MemoryFile(self.roster.run, self.worker, self.account.included, by_parameter(self._fragments, now))
+        if exchanged:
+            pairs = zip(self._fragments, now, strict=True)
+            later = by_parameter(self._fragments, [p.unapplied_after() if p in exchanged else e for p, e in pairs])
+            memory = replace(memory, next_attempt=self.account.attempts, next_error=later)
+        return self._file.save(memory)
 
     def _may_leave(self) -> bool:
         """Save the error memory to its file after SIGTERM; return False if it must be sent in the next round, or if the
