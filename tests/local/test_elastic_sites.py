@@ -52,8 +52,11 @@ def test_nothing_is_lost_by_sites_that_come_and_go(
     for lines in run.logs:
         if lines and files and (was := last.get((lines[0]["name"], lines[0]["process"]))) is not None:
             assert lines[0]["worker"] == was["worker"]
-            if lines[0]["included"] == was["included"]:  # else it was killed between a vote and its log
-                assert torch.equal(lines[0]["pending"], was["pending"])
+            join, v = lines[0], run.at_death[lines[0]["life"]][lines[0]["name"], lines[0]["process"]]
+            if join["included"] == was["included"]:
+                assert torch.equal(join["pending"], was["pending"])
+            elif (kept := run.unlogged(join["name"], join["process"], join, v)) is not None:
+                assert join["pending"][::7][:4].tolist() == pytest.approx(kept, abs=1e-9)
     if files:
         assert all(line["lost"] == 0 for lines in run.logs for line in lines)
         last |= {(line["name"], line["process"]): line for line in lines}

@@ -222,6 +222,7 @@ class Process:
             p.grad = torch.randn(p.shape, generator=rng, dtype=p.dtype) + p.detach()
         grads = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
         self.moved += 0.1 * grads
+        self.run.tried[self.life.name, self.process] = self.before + self.moved  # what a round sends, and what it keeps
         self.steps += 1
         self.optimizer.step()
 
@@ -233,7 +234,12 @@ class Process:
         line |= {"history": membership.roster.history, "past": list(membership.roster.past)[-2:-1], "weight": 1.0}
         line |= {"here": [w for w, m in membership.roster.members.items() if m.here], "worker": membership.worker}
         line |= {"sends": membership.account.included == membership.account.attempts, "lost": self.local.lost}
-        line |= {"included": membership.account.included, "hash": str(anchor.tolist()), "name": self.life.name}
+        line |= {
+            "life": self.life.number,
+            "included": membership.account.included,
+            "hash": str(anchor.tolist()),
+            "name": self.life.name,
+        }
         line |= {"anchor": anchor[::7].tolist()[:4], "sent": None if sent is None else sent[::7].tolist()[:4]}
         self.log.append(line)
         self.before = pending
@@ -254,6 +260,8 @@ class Run:
         self.compression = Compression(TopK(0.25), dense_below=0, compare_every=1)
         self.hub, self.logs, self.errors = Lighthouse(), [], []  # type: ignore[var-annotated]
         self.running = self.killed = 0
+        self.tried: dict[tuple[str, int], Tensor] = {}  # by site and process: all that is pending
+        self.at_death: dict[int, dict[tuple[str, int], Tensor]] = {}  # by the number of the next life: `tried`
         self.files_of: dict[tuple[int, int], OwnFile | None] = {}  # by life and process
 
     def is_last(self) -> bool:
@@ -269,6 +277,23 @@ class Run:
             thread.join(2 * SECONDS)
         for error in self.errors:
             raise error
+
+    def unlogged(self, name: str, process: int, join: dict[str, Any], v: Tensor) -> list[float] | None:
+        """Return what a site that was killed after a round, before it could log it, must have kept: `v` less what the
+        anchor's move says that it sent. None if another one has not logged that round."""
+        lane = [
+            line for lines in self.logs for line in lines if line["process"] == process and line["event"] != "leave"
+        ]
+        own = {line["history"] for line in lane if line["name"] == name}
+        lost = [line for line in lane if join["worker"] in line["here"] and line["history"] not in own]
+        others = {line["worker"]: line for line in lost if line["sent"] is not None}
+        before = [line["anchor"] for line in lane if [line["history"]] in [other["past"] for other in lost]]
+        if len({line["history"] for line in lost}) != 1 or len(others) + 1 < len(lost[0]["here"]) or not before:
+            return None
+        senders = [line["sent"] for line in others.values() if line["sends"]]
+        moved = [(len(senders) + 1) * (a - b) for a, b in zip(before[0], lost[0]["anchor"], strict=True)]
+        sent = [m - sum(s[i] for s in senders) for i, m in enumerate(moved)]
+        return [float(a) - b for a, b in zip(v[::7][:4], sent, strict=True)]
 
     def _life(self, name: str) -> Life:
         rng, processes = self.rng, range(PROCESSES)
@@ -296,6 +321,7 @@ class Run:
             if not life.is_dead or self.errors:
                 break
             life = self._life(name)
+            self.at_death[life.number] = dict(self.tried)
         self.running -= 1
         self.hub.end(life)
 

@@ -159,7 +159,7 @@ class Elastic(Option):
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`); in a site also with
             init_sync=False, since all sites must begin at the same parameters.
         memory_file: a file, different for each worker and for each process of a site, that stores the worker's unsent
-            updates (its error memory) while it is absent, and is loaded when it joins. Written on joining, after every
+            updates (its error memory) while it is absent, and is loaded when it joins. Written on joining, in every
             round and on leaving; locked by MEMORY_FILE.lock. By default no file is written.
         weight: the worker's weight in the mean. None: 1 if it has stepped; "steps": its inner steps since its last
             round; or a function that returns a running total, such as its number of tokens, whose increase is the
