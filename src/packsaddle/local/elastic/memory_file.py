@@ -63,8 +63,8 @@ class MemoryFile:
         if found.keys() != {field.name for field in fields(cls)}:
             raise ConfigError(f"the memory in {path} is damaged: it lacks or has other entries")
         memory = cls(**found)
-        for error in (memory.error, memory.next_error) if memory.next_attempt else (memory.error,):
-            if {name: tensor.shape for name, tensor in error.items()} != dict(shapes):
+        for found in (memory.error, memory.next_error) if memory.next_attempt else (memory.error,):
+            if {name: tensor.shape for name, tensor in found.items()} != dict(shapes):
                 raise ConfigError(f"the memory in {path} is of other parameters")
         return memory
 
