@@ -155,9 +155,12 @@ class Worker:
         self.optimizer.register_step_post_hook(self._stepped)  # runs before LocalUpdates' hook
         times = {"timeout": TIMEOUT, "quorum_timeout": 60.0, "connect_timeout": 20.0}
         manager = connect(spec.lighthouse, name=spec.name, site=bool(spec.inside), **times)
+        file = spec.memory and Path(spec.memory)
+        if file and spec.inside:  # each process has its own
+            file = file.with_suffix(f".{spec.process}")
         elastic = packsaddle.Elastic(
             manager,
-            memory_file=Path(spec.memory).with_suffix(f".{spec.process}") if spec.memory else None,
+            memory_file=file,
             patience=90.0,
             grace=spec.grace,
         )
