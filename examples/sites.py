@@ -3,6 +3,11 @@
     torchrun --nnodes 2 --nproc-per-node 2 --rdzv-endpoint 10.0.0.1:29400 --rdzv-backend c10d examples/sites.py
     torchrun --nproc-per-node 4 examples/sites.py --processes 2 --fsdp     # two sites of two processes, on one machine
 
+Sites that come and go, each with a torchrun of its own, which starts it again if it loses a process:
+
+    torchft_lighthouse --min_replicas 1 --join_timeout_ms 5000
+    torchrun --standalone --nproc-per-node 2 --max-restarts 9 examples/sites.py --lighthouse http://HOST:29510 --site 0
+
 Gradients are averaged within a site in every step. After every 8 steps each process exchanges its part of the site's
 change with its peers, one process in each other site. The model, the data and the loss are local_updates.py's.
 """
@@ -28,30 +33,40 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--processes", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "1")), help="of a site")
     parser.add_argument("--fsdp", action="store_true", help="shard the model over the processes of a site")
+    parser.add_argument("--lighthouse", help="http://HOST:PORT, for sites that come and go; this command starts one")
+    parser.add_argument("--site", type=int, default=0, help="number of the site that this command starts, for its data")
+    parser.add_argument("--memory-file", help="of that site; each process adds its rank")
     arguments = parser.parse_args()
 
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     torch.manual_seed(0)
 
-    # The lines: a mesh of sites and their processes, and one of these for the workers.
-    shape = dist.get_world_size() // arguments.processes, arguments.processes
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("sites", "site"))
+    # The lines: a mesh of sites and their processes, and one of these for the workers. All processes of a launch with a
+    # lighthouse are one site.
+    is_elastic = arguments.lighthouse is not None
+    processes = dist.get_world_size() if is_elastic else arguments.processes
+    sites = dist.get_world_size() // processes
+    mesh = init_device_mesh(device.type, (sites, processes), mesh_dim_names=("sites", "site"))
     (site, process), network = mesh.get_coordinate(), Transformer().to(device)
+    workers = elastic(arguments) if is_elastic else mesh
     if arguments.fsdp:
         model = fully_shard(network, mesh=mesh["site"])
     else:
         model = DistributedDataParallel(network, process_group=mesh["site"].get_group())
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    local = packsaddle.LocalUpdates(optimizer, every=8, workers=mesh)
+    local = packsaddle.LocalUpdates(optimizer, every=8, workers=workers, offload=has_gpu and is_elastic)
+    if is_elastic:
+        local.join()  # wait for the others' next round, and start at their anchor and step
+        sites, site = 1000, arguments.site
 
     losses = []
-    for step in range(arguments.steps):
-        mine = counts(seed=shape[0] * step + site, size=BATCH)  # the site's batch
-        mine = mine[process :: arguments.processes]  # this process's part of it
+    while local.steps < arguments.steps:
+        mine = counts(seed=sites * local.steps + site, size=BATCH)  # the site's batch
+        mine = mine[process::processes]  # this process's part of it
         optimizer.zero_grad()
         loss = loss_of(model, mine.to(device))
         loss.backward()
@@ -61,7 +76,16 @@ def main() -> None:
     local.flush()  # exchanges what is pending: all processes have one model
     report(dist.get_rank(), model, local, arguments.steps, losses)
     dist.barrier()  # a worker that leaves early takes its connections away from the others
+    if is_elastic:
+        os._exit(0)  # torchft's threads need not be waited for
     dist.destroy_process_group()
+
+
+def elastic(arguments: argparse.Namespace) -> packsaddle.Elastic:
+    """Return the settings of this site, whose processes have a Manager and a memory file each."""
+    manager = packsaddle.comm.connect(arguments.lighthouse, site=True)
+    file = arguments.memory_file and f"{arguments.memory_file}.{dist.get_rank()}"
+    return packsaddle.Elastic(manager, memory_file=file)
 
 
 if __name__ == "__main__":

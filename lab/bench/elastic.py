@@ -36,6 +36,7 @@ JOIN = 2.0  # seconds that it waits for live workers that have not joined the ro
 TIMEOUT = 4.0  # timeout of a collective, seconds
 IN, HIDDEN, OUT = 16, 48, 8
 DIRECTIONS = 4
+PROCESSES = 2  # of a site
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Spec:
     until: str | None = None  # it ends once this file exists
     grace: float = 25.0  # maximum seconds of leaving
     fault: int = 0  # its confirmation fails in this round, counted from 1, on this worker only; 0: never
+    inside: str = ""  # "DDP" or "FSDP2": a worker is a site of two processes; "": it is one process
+    process: int = 0  # rank in the site
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,6 +77,20 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).double()
 
 
+def inside(model: nn.Module, kind: str, mesh: Any = None) -> nn.Module:
+    """Return a model that the processes of a site train together; `mesh` is theirs, by default of all processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if kind:
+        mesh = mesh or init_device_mesh("cpu", (PROCESSES,))
+    if kind == "DDP":
+        return nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    if kind == "FSDP2":
+        fully_shard(model, mesh=mesh)
+    return model
+
+
 def batch(seed: int, worker: str, step: int, size: int = 32) -> tuple[Tensor, Tensor]:
     """Return a batch of a fixed function of sixteen numbers, with noise; a pure function of its arguments."""
     word = int.from_bytes(hashlib.sha256(f"{seed} {worker} {step}".encode()).digest()[:7], "little")
@@ -83,6 +100,12 @@ def batch(seed: int, worker: str, step: int, size: int = 32) -> tuple[Tensor, Te
     x = torch.randn(size, IN, generator=rng)
     y = torch.sin(x @ mix_in) @ mix_out + 0.1 * torch.randn(size, OUT, generator=rng)
     return x.double(), y.double()
+
+
+def compression() -> Any:
+    from packsaddle import Compression, TopK
+
+    return Compression(TopK(1 / 8, values="int8"), "direct", dense_below=10, compare_every=1)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -105,6 +128,9 @@ def work(spec: Spec) -> None:
 
     logging.getLogger("torchft").setLevel(logging.CRITICAL)
     log = Log(spec.log)
+    if spec.inside:
+        store = f"file://{spec.log.rsplit('-', 1)[0]}.store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=spec.process, world_size=PROCESSES)
     try:
         Worker(spec, log).train()
         log.write(event="end")
@@ -124,22 +150,25 @@ class Worker:
         from packsaddle.comm import connect
 
         self.spec, self.log = spec, log
-        self.model = network()
+        self.model = inside(network(), spec.inside)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-3)
         self.optimizer.register_step_post_hook(self._stepped)  # runs before LocalUpdates' hook
-        manager = connect(spec.lighthouse, name=spec.name, timeout=TIMEOUT, quorum_timeout=60.0, connect_timeout=20.0)
+        times = {"timeout": TIMEOUT, "quorum_timeout": 60.0, "connect_timeout": 20.0}
+        manager = connect(spec.lighthouse, name=spec.name, site=bool(spec.inside), **times)
+        file = spec.memory and Path(spec.memory)
+        if file and spec.inside:  # each process has its own
+            file = file.with_suffix(f".{spec.process}")
         elastic = packsaddle.Elastic(
             manager,
-            memory_file=Path(spec.memory) if spec.memory else None,
+            memory_file=file,
             patience=90.0,
             grace=spec.grace,
         )
-        compression = packsaddle.Compression(packsaddle.TopK(1 / 8, values="int8"), dense_below=10, compare_every=1)
-        self.local = packsaddle.LocalUpdates(self.optimizer, compression, every=spec.every, workers=elastic)
+        self.local = packsaddle.LocalUpdates(self.optimizer, compression(), every=spec.every, workers=elastic)
         if spec.fault:
             self._break(spec.fault)
         rng = torch.Generator().manual_seed(7)
-        d = sum(p.numel() for p in self.model.parameters())
+        d = len(self.parameters())
         self.directions = torch.randn(DIRECTIONS, d, generator=rng, dtype=torch.float64)
         self.moved = torch.zeros(d, dtype=torch.float64)
 
@@ -158,7 +187,11 @@ class Worker:
         channel.gather = gathered  # type: ignore[method-assign]
 
     def _stepped(self, *_: Any) -> None:
-        self.moved += self.before - flat(list(self.model.parameters())).double()
+        self.moved += self.before - self.parameters()
+
+    def parameters(self) -> Tensor:
+        """Return this process's part of the parameters, float64[d]."""
+        return flat([p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]).double()
 
     def anchor(self) -> Tensor:
         return flat(list(self.local.anchor().values()))
@@ -175,10 +208,10 @@ class Worker:
         self.say("join", None, pending)
         step = 0
         while not self.over():
-            x, y = batch(spec.seed, f"{spec.name} {spec.life}", step)
+            x, y = batch(spec.seed, f"{spec.name} {spec.life} {spec.process}", step)
             self.optimizer.zero_grad()
             nn.functional.mse_loss(self.model(x), y).backward()
-            self.before = flat(list(self.model.parameters())).double()
+            self.before = self.parameters()
             try:
                 self.optimizer.step()
             except SystemExit:
@@ -196,7 +229,11 @@ class Worker:
         self.say("round", self.moved - (now - pending), now)
 
     def over(self) -> bool:
-        if self.spec.until is not None and Path(self.spec.until).exists():
+        """Return True if training ends; the processes of a site agree, since they look for the file one by one."""
+        is_over = torch.tensor([self.spec.until is not None and Path(self.spec.until).exists()], dtype=torch.int32)
+        if self.spec.inside:
+            torch.distributed.all_reduce(is_over)
+        if is_over:
             return True
         if self.spec.rounds is not None:
             return self.local.rounds >= self.spec.rounds
@@ -212,6 +249,8 @@ class Worker:
             history=membership.roster.history,
             past=list(membership.roster.past)[-2:-1],
             run=membership.roster.run,
+            process=self.spec.process,
+            included=membership.account.included,
             worker=membership.worker,
             here=sorted(w for w, m in membership.roster.members.items() if m.here),
             sends=membership.account.included == membership.account.attempts,
@@ -268,12 +307,16 @@ class Crew:
         self.logs: list[Path] = []
 
     def start(self, name: str, **more: Any) -> None:
+        """Start a worker; if it is a site, its processes, which are called NAME.0 and NAME.1."""
         self.lives[name] = self.lives.get(name, -1) + 1
-        log = self.folder / f"{name}-{self.lives[name]}.jsonl"
-        self.logs.append(log)
-        spec = replace(self.first, name=name, log=str(log), life=self.lives[name], **more)
-        self.processes[name] = CONTEXT.Process(target=work, args=(spec,), daemon=True)
-        self.processes[name].start()
+        is_site = bool(more.get("inside", self.first.inside))
+        for process in range(PROCESSES if is_site else 1):
+            member = f".{process}" if is_site else ""
+            log = self.folder / f"{name}-{self.lives[name]}{'-' * is_site}{member[1:]}.jsonl"
+            self.logs.append(log)
+            spec = replace(self.first, name=name, log=str(log), life=self.lives[name], process=process, **more)
+            self.processes[name + member] = CONTEXT.Process(target=work, args=(spec,), daemon=True)
+            self.processes[name + member].start()
 
     def alive(self) -> list[str]:
         return [name for name, process in self.processes.items() if process.is_alive()]
@@ -302,17 +345,17 @@ class Crew:
 def account(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Compare the workers' logs of the same rounds: anchors, and the mean of their messages."""
     wrong: list[str] = []
-    rounds: dict[int, list[dict[str, Any]]] = {}
+    rounds: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by history, and process of a site
     for lines in logs:
         for line in lines:
             if line["event"] in ("round", "join"):
-                rounds.setdefault(line["history"], []).append(line)
-    anchors = {history: lines[0]["anchor"] for history, lines in rounds.items()}
+                rounds.setdefault((line["history"], line["process"]), []).append(line)
+    anchors = {key: lines[0]["anchor"] for key, lines in rounds.items()}
     checked = 0
-    for lines in rounds.values():
+    for (_, process), lines in rounds.items():
         if len({line["hash"] for line in lines}) > 1:
             wrong.append(f"anchors differ after round {lines[0]['round']}")
-        before = [anchors[p] for line in lines for p in line["past"] if p in anchors]
+        before = [anchors[p, process] for line in lines for p in line["past"] if (p, process) in anchors]
         sent = {line["worker"]: line for line in lines if line["sent"] is not None}
         joined = {line["worker"] for line in lines if line["sent"] is None}
         here = set(lines[0]["here"])

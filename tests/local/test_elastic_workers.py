@@ -20,12 +20,12 @@ pytestmark = pytest.mark.process
 
 
 @contextlib.contextmanager
-def crew(folder: Path, workers: int, **spec: Any) -> Iterator[tuple[Any, Any]]:
+def crew(folder: Path, workers: int, least: int = 1, **spec: Any) -> Iterator[tuple[Any, Any]]:
     """The benchmark, and workers of it under a lighthouse of their own."""
     from lab.bench import elastic
 
     elastic.CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle"])
-    with elastic.lighthouse() as address:
+    with elastic.lighthouse(least) as address:
         first = elastic.Spec("", address, "", 4, 10**6, None, step=0.03, seed=0, until=str(folder / "over"))
         found = elastic.Crew(folder, elastic.replace(first, **spec))
         for i in range(workers):

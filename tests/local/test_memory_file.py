@@ -81,10 +81,43 @@ def test_a_memory_waits_in_its_file(path: Path) -> None:
     assert membership(back).worker == membership(left).worker
     torch.testing.assert_close(back.x(), back.anchor() - pending, rtol=1e-12, atol=1e-12)
     back.train(3)  # after which the file is that of the new round
-    assert MemoryFile.read(path, shapes(back)).attempt > before
+    assert MemoryFile.read(path, shapes(back)).next_attempt > before
     back.local.leave()
     again = of_state(back.manager.save, settings={"memory_file": path})
     assert torch.equal(again.local.pending(), back.local.pending())
+
+
+class KilledError(BaseException):
+    """Stands for a SIGKILL."""
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_worker_that_is_killed_within_a_round_loses_no_memory(committed: bool, path: Path) -> None:
+    """Its file has what it will have if others commit the round, and if they do not."""
+
+    def kill() -> bool:
+        raise KilledError
+
+    killed, twin = (Worker(settings={"memory_file": file}) for file in (path, path.with_name("twin.pt")))
+    membership(twin).worker = membership(killed).worker
+    for worker in (killed, twin):
+        worker.local.join()
+        worker.train(5)
+    killed.manager.should_commit = kill  # type: ignore[method-assign]
+    with pytest.raises(KilledError):
+        killed.train(1)
+    file = membership(killed)._file
+    assert file is not None
+    file.close()
+    state = twin.manager.save()
+    twin.train(1)
+    back = of_state(twin.manager.save if committed else lambda: state, settings={"memory_file": path})
+    assert back.local.lost == 0
+    if committed:
+        assert torch.equal(back.local.pending(), twin.local.pending())
+    else:
+        sent = Worker().x() - back.anchor()
+        torch.testing.assert_close(back.local.pending(), killed.moved - sent, rtol=1e-12, atol=1e-12)
 
 
 UNUSABLE = {

@@ -43,7 +43,7 @@ class Training:
         else:
             self.called = nn.parallel.DistributedDataParallel(self.model, process_group=mesh["site"].get_group())  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05)
-        options = {"compressor": WHOLE, "every": 3, "group": mesh} | options
+        options = {"compressor": WHOLE, "every": 3} | ({} if "workers" in options else {"group": mesh}) | options
         self.local = LocalUpdates(self.optimizer, model=self.model, warn_own_state=False, **local_options(**options))
 
     def backward(self, batch: Tensor) -> None:

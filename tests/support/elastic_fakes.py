@@ -17,8 +17,9 @@ COMPRESSION = Compression(TopK(0.25), dense_below=0, compare_every=1)
 class FakeManager:
     """torchft's Manager for workers that are always there; of the votes those in `refused`, from 0, say no."""
 
-    def __init__(self, group: Group, refused: Collection[int] = ()) -> None:
-        self.group, self.refused = group, refused
+    def __init__(self, group: Group, refused: Collection[int] = (), site: Group | None = None) -> None:
+        self.group, self.refused, self.site = group, refused, site or Solo()
+        self._group_world_size = self.site.size
         self.votes = self.step = 0
         self.error: Exception | None = None
         self.load: Callable[[Any], None] = lambda _: None
@@ -46,7 +47,9 @@ class FakeManager:
 
     def should_commit(self) -> bool:
         self.votes += 1
-        agreed = self.error is None and self.votes - 1 not in self.refused
+        no = torch.tensor([self.error is not None or self.votes - 1 in self.refused], dtype=torch.int32)
+        self.site.all_reduce(no)
+        agreed = not no
         self.step += agreed
         return agreed
 
@@ -61,7 +64,7 @@ class FakeGroup(ManagedGroup):
     """A group's collectives, of which those in `broken`, from 0, raise on all workers after they were carried out."""
 
     def __init__(self, manager: FakeManager, broken: Collection[int] = ()) -> None:
-        self.manager, self.broken, self.calls = manager, broken, 0
+        self.manager, self.site, self.broken, self.calls = manager, manager.site, broken, 0
         self.renew()
 
     def abort(self) -> None:

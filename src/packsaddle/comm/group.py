@@ -39,6 +39,7 @@ class Group(ABC):
     size: int
     processes = 1  # number of processes that form one worker and divide its messages
     leads = True  # False if another process of this worker logs
+    may_shrink = False  # True if workers may leave, so that a collective that loses one fails
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:
@@ -213,7 +214,7 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
 
 
-def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[Group]:
+def distinct_groups(process_groups: Iterable[dist.ProcessGroup]) -> list[TorchGroup]:
     """Return one group for each distinct set of processes, in the order of their first appearance."""
     return [TorchGroup(group) for group in {tuple(dist.get_process_group_ranks(g)): g for g in process_groups}.values()]
 

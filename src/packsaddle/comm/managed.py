@@ -4,6 +4,9 @@ torchft's lighthouse (its coordination server) tracks the workers, and the Manag
 every quorum. A collective that loses a worker raises an error; the caller reports it to the Manager, so that
 `Manager.should_commit` rejects the exchange. The Manager's own collectives are not used: it has no all-gather, which
 sparse messages need, and its all-reduce scales and zeroes its input.
+
+A worker may be a site of several processes, the default process group of each of them. Each has a Manager with its rank
+in the site, and a group of its own with its peers, the processes of the same rank in the other sites.
 """
 
 import ipaddress
@@ -22,26 +25,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from packsaddle.comm.group import Group
+from packsaddle.comm.communicator import ObjectCollectives
+from packsaddle.comm.group import Group, Solo, TorchGroup
 from packsaddle.comm.launching import bound_store, replaced
 from packsaddle.errors import ConfigError, require
 from packsaddle.options.numerals import duration
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable, also read by torchft
 _AGAIN = 3.0  # seconds between attempts to reach a lighthouse
+_CPU = torch.device("cpu")
 _c10d: Any = dist.distributed_c10d  # untyped: its type stubs are incomplete
 
 
 class ManagedGroup(Group):
     """The group of the workers in the latest quorum of a torchft Manager. `renew` updates `rank` and `size`.
 
-    Raises MissingExtraError if torchft is not installed.
+    `site` is the group of this worker's processes. Raises MissingExtraError if torchft is not installed, and
+    ConfigError if the Manager has another number of processes than torch's default group.
     """
+
+    may_shrink = True
 
     def __init__(self, manager: Any) -> None:
         managed: Any = require("torchft.process_group", "torchft", "manager=")
         self.manager, self.rank, self.size = manager, 0, 1
         self._group: Any = managed.ManagedProcessGroup(manager).parent  # the Manager reconfigures it in place
+        processes = getattr(manager, "_group_world_size", 1)
+        self.site = site_group() if processes > 1 else Solo()
+        if self.site.size != processes:
+            raise ConfigError(f"manager has {processes} processes, and torch's default group has {self.site.size}")
 
     def renew(self) -> None:
         """Set rank and size to those in the latest quorum. Raises ConfigError if this worker is not part of it."""
@@ -72,6 +84,11 @@ class ManagedGroup(Group):
         self._group.broadcast_one(tensor, 0).wait()
 
 
+def site_group() -> Group:
+    """Return a new group of the processes in torch's default group, for tensors on the CPU; collective."""
+    return TorchGroup().background(_CPU)
+
+
 def connect(
     lighthouse: str | None = None,
     *,
@@ -82,8 +99,9 @@ def connect(
     connect_timeout: float | str = 10.0,
     hostname: str | None = None,
     bind: str | None = None,
+    site: bool = False,
 ) -> Any:
-    """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`.
+    """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`, or a site.
 
     Args:
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT; by default the value of TORCHFT_LIGHTHOUSE.
@@ -96,6 +114,8 @@ def connect(
         hostname: this machine's address for other workers; by default its address in the connection to the lighthouse.
         bind: the address at which this worker's servers listen; "::" for all addresses. By default, its address in the
             connection to the lighthouse, or `hostname` if that address is localhost.
+        site: True if all processes in torch's default group are one worker. Each of them calls this function. All
+            sites must have the same number of processes.
 
     States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
     torchft, ConfigError if there is no lighthouse, and ValueError for a time that cannot be parsed.
@@ -115,11 +135,13 @@ def connect(
     route = reach(host, port, connect_timeout)
     here = hostname or route
     listen = bind or (here if ipaddress.ip_address(route).is_loopback else route)
-    # For torchft a worker is a replica group of one process, with its own rendezvous store.
+    # For torchft a worker is a replica group of processes, with its own rendezvous store.
+    own, store = site_group() if site else Solo(), None
     try:
-        store = bound_store(listen)
+        store = bound_store(listen) if own.rank == 0 else None
     except OSError as error:
         raise ConfigError(f"bind must be an address of this machine, got {listen!r} ({error.strerror})") from None
+    place_of_store = ObjectCollectives(own, _CPU).send([here, store.port] if store else None, 0)
     # The Manager's server listens at every address, and torchft has no option to change that.
     managers: Any = require("torchft.manager", "torchft", "elastic training")
     server, place = managers.ManagerServer, f"[{listen}]" if ":" in listen else listen
@@ -135,10 +157,11 @@ def connect(
                 timeout=timedelta(seconds=timeout),
                 quorum_timeout=timedelta(seconds=quorum_timeout),
                 connect_timeout=timedelta(seconds=connect_timeout),
-                rank=0,
-                world_size=1,
-                store_addr=here,
-                store_port=store.port,
+                init_sync=not site,  # else processes of a site would receive the parameters of different sites
+                rank=own.rank,
+                world_size=own.size,
+                store_addr=place_of_store[0],
+                store_port=place_of_store[1],
                 lighthouse_addr=address,
                 replica_id=name,
                 hostname=here,

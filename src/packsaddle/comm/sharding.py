@@ -21,6 +21,15 @@ def local_part(tensor: Any) -> Tensor:
     return here.detach()
 
 
+def as_shard(value: Any, p: Any) -> Any:
+    """Return a tensor that is shaped as the local shard of a DTensor, the parameter p, as a DTensor. Other values are
+    returned unchanged."""
+    is_part = isinstance(value, Tensor) and hasattr(p, "device_mesh") and not hasattr(value, "device_mesh")
+    if not is_part or value.shape != p.to_local().shape:
+        return value
+    return type(p).from_local(value, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
 def part_of(tensor: Tensor, p: Any) -> Tensor:
     """Return this worker's part of a whole tensor, by the placements of the parameter p, or all of it for a plain p.
     A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after other shards.

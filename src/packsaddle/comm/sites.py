@@ -5,14 +5,36 @@ processes of the other sites that have the same shard. Or each process has the w
 DistributedDataParallel. `SiteGroup` then divides every message among the processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh as DeviceMesh
 
-from packsaddle.comm.group import Group, TorchGroup, same_workers, training_group
+from packsaddle.comm.failures import PeerLostError
+from packsaddle.comm.group import Group, TorchGroup, training_group
+from packsaddle.errors import ConfigError
+
+
+@contextmanager
+def fail_together(site: Group) -> Iterator[None]:
+    """Context manager that raises an error on all processes of a site if its block raises one on a process; collective.
+
+    A ConfigError, and the PeerLostError that reports a lost process of the site, are raised on this process alone.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ConfigError, PeerLostError):
+        raise
+    except Exception as found:  # torchft raises errors of several types
+        error = found
+    failed = torch.tensor([error is not None], dtype=torch.int32)
+    site.all_reduce(failed)
+    if failed:
+        raise error or RuntimeError("another process of this site failed")
 
 
 class SiteGroup(Group):
@@ -23,35 +45,55 @@ class SiteGroup(Group):
     process of a site must call the same collectives with the same values.
 
     Args:
-        within: the process group of this site.
-        between: the process group of this process and its peers, one process in each site.
+        within: the group of this site's processes.
+        peers: the group of this process and its peers, one process in each site. If workers may leave it, a collective
+            that fails on one process of the site fails on all.
     """
 
-    def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
-        self.within, self.process_group = within, between
-        self._within, self.peers = TorchGroup(within), TorchGroup(between)
-        self.rank, self.size = self.peers.rank, self.peers.size
-        self.processes = self._within.size
-        self.leads = self.peers.leads = self._within.rank == 0
+    def __init__(self, within: Group, peers: Group) -> None:
+        self.within, self.peers = within, peers
+        self.processes = within.size
+        self.leads = peers.leads = within.rank == 0
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return self.peers.rank
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.peers.size
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        return getattr(self.peers, "process_group", None)
+
+    def _together(self) -> AbstractContextManager[None]:
+        return fail_together(self.within) if self.peers.may_shrink else nullcontext()
 
     def all_reduce(self, tensor: Tensor) -> None:
         part = self._part(tensor)
-        self.peers.all_reduce(part)
+        with self._together():
+            self.peers.all_reduce(part)
         tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        gathered = self._gathered(torch.stack(self.peers.all_gather(self._part(tensor))))
+        with self._together():
+            parts = self.peers.all_gather(self._part(tensor))
+        gathered = self._gathered(torch.stack(parts))
         return [of_site.reshape(-1)[: tensor.numel()].view_as(tensor) for of_site in gathered.unbind(1)]
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         lengths = [self._length(size) for size in sizes]
-        received = self._gathered(torch.cat(self.peers.all_to_all(list(map(self._part, outgoing)), lengths)))
+        with self._together():
+            parts = self.peers.all_to_all(list(map(self._part, outgoing)), lengths)
+        received = self._gathered(torch.cat(parts))
         pieces = zip(torch.split(received, lengths, 1), sizes, strict=True)
         return [of_site.reshape(-1)[:size] for of_site, size in pieces]
 
     def broadcast(self, tensor: Tensor) -> None:
         part = self._part(tensor)
-        self.peers.broadcast(part)
+        with self._together():
+            self.peers.broadcast(part)
         tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
 
     def _length(self, size: int) -> int:
@@ -62,23 +104,24 @@ class SiteGroup(Group):
         """Return a flat copy of this process's part of a tensor; the last parts are padded."""
         length, flat = self._length(tensor.numel()), tensor.reshape(-1)
         part = flat.new_zeros(length)
-        mine = flat[self._within.rank * length :][:length]
+        mine = flat[self.within.rank * length :][:length]
         part[: len(mine)] = mine
         return part
 
     def _gathered(self, part: Tensor) -> Tensor:
         """Gather `part` from all processes of this site, and return the stacked tensors."""
         data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no numbers of 8 bits
-        return torch.stack(self._within.all_gather(data)).view(part.dtype)
+        return torch.stack(self.within.all_gather(data)).view(part.dtype)
 
     def stages(self, device: torch.device) -> bool:
-        return self._within.stages(device) or self.peers.stages(device)
+        return self.within.stages(device) or self.peers.stages(device)
 
     def accepts(self, device: torch.device) -> bool:
-        return self._within.accepts(device) and self.peers.accepts(device)
+        return self.within.accepts(device) and self.peers.accepts(device)
 
-    def background(self, device: torch.device) -> Group:
-        return SiteGroup(same_workers(self.within, device), same_workers(self.process_group, device))
+    def background(self, device: torch.device) -> Group | None:
+        within, peers = self.within.background(device), self.peers.background(device)
+        return SiteGroup(within, peers) if within and peers else None
 
 
 def group_of_workers(given: Group | dist.ProcessGroup | DeviceMesh | None) -> Group:
@@ -92,4 +135,4 @@ def group_of_workers(given: Group | dist.ProcessGroup | DeviceMesh | None) -> Gr
     mine = given.mesh[given.get_local_rank(0)].flatten().tolist()
     within = given.get_group(1) if given.ndim == 2 else dist.new_group(mine, use_local_synchronization=True)
     assert isinstance(within, dist.ProcessGroup)
-    return SiteGroup(within, given.get_group(0))
+    return SiteGroup(TorchGroup(within), TorchGroup(given.get_group(0)))

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_map_only
+
+from packsaddle.comm.sharding import as_shard, local_part
 
 
 def innermost(optimizer: Any) -> Optimizer:
@@ -78,6 +81,12 @@ def check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         raise ValueError(f"{type(optimizer).__name__} has groups of {here} parameters, and the state of {saved}")
 
 
+def local_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the optimizer's state dict with the local shards of DTensors, which `load_states` loads in a process that
+    has the same shards."""
+    return dict(tree_map_only(Tensor, local_part, optimizer.state_dict()))
+
+
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
     """Load one state dict per optimizer. Raises ValueError, with nothing changed, if one does not fit."""
     if len(states) != len(optimizers):
@@ -85,7 +94,12 @@ def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, A
     for optimizer, state in zip(optimizers, states, strict=True):
         check_groups(optimizer, state)
     for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(dict(state))
+        found = dict(state.get("state", {}))
+        for here, saved in zip(optimizer.param_groups, state.get("param_groups", ()), strict=False):
+            for p, i in zip(here["params"], saved["params"], strict=True):
+                if i in found and hasattr(p, "device_mesh"):
+                    found[i] = {key: as_shard(value, p) for key, value in found[i].items()}
+        optimizer.load_state_dict({**state, "state": found})
 
 
 def check_scaler(scaler: object) -> None:

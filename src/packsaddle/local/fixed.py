@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.failures import names_call
-from packsaddle.comm.group import Group, ProcessGroup
+from packsaddle.comm.group import Group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.sharding import local_part
@@ -48,7 +48,7 @@ class Connection:
     """The workers' process group and its communicator."""
 
     group: Group  # the workers' group
-    within: ProcessGroup | None  # the processes of this site; None: this worker is not a site
+    within: Group | None  # the processes of this site; None: this worker is not a site
     channel: Communicator  # communicator of exchanges; with a delay it has a separate group, for the background
     behind: Background | None  # runs exchanges that have a delay; None: there is no delay
 
@@ -57,9 +57,13 @@ class Connection:
         """Return the connection of a worker. `is_split` is True if each of the worker's processes has a part of the
         parameters."""
         workers = options.workers
+        group: Group
         if isinstance(workers, Elastic):
-            group = workers.group or ManagedGroup(workers.manager)
-            return cls(group, None, Communicator(group, Ledger()), None)
+            group = managed = workers.group or ManagedGroup(workers.manager)
+            within = managed.site if managed.site.size > 1 else None
+            if within is not None and not is_split:
+                group = SiteGroup(within, managed)
+            return cls(group, within, Communicator(group, Ledger()), None)
         group, within = group_of_workers(workers.group), None
         if isinstance(group, SiteGroup):
             within = group.within

@@ -164,6 +164,15 @@ class Fragment(Slice):
         starts_then = [start if name in p.frozen else before for name, start, before in starts]
         return self.anchor.add_local_update(found.add_(p.mean), starts_then)
 
+    def unapplied_after(self) -> Tensor:
+        """Return `unapplied` as it will be once the current round, which is exchanged, is committed, float[n];
+        collective over the shards."""
+        r = self.current
+        assert r is not None
+        assert r.exchanged is not None
+        is_applied = not self.shards.any(not r.exchanged.verdict.read(), r.invalid.device)
+        return r.exchanged.v if is_applied and r.share else self.unapplied()
+
     def shared_fields(self, path: Path) -> list[Vector | Value]:
         shapes = {place.name: place.parameter.shape for place in self.places}
         anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from packsaddle.comm.group import Group, ProcessGroup, distinct_groups
+from packsaddle.comm.group import Group, distinct_groups
 from packsaddle.comm.modules import is_averaged_by_ddp, recorded_modules
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, describe
@@ -131,12 +131,14 @@ class Shards:
     """Reductions over the processes of one worker: those that have shards of its DTensors, and those of its site
     `within`, each of which may have the whole model. All methods are collective over these processes."""
 
-    def __init__(self, parameters: Iterable[Any], within: ProcessGroup | None = None) -> None:
+    def __init__(self, parameters: Iterable[Any], within: Group | None = None) -> None:
         # Each group of processes once, in the order of the parameters, which is identical on all processes.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
         sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
-        self._sharing = distinct_groups(sharing)
-        self.groups = distinct_groups([*sharing, *([] if within is None else [within])])
+        # `within` may exchange tensors on more devices than the mesh's group of the same processes.
+        ranks = getattr(within, "ranks", None)
+        self._sharing = [within if within and group.ranks == ranks else group for group in distinct_groups(sharing)]
+        self.groups = self._sharing if within is None or within in self._sharing else [*self._sharing, within]
 
     def __call__(self, bad: Tensor) -> Tensor:
         """Return `bad`, bool[...], reduced with OR over all processes."""

@@ -149,26 +149,33 @@ class Workers(Option):
 class Elastic(Option):
     """Settings of a worker in a run whose workers join and leave during training (see `LocalUpdates`).
 
-    Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays, escape checks and
-    DTensors are not supported, nor is any exchange except "direct" (see `Compression`).
+    Arguments of this type also accept a Manager, as short for `Elastic(manager)`. Delays and escape checks are not
+    supported, nor is any exchange except "direct" (see `Compression`).
+
+    A worker may be a site: all processes in torch's default group, each with a Manager from `connect(..., site=True)`.
+    They train one model with DistributedDataParallel or FSDP2, and join, leave and vote together. Parameters are
+    DTensors in a site only, and then all of them are sharded.
 
     Args:
-        manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
-        memory_file: a file, different for each worker, that stores the worker's unsent updates (its error memory) while
-            it is absent, and is loaded when it joins. It is written on joining, after every round and on leaving, and
-            locked by MEMORY_FILE.lock. By default no file is written.
+        manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`); in a site also with
+            init_sync=False, since all sites must begin at the same parameters.
+        memory_file: a file, different for each worker and for each process of a site, that stores the worker's unsent
+            updates (its error memory) while it is absent, and is loaded when it joins. It is written on joining, in
+            every round and on leaving, and locked by MEMORY_FILE.lock. By default no file is written.
         weight: the worker's weight in the mean. By default it is 1 if the worker has stepped. With "steps" it is the
             number of its inner steps since its last round. With a function that returns a running total, such as its
-            number of tokens, it is the increase of the total. Unless None, a slower worker makes fewer inner steps in a
-            round and a faster one more, so that all end it together; the sum of their steps is W `every` (see
-            `Workers`).
+            number of tokens, it is the increase of the total, summed over the processes of a site. Unless None, a
+            slower worker makes fewer inner steps in a round and a faster one more, so that all end it together; the sum
+            of their steps is W `every` (see `Workers`).
         share_optimizer_state: a new worker starts with the state of another worker's inner optimizer, received together
             with the averaged parameters.
         patience: seconds, above 0, after which PeerLostError is raised if no round was committed. `patience` and
             `grace` are numbers, or text such as "90s" or "2min".
         leave_on_sigterm: on SIGTERM save the error memory and end the process: the inner step, or the wait for other
             workers, raises SystemExit. If the memory cannot be saved to a file, it is sent in one more round,
-            uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed.
+            uncompressed. The exit code is 0, or 1 if updates are lost because no such round was committed. The
+            processes of a site leave together, after an inner step or a round; while they wait for other workers, they
+            save their memories, and wait for the round or the end of `grace`.
         grace: seconds, above 0, after SIGTERM or a call of `leave`, in which that last round must be committed.
         clip: limit on the norm of a worker's update, as a multiple of the round's median norm, as in `Workers`.
         compare_optimizers: when a worker joins, raise ConfigError if its inner optimizers differ from the others' in
@@ -197,9 +204,16 @@ class Elastic(Option):
 
     may_be_absent: ClassVar[bool] = True  # True: elastic workers may be absent in a round, see `Workers.may_be_absent`
 
+    @property
+    def is_site(self) -> bool:
+        """True if the manager is of a worker of several processes."""
+        return getattr(self.manager, "_group_world_size", 1) > 1
+
     def __post_init__(self) -> None:
         if not hasattr(self.manager, "start_quorum"):
             raise TypeError(f"manager must be a torchft Manager, got {type(self.manager).__name__}")
+        if self.is_site and getattr(self.manager, "_init_sync", False):
+            raise ValueError("manager of a site must have init_sync=False: processes would begin at different anchors")
         if getattr(self.manager, "_use_async_quorum", False):
             raise ValueError("manager must have use_async_quorum=False: state must not change between two rounds")
         if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
@@ -391,8 +405,11 @@ class LocalOptions(Option):
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
         """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
-        if isinstance(self.workers, Elastic) and sharded:
-            raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
+        if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
+            raise ValueError(
+                "parameters must be whole on each worker with a manager of one process, and some are DTensors: "
+                "make that of a site, connect(..., site=True)"
+            )
         if self.workers.may_be_absent and not isinstance(aggregator, AllReduce | AllGather):
             name = type(aggregator).__name__
             raise ValueError(

@@ -198,7 +198,9 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self.outer: Optimizer | None = None if made is None else made.optimizer
         self._workers: FixedWorkers | ElasticWorkers
         if is_elastic:
-            self._workers = ElasticWorkers(options, to.channel, self._fragments, schedule, self.optimizers, made)
+            self._workers = ElasticWorkers(
+                *(options, to.channel, to.within, self._fragments, schedule, self.optimizers, made),
+            )
         else:
             self._workers = FixedWorkers(
                 *(options, to, device, self._fragments, schedule, self.outer, self._announce),

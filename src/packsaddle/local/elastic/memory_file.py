@@ -2,7 +2,9 @@
 
 A memory may be used only once: updates that were sent after the file was written must not be sent again. So the file
 names its worker, the run and the worker's last attempt at a round, and `OwnFile.claim` compares them with the records
-that all workers share (`Roster`). The file is written atomically, and read with weights_only=True.
+that all workers share (`Roster`). In a round the file is written before other workers may commit the round, with the
+memories for both outcomes, so that a worker that is killed at that time loses none. The file is written atomically, and
+read with weights_only=True.
 """
 
 import logging
@@ -11,7 +13,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ class MemoryFile:
     worker: int  # id of the worker
     attempt: int  # the worker's last attempt at a round that the anchor includes
     error: Mapping[str, Tensor]  # unsent updates by name of the parameter, floating point, in the parameters' shapes
+    next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
+    next_error: Mapping[str, Tensor] = field(default_factory=dict)  # `error` if the anchor includes that attempt
     format: int = FORMAT
 
     @property
@@ -60,8 +64,9 @@ class MemoryFile:
         if found.keys() != {field.name for field in fields(cls)}:
             raise ConfigError(f"the memory in {path} is damaged: it lacks or has other entries")
         memory = cls(**found)
-        if {name: tensor.shape for name, tensor in memory.error.items()} != dict(shapes):
-            raise ConfigError(f"the memory in {path} is of other parameters")
+        for found in (memory.error, memory.next_error) if memory.next_attempt else (memory.error,):
+            if {name: tensor.shape for name, tensor in found.items()} != dict(shapes):
+                raise ConfigError(f"the memory in {path} is of other parameters")
         return memory
 
 
@@ -71,7 +76,7 @@ class OwnFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempt: int | None = None  # the attempt at a round after which the file was written; None: unknown
+        self._attempts: tuple[int, ...] = ()  # attempts at rounds after each of which the file has the memory
         self._claimed = False
         lock, number = path.with_name(f"{path.name}.lock"), None
         try:
@@ -91,7 +96,7 @@ class OwnFile:
 
     def holds(self, attempt: int) -> bool:
         """Return True if the file has the worker's error memory as it was after this attempt at a round."""
-        return self._attempt == attempt and self.path.is_file()
+        return attempt in self._attempts and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
         """Return the error memory with which this worker continues, or None, and the norm of a lost memory. Enables
@@ -115,8 +120,10 @@ class OwnFile:
                 "worker a file of its own"
             )
         # A memory may be used only once: if the anchor includes a later attempt of its worker, it has been sent.
+        if found.next_attempt and taken == found.next_attempt:
+            found = replace(found, attempt=taken, error=found.next_error)
         if taken == found.attempt:
-            self._attempt = taken
+            self._attempts = (taken,)
             return found, 0.0
         self._set_aside(
             f"the memory in {self.path}, of norm {found.norm:.3g}, is older than what its worker has sent since"
@@ -152,7 +159,7 @@ class OwnFile:
         except OSError as error:
             _log.warning("the memory cannot be written to %s: %s", self.path, error.strerror or error)
             return False
-        self._attempt = memory.attempt
+        self._attempts = memory.attempt, memory.next_attempt or memory.attempt
         return True
 
     def remove(self) -> None:

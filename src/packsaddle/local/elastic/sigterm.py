@@ -14,8 +14,9 @@ _MOMENT = 3.0  # seconds until an unfinished exit is forced
 _LONGEST = 1e9  # maximum seconds of a timer
 
 
-class LeavingError(Exception):
-    """Raised after SIGTERM, within a wait for other workers, if this worker may leave or its grace period is over."""
+class LeavingError(BaseException):
+    """Raised after SIGTERM, within a wait for other workers, if this worker may leave or its grace period is over.
+    It is no Exception, so that the wait's error handlers do not catch it."""
 
 
 class Sigterm:

@@ -14,15 +14,19 @@ by which the exchange is committed or rolled back. So no update is applied twice
 
 A worker only receives (w_i = 0) in its first round, and in rounds before which it has not stepped, unless all pending
 updates are sent.
+
+A worker may be a site of several processes. Each process runs these steps with its peers in the other sites, and after
+each step they agree whether it failed on one of them (`fail_together`); the vote is torchft's, of all of them. All that
+decides about a round is equal on the processes of a site: its name, weights, hashes, times and signals are combined.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -32,14 +36,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Communicator, as_text, hash_of
+from packsaddle.comm.communicator import Communicator, ObjectCollectives, as_text, check_agreement, hash_of
 from packsaddle.comm.failures import PeerLostError
+from packsaddle.comm.group import Group, Solo
+from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.managed import ManagedGroup
-from packsaddle.comm.sharding import local_part
+from packsaddle.comm.sharding import is_split, local_part
+from packsaddle.comm.sites import SiteGroup, fail_together
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.feedback.optimizers import load_states
+from packsaddle.feedback.optimizers import load_states, local_state
 from packsaddle.feedback.state import Rule, State, Value, Vector, attribute, skip
 from packsaddle.local.after import Reactions
 from packsaddle.local.clipping import Standing
@@ -80,7 +87,8 @@ class ElasticWorkers:
 
     Args:
         options: options of the local updates.
-        channel: the communicator, of a `ManagedGroup`.
+        channel: the communicator, of a `ManagedGroup`, or of a `SiteGroup` of one.
+        within: the processes of this site; None: this worker is one process.
         fragments: the fragments of the model.
         schedule: when they are exchanged.
         inner: the optimizers of the parameters.
@@ -93,23 +101,32 @@ class ElasticWorkers:
         self,
         options: LocalOptions,
         channel: Communicator,
+        within: Group | None,
         fragments: Sequence[Fragment],
         schedule: Schedule,
         inner: Sequence[Optimizer],
         outer: OuterOptimizer | None,
     ) -> None:
         settings = options.workers
+        group = channel.group.peers if isinstance(channel.group, SiteGroup) else channel.group
         assert isinstance(settings, Elastic)
-        assert isinstance(channel.group, ManagedGroup)
-        self.settings, self.channel, self._group = settings, channel, channel.group
+        assert isinstance(group, ManagedGroup)
+        self.settings, self.channel, self._group = settings, channel, group
         self._fragments, self._inner, self._outer = fragments, inner, outer
         self._compression, self._schedule = options.compression, schedule
         self._arguments_hash = 0
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
+        self._site = within or Solo()
+        self._objects = ObjectCollectives(self._site, torch.device("cpu"))
+        splits = {is_split(p) for part in fragments for p in part.parameters}
+        if within is not None and len(splits) > 1:
+            raise ValueError("parameters must all be sharded in a site with a manager, or none, and some are not")
+        self._has_replicas = within is not None and splits == {False}  # each process of the site has the whole model
+        self._received: Mapping[str, Any] | None = None  # of another worker, not loaded yet
 
         # State of this worker.
-        self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # random name of this worker
+        self.worker: int = self._objects.send(int.from_bytes(os.urandom(8), "little") >> 1, 0)  # its random name
         self.has_joined = False
         self._exchanged = False  # True if a round followed the last inner step
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
@@ -124,7 +141,7 @@ class ElasticWorkers:
         self.roster = Roster()  # identical on all workers after a round
         same = {"fragments": len(fragments), "outer": outer is not None}
         self._shared_state = State("LocalUpdates", [Rule((), "shared")], lambda: same, self._shared_fields)
-        settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
+        settings.manager.register_state_dict_fn("packsaddle", self._receive, self._shared)
         self._sigterm = Sigterm(self._may_leave, float(settings.grace))
         if settings.leave_on_sigterm:
             self._sigterm.listen()
@@ -142,10 +159,13 @@ class ElasticWorkers:
         frozen = {name: t for name, t in untrained if isinstance(t, torch.nn.Parameter)}
 
         def arguments() -> str:
-            checksums = {f"checksum of {name}": int(fingerprint(local_part(t))) for name, t in frozen.items()}
-            return as_text({**same, **checksums})
+            checksums = self._totals(*(int(fingerprint(local_part(t))) for t in frozen.values()))
+            named = zip(frozen, checksums, strict=True)
+            return as_text({**same, **{f"checksum of {name}": checksum for name, checksum in named}})
 
         self._arguments = arguments
+        keeps = {"memory_file": self._file is not None}
+        check_agreement(Communicator(self._site, Ledger()), {**same, **keeps}, torch.device("cpu"), of="process")
 
     @property
     def workers(self) -> int:
@@ -161,6 +181,23 @@ class ElasticWorkers:
     def waiting(self) -> float:
         """The sum of the norms of error memories that absent workers saved in files."""
         return self.roster.absent(keeps=True)
+
+    # Agreement of the processes of a site; collective over them.
+
+    def _totals(self, *numbers: int) -> list[int]:
+        """Return integers, each summed over the processes, modulo 2^64."""
+        totals = torch.tensor(numbers, dtype=torch.int64)
+        self._site.all_reduce(totals)
+        return totals.tolist()
+
+    def _any(self, flag: bool) -> bool:
+        """Return True if the flag is True on one of the processes."""
+        return self._totals(flag)[0] > 0
+
+    def _weight(self) -> float:
+        """Return this worker's weight in a round at this time, by the sum of the processes' weight functions."""
+        rule = self.settings.weight
+        return self.account.weight((lambda: sum(self._objects.gather(float(rule())))) if callable(rule) else rule)
 
     # Rounds.
 
@@ -179,25 +216,43 @@ class ElasticWorkers:
         self.round(uncompressed=False)
         self.account.ahead = self.account.since  # above 0 if this worker was restored from a checkpoint
         if self._file is not None:
-            # Continue as the worker that wrote the file, with its name, attempts, error memory and start point.
-            shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-            found, lost = self._file.claim(shapes, self.roster)
-            self.account.found_lost += lost
-            if found is not None:
-                self.worker = found.worker
-                self.account.attempts = self.account.included = found.attempt
-                for part in self._fragments:
-                    for place, view in part.named(part.feedback.memory.vector):
-                        view.copy_(found.error[place.name])
-                    part.anchor.move_to_start()
-                self.account.norm = self._norm_after()
-                _log.info(
-                    "worker %x continues with its memory in %s, of norm %.3g",
-                    *(self.worker, self._file.path, self.account.norm),
-                )
+            self._claim_memory(self._file)
             if not self._keeps:
                 self._save()  # before the next Hello reports that the file is up to date
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
+
+    def _claim_memory(self, file: OwnFile) -> None:
+        """Continue as the worker of the memory file, with its name, attempts and error memory, at its start point.
+
+        The processes of a site have a file each. A process without an up-to-date file has lost its memory, unless each
+        process has the whole model: then all continue with the memory of the first process that has it.
+        """
+        shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
+        found, lost = file.claim(shapes, self.roster)
+        of_site = self._objects.gather(None if found is None else [found.worker, lost])
+        names = sorted({of[0] for of in of_site if of is not None})
+        if len(names) > 1:
+            raise ConfigError(f"memory files of a site must be of one worker, and are of {', '.join(map(hex, names))}")
+        if not names:
+            return
+        # Take the memory of this process's file, or that of another replica.
+        self.worker = names[0]
+        error = {} if found is None else found.error
+        if found is None and self.worker in self.roster.members:
+            lost = self.roster.members[self.worker].norm
+        if self._has_replicas:
+            losses = [math.inf if of is None else of[1] for of in of_site]
+            source = losses.index(min(losses))
+            error, lost = self._objects.send(dict(error), source), losses[source]
+        self.account.attempts = self.account.included = self.roster.taken.get(self.worker, 0)
+        self.account.found_lost += lost
+        for part in self._fragments:
+            for place, view in part.named(part.feedback.memory.vector):
+                if error:
+                    view.copy_(error[place.name])
+            part.anchor.move_to_start()
+        self.account.norm = self._norm_after()
+        _log.info("worker %x continues with its memory in %s, of norm %.3g", self.worker, file.path, self.account.norm)
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
@@ -205,7 +260,7 @@ class ElasticWorkers:
         self.steps, self._exchanged = steps, False
         self.account.since += 1
         self.account.ahead += 1
-        if self._sigterm.asked:
+        if self.settings.leave_on_sigterm and self._any(self._sigterm.asked):
             self._exit()
         if self.account.ahead >= self.paces[0]:
             self.round(uncompressed=False)
@@ -237,51 +292,58 @@ class ElasticWorkers:
                 applied = self._once(uncompressed, seconds)
                 break
             except LeavingError:
+                if self._site.size > 1:  # its grace is over, and other processes may not wait with it
+                    end_process(0 if self._save() else 1)
                 self._exit()
             except RoundFailedError as error:
                 reason = " ".join(str(error).split())[:200]
             except BaseException:
                 self._roll_back()
                 raise
-            if time.monotonic() - arrived > until:
+            if self._any(time.monotonic() - arrived > until):
                 self._roll_back()
                 raise PeerLostError(f"no round has come about in {until:g} s{f': {reason}' if reason else ''}")
-            if self._sigterm.asked and not self._sends_all:
+            if self._any(self._sigterm.asked) and not self._sends_all:
                 self._exit()
             time.sleep(_PAUSE)
         # A worker that had to send its memory before leaving leaves now.
         self._resumed, self.account.ahead, self._exchanged = time.monotonic(), 0, True
-        if self._sigterm.asked and self._sends_all:
+        if self._any(self._sigterm.asked) and self._sends_all:
             self._exit()
         return applied
 
     def _once(self, dense: bool, seconds: float) -> bool:
         """Attempt a round; return True if it was applied, False if it was rejected. Raises RoundFailedError if it was
         not committed."""
-        # Wait until torchft has determined the set of workers; a worker that is behind loads another worker's state.
+        # Wait until torchft has determined the set of workers; a worker that is behind receives another worker's state.
         manager = self.settings.manager
         try:
-            with self._sigterm.waiting():
+            with fail_together(self._site), self._sigterm.waiting():
                 manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
-        except (ConfigError, LeavingError):
+        except (ConfigError, PeerLostError):
             raise
         except Exception as error:  # torchft raises errors of several types
             # Clear the future: otherwise torchft 0.2.0 raises the same error again at every later quorum.
             manager._quorum_future = None
+            self._discard_received()
             raise RoundFailedError(str(error)) from error
-        self._roll_back()  # no-op if `_recover` has committed the last round because other workers were ahead
         # After an error, abort the group so that no worker waits for this one in a collective; the commit then fails.
         attempt, reason = None, ""
-        if manager.errored() is None:
-            try:
-                attempt = self._try(dense, seconds)
-            except (ConfigError, LeavingError):
-                self._break()
-                raise
-            except (RuntimeError, AssertionError) as error:  # from torch's backends, or because there is no group
-                reason = str(error)
-                manager.report_error(error)
-                self._break()
+        try:
+            with fail_together(self._site):
+                if (failure := manager.errored()) is not None:
+                    raise RuntimeError(str(failure))
+            self._load_received()
+            self._roll_back()  # no-op if `_recover` has committed the last round because other workers were ahead
+            attempt = self._try(dense, seconds)
+        except (ConfigError, PeerLostError):
+            self._break()
+            raise
+        except (RuntimeError, AssertionError) as error:  # from torch's backends, or because there is no group
+            reason = str(error)
+            manager.report_error(error)
+            self._discard_received()
+            self._break()
         # Vote. Other workers may have committed a round in `_in_doubt`: `_recover` decides at the next quorum.
         if not manager.should_commit():
             if not self._in_doubt:
@@ -302,7 +364,8 @@ class ElasticWorkers:
         self.account.attempts += 1
         # Hello: compare arguments before the first collective whose size depends on them.
         mine = self._hello(dense, seconds)
-        gathered = self.channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+        with fail_together(self._site):
+            gathered = self.channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
         hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
         # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
@@ -319,19 +382,26 @@ class ElasticWorkers:
             self._reactions.outcomes.register(r)
             assert r.exchanged is not None
             self._energy += _energy(r.exchanged.v)
-            norms = standings = None
-            if r.norm is not None:  # v depends on the Hello messages, so they cannot contain the norm of v
-                norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
-                norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
-                parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
-                standings = torch.tensor(parts_in, device=norms.device)
-            r.exchange(self.channel.step, norms, standings)
-            r.gather_reports()
+            with fail_together(self._site):
+                self._exchange(r, hellos, weights)
         # Confirm: this gather completes only if all workers have exchanged. From here on, other workers may commit.
+        self._save(parts)
         norm = torch.tensor([self._norm_after()], dtype=wide(self._device), device=self._device)
         self._in_doubt = parts
-        confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
+        with fail_together(self._site):
+            confirmed = self.channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
+
+    def _exchange(self, r: LocalRound, hellos: Sequence[Hello], weights: Sequence[float]) -> None:
+        """Exchange the messages of a round, and what is invalid in them, with the other workers."""
+        norms = standings = None
+        if r.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
+            norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
+            norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
+            parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
+            standings = torch.tensor(parts_in, device=norms.device)
+        r.exchange(self.channel.step, norms, standings)
+        r.gather_reports()
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
@@ -341,23 +411,27 @@ class ElasticWorkers:
         # updates of fragments that were not in that round. Without any, its zeros are averaged with others' updates.
         own = self.account
         has_more = len(self._fragments) > 1 and not own.since and self._has_pending()
-        idle_weight = own.last_weight if self.has_joined and (own.counted or own.norm) else 0.0
+        checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in self._fragments]).sum()) if compared else 0
+        anchor, nanoseconds, memories, more, missing = self._totals(
+            *(checksum, round(1e9 * seconds), own.norm > 0, has_more, not self._keeps)
+        )
+        idle_weight = own.last_weight if self.has_joined and (own.counted or memories) else 0.0
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
             message=hash_of(self._message()),
             history=self.roster.history,
-            anchor=int(torch.stack([fingerprint(p.anchor.flat) for p in self._fragments]).sum()) if compared else 0,
+            anchor=anchor,
             run=self.roster.run,
             attempt=self.account.attempts,
             steps=self.account.since,
             dense=int(dense or self._sends_all),
-            keeps=int(self._keeps),
-            has_pending=int(bool(own.norm or has_more)),
+            keeps=int(not missing),
+            has_pending=int(bool(memories or more)),
             frozen=hash_of(as_text({"frozen": [part.frozen_next for part in self._fragments]})),
-            weight=self.account.weight(self.settings.weight) if self.has_joined else 0.0,
+            weight=self._weight() if self.has_joined else 0.0,
             idle_weight=idle_weight,
-            seconds=seconds,
+            seconds=nanoseconds / 1e9,
             lost=self.account.found_lost,
         )
 
@@ -378,32 +452,33 @@ class ElasticWorkers:
         Raises RoundFailedError on workers that have the right ones, and ConfigError on workers with other arguments or
         messages, or if the first round has different anchors. Later, a worker with another anchor loads the right one.
         """
-        hashes = [h.arguments for h in hellos]
-        self._compare("be given the same arguments", hashes, self._arguments, hellos)
-        if len(set(hashes)) > 1:  # frozen parameters have changed, equally on all workers, after some had joined
-            self._arguments_hash = hash_of(self._arguments())
+        if len({h.arguments for h in hellos}) > 1:
+            text = self._arguments()
+            self._compare("be given the same arguments", text, hellos)
+            self._arguments_hash = hash_of(text)  # after some had joined, frozen parameters changed on all workers
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
-            self._compare("send messages of one kind", [h.message for h in hellos], self._message, hellos)
+            if len({h.message for h in hellos}) > 1:
+                self._compare("send messages of one kind", self._message(), hellos)
             return
         if not self.roster.past:
-            raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
+            ensure = "seed them alike" if self._site.size > 1 else "a Manager with init_sync=True sees to it"
+            raise ConfigError(f"workers must begin at the same parameters: {ensure}")
         if (mine.history, mine.anchor) != most(where):
             _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
-            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # mark this worker as behind
+            self._mark_as_behind()
         raise RoundFailedError("workers have different anchors")
 
-    def _compare(self, must: str, hashes: Sequence[int], text: Callable[[], str], hellos: Sequence[Hello]) -> None:
-        """Raise an error if the workers' `hashes`, and so their texts, differ; it names a worker, and the first line in
-        which the texts differ.
+    def _mark_as_behind(self) -> None:
+        self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})
 
-        `text` returns this worker's text; texts are gathered only if hashes differ. Raises ConfigError on a worker
-        whose text is not the most frequent one, RoundFailedError on the others.
-        """
-        if len(set(hashes)) == 1:
-            return
-        texts, mine = self.channel.gather_text(text(), self._device, "members"), self._group.rank
-        usual = most(texts)
+    def _compare(self, must: str, text: str, hellos: Sequence[Hello]) -> None:
+        """Raise an error if the workers' texts differ; it names a worker, and the first line that differs. `text` is
+        this worker's. Raises ConfigError on a worker whose text is not the most frequent one, RoundFailedError on the
+        others."""
+        with fail_together(self._site):
+            texts = self.channel.gather_text(text, self._device, "members")
+        usual, mine = most(texts), self._group.rank
         if len(set(texts)) == 1:
             return
         other = mine if texts[mine] != usual else next(i for i, found in enumerate(texts) if found != usual)
@@ -422,7 +497,7 @@ class ElasticWorkers:
         """Commit a round after the vote; return True if all its exchanges are applied."""
         taken = self._close_exchanges()
         names = {hello.worker for hello in attempt.hellos}
-        for worker, member in self.roster.members.items() if self._group.rank == 0 else ():
+        for worker, member in self.roster.members.items() if self._group.rank == 0 and self._group.leads else ():
             if member.here and member.norm and worker not in names:
                 fate = "waits in its file" if member.keeps else "is lost"
                 _log.warning(
@@ -446,14 +521,15 @@ class ElasticWorkers:
             times = {h.worker: max(1, round(1e9 * h.seconds)) for h in attempt.hellos if h.seconds}
             steps = paces(list(times.values()), len(times) * self._schedule.period)
             self.paces = [dict(zip(times, steps, strict=True))[self.worker]]
-        # The error memory in the file has now been sent, so replace the file before training continues.
-        applied, reports = True, 0
+        applied, is_saved, reports = True, True, 0
         for part in attempt.parts:
             r = part.apply_round(None if self._outer is None else self._outer.optimizer)
             self._reactions(r)
             applied &= bool(r.applied)
+            is_saved &= bool(r.applied) and r.flush is None and r.agrees
             reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
-        self._save()
+        if not (is_saved and self._keeps):  # else `_try` has written the memory as it is now
+            self._save()
         # Stop if most other workers could not decode this worker's message; they continue without it.
         if 2 * reports > self._group.size - 1:
             raise GuardError(
@@ -480,7 +556,7 @@ class ElasticWorkers:
 
     def _shared(self) -> dict[str, Any]:
         """Return the state for a worker that is behind: anchor, roster, outer and inner optimizers' states."""
-        inner = [o.state_dict() for o in self._inner] if self.settings.share_optimizer_state else None
+        inner = [local_state(o) for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
 
@@ -489,9 +565,31 @@ class ElasticWorkers:
         outer = [] if self._outer is None else [self._outer.field()]
         return [*found, *outer, *self.roster.fields(("roster",))]
 
+    def _receive(self, state: Mapping[str, Any]) -> None:
+        """Load the state of a worker that is ahead, immediately, or once all processes of this site have received one.
+        torchft calls it at a quorum."""
+        if self._site.size > 1:
+            self._received = state
+        else:
+            self._recover(state)
+
+    def _load_received(self) -> None:
+        """Load a received state. Processes of a site may have received it from different workers, whose steps and inner
+        optimizers differ: those of process 0, or its whole state if each process has the whole model."""
+        if (state := self._received) is not None:
+            self._received = None
+            shared = state if self._has_replicas else {"steps": state["steps"]}
+            self._recover({**state, **self._objects.send(shared, 0)})
+
+    def _discard_received(self) -> None:
+        """Discard a received state, since other processes of this site have none."""
+        if self._received is not None:
+            self._received = None
+            self._mark_as_behind()
+
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead of this one; torchft calls it at a quorum.
+        """Load the state of a worker that is ahead of this one.
 
         Unsent local updates are kept: the parameters move with the anchor. A worker that has never been in a round, or
         was restored to a state from before its last round, starts at the anchor.
@@ -519,7 +617,7 @@ class ElasticWorkers:
             _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, own.norm)
             for part in self._fragments:
                 part.feedback.reset()
-            own.start_count(own.weight(self.settings.weight))
+            own.start_count(self._weight())
         elif not is_new and self.roster.history not in (*state["roster"]["past"], state["roster"]["history"]):
             own.found_lost += own.sent
             _log.warning(
@@ -535,7 +633,7 @@ class ElasticWorkers:
             else:
                 part.anchor.move(before)
         if had and taken:
-            own.start_count(own.weight(self.settings.weight))
+            own.start_count(self._weight())
         # A new worker continues at the sender's number of steps, with the state of its inner optimizers.
         if is_new:
             self.steps = state["steps"]
@@ -589,18 +687,28 @@ class ElasticWorkers:
         """True if this worker's file contains its error memory after its last round."""
         return self._file is not None and self._file.holds(self.account.included)
 
-    def _save(self) -> bool:
+    def _save(self, exchanged: Sequence[Fragment] = ()) -> bool:
         """Write the pending updates to this worker's memory file; return False if there is no file, or if writing
-        fails."""
+        fails. `exchanged` are the fragments of the round in progress: what is pending once it is committed is written
+        too."""
         if self._file is None:
             return False
-        pending = by_parameter(self._fragments, [part.unapplied() for part in self._fragments])
-        return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, pending))
+        if self._in_doubt:  # nothing has changed since the file was written
+            return self._keeps
+        now = [part.unapplied() for part in self._fragments]
+        memory = MemoryFile(self.roster.run, self.worker, self.account.included, by_parameter(self._fragments, now))
+        if exchanged:
+            pairs = zip(self._fragments, now, strict=True)
+            later = by_parameter(self._fragments, [p.unapplied_after() if p in exchanged else e for p, e in pairs])
+            memory = replace(memory, next_attempt=self.account.attempts, next_error=later)
+        return self._file.save(memory)
 
     def _may_leave(self) -> bool:
         """Save the error memory to its file after SIGTERM; return False if the memory must be sent in the next round
-        instead."""
-        if not self._sends_all:
+        instead, or if the processes of a site must leave together."""
+        if self._site.size > 1:
+            self._save()
+        elif not self._sends_all:
             self._handed = self._save() or not self._has_pending()
             self._sends_all = not self._handed
         return self._handed
@@ -609,9 +717,9 @@ class ElasticWorkers:
         """Leave the run, after saving the error memory to its file, or sending it in one more round that must be
         committed within `grace` seconds.
 
-        Returns False, with an error in the log, if updates are lost.
+        Returns False, with an error in the log, if updates are lost. Collective over the processes of a site.
         """
-        handed = self._handed or self._save() or self._send_all()
+        handed = self._handed or not self._any(not self._save()) or self._send_all()
         self._roll_back()
         if self._file is not None:
             self._file.close()
@@ -622,7 +730,7 @@ class ElasticWorkers:
         """Send all pending updates in one more round, uncompressed; return False if they are lost."""
         self._sends_all = True
         until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
-        while self._has_pending() and (left := until - time.monotonic()) > 0:
+        while self._any(self._has_pending()) and not self._any((left := until - time.monotonic()) <= 0):
             try:
                 if not self.round(uncompressed=True, patience=left):
                     reason = "the last round was not taken"
