@@ -17,21 +17,21 @@ ROOMS = {
     "": (6, 305),
     "checkpoint": (8, 830),
     "cli": (17, 1775),
-    "comm": (17, 1820),
-    "compressors": (17, 2040),
+    "comm": (17, 1875),
+    "compressors": (17, 2035),
     "curvature": (15, 1925),
-    "feedback": (14, 1410),
+    "feedback": (14, 1415),
     "hooks": (7, 795),
     "integrations": (5, 665),
-    "local": (28, 3330),
-    "numerics": (15, 1465),
+    "local": (28, 3440),
+    "numerics": (15, 1450),
     "options": (5, 265),
-    "plan": (7, 735),
+    "plan": (7, 705),
     "sgd": (5, 785),
     "theory": (5, 430),
 }
 # The most code lines in all.
-LIBRARY, LAB, TESTS = 18_600, 11_500, 32_350
+LIBRARY, LAB, TESTS = 18_680, 11_500, 28_450
 # The most methods of LocalUpdates, and attributes that it sets at construction. (Pairs of its arguments that exclude
 # each other are counted in local/test_exclusions.py.)
 METHODS, ATTRIBUTES = 24, 13
