@@ -22,7 +22,9 @@ from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.transfers import indices_where, read
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
-_FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
+# For large levels, Rice codes are chosen if their length is at most this multiple of the layered code's, since they are
+# ten times as fast.
+_FOR_SPEED = 1.04
 _LARGE = 2.0  # large levels: the nonzero ones have a mean magnitude above this
 _SLAB = 1 << 22  # levels counted at a time on a GPU
 MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
@@ -143,8 +145,11 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
 
 
 def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Unpack the codes level + top of d levels, `bits` bits each, to uint8[d], or to int32[d] above 8 bits. Raises
-    MessageError if a code is invalid, except on a GPU, where the check would synchronize."""
+    """Unpack d codes of `bits` bits each to uint8[d], or to int32[d] if `bits` is above 8.
+
+    A code is level + top, where levels are from -top to top. Raises MessageError if a code is invalid, except on a GPU,
+    where the check would synchronize.
+    """
     codes = wire.unpack(packed, bits, d, torch.uint8 if bits <= MOST_BITS else torch.int32)
     if d and codes.device.type == "cpu" and (largest := int(codes.max())) > 2 * top:
         raise MessageError("levels", f"codes of at most {2 * top}", largest)

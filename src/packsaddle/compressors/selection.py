@@ -149,7 +149,7 @@ def holding(v: Tensor, share: float) -> Tensor:
         last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
-    # Of the coordinates with this magnitude x, the first ceil(needed / x^2) suffice.
+    # Of the coordinates with this magnitude x, select the first ceil(needed / x^2): they have the energy `needed`.
     one = float(widened(v[inside[0]]) / top) ** 2  # all of `inside` now have the same magnitude
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = magnitudes >= threshold
@@ -194,8 +194,10 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate the fraction of its energy to send in each section, so that `share` of the vector's energy is sent.
-    `samples` are those of `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`.
+    """Estimate how to divide the energy ||v||^2 to send, a fraction `share` of it, among the sections of a vector v.
+
+    Returns the fraction of each section's own energy to send, clamped to [1e-6, 1]; a section of zeros gets `share`.
+    `samples` are as in `counts_among_largest`.
     """
     pooled = widened(torch.cat(list(samples)))
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()

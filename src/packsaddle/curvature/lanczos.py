@@ -81,8 +81,8 @@ class Ritz:
     def lower_bound(self, failure_probability: float) -> float:
         """Return a lower bound on the smallest eigenvalue, lambda_min, with `rounding` subtracted.
 
-        With probability 1 - `failure_probability` over the random start, the bounds of all numbers of steps hold
-        simultaneously. Raises ValueError unless the probability is in [1e-100, 1).
+        With probability 1 - `failure_probability` over the random start vector, the bounds after every number of
+        Lanczos steps hold simultaneously. Raises ValueError unless the probability is in [1e-100, 1).
         """
         check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])

@@ -269,10 +269,10 @@ class Differences(Products):
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
-        """Return a trial whose step crosses no kink of the loss, else `best`. Only float64 allows such short steps.
+        """Return a trial whose step is too short to cross a kink of the loss, such as that of a ReLU, or else `best`.
 
-        If the loss has kinks, as of ReLU, similar steps cross different kinks, and errors grow with shorter steps until
-        no kink is crossed. A product with such a step equals the product by double backward.
+        Only float64 is precise enough for such a step. Steps of similar length cross different kinks, so the error
+        grows as the step shortens, until it crosses none. The product then equals the product by double backward.
         """
         step = best.step
         while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):

@@ -51,7 +51,8 @@ class Contraction:
         self._every, self._slice = Every(every), of
         self.whole: float | None = None  # the last mu_t
         self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
-        self._energies: list[Tensor] = []  # alternately the squared norm of a v and its residual; float64[1 or tensors]
+        # alternately the squared norm of a slice's v and that of its residual; each float64[1 or tensors]
+        self._energies: list[Tensor] = []
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:
         """Record the squared norm of a slice's v, float[n], and in a second call the squared norm of its residual.

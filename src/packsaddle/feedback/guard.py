@@ -122,7 +122,8 @@ class Skips:
 
 
 class Records:
-    """Records of exchanges: skipped steps (in local updates rejected rounds), and differences between workers."""
+    """The records that an exchange keeps: steps skipped, or rounds rejected in local updates, and comparisons in which
+    the workers' parameters or rates differed."""
 
     _skips: Skips
     _drift: DriftGuard

@@ -67,7 +67,7 @@ class Vector:
             return found
         if not isinstance(saved, Mapping):
             raise ValueError(f"{dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
-        # Find the tensor of each parameter, below further keys.
+        # Find each parameter's tensor, which is nested under the keys that follow ANY in `path`.
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
             for inner in rest:
@@ -205,7 +205,8 @@ class State:
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return the constants among this worker's new entries by path. `leaves` are those of `split`."""
+        """Return new values, by path, for those `leaves` whose kind is "constant": they replace the saved values.
+        `leaves` are as in `split`."""
         identity, rules = self._identity(), {path: self.rule(path) for path in leaves}
         return {p: identity.get(p[-1], rule.value) for p, rule in rules.items() if rule.kind == "constant"}
 

@@ -225,8 +225,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     `exchange` is None, as from `attach` with one worker, it returns False, with a warning if there are files. `name` is
     as in `save_state`. If another number of workers saved the files, each worker gets the mean of the tensors that
     differed between workers, such as error memories, with a warning (see `load_checkpoint`). Raises ValueError, with
-    nothing changed, if only some workers have a file, if steps differ between files, or if they do not fit (another
-    seed, ...).
+    nothing changed, if only some workers have a file, if steps differ between files, or if a file does not fit
+    `exchange`, for example since its seed differs.
     """
     if exchange is None:
         if saved := _survey(folder, name):

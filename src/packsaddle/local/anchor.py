@@ -231,8 +231,8 @@ class Anchor:
             lost.add_(error.to(lost))
 
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
-        """Add the local update start - x + owed to out, float[n], and return out. If `starts` are given, they replace
-        the start points."""
+        """Add the local update start - x, and the part `owed` that it misses, to out, float[n]; return out. If `starts`
+        is None, the current start points are used."""
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))

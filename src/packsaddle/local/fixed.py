@@ -49,7 +49,8 @@ class Connection:
 
     group: Group  # the workers' group
     within: Group | None  # the processes of this site; None: this worker is not a site
-    channel: Communicator  # communicator of exchanges; with a delay it has a separate group, for the background
+    # communicator of exchanges; if they have a delay, its process group is separate, for use by the background thread
+    channel: Communicator
     behind: Background | None  # runs exchanges that have a delay; None: there is no delay
 
     @classmethod
@@ -145,7 +146,8 @@ class FixedWorkers:
         """Run the collectives after an inner step: the check after the first step, and the exchanges that end or begin.
         Returns True if there were any. `parameters` have the gradients of the first step."""
         has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
-        if has_changed and self._is_paced:  # a worker that has ended exchanges at one tick at a time
+        # A worker whose data has ended advances by one tick in each step, so it leaves its pace.
+        if has_changed and self._is_paced:
             self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
         self._clock.steps += 1
         events, ran = self._schedule.after(steps), steps == 1

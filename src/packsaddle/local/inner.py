@@ -128,8 +128,11 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 class Shards:
-    """Reductions over the processes of one worker: those that have shards of its DTensors, and those of its site
-    `within`, each of which may have the whole model. All methods are collective over these processes."""
+    """Reductions over the processes of one worker. All methods are collective over these processes.
+
+    They are the processes that have shards of the worker's DTensors and, if `within` is given, the processes of that
+    site, each of which may have the whole model.
+    """
 
     def __init__(self, parameters: Iterable[Any], within: Group | None = None) -> None:
         # Each group of processes once, in the order of the parameters, which is identical on all processes.

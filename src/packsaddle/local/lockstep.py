@@ -131,7 +131,7 @@ class Lockstep:
                 unchecked.append(Readback(headers))
             else:
                 agreed.append(self._check(headers.tolist(), compressor, times))
-            work(*norms)  # with a norm
+            work(*norms)  # no arguments if `norm` is None
 
         promise = None if self._background is None else self._background.promise()
         if self._background is None or promise is None:

@@ -337,7 +337,7 @@ class LocalOptions(Option):
             )
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
-        # 1 and 1.0 must not differ between workers.
+        # Convert 1 to 1.0: workers compare the text of their arguments, in which these differ.
         object.__setattr__(self, "mean_momentum", float(self.mean_momentum))
         # Check types: an object of another type would fail later, or be used as True.
         for name in ("keep_unsent", "offload"):

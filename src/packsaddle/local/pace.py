@@ -40,7 +40,7 @@ class Pacing:
     steps: list[int]  # paces in this round
     following: list[int]  # paces in the next round
     times: list[int]  # nanoseconds per step of each worker when the paces were chosen; all 1: not measured
-    changed: int = 0  # number of consecutive rounds whose times differ from these
+    changed: int = 0  # number of consecutive rounds in which the relative speeds differed from those of `times`
 
     @classmethod
     def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":

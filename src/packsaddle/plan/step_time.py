@@ -75,8 +75,8 @@ class Fleet:
 
     workers: int  # number of workers W
     compute: float  # mean seconds of the forward and backward pass
-    spread: float = 0.0  # standard deviation of that time divided by its mean
-    tail: Tail = "lognormal"  # the distribution of that time: "lognormal" or "exponential"
+    spread: float = 0.0  # standard deviation of the compute time divided by its mean
+    tail: Tail = "lognormal"  # distribution of the compute time: "lognormal" or "exponential"
 
     def __post_init__(self) -> None:
         if self.workers < 1:

@@ -1,4 +1,7 @@
-"""The error memory of CompressedSGD, and EF21's estimates in its place, which need the learning rates."""
+"""The memories of CompressedSGD: an error memory, or with memory="ef21" EF21's estimates of the gradient.
+
+EF21's memory applies the mean estimate to x, scaled by the learning rates, so it needs to read them.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -84,16 +84,17 @@ class Roster:
         self.members: dict[int, Member] = {}  # record of each worker, in the order of their last rounds
 
     def absent(self, *, keeps: bool) -> float:
-        """Return the sum of the norms of those error memories of absent workers that are in files if `keeps`, else of
-        those that are not."""
+        """Return the sum of the norms of absent workers' error memories. It is over the workers whose files contain
+        their memory if `keeps` is True, and over the workers whose files do not contain it if False."""
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
         """Record a committed round; the lists have an entry per rank. `taken` is True if the round was applied, False
         if it was rejected."""
-        # The first round names the run. The anchor includes only updates with a weight above 0.
+        # The first committed round sets the id of the run, a hash of its workers' names, which later rounds keep.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
+        # Updates with weight 0 are not part of the anchor, so their attempts and steps do not count.
         for hello, weight in zip(hellos, weights, strict=True):
             if weight:
                 self.taken[hello.worker] = hello.attempt

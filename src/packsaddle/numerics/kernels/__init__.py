@@ -50,8 +50,11 @@ def compiler(device: torch.device | str) -> str:
 
 
 def arithmetic(device: torch.device | str) -> str:
-    """Return a type of device and its compiler of loops, such as "numba on cpu", which must be equal on all workers.
-    Otherwise results that every worker computes separately could differ: random numbers, sums, the order of ties."""
+    """Return the type of a device and the compiler of its loops, as in "numba on cpu".
+
+    The result must be equal on all workers. Otherwise results that every worker computes separately could differ:
+    random numbers, sums, the order of ties.
+    """
     return f"{compiler(device)} on {torch.device(device).type}"
 
 

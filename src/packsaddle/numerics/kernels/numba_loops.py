@@ -229,11 +229,14 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
 def add_finite(
     sums: Sequence[tuple[Tensor, Tensor, float]], limit: float = np.inf, room: int = 0
 ) -> tuple[list[tuple[int, int, int]], float, list[Tensor | None]]:
-    """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a sum of squares overflows.
+    """Add alpha * more to out, float[n], in place, for every (out, more, alpha) in `sums`. Stop when the sum of the
+    squares of the elements of out and alpha * more overflows.
 
-    Returns the completed ranges (index of the sum, start, stop); their sum of squares, infinite if the additions were
-    stopped; and for each range the indices in `out` at which the magnitude of the result is at least `limit`, or None
-    if there may be more than `room` of these.
+    Returns:
+        The completed ranges of coordinates, as (index in `sums`, start, stop).
+        The sum of squares over these ranges; it is infinite if the additions were stopped.
+        For each range, the indices in `out` at which the magnitude of the result is at least `limit`. It is None if
+        `room` is 0, or if there may be more than `room` of these indices.
     """
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
