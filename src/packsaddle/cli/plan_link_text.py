@@ -209,7 +209,7 @@ def _doubts(plan: LinkPlan, best: Method) -> list[str]:
 def print_tables(plan: LinkPlan) -> None:
     """Print the forecasts of all compressors behind the DDP hook, and of all settings of local updates."""
     verdict, workload, link, fleet = plan.verdict, plan.workload, plan.link, plan.fleet
-    units = ("sent kB", "step ms", "coding ms", "exchange ms")
+    units = ("sent kB", "step ms", "coding ms", "link ms")
     table = number_table("compressor", "by", *units, "x steps", "pays below Mbit/s", words=2)
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
