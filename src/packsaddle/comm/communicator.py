@@ -183,7 +183,8 @@ def _join(parts: Parts) -> Tensor:
 
 
 def _packed(part: Tensor) -> Tensor:
-    """Return a flat tensor with stride 1, copied if necessary: `contiguous()` keeps any stride of a single element."""
+    """Return the flat tensor `part` with stride 1, as a copy if its stride is another. `contiguous()` does not suffice,
+    since it keeps the stride of a tensor with a single element."""
     return part if part.stride() == (1,) else part.new_empty(part.numel()).copy_(part)
 
 
@@ -229,9 +230,9 @@ def check_agreement(
     *,
     of: Literal["worker", "process"] = "worker",
 ) -> None:
-    """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective.
-    `hints` are sentences to add to the error, by the beginning of the argument's name. `of` names the members of the
-    channel's group in the error."""
+    """Raise ValueError on all workers if their `arguments` differ; collective. The error names the first argument that
+    differs. `hints` maps the beginning of an argument's name to a sentence that is added to the error. `of` names the
+    members of the channel's group in the error."""
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.

@@ -110,7 +110,7 @@ class SiteGroup(Group):
 
     def _gathered(self, part: Tensor) -> Tensor:
         """Gather `part` from all processes of this site, and return the stacked tensors."""
-        data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no numbers of 8 bits
+        data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no 8-bit floats
         return torch.stack(self.within.all_gather(data)).view(part.dtype)
 
     def stages(self, device: torch.device) -> bool:
