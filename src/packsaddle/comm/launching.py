@@ -206,8 +206,8 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Context manager that initializes the launcher's process group. Its backend is NCCL (xccl on XPU) if every worker
-    has a GPU, and otherwise gloo. Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises ConfigError if the group cannot
-    be initialized."""
+    has a GPU, and otherwise gloo. Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises
+    ConfigError if the group cannot be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -86,7 +86,8 @@ class Owners(Aggregator):
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> tuple[Message, Tensor]:
         """Return the owner's reply, which is the compressed mean of its chunk. Also returns the residual of this
-        compression. If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
+        compression. If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid
+        coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
         # Compute the mean of the chunk, in which this worker's own v is uncompressed.

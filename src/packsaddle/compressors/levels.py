@@ -25,7 +25,7 @@ _FIXED, _LAYERS, _RICE = 0, 1, 2
 # For large levels, Rice codes are chosen if their length is at most this multiple of the layered code's, since they are
 # ten times as fast.
 _FOR_SPEED = 1.04
-_LARGE = 2.0  # large levels: the nonzero ones have a mean magnitude above this
+_LARGE = 2.0  # levels are called large if the nonzero levels have a mean magnitude above this
 _SLAB = 1 << 22  # levels counted at a time on a GPU
 MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
 
@@ -39,7 +39,8 @@ class Layer:
 
     @property
     def inverted(self) -> bool:
-        """True if the code lists the members with magnitude j, because they are fewer than those above j."""
+        """True if the code lists the members with magnitude exactly j, because they are fewer than the members with a
+        larger magnitude."""
         return 2 * self.going_on > self.members
 
     @property
@@ -140,7 +141,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
         raise MessageError("levels", f"Rice codes with a parameter below {MOST_BITS}", b)
     folded, is_valid = wire.unpack_rice(coded[2:], d, b, 2 * top, torch.uint8)
     require(is_valid, "levels", f"the code of {d} levels from {-top} to {top}", f"{len(coded)} bytes that are not")
-    # Invert `_folded`, modulo 256: an odd number is the positive level (n + 1) / 2, an even one the level -n / 2.
+    # Invert `_folded`, modulo 256: an odd number n stands for the positive level (n + 1) / 2, and an even n for the
+    # level -n / 2.
     return (folded + 1 >> 1).mul_((folded & 1).mul_(2).sub_(1)).add_(top)
 
 
@@ -157,7 +159,8 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def _folded(codes: Tensor, top: int) -> Tensor:
-    """Map the levels 0, 1, -1, 2, -2, ... to 0, 1, 2, 3, 4, ..., uint8[d]; `codes` contains level + top for each."""
+    """Map levels from -top to top to nonnegative integers, uint8[d]: 0, 1, -1, 2, -2, ... to 0, 1, 2, 3, 4, ....
+    `codes`, uint8[d], contains level + top for each level."""
     return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
 
 
@@ -219,7 +222,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
         else:
             members = index if members is None else members[index]
             magnitudes[members] += 1
-    # One sign per nonzero level, in the order of coordinates; modulo 256, as -1 is 255.
+    # There is one sign per nonzero level, in the order of coordinates. The arithmetic is modulo 256, so -1 is 255.
     negative = wire.unpack_bits(signs, len(places)).view(torch.uint8)
     return codes.scatter_(0, places, magnitudes * (1 - 2 * negative) + top)
 

@@ -170,7 +170,7 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        # For the largest number of blocks such that `kept` of them are at least the fraction k/d.
+        # Return the block size for the largest number of blocks of which `kept` blocks are at least the fraction k/d.
         return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:
