@@ -87,9 +87,10 @@ class RowHash:
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
-    """Yield, in blocks of v, the median over rows of each coordinate's estimate; `tables` is S v, float[rows, c]."""
+    """Yield estimates of the d coordinates of a vector v, in blocks, from its count sketch `tables`, float[rows, c].
+    Each row gives an estimate of a coordinate, and the median over rows is used."""
     chunks, c = len(hashes[0].rotations), hashes[0].columns
-    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. Many short chunks: gather by indices.
+    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. For many short chunks, gather by indices.
     if chunks > _MANY:
         group = max(1, _BLOCK // c)
         rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
@@ -100,7 +101,7 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
-    # A few long chunks: use slices.
+    # For a few long chunks, use slices.
     doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of this
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):

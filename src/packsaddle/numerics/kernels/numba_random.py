@@ -76,8 +76,8 @@ def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Arr
 
 @compiled_loop
 def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
-    """Write radii * (cos, sin) of random angles to `cosines` and `sines`. 30 bits of an angle stand for +-45 degrees,
-    one negates the cosine, and one swaps cosine and sine."""
+    """Write radii * (cos, sin) of random angles to `cosines` and `sines`. `angles` are random words of 32 bits: 30 bits
+    are an angle within +-45 degrees, one bit negates the cosine, and one swaps cosine and sine."""
     one = np.float32(1)
     for i in range(len(angles)):
         a = angles[i]
