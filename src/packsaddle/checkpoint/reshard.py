@@ -109,8 +109,8 @@ def resharded(
 ) -> dict[str, Any]:
     """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
 
-    `template` is the content of worker 0's file, present on every worker. `contents` are those of the files that this
-    worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
+    `template` is the content of worker 0's file, present on every worker. `contents` has the content of each file that
+    this worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
     converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
@@ -177,7 +177,8 @@ def _reductions(
 def _mean_of_extra(
     template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return worker 0's `extra`, with floating-point tensors averaged if they have the same shape on all workers."""
+    """Return worker 0's `extra`, the user's further state of the run. Its floating-point tensors are averaged if they
+    have the same shape on all workers."""
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
     here = [[_layout(content["extra"].get(k)) == _layout(extra[k]) for content in contents] for k in candidates]
@@ -242,11 +243,12 @@ def _complete_states(
 ) -> None:
     """Insert the mean of the other workers' states if a worker's optimizer has no state for a parameter; collective.
 
-    A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
-    are the template and the state dicts that this worker has read, which have the weights `shares`.
+    A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has no state.
+    `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this worker has read,
+    with the weights `shares`.
     """
     first, *mine = [state.get("state", {}) for state in states]
-    # The keys and shares of all workers, by the worker that has read them.
+    # Gather the keys of all saved states, each with the weight of its state, by the worker that has read them.
     held = collectives.gather([(key, share) for one, share in zip(mine, shares, strict=True) for key in one])
     for key in dict.fromkeys(key for pairs in held for key, _ in pairs):
         found = [share for pairs in held for other, share in pairs if other == key]

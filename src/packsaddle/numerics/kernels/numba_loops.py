@@ -186,8 +186,8 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write the indices of k magnitudes to `out`, in increasing order: of all that exceed `limit`, and of the first that
-    equal `limit`. `found` has the index of each magnitude, to which `offset` is added."""
+    """Write the indices of k magnitudes to `out`, in increasing order: of all magnitudes above `limit`, and of the first
+    that equal `limit`. `found` has the index of each magnitude, to which `offset` is added."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
