@@ -89,7 +89,7 @@ class Averaged:
     invalid: Invalid = field(default_factory=Invalid)  # invalid messages, for which all workers reject the mean
 
     def write_to(self, out: Tensor) -> Tensor:
-        """Write the mean of all d coordinates to out, zeros[d], and return out. The uncompressed ones are at the end."""
+        """Write the mean of all d coordinates to out, zeros[d], and return out. Uncompressed ones come last."""
         n = len(out) - len(self.dense)
         for term in self.mean:
             term.add_to(out[:n], 1.0)

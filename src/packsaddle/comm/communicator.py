@@ -161,7 +161,8 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if the sizes in bytes that a worker announces do not fit `like`, or exceed `most`."""
+    """Raise MessageError if the sizes in bytes that a worker announces do not fit the dtypes of `like`, or exceed
+    `most` in total."""
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
         expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))
@@ -169,7 +170,7 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
 
 
 def most_bytes(d: int, parts: Parts) -> int:
-    """Return a loose upper bound on the bytes of a message with these parts for d coordinates."""
+    """Return a loose upper bound on the bytes of a message that encodes d coordinates in these parts."""
     return (64 * d + 4096) * len(parts)
 
 

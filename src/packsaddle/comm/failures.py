@@ -87,7 +87,8 @@ def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
     """Return the error message for a failed collective: the lost worker, the remedy, and the backend's reason."""
-    text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])  # without torch's file and line
+    # Remove the file and the line in torch's source from the message.
+    text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])
     reason = " ".join(text.split()).partition(". ")[0][:60]
     limit = "the timeout" if timeout is None else f"the timeout of {timeout.total_seconds():g} s"
     advice = f"Read its output and resume from the last checkpoint; if it was late, raise {limit}"

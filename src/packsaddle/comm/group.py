@@ -241,7 +241,8 @@ def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist
     ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
     backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
     group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # never a placeholder, since this worker is a member
+    # torch returns a placeholder only to workers that are not members of the group.
+    assert isinstance(group, dist.ProcessGroup)
     return group
 
 

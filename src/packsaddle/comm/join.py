@@ -26,7 +26,7 @@ class JoinableSteps(Joinable):
 
     @abstractmethod
     def _attempted(self, *, has_ended: bool = False) -> bool:
-        """Count one step, and run its exchange if one is due; return True if it had collectives."""
+        """Count one step, and run an exchange if one is due. Returns True if the step had collectives."""
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop. Raises RuntimeError

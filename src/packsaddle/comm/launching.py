@@ -199,7 +199,8 @@ def _stop_with_launcher() -> None:
         os._exit(1)
 
 
-# Torch's loggers of a failed worker's traceback, silenced because `launch` raises it as an error.
+# Torch's loggers that print the traceback of a failed worker. `launch` disables them, since it raises an error that
+# contains the traceback.
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
@@ -370,8 +371,9 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         with ExitStack() as stack:
             for name in _LOGGERS:
                 stack.enter_context(replaced(logging.getLogger(name), "disabled", True))
-            # After a worker failed, torch waits 30 s for the others to react to SIGTERM, and has no setting for this.
-            # LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
+            # After a worker failed, torch waits 30 s for the other workers to react to SIGTERM, and it has no setting
+            # for that time. LaunchConfig's shutdown_timeout is the time for workers to save after a signal to the
+            # launcher, and stays at 30 s.
             join = partialmethod(ProcessContext.join, grace_period=SHUTDOWN_SECONDS)
             stack.enter_context(replaced(ProcessContext, "join", join))
             stack.enter_context(_restoring_signal_handlers())

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT = 1000  # maximum number of spans
+_KEPT = 1000  # maximum number of spans that a ledger keeps
 Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
 
 

@@ -182,7 +182,8 @@ def _is_useful(record: logging.LogRecord) -> bool:
 
 
 def check_lighthouse(address: str, seconds: float = 10.0) -> None:
-    """Raise MissingExtraError without torchft, and ConfigError if there is no lighthouse at http://HOST:PORT."""
+    """Raise MissingExtraError if torchft is not installed, and ConfigError if there is no lighthouse at `address`,
+    http://HOST:PORT."""
     require("torchft", "torchft", "elastic training")
     reach(*_place(address), seconds)
 

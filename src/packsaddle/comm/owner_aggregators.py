@@ -181,7 +181,7 @@ class Owners(Aggregator):
         if not d:
             return []
         chunks = self._chunks(d, workers)
-        (a, b), owners = chunks[-1], len(chunks)  # the last chunk is a largest one
+        (a, b), owners = chunks[-1], len(chunks)  # no chunk is larger than the last one
         return [
             Work(self.compressor.restrict(a, b, d), b - a, encode=owners, decode=workers - 1, add=owners - 1),
             Work(self.back.restrict(a, b, d), b - a, encode=1, decode=owners, add=1),
