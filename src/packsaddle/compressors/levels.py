@@ -27,12 +27,13 @@ _FIXED, _LAYERS, _RICE = 0, 1, 2
 _FOR_SPEED = 1.04
 _LARGE = 2.0  # levels are called large if the nonzero levels have a mean magnitude above this
 _SLAB = 1 << 22  # levels counted at a time on a GPU
-MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
+MOST_BITS = 8  # largest fixed width, in bits, of levels that can be entropy-coded
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of layer j, the set of coordinates with |level| above j, a subset of those with |level| at least j."""
+    """Sizes of layer j of a quantized vector. Its members are the coordinates with |level| of at least j, and the layer
+    is the subset of members with |level| above j."""
 
     members: int  # number of coordinates with magnitude at least j
     going_on: int  # number of coordinates with magnitude above j, i.e. the `members` of layer j + 1
@@ -197,7 +198,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
     going_on, lengths = sizes[::2], sizes[1::2]
     layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
-    # The gaps of each layer follow, and one sign per nonzero level.
+    # After the header come the coded gaps of each layer, and one sign per nonzero level.
     nonzero = math.ceil((going_on or [0])[0] / 8)
     fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
         layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)

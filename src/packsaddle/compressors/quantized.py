@@ -208,7 +208,8 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits for unbiased rounding.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
-        width = self.bits if self.fixed_size else 8  # bits of a level; entropy coding starts from one byte each
+        # The number of bits in which a level is packed: the input of the entropy coder has one byte per level.
+        width = self.bits if self.fixed_size else 8
         on_cpu = v.device.type == "cpu"
         if len(v) and width <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
             levels, norms = loop(precise, self.levels, width, b, key)

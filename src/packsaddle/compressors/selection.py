@@ -78,7 +78,8 @@ def largest_of_blocks(
         index, magnitudes = torch.cat(found), as_integers(torch.cat(values))
         if len(index) >= k:
             break
-        threshold, expected = 0, n  # the sampled threshold was too high
+        # The sampled threshold was too high, so keep all magnitudes.
+        threshold, expected = 0, n
     # `_top` prefers low positions: rotate the indices from `first` on to the front.
     turn = int((index < first).sum())
     index, magnitudes = index.roll(-turn), magnitudes.roll(-turn)
@@ -104,7 +105,7 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
     The threshold is compared with `as_integers`. Only rarely do fewer than k magnitudes reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
-    # A margin of four standard deviations, plus 8 for small expected counts.
+    # Add a margin of four standard deviations, and 8 for small expected counts.
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 8))
     return int(torch.topk(magnitudes, rank, sorted=False).values.min()), math.ceil(rank * n / len(sample))
 
@@ -163,7 +164,8 @@ def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float
     """Return the highest bin that contains, together with all bins above it, the energy `needed`. Also returns the part
     of `needed` that this bin must contribute."""
     held = energy.flip(0).cumsum(0)
-    occupied = counts.nonzero()  # occupied bins bound the result if rounding makes the sum too small or `needed` is 0
+    # Limit the result to bins that have elements: rounding may make the sum too small, and `needed` may be 0.
+    occupied = counts.nonzero()
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
     return last, needed - float(energy[last + 1 :].sum())
 

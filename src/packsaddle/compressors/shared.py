@@ -41,8 +41,8 @@ from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _SLAB = 1 << 17  # random numbers generated at a time, so that scratch memory fits a fast cache
 _MOST_ROWS = 100  # a median of more rows is hardly more accurate
-_COUNTERS = 16  # default columns (counters of a row) per kept coordinate
-_OVERSAMPLE = 4  # default candidates per kept coordinate
+_COUNTERS = 16  # default number of columns (counters per row of a sketch) for each kept coordinate
+_OVERSAMPLE = 4  # default number of candidates for each kept coordinate
 
 
 class Drawn(NamedTuple):

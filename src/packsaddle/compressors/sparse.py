@@ -83,8 +83,10 @@ class Cells:
         return (self.index == len(whole))[:, None]
 
 
-_MOST_TOGETHER = 128  # coordinates; largest default cell, since longer runs are hardly copied faster
-_CELLS_KEPT = 1024  # fewest kept cells by default: with fewer, the kept energy varies much between steps
+# Largest default size of a cell, in coordinates. Longer runs of memory are hardly copied faster.
+_MOST_TOGETHER = 128
+# Smallest number of kept cells by default. With fewer cells, the kept energy varies much between steps.
+_CELLS_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -403,7 +405,8 @@ class TopK(_CodedSupport, _OfEachTensor):
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one TopK per section of a vector; their k, estimated from `samples` and `sizes`, add up to its k.
+        """Return one TopK per section of a vector. Their k are estimated from `samples` and `sizes`, and add up to the
+        k of this compressor for the whole vector.
         Returns None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
         if self.per_tensor or self.chunk is not None:
             return None

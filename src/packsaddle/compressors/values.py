@@ -183,7 +183,7 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 
 def _counted(packed: Tensor, k: int) -> Tensor:
-    """Append a byte with the number of packed values modulo 8."""
+    """Append a byte with k modulo 8 to `packed`, which encodes k values."""
     return torch.cat([packed, packed.new_full((1,), k % 8)])
 
 
