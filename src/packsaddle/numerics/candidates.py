@@ -26,11 +26,12 @@ class Candidates:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.threshold, self.room = math.inf, 0  # the least magnitude collected, and the most indices to collect
+        # The smallest magnitude to collect, and the maximum number of indices to collect.
+        self.threshold, self.room = math.inf, 0
         # The relative distance of the threshold below the prediction, and the k-th largest magnitude in the last
         # selection.
         self._margin, self._last = 0.03, 0.0
-        self._found: tuple[int, Tensor] | None = None  # address of the vector, and its indices, increasing int64[m]
+        self._found: tuple[int, Tensor] | None = None  # address of the vector, and the candidates, increasing int64[m]
 
     def collect(self, outs: Sequence[Tensor], ranges: Sequence[Range], found: Sequence[Tensor | None]) -> None:
         """Store the candidates that were found while the vector was computed. `outs` are views of the vector, in the
@@ -68,8 +69,8 @@ class Candidates:
         return found[1] if found is not None and k <= m < _ROOM * k else None
 
     def predict(self, v: Tensor, k: int, least: float) -> None:
-        """Set the next threshold, after a selection of k coordinates from v. `least` is the k-th largest magnitude, and
-        is predicted to grow as it did since the last selection."""
+        """Set the threshold for the next vector, after a selection of k coordinates from v. `least` is the k-th largest
+        magnitude in v. It is predicted to change by the same factor as since the last selection."""
         if len(v) == self.n and 0 < least < math.inf:
             growth = least / (self._last or least)
             predicted = least * min(_MOST_GROWTH, max(1 / _MOST_GROWTH, growth))

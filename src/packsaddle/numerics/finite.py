@@ -57,8 +57,8 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return a bound on x such that adding x to any finite number of `dtype` cannot overflow: rounding discards x.
-    It is 1/256 of half a unit in the last place of the largest number."""
+    """Return a bound: adding a number of at most this magnitude to any finite number of `dtype` cannot overflow,
+    because rounding discards it. The bound is 1/256 of half a unit in the last place of the largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 

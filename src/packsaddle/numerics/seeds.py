@@ -191,7 +191,8 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
-    """Add scales[i] * N(0, 1) noise, the sequence of `key`, to the i-th of m cells of b elements in out, float[m b]."""
+    """Add scales[i] * N(0, 1) noise to cell i of out, float[m b], for all i; out has m cells of b elements each. The
+    noise is the sequence of normal numbers of `key`."""
     numbers = torch.zeros_like(out)
     add_gaussians(numbers, 1.0, key)
     cells = len(scales), len(out) // max(1, len(scales))

@@ -70,7 +70,7 @@ class RowHash:
                 estimates.append(counters[(positions + rows[:, None]).remainder_(self.columns)] * signs[:, None])
             out.add_(torch.cat(estimates).view(-1)[: len(out)], alpha=alpha)
             return
-        doubled = torch.cat([counters, counters])  # each rotation of `counters` is a slice of this
+        doubled = torch.cat([counters, counters])  # each rotation of `counters` is a slice of `doubled`
         for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
             chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
 
@@ -102,7 +102,7 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
     # For a few long chunks, use slices.
-    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of this
+    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of a row of `doubled`
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):
             stop = min(start + _BLOCK, c, d - b * c)

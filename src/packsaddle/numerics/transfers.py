@@ -46,7 +46,7 @@ class Readback:
 def indices_where(mask: Tensor, n: int) -> Tensor:
     """Return the indices at which `mask`, bool[d], is True, increasing int64[n]; there must be exactly n. On a GPU this
     is not checked, since the host would wait: the first n are returned, or fewer followed by zeros."""
-    if mask.device.type == "cpu":  # four times as fast as torch.nonzero
+    if mask.device.type == "cpu":  # numpy is four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static
         return torch.nonzero_static(mask, size=n, fill_value=0).squeeze(1)

@@ -103,7 +103,7 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD: return packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
+    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
     `compressors.quantized`; `bits` is at most 8."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
@@ -125,8 +125,9 @@ def _pack_levels(
     v: Array, bits_of_v: Array, mask: int, shape: Any, key: Any, offset: int, out: Array, norms: Array
 ) -> None:
     levels, bits, bucket = shape
-    # Loop over slices: numba then excludes negative indices, and vectorizes.
-    unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte boundary
+    # Loop over slices, whose indices cannot be negative, so that numba vectorizes.
+    # The packed codes of eight buckets end at a byte boundary.
+    unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)
     for group in range(0, len(v), 8 * bucket):
         held = v[group : group + 8 * bucket]
         for start in range(0, len(held), bucket):
@@ -147,7 +148,8 @@ def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: A
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
-    for i in range(len(x)):  # compare as integers: NaN is ordered, and the loop vectorizes
+    # Compare magnitudes as integers: NaN is then the largest, and numba vectorizes the loop.
+    for i in range(len(x)):
         most = max(most, bits[i] & mask)
     scratch = np.empty(1, bits.dtype)
     scratch[0] = most

@@ -79,7 +79,7 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
     for s in range(0, full, BLOCK):
         block: Array = bits[s : s + BLOCK]
         c: Any = np.int32(0)
-        for i in range(BLOCK):  # vectorized
+        for i in range(BLOCK):  # numba vectorizes this loop
             c += np.int32((block[i] & mask) >= limit)
         if c > 0:
             # If `out` is full, only count, so that the caller can allocate enough.
@@ -92,7 +92,7 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
                 out[n] = offset + s + i
                 n += np.int64((block[i] & mask) >= limit)
             m = n
-    # The shorter last block.
+    # Search the shorter last block.
     for i in range(full, len(bits)):
         if (bits[i] & mask) >= limit:
             if m < len(out):
@@ -186,8 +186,8 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write the indices of k magnitudes to `out`, in increasing order: of all magnitudes above `limit`, and of the first
-    that equal `limit`. `found` has the index of each magnitude, to which `offset` is added."""
+    """Write the indices of k magnitudes to `out`, in increasing order: of all above `limit`, and of the first ones that
+    equal `limit`. `found` has the index of each magnitude, and `offset` is added to it."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
@@ -296,7 +296,7 @@ def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, f
             continue
         if n + _LINE > len(found):
             continue
-        # Search these elements while they are in the cache.
+        # Search the elements that were just added while they are in the cache.
         for at in range(0, len(o), _PIECE):
             piece = o[at : at + _PIECE]
             c: Any = np.int32(0)

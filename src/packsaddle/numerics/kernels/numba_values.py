@@ -104,7 +104,7 @@ def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, l
 
 @compiled_sum
 def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
-    """Return the mean of the magnitudes that have this code, or 0 if none has it."""
+    """Return the mean of the magnitudes whose entry in `codes` is `code`, or 0 if there are none."""
     s, n = 0.0, 0.0
     for i in range(len(magnitudes)):
         is_member = codes[i] == code
