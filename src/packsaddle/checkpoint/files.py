@@ -162,7 +162,7 @@ _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove steps older than the `keep` newest."""
+    """Remove the folders of all steps that are older than the `keep` newest steps."""
     oldest = steps_in(folder)[-keep:][0]
     for step, path, _ in _step_folders(folder):
         if step < oldest:

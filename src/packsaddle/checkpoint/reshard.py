@@ -84,7 +84,8 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
         return by[path]
     if isinstance(value, Mapping):
         copied: Any = copy.copy(value)  # keeps `_metadata` of a module's state_dict
-        for key, inner in value.items():  # not by update, which adds to a Counter
+        # Assign one by one, since `update` of a Counter would add to its counts.
+        for key, inner in value.items():
             copied[key] = _replaced(inner, by, (*path, key))
         return copied
     if type(value) in (list, tuple):
@@ -144,7 +145,8 @@ def resharded(
         replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
-            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None instead of these tensors
+            # If worker 0 saved None in place of a dict of tensors, create the dict.
+            if outer and _at(state, tuple(outer)) is None:
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value
         result["parts"][name] = state
@@ -162,7 +164,7 @@ def _reductions(
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
     buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-    # True: this part can differ between workers, since they train separately.
+    # Parameters and optimizer states can differ between workers if the workers train separately.
     is_own = apart and isinstance(part, nn.Module | Optimizer)
     for path in different:
         value = split.equal[path]
