@@ -175,8 +175,8 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
     MessageError unless it encodes k indices of [0, d)."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
-    # The encoder uses the shortest code, so the code follows from the length. The first byte is checked against it, but
-    # not read, since the host would wait for a GPU.
+    # The encoder uses the shortest code, so the code follows from the length. The first byte is only compared with this
+    # code, on the device, since the host would have to wait for a GPU to read it.
     sizes, body = {code: math.ceil(bits / 8) for code, bits in ((_BITMAP, d), (_FIXED, k * _width(d)))}, coded[1:]
     code = _RICE if len(body) < min(sizes.values()) else min(sizes, key=lambda c: sizes[c])
     require(coded[0] == code, "indices", f"in code {code} if it has {len(coded)} bytes", "another code")

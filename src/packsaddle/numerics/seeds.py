@@ -191,8 +191,8 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
-    """Add scales[i] * N(0, 1) noise to cell i of out, float[m b], for all i; out has m cells of b elements each. The
-    noise is the sequence of normal numbers of `key`."""
+    """Add scales[i] * N(0, 1) noise to cell i of out, float[m b], for each of its m cells of b elements. The normal
+    numbers are the sequence of `key`."""
     numbers = torch.zeros_like(out)
     add_gaussians(numbers, 1.0, key)
     cells = len(scales), len(out) // max(1, len(scales))
