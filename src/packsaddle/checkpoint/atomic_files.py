@@ -34,8 +34,8 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename an unusable file or folder to PATH.unusable, or if that exists to PATH.unusable-2, ...; return the new
-    path."""
+    """Rename an unusable file or folder to PATH.unusable, and return the new path. If that path exists, the new path is
+    PATH.unusable-2, PATH.unusable-3, ...."""
     aside, number = path.with_name(f"{path.name}.unusable"), 1
     while aside.exists():
         number += 1
@@ -44,7 +44,8 @@ def set_aside(path: Path) -> Path:
 
 
 class _Sink:
-    """The file object passed to `torch.save`. Since that may crash if `write` raises an OSError, `check` raises it."""
+    """The file object passed to `torch.save`, which may crash if `write` raises an OSError. So `write` stores the
+    error, and `check` raises it."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest

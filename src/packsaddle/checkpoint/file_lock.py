@@ -13,7 +13,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
 _LONGEST = 4096  # maximum number of bytes to read from a lock file
@@ -31,7 +31,8 @@ def acquire(path: Path) -> int:
     """Create a file and lock it; return its descriptor, which must stay open while the lock is needed.
     Raises HeldError if another process has the lock, NoLocksError if the file system does not support locks, or another
     OSError."""
-    # The last holder may remove the file between open and lock: then the lock is on a deleted file, so try again.
+    # The last holder may remove the file after it was opened here and before it is locked. The lock is then on a
+    # deleted file, so try again.
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -75,7 +75,8 @@ def ranks_in(step: Path) -> list[int]:
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's tensor file of a step, then the manifest, with `said` as further fields. Raises OSErrors."""
+    """Write a worker's tensor file of a step, and then its manifest. `said` are fields of the manifest, among them the
+    step and the rank. Raises OSError if a file cannot be written."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
@@ -85,7 +86,8 @@ def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
 
 
 def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
-    """Read and check a worker's manifest of a step. Raises DamagedError, or CheckpointError for another format."""
+    """Read and check a worker's manifest of a step. Raises DamagedError if the manifest is damaged or unreadable, and
+    CheckpointError if it has another format."""
     path = step_folder(folder, step) / f"worker-{rank}.json"
     try:
         with path.open("rb") as file:
@@ -160,7 +162,7 @@ _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
 def rotate(folder: Path, keep: int) -> None:
-    """Remove steps older than the `keep` newest."""
+    """Remove the folders of all steps that are older than the `keep` newest steps."""
     oldest = steps_in(folder)[-keep:][0]
     for step, path, _ in _step_folders(folder):
         if step < oldest:
@@ -179,7 +181,7 @@ def remove(step: Path) -> None:
             if _OURS.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         step.rmdir()
-    except OSError:  # another worker removed it first, or there are other files in it
+    except OSError:  # another worker removed the folder first, or the folder has other files
         pass
 
 
@@ -188,7 +190,7 @@ def set_aside_after(folder: Path, step: int) -> None:
     for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
             set_aside(path)
-        except FileNotFoundError:  # another worker has renamed it
+        except FileNotFoundError:  # another worker has renamed the folder
             pass
         except OSError as error:
             raise CheckpointError(f"{path} cannot be set aside: {error.strerror}") from None

@@ -1,5 +1,5 @@
-"""A mark for code that reads this worker's own module states on purpose: between rounds these differ between
-workers."""
+"""A mark for code that intentionally reads or restores the module states of this worker alone. Between two exchanges
+of local updates the states differ between workers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _OWN_STATE: ContextVar[bool] = ContextVar("own_state", default=False)
 
 @contextmanager
 def own_state() -> Iterator[None]:
-    """A context manager and decorator for code that saves or restores each worker's own states."""
+    """A context manager and decorator that marks code that saves or restores each worker's own states."""
     token = _OWN_STATE.set(True)
     try:
         yield

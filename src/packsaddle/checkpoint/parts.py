@@ -23,7 +23,7 @@ class Part(Protocol):
         """Return the state as tensors and plain types."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore the state from `state_dict`, a result of the method of that name."""
+        """Restore the state from the argument, a result of the method `state_dict`."""
 
 
 Parts = Mapping[str, Part]

@@ -84,7 +84,8 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
         return by[path]
     if isinstance(value, Mapping):
         copied: Any = copy.copy(value)  # keeps `_metadata` of a module's state_dict
-        for key, inner in value.items():  # not by update, which adds to a Counter
+        # Assign one by one, since `update` of a Counter would add to its counts.
+        for key, inner in value.items():
             copied[key] = _replaced(inner, by, (*path, key))
         return copied
     if type(value) in (list, tuple):
@@ -109,8 +110,8 @@ def resharded(
 ) -> dict[str, Any]:
     """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
 
-    `template` is the content of worker 0's file, present on every worker. `contents` are those of the files that this
-    worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
+    `template` is the content of worker 0's file, present on every worker. `contents` has the content of each file that
+    this worker has read; each file is read by one worker. Raises CheckpointError, on every worker, if a state cannot be
     converted.
     """
     result: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, contents, workers, collectives)}
@@ -144,7 +145,8 @@ def resharded(
         replaced = part.saved_state.merge(_leaves(state)) if isinstance(part, Exchanging) else {}
         for path, value in (found | replaced).items():
             *outer, key = path
-            if outer and _at(state, tuple(outer)) is None:  # worker 0 saved None instead of these tensors
+            # If worker 0 saved None in place of a dict of tensors, create the dict.
+            if outer and _at(state, tuple(outer)) is None:
                 _at(state, tuple(outer[:-1]))[outer[-1]] = {}
             _at(state, tuple(outer))[key] = value
         result["parts"][name] = state
@@ -162,7 +164,7 @@ def _reductions(
     if isinstance(part, torch.amp.GradScaler):
         return split.means, list(different)
     buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
-    # True: this part can differ between workers, since they train separately.
+    # Parameters and optimizer states can differ between workers if the workers train separately.
     is_own = apart and isinstance(part, nn.Module | Optimizer)
     for path in different:
         value = split.equal[path]
@@ -177,7 +179,8 @@ def _reductions(
 def _mean_of_extra(
     template: dict[str, Any], contents: Sequence[dict[str, Any]], workers: int, collectives: ObjectCollectives
 ) -> dict[str, Any]:
-    """Return worker 0's `extra`, with floating-point tensors averaged if they have the same shape on all workers."""
+    """Return worker 0's `extra`, the user's further state of the run. Its floating-point tensors are averaged if they
+    have the same shape on all workers."""
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
     here = [[_layout(content["extra"].get(k)) == _layout(extra[k]) for content in contents] for k in candidates]
@@ -242,11 +245,12 @@ def _complete_states(
 ) -> None:
     """Insert the mean of the other workers' states if a worker's optimizer has no state for a parameter; collective.
 
-    A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has none. `states`
-    are the template and the state dicts that this worker has read, which have the weights `shares`.
+    A worker that has not stepped yet (see `Workers.sample`), or whose state was reset after a NaN, has no state.
+    `states` has the optimizer's state dict from worker 0's file, and then the state dicts that this worker has read,
+    with the weights `shares`.
     """
     first, *mine = [state.get("state", {}) for state in states]
-    # The keys and shares of all workers, by the worker that has read them.
+    # Gather the keys of all saved states, each with the weight of its state, by the worker that has read them.
     held = collectives.gather([(key, share) for one, share in zip(mine, shares, strict=True) for key in one])
     for key in dict.fromkeys(key for pairs in held for key, _ in pairs):
         found = [share for pairs in held for other, share in pairs if other == key]

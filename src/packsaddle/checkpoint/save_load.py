@@ -104,7 +104,7 @@ def save_checkpoint(
     identity = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
     module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
 
-    # Remove the step if a worker could not write it, and earlier steps if all could.
+    # Remove the step if a worker could not write it. If all workers could, remove earlier steps.
     write = partial(write_files, folder, content, **identity, common_sha256=common_sha256, shapes=module_shapes)
     try:
         run_on_all(collectives, partial(_write, target, write))
@@ -118,7 +118,7 @@ def save_checkpoint(
 
 def _content(folder: Path, parts: Parts, extra: dict[str, Any], step: int, keep: int) -> Content:
     """Return the parts' states and `extra`. Raises CheckpointError if they cannot be saved in `folder` as this step."""
-    if keep < 2:  # while a step is being written, only the one before is complete
+    if keep < 2:  # while a step is being written, only the previous step is complete
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
@@ -274,8 +274,8 @@ def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
-    """Read all manifests in the folder; return by step and rank the number of workers in the manifest, or the error of
-    reading it."""
+    """Read all manifests in a checkpoint folder. Returns, by step and rank, the number of workers according to the
+    manifest, or the error message if the manifest cannot be read."""
     found: dict[int, dict[int, int | str]] = {}
     for step in steps_in(folder):
         found[step] = {}
@@ -288,8 +288,9 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Return (number of workers that saved a step, "", False), or (0, the error, True if an interrupted save explains
-    it) if the step's files are not intact. `surveys` contains each worker's `_survey` of the step."""
+    """Return (number of workers that saved a step, "", False) if the manifests of all these workers are present.
+    Otherwise return (0, the error, True if an interrupted save explains the error). `surveys` contains, for each
+    current worker, the result of `_survey` for the step."""
     ranks: dict[int, set[int]] = {}
     for survey in surveys:
         for rank, found in survey.items():
@@ -313,8 +314,8 @@ def saved_by(surveys: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def holders_of(workers: int, surveys: list[dict[str, Any]]) -> list[int]:
-    """Return the rank that reads the file of each worker i: rank i modulo the group size if it has that file, else the
-    lowest rank that has it."""
+    """Return, for each worker i that saved a step, the rank that reads its file. This is i modulo the number of current
+    workers if that rank has the file, and otherwise the lowest rank that has it."""
     found = []
     for i in range(workers):
         owners = [r for r, survey in enumerate(surveys) if survey.get(str(i)) == workers]
@@ -337,7 +338,8 @@ def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts) -> dict
 
 
 def _complete(folder: Path, found: Mapping[int, tuple[Manifest, Content]], first: Any) -> dict[int, Content]:
-    """Add the tensors that only worker 0's file has. Raises DamagedError if their fingerprint does not match."""
+    """Return the content of each file in `found`, with the tensors that are stored only in worker 0's file, whose
+    content is `first`. Raises DamagedError if the fingerprint of these tensors does not match the manifest."""
     complete: dict[int, Content] = {}
     for rank, (manifest, content) in found.items():
         common = content.pop("common")

@@ -47,7 +47,7 @@ Dense = Tensor | Callable[[tuple[Term, ...]], Tensor]
 
 class Invalid:
     """Suppresses MessageErrors in `with invalid.of(worker):` blocks, and records them. Checks of messages on a GPU are
-    recorded without reading their results, since the host would have to wait for these."""
+    recorded without reading their results, since reading makes the host wait for the GPU."""
 
     def __init__(self) -> None:
         self._checks: Checks = []
@@ -81,15 +81,15 @@ class Invalid:
 class Averaged:
     """The result of averaging a vector over workers. `own` and `mean` are sums of terms, on compressed coordinates."""
 
-    # This worker's compressed vector C(v); its error memory becomes v - C(v). An owner's C(v) is v - W r in its chunk,
-    # where r is the residual of the mean that it sent back to all W workers.
+    # This worker's compressed vector C(v); its error memory becomes v - C(v). If this worker owns a chunk of the vector
+    # (see `Owners`), C(v) is v - W r in that chunk, where r is the residual of the mean that it sent to all W workers.
     own: tuple[Term, ...]
     mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all workers
     dense: Tensor  # float[m], the mean of the uncompressed parts
     invalid: Invalid = field(default_factory=Invalid)  # invalid messages, for which all workers reject the mean
 
     def write_to(self, out: Tensor) -> Tensor:
-        """Write the mean of all d coordinates, the uncompressed ones last, to out, zeros[d]; return out."""
+        """Write the mean of all d coordinates to out, zeros[d], and return out. Uncompressed ones come last."""
         n = len(out) - len(self.dense)
         for term in self.mean:
             term.add_to(out[:n], 1.0)
@@ -113,8 +113,9 @@ class Work:
     compressor: Compressor
     coordinates: int
     encode: int = 0
-    decode: int = 0  # messages from other workers that are decoded and added to a vector
-    add: int = 0  # messages that are added without decoding, since their context is known (`Message.context`)
+    decode: int = 0  # number of messages from other workers that are decoded and added to a vector
+    # Number of messages that are added without decoding, since their context is known (`Message.context`).
+    add: int = 0
 
 
 class Aggregator(ABC):
@@ -151,7 +152,8 @@ class Aggregator(ABC):
         return max(sum(c.wire(rank, workers).sent for c in collectives) for rank in range(workers))
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return the operation counts of the busiest worker in one exchange, including those that apply the mean."""
+        """Return the operation counts of the busiest worker in one exchange. They include the operations that apply the
+        mean."""
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def owned(self, d: int, workers: int, rank: int) -> slice:
@@ -188,7 +190,8 @@ class Aggregator(ABC):
         return (Term(self.compressor, message, 0, d, weight),) if d else ()
 
     def _seed_of(self, worker: int, seed: int) -> int:
-        """Return the random seed of a worker's encoding: its own for a `private` compressor, else the shared one."""
+        """Return the random seed with which `worker` encodes. With a `private` compressor each worker has its own seed,
+        derived from `seed`. With any other compressor all workers use `seed`."""
         return mix(seed, worker + 1) if self.compressor.private else seed
 
 
@@ -306,7 +309,8 @@ class LowRankAllReduce(Aggregator):
     ) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
-        # Q: the warm start plus a tenth of a fresh Gaussian, or the Gaussian alone.
+        # If there is a warm start, Q is the warm start plus a tenth of a fresh Gaussian matrix. Otherwise Q is the
+        # Gaussian matrix.
         fresh = compressor.gaussian(v, seed=seed, step=step)
         warm = self._qs if self._qs and [q.shape for q in self._qs] == [f.shape for f in fresh] else None
         qs = [q + 0.1 * f for q, f in zip(warm, fresh, strict=True)] if warm else fresh
@@ -330,8 +334,8 @@ class LowRankAllReduce(Aggregator):
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Return the next warm start, (P^T M)^T of each matrix at unit scale, or None if one of them is zero or
-        non-finite."""
+        """Return the next warm start: (P^T M)^T of each matrix M, divided by its largest magnitude. Returns None if one
+        of them is zero or non-finite, or if the compressor has no matrix shapes."""
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m
@@ -348,7 +352,8 @@ class LowRankAllReduce(Aggregator):
         self._qs = None
 
     def snapshot(self) -> Any:
-        return self._qs  # replaced at every step, never modified in place
+        # The list is replaced at every step and never modified in place, so it need not be copied.
+        return self._qs
 
     def restore(self, snapshot: Any) -> None:
         self._qs = snapshot
@@ -378,6 +383,7 @@ def dense_of(dense: Dense, own: tuple[Term, ...]) -> Tensor:
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means of a message part, `name` in the ledger, and of the uncompressed part, by one all-reduce."""
+    """Average a part of a message and the uncompressed part over workers in one all-reduce, and return both means.
+    The ledger records the bytes of `part` under `name`."""
     mean = channel.mean(torch.cat([part, dense]), {name: len(part), "dense": len(dense)})
     return mean[: len(part)], mean[len(part) :]

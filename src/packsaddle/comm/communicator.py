@@ -161,7 +161,8 @@ class Communicator:
 
 
 def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> None:
-    """Raise MessageError if the sizes in bytes that a worker announces do not fit `like`, or exceed `most`."""
+    """Raise MessageError if the sizes in bytes that a worker announces do not fit the dtypes of `like`, or exceed
+    `most` in total."""
     whole = all(n >= 0 and n % part.element_size() == 0 for n, part in zip(sizes, like.values(), strict=True))
     if not whole or sum(sizes) > most:
         expected, found = f"bytes of {', '.join(like)}, at most {most} in all", ", ".join(map(str, sizes))
@@ -169,7 +170,7 @@ def check_sizes(sizes: Sequence[int], like: Parts, worker: int, most: int) -> No
 
 
 def most_bytes(d: int, parts: Parts) -> int:
-    """Return a loose upper bound on the bytes of a message with these parts for d coordinates."""
+    """Return a loose upper bound on the bytes of a message that encodes d coordinates in these parts."""
     return (64 * d + 4096) * len(parts)
 
 
@@ -183,7 +184,8 @@ def _join(parts: Parts) -> Tensor:
 
 
 def _packed(part: Tensor) -> Tensor:
-    """Return a flat tensor with stride 1, copied if necessary: `contiguous()` keeps any stride of a single element."""
+    """Return the flat tensor `part` with stride 1, as a copy if its stride is another. `contiguous()` does not suffice,
+    since it keeps the stride of a tensor with a single element."""
     return part if part.stride() == (1,) else part.new_empty(part.numel()).copy_(part)
 
 
@@ -229,9 +231,9 @@ def check_agreement(
     *,
     of: Literal["worker", "process"] = "worker",
 ) -> None:
-    """Raise ValueError on all workers if their `arguments` differ, naming the first one that does; collective.
-    `hints` are sentences to add to the error, by the beginning of the argument's name. `of` names the members of the
-    channel's group in the error."""
+    """Raise ValueError on all workers if their `arguments` differ; collective. The error names the first argument that
+    differs. `hints` maps the beginning of an argument's name to a sentence that is added to the error. `of` names the
+    members of the channel's group in the error."""
     if channel.group.size == 1:
         return
     # Send the text only if its hash differs between workers.

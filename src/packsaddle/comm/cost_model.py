@@ -18,10 +18,12 @@ from packsaddle.compressors import Compressor
 
 @dataclass(frozen=True)
 class Cost:
-    """Critical path of an exchange, from its start to its end on the last worker. Consecutive costs add."""
+    """Critical path of an exchange, from its start to its end on the last worker. The costs of consecutive exchanges
+    add up."""
 
     hops: int = 0  # number of sequential messages
-    fan: int = 0  # additional messages that one worker sends or receives concurrently with the sequential ones
+    # Number of additional messages that one worker sends or receives concurrently with the sequential messages.
+    fan: int = 0
     bytes: float = 0.0  # bytes transferred sequentially over the busiest link
 
     def __add__(self, other: "Cost") -> "Cost":
@@ -89,8 +91,8 @@ class AllToAll(Collective):
     def cost(self, workers: int) -> Cost:
         """Return the critical path. All messages are posted immediately, but two workers share one connection, on which
         gloo signals "ready to receive" only after it has sent its own message. So the later worker sends everything
-        before the other one starts. With more workers, other pairs use part of that time: for 3 and 4, measured times
-        are halfway between simultaneous and sequential directions."""
+        before the other one starts. With more workers, other pairs of workers use part of the waiting time: times
+        measured with 3 and 4 workers are halfway between both directions at the same time and one after the other."""
         if workers == 1 or not any(self.sizes):
             return Cost()
         total, widest, narrowest = sum(self.sizes), max(self.sizes), min(self.sizes)

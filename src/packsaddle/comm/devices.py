@@ -17,7 +17,8 @@ _BACKENDS = {"cuda": "nccl", "xpu": "xccl"}  # the backend that needs no copy to
 
 
 def accelerator() -> str | None:
-    """Return the type of the accelerator that torch can use, such as "cuda" (also for AMD's) or "mps", or None."""
+    """Return the type of the accelerator that torch can use, such as "mps", or "cuda" for GPUs of NVIDIA and AMD.
+    Returns None if there is no accelerator."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type
 
@@ -32,8 +33,8 @@ def local_device() -> torch.device:
 
 
 def direct_backend(processes: int) -> str | None:
-    """Return the backend for an accelerator's own collectives, such as "cuda:nccl". Returns None if torch lacks it, or
-    if the machine has fewer accelerators than `processes`."""
+    """Return the backend that exchanges tensors of the accelerator without copies to the host, such as "cuda:nccl".
+    Returns None if torch does not have this backend, or if the machine has fewer accelerators than `processes`."""
     kind = accelerator() or "cpu"
     name = _BACKENDS.get(kind, "")
     is_built = bool(name) and dist.is_backend_available(name)
@@ -47,8 +48,8 @@ def backend_for(group: dist.ProcessGroup, device: torch.device) -> str | None:
 
 
 def carries(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Return True if a process group has a backend that exchanges tensors on `device` without staging. For gloo this is
-    only the CPU: it copies an accelerator's tensors to the host itself, and blocks the host meanwhile."""
+    """Return True if a process group has a backend that exchanges tensors on `device` without copies to the host. gloo
+    does so only for tensors on the CPU: it copies tensors of an accelerator, and blocks the host meanwhile."""
     return backend_for(group, device) not in ((None,) if device.type == "cpu" else (None, "gloo"))
 
 
@@ -58,12 +59,12 @@ def stages(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 
 def accepts(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Return True if a group can exchange tensors on `device`, staged or not."""
+    """Return True if a group can exchange tensors on `device`, either directly or by copies on the host."""
     return carries(group, device) or backend_for(group, torch.device("cpu")) is not None
 
 
 def new_stream(device: torch.device) -> torch.Stream | None:
-    """Return a new stream of a device, or None if the device runs its work in one order only."""
+    """Return a new stream of a device, or None if the device does not have several streams, as the CPU and MPS."""
     return torch.Stream(device) if has_streams(device) else None
 
 
@@ -79,7 +80,8 @@ def _has_graphs(device: torch.device) -> bool:
 
 
 def check_not_capturing(call: str, device: torch.device) -> None:
-    """Raise RuntimeError if a CUDA graph is being captured: `call` runs code on the host, which no replay repeats."""
+    """Raise RuntimeError if a CUDA graph is being captured on `device`. `call` names the function that checks this: it
+    runs code on the host, which a replay of the graph would not repeat."""
     if _has_graphs(device) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{call} is captured in a CUDA graph, whose replays would never exchange anything: capture the forward and "
@@ -107,6 +109,6 @@ def _described(kind: str, index: int) -> str:
 
 
 def synchronize() -> None:
-    """Wait for the work of the accelerator; no-op without one."""
+    """Wait until the accelerator has completed its queued work. No-op if there is no accelerator."""
     if accelerator() is not None:
         torch.accelerator.synchronize()

@@ -14,8 +14,8 @@ from packsaddle.messages import numbered
 
 GRACE = 5.0  # seconds for the remaining workers to answer a roll call
 _PAUSE = 0.1
-# Substrings of network errors of gloo, and of NCCL, whose errors appear on the host: in the failing collective (with
-# TORCH_NCCL_BLOCKING_WAIT=1, or if it is the first one of a group) or in a later one.
+# Substrings of the network errors of gloo and of NCCL. With TORCH_NCCL_BLOCKING_WAIT=1, and in the first collective of
+# a group, NCCL's error is raised by the collective that fails. Otherwise a later collective raises it.
 _NETWORK = (
     *("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe"),
     *("remote process exited", "collective operation timeout", "NCCL communicator was aborted"),
@@ -28,7 +28,7 @@ class PeerLostError(RuntimeError):
 
 @contextmanager
 def names_call(call: str) -> Iterator[None]:
-    """Context manager for the collective function `call`, whose name it adds to the message of a PeerLostError."""
+    """Context manager that adds the name of a collective function, `call`, to the message of a PeerLostError."""
     try:
         yield
     except PeerLostError as error:
@@ -87,7 +87,8 @@ def _wait(store: Any, word: str, ranks: Sequence[int], seconds: float) -> tuple[
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
     """Return the error message for a failed collective: the lost worker, the remedy, and the backend's reason."""
-    text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])  # without torch's file and line
+    # Remove the file and the line in torch's source from the message.
+    text = re.sub(r"NCCL error in: \S+, ", "", str(error).split("] ", 1)[-1])
     reason = " ".join(text.split()).partition(". ")[0][:60]
     limit = "the timeout" if timeout is None else f"the timeout of {timeout.total_seconds():g} s"
     advice = f"Read its output and resume from the last checkpoint; if it was late, raise {limit}"

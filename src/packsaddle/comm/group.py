@@ -26,7 +26,8 @@ from packsaddle.numerics.devices import to_device
 from packsaddle.numerics.transfers import assign, to_host
 
 ProcessGroup = dist.ProcessGroup
-# Largest message, in bytes, that is sent to all workers concurrently; gloo's ring would send W - 1 in sequence.
+# Largest message, in bytes, that an all-gather sends to all workers concurrently. In gloo's ring each worker would send
+# W - 1 messages one after the other.
 SMALL = 4096
 _NO_TAG = 7_654_321  # message tag for a receive that no send matches
 _CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ class Group(ABC):
     rank: int
     size: int
     processes = 1  # number of processes that form one worker and divide its messages
-    leads = True  # False if another process of this worker logs
+    leads = True  # True if this is the process that logs for its worker
     may_shrink = False  # True if workers may leave, so that a collective that loses one fails
 
     @abstractmethod
@@ -68,7 +69,8 @@ class Group(ABC):
         return False
 
     def accepts(self, device: torch.device) -> bool:
-        """Return True if the group can exchange tensors on `device`. If not, the group from `background` can."""
+        """Return True if the group can exchange tensors on `device`. If it returns False, the group that `background`
+        returns can exchange them."""
         return True
 
 
@@ -134,7 +136,7 @@ class TorchGroup(Group):
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         device = outgoing[0].device
         if self.stages(device):
-            joined = to_host(torch.cat(list(outgoing)))  # one copy
+            joined = to_host(torch.cat(list(outgoing)))  # a single copy to the host, for all messages
             found = self.all_to_all(torch.split(joined, [len(t) for t in outgoing]), sizes)
             return list(torch.split(to_device(torch.cat(found), device), list(sizes)))
         received = outgoing[0].new_empty(sum(sizes))
@@ -150,7 +152,7 @@ class TorchGroup(Group):
             assign(tensor, host)
             return
         whole = tensor.contiguous()  # gloo ignores the strides of its output
-        data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no numbers of 8 bits
+        data = whole.view(-1).view(torch.uint8)  # gloo has no 16-bit integers and no 8-bit floats
         with self.naming_lost_workers():
             dist.broadcast(data, src=self.ranks[0], group=self._group)
         if whole is not tensor:
@@ -173,8 +175,9 @@ class TorchGroup(Group):
         except RuntimeError as error:
             if not is_network(error):
                 raise
-            # A receive without a matching send: on its timeout gloo closes the group's connections, so that workers
-            # waiting for this one fail too, and answer the roll call. NCCL's workers fail at their own timeouts.
+            # Post a receive that no send matches. When it times out, gloo closes the connections of the group, so that
+            # workers that wait for this one fail too and answer the roll call. With NCCL they fail at their own
+            # timeouts.
             if devices.carries(self.process_group, _CPU):
                 backend: Any = self.process_group._get_backend(_CPU)
                 for peer in set(range(self.size)) - {self.rank}:
@@ -191,7 +194,7 @@ _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None
 
 @contextmanager
 def ambient_group(group: Group) -> Iterator[None]:
-    """Make `resolve(None)` return `group` in this thread."""
+    """Context manager of a block in which `resolve(None)` returns `group`, in this thread."""
     token = _ambient.set(group)
     try:
         yield
@@ -200,9 +203,9 @@ def ambient_group(group: Group) -> Iterator[None]:
 
 
 def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
-    """Return the group to use: the given one, else this thread's simulated group, else torch's default group, else
-    Solo.
-    Raises TypeError if `process_group` is not a group or None."""
+    """Return `process_group` as a `Group`. If it is None, return the simulated group of this thread. Without a
+    simulation return torch's default group, or `Solo` if torch.distributed is not initialized. Raises TypeError if
+    `process_group` is not a group or None."""
     if isinstance(process_group, Group):
         return process_group
     if process_group is None:
@@ -233,12 +236,13 @@ def training_group(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Return a new process group with the workers, timeout and backends of `process_group`; its backend is gloo if
-    those backends cannot exchange tensors on `device`. Collective."""
+    """Return a new process group with the workers and the timeout of `process_group`; collective. It has the same
+    backends too, unless they cannot exchange tensors on `device`; then its backend is gloo."""
     ranks, timeout = dist.get_process_group_ranks(process_group), timeout_of(process_group)
     backend = dist.get_backend_config(process_group) if devices.accepts(process_group, device) else "gloo"
     group = dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # never a placeholder, since this worker is a member
+    # torch returns a placeholder only to workers that are not members of the group.
+    assert isinstance(group, dist.ProcessGroup)
     return group
 
 

@@ -26,7 +26,7 @@ class JoinableSteps(Joinable):
 
     @abstractmethod
     def _attempted(self, *, has_ended: bool = False) -> bool:
-        """Count one step, and run its exchange if one is due; return True if it had collectives."""
+        """Count one step, and run an exchange if one is due. Returns True if the step had collectives."""
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """Return the hook for torch's `Join`, as in `with Join([local]):` around the training loop. Raises RuntimeError
@@ -41,7 +41,7 @@ class JoinableSteps(Joinable):
 
     @property
     def join_device(self) -> torch.device:
-        # Join calls torch's collectives, which are not staged.
+        # `Join` calls torch's collectives, which do not copy tensors to the host as `Group` does.
         return torch.device("cpu") if self._group.stages(self._device) else self._device
 
     @property
@@ -58,7 +58,8 @@ class JoinableSteps(Joinable):
             raise RuntimeError("Join must have one LocalUpdates and nothing else: Join([local])")
         work: Any = Join.notify_join_context(self)  # None if `Join` is disabled
         if work is not None:
-            work.wait()  # the all-reduce's tensor is freed here
+            # Wait before `work` is freed, since it holds the tensor of the all-reduce.
+            work.wait()
 
 
 class EndedWorker(JoinHook):

@@ -163,7 +163,8 @@ def recording_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-SHUTDOWN_SECONDS = 3.0  # seconds from a worker's failure until SIGTERM for the others, and from there until SIGKILL
+# Seconds from a worker's failure until the other workers receive SIGTERM, and from SIGTERM until SIGKILL.
+SHUTDOWN_SECONDS = 3.0
 ORPHAN_SECONDS = 30.0  # seconds for a worker to save after its launcher was killed
 _MOMENT = 2.0  # seconds, enough for the launcher to receive a result
 
@@ -191,21 +192,23 @@ def _stop_with_launcher() -> None:
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
-        if not asked_to_stop():  # else this worker is already saving, and a second SIGTERM would end it
+        # After a first SIGTERM this worker is already saving, and a second SIGTERM would end it.
+        if not asked_to_stop():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
 
 
-# Torch's loggers of a failed worker's traceback, silenced because `launch` raises it as an error.
+# Torch's loggers that print the traceback of a failed worker. `launch` disables them, since it raises an error that
+# contains the traceback.
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
-    """Context manager of the launcher's process group: NCCL (xccl on XPU) if every worker has a GPU, else gloo.
-    Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises ConfigError if the group cannot
-    be initialized."""
+    """Context manager that initializes the launcher's process group. Its backend is NCCL (xccl on XPU) if every worker
+    has a GPU, and otherwise gloo. Collectives that exceed `timeout`, by default torch's, raise PeerLostError. Raises
+    ConfigError if the group cannot be initialized."""
     under_launcher()  # validates the launcher's environment variables
     check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -225,7 +228,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         with group.naming_lost_workers():
             dist.barrier()  # an early exit would close connections that others still use
     finally:
-        # Without this, interpreters that exit while gloo threads live sometimes abort.
+        # Destroy the group, since an interpreter that exits while gloo's threads are alive sometimes aborts.
         dist.destroy_process_group()
 
 
@@ -255,9 +258,9 @@ def _store_arguments(timeout: timedelta | None) -> dict[str, Any]:
 
 
 def bound_store(address: str, port: int = 0, **options: Any) -> Any:
-    """Return a TCPStore that listens only at `address`, or at all addresses for "::", and at `port`, or at a free port
-    for 0. `options` are further arguments. Raises OSError if the address is not one of this machine, or if the port is
-    in use."""
+    """Return a TCPStore that listens only at `address` and `port`. The address "::" means all addresses of this
+    machine, and port 0 means any free port. `options` are further arguments of TCPStore. Raises OSError if the address
+    is not one of this machine, or if the port is in use."""
     family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server(
         (address, port), family=family, backlog=1024, dualstack_ipv6=address == "::" and socket.has_dualstack_ipv6()
@@ -266,16 +269,18 @@ def bound_store(address: str, port: int = 0, **options: Any) -> Any:
     here, port = "localhost" if address in ("::", "0.0.0.0") else address, listener.getsockname()[1]
     make: Any = dist.TCPStore  # type: ignore[attr-defined]
     options = {"wait_for_workers": False, "is_master": True, "master_listen_fd": listener.detach()} | options
-    return make(here, port, use_libuv=False, **options)  # libuv with such a listener breaks forks of this process
+    # With libuv, a store that gets an open listening socket breaks forks of this process.
+    return make(here, port, use_libuv=False, **options)
 
 
 @contextmanager
 def _local_store() -> Iterator[str]:
-    """Context manager that yields the path of a file for the launcher's rendezvous, whose store then listens only at
-    one address."""
+    """Context manager that yields the path of a file for the rendezvous of torch's launcher. Within the context, the
+    store of the rendezvous listens at a single address instead of at all addresses of this machine."""
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 
-    # torch has no option for the address; in a version without this method the store listens at all addresses.
+    # torch has no option for the address, so replace the method that creates the store. In a version of torch without
+    # that method, the store listens at all addresses.
     method = "_create_tcp_store_server"
     exists = hasattr(DynamicRendezvousHandler, method)
     bound = replaced(DynamicRendezvousHandler, method, lambda self, address, port: bound_store(address, port))
@@ -295,7 +300,8 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def preload_workers(module: str) -> None:
     """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once the server runs.
-    Also preloads torch._dynamo, which the first optimizer of a process imports in as much time as torch itself."""
+    torch._dynamo is preloaded too: the first optimizer of a process imports it, which takes as long as importing torch.
+    """
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 
@@ -365,14 +371,16 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         with ExitStack() as stack:
             for name in _LOGGERS:
                 stack.enter_context(replaced(logging.getLogger(name), "disabled", True))
-            # After a worker failed, torch waits 30 s for the others to react to SIGTERM, and has no setting for this.
-            # LaunchConfig's shutdown_timeout is for signals to the launcher, on which workers save; it stays at 30 s.
+            # After a worker failed, torch waits 30 s for the other workers to react to SIGTERM, and it has no setting
+            # for that time. LaunchConfig's shutdown_timeout is the time for workers to save after a signal to the
+            # launcher, and stays at 30 s.
             join = partialmethod(ProcessContext.join, grace_period=SHUTDOWN_SECONDS)
             stack.enter_context(replaced(ProcessContext, "join", join))
             stack.enter_context(_restoring_signal_handlers())
             stack.enter_context(_holding_signals_at_start())
             file = stack.enter_context(_local_store())
-            # One machine; the system chooses the port. No restarts: a failed worker ends the launch.
+            # All workers are on one machine, and the system chooses the port. Workers are not restarted: a failed
+            # worker ends the launch.
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,

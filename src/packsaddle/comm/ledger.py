@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_KEPT = 1000  # maximum number of spans
+_KEPT = 1000  # maximum number of spans that a ledger keeps
 Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
 
 
@@ -31,7 +31,7 @@ class Bytes:
         return Bytes(self.payload - other.payload, self.sent - other.sent, self.received - other.received)
 
     def part_of(self, processes: int) -> "Bytes":
-        """Return the bytes of one process if `processes` of them divide these bytes equally, rounded up."""
+        """Return the bytes of one process, rounded up, if a number of `processes` divides these bytes equally."""
         return Bytes(*(-(-n // processes) for n in (self.payload, self.sent, self.received)))
 
     def __str__(self) -> str:
@@ -87,7 +87,8 @@ class Ledger:
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
         """Record `moved`, the bytes of a collective for a purpose at a step; steps must not decrease."""
         self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved
-        # Remove this step from the newest span, and add its bytes to a span that ends before it, if they are equal.
+        # Remove this step from the newest span. Then extend the span that ends at the previous step, if both steps have
+        # equal bytes, or start a new span.
         current: dict[str, Bytes] = {}
         if self._spans and self._spans[-1].last == step:
             last = self._spans.pop()
@@ -101,7 +102,8 @@ class Ledger:
             self._spans.append(Span(step, step, current))
 
     def at(self, step: int) -> Mapping[str, Bytes]:
-        """Return the bytes of one step by purpose, or {} if nothing was sent, or if its span is no longer kept."""
+        """Return the bytes of one step by purpose. Returns {} if nothing was sent at that step, or if the step is so
+        old that its bytes are no longer kept."""
         for span in reversed(self.spans):
             if span.first <= step <= span.last:
                 return span.by_purpose
@@ -126,7 +128,8 @@ class Ledger:
 
     def _sum(self, position: int) -> Mapping[str, Bytes]:
         sums: dict[str, Bytes] = {}
-        for key, moved in self._totals.copy().items():  # a background exchange may be adding to it
+        # Copy the totals, since a background exchange may change them meanwhile.
+        for key, moved in self._totals.copy().items():
             sums[key[position]] = sums.get(key[position], Bytes()) + moved
         return sums
 

@@ -5,8 +5,8 @@ every quorum. A collective that loses a worker raises an error; the caller repor
 `Manager.should_commit` rejects the exchange. The Manager's own collectives are not used: it has no all-gather, which
 sparse messages need, and its all-reduce scales and zeroes its input.
 
-A worker may be a site of several processes, the default process group of each of them. Each has a Manager with its rank
-in the site, and a group of its own with its peers, the processes of the same rank in the other sites.
+A worker may be a site of several processes, which form torch's default process group. Each process has a Manager with
+its rank in the site, and a group with its peers, i.e. the processes of the same rank in the other sites.
 """
 
 import ipaddress
@@ -157,7 +157,8 @@ def connect(
                 timeout=timedelta(seconds=timeout),
                 quorum_timeout=timedelta(seconds=quorum_timeout),
                 connect_timeout=timedelta(seconds=connect_timeout),
-                init_sync=not site,  # else processes of a site would receive the parameters of different sites
+                # With init_sync, the processes of a site would receive the parameters of different sites.
+                init_sync=not site,
                 rank=own.rank,
                 world_size=own.size,
                 store_addr=place_of_store[0],
@@ -181,7 +182,8 @@ def _is_useful(record: logging.LogRecord) -> bool:
 
 
 def check_lighthouse(address: str, seconds: float = 10.0) -> None:
-    """Raise MissingExtraError without torchft, and ConfigError if there is no lighthouse at http://HOST:PORT."""
+    """Raise MissingExtraError if torchft is not installed, and ConfigError if there is no lighthouse at `address`,
+    http://HOST:PORT."""
     require("torchft", "torchft", "elastic training")
     reach(*_place(address), seconds)
 

@@ -13,7 +13,7 @@ from torch.nn.modules import module as registration
 
 from packsaddle.comm.group import Group, TorchGroup
 
-_recorded: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # by id
+_recorded: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()  # each recorded module, by its `id()`
 
 
 def _record(module: nn.Module, name: str, member: object) -> None:

@@ -43,7 +43,8 @@ class Owners(Aggregator):
 
     @property
     def _knows_replies(self) -> bool:
-        """True if a reply for a chunk has the same size as each worker's message for it, so that sizes are not sent."""
+        """True if an owner's reply for a chunk has the same size as every worker's message for that chunk. The sizes of
+        replies are then not sent."""
         return self.compressor.fixed_size and self.back == self.compressor
 
     @abstractmethod
@@ -84,18 +85,19 @@ class Owners(Aggregator):
     def _reply(
         self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int, invalid: Invalid
     ) -> tuple[Message, Tensor]:
-        """Return the owner's reply, the compressed mean of its chunk, and the residual of this compression.
-        If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid coordinates."""
+        """Return the owner's reply, which is the compressed mean of its chunk. Also returns the residual of this
+        compression. If the mean is invalid, the reply is NaN, even if compression would have dropped the invalid
+        coordinates."""
         a, b = chunk
         up, back = self.compressor.restrict(a, b, len(v)), self.back.restrict(a, b, len(v))
-        # Compute m, in which this worker's own v is uncompressed.
+        # Compute the mean of the chunk, in which this worker's own v is uncompressed.
         mean = v[a:b] / len(received)
         for worker, parts in enumerate(received):
             with invalid.of(worker):
                 if worker != rank:
                     message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
                     up.add_decoded(message, mean, 1.0 / len(received))
-        # Replace invalid coordinates with 1, since B(m) may be undefined for them.
+        # Replace invalid coordinates of the mean with 1, since the compressor may be undefined for them.
         bad = ~is_in_range(mean)
         fill_where(mean, bad, 1.0)
         reply = back.encode(mean, seed=mix(seed, rank, 1), step=step)
@@ -170,14 +172,16 @@ class Owners(Aggregator):
 
     @abstractmethod
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
-        """Return the collectives that send the owners' replies, of `down` bytes each, to all workers, headers first."""
+        """Return the collectives that send the owners' replies to all workers. `down` contains the size of each reply
+        in bytes. `header` is the number of bytes in which an owner announces the sizes of its reply's parts."""
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return an owner's operations: it decodes the others' messages for its chunk, and every owner's reply."""
+        """Return the operation counts of an owner, which decodes the other workers' messages for its chunk, and the
+        replies of all owners."""
         if not d:
             return []
         chunks = self._chunks(d, workers)
-        (a, b), owners = chunks[-1], len(chunks)  # the last chunk is a largest one
+        (a, b), owners = chunks[-1], len(chunks)  # no chunk is larger than the last one
         return [
             Work(self.compressor.restrict(a, b, d), b - a, encode=owners, decode=workers - 1, add=owners - 1),
             Work(self.back.restrict(a, b, d), b - a, encode=1, decode=owners, add=1),
@@ -200,7 +204,7 @@ class TwoWay(Owners):
     def _send_back(
         self, channel: Communicator, parts: Parts, like: Parts, most: int, sizes: list[list[int]] | None
     ) -> list[Parts]:
-        # Messages for two chunks may differ in size.
+        # The replies for two chunks may differ in size, so `fixed_size` is not passed.
         return channel.gather(parts, sizes=sizes, most=most)
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:

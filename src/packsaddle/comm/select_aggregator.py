@@ -18,7 +18,8 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "low-rank all-reduce": LowRankAllReduce,
 }
 
-_CLEARLY_LESS = 0.95  # "auto" replaces "direct" only by an exchange that sends at most this fraction of its bytes
+# "auto" selects another exchange than "direct" only if it sends at most this fraction of the bytes of "direct".
+_CLEARLY_LESS = 0.95
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator", "senders"]
 
@@ -33,8 +34,8 @@ class Choice:
 
 
 def warn_if_nothing_compressed(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
-    """Warn if d = 0, since then everything is sent uncompressed. `stacklevel` is that of a `warnings.warn` in the
-    caller of this function."""
+    """Warn if the number d of compressed coordinates is 0, since everything is then sent uncompressed. `stacklevel`
+    is as in a `warnings.warn` that the caller of this function calls."""
     if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "

@@ -11,19 +11,20 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Return True if this process has only a part of the tensor, as of a sharded DTensor."""
+    """Return True if this process has only a part of the tensor, i.e. if it is a DTensor that is not replicated."""
     return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return the local shard of a DTensor, or a plain tensor itself; the result is detached and shares memory."""
+    """Return the local shard of a DTensor, or the tensor itself if it is plain. The result is detached, and shares its
+    memory with `tensor`."""
     here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return here.detach()
 
 
 def as_shard(value: Any, p: Any) -> Any:
-    """Return a tensor that is shaped as the local shard of a DTensor, the parameter p, as a DTensor. Other values are
-    returned unchanged."""
+    """Return `value` as a DTensor with the placements of the parameter p, if p is a DTensor and `value` is a plain
+    tensor with the shape of p's local shard. Otherwise return `value` unchanged."""
     is_part = isinstance(value, Tensor) and hasattr(p, "device_mesh") and not hasattr(value, "device_mesh")
     if not is_part or value.shape != p.to_local().shape:
         return value
@@ -31,9 +32,9 @@ def as_shard(value: Any, p: Any) -> Any:
 
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
-    """Return this worker's part of a whole tensor, by the placements of the parameter p, or all of it for a plain p.
-    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after other shards.
-    """
+    """Return this process's part of a whole tensor, according to the placements of the parameter p. If p is a plain
+    tensor, return the whole tensor. Strided shards are split last; FSDP creates them along a dimension that tensor
+    parallelism also shards."""
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
         if hasattr(placement, "dim"):

@@ -183,7 +183,8 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     except BaseException as interruption:  # Ctrl-C: workers end at their next collective
         turns.fail(interruption)
         for thread in threads:
-            if thread.ident is not None:  # False if the interruption came before this thread was started
+            # `ident` is None if the interruption came before the thread was started.
+            if thread.ident is not None:
                 thread.join(_PATIENCE)
         raise
     if turns.failure is not None:

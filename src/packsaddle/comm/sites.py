@@ -97,11 +97,13 @@ class SiteGroup(Group):
         tensor.copy_(self._gathered(part).reshape(-1)[: tensor.numel()].view_as(tensor))
 
     def _length(self, size: int) -> int:
-        """Return the number of elements in one process's part of `size` elements."""
+        """Return the number of elements in the part of one process, if a site divides `size` elements among its
+        processes."""
         return -(-size // self.processes)
 
     def _part(self, tensor: Tensor) -> Tensor:
-        """Return a flat copy of this process's part of a tensor; the last parts are padded."""
+        """Return a flat copy of this process's part of a tensor. All parts have equal lengths, so the last ones are
+        padded with zeros."""
         length, flat = self._length(tensor.numel()), tensor.reshape(-1)
         part = flat.new_zeros(length)
         mine = flat[self.within.rank * length :][:length]
@@ -110,7 +112,7 @@ class SiteGroup(Group):
 
     def _gathered(self, part: Tensor) -> Tensor:
         """Gather `part` from all processes of this site, and return the stacked tensors."""
-        data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no numbers of 8 bits
+        data = part.view(torch.uint8) if part.numel() else part  # gloo has no 16-bit integers and no 8-bit floats
         return torch.stack(self.within.all_gather(data)).view(part.dtype)
 
     def stages(self, device: torch.device) -> bool:

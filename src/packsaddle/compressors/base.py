@@ -234,7 +234,8 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
 
 @lru_cache(maxsize=4096)
 def part_count(compressor: Compressor, d: int) -> int:
-    part = min(d, _PART)  # without allocating a huge vector
+    # The number of parts does not depend on the length, so do not allocate a huge vector.
+    part = min(d, _PART)
     return len(compressor.restrict(0, part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 

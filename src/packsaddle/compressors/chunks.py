@@ -108,7 +108,8 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
 
 @cache
 def _quotients(n: int, k: int, b: int) -> float:
-    """Return the expected sum of floor(gap / 2^b) over the gaps before each of k random indices in [0, n)."""
+    """Return the expected sum of floor(gap / 2^b) for k random indices in [0, n). The gap of an index is the number of
+    integers between it and the previous index."""
     total, m = 0.0, 1 << b
     while m <= n - k:
         log = sum(s * math.lgamma(x) for s, x in ((1, n - m + 1), (-1, n - m - k + 1), (-1, n + 1), (1, n - k + 1)))

@@ -25,21 +25,23 @@ _FIXED, _LAYERS, _RICE = 0, 1, 2
 # For large levels, Rice codes are chosen if their length is at most this multiple of the layered code's, since they are
 # ten times as fast.
 _FOR_SPEED = 1.04
-_LARGE = 2.0  # large levels: the nonzero ones have a mean magnitude above this
+_LARGE = 2.0  # levels are called large if the nonzero levels have a mean magnitude above this
 _SLAB = 1 << 22  # levels counted at a time on a GPU
-MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
+MOST_BITS = 8  # largest fixed width, in bits, of levels that can be entropy-coded
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of layer j, the set of coordinates with |level| above j, a subset of those with |level| at least j."""
+    """Sizes of layer j of a quantized vector. Its members are the coordinates with |level| of at least j, and the layer
+    is the subset of members with |level| above j."""
 
     members: int  # number of coordinates with magnitude at least j
     going_on: int  # number of coordinates with magnitude above j, i.e. the `members` of layer j + 1
 
     @property
     def inverted(self) -> bool:
-        """True if the code lists the members with magnitude j, because they are fewer than those above j."""
+        """True if the code lists the members with magnitude exactly j, because they are fewer than the members with a
+        larger magnitude."""
         return 2 * self.going_on > self.members
 
     @property
@@ -140,7 +142,8 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int, head: Sequence[int
         raise MessageError("levels", f"Rice codes with a parameter below {MOST_BITS}", b)
     folded, is_valid = wire.unpack_rice(coded[2:], d, b, 2 * top, torch.uint8)
     require(is_valid, "levels", f"the code of {d} levels from {-top} to {top}", f"{len(coded)} bytes that are not")
-    # Invert `_folded`, modulo 256: an odd number is the positive level (n + 1) / 2, an even one the level -n / 2.
+    # Invert `_folded`, modulo 256: an odd number n stands for the positive level (n + 1) / 2, and an even n for the
+    # level -n / 2.
     return (folded + 1 >> 1).mul_((folded & 1).mul_(2).sub_(1)).add_(top)
 
 
@@ -157,7 +160,8 @@ def unpack_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def _folded(codes: Tensor, top: int) -> Tensor:
-    """Map the levels 0, 1, -1, 2, -2, ... to 0, 1, 2, 3, 4, ..., uint8[d]; `codes` contains level + top for each."""
+    """Map levels from -top to top to nonnegative integers, uint8[d]: 0, 1, -1, 2, -2, ... to 0, 1, 2, 3, 4, ....
+    `codes`, uint8[d], contains level + top for each level."""
     return torch.maximum(codes, 2 * top - codes).sub_(top).mul_(2).sub_((codes > top).view(torch.uint8))
 
 
@@ -194,7 +198,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
     sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
     going_on, lengths = sizes[::2], sizes[1::2]
     layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
-    # The gaps of each layer follow, and one sign per nonzero level.
+    # After the header come the coded gaps of each layer, and one sign per nonzero level.
     nonzero = math.ceil((going_on or [0])[0] / 8)
     fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
         layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)
@@ -219,7 +223,7 @@ def _from_layers(coded: Tensor, d: int, top: int, count: int) -> Tensor:
         else:
             members = index if members is None else members[index]
             magnitudes[members] += 1
-    # One sign per nonzero level, in the order of coordinates; modulo 256, as -1 is 255.
+    # There is one sign per nonzero level, in the order of coordinates. The arithmetic is modulo 256, so -1 is 255.
     negative = wire.unpack_bits(signs, len(places)).view(torch.uint8)
     return codes.scatter_(0, places, magnitudes * (1 - 2 * negative) + top)
 

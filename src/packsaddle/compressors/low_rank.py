@@ -109,7 +109,8 @@ class LowRank(Compressor):
             matrix.add_(p @ q.view(r, m) if r else q.view(n, m), alpha=alpha)
 
     def factor_sizes(self, d: int) -> tuple[int, int]:
-        """Return the number of elements of all P, and of all P^T M and uncompressed matrices, for d coordinates."""
+        """Return the numbers of elements in the parts "left" and "right" of a message for d coordinates. "left" has the
+        factors P, and "right" the factors P^T M and the uncompressed matrices."""
         shapes = self._shapes(d)
         left = sum(n * self.rank((n, m)) for n, m in shapes)
         return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)

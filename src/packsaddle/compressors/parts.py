@@ -51,8 +51,8 @@ def floats(n: int, *dtypes: torch.dtype) -> Expected:
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the `Expected` of a message part of `least` to `most` bytes, by default exactly `least`, of which the last
-    is `last`, by default any."""
+    """Return the `Expected` of a message part of `least` to `most` bytes. If `most` is None, there must be exactly
+    `least` bytes. If `last` is not None, it is the required value of the last byte."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 

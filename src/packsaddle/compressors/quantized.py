@@ -208,7 +208,8 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits for unbiased rounding.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
-        width = self.bits if self.fixed_size else 8  # bits of a level; entropy coding starts from one byte each
+        # The number of bits in which a level is packed: the input of the entropy coder has one byte per level.
+        width = self.bits if self.fixed_size else 8
         on_cpu = v.device.type == "cpu"
         if len(v) and width <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
             levels, norms = loop(precise, self.levels, width, b, key)
@@ -276,7 +277,8 @@ class QSGD(Compressor):
         return unpack_levels(coded, d, self.levels, self.bits), None
 
     def _add(self, codes: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
-        """Add scale * level * norm to out, float[n], given codes = level + `levels` and a norm per b coordinates."""
+        """Add scale * level * norm of each coordinate to out, float[n], in place. `codes` contains level + `levels` for
+        each coordinate, and `norms` the norm of each bucket of b coordinates."""
         width = self.bits if self.fixed_size and codes.device.type != "cpu" else 8
         if codes.dtype == torch.uint8 and (loop := kernel("add_levels", out, norms)):
             loop(codes, self.levels, width, b, norms, out, scale)
@@ -311,8 +313,8 @@ class _Buckets:
 
     @cached_property
     def _cut(self) -> int:
-        """The number of coordinates missing from the vector's shorter last bucket, or 0 if that is not in the
-        subset."""
+        """The number of coordinates by which the vector's last bucket is shorter than a full bucket, or 0 if the last
+        bucket is not in this subset."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 
@@ -321,12 +323,13 @@ class _Buckets:
         return len(self.index) * self.width - self._cut
 
     def of(self, codes: Tensor) -> Tensor:
-        """Select from `codes` of all coordinates, uint8[d], those of the coordinates in these buckets."""
+        """Return the codes of the coordinates in these buckets. `codes`, uint8[d], has the codes of all coordinates."""
         buckets = torch.nn.functional.pad(codes, (0, -self.d % self.width)).view(-1, self.width)
         return buckets[self.index].view(-1)[: self.coordinates]
 
     def add(self, found: Tensor, out: Tensor) -> None:
-        """Add `found`, float[coordinates], to these buckets of out, float[d], in place."""
+        """Add `found`, which has a value for each coordinate in these buckets, to these buckets of out, float[d], in
+        place."""
         whole = out[: self.d // self.width * self.width].view(-1, self.width)
         some = self.index[:-1] if self._cut else self.index
         whole[some] += found[: len(some) * self.width].view(-1, self.width)

@@ -12,13 +12,14 @@ from packsaddle.compressors.base import Compressor
 
 _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 
-# All compressors by class name; PLAIN: those whose arguments are plain values, not another compressor.
+# CLASSES has all compressors by class name. PLAIN has the classes without an argument that is another compressor.
 CLASSES: Mapping[str, Any] = {name: kind for name, kind in vars(kinds).items() if isinstance(kind, type)}
 PLAIN = tuple(kind for kind in CLASSES.values() if Compressor not in get_type_hints(kind).values())
 
 
 def variants(kind: Any, ratio: float) -> list[Compressor]:
-    """Return the compressors of this class in its `summary`, with this `ratio` if they have one."""
+    """Return a compressor of class `kind` for each variant in the class's `summary`, with this `ratio` if the class has
+    a ratio."""
     has_ratio = any(f.name == "ratio" for f in fields(kind))
     return [kind(**{"ratio": ratio} | given) if has_ratio else kind(**given) for given in kind.summary.variants]
 

@@ -60,13 +60,13 @@ def largest_of_blocks(
     """Return the indices of the k largest magnitudes of n values that are generated in blocks, increasing int64[k].
 
     Each call of `blocks()` yields all values; it is called several times, so that they need not be stored. `sample`
-    maps indices to values. Among equal magnitudes those from index `first` on are preferred, then those from index 0
-    on.
+    maps indices to values. Among equal magnitudes, the first indices from `first` on are preferred, and after them the
+    first indices from 0 on.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
         return (largest(torch.cat(list(blocks())).roll(-first), k) + first).remainder_(n).sort().values
-    # Keep only magnitudes that reach a sampled threshold, or all of them if fewer than k do.
+    # Keep only magnitudes that reach a sampled threshold, or all magnitudes if fewer than k reach it.
     threshold, expected = sampled_threshold(sample(torch.arange(0, n, max(1, n // _SAMPLE))), k, n)
     while True:
         start, found, values = 0, [], []
@@ -78,7 +78,8 @@ def largest_of_blocks(
         index, magnitudes = torch.cat(found), as_integers(torch.cat(values))
         if len(index) >= k:
             break
-        threshold, expected = 0, n  # the sampled threshold was too high
+        # The sampled threshold was too high, so keep all magnitudes.
+        threshold, expected = 0, n
     # `_top` prefers low positions: rotate the indices from `first` on to the front.
     turn = int((index < first).sum())
     index, magnitudes = index.roll(-turn), magnitudes.roll(-turn)
@@ -104,7 +105,7 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
     The threshold is compared with `as_integers`. Only rarely do fewer than k magnitudes reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
-    # A margin of four standard deviations, plus 8 for small expected counts.
+    # Add a margin of four standard deviations, and 8 for small expected counts.
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 8))
     return int(torch.topk(magnitudes, rank, sorted=False).values.min()), math.ceil(rank * n / len(sample))
 
@@ -123,7 +124,8 @@ def holding(v: Tensor, share: float) -> Tensor:
 
     A histogram of the energy over the leading bits of the magnitudes gives the leading bits of the smallest selected
     magnitude; histograms of the magnitudes in its bin over the next bits give its other bits. Among equal magnitudes
-    the first are selected. Returns no index if v is zero, and that of the largest magnitude if v is non-finite.
+    the first are selected. If v is zero, no index is returned. If v is non-finite, only the index of its largest
+    magnitude is returned.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
@@ -131,7 +133,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     # Zeros have no energy and are never selected.
     if top == 0 or share == 1:
         return v.nonzero().squeeze(1)
-    # The bin of the smallest selected magnitude; all magnitudes above this bin are selected.
+    # Find the bin of the smallest selected magnitude. All magnitudes above this bin are selected.
     shift = 8 * v.element_size() - 1 - HISTOGRAM_BITS
     counts, energy = _histogram(v, top, shift)
     needed = share * float(energy.sum())
@@ -149,8 +151,9 @@ def holding(v: Tensor, share: float) -> Tensor:
         last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
-    # Of the coordinates with this magnitude x, select the first ceil(needed / x^2): they have the energy `needed`.
-    one = float(widened(v[inside[0]]) / top) ** 2  # all of `inside` now have the same magnitude
+    # All coordinates in `inside` now have the same magnitude x. Select the first ceil(needed / x^2) of them, which are
+    # enough for the energy `needed`.
+    one = float(widened(v[inside[0]]) / top) ** 2
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = magnitudes >= threshold
     kept[(magnitudes == threshold).nonzero().squeeze(1)[taken:]] = False
@@ -158,16 +161,18 @@ def holding(v: Tensor, share: float) -> Tensor:
 
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
-    """Return the highest bin that contains, together with all bins above it, the energy `needed`; and the part of
-    that energy still needed from this bin."""
+    """Return the highest bin that contains, together with all bins above it, the energy `needed`. Also returns the part
+    of `needed` that this bin must contribute."""
     held = energy.flip(0).cumsum(0)
-    occupied = counts.nonzero()  # occupied bins bound the result if rounding makes the sum too small or `needed` is 0
+    # Limit the result to bins that have elements: rounding may make the sum too small, and `needed` may be 0.
+    occupied = counts.nonzero()
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
     return last, needed - float(energy[last + 1 :].sum())
 
 
 def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
-    """Return histograms over the leading bits of magnitudes: the counts, int64[bins], and the energy of v / top."""
+    """Return two histograms of v, float[n], over the leading bits of the magnitudes: the number of elements x in each
+    bin, int64[bins], and the sum of (x / top)^2 in each bin, float[bins]."""
     if loop := kernel("energy_histogram", v):
         counts, energy = loop(v, top, HISTOGRAM_BITS)
         return counts, energy
@@ -208,7 +213,8 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
 
 
 def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Return the sum of `values` within each sample; `index` has their positions in the concatenated samples."""
+    """Return the sum of the `values` that belong to each sample. `index` has the position of each value in the
+    concatenated samples."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
     sums = torch.zeros(len(samples), dtype=wide(index.device), device=index.device)

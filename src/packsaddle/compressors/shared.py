@@ -41,8 +41,8 @@ from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _SLAB = 1 << 17  # random numbers generated at a time, so that scratch memory fits a fast cache
 _MOST_ROWS = 100  # a median of more rows is hardly more accurate
-_COUNTERS = 16  # default columns (counters of a row) per kept coordinate
-_OVERSAMPLE = 4  # default candidates per kept coordinate
+_COUNTERS = 16  # default number of columns (counters per row of a sketch) for each kept coordinate
+_OVERSAMPLE = 4  # default number of candidates for each kept coordinate
 
 
 class Drawn(NamedTuple):
@@ -170,7 +170,7 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        # For the largest number of blocks such that `kept` of them are at least the fraction k/d.
+        # Return the block size for the largest number of blocks of which `kept` blocks are at least the fraction k/d.
         return -(-d // max(1, d * kept // k))
 
     def grid(self, d: int) -> tuple[int, int, int]:

@@ -83,8 +83,10 @@ class Cells:
         return (self.index == len(whole))[:, None]
 
 
-_MOST_TOGETHER = 128  # coordinates; largest default cell, since longer runs are hardly copied faster
-_CELLS_KEPT = 1024  # fewest kept cells by default: with fewer, the kept energy varies much between steps
+# Largest default size of a cell, in coordinates. Longer runs of memory are hardly copied faster.
+_MOST_TOGETHER = 128
+# Smallest number of kept cells by default. With fewer cells, the kept energy varies much between steps.
+_CELLS_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,8 @@ class _OfEachTensor(KOfD):
         return KOfD.restrict(replace(self, sizes=cut_sizes(self.sizes, start, stop, d)), start, stop, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return (start, size) of each range of d coordinates with its own k: a tensor if `per_tensor`, else all d."""
+        """Return (start, size) of each range of coordinates from which a separate number is kept. With `per_tensor`
+        each tensor is such a range; otherwise all d coordinates are one range."""
         sizes = self.sizes if sum(self.sizes) == d else (d,)
         return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
 
@@ -183,7 +186,7 @@ class _OfEachTensor(KOfD):
         return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
 
     def mu(self, d: int) -> float:
-        """Return the smallest k/d over tensors: all energy may be in one of them."""
+        """Return the smallest k/d over tensors, since all energy may be in a single tensor."""
         return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
 
 
@@ -320,7 +323,8 @@ class _CodedSupport(Compressor):
         return wire.encode_indices(index, d)
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` match the expected parts for the number of values in them, at most d."""
+        """Raise MessageError unless the dtypes and lengths of `parts` fit the number k of values in the message, which
+        must be at most d."""
         k = min(d, value_count(parts, self.values)) if "values" in parts else 0
         with decoding(self):
             check_expected(parts, {"indices": wire.index_bytes(d, k), **value_parts(k, self.values)}, d)
@@ -401,7 +405,8 @@ class TopK(_CodedSupport, _OfEachTensor):
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Return one TopK per section of a vector; their k, estimated from `samples` and `sizes`, add up to its k.
+        """Return one TopK per section of a vector. Their k are estimated from `samples` and `sizes`, and add up to the
+        k of this compressor for the whole vector.
         Returns None with `per_tensor` or `chunk`, since k is then fixed for each tensor or chunk."""
         if self.per_tensor or self.chunk is not None:
             return None
@@ -420,7 +425,8 @@ class TopK(_CodedSupport, _OfEachTensor):
         return {"indices": chunks.expected() if chunks else wire.index_bytes(d, k), **value_parts(k, self.values)}
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` match d coordinates. A given k may differ, since `apportion` varies it."""
+        """Raise MessageError unless `parts` fit a vector of d coordinates. If this compressor was given k, the number
+        of values may differ from k, since `apportion` varies it."""
         if self.k is None:
             Compressor.check_parts(self, parts, d)
         else:
@@ -433,7 +439,8 @@ class TopK(_CodedSupport, _OfEachTensor):
     def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
         if chunks := self.chunks(d):
             return chunks.decode(parts["indices"])
-        if self.k is None:  # then the number of values is known
+        # With a ratio, the number of values follows from d.
+        if self.k is None:
             return wire.decode_indices(parts["indices"], self.count(d), d)
         return super()._decode_indices(parts, d)
 

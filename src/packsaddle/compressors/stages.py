@@ -82,7 +82,8 @@ class Stages(Compressor):
         return None if allotted is None else [replace(self, compressor=compressor) for compressor in allotted]
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return the probability per step that at least one pass sends a coordinate, for consecutive ranges of d."""
+        """Return (number of coordinates, probability that at least one pass sends each of them) for consecutive ranges
+        of the d coordinates. Returns None if the probability depends on the vector."""
         rates = self.compressor.rates(d)
         return None if rates is None else [(n, 1 - (1 - rate) ** self.passes) for n, rate in rates]
 
@@ -123,7 +124,8 @@ class Stages(Compressor):
         return super().message_bytes(d, itemsize)  # residuals are not Gaussian, so measure all passes
 
     def _split(self, parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Split the parts of a message into those of each pass. Raises MessageError if a part belongs to no pass."""
+        """Split the parts of a message by pass, and remove the pass number from each part's name. Raises MessageError
+        if a part belongs to no pass."""
         split: list[dict[str, Tensor]] = []
         for i in range(1, self.passes + 1):
             split.append({n.removeprefix(f"{i} "): part for n, part in parts.items() if n.startswith(f"{i} ")})

@@ -144,7 +144,7 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C(2 v) = 2 C(v), so scaling commutes with it; errors begin with `where`."""
+    """Check `compressor` on v: C(2 v) = 2 C(v), i.e. compression commutes with scaling. Errors begin with `where`."""
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
@@ -172,7 +172,8 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
     ones, start = torch.ones_like(v), 0
     if (rates := compressor.rates(len(v))) is not None:
         assert sum(n for n, _ in rates) == len(v), f"{where}: rates are of {rates} coordinates"
-        other = torch.where(v < 0, -ones, ones) * torch.linspace(1, 2, len(v)).to(v)  # not rounded to 0 in any format
+        # Magnitudes from 1 to 2 are not rounded to 0 in any format.
+        other = torch.where(v < 0, -ones, ones) * torch.linspace(1, 2, len(v)).to(v)
         sent = torch.stack([compressor(ones, seed=s, step=3) != 0 for s in range(seeds)])
         assert torch.equal(sent[0], compressor(other, seed=0, step=3) != 0), f"{where}: what is sent depends on v"
         for n, rate in rates:

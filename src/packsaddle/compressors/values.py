@@ -75,9 +75,9 @@ def _in_blocks(values: Tensor) -> Tensor:
 
 
 def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
-    """Return the packed codes of the values, each a sign and the number of a level of its block, and the levels,
-    float64[blocks, 2^halvings]."""
-    # Only float32 values use the compiled loop: float64 adds them almost exactly, in any order.
+    """Encode each value as a sign and the number of a level of its block. Returns the packed codes, uint8[...], and the
+    levels, float64[blocks, 2^halvings]."""
+    # Only float32 values use the compiled loop: its sums in float64 are almost exact, in any order of the values.
     if values.dtype == torch.float32 and (loop := kernel("pack_levels_of_blocks", values)):
         coded: tuple[Tensor, Tensor] = loop(values, halvings, VALUE_BLOCK)
         return coded
@@ -90,7 +90,8 @@ def _split_at_means(values: Tensor, halvings: int) -> tuple[Tensor, Tensor]:
 
 
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
-    """Split the members of each row at their mean, recursively; return level numbers, uint8[n, b], and the levels."""
+    """Split the `members`, bool[n, b], of each row of `magnitudes` at their mean, recursively `halvings` times. Returns
+    the level number of each member, uint8[n, b], and the levels, i.e. the means of the 2^halvings parts of each row."""
     count = members.sum(1, keepdim=True)
     mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
     if not halvings:
@@ -182,7 +183,7 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 
 def _counted(packed: Tensor, k: int) -> Tensor:
-    """Append a byte with the number of packed values modulo 8."""
+    """Append a byte with k modulo 8 to `packed`, which encodes k values."""
     return torch.cat([packed, packed.new_full((1,), k % 8)])
 
 

@@ -122,15 +122,15 @@ def gaps_of(index: Tensor, kept: int, size: int) -> Tensor:
 
 
 def unary_bits(numbers: Tensor, b: int) -> Tensor:
-    """Return the number of bits of the quotients in `pack_rice`, int64[]."""
+    """Return the number of bits that `pack_rice` with parameter b takes for the quotients of `numbers`, int64[]."""
     return (numbers >> b).sum() + len(numbers)
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
-    """Invert `pack_gaps`: return the indices, int64[k]. `require` fails unless all are in their chunks and below
-    `stop`."""
+    """Invert `pack_gaps`: return the indices, int64[k]. Checks, with `require`, that every index is in its chunk and
+    below `stop`; an error names `part`."""
     index, is_valid = unpack_rice(packed, k, b, stop, torch.int64)
-    # Sum the gaps of each chunk from its start, in place; the last chunk may have fewer than the others.
+    # Sum the gaps of each chunk from the chunk's start, in place. The last chunk may have fewer than `kept` gaps.
     edge, starts = k // kept * kept, torch.arange(0, k, kept, device=packed.device) // kept * size - 1
     whole = index.add_(1)[:edge].view(-1, kept)
     whole.cumsum_(1).add_(starts[: edge // kept, None])
@@ -140,8 +140,9 @@ def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int,
 
 
 def _required(index: Tensor, is_valid: Tensor, stop: int, part: str, expected: str, size: int) -> Tensor:
-    """Return increasing indices from a message's `part` of `size` bytes; `require` fails unless they are valid and
-    below `stop`. They are clamped on a device that defers this check, since memory is accessed at them before it."""
+    """Return increasing indices, decoded from a message's `part` of `size` bytes, after checking with `require` that
+    they are valid and below `stop`. Except on the CPU the check is deferred, so the indices are clamped: memory may be
+    accessed at them before the check."""
     require(is_valid & (index[-1:] < stop).all(), part, expected, f"{size} bytes that are not")
     return index if index.device.type == "cpu" else index.clamp_(0, max(0, stop - 1))
 
@@ -174,7 +175,8 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
     MessageError unless it encodes k indices of [0, d)."""
     if k in (0, d):
         return torch.arange(k, device=coded.device)
-    # The code follows from the length, since the encoder uses the shortest: the first byte is checked, but not read.
+    # The encoder uses the shortest code, so the code follows from the length. The first byte is only compared with this
+    # code, on the device, since the host would have to wait for a GPU to read it.
     sizes, body = {code: math.ceil(bits / 8) for code, bits in ((_BITMAP, d), (_FIXED, k * _width(d)))}, coded[1:]
     code = _RICE if len(body) < min(sizes.values()) else min(sizes, key=lambda c: sizes[c])
     require(coded[0] == code, "indices", f"in code {code} if it has {len(coded)} bytes", "another code")
@@ -200,7 +202,8 @@ def index_bits(d: int, k: int) -> float:
     if k in (0, d):
         return 0.0
     b = _rice_parameter(d, k)
-    # A gap is nearly geometric with success probability p = k / d; its quotient by 2^b has mean q / (1 - q).
+    # A gap is nearly geometric with success probability p = k / d. With q = (1 - p)^(2^b), its quotient by 2^b has the
+    # mean q / (1 - q).
     q = (1 - k / d) ** (1 << b)
     rice = k * (b + 1 + q / (1 - q))
     return 8 + min(d, k * _width(d), rice)

@@ -26,13 +26,17 @@ class Candidates:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self.threshold, self.room = math.inf, 0  # the least magnitude collected, and the most indices to collect
-        self._margin, self._last = 0.03, 0.0  # the margin, and the k-th largest magnitude in the last selection
-        self._found: tuple[int, Tensor] | None = None  # address of the vector, and its indices, increasing int64[m]
+        # The smallest magnitude to collect, and the maximum number of indices to collect.
+        self.threshold, self.room = math.inf, 0
+        # The relative distance of the threshold below the prediction, and the k-th largest magnitude in the last
+        # selection.
+        self._margin, self._last = 0.03, 0.0
+        self._found: tuple[int, Tensor] | None = None  # address of the vector, and the candidates, increasing int64[m]
 
     def collect(self, outs: Sequence[Tensor], ranges: Sequence[Range], found: Sequence[Tensor | None]) -> None:
-        """Store the indices `found` in each of `ranges` of `outs`, views of the vector in the order of its coordinates.
-        No-op if the ranges do not cover the first n coordinates."""
+        """Store the candidates that were found while the vector was computed. `outs` are views of the vector, in the
+        order of its coordinates. `found` has, for each of `ranges`, the indices in its view, or None. No-op if the
+        ranges do not cover the first n coordinates, or if one of them has None."""
         parts, end = list[Tensor](), 0
         for (i, start, stop), indices in zip(ranges, found, strict=True):
             first = int(outs[i].storage_offset())
@@ -59,14 +63,14 @@ class Candidates:
         are fewer than k."""
         found, self._found = self._found, None
         m = len(found[1]) if found is not None and found[0] == v.data_ptr() and len(v) == self.n else _ROOM * k
-        # Too few candidates cost a second pass, and so do too many, which are not collected.
+        # A second pass is needed if there are too few candidates, and also if there are too many to be collected.
         factor = 2.0 if m < k else 0.97 if m < 3 * k else 0.8
         self._margin = min(_MARGINS[1], max(_MARGINS[0], factor * self._margin))
         return found[1] if found is not None and k <= m < _ROOM * k else None
 
     def predict(self, v: Tensor, k: int, least: float) -> None:
-        """Set the next threshold, after a selection of k coordinates from v. `least` is the k-th largest magnitude, and
-        is predicted to grow as it did since the last selection."""
+        """Set the threshold for the next vector, after a selection of k coordinates from v. `least` is the k-th largest
+        magnitude in v. It is predicted to change by the same factor as since the last selection."""
         if len(v) == self.n and 0 < least < math.inf:
             growth = least / (self._last or least)
             predicted = least * min(_MOST_GROWTH, max(1 / _MOST_GROWTH, growth))

@@ -18,7 +18,8 @@ def is_finite(vector: Tensor) -> Tensor:
     """Return a bool[] that is True if no coordinate is Inf or NaN; does not synchronize with a GPU.
     Elements are checked only if their sum is non-finite, since a sum takes a tenth of the time."""
     if vector.device.type != "cpu":
-        exact = wide(vector.device) is torch.float64  # else a sum of finite numbers may overflow
+        # Without float64 a sum of finite numbers may overflow, so check each number.
+        exact = wide(vector.device) is torch.float64
         return vector.sum(dtype=torch.float64).isfinite() if exact else torch.isfinite(vector).all()
     finite = vector.sum().isfinite()
     return finite if finite else torch.isfinite(vector).all()
@@ -56,8 +57,8 @@ def magnitude(vector: Tensor) -> Tensor:
 
 
 def overflow_margin(dtype: torch.dtype) -> float:
-    """Return a bound on x such that adding x to any finite number of `dtype` cannot overflow: rounding discards x.
-    It is 1/256 of half a unit in the last place of the largest number."""
+    """Return a bound: adding a number of at most this magnitude to any finite number of `dtype` cannot overflow,
+    because rounding discards it. The bound is 1/256 of half a unit in the last place of the largest number."""
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 
@@ -107,7 +108,8 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
     additional first dimension of 1."""
     if out.is_contiguous() and more.is_contiguous():
         return out.view(-1), more.view(-1)
-    if out.stride() == more.stride():  # e.g. channels_last; no gaps in memory
+    # If strides are equal, as for two channels_last tensors, use the order in memory. The tensors must have no gaps.
+    if out.stride() == more.stride():
         return out.as_strided((out.numel(),), (1,)), more.as_strided((out.numel(),), (1,))
     return out.unsqueeze(0), more.unsqueeze(0)
 

@@ -107,9 +107,9 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _walk(index: Tensor, n: int, bits: int, keys: list[int]) -> None:
-    """Replace most numbers in `index`, int64[k], that are n or more by walking their cycles, in place.
-    The host does not wait for their number: it is estimated after each step, with a margin of six standard deviations.
-    """
+    """Apply the permutation `_feistel` repeatedly to the numbers in `index`, int64[k], that are n or more, in place,
+    until most of them are below n. So that the host does not wait for a GPU, the number of those left is not read after
+    each step but estimated, with a margin of six standard deviations."""
     outside = torch.arange(len(index), device=index.device)
     expected = float(len(index))
     while expected > 1 / 16:
@@ -191,7 +191,8 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
-    """Add scales[i] * N(0, 1) noise, the sequence of `key`, to the i-th of m cells of b elements in out, float[m b]."""
+    """Add scales[i] * N(0, 1) noise to cell i of out, float[m b], for each of its m cells of b elements. The normal
+    numbers are the sequence of `key`."""
     numbers = torch.zeros_like(out)
     add_gaussians(numbers, 1.0, key)
     cells = len(scales), len(out) // max(1, len(scales))
@@ -199,13 +200,15 @@ def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:
-    """Return the normal numbers of the chunks [first, last), 2048 in each, float32[2048 (last - first)]."""
+    """Return the chunks `first` to `last` - 1 of the sequence of normal numbers of `key`, as float32[...]. A chunk has
+    2048 numbers."""
     counters = torch.arange(first * _PAIRS, last * _PAIRS, device=device).to(torch.int32)
     hashed = _mixed(counters * _signed(0x9E3779B1) + _signed(key.first))
     radial, angular = _mixed(hashed + _signed(key.second)), _mixed(hashed + _signed(key.third))
     u = ((radial >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
     radius = u.log_().mul_(-2).sqrt_()
-    # 30 bits for an angle within +-45 degrees, one bit to negate the cosine, one to swap cosine and sine.
+    # Of a random word, 30 bits are an angle within +-45 degrees, one bit negates the cosine, and one swaps cosine and
+    # sine.
     angle = ((angular & 0x3FFFFFFF) - (1 << 29)).to(torch.float32).mul_(math.pi * 2.0**-31)
     sine, cosine = angle.sin().mul_(radius), angle.cos_().mul_(radius)
     cosine = torch.where(angular < 0, -cosine, cosine)

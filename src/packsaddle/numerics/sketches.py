@@ -70,7 +70,7 @@ class RowHash:
                 estimates.append(counters[(positions + rows[:, None]).remainder_(self.columns)] * signs[:, None])
             out.add_(torch.cat(estimates).view(-1)[: len(out)], alpha=alpha)
             return
-        doubled = torch.cat([counters, counters])  # each rotation of `counters` is a slice of this
+        doubled = torch.cat([counters, counters])  # each rotation of `counters` is a slice of `doubled`
         for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
             chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
 
@@ -87,9 +87,10 @@ class RowHash:
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
-    """Yield, in blocks of v, the median over rows of each coordinate's estimate; `tables` is S v, float[rows, c]."""
+    """Yield estimates of the d coordinates of a vector v, in blocks, from its count sketch `tables`, float[rows, c].
+    Each row gives an estimate of a coordinate, and the median over rows is used."""
     chunks, c = len(hashes[0].rotations), hashes[0].columns
-    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. Many short chunks: gather by indices.
+    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. For many short chunks, gather by indices.
     if chunks > _MANY:
         group = max(1, _BLOCK // c)
         rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
@@ -100,8 +101,8 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
-    # A few long chunks: use slices.
-    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of this
+    # For a few long chunks, use slices.
+    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of a row of `doubled`
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):
             stop = min(start + _BLOCK, c, d - b * c)

@@ -14,7 +14,7 @@ def read(*tensors: Tensor) -> list[Any]:
     """Return the numbers of each tensor, as its `tolist` does. The host waits once for all tensors of a device."""
     if len(tensors) < 2 or all(tensor.device.type == "cpu" for tensor in tensors):
         return [tensor.tolist() for tensor in tensors]
-    # View them as bytes, so that tensors of different dtypes can be concatenated.
+    # View the tensors as bytes, so that different dtypes can be concatenated.
     flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
     pieces = torch.split(torch.cat(flat).cpu(), [len(piece) for piece in flat])
     # Copy each part, so that its memory is aligned.
@@ -46,11 +46,11 @@ class Readback:
 def indices_where(mask: Tensor, n: int) -> Tensor:
     """Return the indices at which `mask`, bool[d], is True, increasing int64[n]; there must be exactly n. On a GPU this
     is not checked, since the host would wait: the first n are returned, or fewer followed by zeros."""
-    if mask.device.type == "cpu":  # four times as fast as torch.nonzero
+    if mask.device.type == "cpu":  # numpy is four times as fast as torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     if mask.device.type == "cuda":  # other devices may lack torch.nonzero_static
         return torch.nonzero_static(mask, size=n, fill_value=0).squeeze(1)
-    # Write each index to its place among those where the mask is True, and all others to place n.
+    # Write each index where the mask is True to its place among these indices, and every other index to place n.
     places = torch.where(mask, mask.cumsum(0) - 1, n).clamp_(max=n)
     found = torch.zeros(n + 1, dtype=torch.int64, device=mask.device)
     return found.scatter_(0, places, torch.arange(len(mask), device=mask.device))[:n]

@@ -65,7 +65,7 @@ def obstacle(device: torch.device | str) -> str:
 
 @cache
 def _load(where: str) -> tuple[dict[str, Any], str]:
-    """Return (compiled loops by name, ""), or ({}, reason) if there are none."""
+    """Return (compiled loops by name, "") for a type of device, or ({}, reason) if there are no loops for it."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
         return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if where not in _COMPILERS:

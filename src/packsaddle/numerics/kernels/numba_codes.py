@@ -47,7 +47,8 @@ def _pack_signs(v: Array, out: Array) -> None:
 
 
 def sums_of_magnitudes(v: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return the sum of the magnitudes of each run of v, float[d], with these lengths, float64[runs]."""
+    """Return the sum of the magnitudes in each run of consecutive elements of v, float[d], as float64[runs]. `sizes`
+    are the lengths of the runs."""
     a, edges = v.numpy(), _edges(sizes)
 
     def part(start: int, stop: int) -> Array:
@@ -92,7 +93,8 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
     head = min(len(out), -first % 8)
     full = (len(out) - head) // 8
     whole, body = packed[(first + head) >> 3 :][:full], out[head : head + 8 * full]
-    for j in range(len(whole)):  # loop over slices: without negative indices numba vectorizes
+    # Loop over slices, whose indices cannot be negative, so that numba vectorizes.
+    for j in range(len(whole)):
         for i in range(8):
             body[8 * j + i] += scale if (whole[j] >> (7 - i)) & 1 else -scale
     for i in range(len(out)):
@@ -101,7 +103,7 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Quantize v, float[d], as QSGD: return packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
+    """Quantize v, float[d], as QSGD does. Returns packed codes, uint8[ceil(d bits / 8)], and a norm per bucket. See
     `compressors.quantized`; `bits` is at most 8."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
@@ -123,8 +125,9 @@ def _pack_levels(
     v: Array, bits_of_v: Array, mask: int, shape: Any, key: Any, offset: int, out: Array, norms: Array
 ) -> None:
     levels, bits, bucket = shape
-    # Loop over slices: numba then excludes negative indices, and vectorizes.
-    unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte boundary
+    # Loop over slices, whose indices cannot be negative, so that numba vectorizes.
+    # The packed codes of eight buckets end at a byte boundary.
+    unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)
     for group in range(0, len(v), 8 * bucket):
         held = v[group : group + 8 * bucket]
         for start in range(0, len(held), bucket):
@@ -145,7 +148,8 @@ def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: A
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
-    for i in range(len(x)):  # compare as integers: NaN is ordered, and the loop vectorizes
+    # Compare magnitudes as integers: NaN is then the largest, and numba vectorizes the loop.
+    for i in range(len(x)):
         most = max(most, bits[i] & mask)
     scratch = np.empty(1, bits.dtype)
     scratch[0] = most
@@ -159,7 +163,7 @@ def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: A
         unit[i] = abs(x[i]) / (largest if largest > zero else one)
     norm = x.dtype.type(np.sqrt(_sum_of_squares(unit)))
     divisor = max(norm, one)
-    # level = floor(s |x| / ||x|| + u), u uniform in [0, 1): unbiased.
+    # level = floor(s |x| / ||x|| + u) is unbiased if u is uniform in [0, 1).
     for i in range(len(x)):
         random = word(np.uint32(place + np.uint32(i)), first, second) >> np.uint32(8)
         chance = x.dtype.type(np.int32(random)) * x.dtype.type(2.0**-24)
@@ -271,7 +275,8 @@ def _pack_rice(numbers: Array, b: int) -> Array:
 
 
 def count_codes(codes: Tensor) -> Tensor:
-    tables = torch.zeros(4, 256, dtype=torch.int64)  # four, so that increments for equal codes are independent
+    # Count in four tables, so that consecutive increments for equal codes are independent.
+    tables = torch.zeros(4, 256, dtype=torch.int64)
     _count_codes(codes.numpy(), tables.numpy())
     return tables.sum(0)
 
@@ -288,9 +293,9 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode the positions of the members: the `going_on` elements of `codes`, uint8[n], below `low` or above `high`.
-    The gaps between them are Rice-coded with parameter b, or, with `inverted`, those between the other elements. There
-    are `coded` elements whose gaps are coded. Also returns the members."""
+    """Encode the positions of the members, i.e. of the `going_on` elements of `codes`, uint8[n], that are below `low`
+    or above `high`. Returns the code and the members. The code has the gaps between members, or with `inverted` the
+    gaps between all other elements, in Rice codes with parameter b. `coded` is the number of these gaps."""
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)
@@ -308,7 +313,8 @@ def _list_places(codes: Array, low: int, high: int, inverted: bool, places: Arra
     """Write the indices of the codes below `low` or above `high`, or with `inverted` of all other codes, to `places`,
     which must have one element more than there are indices."""
     n: Any = 0
-    for i in range(len(codes)):  # branch-free: indices that do not qualify are overwritten
+    # The loop has no branches: other indices are written too, and then overwritten.
+    for i in range(len(codes)):
         places[n] = i
         n += np.int64(((codes[i] < low) | (codes[i] > high)) != inverted)
 
@@ -324,18 +330,21 @@ def unpack_rice(packed: Tensor, n: int, b: int, most: int, dtype: torch.dtype) -
 
 _IS_ONE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
 _ONES = _IS_ONE.sum(1).astype(np.int64)  # number of ones in a byte
-_PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)  # positions of the ones, then of the zeros
+# Positions of the ones in a byte, and then of its zeros.
+_PLACES = np.argsort(1 - _IS_ONE, axis=1, kind="stable").astype(np.int64)
 
 
 @compiled_loop
 def _unpack_rice(unary: Array, rest: Array, b: int, most: int, out: Array) -> bool:
     ends, remainders = np.empty(_GROUP + 17, np.int64), np.zeros(_GROUP, np.int64)
-    ends[0] = -1  # place of the last one of the previous group, followed by the places of the next ones
+    # `ends` begins with the place of the last 1 bit of the previous group. The places of the next 1 bits follow.
+    ends[0] = -1
     pending, byte_at, longest, largest = 0, 0, np.int64(0), np.int64(0)
     for group in range(0, len(out), _GROUP):
         numbers = out[group : group + _GROUP]
         n = len(numbers)
-        # Read the unary code of this group, and up to seven ones of the next. Branch-free: zeros are overwritten.
+        # Read the unary code of this group, and up to seven 1 bits of the next group. The loop has no branches: the
+        # places of 0 bits are written too, and then overwritten.
         while pending < n and byte_at < len(unary):
             byte, found = unary[byte_at], ends[pending + 1 : pending + 9]
             for i in range(8):

@@ -19,7 +19,7 @@ _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # may add in any order
-# It may add in any order, and with fused multiply-add, which torch.add uses for `alpha`.
+# Loops with this decorator may add in any order, and may use fused multiply-add, as torch.add does for `alpha`.
 compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
 
@@ -33,7 +33,8 @@ def sum_of_magnitudes(v: Array) -> float:
 
 
 def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
-    """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return a list."""
+    """Call work(start, stop) in parallel for parts of [0, n) that start at multiples of `multiple`. Returns the list of
+    the results."""
     parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))
     if parts == 1:
         return [work(0, n)]
@@ -61,5 +62,6 @@ def scalar(value: float, like: Array) -> Any:
 
 
 def bits_of(v: Tensor) -> Array:
-    """Return the bits of floating-point v as signed integers; without the sign bit they are ordered as magnitudes."""
+    """Return the bit patterns of v, float[n], as signed integers. If their sign bits are cleared, the integers are in
+    the order of the magnitudes."""
     return v.detach().view(_INTEGER[v.dtype]).numpy()

@@ -20,7 +20,8 @@ from packsaddle.numerics.kernels.numba_common import (
 
 
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
-    """Return the first k values, int64[k], of the keyed permutation of [0, n) of `seeds.sample_without_replacement`."""
+    """Return the first k values, int64[k], of the keyed permutation of [0, n) that `seeds.sample_without_replacement`
+    describes. `keys` are its keys, and `bits` is the number of bits of n - 1."""
     out = torch.empty(k, dtype=torch.int64)
     _feistel(out.numpy(), np.uint64(n), bits // 2, bits - bits // 2, np.array(keys[:-1], dtype=np.uint64))
     return out
@@ -74,11 +75,11 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
     indices if n + BLOCK <= len(out)."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
-    # Only count in blocks without such a magnitude, which are the majority.
+    # Most blocks have no magnitude that reaches `limit`. Count first, and write indices only if the count is not 0.
     for s in range(0, full, BLOCK):
         block: Array = bits[s : s + BLOCK]
         c: Any = np.int32(0)
-        for i in range(BLOCK):  # vectorized
+        for i in range(BLOCK):  # numba vectorizes this loop
             c += np.int32((block[i] & mask) >= limit)
         if c > 0:
             # If `out` is full, only count, so that the caller can allocate enough.
@@ -86,11 +87,12 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
                 m += c
                 continue
             n: Any = m
-            for i in range(BLOCK):  # branch-free: indices below the limit are overwritten
+            # The loop has no branches: indices of smaller magnitudes are written too, and then overwritten.
+            for i in range(BLOCK):
                 out[n] = offset + s + i
                 n += np.int64((block[i] & mask) >= limit)
             m = n
-    # The shorter last block.
+    # Search the shorter last block.
     for i in range(full, len(bits)):
         if (bits[i] & mask) >= limit:
             if m < len(out):
@@ -100,8 +102,9 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 
 def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
-    """Return the indices of the `kept` largest magnitudes of each chunk, increasing int64[...]; among equal ones, the
-    first. A shorter last chunk keeps `kept_of_last`."""
+    """Return the indices of the `kept` largest magnitudes in each run of `chunk` elements of v, increasing int64[...].
+    If the last run is shorter, `kept_of_last` of its indices are returned. Among equal magnitudes, the first are
+    selected."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
     bits, o = bits_of(v), out.numpy()
@@ -161,7 +164,8 @@ def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
         high, low = low, max(np.int64(0), low - step)
         step = min(2 * step, 1 << 61)
         reached = _count_reaching(magnitudes, magnitudes.dtype.type(low))
-    # Bisect with these invariants, until exactly k reach `low` or it is the k-th largest.
+    # Bisect: k or more magnitudes reach `low`, and fewer reach `high`. Stop when exactly k reach `low`, or when `low`
+    # is the k-th largest magnitude.
     while reached > k and high - low > 1:
         middle = low + (high - low) // 2
         c = _count_reaching(magnitudes, magnitudes.dtype.type(middle))
@@ -182,8 +186,8 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write k indices, each increased by `offset`, to `out`: those of the magnitudes above `limit`, and the first of
-    those equal to it."""
+    """Write the indices of k magnitudes to `out`, in increasing order: of all above `limit`, and of the first ones that
+    equal `limit`. `found` has the index of each magnitude, and `offset` is added to it."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
@@ -197,12 +201,13 @@ def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: 
 
 
 def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
-    """Return histograms over the leading bits of magnitudes: the counts, int64[bins], and the energy of v / top."""
+    """Return two histograms of v, float[n], over the `first_bits` leading bits of the magnitudes: the number of
+    elements x in each bin, int64[bins], and the sum of (x / top)^2 in each bin, float64[bins]."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     shift = 8 * v.element_size() - 1 - first_bits
 
     def part(start: int, stop: int) -> tuple[Array, Array]:
-        # Four tables, so that increments of the same bin are independent.
+        # Count in four tables, so that consecutive increments of the same bin are independent.
         counts, energy = np.zeros((4, 1 << first_bits), np.int64), np.zeros((4, 1 << first_bits))
         _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, top, counts, energy)
         return counts.sum(0), energy.sum(0)
@@ -291,13 +296,14 @@ def _add_finite(out: Array, more: Array, factor: Any, limit: Any, offset: int, f
             continue
         if n + _LINE > len(found):
             continue
-        # Search these elements while they are in the cache.
+        # Search the elements that were just added while they are in the cache.
         for at in range(0, len(o), _PIECE):
             piece = o[at : at + _PIECE]
             c: Any = np.int32(0)
             for i in range(len(piece)):
                 c += np.int32(abs(piece[i]) >= limit)
-            for i in range(len(piece) if c else 0):  # branch-free: indices below the limit are overwritten
+            # The loop has no branches: indices of smaller magnitudes are written too, and then overwritten.
+            for i in range(len(piece) if c else 0):
                 found[n] = offset + start + at + i
                 n += np.int64(abs(piece[i]) >= limit)
     return len(out), total, n

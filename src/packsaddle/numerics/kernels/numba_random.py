@@ -13,7 +13,8 @@ PAIRS = 1024  # pairs of normal numbers generated at a time, whose scratch memor
 @compiled_loop
 def word(counter: Any, first: Any, second: Any) -> Any:
     """Return 32 random bits for a uint32 counter and uint32 keys.
-    After a change delete numba's disk cache: it does not recompile the loops in other modules that inline this one."""
+    After a change delete numba's disk cache: numba does not recompile loops in other modules that inline this function.
+    """
     return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
 
 
@@ -51,7 +52,7 @@ def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, 
 
 @compiled_loop
 def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
-    """Return the 2 * PAIRS normal numbers of PAIRS counters, of which `counter` is the first, in `scratch`,
+    """Return the 2 * PAIRS normal numbers of the PAIRS counters from `counter` on, as a view of `scratch`,
     float32[6 * PAIRS]."""
     # Each loop below reads and writes disjoint arrays; otherwise it would not vectorize.
     uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
@@ -76,8 +77,8 @@ def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Arr
 
 @compiled_loop
 def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
-    """Write radii * (cos, sin) of random angles to `cosines` and `sines`. 30 bits of an angle stand for +-45 degrees,
-    one negates the cosine, and one swaps cosine and sine."""
+    """Write radii * (cos, sin) of random angles to `cosines` and `sines`. `angles` are random words of 32 bits: 30 bits
+    are an angle within +-45 degrees, one bit negates the cosine, and one swaps cosine and sine."""
     one = np.float32(1)
     for i in range(len(angles)):
         a = angles[i]

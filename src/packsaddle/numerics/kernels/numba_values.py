@@ -65,7 +65,8 @@ def _sums_around(x: Array, split: float) -> tuple[float, float, float]:
 
 @compiled_loop
 def _pack_two_bits(x: Array, split: float, packed: Array) -> None:
-    """Pack for each value a bit for x < 0 and one for |x| > split."""
+    """Pack two bits for each value in x: the first is 1 if the value is negative, and the second if its magnitude
+    exceeds `split`."""
     for j in range(len(x) // 4):
         byte = np.uint8(0)
         for i in range(4):
@@ -88,7 +89,7 @@ def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, l
         codes[:] = 0
         for i in range(len(x)):
             m[i] = abs(np.float64(x[i]))
-        # Split each set of magnitudes at its mean: a code gets one more bit.
+        # Split each set of magnitudes at its mean, which adds one bit to each code.
         for halving in range(halvings):
             for code in range(1 << halving):
                 means[code] = _mean_of(m, c, code)
@@ -103,7 +104,7 @@ def _pack_levels_of_blocks(v: Array, halvings: int, block: int, packed: Array, l
 
 @compiled_sum
 def _mean_of(magnitudes: Array, codes: Array, code: int) -> float:
-    """Return the mean of the magnitudes that have this code, or 0 if none has it."""
+    """Return the mean of the magnitudes whose entry in `codes` is `code`, or 0 if there are none."""
     s, n = 0.0, 0.0
     for i in range(len(magnitudes)):
         is_member = codes[i] == code

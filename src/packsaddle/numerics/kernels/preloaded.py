@@ -1,4 +1,5 @@
-"""Preload module for a multiprocessing fork server: imports and initializes numba (a second) once for all workers."""
+"""Preload module for a multiprocessing fork server. It imports and initializes numba, which takes a second, once for
+all workers."""
 
 import os
 from contextlib import suppress
