@@ -36,8 +36,8 @@ class GuardError(RuntimeError):
 
 
 class MessageError(ValueError):
-    """The part named `part` of a compressor's message cannot be decoded: it must be `expected` and is `found`.
-    `compressor` is the compressor's name, `worker` is the sender's rank, or None if it is unknown."""
+    """A compressor's message cannot be decoded: its part named `part` must be `expected` and is `found`. `compressor`
+    is the compressor's name, and `worker` is the sender's rank, or None if the rank is unknown."""
 
     def __init__(
         self, part: str, expected: str, found: object, compressor: str = "the compressor", worker: int | None = None
@@ -80,7 +80,7 @@ def check_not_negative(**values: float | None) -> None:
 
 
 def check_momentum(momentum: object, nesterov: object) -> None:
-    """Raise ValueError unless the momentum is in [0, 1), and above 0 with `nesterov`."""
+    """Raise ValueError unless the momentum is in [0, 1). With `nesterov` a momentum of 0 is invalid, too."""
     if isinstance(momentum, bool) or not (isinstance(momentum, Real) and 0 <= float(momentum) < 1):
         raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
     if nesterov and not momentum:
@@ -112,8 +112,9 @@ def read_text(path: Path, name: str) -> str:
 
 
 def suggests(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Return a decorator of a function, which adds to the TypeError for an unknown argument the name that it has here.
-    `names` are the names of arguments here by names that other libraries use; similar names are found without it."""
+    """Return a decorator that makes a function raise TypeError for an unknown argument, with the name that was probably
+    meant. `names` maps argument names of other libraries to this function's names. Similarly spelled names are found
+    without `names`."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         known = [p.name for p in inspect.signature(function).parameters.values() if p.name != "self"]

@@ -50,12 +50,13 @@ class Check:
 
     objective: Callable[[Tensor], float]  # x -> f(x), the mean objective of all workers
     interval: float = math.inf  # I; a segment ends when more than I iterations have passed
-    radius: float = math.inf  # R; a segment ends when y is farther than R from its start point
+    radius: float = math.inf  # R; a segment ends when y is farther than R from the segment's start point
 
 
 @dataclass
 class Trace:
-    """All iterates of a run of `algorithm1`; its result is `x[-1]`, the only output in the paper."""
+    """All iterates of a run of `algorithm1`. The result of the run is `x[-1]`, the only output of the algorithm in the
+    paper."""
 
     x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; x_t is after the escape check of iteration t
     e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], mean error memories, in gradient units
@@ -85,7 +86,7 @@ def algorithm1(
     trace = Trace()
     seeds = [mix(seed, i + 1) if compressor.private else seed for i in range(len(gradients))]
     e = [torch.zeros_like(x) for _ in gradients]  # line 1
-    x_start, t_start = x, 0  # line 2: t'
+    x_start, t_start = x, 0  # line 2; `t_start` is the paper's t'
     for t in range(steps):  # line 3
         y = x - eta * mean(e)
         if check and (t - t_start > check.interval or (x_start - y).norm() > check.radius):  # lines 4 and 5

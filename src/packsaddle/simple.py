@@ -72,7 +72,7 @@ class SimpleLocalUpdates:
                         e.sub_(c)
             for x, e in zip(self._coded, mine, strict=True):
                 x.copy_(self.anchor[x] - e.view_as(x))
-        # For the other tensors v is sent uncompressed, so there is no residual.
+        # Vectors and small tensors are sent uncompressed, so they have no residual.
         if self._whole:
             v = torch.cat([(self.anchor[x] - x).flatten() for x in self._whole])
             self._apply(self._whole, v)
@@ -84,14 +84,15 @@ class SimpleLocalUpdates:
         self._apply(xs, torch.cat([(self.anchor[x] - x).flatten() for x in xs]))
 
     def _apply(self, xs: list[Tensor], v: Tensor) -> None:
-        """Set the anchor a of these parameters to a - mean_i v_i, and x to a."""
+        """Set the anchor a of the parameters `xs` to a - mean_i v_i, and the parameters to a. `v` is this worker's
+        local update of these parameters, flattened."""
         dist.all_reduce(v)
         for x, mean in zip(xs, torch.split(v / dist.get_world_size(), [x.numel() for x in xs]), strict=True):
             x.copy_(self.anchor[x].sub_(mean.view_as(x)))
 
 
 def _gathered(mine: Tensor) -> list[Tensor]:
-    """Return the tensors of all workers, by rank."""
+    """Return the tensors `mine` of all workers, in the order of the workers' ranks."""
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(found, mine)
     return found

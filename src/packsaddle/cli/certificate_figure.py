@@ -20,7 +20,7 @@ STYLE: dict[Any, Any] = {
 NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette for color-blind readers; black first, for the baseline.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
-_LEAST_SHARE = 1e-9  # lower end of the logarithmic axis of shares
+_LEAST_SHARE = 1e-9  # lower end of the logarithmic axis of a Ritz value's share of the start vector
 _LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the maximum
 
 
@@ -28,18 +28,19 @@ def draw_certificate(certificate: dict[str, Any]) -> Any:
     """Return a figure of a certificate (`Finding.to_dict`).
 
     Its panels show the loss along the escape direction, the loss along the sharpest direction if it was measured, and
-    the spectrum with bounds on the extreme eigenvalues. The spectrum is the density if it was measured, else the Ritz
-    values.
+    the spectrum with bounds on the extreme eigenvalues. The spectrum is the density of eigenvalues if it was estimated.
+    If not, the panel shows the Ritz values.
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     sharpest, spectrum = certificate["sharpest_profile"], certificate["spectrum"]
-    random = len(certificate["ritz_values"]) == 1  # after one product v is the start vector, and there is no spectrum
+    # After one product v is still the random start vector, and there is no spectrum to draw.
+    random = len(certificate["ritz_values"]) == 1
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
 
-    # Panels from the left: along v, along w, the spectrum.
+    # Draw the panels from the left: the loss along v, the loss along w, and the spectrum.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -77,7 +78,8 @@ def _draw_profile(
         axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
     low, high = min(finite), max(finite)
     room = 0.25 * (high - low) or abs(high) or 1.0
-    axis.set_ylim(low - room, high + room)  # the quadratic model may exceed the axes
+    # Fit the axis to the measured losses. The quadratic model may exceed it.
+    axis.set_ylim(low - room, high + room)
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(f"distance s along {along}")
@@ -86,7 +88,7 @@ def _draw_profile(
 
 
 def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
-    """Draw a spectral density: each Ritz value, with the squared component of the start vector along its Ritz
+    """Draw a line at each Ritz value, whose height is the squared component of the start vector along the value's Ritz
     vector."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
@@ -127,7 +129,8 @@ def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: 
     if threshold is not None:
         axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
     near = max(abs(least), abs(threshold or 0.0))
-    if near and max(largest - least, near) > 20 * abs(least):  # on a linear axis the smallest values would coincide
+    # Use a logarithmic axis if the smallest values would coincide on a linear one.
+    if near and max(largest - least, near) > 20 * abs(least):
         axis.set_xscale("symlog", linthresh=near, linscale=0.5)
         axis.margins(x=0.08)
         axis.xaxis.get_major_locator().set_params(numticks=7)
@@ -142,5 +145,6 @@ def _legend(axis: Any) -> None:
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
-    figure.set_layout_engine("none")  # keep the layout, since computing it again takes as long as drawing
+    # Keep the layout, since computing it again takes as long as drawing the figure.
+    figure.set_layout_engine("none")
     figure.savefig(folder / f"{name}.svg", metadata={**NO_METADATA, **said})

@@ -84,7 +84,7 @@ def certify_script(
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
-            # Write after printing, so that a full disk loses no result.
+            # Write the files after printing the results, so that a full disk loses none.
             write([finding], {"points": [finding.to_dict()]}, out)
             if not json:
                 print(f"certificate: {out}")
@@ -109,7 +109,8 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     # Compute the certificate, then the loss profiles, spectrum and population certificate.
     try:
         if questions.population:
-            check_population(model, batches)  # raises errors before the long computation
+            # Raise errors for invalid batches before the long computation.
+            check_population(model, batches)
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
         return questions.finding(checkpoint, model, loss_fn, batches, certificate)
@@ -122,7 +123,7 @@ def _load(model: Any, checkpoint: Path) -> None:
     from packsaddle.curvature.sharded import load_whole
 
     weights = read_weights(checkpoint)
-    model = getattr(model, "_orig_mod", model)  # the module inside a compiled model
+    model = getattr(model, "_orig_mod", model)  # load weights into the module inside a compiled model
     if isinstance(weights, dict):
         own = model.state_dict().keys()
         weights = next((weights[key] for key in _WRAPPERS if isinstance(weights.get(key), dict)), weights)

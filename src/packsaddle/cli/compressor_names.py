@@ -25,8 +25,9 @@ def names_compressors(command: F) -> F:
 
 
 def read_compressor(text: str, ratio: float | None) -> Compressor | str:
-    """Return the compressor for a call such as "TopK(0.01)", or for a name the name in lower case. Names are the keys
-    of WITH_RATIO and FIXED, and "best". Raises ConfigError for another text, and for a call if `ratio` is given."""
+    """Return the compressor that `text` constructs, such as "TopK(0.01)", or the name in lower case if `text` is a
+    name. Valid names are "best" and the keys of WITH_RATIO and FIXED. Raises ConfigError for any other text, and if
+    `ratio` is given for a call."""
     if "(" in text:
         if ratio is not None:
             raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")

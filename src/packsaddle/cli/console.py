@@ -15,8 +15,8 @@ _WIDTH, _UNLIMITED = 80, 10_000
 
 
 def number_table(*headings: str, words: int = 1) -> Table:
-    """Return an empty table. Its first `words` columns are for text, and left-aligned; the others are for numbers, and
-    right-aligned."""
+    """Return an empty table with these column headings. The first `words` columns are for text, and left-aligned. The
+    remaining columns are for numbers, and right-aligned."""
     table = Table(*headings)
     for column in table.columns[words:]:
         column.justify = "right"
@@ -29,7 +29,7 @@ def digits(number: float) -> str:
 
 
 def plain_text(text: str) -> Text:
-    """Return `text` for a cell of a rich table, so that markup is not interpreted and control characters are
+    """Return `text` as the content of a cell of a rich table. Its markup is not interpreted, and control characters are
     escaped."""
     return Text(printable(text))
 
@@ -79,5 +79,5 @@ def short_exchange(name: str) -> str:
 def is_first() -> bool:
     """Return True if this process prints: under a launcher, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    # With invalid values print, so that the error appears.
+    # If the launcher's variables are invalid, every process prints, so that the user sees the error.
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))

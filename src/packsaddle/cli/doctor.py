@@ -66,7 +66,8 @@ def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
         flags = _read(sysfs / name / "flags")
         loopback = bool(int(flags, 16) & _IFF_LOOPBACK) if flags else name.startswith("lo")
         speed = _read(sysfs / name / "speed")
-        mbit = int(speed) if speed and int(speed) > 0 else None  # Linux reports -1 for unknown
+        # Linux reports a speed of -1 if it is unknown.
+        mbit = int(speed) if speed and int(speed) > 0 else None
         addresses = (*_inet(name), *inet6.get(name, ()))
         found.append(Interface(name, addresses, _read(sysfs / name / "operstate"), mbit, loopback))
     return found
@@ -103,7 +104,9 @@ def _inet6() -> dict[str, list[str]]:
 
 
 def gloo_listens() -> Listening:
-    """Return the address on which gloo listens: that of GLOO_SOCKET_IFNAME, of this host's name, or of the loopback."""
+    """Return the address on which gloo listens: that of the interface in GLOO_SOCKET_IFNAME if it is set, or else the
+    one to which this host's name resolves. If the name resolves to no address of this machine, gloo uses the
+    loopback."""
     if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
@@ -120,7 +123,8 @@ def gloo_listens() -> Listening:
 
 
 def _usable_address(host: str) -> str | None:
-    """Return the first address of a host name to which a socket can be bound, as gloo does, or None if all fail."""
+    """Return the first address of a host name to which a socket can be bound, or None if there is none. Gloo selects
+    its address in the same way."""
     try:
         candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -161,9 +165,8 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class Fact:
-    """One finding. Its verdict is ok, note (absent or unused), warning (some uses may fail) or problem (training
-    fails).
-    """
+    """One finding of the checks. Its verdict is "ok", "note" (the feature is absent or unused), "warning" (some uses
+    may fail) or "problem" (training fails)."""
 
     topic: Topic
     name: str
@@ -276,7 +279,8 @@ _REACH = 3.0  # timeout for connecting to a lighthouse, in seconds
 
 
 def elastic() -> Iterator[Fact]:
-    """Yield findings on workers that join and leave: torchft, and the torchft_lighthouse set in the environment."""
+    """Yield findings on the requirements of workers that join and leave: the package torchft, and a reachable
+    lighthouse, whose address is set in the environment."""
     if _version("torchft") is None:
         advice = "pip install 'packsaddle[torchft]'"
         yield Fact("exchange", "elastic", "not available: torchft is not installed", "note", advice)
@@ -299,14 +303,15 @@ def elastic() -> Iterator[Fact]:
 
 
 def loops() -> Iterator[Fact]:
-    """Yield findings on the compiler of inner loops for each device. Without one, torch computes the same more
-    slowly."""
+    """Yield a finding for each type of device on the compiler of packsaddle's inner loops. Without a compiler, torch
+    computes the same results more slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
         if where == "cuda" and accelerator() != "cuda":
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # this finding replaces the warning
+            # Ignore the library's warning, which this finding replaces.
+            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)
             obstacle = kernels.obstacle(where)
         if obstacle:
             advice = "pip install 'packsaddle[fast]'" if obstacle == kernels.NO_NUMBA else ""
@@ -368,9 +373,11 @@ def variables() -> Iterator[Fact]:
 
 
 def all_reduce() -> Fact:
-    """Test gloo by an all-reduce of one number between two new processes, or torchrun's workers; return the finding."""
+    """Test gloo by an all-reduce of one number, between torchrun's workers or between two new processes. Return the
+    finding."""
     start = time.perf_counter()
-    logging.disable()  # the launcher would log the workers' tracebacks, which the fact summarizes
+    # Disable logging: the launcher would log the workers' tracebacks, which the returned finding summarizes.
+    logging.disable()
     try:
         total, workers = sum_over_workers() if under_launcher() else launch(sum_over_workers, (), 2)
     except Exception as error:  # a failure of any type is a finding
@@ -385,7 +392,8 @@ def all_reduce() -> Fact:
 
 
 def sum_over_workers() -> tuple[float, int]:
-    """Run an all-reduce on CPUs; return (1 + 2 + ... + W, W) for W workers. Call in each process of a launcher."""
+    """Sum the numbers 1, 2, ..., W over W workers by an all-reduce on CPUs. Returns the sum and W. Call it in each
+    process of a launcher."""
     with process_group(_PATIENCE) as group:
         total = torch.tensor([group.rank + 1.0])
         group.all_reduce(total)
@@ -422,7 +430,7 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
         table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
         before = ""
         for fact in facts:
-            # A Text, so that [plot] is not interpreted as markup.
+            # Make the cell a Text, so that rich does not interpret [plot] as markup.
             found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)
             table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
             before = fact.topic

@@ -109,7 +109,8 @@ class Questions:
     def finding(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
-        """Return all results at a certified point: loss profiles, optional spectrum and population; collective."""
+        """Return all results at a certified point: the certificate, loss profiles, and if requested the spectrum and
+        the certificate for the population; collective."""
         # Evaluate the loss along the escape and the sharpest direction.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
@@ -131,7 +132,8 @@ class Questions:
         return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
-        """Context manager that shows progress through at most `most` products, on rank 0 unless `quiet`."""
+        """Context manager that shows the progress of a computation of at most `most` Hessian-vector products. It shows
+        nothing if `quiet`, or on ranks other than 0."""
         return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
 
     @property
@@ -143,7 +145,8 @@ class Questions:
 
     @contextmanager
     def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
-        """Context manager that shows progress; yields a function to call with the number of products so far."""
+        """Context manager that shows the progress of a computation. It yields a function to be called with the number
+        of Hessian-vector products so far."""
         with self.countdown(what, most) as progress:
             yield lambda products: progress(products, f"{products} of at most {most} products")
 
@@ -159,7 +162,7 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
 
 def read_weights(file: Path) -> Any:
     try:
-        # Ignore warnings about the file's format, since an error mentions it too.
+        # Ignore warnings about the file's format, since errors mention the format too.
         with warnings.catch_warnings(action="ignore"):
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -169,8 +172,9 @@ def read_weights(file: Path) -> Any:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write certificates.json (`document`), and the directions and plot of every point. Directions of a sharded model
-    are not written, since each worker has only its shard of them. Raises ConfigError if a file cannot be written."""
+    """Write `document` as certificates.json, and the directions and a plot of each of `findings`. Directions of a
+    sharded model are not written, since each worker has only its shard of them. Raises ConfigError if a file cannot be
+    written."""
     text = json.dumps(document, indent=2).encode() + b"\n"
     with written(folder):
         write_whole(folder / "certificates.json", lambda file: file.write(text))

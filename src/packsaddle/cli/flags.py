@@ -32,7 +32,8 @@ def groups_of(command: Command) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Overrides(Generic[T]):
-    """Values of those fields of an option class T that are set on the command line; other fields are omitted."""
+    """The values of the fields of an option class T that are set on the command line. Fields that are not set are
+    omitted."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -40,9 +41,9 @@ class Overrides(Generic[T]):
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     """Return a command's flags by name: its parameters, with each option class replaced by its settable fields.
 
-    Annotations are evaluated. Flags without a group come first, then the others in the order of the groups. The default
-    of a field is its value in the parameter's default, or if that has none the default of the class. It is None for
-    fields of `Overrides`.
+    Annotations are evaluated. Flags without a group come first, then the flags of each group in the order of the
+    groups. The default of a field is its value in the parameter's default. If the parameter has no default, the field
+    keeps the default of its class. Fields of `Overrides` have the default None.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)

@@ -18,7 +18,7 @@ def make_new(path: Path) -> None:
 
 @contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """Context manager that converts an OSError, such as of a full disk, to a ConfigError that names the folder."""
+    """Context manager that converts an OSError, such as that of a full disk, to a ConfigError that names the folder."""
     try:
         yield
     except OSError as error:

@@ -10,13 +10,14 @@ from packsaddle.messages import first_line
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Import MODULE:FUNCTION, also from the current folder, and call it; return its result. Raises ConfigError if the
-    import or the call fails."""
+    """Import a function, given as MODULE:FUNCTION, and return the result of calling it with `arguments`. Modules in the
+    current folder are found too. Raises ConfigError if the import or the call fails."""
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # for the rest of the command, since the returned objects may import modules later
+        # The folder stays on the path, since the returned objects may import modules later.
+        sys.path.insert(0, here)
     # Hide the command line of packsaddle from a script that parses its arguments when it is imported.
     arguments_here, sys.argv = sys.argv, [module]
     try:

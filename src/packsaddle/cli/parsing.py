@@ -114,7 +114,7 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
     words, errors = _joined(command, words), io.StringIO()
     if not {"-h", "--help"} & {*words}:
-        # Raise an error for an unknown flag: tyro would report the argument that the unknown flag displaced.
+        # Report an unknown flag here, since tyro would report the positional argument whose place the flag took.
         parameters = flags_of(command).values()
         positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
         names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
@@ -131,7 +131,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
     description = "\n\n".join([first, *wrapped])
 
-    # tyro prints an error and exits: convert the printed text to a one-line error.
+    # Since tyro prints an error and exits, convert the printed text to a ConfigError of one line.
     try:
         with redirect_stderr(errors), _unwrapped(words):
             options: dict[str, Any] = {"args": words, "config": MARKERS, "registry": NUMBERS}
@@ -144,8 +144,8 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
-    """Merge repetitions of a flag with several values, and move the flag to the end; tyro would keep only the last
-    repetition."""
+    """Merge repetitions of each flag that accepts several values, and move the merged flag to the end of the command
+    line. Without this tyro would keep only the last repetition."""
     tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
     several = {f"--{name.replace('_', '-')}" for name in tuples}
     values: dict[str, list[str]] = {}
@@ -202,7 +202,8 @@ def deferred(command: Command) -> Command:
 
 @contextmanager
 def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Context manager that widens COLUMNS, so that tyro breaks no words in errors. No-op with --help in `words`."""
+    """Context manager that sets the terminal width, COLUMNS, so large that tyro wraps no errors. No-op if `words`
+    contain -h or --help."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*words}:
         os.environ["COLUMNS"] = "100000"
@@ -214,12 +215,13 @@ def _unwrapped(words: Sequence[str]) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-# Patterns of tyro's errors, with replacements. Errors that match none, such as those of other versions, stay unchanged.
+# Patterns of tyro's errors, with replacements. Errors that match none, such as those of different versions of tyro,
+# stay unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
     (r"Missing from [^:]*: (.*) \(required\)", r"missing \1"),
-    # For a flag that accepts a number or a word.
+    # This pattern is for a flag that accepts a number or one word.
     (r"(must be [^']*?), (got '.*') - typing\.Literal\['(\w+)'\]:.*", r"\1 or \3, \2"),
 )
 
@@ -228,7 +230,8 @@ def _one_line(text: str, words: Sequence[str]) -> str:
     """Return a tyro error as one line, without its box, title and trailing hints."""
     lines = [line.strip(" │|") for line in text.splitlines()]
     rules = [i for i, line in enumerate(lines) if re.match(r"[─╭╰]|\+-|----", line)]
-    first = rules[0] + 1 if rules else 0  # skip the title, in or above the first rule
+    # Skip the title of the box, which is in or above the first rule (a line of box characters).
+    first = rules[0] + 1 if rules else 0
     text = " ".join(line for i, line in enumerate(lines) if line and i >= first and i not in rules)
     text = re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
@@ -241,7 +244,7 @@ def _one_line(text: str, words: Sequence[str]) -> str:
         unknown = next((word for word in words if rest[1].startswith(" ".join(word.split()))), rest[1])
         return f"unexpected argument {_shown(unknown)}"
 
-    # Reword other errors by the patterns.
+    # Reword all other errors by the patterns in _ERRORS.
     for pattern, replacement in _ERRORS:
         text = re.sub(pattern, replacement, text)
     return re.sub(r"\.? \(required\) ", "; ", text)

@@ -97,8 +97,9 @@ class LinkOptions:
             raise ValueError("model MODULE:FUNCTION needs one of --data MODULE:FUNCTION, --input SHAPE and --compute")
 
     def training_step(self) -> TrainingStep | None:
-        """Make the training step (model and batch) to time, or None for --d. Its batch is None with --compute.
-        Raises ConfigError if the user's function fails or returns no module."""
+        """Return the training step to time, i.e. a model and a batch, or None if --d is given instead of --model. With
+        --compute nothing is timed, so the batch is None. Raises ConfigError if the user's function fails or returns no
+        module."""
         batch = _BATCH if self.batch is None else self.batch
         if self.model is None:
             return None
@@ -198,7 +199,7 @@ def _plan(
     step = options.training_step()
     workload = ModelSize.of_model(str(options.model), step.model) if step else ModelSize.of_size(options.d or 0)
     if optimizer == "muon" and step is not None:
-        hidden_matrices(step.model)  # raises ConfigError if Muon would have none
+        hidden_matrices(step.model)  # raises ConfigError if the model has no parameters for Muon
     inner: Inner = "muon" if optimizer == "muon" else "adamw"
     settings = {} if optimizer == "sgd" else measured_with(workers, inner)
     most = math.inf if options.most_steps is None else options.most_steps
@@ -212,7 +213,7 @@ def _plan(
             device = next(step.model.parameters()).device
         link, source = (given, "as given") if given else _measured_link(group, device, workers)
 
-        # Measure once the compute time, unless it is given, the time of an update, and the speed of each compressor.
+        # Measure the compute time unless it is given, the time of an update, and once per compressor its speed.
         total = len(candidates) + len({s.compressor for s in settings}) + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
@@ -246,7 +247,8 @@ def _given(rate: str, latency: float | None) -> Link | None:
 
 
 def _measured_link(group: Group | None, device: torch.device, workers: int) -> tuple[Link, str]:
-    """Measure the link between torchrun's workers, else between processes of this machine; return it and its source."""
+    """Measure the link between the workers in `group`, or without a group between processes on this machine. Returns
+    the link, and a text that describes the measurement."""
     if group is not None:
         return probe(group, device), "measured between torchrun's workers"
     return probe_locally(workers), "measured on this machine's loopback interface, NOT on a network"
@@ -278,7 +280,8 @@ def _timed(step: TrainingStep, optimizer: Optimizer, name: str) -> Timing:
 
 
 def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Optimizer]:
-    """Return optimizers whose steps take as long as those of a training, and hardly change the model."""
+    """Return optimizers for timing a step. Their steps take as long as those of real training, but hardly change the
+    model."""
     rate, trained = 1e-9, [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
         return [torch.optim.SGD(trained, rate, momentum=0.9)]
@@ -288,8 +291,9 @@ def _optimizers(model: torch.nn.Module, name: Optimizer) -> list[torch.optim.Opt
 
 
 def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Compressor]:
-    """Return the compressors to compare: the one that `text` names or constructs. For "best", these are all that were
-    measured with `optimizer`, or if a ratio is given all lossy ones that have one."""
+    """Return the compressors to compare. If `text` names or constructs a compressor, it is the only one. For "best"
+    they are all compressors that were measured with `optimizer`. With a `ratio` they are all lossy compressors
+    instead."""
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [name]
@@ -304,7 +308,8 @@ def _candidates(text: str, ratio: float | None, optimizer: Optimizer) -> list[Co
 
 
 def _workers(requested: int | None) -> int:
-    """Return the number of workers: that of torchrun, else `requested`, else 4. Raises ConfigError if it is invalid."""
+    """Return the number of workers that torchrun started. Without torchrun it is `requested`, by default 4. Raises
+    ConfigError if `requested` is below 2 or differs from torchrun's number."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
     if world is not None and requested not in (None, world):
         raise ConfigError(f"workers must be {world}, the number that torchrun started, got {requested}")

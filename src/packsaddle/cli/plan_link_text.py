@@ -15,7 +15,8 @@ from packsaddle.plan.timing import Timing
 
 _UNCUT = "--json prints it whole"
 _ERROR = 0.1  # relative error of forecast times on idle machines (experiments/scale)
-# Shortest dense step, in seconds, that is forecast: shorter ones consist of fixed costs of some ms (experiments/scale).
+# Shortest step of dense training, in seconds, that is forecast. Shorter steps consist mostly of fixed costs of some ms
+# (experiments/scale).
 _SMALLEST = 0.01
 _BUSY = 0.3  # if the median coding time exceeds the minimum by more than this fraction, the machine is busy
 _UNEQUAL = (
@@ -39,7 +40,7 @@ class LinkPlan:
     update: float  # seconds per step for error memory and noise, beyond plain SGD's update
     optimizer: Optimizer
     timing: Timing | None = None  # times of a step, whose minimum is `fleet.compute`; None: --compute was given
-    slowest: "LinkPlan | None" = None  # the plan for the maximum of `timing`
+    slowest: "LinkPlan | None" = None  # forecasts if a step takes the maximum of `timing`; None: not timed
     unequal: dict[str, Any] | None = None  # `forecast_unequal` for the fastest local updates; None: speeds are equal
     coding_spread: float = 0.0  # largest fraction by which the median encoding time exceeded the minimum
 
@@ -57,7 +58,8 @@ class Method:
 def methods(plan: LinkPlan) -> list[Method]:
     """Return the methods to choose from, the simplest first: one machine alone, DistributedDataParallel, and the
     fastest forecasts of the DDP hook and of local updates."""
-    alone = plan.fleet.workers * plan.fleet.compute  # one machine accumulates the gradients of all workers' batches
+    # One machine alone accumulates the gradients of all workers' batches, one after the other.
+    alone = plan.fleet.workers * plan.fleet.compute
     found = [Method("one machine alone", alone), Method("DistributedDataParallel", plan.verdict.dense.seconds)]
     if plan.verdict.compress:
         found.append(_by_hook(plan.verdict.best))
@@ -65,8 +67,8 @@ def methods(plan: LinkPlan) -> list[Method]:
 
 
 def advised(plan: LinkPlan) -> Method:
-    """Return the simplest method whose forecast equals the fastest one within the error, or DistributedDataParallel if
-    steps are too short to forecast."""
+    """Return the simplest method whose forecast is within the error of forecasts (10%) of the fastest one. If steps are
+    too short to forecast, return DistributedDataParallel."""
     found = methods(plan)
     if is_too_small(plan):
         return found[1]
@@ -88,7 +90,7 @@ def compared(plan: LinkPlan) -> list[Method]:
 
 
 def _by_hook(forecast: Forecast) -> Method:
-    # A two-way exchange is not the hook's default.
+    # Name the exchange if it is two-way, since that is not the hook's default.
     argument = forecast.compressor
     if forecast.exchange == "two-way":
         argument = f'Compression({argument}, exchange="two-way")'
@@ -207,7 +209,8 @@ def _doubts(plan: LinkPlan, best: Method) -> list[str]:
 
 
 def print_tables(plan: LinkPlan) -> None:
-    """Print the forecasts of all compressors behind the DDP hook, and of all settings of local updates."""
+    """Print a table of the forecasts for the DDP hook with each compressor, and one for each setting of local
+    updates."""
     verdict, workload, link, fleet = plan.verdict, plan.workload, plan.link, plan.fleet
     units = ("sent kB", "step ms", "coding ms", "link ms")
     table = number_table("compressor", "by", *units, "x steps", "pays below Mbit/s", words=2)

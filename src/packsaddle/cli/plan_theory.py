@@ -87,7 +87,7 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, text: str, ra
     name = read_compressor(text, ratio)
     if isinstance(name, Compressor):
         return [plan(a, name, constants=constants, workers=workers)]
-    # If a ratio is given, use the compressor with it. If not, use the compressor with its best k, if it has a ratio.
+    # Use the compressor with the given ratio. If none is given, use the best k of a compressor that has a ratio.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:
@@ -163,7 +163,8 @@ def _print_reach(reached: Reach, a: Assumptions) -> None:
         print("  No epsilon that is valid for this L and rho is within reach.")
     else:
         unit = 10.0 ** (math.floor(math.log10(reached.epsilon)) - 1)
-        rounded_up = math.ceil(reached.epsilon / unit) * unit  # to two significant digits
+        # Round the smallest epsilon within reach up to two significant digits.
+        rounded_up = math.ceil(reached.epsilon / unit) * unit
         print(f"  Within reach: about --epsilon {rounded_up:g} and larger.")
     if reached.with_lipschitz_gradient is not None:
         print(

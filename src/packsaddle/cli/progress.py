@@ -14,7 +14,8 @@ Report = Callable[[int, str], None]  # called with the current step and a text t
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Context manager that shows an upper bound on the time left on stderr: as a bar on a terminal, else as lines."""
+    """Context manager that shows an upper bound on the time left on stderr. It is shown as a bar on a terminal, and as
+    lines of text in a file or a pipe."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None

@@ -34,19 +34,21 @@ class Verdict(StrEnum):
 
     @property
     def rests_on_negative_curvature(self) -> bool:
-        """True for `SADDLE` and `NOT_A_MINIMUM`."""
+        """True if negative curvature proves the verdict, i.e. for `SADDLE` and `NOT_A_MINIMUM`."""
         return self in (Verdict.SADDLE, Verdict.NOT_A_MINIMUM)
 
 
 def threshold_of(epsilon: float | None, rho: float) -> float | None:
-    """Return the threshold for lambda_min, -sqrt(rho epsilon), or None without epsilon."""
+    """Return the threshold for the smallest Hessian eigenvalue, -sqrt(rho epsilon). It is None if `epsilon` is None."""
     return None if epsilon is None else -math.sqrt(rho * epsilon)
 
 
 def judge(least: float, most: float, epsilon: float | None, rho: float, lower: float, upper: float) -> Verdict:
-    """Return the verdict from bounds on the gradient norm (`least`, `most`) and on lambda_min (`lower`, `upper`).
+    """Return the verdict from bounds on the gradient norm (`least`, `most`) and on the smallest Hessian eigenvalue,
+    lambda_min (`lower`, `upper`).
 
-    The limits are epsilon and -sqrt(rho epsilon) (Definition 2.4). Without epsilon the limit for lambda_min is 0.
+    The gradient norm is compared with epsilon, and lambda_min with -sqrt(rho epsilon) (Definition 2.4). Without epsilon
+    lambda_min is compared with 0.
     """
     if epsilon is None:
         if upper < 0:
@@ -83,8 +85,8 @@ def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
 class Certificate:
     """The verdict on one point and its evidence. H is the Hessian of the mean loss over the examples, in eval mode.
 
-    A pilot is a first search on fewer examples. If it finds the direction v of a saddle, the other eigenvalues are not
-    bounded. The loss along v is evaluated if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
+    A pilot is a first search on fewer examples. If it finds the direction v of a saddle, no bounds on the other
+    eigenvalues are computed. The loss along v is evaluated if the verdict is `SADDLE` or `NOT_A_MINIMUM`.
     """
 
     verdict: Verdict
@@ -102,7 +104,7 @@ class Certificate:
     hessian_lipschitz: float  # rho, the Lipschitz constant of the Hessian
     hessian_lipschitz_estimated: bool  # True if rho was measured along v, which underestimates rho
     escape_direction: Tensor  # unit vector v, float64[d]; for a sharded model, this worker's part of it
-    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, of a pilot's Hessian if any; None: not stored
+    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, from the pilot search if any; None: not stored
     slope: float  # <grad f, v>, derivative of the loss along v
     escape_distance: float | None  # distance s, of either sign, with the lowest f(x + s v) found; None: not evaluated
     escape_loss: float | None  # loss f(x + s v) at s = `escape_distance`; None: not evaluated
@@ -110,16 +112,16 @@ class Certificate:
     ritz_values: tuple[float, ...]  # Ritz values of the Hessian, ascending
     ritz_shares: tuple[float, ...]  # squared inner product of the random unit start with each Ritz vector
     examples: int  # number of examples in the mean loss
-    sample_of: int | None  # number of examples from which these were drawn; None: not a sample
+    sample_of: int | None  # size of the data set from which the examples were drawn; None: they are not a sample
     pilot_examples: int | None  # examples in the pilot search that found v and the Ritz values; None: no pilot
     pilot_hvps: int  # Hessian-vector products over the pilot's examples
-    precision: str  # dtype of the products; the recurrences are in float64
+    precision: str  # dtype of the Hessian-vector products; the recurrences of Lanczos are in float64
     hvp: str  # method of the Hessian-vector products: "double backward" or "differences of gradients"
     hvp_reason: str | None  # error message of double backward; None: no error, or not tried
-    hvp_error: float  # error of a product with a unit vector, measured or estimated; included in both bounds
+    hvp_error: float  # error of a Hessian-vector product with a unit vector; the bounds on eigenvalues include it
     hvp_step: float | None  # last step h of the differences; None: double backward was used
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # passes over the examples, two per double-backward product; a pilot's count as fractions
+    backward_passes: int  # number of backward passes over the examples; passes over a pilot's count as fractions
     bytes_sent: int  # bytes sent by this worker
     seconds: float  # time for the whole certificate
 
@@ -166,7 +168,7 @@ class Certificate:
         return for_json(values)
 
     def __str__(self) -> str:
-        # Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
+        # List the quantities compared by Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
         error = differences = ""
         if self.grad_norm_error is not None:
             is_known = math.isfinite(self.grad_norm_error)
@@ -224,7 +226,8 @@ class Certificate:
         if self.verdict is not Verdict.SECOND_ORDER_STATIONARY:
             return []
 
-        # A large rho makes Definition 2.4 weak, and a measured rho is a lower estimate, which may be too small.
+        # Explain how the verdict depends on rho. A large rho makes Definition 2.4 weak, and a measured rho may be too
+        # small.
         below, lines = self.saddle_below_rho, []
         if self.hessian_lipschitz_estimated:
             other = "a smaller one asks for more" if below is None else f"below rho = {below:.1e} this is a saddle"
@@ -249,7 +252,7 @@ class Share:
 
     drawn: int  # m, number of iterates drawn and certified
     stationary: int  # number of iterates certified as second-order stationary
-    refuted: int  # number of iterates that are saddles or have too large gradients; the others are undecided
+    refuted: int  # number of iterates that are saddles or have too large gradients; the rest are undecided
 
     @classmethod
     def of(cls, verdicts: Sequence[Verdict]) -> "Share":
@@ -266,8 +269,9 @@ class Share:
 
     @property
     def surprise(self) -> float:
-        """A p-value of the theorem's promise that at least half of the iterates are second-order stationary: an upper
-        bound on the probability of at most this many stationary draws, undecided ones included."""
+        """A p-value for the claim of the theorems that at least half of the iterates are second-order stationary. It is
+        an upper bound on the probability of at most this many stationary draws, where undecided draws count as
+        stationary."""
         from scipy.special import bdtr  # imported here because it is slow to import
 
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))

@@ -63,7 +63,8 @@ def certify(
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
-    if not is_sharded(model):  # workers of a sharded model run every batch together
+    # Skip empty batches, except with a sharded model, whose workers must process every batch together.
+    if not is_sharded(model):
         batches = with_examples(batches)
     with certifying(model, process_group) as channel:
         # Evaluate loss and gradient at the point, and choose the method of Hessian-vector products.
@@ -73,12 +74,13 @@ def certify(
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
             sample_of = None
-        # Choose before the first gradient: a compiled model fixes its backward graph there.
+        # Choose the method before the first gradient, since a compiled model fixes its backward graph at its first
+        # backward pass.
         chosen = choose_products(curvature, search.hvp)
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         grad_norm_error = None
-        if sample_of is not None:  # correct the error for drawing without replacement
+        if sample_of is not None:  # correct the standard error for drawing without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         settings = (grad_norm, epsilon, hessian_lipschitz, search, progress)
 

@@ -45,8 +45,8 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float) -> float:
-        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`, or inf if `std` is 0.
-        It holds with momentum too: the noise is added to the gradient, so both are accumulated identically."""
+        """Return the ratio of the norm of artificial noise of std r, r sqrt(d), to `std`, or inf if `std` is 0. The
+        ratio is the same with momentum, which accumulates the noise and the gradient in the same way."""
         return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
     def r(self, times: float) -> float:
@@ -81,7 +81,8 @@ def gradient_noise(
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
 
-    # Sums over workers of the estimates n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 of tr(Cov), their squares and counts.
+    # Sum over all workers the estimates n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 of tr(Cov), their squares and their
+    # number.
     apart, examples, d = _sum_of_squares(model, loss_fn, batches)
     found = torch.tensor(apart, dtype=torch.float64)
     counts = torch.tensor([len(apart), examples, not apart], dtype=torch.float64)
@@ -89,12 +90,13 @@ def gradient_noise(
     sums = sums.to(device_of_doubles(next(model.parameters()).device))
     group.all_reduce(sums)
     total, squares, count, seen, short = sums.tolist()
-    if short:  # `short` is identical on all workers, so that all raise
+    # The sum `short` is identical on all workers, so that all of them raise.
+    if short:
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")
 
-    # The mean of the estimates, and its variance: (sum of squares / K - mean^2) / (K - 1).
+    # Compute the mean of the estimates and the variance of this mean, (sum of squares / K - mean^2) / (K - 1).
     mean = total / count
     spread = max(0.0, squares / count - mean * mean) / (count - 1) if count > 1 else math.inf
     drawn = int(count) + group.size
@@ -102,16 +104,19 @@ def gradient_noise(
 
 
 def _sum_of_squares(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
-    """Return this worker's estimates of one example's variance tr(Cov), its number of examples, and d."""
+    """Return this worker's estimates of the variance of one example's gradient, tr(Cov), its number of examples, and
+    the number d of trainable coordinates."""
     parameters = trainable(model)
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []
     seen = 0
-    with torch.random.fork_rng(devices=()), differentiating(model):  # a DataLoader draws its seeds from the generator
+    # Restore the state of torch's generator at the end, since a DataLoader draws its seeds from it.
+    with torch.random.fork_rng(devices=()), differentiating(model):
         for batch in batches:
             n = batch_size(batch)
             grads = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)
-            # Move the mean toward this batch's gradient, and measure their squared distance.
+            # Measure the squared distance between this batch's gradient and the mean gradient of the batches before it.
+            # Then update the mean.
             square = torch.zeros((), dtype=wide(mean[0].device), device=mean[0].device)
             for m, g in zip(mean, grads, strict=True):
                 apart = -m if g is None else g.detach() - m

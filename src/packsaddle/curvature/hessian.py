@@ -79,7 +79,7 @@ class Curvature:
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # largest number of elements of one vector that one worker stores
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of the parameters
-        self.device = device_of_doubles(self.parameters[0].device)  # the device of vectors
+        self.device = device_of_doubles(self.parameters[0].device)  # device of the flat float64 vectors
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over all examples so far; a pass over a part of them counts as a fraction
         self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
@@ -244,7 +244,7 @@ class Curvature:
         return self._doubles(torch.cat([g.detach().reshape(-1) for g in parts]))
 
     def _doubles(self, tensor: Tensor) -> Tensor:
-        """Return a tensor in float64, on the device of vectors."""
+        """Convert a tensor to float64 on `self.device`, the device of all flat vectors."""
         # Move and convert it in two steps, since MPS cannot convert to float64.
         return tensor.to(self.device).to(torch.float64)
 
@@ -254,15 +254,16 @@ class Curvature:
 
     @sdpa_kernel(SDPBackend.MATH)
     def why_no_double_backward(self) -> str | None:
-        """Return torch's error if the first batch of some worker does not support double backward, else None;
-        collective."""
+        """Return the message of torch's error if double backward fails for the first batch of any worker, or None if it
+        succeeds on all workers; collective."""
         reason, ones = None, [torch.ones_like(p) for p in self.parameters]
         with differentiating(self._model):
             for batch in islice(self._batches, 1):
                 try:
                     loss = self._loss_of(batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-                    # Torch would omit its second derivative without an error.
+                    # A function marked once_differentiable has no second derivative, which torch would omit without an
+                    # error.
                     if any(node.name() == _UNDIFFERENTIABLE for node in graph_nodes(grads)):
                         reason = "a function is marked once_differentiable"
                     else:
@@ -312,8 +313,8 @@ class Curvature:
         return float(self.inner(a, b))
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor | float:
-        """Return the inner product <a, b>, as a float64[] unless the model is sharded, so that the host does not
-        wait."""
+        """Return the inner product <a, b> of two vectors. It is a float64[] on their device, so that the host does not
+        wait for it, or a float if the model is sharded."""
         return a @ b
 
     def norm(self, a: Tensor) -> float:
@@ -323,7 +324,11 @@ class Curvature:
         return math.sqrt(sum(float(self._doubles(t).square().sum()) for t in self._tensors))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor, ...]]) -> Tensor:
-        """Average a derivative of each batch's mean loss over all examples of all workers, float64[d]; collective."""
+        """Return the mean over all examples of all workers of a derivative of the loss, float64[d]; collective.
+
+        `derivative(loss, n)` returns the derivative of a batch's mean loss over its n examples, with one tensor per
+        parameter.
+        """
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with differentiating(self._model):
             for batch, n in self.read():
@@ -364,7 +369,8 @@ class Curvature:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the shorter dtypes to which a loss casts its inputs, since it may be less precise than its parameters."""
+    """Records the dtypes shorter than float64 to which a loss casts its float64 tensors. The loss is then less precise
+    than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -380,7 +386,7 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Round float64 numbers x stochastically to a shorter dtype, so that the expected value is x (unless subnormal)."""
-    # The unit in the last place of x.
+    # `place` is the unit in the last place of x in the shorter dtype.
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)
     # Draw on the CPU, so that the rounding is identical on workers with different devices.
     drawn = torch.rand(x.shape, generator=rng, dtype=x.dtype).to(x.device)
@@ -414,7 +420,8 @@ def _restored(tensors: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
-    """Context manager for derivatives of a loss: eval mode, gradients enabled, and `safe_derivatives`."""
+    """Context manager in which derivatives of a loss are computed. It sets the model to eval mode, enables gradients,
+    and applies `safe_derivatives`, which disables oneDNN if its gradients would be wrong."""
     with torch.enable_grad(), evaluating(model), safe_derivatives(model):
         yield
 
@@ -433,7 +440,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reread:
-    """An iterable over `read(iter(batches))`, which can be iterated as often as `batches`."""
+    """An iterable of the batches that `read` yields from an iterator over `batches`. It can be iterated as often as
+    `batches` can."""
 
     batches: Iterable[Any]
     read: Callable[[Iterator[Any]], Iterator[Any]]
@@ -443,7 +451,7 @@ class Reread:
 
 
 def with_examples(batches: Iterable[Any]) -> Reread:
-    """Return the batches without the empty ones, since their mean loss would be NaN."""
+    """Return the batches without the empty ones, since the mean loss of an empty batch would be NaN."""
     return Reread(batches, partial(filter, batch_size))
 
 

@@ -40,16 +40,18 @@ from torch import Tensor
 Number = Tensor | float
 _EVALUATIONS = 100  # maximum number of evaluations of the sum of p_j^2 for one bound; usually a dozen suffice
 _ROUNDING = 16  # rounding error of a product, in units of the last place of ||A||, typical of long sums
-_LEAST_PROBABILITY = 1e-100  # for smaller probabilities the quantile underflows
+# Smallest valid failure probability; the quantile of the Beta distribution underflows below it
+_LEAST_PROBABILITY = 1e-100
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """The result of k Lanczos steps on a symmetric n x n matrix A; lambda are its eigenvalues, theta Ritz values."""
+    """The result of k Lanczos steps on a symmetric n x n matrix A, whose eigenvalues are called lambda, and Ritz values
+    theta."""
 
     n: int  # size of A
     alphas: tuple[float, ...]  # k diagonal entries of the tridiagonal matrix
-    betas: tuple[float, ...]  # k off-diagonal entries of that matrix; the last is the norm of the residual after step k
+    betas: tuple[float, ...]  # k off-diagonal entries of the tridiagonal; the last is the residual's norm after step k
     thetas: tuple[float, ...]  # k Ritz values, ascending
     shares: tuple[float, ...]  # k squared components of the unit start vector b, one along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
@@ -59,22 +61,23 @@ class Ritz:
 
     @property
     def steps(self) -> int:
-        """The number of Lanczos steps k, with one product each."""
+        """The number k of Lanczos steps, each of which computed one matrix-vector product."""
         return len(self.alphas)
 
     @property
     def theta_min(self) -> float:
-        """Smallest Ritz value, an upper bound on lambda_min if `orthogonal`. If not, use the Ritz vector's quotient."""
+        """The smallest Ritz value. It is an upper bound on lambda_min if `orthogonal`. If not, only the Rayleigh
+        quotient of its Ritz vector is an upper bound."""
         return self.thetas[0]
 
     @property
     def theta_max(self) -> float:
-        """Largest Ritz value, a lower bound on lambda_max if `orthogonal`."""
+        """The largest Ritz value. It is a lower bound on lambda_max if `orthogonal`."""
         return self.thetas[-1]
 
     @property
     def is_settling(self) -> bool:
-        """True if the vector of the smallest Ritz value is nearly an eigenvector: its residual is at most
+        """True if the Ritz vector of the smallest Ritz value is nearly an eigenvector: its residual is at most
         |theta_min| / 10."""
         return self.residual <= 0.1 * abs(self.theta_min)
 
@@ -91,8 +94,9 @@ class Ritz:
         from scipy.special import betaincinv  # imported here because it is slow to import
 
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
-        # In s = log(theta_min - lambda) each log p_j^2 is a sum of log(e^s + distance to a root), so the growth is
-        # convex, and secants through points where it is above the limit stay above it, up to rounding.
+        # Solve log(sum_j p_j(lambda)^2) = limit for s = log(theta_min - lambda) by the secant method. Each log p_j^2 is
+        # a sum of log(e^s + distance to a root), so the left side is convex in s. Secants through points above the
+        # limit therefore stay above it, up to rounding.
         least, s = math.log(scale) - 45.0, math.log(scale) + limit
         before, last, back = s + 1.0, self._log_growth(self.theta_min - math.exp(s + 1.0), scale), 0.0
         for _ in range(_EVALUATIONS):
@@ -108,18 +112,20 @@ class Ritz:
         return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on the largest eigenvalue, minus the lower bound for -A. It fails with this
-        `failure_probability`, in addition to that of `lower_bound`."""
+        """Return an upper bound on the largest eigenvalue of A, which is -1 times the lower bound on the smallest
+        eigenvalue of -A. It fails with probability `failure_probability`, in addition to that of `lower_bound`."""
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )
         return -turned.lower_bound(failure_probability)
 
     def _log_growth(self, below: float, scale: float) -> float:
-        """Return the log of the sum of the squared Lanczos polynomials p_j at `below`, or of the largest square.
+        """Return the log of sum_j p_j(`below`)^2 for the Lanczos polynomials p_j, or unless `orthogonal` the log of the
+        largest term.
 
-        `below` is less than theta_min; `scale` is about the norm of A. The largest square is used unless `orthogonal`.
-        -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
+        `below` is less than theta_min, and `scale` is about the norm of A. The ratio of two
+        consecutive polynomials is -p_{j+1} / p_j = d_j / beta_{j+1}, where the pivots d_j of the tridiagonal matrix
+        minus `below` are all positive.
         """
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
         pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # `term` is log p_j^2, `total` the log of their sum
@@ -172,7 +178,7 @@ class Lanczos:
 
     @property
     def exhausted(self) -> bool:
-        """True if no further step is possible."""
+        """True if the Krylov space is invariant, so that no further step is possible."""
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:
@@ -180,7 +186,7 @@ class Lanczos:
         if self.exhausted:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
 
-        # beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalized against all stored q_j.
+        # Compute beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalized against all stored q_j.
         before, q = self._pair
         w = self._product(q)
         alpha = self._dot(w, q)
@@ -198,7 +204,7 @@ class Lanczos:
         self._alphas.append(alpha)
         beta = math.sqrt(square)
 
-        # Ritz values: eigenvalues of the tridiagonal; the process ends if beta is at rounding level.
+        # The Ritz values are the eigenvalues of the tridiagonal matrix. The process ends if beta is at rounding level.
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
         thetas, vectors = torch.linalg.eigh(torch.diag(torch.tensor(self._alphas, dtype=torch.float64)) + (off + off.T))
         self._ends = vectors[:, [0, -1]]
@@ -210,10 +216,11 @@ class Lanczos:
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
 
-        # The error of all k products is the norm of an n x k matrix whose columns are independent and have the known
-        # norm. By Marchenko and Pastur it is little larger than the known norm, unless k is near n.
+        # The errors of the k products form an n x k matrix, whose columns are independent and have the known norm. By
+        # Marchenko and Pastur the norm of this matrix is about 1 + sqrt(k / n) times the known norm.
         known = self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
-        # ||A v - theta_min v|| = beta |last component of theta_min's vector|.
+        # The residual ||A v - theta_min v|| is beta |y_k|, where y_k is the last component of theta_min's eigenvector y
+        # of the tridiagonal matrix.
         return Ritz(
             self._n,
             tuple(self._alphas),
@@ -260,21 +267,22 @@ class Lanczos:
         return self._matvec(q)
 
     def _recur(self, product: Tensor, alpha: Number, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
-        """Return the next Lanczos vector, A q_j - alpha_j q_j - beta_j q_{j-1}; `product`, A q_j, is not modified."""
+        """Return A q_j - alpha_j q_j - beta_j q_{j-1}, the next Lanczos vector before its normalization. `product` is A
+        q_j, and is not modified."""
         j = len(self._alphas) if j is None else j
         w = _minus(product, q, alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
 
 
 def _minus(w: Tensor, p: Tensor, by: Number, *, in_place: bool = False) -> Tensor:
-    """Return w - by * p. The host does not wait if `by` is a number on a GPU."""
+    """Return w - by * p. If `by` is a tensor on a GPU, the host does not wait for its value."""
     if isinstance(by, Tensor) and by.device.type != "cpu":
         return (w.addcmul_ if in_place else w.addcmul)(p, by, value=-1.0)
     return (w.sub_ if in_place else w.sub)(p, alpha=float(by))
 
 
 def _read(numbers: Sequence[Number]) -> list[float]:
-    """Return numbers as floats; all are floats, or all are tensors, for which the host waits once."""
+    """Convert numbers to floats. They are either all floats or all tensors. For tensors the host waits only once."""
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     return torch.stack(tensors).tolist() if tensors else list(map(float, numbers))
 

@@ -40,7 +40,7 @@ _FEWEST_BATCHES = 8
 _STEPS = 40  # maximum number of Lanczos steps of each search on the examples
 _VARIANCE_STEPS = 24
 _CLOSE = 1.5  # the search for the variance's norm stops if the ratio of upper to lower bound is at most this
-MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of products
+MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximate maximum number of Hessian-vector products
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,9 @@ def certify_population(
         count = check_population(model, batches, process_group)
         chosen = choose_products(curvature, search.hvp)
 
-        # Compute the gradient; find a direction on every second batch, and measure it on the others. Half of
-        # the workers start at the second batch, so that both sets have about the same number of batches.
+        # Compute the gradient, and divide the batches into halves: every second batch serves to find a direction v, and
+        # the remaining ones to measure v^T H v. Half of the workers start at the second batch, so that both halves have
+        # about the same number of batches.
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
@@ -168,7 +169,8 @@ def certify_population(
             seen, fresh = map(products.of, halves)
             lanczos = lanczos_over(seen, search)
             lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
-            v = lanczos.ritz_vector()  # the bounds hold for any vector
+            # Any vector v gives a valid upper bound, so the search may stop before v is an eigenvector.
+            v = lanczos.ritz_vector()
             products.copy_estimates(seen)
             fresh.copy_estimates(seen)
             _, off_by = fresh.checked(v)
@@ -178,7 +180,8 @@ def certify_population(
             quotient, error, degrees = _quotient(fresh, v)
             upper = quotient + float(stdtrit(degrees, 1 - delta)) * error + off_by
 
-            # Bound lambda_min of the examples from below, and subtract their Hessian's deviation.
+            # Compute a lower bound on lambda_min of the examples' Hessian, and subtract an upper bound on that
+            # Hessian's deviation from the population's.
             sample_lower, deviation = -math.inf, math.inf
             if (epsilon is None or most <= epsilon) and upper >= limit:
                 sample_lower = _lower_bound(products, delta, limit, search, progress)
@@ -227,7 +230,8 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 
 
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
-    """Return the Rayleigh quotient v^T H v over the batches, its standard error and degrees of freedom; collective."""
+    """Return the Rayleigh quotient v^T H v over the batches, its standard error, and the degrees of freedom of that
+    error; collective."""
     curvature = products.curvature
     sums = torch.zeros(3, dtype=torch.float64)  # sums over batches b of n_b q_b, n_b q_b^2 and 1, where q_b = v^T H_b v
     for batch, n in curvature.read():
@@ -243,8 +247,9 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos; collective.
-    Stops if the smallest Ritz value is below `threshold`, or further steps would raise the bound by little."""
+    """Return a lower bound on the smallest eigenvalue of the mean Hessian of the examples, by Lanczos; collective. The
+    search stops if the smallest Ritz value is below `threshold`, or if further steps would raise the bound by
+    little."""
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold

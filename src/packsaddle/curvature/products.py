@@ -33,22 +33,29 @@ Result = TypeVar("Result")
 
 _NEARBY = 17 / 16  # ratio of two steps h whose products differ almost only by rounding
 _ROUNDS = 6  # maximum number of steps h to try for one product
-_LONGEST = 1 / 16  # largest step, as h / ||x||; the errors of longer ones do not follow the formula with M_3
+_LONGEST = 1 / 16  # largest step, as h / ||x||; at longer steps the errors do not follow the formula with M_3
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps
 _FAR = 0.1  # relative error of a product above which its step h is far too long to predict a better one
 _SHORTEN = 1 / 16  # largest ratio of the next step to a step that is far too long
-_SHRUNK = 0.9  # a shorter step that shrinks the product below this ratio does not move some 16-bit parameters
+# If a shorter step reduces the product's norm below this fraction, some 16-bit parameters do not move by that step.
+_SHRUNK = 0.9
 _LOUD = 16  # a difference above this multiple of the smallest rounding error measured has another cause than rounding
-_KINKED = 1e-3  # relative error of a float64 product above which the loss is assumed to have kinks, as of ReLU
-_ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which steps short enough to cross no kink are tried
+# Relative error of a float64 product above which the loss is assumed to have kinks, such as those of a ReLU.
+_KINKED = 1e-3
+# Steps short enough to cross no kink are tried only if the unit roundoff of the loss is below this number.
+_ROOM_FOR_SHORT_STEPS = 1e-12
 _SHORTEST = 64  # smallest h, in units of ||x||'s last place
 _CHECK_EVERY = 2  # growth factor: the error is measured at the 1st, 2nd, 4th, 8th, ... product
 _RHO_DISTANCE = 1e-2  # distance along v, to each side, at which rho is measured
-_DOUBT = 2  # two products are different if their distance exceeds this multiple of their errors
+_DOUBT = 2  # two products count as different if their distance exceeds this multiple of their errors
 _SURE = 0.01  # largest error, relative to the largest product's norm, at which products can be compared
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
-_RANDOM = 16  # relative difference of a repeated product, over sqrt(unit roundoff), that indicates a random loss
-_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference, which `_RANDOM` exceeds for 16-bit products
+# A loss is random if a repeated product differs from the first one by more than this multiple of sqrt(unit roundoff),
+# relative to the norm of the first.
+_RANDOM = 16
+# For 16-bit dtypes, where the limit by `_RANDOM` would exceed 1/4, this is the limit on the relative difference of a
+# repeated product.
+_RANDOM_OF_16_BITS = 0.25
 
 
 class DoubleBackwardError(ValueError):
@@ -60,8 +67,8 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """Interface of Hessian-vector products; collective. `error` bounds ||H v - product|| for a unit vector v, without
-    the rounding errors, which `precision` gives."""
+    """Interface of Hessian-vector products; collective. `error` is an upper bound on ||H v - product|| for a unit
+    vector v. It excludes rounding errors, which `precision` measures."""
 
     name: str
     reason: str | None = None  # error message of double backward; None: no error, or not tried
@@ -78,8 +85,8 @@ class Products(ABC):
 
     @abstractmethod
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        """Return the product H v for a unit vector v, and its error. `self.error` is raised to this error if it is
-        smaller."""
+        """Return the product H v for a unit vector v, and the error of the product. `self.error` becomes the larger of
+        its old value and this error."""
 
     @abstractmethod
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
@@ -87,10 +94,10 @@ class Products(ABC):
 
     @abstractmethod
     def of(self, curvature: Curvature) -> "Products":
-        """Return products over other examples, by the same method."""
+        """Return Hessian-vector products by the same method over the examples of `curvature`."""
 
     def copy_estimates(self, other: "Products") -> None:  # noqa: B027 -- no-op by default
-        """Initialize step sizes and error estimates from `other`, products over other examples."""
+        """Copy the step sizes and error estimates of `other`, which computes products over different examples."""
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
@@ -98,16 +105,17 @@ class Products(ABC):
         distance of at least 0.01 to each side."""
 
     def rho(self, v: Tensor) -> float:
-        """Return a lower estimate of rho, the Lipschitz constant of the Hessian: `change(v)`, but never 0."""
+        """Return a lower estimate of rho, the Lipschitz constant of the Hessian. It is `change(v)`, or the smallest
+        normal float64 if that is 0."""
         return max(self.change(v), torch.finfo(torch.float64).tiny)
 
 
 class DoubleBackward(Products):
     """Hessian-vector products by double backward: the gradient of the inner product <grad f, v>.
 
-    The first product is computed twice. Raises ValueError if the two differ, as they do for a random loss. If the loss
-    has custom functions, that product and those of `checked` are compared with differences of gradients. Raises
-    DoubleBackwardError if they differ by more than both errors.
+    The first product is computed twice. Raises ValueError if the two results differ, as they do for a random loss. If
+    the loss has custom functions, the first product and the products of `checked` are compared with differences of
+    gradients. Raises DoubleBackwardError if a product differs by more than both errors.
     """
 
     name = "double backward"
@@ -118,7 +126,8 @@ class DoubleBackward(Products):
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # largest norm of a product so far
-        self._differences: Differences | None = None  # products to compare with; None: not needed yet
+        # Products by differences of gradients, for comparison; None: not needed yet
+        self._differences: Differences | None = None
         self._coarse = False  # True if errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -142,8 +151,9 @@ class DoubleBackward(Products):
         return product, 0.0
 
     def _compare(self, v: Tensor, product: Tensor) -> None:
-        """Raise DoubleBackwardError if a product differs from the product by differences of gradients. In less than
-        float64, kinks of the loss can cause a difference, so a float64 copy of the model must confirm it, or fail."""
+        """Raise DoubleBackwardError if `product` differs from the product by differences of gradients. In dtypes
+        shorter than float64 kinks of the loss can also cause a difference, so it must be confirmed by a float64 copy of
+        the model. If the copy fails, the difference counts as confirmed."""
         why = None
         if not self._coarse:
             self._differences = self._differences or Differences(self.curvature)
@@ -163,7 +173,7 @@ class DoubleBackward(Products):
             if curvature is None:
                 return None
             why = _disagreement(Differences(curvature), v, curvature.hessian_vector(v), self._largest)
-        except Exception as error:  # a loss written for other dtypes may raise anything
+        except Exception as error:  # a loss may raise any error with dtypes that it was not written for
             return f"its product cannot be compared with differences of gradients in float64 ({type(error).__name__})"
         self.curvature.passes += curvature.passes
         return why and f"in float64 {why}"
@@ -175,7 +185,8 @@ class DoubleBackward(Products):
         return DoubleBackward(curvature)
 
     def copy_estimates(self, other: Products) -> None:
-        """Do not repeat the first product if `other` has repeated one. The repetition detects random losses."""
+        """Copy the largest norm of a product, and skip the test for a random loss if `other` has passed it. The test
+        computes the first product twice."""
         assert isinstance(other, DoubleBackward)
         self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
 
@@ -190,19 +201,19 @@ class DoubleBackward(Products):
 
 @dataclass(frozen=True)
 class _Trial:
-    """A product by differences with step h, and its measured errors."""
+    """A Hessian-vector product by differences of gradients with step h, and its measured errors."""
 
     step: float  # step h of the differences
     product: Tensor  # Hessian-vector product, float64[d]
-    noise: float  # error caused by rounding: rounding / h
-    apart: float  # distance from the product at 2 h
+    noise: float  # estimated error caused by rounding, which is proportional to 1 / h
+    apart: float  # distance from the product with step 2 h
     error: float  # estimated total error
 
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
     """Compare a product by double backward with the product by differences of gradients. Return None if they are equal
-    within both errors, else a message. Errors that are large relative to `largest`, the largest norm of a product, also
-    give a message, since they could hide a missing term."""
+    within both errors, and a message if not. A message is also returned if an error is large relative to `largest`, the
+    largest norm of a product, since a large error could hide a missing term."""
     curvature = differences.curvature
     other, error = differences.checked(v)
     size = max(curvature.norm(product), curvature.norm(other))
@@ -251,9 +262,11 @@ class Differences(Products):
                 break
             tried = self._trial(v, step)
             worse = tried.error > best.error > 0
-            if (worse and not far) or (far and not tried.noise):  # no parameter moves by this step
+            # Stop at a trial that is worse, or whose step is too short to move any parameter.
+            if (worse and not far) or (far and not tried.noise):
                 break
-            # In a valley, shorter steps give larger products. Products shrink if a step moves only some parameters.
+            # In a sharp valley a shorter step gives a larger product. A smaller product means that some parameters did
+            # not move.
             shrunk = far and self.curvature.norm(tried.product) < _SHRUNK * self.curvature.norm(best.product)
             best, last = best if worse or shrunk else tried, tried
         best = self._between_kinks(v, best)
@@ -269,10 +282,12 @@ class Differences(Products):
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
-        """Return a trial whose step is too short to cross a kink of the loss, such as that of a ReLU, or else `best`.
+        """Try shorter steps until one crosses no kink of the loss, such as that of a ReLU. Return the trial with the
+        smallest error, which may be `best` itself.
 
         Only float64 is precise enough for such a step. Steps of similar length cross different kinks, so the error
-        grows as the step shortens, until it crosses none. The product then equals the product by double backward.
+        grows as the step shortens, until the step crosses no kink. The product then equals the product by double
+        backward.
         """
         step = best.step
         while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):
@@ -292,8 +307,10 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """Return the best step h, for which rounding / h is twice h^2 M_3 / 6, divided by the step of a trial."""
-        if trial.noise == 0.0:  # the gradient did not change: it is constant, or the step is below 16-bit resolution
+        """Return the factor by which the best step h differs from the step of `trial`, between 1/64 and 64. At the best
+        step, rounding / h is twice h^2 M_3 / 6 (see the module's docstring)."""
+        # Without a difference the gradient is constant, or the step is below 16-bit resolution.
+        if trial.noise == 0.0:
             return _FARTHEST
         # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.
         squares = trial.apart**2 - 0.66 * trial.noise**2
@@ -349,8 +366,9 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
-    """Return the products of method `hvp`; "auto" tries double backward on a batch; collective.
-    Raises ValueError for "double-backward" with a sharded model."""
+    """Return Hessian-vector products by the method `hvp`; collective. "auto" selects double backward if it works on the
+    first batch of every worker, and differences of gradients if not. Raises ValueError for "double-backward" with a
+    sharded model."""
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
@@ -362,7 +380,8 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
     """Call `work` with the products from `choose_products`, and return its result; collective. If double backward
-    proves wrong, "auto" repeats the work with differences, and other methods raise DoubleBackwardError."""
+    proves wrong and `hvp` is "auto", the work is repeated with differences of gradients. For any other method
+    DoubleBackwardError is raised."""
     try:
         return work(products)
     except DoubleBackwardError as error:

@@ -83,25 +83,27 @@ class CurvatureSearch:
         self.lanczos = lanczos = lanczos_over(self.products, self.options)
         for k in range(1, most + 1):
             self.ritz = ritz = lanczos.step()
-            self._bound(ritz)  # never worse than an earlier bound, except by rounding
+            # The new bound is never worse than an earlier one, except by rounding.
+            self._bound(ritz)
             is_known = measured_at or self.given_rho is not None
             threshold = threshold_of(self.epsilon, self.rho) if is_known else None
             low = self.lower, ritz.theta_min + ritz.rounding
             self.on_bounds(Bounds(k, most, self.curvature.examples, low, self.lambda_max, threshold))
             last = k == most or lanczos.exhausted
 
-            # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
+            # Unless rho is given, measure it once v is nearly an eigenvector.
             if self.given_rho is None and not measured_at:
                 if not (last or self.gradient_decides or ritz.is_settling):
                     continue
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
-            if self.given_rho is None and measured_at < k:  # measure rho along the final v too
+            if self.given_rho is None and measured_at < k:  # measure rho along the final direction v too
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
-            # Decide the verdict: v^T H v below the threshold, or the lower bound on lambda_min above it.
+            # Decide the verdict. It is certain if v^T H v is below the threshold, or the lower bound on lambda_min
+            # above it.
             if last or self._settled(ritz):
                 self._measure_direction(ritz, lanczos.ritz_vector())
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
@@ -112,7 +114,7 @@ class CurvatureSearch:
         the examples of this search.
 
         Measures rho along v if it is not given. The error assumed for the quotient is at least `rounding`, the error of
-        the products over other examples by which v was found.
+        the products by which v was found on different examples.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -124,14 +126,14 @@ class CurvatureSearch:
 
     @property
     def sharpest(self) -> Tensor | None:
-        """The unit Ritz vector of the largest eigenvalue, float64[d], or None after only one product, or if not all
+        """The unit Ritz vector of the largest eigenvalue, float64[d]. It is None after only one product, or if not all
         Lanczos vectors were stored."""
         if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
     def walk(self, pilot_search: "CurvatureSearch | None") -> Walk:
-        """Evaluate the loss f at x + s v and x - s v for distances s growing fourfold, while one of the two falls.
+        """Evaluate the loss f at x + s v and x - s v for distances s growing fourfold, while one of the losses falls.
 
         The first s is max(1, ||x||) / 1000 or less. With `pilot_search`, the losses over its examples select two s, at
         which f is then evaluated on all examples. Returns s and f(x + s v) of the lowest loss, and the largest decrease
@@ -143,7 +145,7 @@ class CurvatureSearch:
         s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
         for _ in range(_LONGEST_WALK):
             losses[s] = ahead, behind = search._on_both_sides(self.v, s)
-            # At shorter distances the loss may rise by rounding alone.
+            # Do not stop at distances below max(1, ||x||) / 100, where the loss may rise by rounding alone.
             if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
                 break
             last, s = (ahead, behind), 4 * s
@@ -185,7 +187,8 @@ class CurvatureSearch:
         self.verdict = self._judged(self.upper)
 
     def _measure_quotient(self) -> tuple[float, float]:
-        """Return the Rayleigh quotient of `self.v`, by one product, and the product's error; set `self.residual`."""
+        """Measure the Rayleigh quotient of `self.v` by one product, and set `self.residual`. Returns the quotient and
+        the error of the product."""
         product, error = self.products.checked(self.v)
         quotient = self.curvature.dot(self.v, product)
         self.residual = self.curvature.norm(product.sub_(self.v, alpha=quotient))
@@ -201,7 +204,7 @@ def pilot(
     """Search for negative curvature on about `pilot_examples` examples, in evenly spaced batches; collective.
 
     Returns the search if it found curvature below the threshold for the mean loss over these examples, else None. Also
-    returns None if there are fewer than eight times as many examples, or too few batches to skip seven of eight. The
+    returns None if `full` has fewer than eight times as many examples, or too few batches to skip seven of eight. The
     products use the method of `full`, a search that has not begun, and cost at most about as much as two products over
     all examples.
     """

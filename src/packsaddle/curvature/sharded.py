@@ -2,10 +2,9 @@
 
 A vector is float64[n], the concatenation of the local shards of the trainable parameters (`DTensor.to_local()`); with R
 shards, each has about d / R numbers. A dot product is one all-reduce of one double, in which replicas count once.
-Gradients
-come from `backward`, in which FSDP averages over workers, and Hessian-vector products from differences of them: FSDP
-has no double backward. As its passes are collective, workers with fewer batches repeat their last one with weight 0.
-Workers of one tensor-parallel group process equal batches, which count once.
+Gradients come from `backward`, in which FSDP averages over workers. Hessian-vector products come from differences of
+gradients, since FSDP has no double backward. As FSDP's passes are collective, workers with fewer batches repeat their
+last one with weight 0. Workers of one tensor-parallel group process equal batches, which count once.
 """
 
 import math
@@ -24,9 +23,9 @@ from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, batch_siz
 class ShardedCurvature(Curvature):
     """`Curvature` of a model whose trainable parameters are sharded by FSDP2, tensor parallelism or both.
 
-    Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch; if it has all
-    workers, parameters may be plain tensors. Raises ValueError, on all workers, if another parameter is not sharded
-    over all workers, for partial placements, and for a worker without batches.
+    Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch. If it contains
+    all workers, parameters may be plain tensors. If not, every trainable parameter must be sharded over all workers.
+    Raises ValueError, on all workers, if a parameter is not, for partial placements, and for a worker without batches.
     """
 
     has_double_backward = False
@@ -110,7 +109,8 @@ class ShardedCurvature(Curvature):
                         self._doubles(_local_gradient(p, t).reshape(-1))
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
-                    # Undo FSDP's mean over the workers with other batches.
+                    # FSDP averages over the workers that process different batches. Multiply by the number of these
+                    # workers.
                     yield torch.cat(flat).mul_(self._channel.group.size / self._alike), n
         finally:
             for p, grad in zip(parameters, before, strict=True):
@@ -127,14 +127,16 @@ class ShardedCurvature(Curvature):
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[Tensor, int]:
         try:
             return super()._totals(watch)
-        finally:  # without a backward pass FSDP keeps the outermost parameters unsharded, and would reuse them
+        finally:
+            # Without a backward pass FSDP keeps the outermost parameters unsharded, and would reuse them.
             modules: Iterable[Any] = self._model.modules()
             for module in modules:
                 if hasattr(module, "reshard") and hasattr(module, "unshard"):
                     module.reshard()
 
     def _differs_from_rank_0(self) -> bool:
-        return False  # workers have different parts of the parameters
+        # A comparison is impossible, since workers store different parts of the parameters.
+        return False
 
 
 def derivatives(
@@ -177,7 +179,7 @@ def _copies(p: Any, workers: int) -> int:
     for i, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_partial():
             raise ValueError("model must not have parameters that are partial sums")
-        if hasattr(placement, "dim"):  # a shard
+        if hasattr(placement, "dim"):  # a `Shard`, which has a `dim`, unlike `Replicate`
             shards *= p.device_mesh.size(i)
     return workers // shards
 

@@ -54,7 +54,7 @@ class SpectralDensity:
     d: int  # number of trainable coordinates
     examples: int  # number of examples in the mean loss
     hvp: str  # method of the Hessian-vector products
-    hvp_error: float  # error of a product with a unit vector, and so of eigenvalues
+    hvp_error: float  # error of a Hessian-vector product with a unit vector; Ritz values have the same error
     hvps: int  # number of Hessian-vector products
 
     @property

@@ -35,7 +35,8 @@ class CoordinateStep:
 
 @dataclass(frozen=True)
 class Overshoot:
-    """The least stable coordinate found, i.e. that of largest effective step size times curvature, (eta / mu) H_jj."""
+    """The least stable coordinate found, i.e. the one with the largest product of effective step size and curvature,
+    (eta / mu) H_jj."""
 
     step: CoordinateStep  # learning rate and waiting time of the coordinate's parameter
     index: tuple[int, ...]  # index of the coordinate in its parameter
@@ -43,8 +44,8 @@ class Overshoot:
 
     @property
     def gain(self) -> float:
-        """Step size times curvature, (eta / mu) H_jj. At 2 an average step ends as far past the minimum as it began
-        before it."""
+        """The effective step size times the curvature, (eta / mu) H_jj. At a gain of 2 an average step ends as far
+        beyond the minimum as it started before it."""
         return self.step.effective * self.curvature
 
     @property
@@ -81,11 +82,12 @@ def largest_overshoot(
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
     scale = scale.to(curvature.device)
-    # Approximate the norm of the signs by a power of two, since division by it is exact.
+    # Divide vectors of random signs by a power of two near their norm, sqrt(d), since division by a power of two is
+    # exact.
     length = 2.0 ** round(math.log2(curvature.d) / 2)
 
     def worst(products: Products) -> Overshoot:
-        # The diagonal is E[s * H s] for random signs s.
+        # The Hessian's diagonal is E[s * H s] for random signs s.
         diagonal = torch.zeros_like(scale)
         for _ in range(probes):
             signs = torch.randint(0, 2, (curvature.d,), generator=generator, dtype=torch.int8).to(scale) * 2 - 1

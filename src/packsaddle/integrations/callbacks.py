@@ -31,8 +31,9 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """Base class of the frameworks' callbacks. `exchange` is the hook or local updates in use, or None before training;
-    `_makes` creates it with the arguments `options`. Raises TypeError for an option that `_makes` does not accept."""
+    """Base class of the frameworks' callbacks, which attach a DDP hook or local updates. `exchange` is the attached
+    object, or None before training. The function `_makes` creates it with the arguments `options`. Raises TypeError for
+    an option that `_makes` does not accept."""
 
     _makes: ClassVar[Any] = staticmethod(register_ddp_hook)
 
@@ -50,12 +51,13 @@ class Attached:
 
     @property
     def hook(self) -> DDPHook | None:
-        """The DDP hook, or None before training, with one worker, or with local updates."""
+        """The DDP hook. It is None before training, with one worker, and if local updates are used instead of a
+        hook."""
         return self.exchange if isinstance(self.exchange, DDPHook) else None
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The `LocalUpdates` object, or None before training, or with a hook."""
+        """The `LocalUpdates` object. It is None before training, and if a hook is used instead of local updates."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
     def _make(
@@ -107,7 +109,8 @@ class WorkerState:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Model, local updates and optimizers, whose states differ between workers, by name for `save_checkpoint`."""
+        """The objects whose states differ between workers (the model, the local updates and the optimizers), by name,
+        as `save_checkpoint` expects them."""
         optimizers = {f"optimizer-{i}": optimizer for i, optimizer in enumerate(self.local.optimizers)}
         return {"model": self._model, "local": self.local, **optimizers}
 
@@ -121,7 +124,8 @@ class WorkerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, saved by `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
+        """Restore `state`, saved by `state_dict`. Raises ValueError, with nothing changed, if the state does not fit
+        this run."""
         if "local" not in state.get("parts", ()):
             raise ValueError("the state has no local updates; was it saved by a hook?")
         saved, here = state["parts"], self._tensors()
@@ -250,7 +254,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
             )
         return True
 
-    # Otherwise read this worker's own file.
+    # If the number of workers is the same, read this worker's own file.
     path = _path(folder, name)
     state = _read(path)["state"] if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
@@ -285,7 +289,8 @@ def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _survey(folder: str | Path, name: str) -> dict[int, int]:
-    """Return, by rank, the number of workers in the run that saved each file NAME-RANK.pt in a folder."""
+    """Read the files NAME-RANK.pt in a folder. Return a dict from each file's rank to the number of workers in the run
+    that saved the file."""
     files = {path.stem.removeprefix(f"{name}-"): path for path in Path(folder).glob(f"{name}-*.pt")}
     return {int(rank): _read(path, mmap=True)["workers"] for rank, path in files.items() if rank.isdecimal()}
 
@@ -301,7 +306,7 @@ def _resharded(
     if len(steps) > 1:
         raise ValueError(f"{folder} has {name}-RANK.pt of different steps: {', '.join(map(str, sorted(steps)))}")
 
-    # Convert the parts of the state; the scaler's state is that of worker 0.
+    # Convert the parts of the state to this number of workers. The scaler's state is copied from worker 0.
     parts = exchange.parts if isinstance(exchange, WorkerState) else {"hook": exchange}
 
     def content(state: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from packsaddle.integrations.callbacks import (
 )
 from packsaddle.local.updates import LocalUpdates
 
-# TrainingArguments with which workers exchange numbers at every step. Older versions of transformers lack the second.
+# Names of TrainingArguments with which workers exchange numbers at every step. Older versions of transformers lack the
+# second argument.
 _PER_STEP = ("ddp_find_unused_parameters", "average_tokens_across_devices")
 
 
@@ -48,18 +49,20 @@ class _Attached(Attached, TrainerCallback):
     ) -> None:
         super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
-        self._resumed: Path | None = None  # the checkpoint passed to `train`
+        # The checkpoint passed to `train`, from which the run resumes; None: no path was passed
+        self._resumed: Path | None = None
         self._attached: Any = None  # the wrapped model to which `exchange` is attached
         train, save = trainer.train, trainer._save_checkpoint
 
-        # Callbacks do not receive the checkpoint to resume from: record it.
+        # Wrap `train` to record the checkpoint from which to resume, since callbacks do not receive it.
         @wraps(train)
         def training(resume_from_checkpoint: Any = None, *args: Any, **others: Any) -> Any:
             named = isinstance(resume_from_checkpoint, str | os.PathLike)
             self._resumed = Path(resume_from_checkpoint) if named else None
             return train(resume_from_checkpoint, *args, **others)
 
-        # `on_save` is not called after a SIGTERM: save this worker's state after the trainer's.
+        # Wrap the trainer's method to save this worker's state too. The callback `on_save` is not called after a
+        # SIGTERM.
         @wraps(save)
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
@@ -73,8 +76,10 @@ class _Attached(Attached, TrainerCallback):
         """Attach the hook or local updates, and restore their state in a resumed run. Raises the errors of
         attaching."""
         trainer = self._trainer
-        if trainer.model_wrapped is not self._attached:  # False in further calls of train()
-            self._attached = trainer.model_wrapped  # callbacks receive only the model inside DistributedDataParallel
+        # In further calls of train() the hook is already attached to this model.
+        if trainer.model_wrapped is not self._attached:
+            # Read the wrapped model from the trainer: callbacks receive only the model inside DistributedDataParallel.
+            self._attached = trainer.model_wrapped
             scaler, every = trainer.accelerator.scaler, int(state.logging_steps)
             self.exchange = self._make(self._attached, trainer.model, [trainer.optimizer], scaler, every)
         if state.global_step:
@@ -135,7 +140,8 @@ class LocalUpdatesCallback(_Attached):
         super().__init__(trainer, compressor, resume_from=resume_from, **options)
         self._at_anchor = False  # True during training, when evaluation and saving use the anchor
         self._ended_at_best = False
-        for name in ("evaluate", "predict", "save_model"):  # wrap these methods, since callbacks run only after them
+        # Wrap these methods, since callbacks run only after them.
+        for name in ("evaluate", "predict", "save_model"):
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
     def _inside(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -208,9 +214,10 @@ class CertificateCallback(TrainerCallback):
             print(certificate_line(self.certificate, state.global_step), flush=True)
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:
-        batch = self._trainer._prepare_inputs(batch)  # moves it to the device
+        batch = self._trainer._prepare_inputs(batch)  # moves the batch to the model's device
         if self._loss_fn is not None:
             return self._loss_fn(model, batch)
-        outputs = model(**batch)  # a dict or a tuple; the Trainer reads the loss from it in the same way
+        # The output is a dict or a tuple. The Trainer reads the loss from it in the same way.
+        outputs = model(**batch)
         loss: Tensor = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         return loss

@@ -28,10 +28,12 @@ class JoinedOptimizer(CompositeOptimizer):
     (['Muon', 'AdamW'], 2)
     """
 
-    _is_made = _steps_members = False  # True after construction; True within `step`
+    # `_is_made` is True after construction, and `_steps_members` is True within `step`.
+    _is_made = _steps_members = False
 
     def __init__(self, members: Sequence[Optimizer]) -> None:
-        as_optimizers(list(members))  # raises for objects that are not optimizers, and for parameters in two members
+        # This call raises for objects that are not optimizers, and for a parameter in two members.
+        as_optimizers(list(members))
         self.members = list(members)
         super().__init__(parameters_of(self.members), {})
         self._is_made = True
@@ -51,33 +53,37 @@ class JoinedOptimizer(CompositeOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all members, in their order."""
+        """The parameter groups of all members, in the order of the members."""
         return [group for member in self.members for group in member.param_groups]
 
     @param_groups.setter
     def param_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Set the members' groups. Raises ValueError unless the number of groups is the same."""
-        if self._is_made:  # torch sets the attribute at construction
+        """Set the members' parameter groups. Raises ValueError unless there are as many groups as the members have
+        together."""
+        # Ignore the assignment by torch's constructor.
+        if self._is_made:
             _check_number(groups, self.param_groups)
             for member, mine in zip(self.members, _divided(groups, self.members), strict=True):
                 member.param_groups = mine
 
     @property
     def state(self) -> Any:  # a mapping, and not torch's defaultdict
-        """The states of all parameters, which are in the members' own `state`."""
+        """The states of all parameters as one mapping. Each entry is stored in the `state` of the member that has the
+        parameter."""
         return _States(self.members)
 
     @state.setter
     def state(self, state: Any) -> None:
-        """Replace the members' states."""
+        """Replace the states of all members by the entries of `state`."""
         if self._is_made:
             entries = dict(state)
             self.state.clear()
             self.state.update(entries)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise RuntimeError: no member would step `param_group`."""
-        if self._is_made:  # torch calls this method at construction
+        """Raise RuntimeError, since no member would step the parameters of `param_group`."""
+        # Ignore the calls by torch's constructor.
+        if self._is_made:
             raise RuntimeError("a group must be added to a member of JoinedOptimizer before they are joined")
 
     @torch.no_grad()
@@ -110,7 +116,7 @@ class JoinedOptimizer(CompositeOptimizer):
             mine = {i: entry for i, entry in states.items() if isinstance(i, int) and 0 <= i < n}
             result["state"] |= {start + i: entry for i, entry in mine.items()}
             result["param_groups"] += [{**g, "params": [start + i for i in g["params"]]} for g in groups]
-            # A member may have further keys, and entries of its state that belong to no parameter.
+            # A member's state dict may have further keys, and its state may have entries that belong to no parameter.
             rest = {key: entry for key, entry in states.items() if key not in mine}
             others.append(saved | ({"state": rest} if rest else {}))
             start += n
@@ -154,7 +160,7 @@ def _check_number(groups: Sequence[object], here: Sequence[object]) -> None:
 
 
 def _divided(groups: Sequence[dict[str, Any]], members: Iterable[Optimizer]) -> list[list[dict[str, Any]]]:
-    """Divide a list of groups among the members: return the groups of each."""
+    """Divide a list of the parameter groups of all members into one list per member."""
     rest = iter(groups)
     return [list(islice(rest, len(member.param_groups))) for member in members]
 

@@ -48,8 +48,9 @@ class _Attached(Attached, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
-            self.exchange, self._saved = None, False  # _saved may be from a checkpoint loaded for testing
-            # Wrap the methods once: an earlier fit may have wrapped them.
+            # Reset `_saved` too, since it may be from a checkpoint that was loaded for testing.
+            self.exchange, self._saved = None, False
+            # Wrap the methods only once, since an earlier fit may have wrapped them.
             if not isinstance(getattr(trainer.strategy.save_checkpoint, "__self__", None), _Files):
                 _Files(self, trainer.strategy)
 
@@ -59,7 +60,8 @@ class _Attached(Attached, Callback):
         wrapped, every = trainer.strategy.model, trainer.log_every_n_steps
         self.exchange = self._make(wrapped, pl_module, trainer.optimizers, scaler, every)
         if self._saved:
-            load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
+            # Resolve the path, since last.ckpt may be a link to another checkpoint.
+            load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -70,11 +72,13 @@ class _Attached(Attached, Callback):
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the number of steps, to mark checkpoints that have workers' states; empty without an exchange."""
+        """Return the number of steps, which marks a checkpoint that has workers' states next to it. The dict is empty
+        if neither a hook nor local updates are attached."""
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Read the mark that `state_dict` wrote; `on_train_start` restores the state after attaching."""
+        """Read from `state` if the checkpoint has workers' states next to it. `on_train_start` restores them after
+        attaching."""
         self._saved = "steps" in state
 
     def apart(self) -> AbstractContextManager[None]:
@@ -123,7 +127,7 @@ class LocalUpdatesCallback(_Attached):
     ) -> None:
         super().__init__(compressor, **options)
         self._training = self._evaluating = False
-        self._evaluation = ExitStack()  # the entered context `together()` during validation
+        self._evaluation = ExitStack()  # the context `together()`, which is entered during validation
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach local updates, and restore their state. Raises ValueError if a later callback averages weights."""
@@ -157,7 +161,7 @@ class LocalUpdatesCallback(_Attached):
             self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop setting the parameters to the anchor: they may change after training."""
+        """Disable the switch of the parameters to the anchor, since they may change after training."""
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:
@@ -166,7 +170,8 @@ class LocalUpdatesCallback(_Attached):
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Context manager that restores this worker's own parameters in validation, when checkpoints may be saved."""
+        """Context manager within which the model has this worker's own parameters even during validation, when
+        checkpoints may be saved."""
         self._evaluation.close()
         yield
         if self._evaluating:
@@ -179,8 +184,8 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 
 class _Files:
-    """Wraps a strategy's methods that collect, save and remove a checkpoint, to save workers' states next to it.
-    Only the strategy's methods receive the path of a checkpoint on every worker."""
+    """Wraps the methods of a strategy that collect, save and remove a checkpoint, so that workers' states are saved and
+    removed with it. Only these methods receive the path of a checkpoint on every worker."""
 
     def __init__(self, callback: _Attached, strategy: Strategy) -> None:
         self._callback, self._strategy, self._names = callback, strategy, dict[str, str]()
@@ -201,7 +206,8 @@ class _Files:
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        with self._callback.together():  # at the anchor, since the checkpoint may contain views of the parameters
+        # Save at the anchor, since the checkpoint may contain views of the parameters.
+        with self._callback.together():
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:
@@ -211,7 +217,8 @@ class _Files:
         return found
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a checkpoint, and on rank 0 the workers' states: other ranks may have chosen another checkpoint."""
+        """Remove a checkpoint, and on rank 0 also the workers' states next to it. Other ranks do not remove them, since
+        they may have chosen a different checkpoint."""
         filepath = self._names.pop(str(filepath), filepath)
         if self._callback.exchange is not None and self._strategy.is_global_zero:
             shutil.rmtree(folder_of(filepath), ignore_errors=True)

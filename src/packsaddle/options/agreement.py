@@ -5,7 +5,8 @@ from typing import Any
 
 
 class Option:
-    """Base of frozen dataclasses whose fields are options, equal on all workers except fields made by `own`."""
+    """Base class of frozen dataclasses whose fields are options. Options must be equal on all workers, except those
+    declared by `own`."""
 
 
 def own(default: Any) -> Any:

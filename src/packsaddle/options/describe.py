@@ -33,7 +33,8 @@ def option_class(hint: Any) -> type[Any] | None:
 
 
 def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
-    """Return the texts in the "Args:" section of a docstring by argument, each on one line."""
+    """Return the text of each argument in the "Args:" section of a docstring, by the argument's name. Line breaks in a
+    text are replaced by spaces."""
     section = re.split(r"\n\n(?=\S)", inspect.cleandoc(of.__doc__ or "").partition("\nArgs:\n")[2])[0]
     found = {}
     for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
@@ -43,8 +44,8 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field that a dataclass declares, from its line and the lines above, or "" if there is
-    none."""
+    """Return the comment of each field that a dataclass declares, by name. A comment is read from the field's line and
+    the lines above it. It is "" if there is none."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     (tree,) = ast.parse(source).body

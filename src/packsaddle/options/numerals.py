@@ -5,10 +5,12 @@ from contextlib import suppress
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%]?)")
-_UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}  # units per second; division makes 55ms exactly 0.055
+# Number of units in a second; dividing by it makes 55ms exactly 0.055
+_UNITS = {"us": 1e6, "ms": 1e3, "s": 1.0, "min": 1 / 60}
 _DURATION = re.compile(r"(.*?)\s?(us|ms|s|min)")
 DURATION = "seconds such as 30, 55ms or 2min"
-_EXACT = 2.0**53  # above this number, a float may differ from the whole number in the text
+# Above this number a float may differ from the whole number that the text means.
+_EXACT = 2.0**53
 
 
 def real(text: str) -> float:
@@ -20,7 +22,7 @@ def real(text: str) -> float:
 
 
 def whole(text: str) -> int:
-    """Parse a whole number in the notation of `real`. Raises ValueError for other numbers."""
+    """Parse a whole number in the notation of `real`. Raises ValueError for a text that is not a whole number."""
     try:
         return int(text)
     except ValueError:

@@ -28,9 +28,9 @@ _FEW = 5  # maximum number of keys of a table, and of suggested keys, in a messa
 def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = None, *, saved: bool = False) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations. Raises ConfigError.
 
-    `where` is the path of `data` in the whole configuration, and `root` the dataclass of that, by default `cls`; both
-    are for error messages. `saved` is as in `decode`. A field whose type is a union of dataclasses needs a table with a
-    `kind`, the name of the class.
+    `where` is the path of `data` in the whole configuration. `root` is the dataclass of the whole configuration, by
+    default `cls`. Both are for error messages. `saved` is as in `decode`. A field whose type is a union of dataclasses
+    needs a table with a `kind`, the name of the class.
     """
     root = root or cls
     if not isinstance(data, Mapping):
@@ -45,7 +45,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = (), root: Any = 
             raise _about(place, f"unknown key {dotted(place)} ({_nearest_keys(place, cls, root) or _keys_of(cls)})")
     values = {}
     for key, value in data.items():
-        # An integer is not converted if the field is a fraction, so that the class rejects ratio = 1.
+        # Do not convert an integer in the field of a fraction, so that the class rejects ratio = 1.
         is_kept = fields[key].metadata.get("share") and isinstance(value, int) and not isinstance(value, bool)
         values[key] = value if is_kept else decode(hints[key], value, (*where, key), root, saved=saved)
     for name, f in fields.items():
@@ -66,7 +66,8 @@ def _has(data: Any, path: Sequence[str]) -> bool:
 
 
 def _about(where: Place, message: str) -> ConfigError:
-    """Return a ConfigError with this message, whose key is the path `where` up to the first index of a list."""
+    """Return a ConfigError with this message. Its key is the part of the path `where` before the first index of a
+    list."""
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 
@@ -103,9 +104,9 @@ def choices(hint: Any) -> tuple[Any, ...]:
 def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved: bool = False) -> Any:
     """Convert plain data to `hint`, a type annotation, whose dataclasses are made by `build`. Raises ConfigError.
 
-    `where` is the path of the value, and `root` the dataclass of the whole, for error messages. In a configuration a
-    number may be text such as "25M", a plain value in place of a table sets its first field, and fields with defaults
-    may be missing. With `saved`, for data that `feedback.state` wrote, these are errors.
+    `where` is the path of the value, and `root` the dataclass of the whole configuration, for error messages. In a
+    configuration a number may be text such as "25M", a plain value in place of a table sets its first field, and fields
+    with defaults may be missing. All three are errors with `saved`, which is for data that `feedback.state` wrote.
     """
     # Decode annotations that allow several types or values.
     origin, args = get_origin(hint), get_args(hint)
@@ -121,7 +122,7 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
             near = nearest(kind, by_name)
             raise _about(place, f"{dotted(place)} must be one of {names}, got {shown(kind)}{near}")
         return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where, root, saved=saved)
-    if origin in (Union, types.UnionType):  # X | None
+    if origin in (Union, types.UnionType):  # the annotation is X | None
         (inner,) = (a for a in args if a is not type(None))
         return decode(inner, value, where, root, saved=saved)
     if origin is Literal:
@@ -154,7 +155,8 @@ def decode(hint: Any, value: Any, where: Place = (), root: Any = None, *, saved:
         value = _number(hint, value)
     if not isinstance(value, (float, int) if hint is float else hint) or (isinstance(value, bool) and hint is not bool):
         raise _about(where, f"{dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
-    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # an argument that is not UTF-8
+    # Python decodes an argument that is not UTF-8 to surrogates, which are in this range.
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
         raise _about(where, f"{dotted(where)} must be UTF-8, got {value!a}")
     return value
 
@@ -181,13 +183,14 @@ def _listed(values: Sequence[Any]) -> str:
 
 def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
     """Return "did you mean X?" with the keys whose names are closest to that of `place`, an unknown key in a table of
-    type `cls`, or "" if none is close enough. Keys of other tables must be closer than the keys of this table, and must
-    not be keys of another `kind` of this table."""
+    type `cls`, or "" if no name is close enough. Keys of different tables must be closer than the keys of this table,
+    and must not be keys of another `kind` of this table."""
     table, name = place[:-1], shortened(str(place[-1]))
     known = dict.fromkeys(_places(root))
     others = (other for other in known if (*table, other[-1]) not in known)
 
-    # Similarities are from 0 to 1. The similarity of equal names is 1, and difflib's get_close_matches requires 0.6.
+    # Score each known key by the similarity of its name to the unknown one, from 0 to 1. Equal names have similarity 1,
+    # and difflib's get_close_matches requires 0.6.
     scores: dict[Place, float] = {}
     for other in (*((*table, f.name) for f in settable(cls)), *others):
         is_near = other[:-1] == table
@@ -200,7 +203,8 @@ def _nearest_keys(place: Place, cls: Any, root: Any) -> str:
 
 
 def _places(cls: Any, where: Place = ()) -> Iterator[Place]:
-    """Yield the path of each key of a dataclass and of the tables in it, of every `kind`, except of tables in lists."""
+    """Yield the path of each key of a dataclass, and of each key of the tables in it. A table with several kinds has
+    the keys of every kind. Tables in lists are skipped."""
     hints = get_type_hints(cls)
     for f in settable(cls):
         yield (*where, f.name)
@@ -227,13 +231,14 @@ def dotted(where: Place) -> str:
 
 def line_of(key: Sequence[str], path: Path, text: str) -> str:
     """Return "FILE, line N" for a key in a TOML text. If the key is not in the text, N is the line of the innermost
-    table around it that is; if there is none, return "FILE".
+    enclosing table that is in the text. If no such table exists, return "FILE".
 
     The line of a table is that of its first mention. To find statements, lines are accumulated until tomllib can parse
     them after the last header: no part of a statement is valid alone.
     """
     header, statement, start, depth, found = "", "", 1, 0, 0
-    for number, line in enumerate(text.split("\n"), 1):  # str.splitlines would split at more characters than TOML
+    # Split at newlines only: str.splitlines would split at characters that do not end a line in TOML.
+    for number, line in enumerate(text.split("\n"), 1):
         statement += line + "\n"
         try:
             table = tomllib.loads(header + statement)

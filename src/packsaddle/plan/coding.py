@@ -27,7 +27,8 @@ class Line:
 
     @classmethod
     def through(cls, a: tuple[int, float], b: tuple[int, float]) -> "Line":
-        """Return the line through two points (coordinates, seconds), or through b and 0 for equal coordinates."""
+        """Return the line through the points a and b, each a pair (coordinates, seconds). If both have the same number
+        of coordinates, return the line through b and the origin."""
         slope = (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else b[1] / b[0]
         slope = max(0.0, slope)
         return cls(max(0.0, b[1] - slope * b[0]), slope)
@@ -62,8 +63,9 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
 def measure_with_spread(
     compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> tuple[Pace, float]:
-    """Return the pace, as `measure` does, and the fraction by which an encoding's median time exceeds the minimum.
-    Calls are repeated until their minima are reproduced within a tenth. Raises ValueError as `measure` does."""
+    """Return a compressor's pace as `measure` does, and the fraction by which the median time of an encoding exceeds
+    the minimum. Calls are repeated until the minimum times are reproduced within a tenth. Raises ValueError as
+    `measure` does."""
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, LONGEST))
     works: dict[str, Callable[[], object]] = {}
@@ -83,7 +85,7 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     out, message = torch.zeros_like(v), compressor.encode(v, seed=0, step=0)
 
     def decode(out: Tensor = out) -> None:
-        # Include `receive`, which computes the message's context: only the sender already has it.
+        # Time `receive` too, since a receiver must compute the message's context, which the sender already has.
         compressor.add_decoded(compressor.receive(message.parts, n, seed=0, step=0), out, 1e-6)
 
     return {
@@ -99,7 +101,7 @@ class CompressorEntry:
 
     compressor: str
     mu: float  # contraction guaranteed for every vector
-    kept: float  # fraction of this vector's squared norm that one compression keeps
+    kept: float  # fraction of the measured vector's squared norm that one compression keeps
     linear: bool
     protocol: str
     sent: int  # bytes that one worker sends per step
@@ -118,7 +120,7 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)
 
-    # Bytes of the direct exchange (the exact mean of messages), for a worker that is not rank 0.
+    # Compute the bytes of the direct exchange (the exact mean of messages) for a worker that is not rank 0.
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     wire = choice.aggregator.wire(d, 0, min(1, workers - 1), workers, 4)
     return CompressorEntry(

@@ -29,9 +29,8 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
     """Measure latency and rate of the link between workers of `group` by all-reduces on `device`; collective.
 
     The latency is fitted to the median time of small all-reduces, and the rate to that of large ones. Both results are
-    identical on all workers. Raises
-    ValueError for one worker, and RuntimeError if a large message takes no longer than a small one, so that no rate can
-    be computed.
+    identical on all workers. Raises ValueError for one worker, and RuntimeError if a large message takes no longer than
+    a small one, so that no rate can be computed.
 
     >>> from packsaddle import simulate
     >>> from packsaddle.comm.group import resolve
@@ -66,8 +65,8 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
 
 
 def probe_locally(workers: int) -> Link:
-    """Start `workers` local processes and measure the link between them, by NCCL if there are enough GPUs, else by
-    gloo."""
+    """Start `workers` local processes and measure the link between them. They communicate by NCCL if each can have a
+    GPU, else by gloo."""
     found: Link = launch(_probe_world, (), workers)
     return found
 
@@ -98,8 +97,8 @@ def parse_rate(text: str) -> float:
 
 
 def slower_rate(text: str) -> float:
-    """Parse the rate of a link to bits per second. Of two rates UP/DOWN, such as 20mbit/100mbit, return the lower one.
-    Every exchange receives as much as it sends. Raises ValueError as `parse_rate` does."""
+    """Parse the rate of a link to bits per second. Of two rates UP/DOWN, such as 20mbit/100mbit, return the lower one,
+    since every exchange receives as many bytes as it sends. Raises ValueError as `parse_rate` does."""
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 
 
@@ -115,16 +114,16 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class StepsNeeded:
-    """The number of steps to reach the loss of uncompressed training, as a multiple of the steps of that training. Both
-    use the best learning rate."""
+    """The number of steps with which compressed training reaches the loss of uncompressed training, as a multiple of
+    the steps of uncompressed training. Both have their best learning rate."""
 
     factor: float
     at_least: bool = False  # True if `factor` is a lower bound, as the measurement ended before the loss was reached
 
 
 # Measured in experiments/text for sgd (30 passes over the data), and in experiments/adamw for adamw (800 steps, three
-# seeds); four bits need 1.02 times the steps of QSGD(127) in experiments/nanogpt. Muon was measured only with local
-# updates.
+# seeds). In experiments/nanogpt Rounded("int4") needed 1.02 times as many steps as QSGD(127). Muon was measured
+# only with local updates.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
@@ -142,8 +141,9 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
-    """Return the number of steps relative to uncompressed training. It is 1 for lossless compressors and if `optimizer`
-    is None. Otherwise it is the measured number, or None if there is none."""
+    """Return the number of steps that training with this compressor needs, relative to uncompressed training. It is 1
+    for lossless compressors and if `optimizer` is None. Otherwise it is the measured number, or None if it was not
+    measured."""
     if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)
@@ -203,8 +203,8 @@ class Verdict:
 
     @property
     def break_even(self) -> float | None:
-        """The rate in payload bytes per second below which some compressor is faster than DDP, or None if none ever is,
-        or one always is."""
+        """The rate in payload bytes per second below which some compressor is faster than DDP. It is None if no
+        compressor is ever faster, or if one always is."""
         return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:
@@ -246,7 +246,7 @@ def forecast(
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = []
         choices = [choose(bound, "direct", d=workload.d, dense=workload.dense, workers=fleet.workers)]
-        # A two-way exchange needs a coordinate per worker.
+        # A two-way exchange needs at least one coordinate for each worker.
         if choices[0].name == "all-gather" and workload.d >= fleet.workers:
             choices += [choose(bound, "two-way", d=workload.d, dense=workload.dense, workers=fleet.workers)]
         for choice in choices:
@@ -255,7 +255,8 @@ def forecast(
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         sent = choice.aggregator.most_sent(workload.d, workload.dense, fleet.workers, 4)
         needed = steps_needed(compressor, optimizer)
-        kinds = [step for _, step in steps]  # the fastest exchange depends on the rate
+        # The break-even rate needs all exchanges, since the fastest one depends on the rate.
+        kinds = [step for _, step in steps]
         equal = break_even(kinds, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, sent, step.time(link, fleet), equal, needed))
     return Verdict(tuple(sorted(found, key=lambda f: (not f.is_known, f.seconds))))

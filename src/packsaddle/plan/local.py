@@ -31,9 +31,10 @@ class Setting:
 Inner = Literal["adamw", "muon"]
 _TWO_BITS = Rounded()
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
-# Steps to reach the loss of uncompressed ("dense") training, relative to its steps, by number of workers; the learning
-# rate of each setting was tuned on one grid. Factors grow with the number of workers, since dense training gains more
-# from a larger batch. AdamW: experiments/race, "Steps needed", and "Delays" for delays of every / 4, or 1 if every=2.
+# Steps to reach the loss of uncompressed ("dense") training, divided by the steps of dense training, for each number of
+# workers. The learning rate of each setting was tuned on one grid. The ratios grow with the number of workers, since
+# dense training gains more from a larger batch. Source: experiments/race, "Steps needed", and "Delays" for settings
+# with a delay, which is every / 4, or 1 if every is 2.
 _ADAMW: Mapping[Setting, Mapping[int, float]] = {
     Setting(2, _SIGN, keep_unsent=True): {2: 1.11, 4: 1.36},
     Setting(2, _TOPK, keep_unsent=True): {2: 1.18, 4: 1.49},
@@ -51,7 +52,7 @@ _ADAMW: Mapping[Setting, Mapping[int, float]] = {
     Setting(32, _SPARSE, keep_unsent=True, delay=8): {2: 1.73},
 }
 
-# The same for Muon, relative to dense training with Muon: experiments/muon.
+# Steps of local updates with Muon, divided by the steps of dense training with Muon. Source: experiments/muon.
 _MUON: Mapping[Setting, Mapping[int, float]] = {
     Setting(4, _TWO_BITS, keep_unsent=True): {8: 1.36},
     Setting(8, Identity()): {2: 1.06, 4: 1.13},
@@ -65,8 +66,8 @@ _MEASURED: Mapping[Inner, Mapping[Setting, Mapping[int, float]]] = {"adamw": _AD
 
 
 def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
-    """Return the number of steps of each setting relative to uncompressed training, as measured with this number of
-    workers, else with the next larger number, else with the largest."""
+    """Return the number of steps of each setting, divided by the steps of uncompressed training. It was measured with
+    this number of workers or the next larger number measured, or with the largest number if none is larger."""
     numbers = measured_workers(optimizer)
     w = next((w for w in numbers if w >= workers), numbers[-1])
     return {setting: steps[w] for setting, steps in _MEASURED[optimizer].items() if w in steps}
@@ -178,19 +179,20 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    # A flag, and with `agreement` a number per tensor, are averaged with the uncompressed coordinates.
+    # Workers also average a flag, and with `agreement` a number per tensor, which are sent with the uncompressed
+    # coordinates.
     dense = workload.dense + 1 + (workload.tensors if setting.agreement else 0)
     choice = choose(bound, "direct" if bound.lossless else "auto", d=workload.d, dense=dense, workers=fleet.workers)
     coded = compressed(choice.aggregator, workload.d, dense, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
-    # Workers wait only at exchanges, so that random differences between their steps average out.
+    # Workers wait for each other only at exchanges, so random differences between the times of their steps average out.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
 
     def waited(fragments: int) -> float:
-        """Return the time in seconds per round that steps wait for exchanges that take longer than their delay, or than
-        the round."""
+        """Return the seconds per round for which steps wait for exchanges. They wait if an exchange takes longer than
+        its delay, or if all exchanges of a round take longer than the round."""
         exchange = fragments * latency + bandwidth
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 

@@ -71,7 +71,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    # Coding takes no time with k = 1, so only error memory and noise are timed.
+    # Compressing to k = 1 coordinate takes almost no time, so only the error memory and the noise are timed.
     spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {
@@ -98,7 +98,7 @@ class TrainingStep:
     """
 
     model: nn.Module
-    batch: Any  # the model's argument, a tuple of its arguments, or a dict by keyword
+    batch: Any  # the model's argument, a tuple of its arguments, or a dict of keyword arguments
 
     @classmethod
     def of_model(cls, model: nn.Module, shape: tuple[int, ...], batch: int, *, tokens: bool) -> "TrainingStep":
@@ -116,7 +116,7 @@ class TrainingStep:
         return cls(model, torch.randint(min(sizes), (batch, *shape), generator=rng))
 
     def to(self, device: torch.device | str) -> "TrainingStep":
-        """Return the step with model and batch on a `device`."""
+        """Return this training step with its model and batch moved to a `device`."""
         batch = dict(self.batch) if isinstance(self.batch, Mapping) else self.batch
         return TrainingStep(self.model.to(device), tree_map_only(Tensor, lambda t: t.to(device), batch))
 

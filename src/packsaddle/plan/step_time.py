@@ -18,7 +18,7 @@ from packsaddle.options.numerals import duration
 FRAMING = 1448 / 1514  # TCP/IP payload as a fraction of an Ethernet frame of 1,514 bytes
 LATENCY = 1e-4  # seconds for a small message, typical of gloo in a local network
 Tail = Literal["lognormal", "exponential"]
-_MOST = 1e9  # largest valid time in seconds, and spread; sums and squares of larger values may overflow
+_MOST = 1e9  # largest valid time, in seconds, and largest valid spread; squares of larger values may overflow
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ class StepTime:
 
     @property
     def exchange(self) -> float:
-        """Seconds of the exchange: latency plus bandwidth."""
+        """The time of the exchange in seconds: latency plus bandwidth."""
         return self.latency + self.bandwidth
 
     @property
     def total(self) -> float:
-        """Seconds of the step."""
+        """The total time of the step in seconds."""
         return self.compute + self.waiting + self.compression + self.exchange
 
 
@@ -174,7 +174,8 @@ class Dense:
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Predict the time of a step whose buckets become ready at even intervals of the backward pass. Buckets are
-        sent sequentially. The last one does not overlap; on a slow link, others outlast the backward pass."""
+        sent sequentially. The last bucket is never sent during the backward pass. On a slow link earlier buckets are
+        also still being sent after it."""
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
         latency *= buckets
@@ -190,15 +191,15 @@ Seconds = Callable[[Work], float]  # maps a step's encode, decode and add operat
 
 
 def compressed(aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds) -> Compressed:
-    """Return a step with this aggregator, for d compressed and `dense` uncompressed coordinates in float32."""
+    """Return a step of `CompressedSGD` in which this aggregator exchanges d compressed and `dense` uncompressed
+    coordinates in float32."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, 4)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
 def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, in payload bytes per second, at which `steps` steps of the fastest of `kinds` take as long as
-    one `dense` step; below this rate they are faster. The latency is that of `link`. Returns None if they are never
-    faster, or always."""
+    """Return the rate, in payload bytes per second, below which `steps` steps of the fastest of `kinds` take less time
+    than one `dense` step. The latency is that of `link`. Returns None if they never take less time, or always do."""
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
@@ -212,7 +213,8 @@ def break_even(kinds: Sequence[Step], dense: Step, link: Link, fleet: Fleet, ste
 
 
 def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Find, by bisection of logarithms, the point at which `holds`, true at `low` and false at `high`, turns false."""
+    """Return the point at which `holds` changes from true, as at `low`, to false, as at `high`. It is found by
+    bisection of logarithms."""
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -96,19 +96,19 @@ class Constants:
     mode: Mode  # origin of the constants, "theory" or "practical"
     iota: float  # value of the logarithm iota
     failure_probability: float | None = None  # failure probability delta in the logarithm iota; None: not defined
-    eta_power: float = 9.0  # eta is proportional to iota^-9
+    eta_power: float = 9.0  # eta is proportional to iota^-eta_power
     gradient_noise_factor: float = 1.0  # factor of the first bound on eta
     first_order_factor: float = 1.0  # factor of the second bound on eta
     second_order_factor: float = 1.0  # factor of the third bound on eta
     noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
-    patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho epsilon)
+    patience: float | None = None  # I in predicted median escape times at curvature -sqrt(rho epsilon); None: not used
     radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
     radius_factor: float = 2.0  # factor of R
     decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
     decrease_factor: float = 1.0  # factor of F
     escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
-    descent_factor: float = 100.0  # factor of the second term of T
+    descent_factor: float = 100.0  # factor of the second term of T, 100 / (eta epsilon^2)
 
     def __post_init__(self) -> None:
         check_positive(**{f.name: getattr(self, f.name) for f in fields(self)[1:]})
@@ -191,7 +191,8 @@ def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, i
         # the curvature. So the median time to distance R is the t at which 0.6745 times this std is R.
         noise, gamma = noise_norm(a, c) / math.sqrt(a.d), a.curvature
         growth = radius(a, c) * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
-        predicted = max(0.0, math.log(growth)) / math.log1p(eta * gamma)  # 0 if the noise already exceeds R
+        # The median time is 0 if the noise alone already exceeds R.
+        predicted = max(0.0, math.log(growth)) / math.log1p(eta * gamma)
         interval = math.ceil(c.patience * max(predicted, 1 / (eta * gamma)))
     longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
     return interval, math.ceil(a.f_max * longest)
@@ -210,13 +211,14 @@ def decrease(a: Assumptions, c: Constants) -> float:
 def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants = PRACTICAL) -> float:
     """Return the contraction mu, in (0, 1), for which the first and third bound on the step size are equal (Cor. 3.3).
 
-    It solves mu^2 / (1 - mu) = q, with q the ratio of the first bound to the other factors of the third. If q is small,
-    mu is about sqrt(q): epsilon^(3/4) / sqrt(alpha) if linear, else sqrt(d) times that, with alpha = 1 under
-    Assumption C and d otherwise.
+    It solves mu^2 / (1 - mu) = q, where q is the first bound divided by the factors of the third bound that do not
+    contain mu. If q is small, mu is about sqrt(q). This is epsilon^(3/4) / sqrt(alpha) if `linear`, and sqrt(d) times
+    as much if not, where alpha is 1 under Assumption C and d without it.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # for mu = 1/2, mu^2 / (1 - mu) is 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
-    return 2 / (1 + math.sqrt(1 + 4 / q))  # the positive root of the quadratic, without cancellation
+    # This is the positive root of the quadratic equation, without cancellation.
+    return 2 / (1 + math.sqrt(1 + 4 / q))
 
 
 @dataclass(frozen=True)

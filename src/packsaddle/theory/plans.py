@@ -56,7 +56,7 @@ class Plan:
     """
 
     assumptions: Assumptions  # constants of the problem
-    constants: Constants  # constants in place of O-tilde
+    constants: Constants  # constants that replace O-tilde in the theorems
     workers: int  # number of workers W
     compressor: Compressor  # compressor C
     theorem: str  # "3.2" for a linear compressor, else "3.1"
@@ -68,7 +68,7 @@ class Plan:
     steps: int  # number of steps T
     interval: int  # escape interval I, in steps
     radius: float  # radius R of the escape check
-    noise: float  # std r of each coordinate of the noise xi; ||xi|| is about r * sqrt(d), "r" in Jin et al.
+    noise: float  # standard deviation r of each coordinate of the noise xi, whose norm is about r sqrt(d)
     decrease: float  # decrease F of the objective f per escape
     sent: int  # bytes that one worker sends per step
     total: int  # bytes that one worker sends in all steps
@@ -81,7 +81,8 @@ class Plan:
 
     @property
     def noise_norm(self) -> float:
-        """Norm of the noise, r sqrt(d). Compression errors stay below the noise only if it is about sigma or more."""
+        """The norm of the noise, r sqrt(d). Compression errors stay below the noise only if this norm is about sigma or
+        larger."""
         return self.noise * math.sqrt(self.assumptions.d)
 
     @property
@@ -131,7 +132,7 @@ def plan(
     interval, steps = interval_and_steps(a, c, terms[bound_by])
     protocol, sent = _exchange(compressor, d, workers)
 
-    # Bytes of Algorithm 1 without compression, over all of its own steps.
+    # Compute the bytes that Algorithm 1 sends without compression, for the number of steps that it then needs.
     dense = _exchange(Identity(), d, workers)[1] * _steps(a, c, Identity())
     return Plan(
         assumptions=a,
@@ -215,7 +216,8 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
 
 
 def _first(holds: Callable[[int], bool], d: int) -> int:
-    """Return the smallest k in 1, ..., d for which holds(k) is true; it must be true for all larger k, too."""
+    """Return the smallest k in 1, ..., d for which holds(k) is true. If holds(k) is true for some k, it must be true
+    for all larger k."""
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
@@ -225,8 +227,8 @@ _HALVINGS = 40  # bisections of an interval of log(epsilon), which is at most 92
 
 @dataclass(frozen=True)
 class Reach:
-    """The number of steps without compression, which no compressor reduces, and that number under easier
-    assumptions."""
+    """The number of steps of Algorithm 1 without compression, for the given assumptions and for easier ones. No
+    compressor reduces this number."""
 
     steps: int  # steps T without compression
     # Steps for 2 epsilon; None: for 2 epsilon every first-order stationary point is second-order stationary.
@@ -240,12 +242,13 @@ class Reach:
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return the number of steps without compression under the assumptions `a`, for a larger epsilon, and under
-    Assumption C."""
+    """Return the number of steps of Algorithm 1 without compression under the assumptions `a`, with a larger epsilon,
+    and with Assumption C."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
-        if c.mode == "theory":  # its logarithm iota depends on the problem
+        # The logarithm iota in the constants of the theory depends on the problem, so compute it anew.
+        if c.mode == "theory":
             c = Constants.theory(b, c.failure_probability or 0.1)
         return _steps(b, c, Identity())
 
@@ -259,9 +262,10 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
 
 
 def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
-    """Bisect log(epsilon) in [given, greatest] for the smallest epsilon for which `within` is True; None if there is
-    none."""
-    low, high = math.log(given), math.log(greatest) - 1e-12  # within the valid range by more than rounding errors
+    """Return the smallest epsilon in [given, greatest] for which `within` is True, or None if there is none. It is
+    found by bisection of log(epsilon)."""
+    # Stay below the end of the valid range by more than rounding errors.
+    low, high = math.log(given), math.log(greatest) - 1e-12
     if within(given):
         return given
     if high <= low or not within(math.exp(high)):

@@ -28,7 +28,8 @@ class Order:
         return f"min({', '.join(terms)})" if self.least and len(terms) > 1 else " + ".join(terms)
 
     def per(self, other: "Order") -> "Order":
-        """Divide this monomial by the sum `other`, up to a factor: return the minimum of the quotients by its terms."""
+        """Return the order of magnitude of this monomial divided by the sum `other`. It is the minimum of the quotients
+        of this monomial and each term of `other`."""
         ((a, b),) = self.terms
         return Order(frozenset((a - c, b - e) for c, e in other.terms), least=len(other.terms) > 1)
 
@@ -66,11 +67,12 @@ class Row:
 
     @property
     def follows(self) -> bool:
-        """True if the improvement printed in the paper follows from its communication columns."""
+        """True if the improvement that the paper prints follows from the paper's numbers for communication."""
         return self.printed is None or self.printed == self.improvement
 
     def possible(self, d: int, epsilon: float) -> bool:
-        """Return True if a k from 1 to d has the contraction mu = k / d of this row."""
+        """Return True if a compressor that sends some number k of coordinates, from 1 to d, has the contraction of this
+        row, mu = k / d."""
         return self.mu is None or 1 <= self.mu(d, epsilon) * d <= d
 
     def plain(self, d: int, epsilon: float) -> dict[str, Any]:
