@@ -99,8 +99,8 @@ class LocalRecords(Records):
 
     @property
     def paces(self) -> list[int]:
-        """The inner steps of each worker in a round, by rank: `every`, unless weight is "steps" (see `Workers`). With a
-        manager, the list has only those of this worker."""
+        """The number of inner steps of each worker in a round, by rank. It is `every`, unless weight is "steps" (see
+        `Workers`). With a manager, the list has only the number of this worker."""
         return list(self._workers.paces)
 
     @property

@@ -38,7 +38,8 @@ class MemoryFile:
     attempt: int  # the worker's last attempt at a round that the anchor includes
     error: Mapping[str, Tensor]  # unsent updates by name of the parameter, floating point, in the parameters' shapes
     next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
-    next_error: Mapping[str, Tensor] = field(default_factory=dict)  # `error` if the anchor includes that attempt
+    # Unsent updates by name, like `error`, if the round in progress is committed; empty if there is none.
+    next_error: Mapping[str, Tensor] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -72,11 +73,14 @@ class MemoryFile:
 
 class OwnFile:
     """The file for this worker's error memory, locked against other processes until `close` or the process ends.
-    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written."""
+
+    Raises ConfigError if another process has the lock, which the message names, or if the folder cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempts: tuple[int, ...] = ()  # attempts at rounds after each of which the file has the memory
+        # The worker's attempts at rounds after which its error memory is the one in the file.
+        self._attempts: tuple[int, ...] = ()
         self._claimed = False
         lock, number = path.with_name(f"{path.name}.lock"), None
         try:
@@ -134,7 +138,8 @@ class OwnFile:
         return replace(found, attempt=taken, error=nothing), member.norm
 
     def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
-        """Return the file's error memory if it was written in this run; else rename the file and return None."""
+        """Return the error memory in the file if it was written in this run. Otherwise rename the file, if there is
+        one, and return None."""
         if not self.path.exists():
             return None
         try:
@@ -151,7 +156,8 @@ class OwnFile:
         _log.warning("%s; it is set aside as %s", reason, set_aside(self.path))
 
     def save(self, memory: MemoryFile) -> bool:
-        """Write an error memory to the file; no-op before `claim`. Return False if nothing was written; log errors."""
+        """Write an error memory to the file. Returns False if nothing was written, because `claim` was not called or
+        because of an error, which is logged."""
         if not self._claimed:
             return False
         try:
