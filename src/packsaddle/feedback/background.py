@@ -41,9 +41,10 @@ class Background:
         self._has_thread = blocks or self._stream is None
         self._waiting: deque[tuple[Callable[[], object], Results, torch.Event | None]] = deque()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []  # the last thread started; empty without threads
+        self._threads: list[threading.Thread] = []  # the last thread that was started; empty before the first
         self._busy = False
-        weakref.finalize(self, _join, self._threads)  # also at interpreter exit
+        # `_join` also runs at interpreter exit.
+        weakref.finalize(self, _join, self._threads)
 
     def promise(self) -> Promise:
         """Return a new promise. Any stream of the device may wait for its `future`."""
@@ -85,7 +86,8 @@ class Background:
 
     @torch.no_grad()
     def _run(self, work: Callable[[], object], results: Results, ready: torch.Event | None) -> None:
-        """Run `work` after the event `ready`, and complete the promises in the stream in which it ran."""
+        """Run `work` after the event `ready`, and complete the promises of its results in the stream in
+        which it ran."""
         with nullcontext() if self._stream is None else self._stream:
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)

@@ -34,5 +34,5 @@ class Report:
         return json.dumps(astuple(self))
 
     def __bool__(self) -> bool:
-        """True if the report is of a problem, i.e. not "valid"."""
+        """Return True if the report is of a problem, i.e. its kind is not "valid"."""
         return self.kind != "valid"
