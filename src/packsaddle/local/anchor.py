@@ -111,8 +111,8 @@ class Anchor:
             a.copy_(old)
 
     def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
-        """Move the parameters x after the anchor changed, and keep their progress since `before`: x <- start + (x -
-        before). `before` has one tensor per parameter. If it is empty, x <- start.
+        """Move the parameters x after the anchor changed, and keep their progress since `before`:
+        x <- start + (x - before). `before` has one tensor per parameter. If it is empty, x <- start.
 
         With `blend`, x <- (1 - blend) start + blend x. Parameters whose names are in `frozen` keep their values; by
         default, `frozen` has all currently frozen parameters.
@@ -132,8 +132,8 @@ class Anchor:
         """Reset the parameters x to this worker's start point, and clear `owed`, the part of the local update that
         start - x does not contain.
 
-        Parameters whose names are in `frozen` keep their values; by default, `frozen` has all currently frozen
-        parameters.
+        Parameters whose names are in `frozen` keep their values; by default,
+        `frozen` has all currently frozen parameters.
         """
         frozen = self._frozen if frozen is None else frozen
         self.clear_owed(frozen)
@@ -177,8 +177,8 @@ class Anchor:
 
     @property
     def is_rounded(self) -> bool:
-        """True if a parameter has a narrower dtype than the anchor, so that the start point of the parameter is
-        rounded."""
+        """True if a parameter has a narrower dtype than the anchor, so that the
+        start point of the parameter is rounded."""
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
@@ -282,8 +282,8 @@ class PseudoGradient(Update):
     frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + noise, float[n], where base is the error memory. out and base must
-        not share memory."""
+        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, and (start
+        - x) + owed is the local update. out and base must not share memory."""
         share, xs = self.decay, self.of.values()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views

@@ -45,7 +45,7 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Connection:
-    """The workers' process group and its communicator."""
+    """A worker's connection to the others: the process group of the workers, and the communicator of exchanges."""
 
     group: Group  # the process group of the workers
     within: Group | None  # the processes of this worker if it is a site; None: the worker is one process
@@ -176,8 +176,8 @@ class FixedWorkers:
         fragment and a bool, which is True if the exchange begins and False if it ends."""
         # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
-        # If all workers make the same steps, `after_step` has already announced the first step together with its
-        # exchanges.
+        # If all workers make the same steps, `after_step` has already announced
+        # the first step together with its exchanges.
         if due and not self._has_ended and (self.steps > 1 or self._is_paced):
             self._announce()
         for part, begins in due:
@@ -265,8 +265,8 @@ class FixedWorkers:
         return all(applied)
 
     def _check_flush(self, compressor: Compressor, steps: int) -> None:
-        """Raise an error if a compressor is not valid for a flush, or if workers pass different compressors;
-        collective."""
+        """Raise an error if a compressor is not valid for a flush, or if
+        workers pass different compressors; collective."""
         is_one = isinstance(compressor, Compressor)
         arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
         compare = partial(check_agreement, self.channel, arguments, self._device)

@@ -123,14 +123,15 @@ class Fragment(Slice):
             self.roll_back()
 
     def roll_back(self) -> None:
-        """Cancel the current round and roll back the error memory, unless already committed."""
+        """Cancel the current round, if there is one. The error memory is rolled
+        back unless the round was already closed."""
         r, self.current = self.current, None
         if r is not None and r.exchanged is not None:
             r.finish(commit=False)
 
     def apply_round(self, outer: Optimizer | None) -> LocalRound:
-        """Close the current round, apply its mean to the anchor, and move the parameters x with the anchor; return the
-        round.
+        """Close the current round, apply its mean to the anchor, and move the
+        parameters x with the anchor; return the round.
 
         If the round was rejected, the anchor does not change, and only a worker whose update was invalid resets x to
         its start point.

@@ -211,13 +211,13 @@ class OtherOptimizers:
         if not (self._has_new and self._checks):
             return
 
-        # Find the parameters of optimizers whose updates are exchanged neither by a `LocalUpdates` nor by the optimizer
-        # itself.
+        # Find the parameters of optimizers whose updates are exchanged neither by a
+        # `LocalUpdates` nor by the optimizer itself.
         alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Select the parameters that share a module with exchanged parameters, and their names in the largest such
-        # module.
+        # Select the parameters that share a module with exchanged parameters, and
+        # their names in the largest such module.
         modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
         shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
         missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]

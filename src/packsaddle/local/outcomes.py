@@ -47,8 +47,8 @@ class Outcomes:
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._reloaded = False  # True if state dicts were cleared and loaded back after an invalid update
-        # True if parameters became non-finite again after state dicts were loaded back, in a step with finite
-        # gradients.
+        # True if parameters became non-finite again after state dicts were
+        # loaded back, in a step with finite gradients.
         self._failed = False
 
     def fields(self) -> list[Value]:
@@ -57,8 +57,8 @@ class Outcomes:
 
     @property
     def _waits(self) -> bool:
-        """True while the last local update of a fragment was invalid on this worker, so that a reset may be in
-        progress."""
+        """True while the last local update of a fragment was invalid on this
+        worker, so that a reset may be in progress."""
         return any(part.was_invalid for part in self._fragments)
 
     def register(self, r: LocalRound) -> None:
@@ -112,8 +112,8 @@ class Outcomes:
         self.skips.check(self.skips.in_a_row)
 
     def check_step(self) -> None:
-        """Clear and reload the optimizers' state dicts if parameters are non-finite after an inner step with finite
-        gradients.
+        """Clear and reload the optimizers' state dicts if parameters are non-finite
+        after an inner step with finite gradients.
 
         If parameters become non-finite once more after that, the reset has failed. No-op unless this worker's last
         local update was rejected. Collective over the processes that have shards of this worker.

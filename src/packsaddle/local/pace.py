@@ -14,15 +14,15 @@ import torch
 
 from packsaddle.numerics.transfers import to_host
 
-# A worker's speed counts as changed if its fraction of the sum of all workers' speeds changed by more than this,
-# relatively.
+# A worker's speed counts as changed if its fraction of the sum of all workers'
+# speeds changed by more than this, relatively.
 _TOLERANCE = 0.1
 _ROUNDS = 2  # number of consecutive rounds with changed speeds after which paces are chosen anew
 
 
 def paces(times: Sequence[int], total: int) -> list[int]:
-    """Return the number of inner steps of each worker, at least 1, in the round of `total` steps that takes the least
-    time.
+    """Return the number of inner steps of each worker, at least 1, in the round of
+    `total` steps that takes the least time.
 
     `times` are positive times of the workers' steps, as integers, so that all workers compute the same result.
     """
@@ -39,7 +39,8 @@ def paces(times: Sequence[int], total: int) -> list[int]:
 
 @dataclass
 class Pacing:
-    """The paces of a fixed set of workers; lists are by rank, and identical on all workers."""
+    """The paces of a fixed set of workers, i.e. their numbers of inner steps in a round. Lists are by rank, and
+    identical on all workers."""
 
     steps: list[int]  # paces in this round
     following: list[int]  # paces in the next round
@@ -70,8 +71,8 @@ class Pacing:
 
 
 def _parts(times: Sequence[int]) -> list[float]:
-    """Return each worker's fraction of the sum of all workers' speeds. The speed of a worker is 1 / the time of its
-    step."""
+    """Return each worker's fraction of the sum of all workers' speeds. The speed of
+    a worker is 1 / the time of its step."""
     total = sum(1 / t for t in times)
     return [1 / t / total for t in times]
 

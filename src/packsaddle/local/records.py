@@ -84,7 +84,7 @@ class LocalRecords(Records):
 
     @property
     def clipped(self) -> int:
-        """The number of clipped updates in total, of all workers."""
+        """The total number of clipped updates of all workers."""
         return sum(part.clips.count for part in self._fragments)
 
     @property
@@ -121,7 +121,7 @@ class LocalRecords(Records):
     @property
     def contraction(self) -> float | None:
         """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C kept at the last
-        measurement (see `Compression.monitor_every`), or None if there was none. It is a mean over the measured
+        measurement (see `Compression.monitor_every`), or None if there was none. The value is a mean over the measured
         fragments."""
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None

@@ -47,9 +47,9 @@ class LocalRound:
     """One round of a fragment, from `begin` until it is applied or rejected."""
 
     part: "Fragment"
-    t: int  # index of the round, the number of applied rounds of the fragment before it
+    t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
     due: int  # the inner step after which the round is applied
-    exchanged: Round | None  # exchange of the error memory; None: closed, or loaded from a saved state
+    exchanged: Round | None  # the exchange, with its error memory; None: the round is closed, or loaded
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
     # Weight of this worker's update v in the mean. If it is 0, the worker receives the mean but keeps its own update.
     share: float = 1.0
@@ -104,8 +104,8 @@ class LocalRound:
         return r
 
     def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
-        """Exchange C(share v), the compressed and weighted update v, and set the error memory to the residual;
-        collective.
+        """Exchange C(share v), the compressed and weighted update v, and set
+        the error memory to the residual; collective.
 
         This method may run in another thread. If `norms` is given, v is clipped: `norms`, float32[W], are the norms of
         the workers' v, and `standings`, int64[W], have a `Standing` of each worker (see `factors_of`).
@@ -146,8 +146,8 @@ class LocalRound:
         """Return the part of the vector `v`, float[n], that is this worker's own update.
 
         At the coordinates that the worker owns in a two-way exchange, v also includes decay e. There e is the residual
-        of a mean, so it belongs to the updates of all workers and is subtracted. `scale` is the factor by which `v` was
-        scaled.
+        of a mean, so it belongs to the updates of all workers and is subtracted. `scale`
+        is the factor by which `v` was scaled.
         """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
@@ -204,8 +204,8 @@ class LocalRound:
             self.agrees &= self.call.check()
             if isinstance(self.mean, Tensor):
                 use_in_current_stream(self.mean)
-            # An invalid message may reach only one process of this worker, so the processes agree whether the round is
-            # applied.
+            # An invalid message may reach only one process of this worker, so the
+            # processes agree whether the round is applied.
             self.applied = not part.shards.any(not self._read(), self.invalid.device)
             self.gather_reports()
             self._exclude_frozen()

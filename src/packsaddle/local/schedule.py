@@ -25,7 +25,7 @@ class Schedule:
 
     every: int
     delay: int
-    offsets: tuple[int, ...]  # one per fragment, below `every`
+    offsets: tuple[int, ...]  # offset of each fragment in a round, in ticks, below `every`
     pace: int | None = None  # inner steps of this worker in a round; None: `every`, so each step is a tick
     since: int = 0  # the inner step after which the pace began
     origin: int = 0  # the tick that inner step `since` reached
@@ -71,5 +71,6 @@ class Schedule:
 
 
 def offsets(every: int, parts: int) -> list[int]:
-    """Return the offsets of `parts` fragments, so that they are exchanged every / parts steps apart."""
+    """Return the offset of each fragment in the schedule of a round, in steps. Consecutive ones of the `parts`
+    fragments are exchanged every / parts steps apart."""
     return [i * every // parts for i in range(parts)]

@@ -37,7 +37,8 @@ class Trained:
             self._before, self._since = self._since, None
 
     def cancel_exchange(self) -> None:
-        """Count the steps before this exchange in the next one, since it was rejected or this worker was not in it."""
+        """Count the steps before this exchange as steps before the next one, since this exchange was rejected or did
+        not include this worker."""
         if self._before:
             self._since = True
 

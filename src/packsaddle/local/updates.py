@@ -212,8 +212,8 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         parts = parameters, self._fragments, self._workers, made, self._reactions, self._baseline
         self.saved_state = saved_state(self, options, *parts)
 
-        # Compare the arguments of all workers, and set the parameters to rank 0's. With a manager, this happens on
-        # joining.
+        # Compare the arguments of all workers, and set the parameters to rank 0's.
+        # With a manager, this happens on joining.
         same = equal_arguments(options, self.optimizers, self.outer, device)
         same |= {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(parameters.items())}
         same |= {f"untrained[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(untrained)}
@@ -256,7 +256,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         Returns True if collectives were run with a fixed set of workers. `has_ended` is True if this worker no longer
         trains.
         """
-        # Count the step, and check it. A step that a scaler skips has no `_before_step`.
+        # Repeat the work of `_before_step`, which is not called for a step that a scaler skips. Then count the step.
         self._whole.check_closed("optimizer.step()")
         self._watches.others.check()
         self._set_anchor_before_first_step()

@@ -36,7 +36,8 @@ class MemoryFile:
     run: int  # id of the run, a hash of the names of the workers in its first round
     worker: int  # id of the worker
     attempt: int  # the worker's last attempt at a round that the anchor includes
-    error: Mapping[str, Tensor]  # unsent updates by name of the parameter, floating point, in the parameters' shapes
+    # Unsent updates by parameter name, floating-point tensors with the shapes of the parameters.
+    error: Mapping[str, Tensor]
     next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
     # Unsent updates by name, like `error`, if the round in progress is committed; empty if there is none.
     next_error: Mapping[str, Tensor] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class OwnFile:
         self._claimed = True
         if found is None:
             return None, 0.0
-        # The file of a worker that was in the last round must be a copy.
+        # If the worker of the file was in the last round, it is still training, so this file must be a copy.
         taken, member = roster.taken.get(found.worker, 0), roster.members.get(found.worker)
         if member is not None and member.here:
             self._claimed = False
@@ -123,7 +124,8 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
-        # A memory may be used only once: if the anchor includes a later attempt of its worker, it has been sent.
+        # A memory may be used only once. If the anchor includes a later attempt of
+        # the file's worker, the memory was sent.
         if found.next_attempt and taken == found.next_attempt:
             found = replace(found, attempt=taken, error=found.next_error)
         if taken == found.attempt:

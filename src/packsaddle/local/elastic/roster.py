@@ -39,7 +39,7 @@ class Hello:
     keeps: int  # 1: the worker's file contains its error memory after its last round
     has_pending: int  # 1: with `weight` 0, the worker still has updates to send in a round with dense = 1
     frozen: int  # hash of the names of the worker's frozen parameters
-    weight: float  # the worker's weight in the mean; 0: it only receives
+    weight: float  # the worker's weight in the mean; 0: the worker only receives the mean
     idle_weight: float  # the worker's weight in a round with dense = 1, if `weight` is 0
     seconds: float  # seconds per inner step of the worker; 0: unknown
     lost: float  # norm of error memories that the worker found to be lost
@@ -89,8 +89,8 @@ class Roster:
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round; the lists have an entry per rank. `taken` is True if the round was applied, False
-        if it was rejected."""
+        """Record a committed round. `hellos`, `weights` and `norms` have an entry for each worker, by rank. `taken` is
+        True if the round was applied, and False if it was rejected."""
         # The first committed round sets the id of the run, a hash of its workers' names, which later rounds keep.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
@@ -127,8 +127,8 @@ class Roster:
 
 @dataclass
 class Account:
-    """One worker's counts of its attempts at rounds and its inner steps, its weights, and the norms of its error
-    memory."""
+    """One worker's counts of its attempts at rounds and its inner steps, its
+    weights, and the norms of its error memory."""
 
     attempts: int = 0  # number of attempts at rounds
     included: int = 0  # the worker's last attempt that the anchor includes

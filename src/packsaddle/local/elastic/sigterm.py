@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 _MOMENT = 3.0  # seconds until an unfinished exit is forced
-_LONGEST = 1e9  # maximum seconds of a timer
+_LONGEST = 1e9  # maximum duration of a timer, in seconds
 
 
 class LeavingError(BaseException):
@@ -51,7 +51,7 @@ class Sigterm:
             self._waiting = False
 
     def hold(self) -> None:
-        """Protect the rest of the `waiting` block from interruption."""
+        """Protect the rest of the `waiting` block from interruption by SIGTERM."""
         self._waiting = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

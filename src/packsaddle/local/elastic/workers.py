@@ -69,11 +69,11 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a round: exchanged by all workers, but not committed yet."""
+    """One attempt at a round, in which all workers have exchanged their updates, but not committed them yet."""
 
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
-    weights: Sequence[float]  # w_i of the workers, by rank
-    norms: Sequence[float]  # norms of the error memories after a commit, by rank
+    weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
+    norms: Sequence[float]  # norm that each worker's error memory has if the round is committed, by rank
     parts: Sequence[Fragment]  # the exchanged fragments
 
 
@@ -218,8 +218,8 @@ class ElasticWorkers:
         if self.has_joined:
             return
         self.round(uncompressed=False)
-        # Count the inner steps since the last round. They are above 0 only if this worker was restored from a
-        # checkpoint.
+        # Count the inner steps since the last round. They are above 0 only if
+        # this worker was restored from a checkpoint.
         self.account.ahead = self.account.since
         if self._file is not None:
             self._claim_memory(self._file)
@@ -353,7 +353,8 @@ class ElasticWorkers:
         except (ConfigError, PeerLostError):
             self._break()
             raise
-        except (RuntimeError, AssertionError) as error:  # from torch's backends, or because there is no group
+        except (RuntimeError, AssertionError) as error:
+            # torch's backends raise these errors, also if there is no process group.
             reason = str(error)
             manager.report_error(error)
             self._discard_received()
@@ -495,8 +496,8 @@ class ElasticWorkers:
         """Raise an error if the workers' texts differ. `text` is this worker's text, and the error names a worker and
         the first line in which its text differs from the most frequent one.
 
-        Raises ConfigError on a worker whose text is not the most frequent one, and RoundFailedError on the other
-        workers.
+        Raises ConfigError on a worker whose text is not the most frequent one,
+        and RoundFailedError on the other workers.
         """
         with fail_together(self._site):
             texts = self.channel.gather_text(text, self._device, "members")
@@ -579,8 +580,8 @@ class ElasticWorkers:
     # Workers that join.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state for a worker that is behind: the anchor, the roster, and the states of the outer and inner
-        optimizers."""
+        """Return the state for a worker that is behind: the anchor, the roster, and
+        the states of the outer and inner optimizers."""
         inner = [local_state(o) for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
