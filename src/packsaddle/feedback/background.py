@@ -54,7 +54,10 @@ class Background:
 
     def submit(self, work: Callable[[], object], results: Results) -> None:
         """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`.
-        Raises ValueError for a tensor on another device, since a Future records no event of it to wait for."""
+
+        Raises ValueError for a tensor on another device than the background's, since a Future could not make its
+        consumers wait for that tensor.
+        """
         for _, result in results:
             if result.device.type != self._device.type:
                 raise ValueError(f"results must be on {self._device}, and one is on {result.device}")

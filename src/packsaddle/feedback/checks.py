@@ -168,14 +168,14 @@ class DriftGuard:
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns them as (name, tensor)
-        pairs.
+        """Compare vectors that must be equal on all workers; collective. `parts()`
+        returns them as (name, tensor) pairs.
 
         If the vectors differ, raises DriftError on every worker, or broadcasts rank 0's vectors. If `rates` differ,
         raises DriftError.
         """
-        # Compare all fingerprints in one gather. A difference in rates raises an error in any case, since it cannot be
-        # repaired.
+        # Compare all fingerprints in one gather. A difference in rates raises an error
+        # in any case, since it cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])

@@ -128,8 +128,8 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Raises ValueError if the schedule returns an object that is not a
-        compressor."""
+        """Return the compressor of a step. Raises ValueError if the schedule
+        returns an object that is not a compressor."""
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)

@@ -20,11 +20,11 @@ from packsaddle.numerics.sketches import NormSketch
 class EscapeRule:
     """Settings of the escape check (Algorithm 1, lines 4-8): when it fires, and where it evaluates the loss."""
 
-    interval: int  # maximum length I of a segment, at least 1, in steps (in local updates in rounds, as `every`)
+    interval: int  # maximum length I of a segment in steps, at least 1; local updates count rounds
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
-    # "x" accepts if f(x_t) < f(x_t'), where x_t' is the start point, as in line 6 of the paper. "y" accepts if f(y_t) <
-    # f(x_t') for y_t = x_t - eta e_t, which is the point that is accepted. It needs an uncompressed all-reduce in each
-    # check.
+    # "x" accepts if f(x_t) < f(x_t'), where x_t' is the start point, as in line 6 of the paper. "y" accepts if
+    # f(y_t) < f(x_t') for y_t = x_t - eta e_t, which is the point that is accepted. It needs an uncompressed all-reduce
+    # in each check.
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
     # Steps between two tests of the distance. The interval is tested at each step.
     every: int = field(default=1, kw_only=True)
@@ -86,8 +86,8 @@ class Reset:
 
 
 class EscapeCheck:
-    """Runs the escape check on x, float[d], the parameters `of` as one vector, and stores the start point of the
-    segment.
+    """Runs the escape check on x, float[d], the parameters `of` as one vector,
+    and stores the start point of the segment.
 
     The workers' unsent updates differ only in the compressed coordinates, or in all coordinates if `all_differ` is
     True.

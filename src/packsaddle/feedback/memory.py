@@ -22,7 +22,7 @@ Memory = Literal["buffer", "ef21"]
 
 
 class Update:
-    """The update u, float[n], that a step adds to an error memory, in the memory's units; a base class."""
+    """Base class of the update u, float[n], that a step adds to an error memory, in the units of the memory."""
 
     norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown
     is_known_invalid = False  # True if a GradScaler found an Inf in this worker's gradients
@@ -71,8 +71,8 @@ class ErrorMemory:
 
     @property
     def is_deferrable(self) -> bool:
-        """True if a step can still be rolled back after the next step's gradients have replaced the gradients of the
-        step."""
+        """True if a step can still be rolled back after the next step's gradients
+        have replaced the gradients of the step."""
         return self._next is not self._now
 
     # Methods called during an exchange.
@@ -137,8 +137,8 @@ class ErrorMemory:
             self.vector.add_(rounding)
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of any coordinate of x by a mean update whose largest magnitude is
-        `magnitude`."""
+        """Return an upper bound on the change of any coordinate of x by a mean
+        update whose largest magnitude is `magnitude`."""
         return magnitude
 
     def local_factors(self) -> Sequence[float]:

@@ -55,8 +55,8 @@ class Ramp:
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """The noise vector xi_t of one step, float[d], identical on all workers. Each range of its coordinates can be drawn
-    separately."""
+    """The noise vector xi_t of one step, float[d], identical on all workers. Each range
+    of its coordinates can be drawn separately."""
 
     std: float
     key: Keys

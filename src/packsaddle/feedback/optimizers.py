@@ -89,8 +89,8 @@ def local_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if the states do not match the
-    optimizers."""
+    """Load one state dict per optimizer. Raises ValueError, with nothing changed,
+    if the states do not match the optimizers."""
     if len(states) != len(optimizers):
         raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):

@@ -19,7 +19,7 @@ class Report:
 
     kind: Kind = "valid"
     name: str = ""  # for "vector" and "reset" the first invalid parameter; for "message" the error
-    worker: int = -1  # "message": rank of the sender
+    worker: int = -1  # for "message" the rank of the sender
 
     @classmethod
     def of_message(cls, error: MessageError) -> "Report":

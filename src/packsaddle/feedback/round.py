@@ -47,7 +47,7 @@ class Applied:
 
     # True if the result does not overflow, bool[]. If False, a target that does not defer is unchanged.
     fits: Tensor | bool = True
-    rounding: Tensor | None = None  # float[n], the part that 16-bit storage could not represent; None: 0
+    rounding: Tensor | None = None  # the rounding error of 16-bit storage, float[n]; None: 0
 
 
 class Target(Protocol):
@@ -107,8 +107,8 @@ class ErrorFeedback:
         """Switch to a compressor. If it is already in use, only the number of coordinates to send may change.
 
         `compressor` is for the whole vector. `allotted`, if given, is the compressor of this slice, whose number of
-        coordinates to send depends on the other slices. Raises ValueError if the exchange does not support the
-        compressor.
+        coordinates to send depends on the other slices. Raises ValueError if
+        the exchange does not support the compressor.
         """
         if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
@@ -166,14 +166,14 @@ class ErrorFeedback:
 
 
 class Round:
-    """One exchange of a slice, as a transaction (see the module). `close` ends it."""
+    """One exchange of a slice, as a transaction that `close` commits or rolls back (see the module's docstring)."""
 
     v: Tensor  # the vector to send, float[n], or after `absorb` its residual
     invalid: Tensor  # bool[], True if this worker's v was invalid and so was set to zero
     report: Report  # report of this worker's vector; also "valid" if the guard does not name invalid vectors
     g: Averaged  # the mean update; deleted by `absorb`
-    extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
-    measured: Tensor  # float[m], the means over workers of the numbers that `measure` of `exchange` returns
+    extras: list[Tensor]  # the means over workers of the vectors `extras` that `exchange` was given
+    measured: Tensor  # float[m], the means over workers of the numbers that `measure` computed in `exchange`
     verdict: Verdict
 
     def __init__(self, feedback: ErrorFeedback, step: int) -> None:
@@ -266,8 +266,8 @@ class Round:
         del self.g
 
     def close(self, *, apply: bool) -> None:
-        """Commit the error memory, or roll back the error memory and the aggregator. No-op if the round was closed
-        before."""
+        """Commit the error memory, or roll back the error memory and the
+        aggregator. No-op if the round was closed before."""
         if self._is_open:
             self._is_open = False
             if not apply:

@@ -35,7 +35,7 @@ class Place:
     """A parameter and its position in the vector of all parameters."""
 
     name: str
-    parameter: Tensor  # gives shape, dtype and memory format
+    parameter: Tensor  # the parameter, or a tensor with its shape, dtype and memory format
     dense: bool  # True if the parameter is sent uncompressed
     start: int  # offset in the vector of all parameters
     group: int = 0  # index of the parameter's group

@@ -24,8 +24,8 @@ from torch import Tensor
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import decode, dotted
 
-FORMAT = 6  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
-ANY = "*"  # in a path: any key
+FORMAT = 6  # version of the saved states of optimizers, hooks and local updates, and of elastic workers' files
+ANY = "*"  # a key in a path that matches any key
 Path = tuple[Any, ...]  # keys, outermost first
 Kind = Literal["shared", "error", "own", "constant"]
 
