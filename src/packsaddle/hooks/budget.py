@@ -34,7 +34,9 @@ class _Sample:
 
 class Allocation:
     """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
-    Workers may choose differently. The budget of a slice without a sample is proportional to its size."""
+
+    Workers may choose different compressors. The budget of a slice without a sample is proportional to its size.
+    """
 
     def __init__(self, d: int) -> None:
         self.d = d
@@ -60,8 +62,8 @@ class Allocation:
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:
-        """Sample a slice's vector to send, float[n]. No-op if compressors of this type do not divide their budget by
-        magnitudes."""
+        """Sample a slice's vector to send, float[n]. No-op if compressors of this
+        type do not divide their budget by magnitudes."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())

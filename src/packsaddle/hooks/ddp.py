@@ -95,7 +95,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    # Validate the options by themselves, and for this model.
+    # Validate the options, first alone and then for this model.
     spec = Compression.of(compressor)
     rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)

@@ -117,14 +117,15 @@ class DDPHook(GradientHook, Exchanging):
         except Exception as error:
             self._failure = error
             raise
-        # After a rejected exchange gradients are NaN on all workers, so all scalers skip the step.
+        # Set the gradients of a rejected exchange to NaN on all workers, so that all scalers skip the step.
         for bucket in buckets:
             fill_where(bucket.buffer, (code != 0).any(), float("nan"))
         if buckets[-1].is_last:
             self._complete()
 
     def _begin(self) -> None:
-        """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""
+        """Commit or roll back the last backward pass, compare parameters if due, and draw the noise of this pass (line
+        9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -174,8 +175,8 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The error feedback of all parameters. It is None with scope="bucket", and before the first exchange or
-        loading."""
+        """The error feedback of all parameters. It is None with scope="bucket",
+        and before the first exchange or loading."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -93,7 +93,8 @@ class FSDPHook(GradientHook, Exchanging):
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
         self._model = model
-        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # index, and number of shards
+        # Index of this worker's shard, and the number of shards.
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())
         self._bits: dict[str, Tensor] = {}  # binary digits of the index of each module, int64[b], by name
         # For each module that was exchanged in this backward pass, by name, autograd's id of the pass.
         self._seen: dict[str, int] = {}

@@ -61,7 +61,7 @@ class HookOptions(Option):
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step: `Identity`, which is lossless, before `start_step`."""
+        """Return the compressor of a step. Before `start_step` it is `Identity`, which is lossless."""
         return Identity() if step < self.start_step else self.compression.at(step)
 
 
@@ -145,7 +145,7 @@ class GradientHook(Records, ABC):
         self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
         # State of the running backward pass, or of the last one.
-        self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
+        self._noise: GaussianNoise | None = None  # noise xi of the next exchange (line 9); None: 0
         self._scale = 1.0  # the factor by which a GradScaler has multiplied the gradients
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
