@@ -89,8 +89,8 @@ class Gradient:
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
         """Add scale * u to out, float[d], in place, where u is the direction. If the sum is not finite, the addition is
         undone up to rounding, and the method returns False."""
-        # Collect candidates only if the sums below are final: noise, weight decay and frozen parameters change out
-        # later.
+        # Collect candidates only if the sums below are final: noise, weight decay
+        # and frozen parameters change out later.
         self.candidates.discard()
         is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
         squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)

@@ -15,7 +15,7 @@ from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-# A term below this fraction of a sum of the dtype loses too many digits when it is added.
+# By dtype of a sum: a term below this fraction of the sum loses too many digits when it is added.
 _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -39,8 +39,8 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        # If the rounding error of the sum would lose the variance, subtract the smallest kept value from all values
-        # first.
+        # If the rounding error of the sum would lose the variance, subtract the
+        # smallest kept value from all values first.
         if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:
             least = float(self.kept.min())
             self.kept -= least
@@ -48,8 +48,8 @@ class OutstandingNoise:
         self.total += variance
 
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
-        """Draw the outstanding noise of these m cells of b coordinates, add it to out, float[m b], and set its variance
-        to 0."""
+        """Draw the outstanding noise of these m cells of b coordinates, and add it to out, float[m b]. The variance of
+        these cells then becomes 0."""
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept.index_fill_(0, cells.index, self.total)
 
@@ -89,8 +89,8 @@ class Perturber:
         self._step = 0  # step index t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
-        # The grid is (number of cells, size of a cell) if all workers send the same cells in each step, and None
-        # otherwise.
+        # The grid is (number of cells, size of a cell) if all workers send the
+        # same cells in each step, and None otherwise.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
         if not plain:

@@ -340,8 +340,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             )
 
     def _finish_step(self, round: Round) -> None:
-        """Commit or roll back the direction, count the step as applied or skipped, and compare workers if due;
-        collective.
+        """Commit or roll back the direction, count the step as applied or
+        skipped, and compare workers if due; collective.
 
         Raises NonFiniteError after too many skipped steps.
         """
@@ -420,7 +420,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
-        Returns None if it depends on the values of v (see `Compressor.rates`)."""
+        Returns None if this number depends on the values of v (see `Compressor.rates`)."""
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -486,8 +486,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore this worker's `state_dict`. Raises ValueError, with nothing changed, if the state does not match this
-        optimizer."""
+        """Restore this worker's `state_dict`. Raises ValueError, with nothing changed,
+        if the state does not match this optimizer."""
         state = self._by_index(state_dict)
         self.saved_state.validate(state)
         # torch would cast the state to the parameters' dtype, so pass only the groups to torch.
