@@ -282,8 +282,8 @@ class PseudoGradient(Update):
     frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, and (start
-        - x) + owed is the local update. out and base must not share memory."""
+        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, and
+        (start - x) + owed is the local update. out and base must not share memory."""
         share, xs = self.decay, self.of.values()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views

@@ -152,8 +152,8 @@ class FixedWorkers:
         """Run the collectives that are due after an inner step: the check after the first step, and the begin or end of
         exchanges. Returns True if any of them ran. After the first step, `parameters` must have its gradients."""
         has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
-        # A worker whose data has ended advances by one tick (a round has `every`) in each step. So it no longer uses
-        # its own number of steps per round.
+        # In each step, a worker whose data has ended advances by one tick, of which a round has `every`. So it no
+        # longer uses its own number of steps per round.
         if has_changed and self._is_paced:
             self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
         self._clock.steps += 1
