@@ -124,8 +124,8 @@ class DDPHook(GradientHook, Exchanging):
             self._complete()
 
     def _begin(self) -> None:
-        """Commit or roll back the last backward pass, compare parameters if due, and draw the noise of this pass (line
-        9)."""
+        """Commit or roll back the last backward pass, compare parameters if a comparison is due, and draw the noise of
+        this pass (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
