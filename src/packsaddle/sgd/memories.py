@@ -13,8 +13,8 @@ from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Updat
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
-# Vectors with at least this number of coordinates are updated in place. A smaller vector has a spare vector, which fits
-# a cache and makes rollback exact.
+# The error memory of a vector with at least this number of coordinates may be updated in place. A smaller vector has a
+# spare vector, which fits a cache and makes rollback exact.
 _LARGE = 1 << 20
 
 
