@@ -41,9 +41,10 @@ class Background:
         self._has_thread = blocks or self._stream is None
         self._waiting: deque[tuple[Callable[[], object], Results, torch.Event | None]] = deque()
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []  # the last thread started; empty without threads
+        self._threads: list[threading.Thread] = []  # the last thread that was started; empty before the first
         self._busy = False
-        weakref.finalize(self, _join, self._threads)  # also at interpreter exit
+        # `_join` also runs at interpreter exit.
+        weakref.finalize(self, _join, self._threads)
 
     def promise(self) -> Promise:
         """Return a new promise. Any stream of the device may wait for its `future`."""
@@ -53,7 +54,10 @@ class Background:
 
     def submit(self, work: Callable[[], object], results: Results) -> None:
         """Run `work` in the background, then complete each promise with its tensor, or with the exception of `work`.
-        Raises ValueError for a tensor on another device, since a Future records no event of it to wait for."""
+
+        Raises ValueError for a tensor on another device than the background's, since a Future could not make its
+        consumers wait for that tensor.
+        """
         for _, result in results:
             if result.device.type != self._device.type:
                 raise ValueError(f"results must be on {self._device}, and one is on {result.device}")
@@ -85,7 +89,8 @@ class Background:
 
     @torch.no_grad()
     def _run(self, work: Callable[[], object], results: Results, ready: torch.Event | None) -> None:
-        """Run `work` after the event `ready`, and complete the promises in the stream in which it ran."""
+        """Run `work` after the event `ready`, and complete the promises of its results in the stream in
+        which it ran."""
         with nullcontext() if self._stream is None else self._stream:
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)

@@ -21,7 +21,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class Every:
-    """A schedule that is due every `steps` steps, or never if that is 0, and stays due until `done` is called."""
+    """A schedule that is due every `steps` steps, or never if `steps` is 0. It stays due until `done` is called."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -49,14 +49,15 @@ class Contraction:
 
     def __init__(self, every: int, of: Slice | None = None) -> None:
         self._every, self._slice = Every(every), of
-        self.whole: float | None = None  # the last mu_t
-        self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
-        # alternately the squared norm of a slice's v and that of its residual; each float64[1 or tensors]
+        self.whole: float | None = None  # the contraction at the last measurement; None: not measured
+        self.by_tensor: Mapping[str, float] = {}  # contraction of each tensor; 1 if its v is 0
+        # Squared norms, two for each slice that was measured: first that of its vector v, then that of the residual of
+        # v. Each is float64[1], or float64[tensors] with a norm for each tensor.
         self._energies: list[Tensor] = []
 
     def measure(self, step: int, vector: Tensor, owned: slice) -> None:
-        """Record the squared norm of a slice's v, float[n], and in a second call the squared norm of its residual.
-        Coordinates in `owned` do not count. No-op if no measurement is due."""
+        """Record the squared norm of `vector`, float[n]. Call once with a slice's vector to send, v, and then with the
+        residual v - C(v). Coordinates in `owned` do not count. No-op if no measurement is due."""
         if not self._every.due(step):
             return
         vector = vector.clone()
@@ -68,7 +69,8 @@ class Contraction:
         self._energies.append(norms.square())
 
     def close(self, step: int, *, apply: bool) -> None:
-        """End a step: compute mu_t from its measurements; a rejected step (`apply` False) discards them."""
+        """End a step, and compute the contraction mu_t from the norms measured in it. If the step was rejected (`apply`
+        is False), the norms are discarded."""
         energies, self._energies = self._energies, []
         if not (apply and energies):
             return
@@ -89,7 +91,8 @@ class Contraction:
 def contraction(before: float, after: float) -> float:
     """Return the contraction 1 - after / before, where before = ||v||^2 and after = ||v - C(v)||^2. It is 1 for v =
     0."""
-    return 1.0 - after / before if before != 0 else 1.0  # NaN if `after`, or both, are NaN
+    # The result is NaN if `after` is NaN, or if both numbers are.
+    return 1.0 - after / before if before != 0 else 1.0
 
 
 class StepRates:
@@ -165,10 +168,14 @@ class DriftGuard:
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal on all workers; collective. `parts()` returns (name, tensor) pairs. If
-        they differ, raises DriftError on every worker, or broadcasts rank 0's vectors. If `rates` differ, raises
-        DriftError."""
-        # One gather for all fingerprints. A difference in rates cannot be repaired.
+        """Compare vectors that must be equal on all workers; collective. `parts()`
+        returns them as (name, tensor) pairs.
+
+        If the vectors differ, raises DriftError on every worker, or broadcasts rank 0's vectors. If `rates` differ,
+        raises DriftError.
+        """
+        # Compare all fingerprints in one gather. A difference in rates raises an error
+        # in any case, since it cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
@@ -198,7 +205,8 @@ class DriftGuard:
             self._channel.broadcast(vector, "guard")
 
     def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
-        """Return the ranks whose fingerprint, int64[], differs from rank 0's, for each of `prints`."""
+        """Compare fingerprints, int64[] each, with those of all workers; collective. For each of `prints`, return the
+        ranks of the workers whose fingerprint differs from rank 0's."""
         mine = self._digest(torch.stack(list(prints)))
         gathered = [p["prints"] for p in self._channel.gather({"prints": mine}, fixed_size=True, purpose="guard")]
         differs = torch.stack([prints != gathered[0] for prints in gathered]).T.tolist()
@@ -207,11 +215,14 @@ class DriftGuard:
 
 def fingerprint(tensor: Tensor) -> Tensor:
     """Return a checksum of a tensor, int64[]: the sum of its 8-byte words, modulo 2^64.
-    A change of one element always changes the checksum. Random changes of several leave it unchanged with probability
-    2^-64."""
+
+    A change of one element always changes the checksum. Random changes of several elements leave the checksum unchanged
+    with probability 2^-64.
+    """
     whole = tensor.detach().flatten().contiguous().view(torch.uint8)
     wide = len(whole) // 8 * 8
-    if whole.storage_offset() % 8:  # cannot be read eight bytes at a time
+    # Copy a tensor that is not aligned to 8 bytes, since it cannot be read as 8-byte words.
+    if whole.storage_offset() % 8:
         whole = whole.clone()
     body = whole[:wide].view(torch.int64).sum()
     rest = torch.nn.functional.pad(whole[wide:], (0, wide + 8 - len(whole)))

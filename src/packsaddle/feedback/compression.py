@@ -80,7 +80,8 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        # In other exchanges a chunk's owner keeps a residual of the mean in its error memory, which EF21 does not have.
+        # In exchanges other than "direct", the owner of a chunk keeps a residual of the mean in its error memory, which
+        # EF21 does not have.
         if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_integers(0, dense_below=self.dense_below)
@@ -94,7 +95,7 @@ class Compression(Option):
     def of(cls, given: "AnyCompression", exchange: Exchange = "direct") -> "Compression":
         """Return `given` as a `Compression`. For a compressor or a schedule, all other settings are the defaults.
 
-        An exchange of None becomes `exchange` if memory="buffer", else "direct".
+        If the exchange is None, it becomes `exchange` with memory="buffer", and "direct" otherwise.
         """
         spec = given if isinstance(given, Compression) else cls(given)
         if spec.exchange is not None:
@@ -102,7 +103,8 @@ class Compression(Option):
         return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
-        """Return the exchange that averages messages of a compressor; it is "direct" for a lossless one."""
+        """Return the exchange that averages the messages of a compressor. It is "direct" if the
+        compressor is lossless."""
         return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
@@ -126,7 +128,8 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Raises ValueError if a schedule returns something else."""
+        """Return the compressor of a step. Raises ValueError if the schedule
+        returns an object that is not a compressor."""
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)

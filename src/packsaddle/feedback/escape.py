@@ -20,12 +20,14 @@ from packsaddle.numerics.sketches import NormSketch
 class EscapeRule:
     """Settings of the escape check (Algorithm 1, lines 4-8): when it fires, and where it evaluates the loss."""
 
-    interval: int  # maximum length I of a segment, at least 1, in steps (in local updates in rounds, as `every`)
+    interval: int  # maximum length I of a segment in steps, at least 1; local updates count rounds
     radius: float  # maximum Euclidean distance R > 0 from the start point of the segment
-    # x: accept if f(x_t) < f(x_t'), the loss at the start point, as in the paper's line 6; y: if f(y_t) < f(x_t') for
-    # y_t = x_t - eta e_t, the point that is accepted, at the cost of an uncompressed all-reduce per check
+    # "x" accepts if f(x_t) < f(x_t'), where x_t' is the start point, as in line 6 of the paper. "y" accepts if
+    # f(y_t) < f(x_t') for y_t = x_t - eta e_t, which is the point that is accepted. It needs an uncompressed all-reduce
+    # in each check.
     compare: Literal["x", "y"] = field(default="x", kw_only=True)
-    every: int = field(default=1, kw_only=True)  # steps between tests of the distance; interval is tested at each
+    # Steps between two tests of the distance. The interval is tested at each step.
+    every: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_integers(1, **{f"{name} of Escape": getattr(self, name) for name in ("interval", "every")})
@@ -84,8 +86,12 @@ class Reset:
 
 
 class EscapeCheck:
-    """Runs the escape check on x, float[d], the parameters `of` as one vector, and stores the segment's start point.
-    Unsent updates differ between workers in the compressed coordinates, or in all if `all_differ`."""
+    """Runs the escape check on x, float[d], the parameters `of` as one vector,
+    and stores the start point of the segment.
+
+    The workers' unsent updates differ only in the compressed coordinates, or in all coordinates if `all_differ` is
+    True.
+    """
 
     def __init__(
         self, rule: Escape, of: Slice, x: Tensor, channel: Communicator, seed: int, *, all_differ: bool = False
@@ -116,7 +122,8 @@ class EscapeCheck:
         return Reset(step, "interval" if late else "radius", distance, candidate, start_loss, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
-        """Return the distance from the start point to y_t = x_t - eta e_t; several workers estimate it by sketches."""
+        """Return the distance from the start point to y_t = x_t - eta e_t. With several workers, the distance is
+        estimated by sketches."""
         moved = pending.sub(self._x).add_(self.start)
         if self._channel.group.size == 1:
             return float(torch.linalg.vector_norm(moved, dtype=wide(moved.device)))
@@ -125,8 +132,12 @@ class EscapeCheck:
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
-        """Set x to y_t if the loss is below that at the start point x_t', else to x_t' (line 6). Returns both losses,
-        and y_t, float[d], or None if it was not accepted. If the objective raises an exception, x is unchanged."""
+        """Accept the current point if its loss is below the loss at the start point x_t', and roll back to x_t'
+        otherwise (line 6). If it is accepted, x is set to y_t = x_t - eta e_t.
+
+        Returns both losses, and y_t, float[d], or None if the point was not accepted. If the objective raises an
+        exception, x is unchanged.
+        """
         x, here = self._x, self._x.clone()
         try:
             y = self._corrected(here, pending) if self._rule.compare == "y" else None
@@ -154,8 +165,8 @@ class EscapeCheck:
         return y.sub_(torch.nn.functional.pad(pending[n:], (n, 0)))
 
     def _objective(self) -> float:
-        """Return f at the parameters' current values, the mean of the workers' f_i, or inf if that is NaN;
-        collective."""
+        """Return f at the parameters' current values, i.e. the mean of the workers' f_i; collective. Returns inf if the
+        mean is NaN."""
         with torch.no_grad():
             value = torch.as_tensor(self._rule.objective(), dtype=wide(self._x.device), device=self._x.device).detach()
         if value.numel() != 1:

@@ -31,7 +31,8 @@ class Exchanging:
         self.saved_state.validate(state)
 
     def weight_in(self, state: Mapping[str, Any]) -> float:
-        """Return the weight in means over workers of the worker that saved `state`; weights are 1 on average."""
+        """Return the weight in means over workers that belongs to the worker that
+        saved `state`. Weights are 1 on average."""
         return 1.0
 
 

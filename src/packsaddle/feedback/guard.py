@@ -27,7 +27,7 @@ from packsaddle.numerics.transfers import read
 _log = logging.getLogger("packsaddle")
 
 THE_SUM = "the sum of the error memory and the gradient"  # name in a report if only the sum is invalid
-ROOT = "the root module"  # shown instead of "", FSDP's name for it
+ROOT = "the root module"  # name of the root module in messages, since FSDP's name for it is ""
 THE_UPDATE = "all parameters together"  # name in a report if only the whole local update is invalid
 THE_MEAN = "a mean of finite gradients"
 _ADVICE = "Lower the learning rate or check the data"
@@ -47,8 +47,9 @@ class Skip:
     """A skipped step, or a rejected round of local updates, with its cause."""
 
     step: int  # t; the next step reuses this index
-    workers: tuple[int, ...]  # ranks that sent an invalid vector or message; a hook lists only those it has detected
-    parameter: str  # name of the first invalid parameter on the first of these workers
+    # Ranks that sent an invalid vector or message. A hook lists only the ranks that it has detected.
+    workers: tuple[int, ...]
+    parameter: str  # name of the first invalid parameter on workers[0]
     message: str = ""  # the error, if workers[0] sent an invalid message; "": the cause is an invalid vector
     is_round: bool = False  # True: a round of local updates, and `step` is the round's index
 
@@ -73,8 +74,11 @@ class Skip:
 
 
 class Skips:
-    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones, unless that is None.
-    `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step."""
+    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones. If `most` is None, there
+    is no limit.
+
+    `protected` is False for a hook whose optimizer may apply the NaN gradients of a skipped step.
+    """
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
         self.most, self._rank, self.protected = most, rank, protected
@@ -82,8 +86,11 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def record(self, skip: Skip) -> None:
-        """Record a skipped step, and log it if it is the 1st, 2nd, 4th, 8th, ... consecutive one. The first of its
-        `workers` logs it, or rank 0 if none is known; an invalid message is logged by every worker that records it."""
+        """Record a skipped step, and log it if it is the 1st, 2nd, 4th, 8th, ... consecutive one.
+
+        The step is logged by the first of `skip.workers`, or by rank 0 if no worker is known. A step with an invalid
+        message is logged by every worker that records it.
+        """
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
@@ -97,7 +104,8 @@ class Skips:
         self.in_a_row = 0
 
     def check(self, in_a_row: int) -> None:
-        """Raise NonFiniteError, naming the last skip, if `in_a_row` exceeds the limit."""
+        """Raise NonFiniteError, naming the last skipped step, if `in_a_row`, a number of consecutive skipped steps,
+        exceeds the limit."""
         if self.most is not None and in_a_row > self.most:
             same = "Parameters, error memories and step count are unchanged."
             if not self.protected:
@@ -122,31 +130,31 @@ class Skips:
 
 
 class Records:
-    """The records that an exchange keeps: steps skipped, or rounds rejected in local updates, and comparisons in which
-    the workers' parameters or rates differed."""
+    """The records that an exchange keeps: its skipped steps, and the comparisons that found workers to differ. In local
+    updates, a skipped step is a rejected round."""
 
     _skips: Skips
     _drift: DriftGuard
 
     def _settle(self) -> None:
-        """No-op; hooks override it, to read the outcomes of finished exchanges."""
+        """No-op. Hooks override this method to read the outcomes of finished exchanges."""
 
     @property
     def skips(self) -> list[Skip]:
-        """The skipped steps since construction or loading (see `Compression.max_skipped`); in local updates the
-        rejected rounds. A hook names this worker's invalid parameter only."""
+        """The skipped steps since construction or loading (see `Compression.max_skipped`). In local updates, these are
+        the rejected rounds. A hook names only invalid parameters of this worker."""
         self._settle()
         return self._skips.list
 
     @property
     def skipped(self) -> int:
-        """The number of skipped steps, or rejected rounds, in total."""
+        """The total number of skipped steps. In local updates, this is the number of rejected rounds."""
         self._settle()
         return self._skips.count
 
     @property
     def drifts(self) -> list[Drift]:
-        """The comparisons at which workers differed (see `Compression.compare_every`)."""
+        """The comparisons that found parameters to differ between workers (see `Compression.compare_every`)."""
         return self._drift.found
 
     def reset_skip_streak(self) -> None:
@@ -156,17 +164,22 @@ class Records:
 
 @dataclass
 class Verdict:
-    """The outcome of an exchange, applied or rejected, as numbers averaged over workers; on the device until `read`."""
+    """The outcome of an exchange, applied or rejected, as numbers averaged over workers. The numbers are on the device
+    until `read`."""
 
-    # fraction of workers with an invalid v, float[]; a number after `read`; None: flagged by NaNs, or not checked
+    # The fraction of workers whose vector v is invalid, float[], or a number after `read`. None: an invalid v is
+    # flagged by NaNs in the mean, or is not detected.
     fraction: Tensor | float | None
-    magnitude: Tensor | float  # approximate largest magnitude of the mean update, float64[]; non-finite if the mean is
+    # The approximate maximum magnitude of the mean update, float64[]. It is non-finite if the mean update is.
+    magnitude: Tensor | float
     fits: Tensor | bool = True  # False: the result would overflow the parameters or gradients
 
     def code(self, is_unlike: Tensor | bool = False) -> Tensor:
-        """Return the outcome as numbers, float[3], all 0 if the exchange is applied: the fraction of workers with an
-        invalid vector, or NaN if a message is invalid; 1 if the result would overflow; 1 if workers exchanged different
-        slices."""
+        """Return the outcome as three numbers, float[3], which are all 0 if the exchange is applied.
+
+        The first is the fraction of workers with an invalid vector, or NaN if a message is invalid. The second is 1 if
+        the result would overflow. The third is 1 if workers exchanged different slices (`is_unlike`).
+        """
         assert isinstance(self.fraction, Tensor)
         flags = [self.fits, is_unlike]
         fits, unlike = (f.to(self.fraction) if isinstance(f, Tensor) else self.fraction.new_full((), f) for f in flags)
@@ -177,17 +190,18 @@ class Verdict:
         return self.settle(*read(*self.tensors()))
 
     def tensors(self) -> list[Tensor]:
-        """Return the fraction and the magnitude as tensors, for `settle` to read; without the fraction if it is
-        None."""
+        """Return the fraction and the magnitude as tensors, to be read on the host and passed to `settle`. If the
+        fraction is None, only the magnitude is returned."""
         return [torch.as_tensor(number) for number in (self.fraction, self.magnitude) if number is not None]
 
     def settle(self, *numbers: float) -> bool:
-        """Set the fraction and the magnitude to `numbers`, the values of `tensors` read on the host. Returns True if
-        the exchange is applied."""
+        """Set the fraction and the magnitude to `numbers`, which are the values of `tensors` on the host. Returns True
+        if the exchange is applied."""
         *fraction, self.magnitude = numbers
         if fraction:
             (self.fraction,) = fraction
-        return not any(fraction) and math.isfinite(self.magnitude)  # a NaN is True
+        # A NaN fraction is True in `any`, so it rejects the exchange.
+        return not any(fraction) and math.isfinite(self.magnitude)
 
 
 class Guard:
@@ -210,12 +224,13 @@ class Guard:
         self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
     def numbers(self, dense: int) -> int:
-        """Return how many uncompressed numbers an exchange of `dense` uncompressed coordinates sends, with the flag."""
+        """Return how many numbers an exchange sends uncompressed, including the flag of an invalid v. `dense` is the
+        number of uncompressed coordinates of v."""
         return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
     def validate(self, v: Tensor, update: Update, of: Slice) -> tuple[Tensor, Report]:
         """Return a bool[] that is True if v, float[n], is invalid, and a report, which on a CPU names the first invalid
-        tensor. An invalid v is filled with zeros. A finite `update.norm` saves a pass over v."""
+        tensor. An invalid v is filled with zeros. If `update.norm` is finite, v need not be read to validate it."""
         report = Report()
         if self._flag == "none":
             return torch.tensor(False), report
@@ -231,8 +246,9 @@ class Guard:
     def flag(self, dense: Tensor, invalid: Tensor) -> tuple[Tensor, int | None]:
         """Return the flag, float[1] or float[0], to average with `dense`, float[m], the uncompressed part of v.
 
-        With flag="dense", an invalid v is flagged by NaNs in `dense`, in place, if that is not empty. Also returns the
-        index in [dense, flag] of a number whose NaN mean rejects the exchange, or None if there are no checks.
+        With flag="dense", an invalid v is flagged by setting `dense` to NaN in place, unless `dense` is empty. Also
+        returns the index in the vector [dense, flag] of a number whose NaN mean rejects the exchange, or None if there
+        are no checks.
         """
         if self._flag == "none":
             return dense[:0], None
@@ -246,5 +262,6 @@ class Guard:
         if self._flag == "none":
             return Verdict(None, 0.0)
         if self._flag == "extra":
-            return Verdict(flag[0].clone(), g.magnitude())  # the aggregator reuses its buffer
+            # Copy the flag, since the aggregator reuses its buffer.
+            return Verdict(flag[0].clone(), g.magnitude())
         return Verdict(None, (replace(g, dense=flag) if len(flag) else g).magnitude())

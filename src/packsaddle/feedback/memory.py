@@ -22,7 +22,7 @@ Memory = Literal["buffer", "ef21"]
 
 
 class Update:
-    """The update u, float[n], that a step adds to an error memory, in the memory's units; a base class."""
+    """Base class of the update u, float[n], that a step adds to an error memory, in the units of the memory."""
 
     norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: unknown
     is_known_invalid = False  # True if a GradScaler found an Inf in this worker's gradients
@@ -49,7 +49,7 @@ class ErrorMemory:
     """
 
     kind = "buffer"  # the name of the class in saved states
-    name = "error"  # the name of the vector there
+    name = "error"  # the name of the vector in saved states
     in_gradient_units = False  # True if updates do not include the learning rate
 
     def __init__(self, of: Slice, *, spare: bool = False) -> None:
@@ -71,7 +71,8 @@ class ErrorMemory:
 
     @property
     def is_deferrable(self) -> bool:
-        """True if a step can still be rolled back after the next step's gradients have replaced its own."""
+        """True if a step can still be rolled back after the next step's gradients
+        have replaced the gradients of the step."""
         return self._next is not self._now
 
     # Methods called during an exchange.
@@ -105,8 +106,12 @@ class ErrorMemory:
             self._next.views[i].copy_(self._now.views[i])
 
     def restore_unused(self, used: Tensor, by_any: Tensor) -> None:
-        """Add the old error memory to the new one for the parameters for which `used`, bool[p], is False: this worker
-        sent zeros for them. Discard their residual if `by_any`, bool[p], is False too. Call after `absorb`."""
+        """Complete the new error memory of the parameters that this worker did not use, for which it sent zeros. Call
+        after `absorb`.
+
+        The old error memory is added to the new one where `used`, bool[p], is False. Where `by_any`, bool[p], is False
+        too, no worker used the parameter, and the residual of the zeros is discarded.
+        """
         for new, old, here, anywhere in zip(self._next.views, self._now.views, used, by_any, strict=True):
             new.mul_(anywhere).add_(old * ~here)
 
@@ -132,7 +137,8 @@ class ErrorMemory:
             self.vector.add_(rounding)
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of a coordinate of x by a mean update of this magnitude."""
+        """Return an upper bound on the change of any coordinate of x by a mean
+        update whose largest magnitude is `magnitude`."""
         return magnitude
 
     def local_factors(self) -> Sequence[float]:
@@ -144,7 +150,7 @@ class ErrorMemory:
         return {}
 
     def after_load(self) -> None:
-        """Update dependent state after the vectors were loaded between two steps."""
+        """Update the state that depends on the memory's vectors. Call after vectors were loaded between two steps."""
 
     def _clear_frozen(self, vector: Tensor) -> None:
         """Set the coordinates of frozen parameters to zero, since noise or a decoded message may have changed them."""
@@ -153,7 +159,7 @@ class ErrorMemory:
 
 
 class InPlaceMemory(ErrorMemory):
-    """The error memory of a large vector, float[n], without a spare vector: v = e + u is computed in it.
+    """The error memory of a large vector, float[n], without a spare vector: v = e + u is computed in the memory itself.
 
     Rolling back subtracts the update, which needs the step's gradients and restores the memory up to rounding. If the
     sum may be non-finite, v is computed in a temporary vector.

@@ -45,9 +45,9 @@ class Ramp:
         return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
 
     def squares(self, steps: int) -> float:
-        """Return the sum of the squared noise std over the first `steps` steps."""
+        """Return the sum of the squares of the noise's std over the first `steps` steps."""
         before, width = min(self.start, steps), self.stop - self.start
-        n = min(self.stop, steps) - before  # steps of the linear part, k = 0 ... n - 1
+        n = min(self.stop, steps) - before  # number of steps in the linear part, with indices k = 0, ..., n - 1
         fall = (self.final - self.std) / max(1, width)
         falling = n * self.std**2 + self.std * fall * n * (n - 1) + fall**2 * (n - 1) * n * (2 * n - 1) / 6
         return before * self.std**2 + falling + (steps - before - n) * self.final**2
@@ -55,7 +55,8 @@ class Ramp:
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """The noise vector xi_t of one step, float[d], identical on all workers. Any range of it can be drawn alone."""
+    """The noise vector xi_t of one step, float[d], identical on all workers. Each range
+    of its coordinates can be drawn separately."""
 
     std: float
     key: Keys

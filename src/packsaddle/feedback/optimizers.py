@@ -26,7 +26,8 @@ def innermost(optimizer: Any) -> Optimizer:
 
 
 class CompositeOptimizer(Optimizer):
-    """An optimizer whose step is a step of each of its `members`, and whose groups and states are theirs."""
+    """An optimizer that makes a step by a step of each of its `members`. Its parameter groups and states are those of
+    the members."""
 
     members: Sequence[Optimizer]
 
@@ -74,7 +75,7 @@ def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
 
 
 def check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the groups of a state dict have as many parameters as those of the optimizer."""
+    """Raise ValueError unless the groups of a state dict have as many parameters as the groups of the optimizer."""
     both = optimizer.param_groups, state.get("param_groups", optimizer.param_groups)
     here, saved = ([len(group["params"]) for group in groups] for groups in both)
     if here != saved:
@@ -82,13 +83,14 @@ def check_groups(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 
 def local_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the optimizer's state dict with the local shards of DTensors, which `load_states` loads in a process that
-    has the same shards."""
+    """Return the optimizer's state dict with the local shard in place of each DTensor. `load_states` loads it in a
+    process that has the same shards."""
     return dict(tree_map_only(Tensor, local_part, optimizer.state_dict()))
 
 
 def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
-    """Load one state dict per optimizer. Raises ValueError, with nothing changed, if one does not fit."""
+    """Load one state dict per optimizer. Raises ValueError, with nothing changed,
+    if the states do not match the optimizers."""
     if len(states) != len(optimizers):
         raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):
@@ -140,7 +142,7 @@ class Attempts:
         self._stepped = list[Optimizer]()  # optimizers that have attempted the current step; empty between two steps
         outside: Any = torch.compiler.disable
         self.scaler, self._in_scaler = scaler, False  # the flag is True during a call of the scaler's `step`
-        self._counts = True  # False while a step runs that is not an attempt
+        self._counts = True  # False during a step that does not count as an attempt
         self.are_discarded = False  # True if the gradients of the current step were set to None
 
         def begin(optimizer: Optimizer, args: object, kwargs: Mapping[str, Any]) -> None:
@@ -166,7 +168,9 @@ class Attempts:
         step = scaler.step
 
         def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            if self.are_discarded and innermost(optimizer) in self._optimizers:  # the scaler would raise
+            # The scaler would raise an error for an optimizer whose gradients were discarded, so count the attempt
+            # without it.
+            if self.are_discarded and innermost(optimizer) in self._optimizers:
                 self._attempted(innermost(optimizer))
                 return None
             self._in_scaler = True

@@ -19,7 +19,7 @@ class Report:
 
     kind: Kind = "valid"
     name: str = ""  # for "vector" and "reset" the first invalid parameter; for "message" the error
-    worker: int = -1  # "message": rank of the sender
+    worker: int = -1  # for "message" the rank of the sender
 
     @classmethod
     def of_message(cls, error: MessageError) -> "Report":
@@ -34,5 +34,5 @@ class Report:
         return json.dumps(astuple(self))
 
     def __bool__(self) -> bool:
-        """True if the report is of a problem, i.e. not "valid"."""
+        """Return True if the report is of a problem, i.e. its kind is not "valid"."""
         return self.kind != "valid"

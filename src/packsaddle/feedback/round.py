@@ -45,9 +45,9 @@ class SavedAggregator:
 class Applied:
     """The outcome of applying a mean update, identical on all workers."""
 
-    # bool[]; False: the result would overflow, and a target that does not defer is unchanged
+    # True if the result does not overflow, bool[]. If False, a target that does not defer is unchanged.
     fits: Tensor | bool = True
-    rounding: Tensor | None = None  # float[n], the part that 16-bit storage could not represent; None: 0
+    rounding: Tensor | None = None  # the rounding error of 16-bit storage, float[n]; None: 0
 
 
 class Target(Protocol):
@@ -98,16 +98,17 @@ class ErrorFeedback:
         return self._choice
 
     def sends_no_more(self, one: Compressor, other: Compressor) -> bool:
-        """Return True if `one` sends messages of this slice that are predicted to be no larger than those of
-        `other`."""
+        """Return True if messages of this slice are predicted to be no larger with compressor `one` than with
+        compressor `other`."""
         n, itemsize = self.slice.compressed_d, self.memory.vector.element_size()
         return 0 < message_bytes(self._restricted(one), n, itemsize) <= message_bytes(other, n, itemsize)
 
     def use(self, compressor: Compressor, exchange: str = "direct", *, allotted: Compressor | None = None) -> None:
-        """Switch to a compressor. If it is the current one, only the budget may change, by `allotted`.
+        """Switch to a compressor. If it is already in use, only the number of coordinates to send may change.
 
-        `compressor` is for the whole vector, `allotted` for this slice if its budget depends on the other slices.
-        Raises ValueError if the exchange does not support the compressor.
+        `compressor` is for the whole vector. `allotted`, if given, is the compressor of this slice, whose number of
+        coordinates to send depends on the other slices. Raises ValueError if
+        the exchange does not support the compressor.
         """
         if compressor != self.compressor:
             n, by_size = self.slice.compressed_d, self._restricted(compressor)
@@ -123,7 +124,7 @@ class ErrorFeedback:
             )
             self._choice, self.compressor, self._by_size = choice, compressor, by_size
         assert self._by_size is not None
-        # The budget may change in each step.
+        # The number of coordinates to send may change in each step.
         self.choice.aggregator.adopt(allotted or self._by_size)
 
     def _restricted(self, compressor: Compressor) -> Compressor:
@@ -132,7 +133,7 @@ class ErrorFeedback:
         return restricted.for_tensors(self.slice.shapes) if n else compressor
 
     def drop_aggregator(self) -> None:
-        """Remove aggregator and compressor."""
+        """Remove the aggregator and the compressor, until `use` is called again."""
         self._choice = self.compressor = None
 
     @property
@@ -165,14 +166,14 @@ class ErrorFeedback:
 
 
 class Round:
-    """One exchange of a slice, as a transaction (see the module). `close` ends it."""
+    """One exchange of a slice, as a transaction that `close` commits or rolls back (see the module's docstring)."""
 
     v: Tensor  # the vector to send, float[n], or after `absorb` its residual
     invalid: Tensor  # bool[], True if this worker's v was invalid and so was set to zero
     report: Report  # report of this worker's vector; also "valid" if the guard does not name invalid vectors
     g: Averaged  # the mean update; deleted by `absorb`
-    extras: list[Tensor]  # the means over workers of the `extras` of `exchange`
-    measured: Tensor  # float[m], the means over workers of the numbers that `measure` of `exchange` returns
+    extras: list[Tensor]  # the means over workers of the vectors `extras` that `exchange` was given
+    measured: Tensor  # float[m], the means over workers of the numbers that `measure` computed in `exchange`
     verdict: Verdict
 
     def __init__(self, feedback: ErrorFeedback, step: int) -> None:
@@ -180,7 +181,7 @@ class Round:
         self._memory, self._aggregator = feedback.memory, feedback.choice.aggregator
         self._snapshot: Any = self._aggregator.snapshot()
         self.absorbed, self._is_open = False, True
-        self._unsent: Tensor | None = None  # the uncompressed numbers removed by clipping; None: 0
+        self._unsent: Tensor | None = None  # the part of the uncompressed coordinates that clipping removed; None: 0
 
     def correct(self, update: Update) -> Tensor:
         """Return the vector to send, v = e + u, float[n] (line 10). If v is invalid, return zeros."""
@@ -261,10 +262,12 @@ class Round:
             self.v[self._memory.compressed_d :].add_(self._unsent)
         self.feedback.contraction.measure(self.step, self.v, self.feedback.owned)
         self.absorbed = True
-        del self.g  # free the messages of all workers: a hook commits its round later
+        # Free the messages of all workers now, since a hook commits its round later.
+        del self.g
 
     def close(self, *, apply: bool) -> None:
-        """Commit the error memory, or roll back the error memory and the aggregator. No-op if the round has ended."""
+        """Commit the error memory, or roll back the error memory and the
+        aggregator. No-op if the round was closed before."""
         if self._is_open:
             self._is_open = False
             if not apply:

@@ -35,7 +35,7 @@ class Place:
     """A parameter and its position in the vector of all parameters."""
 
     name: str
-    parameter: Tensor  # gives shape, dtype and memory format
+    parameter: Tensor  # the parameter, or a tensor with its shape, dtype and memory format
     dense: bool  # True if the parameter is sent uncompressed
     start: int  # offset in the vector of all parameters
     group: int = 0  # index of the parameter's group
@@ -52,7 +52,9 @@ class Place:
 
 class Slice:
     """A set of parameters as one vector, float[d], in the same order as in the vector of all parameters.
-    `views` are in the order of `places`. Vectors from `zeros` are in at least float32."""
+
+    `views` are in the order of `places`. Vectors from `zeros` are in at least float32.
+    """
 
     def __init__(self, places: Sequence[Place], device: torch.device) -> None:
         self.places = list(places)
@@ -94,15 +96,15 @@ class Slice:
         return any(place.is_frozen for place in self.places)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
-        """Return the views of a vector, float[d], that belong to parameters frozen since construction."""
+        """Return the views of a vector, float[d], that belong to currently frozen parameters."""
         if not self.has_frozen:
             return []
         return [view for place, view in self.named(flat) if place.is_frozen]
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Shapes of the compressed parameters, with dimensions in the order of memory: (n, m) for a transposed m x n
-        matrix."""
+        """Shapes of the compressed parameters, with dimensions in the order in which they are in memory. For a
+        transposed m x n matrix, this is (n, m)."""
         strides, found = dict(zip(self.names, self._strides, strict=True)), []
         for place in self._in_order:
             if not place.dense:
@@ -114,8 +116,8 @@ class Slice:
 
     def add_noise(self, out: Tensor, noise: GaussianNoise) -> None:
         """Add noise to out, float[d], in place; noise is indexed by the coordinates of the vector of all parameters."""
-        # Add it to each range [first, last) of this slice that is contiguous in that vector, where it starts at
-        # `begin`.
+        # Add noise to each range [first, last) of this slice that is contiguous in the vector of all parameters. In
+        # that vector, the range starts at `begin`.
         first = last = begin = 0
         for place in self._in_order:
             if last > first and place.start != begin + last - first:
@@ -130,7 +132,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class GroupRange:
-    """A range of the flat vector that belongs to one parameter group, and so has one learning rate."""
+    """A range of the flat vector whose coordinates belong to one parameter group, and so have one learning rate."""
 
     group: int
     start: int
@@ -160,13 +162,13 @@ class FlatParameters(Slice):
                 )
         check_no_shared_memory(dict(zip(names, self.parameters, strict=True)), "params")
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
-        # The order of x: compressed tensors, then uncompressed ones.
+        # Place the compressed tensors first in x, and the uncompressed ones after them.
         dense, start, found = [is_sent_uncompressed(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
         for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # sorted() is stable
             p = self.parameters[i]
             found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
             start += p.numel()
-        # The ranges of parameter groups, in the order of x.
+        # Find the ranges of x that belong to one parameter group each.
         self.ranges: list[GroupRange] = []
         for place in found.values():
             stop = place.start + place.size
@@ -186,12 +188,14 @@ class FlatParameters(Slice):
         return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
 
     def in_order(self, flat: Tensor) -> Tensor:
-        """Return a flat vector rearranged in the user's order, that of torch's parameters_to_vector."""
+        """Return a flat vector rearranged in the user's order, i.e. the order of torch's parameters_to_vector."""
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
-        """Change x by a call of work(x), in place and in at least float32, except in frozen parameters.
-        Returns the rounding error of x, float[d], or None if x is at least float32."""
+        """Call `work`, which changes x in place, with x in at least float32. Frozen parameters keep their values.
+
+        Returns the rounding error of x, float[d], or None if x is at least float32.
+        """
         frozen = [(view, view.clone()) for view in self.frozen(self.x)]
         exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
         work(exact)
@@ -219,7 +223,7 @@ class FlatParameters(Slice):
 def places(
     named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
 ) -> list[Place]:
-    """Return the place of each `part(p)`, such as this process's shard of p, in one vector with all compressed
+    """Return the place of each `part(p)`, such as this process's shard of p, in one vector that contains all compressed
     parameters first. The size of the whole p, not of the part, is compared with `dense_below`."""
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: is_sent_uncompressed(item[1], dense_below)):  # sorted() is stable
@@ -229,13 +233,14 @@ def places(
 
 
 def is_sent_uncompressed(p: Tensor, dense_below: int) -> bool:
-    """Return True if p has fewer than two dimensions or fewer than `dense_below` elements, unless `dense_below` is
-    0."""
+    """Return True if p has fewer than two dimensions or fewer than `dense_below` elements. Always returns False if
+    `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 
 def strides_of_view(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of p's view of a vector: those of p, as in channels_last, unless p has gaps in memory."""
+    """Return the strides of the view that represents p in a flat vector. They are the strides of p, so that formats
+    such as channels_last are kept. If p has gaps in memory, they are contiguous strides."""
     return p.stride() if p.numel() and extent(p) == p.numel() else torch.empty(p.shape, device="meta").stride()
 
 
@@ -247,7 +252,8 @@ def extent(p: Tensor) -> int:
 def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
     """Raise ValueError, which starts with `what`, if two tensors share memory, judged by the ranges that they span.
     Views with gaps whose ranges overlap only in part, such as the columns x[:, :5] and x[:, 5:], are accepted."""
-    before: list[tuple[str, int, int, bool]] = []  # name, start, stop and gaps of tensors that end after p's start
+    # Name, start and stop of each tensor that ends after the start of p, and True if the tensor has gaps.
+    before: list[tuple[str, int, int, bool]] = []
     for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
         if not p.numel():
             continue

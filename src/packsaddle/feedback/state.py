@@ -24,8 +24,8 @@ from torch import Tensor
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import decode, dotted
 
-FORMAT = 6  # version, of the states of optimizers, hooks and local updates, and of elastic workers' files
-ANY = "*"  # in a path: any key
+FORMAT = 6  # version of the saved states of optimizers, hooks and local updates, and of elastic workers' files
+ANY = "*"  # a key in a path that matches any key
 Path = tuple[Any, ...]  # keys, outermost first
 Kind = Literal["shared", "error", "own", "constant"]
 
@@ -37,7 +37,7 @@ class Rule:
     path: Path
     kind: Kind
     like: Path = ()  # for kind "error": path of the tensors that give the shapes of zeros if this entry is missing
-    value: Any = None  # for kind "constant": the new value if the identity has none
+    value: Any = None  # for kind "constant": the new value if the identity has no value of that name
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,8 @@ class Value:
         _put(state, self.path, _plain(self.get()))
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> Any:
-        """Return the saved value. Raises ValueError if it is missing, invalid, or differs between matches of `path`."""
+        """Return the saved value. Raises ValueError if it is missing or invalid, or if `path` matches entries with
+        different values."""
         found = [typed(self.hint, value, path) for path, value in _matches(state, self.path)]
         if any(value != found[0] for value in found[1:]):
             raise ValueError(f"{dotted(self.path)} must have one value, found {found}")
@@ -205,14 +206,14 @@ class State:
         return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
 
     def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
-        """Return new values, by path, for those `leaves` whose kind is "constant": they replace the saved values.
-        `leaves` are as in `split`."""
+        """Return the new values of all entries of kind "constant", by path, which replace the saved values when the
+        number of workers changes. `leaves` are the entries of one worker's state, as in `split`."""
         identity, rules = self._identity(), {path: self.rule(path) for path in leaves}
         return {p: identity.get(p[-1], rule.value) for p, rule in rules.items() if rule.kind == "constant"}
 
 
 def skip(saved: Any) -> None:
-    """No-op: the `load` of a field that its owner restores itself, after all other fields."""
+    """No-op in place of a field's `load`, for a field that its owner restores itself after all other fields."""
 
 
 def check_format(found: Any, what: str) -> None:
@@ -274,11 +275,12 @@ def _put(state: Any, path: Path, value: Any) -> None:
 
 
 def _fits(path: Path, pattern: Path) -> bool:
-    """Return True if a path or a prefix of it matches a pattern."""
+    """Return True if a path, or a prefix of it, matches a pattern, in which ANY matches every key."""
     return len(path) >= len(pattern) and all(p in (ANY, key) for key, p in zip(path, pattern, strict=False))
 
 
 def _filled(pattern: Path, path: Path, of: Path) -> Path:
-    """Return `pattern` with each ANY replaced by the key that `path` has at the corresponding ANY of `of`."""
+    """Return the path `pattern` with its wildcards (ANY) replaced by keys. The keys are those of `path` at the
+    wildcards of `of`, a pattern that `path` matches."""
     keys = iter([key for key, p in zip(path, of, strict=False) if p == ANY])
     return tuple(next(keys) if p == ANY else p for p in pattern)

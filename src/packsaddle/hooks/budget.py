@@ -16,12 +16,13 @@ from packsaddle.compressors import Compressor
 from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
-_SAMPLE = 1 << 17  # number of coordinates to sample; a smaller model is not sampled but used whole
+_SAMPLE = 1 << 17  # number of coordinates to sample; of a smaller model, all coordinates are used
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample `values`, float[m], of the `size` coordinates of a slice (parameters compressed together)."""
+    """A sample of the coordinates of a slice, i.e. of parameters that are compressed together. `values`, float[m], are
+    the sampled coordinates, and `size` is the number of all coordinates of the slice."""
 
     names: Names  # the names of the slice's parameters
     size: int
@@ -33,7 +34,9 @@ class _Sample:
 
 class Allocation:
     """Chooses the compressor of each slice of a model of d coordinates, from samples of the last step's vectors.
-    Workers may choose differently. The budget of a slice without a sample is proportional to its size."""
+
+    Workers may choose different compressors. The budget of a slice without a sample is proportional to its size.
+    """
 
     def __init__(self, d: int) -> None:
         self.d = d
@@ -45,7 +48,8 @@ class Allocation:
         self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
-        """Begin a step: divide the budget of `compressor` among the slices of the previous step."""
+        """Begin a step: divide the budget of `compressor`, i.e. the number of coordinates that it sends, among the
+        slices that were sampled in the previous step."""
         known, self._next, self._compressor = self._last, {}, compressor
         allotted = None
         if sum(sample.size for sample in known.values()) == self.d and len(known) > 1:
@@ -53,24 +57,26 @@ class Allocation:
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
     def of(self, part: Names, compressor: Compressor) -> Compressor | None:
-        """Return the slice's compressor in this step, or None if it has no sample, or if `compressor` is not that of
-        this step."""
+        """Return the compressor of a slice in this step. Returns None if the slice was not sampled in the previous
+        step, or if `compressor` is not the one with which the step began."""
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:
-        """Sample a slice's vector to send, float[n], if compressors of this type divide their budget by magnitudes."""
+        """Sample a slice's vector to send, float[n]. No-op if compressors of this
+        type do not divide their budget by magnitudes."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
     def close(self, *, apply: bool) -> None:
-        """Commit this step's samples, or roll back to the previous step's."""
+        """Commit the samples of this step, or roll back to the samples of the previous step."""
         if apply:
             self._last = self._next
         self._next = {}
 
     def field(self, device: Callable[[], torch.device]) -> Value:
-        """Return the saved-state field of the sampled coordinates of each slice; loading moves them to `device()`."""
+        """Return the saved-state field that contains the samples of all slices. Loading moves the samples to
+        `device()`."""
 
         def load(saved: Sequence[_Sample]) -> None:
             self._last = {s.names: replace(s, values=s.values.to(device(), copy=True)) for s in saved}

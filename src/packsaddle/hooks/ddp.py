@@ -95,7 +95,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    # Validate the options by themselves, and for this model.
+    # Validate the options, first alone and then for this model.
     spec = Compression.of(compressor)
     rules = HookOptions(spec, Noise.of(noise), scope, start_step, as_seed(seed))
     check_scaler(scaler)
@@ -106,7 +106,7 @@ def register_ddp_hook(
     trained = {id(p) for p in parameters_of(optimizers)}
     if optimizers and (missing := [name for name, p in named if id(p) not in trained]):
         raise ValueError(f"optimizer must have all parameters of the model, and lacks {missing[0]}")
-    # The backward pass does lines 9-12 of Algorithm 1.
+    # Make the hook, which does lines 9-12 of Algorithm 1 in the backward pass.
     device = next(model.parameters()).device
     channel = Communicator(TorchGroup(same_workers(model.process_group, device)), Ledger())
     hook = DDPHook(model.module, channel, rules, found, scaler)
@@ -182,7 +182,8 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
-            module.broadcast_buffers = False  # otherwise each forward pass waits for rank 0's buffers
+            # Do not broadcast buffers: each forward pass would wait for rank 0's.
+            module.broadcast_buffers = False
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
@@ -222,7 +223,8 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     """Make a forward pass raise RuntimeError if earlier gradients were computed without a call of the hook."""
-    for handle in _guards.pop(model.module, ()):  # guards of an earlier DistributedDataParallel of the same module
+    # Remove the guards of an earlier DistributedDataParallel of the same module.
+    for handle in _guards.pop(model.module, ()):
         handle.remove()
     # One gradient suffices to detect that a backward pass ran. A pass within no_sync does not call the hook.
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
@@ -234,8 +236,9 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
     def on_forward(module: nn.Module, _: Any) -> None:
         nonlocal synchronized
-        synchronized = model.require_backward_grad_sync  # DDP reads this attribute in the forward pass
-        # One call proves that DistributedDataParallel uses the hook.
+        # DDP reads this attribute in the forward pass too.
+        synchronized = model.require_backward_grad_sync
+        # One call of the hook proves that DistributedDataParallel uses it, so the guards are removed.
         if hook.calls:
             for handle in handles:
                 handle.remove()
@@ -249,4 +252,5 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     _guards[model.module] = handles
 
 
-_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # hooks of each wrapped model
+# Handles of the hooks that `_guard` has registered, by wrapped module.
+_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()

@@ -28,7 +28,7 @@ from packsaddle.numerics.finite import fill_where
 class Bucket:
     """Gradients that DistributedDataParallel exchanges together; the hook replaces them with their means, in place."""
 
-    index: int  # index in the backward pass; 0 is its first bucket
+    index: int  # index of the bucket in the backward pass, which begins with bucket 0
     is_last: bool
     buffer: Tensor  # float[n], all gradients of the bucket
     gradients: list[Tensor]  # views of the buffer, shaped as their parameters
@@ -38,8 +38,8 @@ class Bucket:
 class DDPHook(GradientHook, Exchanging):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model. With scope="bucket", buckets may differ at loading: no update is
-    lost, but only with scope="model" is a resumed run bitwise identical.
+    `places` are the parameters of `module`, the model. With scope="bucket", a resumed run may have other buckets than
+    the saved run. No update is lost then, but only with scope="model" is a resumed run bitwise identical.
     """
 
     def __init__(
@@ -55,11 +55,12 @@ class DDPHook(GradientHook, Exchanging):
         self._module, self._places, self._scaler = module, places, scaler
         self._named = {id(place.parameter): place for place in places}
         self._sizes = {place.name: place.parameter.nbytes for place in places}
-        if scaler is not None:  # an enabled scaler skips steps with non-finite gradients
+        # An enabled scaler skips steps with non-finite gradients, so the optimizer never applies them.
+        if scaler is not None:
             self._skips.protected |= scaler.is_enabled()
         self._background = Background(self.device, blocks=channel.group.stages(self.device))
         self.calls = 0  # number of buckets received from DDP
-        # The running backward pass, or the last one.
+        # State of the running backward pass, or of the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._failure: Exception | None = None  # the first exception in this pass, if any
 
@@ -99,7 +100,9 @@ class DDPHook(GradientHook, Exchanging):
 
     def _average(self, buckets: Sequence[Bucket]) -> None:
         """Average buckets over workers as one vector, in place.
-        After an error, the later buckets of the pass, which DDP submits nevertheless, raise the same error."""
+
+        After an error, DDP still submits the later buckets of the backward pass. They raise the same error.
+        """
         if buckets[0].index == 0:
             self._failure = None
         if self._failure is not None:
@@ -114,14 +117,15 @@ class DDPHook(GradientHook, Exchanging):
         except Exception as error:
             self._failure = error
             raise
-        # After a rejected exchange gradients are NaN on all workers, so all scalers skip the step.
+        # Set the gradients of a rejected exchange to NaN on all workers, so that all scalers skip the step.
         for bucket in buckets:
             fill_where(bucket.buffer, (code != 0).any(), float("nan"))
         if buckets[-1].is_last:
             self._complete()
 
     def _begin(self) -> None:
-        """Commit or roll back the last pass, compare parameters if due, and draw the noise of this pass (line 9)."""
+        """Commit or roll back the last backward pass, compare parameters if a comparison is due, and draw the noise of
+        this pass (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -131,7 +135,8 @@ class DDPHook(GradientHook, Exchanging):
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _slice(self, names: frozenset[str]) -> ErrorFeedback:
-        """Return the error feedback of these parameters, with the old error memories if DDP has rebuilt its buckets."""
+        """Return the error feedback of the parameters with these names. If DDP has rebuilt its buckets, it is made with
+        the error memories of the old buckets."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -170,7 +175,8 @@ class DDPHook(GradientHook, Exchanging):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The error feedback of all parameters, or None if scope="bucket", or before the first exchange or loading."""
+        """The error feedback of all parameters. It is None with scope="bucket",
+        and before the first exchange or loading."""
         return next(iter(self._slices.values()), None) if self.rules.scope == "model" else None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

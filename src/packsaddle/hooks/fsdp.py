@@ -34,7 +34,7 @@ from packsaddle.options.agreement import agreement
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    # Not imported, since that is slow: the module is loaded if FSDP is in use.
+    # Do not import FSDP, since that is slow. If FSDP is in use, its module is already loaded.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
@@ -46,8 +46,11 @@ def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
-    """Return (name, local shard) of every parameter that FSDP2 shards, or with `gradients` of every gradient.
-    Call outside of forward and backward passes, in which parameters are unsharded."""
+    """Return a pair (name, local shard) for every parameter that FSDP2 shards, or with `gradients` for every gradient
+    of such a parameter.
+
+    Call outside of forward and backward passes, in which parameters are unsharded.
+    """
     found: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
         sharded: Any = p.grad if gradients else p.detach()
@@ -57,7 +60,8 @@ def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str
 
 
 def padded_size(model: nn.Module) -> int:
-    """Return the number of coordinates of this worker's gradient shards, padded to equal length in dimension 0."""
+    """Return the number of coordinates of this worker's gradient shards. FSDP2 pads shards in dimension 0 to equal
+    length on all workers, and the padding counts."""
     shards, found = int(_mesh(model).size()), 0
     for p in model.parameters():
         if hasattr(p, "to_local") and p.requires_grad:
@@ -89,21 +93,24 @@ class FSDPHook(GradientHook, Exchanging):
             *("register_fsdp_hook", RULES, self._identity, self._saved_fields), names={"": ROOT}, only_with=_SHARDS
         )
         self._model = model
-        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())  # index, and number of shards
-        self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
-        self._seen: dict[str, int] = {}  # autograd's id of this backward pass, by name of each module exchanged in it
+        # Index of this worker's shard, and the number of shards.
+        self.shard = int(_mesh(model).get_local_rank()), int(_mesh(model).size())
+        self._bits: dict[str, Tensor] = {}  # binary digits of the index of each module, int64[b], by name
+        # For each module that was exchanged in this backward pass, by name, autograd's id of the pass.
+        self._seen: dict[str, int] = {}
 
     @torch.no_grad()
     def start(self) -> None:
         """Broadcast rank 0's parameters to all replicas; collective.
 
-        For a model on the meta device it runs in the first forward pass with gradients, before FSDP's own hook, while
-        parameters are sharded.
+        For a model on the meta device, the broadcast happens in the first forward pass with gradients. It is before
+        FSDP's own hook, while parameters are sharded.
         """
         if any(local.is_meta for _, local in local_shards(self._model)):
 
             def on_forward(*_: Any) -> None:
-                # Without gradients, one replica may evaluate alone. FSDP itself raises for weights on the meta device.
+                # Wait for a forward pass with gradients, since one replica may evaluate alone without them. FSDP itself
+                # raises an error for weights that are still on the meta device.
                 if torch.is_grad_enabled() and not any(local.is_meta for _, local in local_shards(self._model)):
                     for handle in handles:
                         handle.remove()
@@ -115,7 +122,7 @@ class FSDPHook(GradientHook, Exchanging):
             return
         for _, local in local_shards(self._model):
             if local.numel():
-                there = local.to(self.device)  # a copy only if FSDP offloads to the CPU
+                there = local.to(self.device)  # this copies only if FSDP offloads to the CPU
                 self.channel.broadcast(there, "start")
                 if there is not local:
                     local.copy_(there)
@@ -149,7 +156,8 @@ class FSDPHook(GradientHook, Exchanging):
         self._noise = self.rules.noise.drawn(seed=seed, step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, [self._bits[name]])
         fill_where(gradient, (code != 0).any(), float("nan"))
-        # Reading the code waits for the GPU, so read it only in a module's first exchange; `_settle` reads all codes.
+        # Reading the code waits for the GPU, so read it here only in a module's first exchange. `_settle` reads all
+        # codes later.
         if (is_first or code.device.type == "cpu") and code[2]:
             self._complete()
             self._settle()
@@ -169,12 +177,13 @@ class FSDPHook(GradientHook, Exchanging):
 
     @property
     def device(self) -> torch.device:
-        return torch.device(_mesh(self._model).device_type)  # weights may be offloaded, or still on the meta device
+        # Do not use the device of weights, which may be offloaded or still on the meta device.
+        return torch.device(_mesh(self._model).device_type)
 
     def _slice(self, name: str, index: int, gradient: Tensor, seed: int) -> ErrorFeedback:
         if name not in self._slices:
-            # The first gradient of a module has the size of its slice, padding included.
-            # Only its shape is used, so the tensor is on the meta device.
+            # The first gradient of a module has the size of the module's slice, padding included. Only the shape of the
+            # gradient is used, so its substitute is a tensor on the meta device.
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
@@ -292,7 +301,8 @@ def register_fsdp_hook(
     choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
     hook.start()
     for index, (name, module) in enumerate(modules):
-        if hasattr(module, "set_reduce_scatter_unused_params"):  # keeps the layout of a shard fixed
+        # Reduce unused parameters too, so that the layout of a shard does not change.
+        if hasattr(module, "set_reduce_scatter_unused_params"):
             module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))
     return hook

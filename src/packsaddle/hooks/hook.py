@@ -61,7 +61,7 @@ class HookOptions(Option):
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step: `Identity`, which is lossless, before `start_step`."""
+        """Return the compressor of a step. Before `start_step` it is `Identity`, which is lossless."""
         return Identity() if step < self.start_step else self.compression.at(step)
 
 
@@ -111,7 +111,7 @@ class BucketTarget:
             torch.mul(view, self.scale, out=out)
             if not exact:
                 view.sub_(out, alpha=1 / self.scale)
-        # The scaled mean must not overflow; precision lost by 16-bit gradients is in the rounding error.
+        # The scaled mean must not overflow. The precision that 16-bit gradients lose is in the rounding error.
         dtypes = {torch.promote_types(out.dtype, torch.float32) for out in outs}
         fits = torch.as_tensor(magnitude) * self.scale <= min((torch.finfo(t).max for t in dtypes), default=0.0)
         return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
@@ -144,18 +144,19 @@ class GradientHook(Records, ABC):
         self._slices: dict[Any, ErrorFeedback] = {}
         self._sizes: dict[str, int] = {}  # bytes of each parameter's or module's gradient
         self._loose: dict[str, Tensor] = {}  # error memory of parameters or modules without a slice, by name
-        # The running backward pass, or the last one.
-        self._noise: GaussianNoise | None = None  # xi of the next exchange (line 9); None: 0
-        self._scale = 1.0  # the GradScaler's factor of the gradients
+        # State of the running backward pass, or of the last one.
+        self._noise: GaussianNoise | None = None  # noise xi of the next exchange (line 9); None: 0
+        self._scale = 1.0  # the factor by which a GradScaler has multiplied the gradients
         self._pass: list[Round] = []
         self._codes: list[Tensor] = []  # `Verdict.code` of each exchange
-        self._outcome: Readback | None = None  # the codes of a complete pass
+        self._outcome: Readback | None = None  # copy of the codes to the host; None: the pass is incomplete
         self._protected: list[Optimizer] = []
         self._rejected: list[Optimizer] = []  # protected optimizers whose gradients have NaNs of a rejected pass
         self._fresh = True  # False if gradients include those of earlier passes
         self.may_be_unused = False  # True if a backward pass may use only some parameters (see `Usage`)
 
-    def __repr__(self) -> str:  # without waiting for a running pass
+    def __repr__(self) -> str:
+        # Use `_steps`, since `steps` may wait for the device.
         compressor, workers = describe(self.rules.at(self._steps)), self.channel.group.size
         return f"{type(self).__name__}({compressor}, scope={self.rules.scope}, {workers=}, steps={self._steps})"
 
@@ -178,7 +179,8 @@ class GradientHook(Records, ABC):
 
     @property
     def contraction(self) -> float | None:
-        """The contraction mu of this worker's vector when last measured (see `monitor_every`)."""
+        """The contraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's vector v at the last measurement, or None if it
+        was not measured (see `Compression.monitor_every`)."""
         self._settle()
         return self._contraction.whole
 
@@ -216,15 +218,18 @@ class GradientHook(Records, ABC):
                 p.grad = None
 
     def _open(self) -> None:
-        """Begin the exchanges of a backward pass, after committing or rolling back those of the last pass.
-        Raises NonFiniteError after too many consecutive skipped steps."""
+        """Begin the exchanges of a backward pass, after the exchanges of the last pass were committed or rolled back.
+
+        Raises NonFiniteError after too many consecutive skipped steps.
+        """
         self._settle(interrupted=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
         self._allocation.begin(self.rules.at(self._steps))
 
     def _feedback(self, of: Slice, seed: int) -> ErrorFeedback:
-        """Return new error feedback for a slice. Its error memories in `_loose` are moved into it."""
+        """Return new error feedback for a slice, with the error memories of its parameters that had no slice
+        (`_loose`)."""
         memory = ErrorMemory(of, spare=True)
         for place, view in of.named(memory.vector):
             if (error := self._loose.pop(place.name, None)) is not None:
@@ -233,7 +238,7 @@ class GradientHook(Records, ABC):
         return ErrorFeedback(*parts, seed=seed, back=self.rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback) -> Compressor:
-        """Set a slice's compressor in this step; return the compressor of the whole model."""
+        """Set the compressor of a slice in this step. Returns the compressor of the whole model."""
         compressor = self.rules.at(self._steps)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
         part.use(compressor, self.rules.compression.exchange_of(compressor), allotted=allotted)
@@ -264,21 +269,25 @@ class GradientHook(Records, ABC):
         r.apply(BucketTarget(part.slice, gradients, self._scale, by_any))
         if usage is not None and by_any is not None:
             usage.restore(by_any)
-        if not decay:  # no error feedback
+        # Without error feedback, the residual is discarded.
+        if not decay:
             v.zero_()
         is_unlike: Tensor | bool = False
-        for mean in r.extras:  # the mean of equal bits is 0 or 1, up to rounding
+        # If the bits are equal on all workers, their mean is 0 or 1, up to rounding.
+        for mean in r.extras:
             is_unlike = (mean * (1 - mean) > 1e-6).any() | is_unlike
         self._codes.append(r.verdict.code(is_unlike))
         return self._codes[-1]
 
     def _complete(self) -> None:
-        """End the exchanges of a backward pass: begin to copy their outcome to the host."""
+        """End the exchanges of a backward pass: begin to copy their outcome to the host, without waiting for it."""
         self._outcome = Readback(torch.stack(self._codes))
 
     def _settle(self, *, interrupted: bool = False) -> None:
-        """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
-        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices."""
+        """Commit the last backward pass, or roll it back if it was interrupted or a worker's gradient was invalid.
+
+        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
+        """
         with self._lock:
             if not self._pass or not (self._outcome or interrupted):
                 return
@@ -321,7 +330,8 @@ class GradientHook(Records, ABC):
         """Return the settings that must be equal at saving and at loading."""
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state; those that depend on others are loaded after them."""
+        """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields
+        on which it depends."""
         return [
             attribute(("steps",), self, "_steps", int),
             *self._skips.fields(),
@@ -344,7 +354,8 @@ class GradientHook(Records, ABC):
         self.saved_state.validate(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if the state does not
+        match this hook."""
         self.saved_state.validate(state)
         self._settle(interrupted=True)
         self._step_rates.clear()

@@ -15,8 +15,8 @@ from packsaddle.feedback.round import ErrorFeedback
 
 
 class Usage:
-    """The parameters of a slice that this worker used in a backward pass: those whose gradient is not 0. `here`,
-    bool[p], is True for them.
+    """The parameters of a slice that this worker used in a backward pass, i.e. whose gradient is not 0. For these
+    parameters, `here`, bool[p], is True.
 
     A parameter whose gradient is 0 on all workers counts as unused. Its mean gradient is then set to 0, so no update is
     lost if DistributedDataParallel applies it nevertheless.
@@ -27,12 +27,12 @@ class Usage:
         self.here = torch.stack([gradients[name].any() for name in part.slice.names])
 
     def restore(self, by_any: Tensor) -> None:
-        """Complete the new error memory of the unused parameters, without waiting for a GPU. Call after `absorb`.
-        `by_any`, bool[p], is True for the parameters that any worker used."""
+        """Complete the new error memory of the parameters that this worker did not use, without waiting for a GPU. Call
+        after `absorb`. `by_any`, bool[p], is True for the parameters that at least one worker used."""
         self._part.memory.restore_unused(self.here, by_any)
 
 
 def clear_unused(views: Sequence[Tensor], used: Tensor | None) -> None:
-    """Set the tensors whose flag in `used`, bool[p], is False to 0. No-op if `used` is None."""
+    """Set to 0 the tensors whose flag in `used`, bool[p], is False. No-op if `used` is None."""
     for view, is_used in zip(views, used, strict=True) if used is not None else ():
         view.mul_(is_used)

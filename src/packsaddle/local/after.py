@@ -27,7 +27,8 @@ After = Callable[[LocalRound], None]
 
 
 class CompareAnchors:
-    """Compares the anchors of all workers, after those rounds of the last fragment that `drift` selects; collective."""
+    """Compares the workers' anchors with each other; collective. It runs after each applied round of the last fragment
+    for which `drift` schedules a comparison."""
 
     def __init__(self, drift: DriftGuard, fragments: Sequence[Fragment], lockstep: Lockstep, delay: int) -> None:
         self._drift, self._fragments, self._lockstep, self._delay = drift, fragments, lockstep, delay
@@ -35,7 +36,8 @@ class CompareAnchors:
     def __call__(self, r: LocalRound) -> None:
         if not (r.applied and r.part is self._fragments[-1] and self._drift.due(r.t)):
             return
-        before = list[list[Tensor]]()  # the start points, if anchors differ
+        # Start points of all fragments, copied before anchors are repaired. Empty if the anchors do not differ.
+        before = list[list[Tensor]]()
 
         def named() -> list[tuple[str, Tensor]]:
             before.extend(f.anchor.copy_starts() for f in self._fragments)
@@ -46,20 +48,23 @@ class CompareAnchors:
         self._lockstep.run("compares anchors", r.due - self._delay, compare)
         # Move the parameters with a repaired anchor. Otherwise the difference would be sent as a local update.
         for f, starts in zip(self._fragments, before, strict=False):
-            if f.current is None:  # a running exchange will move the parameters at its end
+            # A running exchange will move the parameters at its end.
+            if f.current is None:
                 f.anchor.move(starts)
 
 
 class EscapeAnchor:
-    """Runs the saddle escape check (Algorithm 1, lines 4-8) on the anchor of the only fragment; `interval` and `every`
-    of its rule are numbers of rounds. Raises ValueError for several fragments, for exchanges with a delay, and for
-    DTensors."""
+    """Runs the saddle escape check (Algorithm 1, lines 4-8) on the anchor of the only fragment. The fields `interval`
+    and `every` of `rule` count rounds here.
+
+    Raises ValueError if there are several fragments, if exchanges have a delay, or if parameters are DTensors.
+    """
 
     def __init__(self, rule: Escape, fragments: Sequence[Fragment], channel: Communicator, seed: int) -> None:
         whole = fragments[0]
         if len(fragments) > 1 or whole.options.overlap.delay or whole.is_sharded:
             raise ValueError("escape needs fragments=1, delay=0 and no DTensors: it compares whole anchors")
-        self.resets: list[Reset] = []  # records of the check's firings
+        self.resets: list[Reset] = []  # one record for each time that the check fired
 
         def at_anchor() -> float | Tensor:
             whole.anchor.set_parameters(whole.anchor.views)
@@ -84,9 +89,9 @@ class EscapeAnchor:
 
 
 class Reactions:
-    """The reactions to the end of a round, in order; a reaction that is not set is None.
+    """The reactions to the end of a round, called in a fixed order. A reaction that the options do not enable is None.
 
-    `outcomes` counts rejected rounds and resets optimizers, and may raise NonFiniteError, after which no other reaction
+    `outcomes` counts rejected rounds and resets optimizers. It may raise NonFiniteError, after which no other reaction
     runs.
     """
 
@@ -114,8 +119,8 @@ class Reactions:
         outer: Optimizer | None,
         shards: Shards,
     ) -> "Reactions":
-        """Return the reactions that the options of local updates set. `lockstep` runs the collectives of a fixed set of
-        workers. It is None for elastic workers, which compare their anchors at the start of a round instead."""
+        """Return the reactions that the options of local updates enable. `lockstep` runs the collectives of a fixed set
+        of workers. It is None for elastic workers, which compare their anchors at the start of a round instead."""
         spec, c, rank = options.compression, options.mean_momentum, channel.group.rank
         outcomes = Outcomes(optimizers, fragments, shards, spec.max_skipped, rank)
         momentum = MeanMomentum(optimizers, c, shards) if c else None

@@ -19,8 +19,12 @@ from packsaddle.local.inner import Shards
 
 
 def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
-    """Return W w_i norm(q_i)^2 for each tensor, float[p], to be averaged over workers. `sent` are the tensors of
-    W w_i q_i, which a worker sends, and `share` is W w_i, which is 0 if the worker is not in the exchange."""
+    """Return this worker's term of the mean squared norm of the workers' updates: W w_i norm(q_i)^2 for each tensor, to
+    be averaged over workers.
+
+    W is the number of workers, w_i the worker's weight in the mean, and q_i its decoded update. `sent` has the tensors
+    W w_i q_i, and `share` is W w_i. If the worker is not in the exchange, `share` and the result are 0.
+    """
     norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in sent])
     return norms.square() / share if share else torch.zeros_like(norms)
 
@@ -28,7 +32,9 @@ def squares_of(sent: Sequence[Tensor], share: float) -> Tensor:
 def lengthen(means: Sequence[Tensor], squares: Tensor, p: float, workers: int, shards: Shards) -> None:
     """Multiply the mean update of each tensor by r^p, in place; collective over the shards of this worker.
 
-    `squares`, float[p], are the means over workers of `squares_of`. A mean update of zeros does not change.
+    r is the root mean square of the norms of the workers' updates divided by the norm of their mean, and lies in
+    [1, sqrt(workers)]. `squares` has one entry per tensor, the mean over workers of `squares_of`. A mean update of
+    zeros does not change.
     """
     of_mean = torch.stack([torch.linalg.vector_norm(mean) for mean in means]).square()
     both = shards.total(torch.stack([squares.to(of_mean), of_mean]))

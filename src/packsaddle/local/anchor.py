@@ -26,7 +26,11 @@ from packsaddle.numerics.transfers import all_to_host, assign
 
 
 class Anchor:
-    """The anchor a, float[n], and the parameters x of this worker. With `keeps` the start point is a - e, else a."""
+    """The anchor a, float[n], i.e. the parameters that all workers last agreed on, and this worker's own parameters x.
+
+    After an exchange the worker continues at its start point. The start point is a - e with `keeps`, where e is the
+    worker's error memory, and a otherwise.
+    """
 
     def __init__(self, layout: Slice, trained: Sequence[Trained], memory: ErrorMemory, *, keeps: bool) -> None:
         a = layout.zeros()
@@ -34,18 +38,20 @@ class Anchor:
         self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor as parameters, for an outer optimizer
         self.layout, self.keeps = layout, keeps
         self._trained, self._memory = trained, memory
-        # float[n], the part of the local update that start - x misses, since only the start moved or x was rounded;
-        # None: 0
+        # The part of the local update that start - x does not contain, float[n]. It arises when the start point moves
+        # without the parameters x, or when x is rounded to 16 bits. None: 0.
         self.owed: Tensor | None = None
-        self.owned = slice(0, 0)  # coordinates that this worker owns, where its start point is a; empty unless `keeps`
+        # The coordinates that this worker owns in a two-way exchange, where its start point is a. The slice is empty
+        # unless `keeps` is set.
+        self.owned = slice(0, 0)
         self.set_from_parameters()
 
     def tensors(self) -> list[Tensor]:
         return [local_part(each.parameter) for each in self._trained]
 
     def values(self) -> list[Tensor]:
-        """Return the parameters on the anchor's device. If the anchor is on the CPU and the parameters are not, they
-        are copied, and the host waits once."""
+        """Return the parameters on the anchor's device. If the anchor is on the CPU and the parameters are not, all
+        parameters are copied to the CPU, and the host waits once."""
         return self._beside_anchor(self.tensors())
 
     def _beside_anchor(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -57,11 +63,13 @@ class Anchor:
         return {name for name, each in zip(self.layout.names, self._trained, strict=True) if not each.requires_grad}
 
     def starts(self) -> list[Tensor]:
-        """Return the start point of x after an exchange, one tensor per parameter: a, or a - e; may be views of a."""
+        """Return the point from which the parameters x continue after an exchange, one tensor per parameter. It is the
+        anchor a, or with `keeps` a - e, where e is the error memory. The tensors may be views of a."""
         return self.layout.views(self.flat - self._kept()) if self.keeps else self.views
 
     def _kept(self) -> Tensor:
-        """Return a - start, float[n]: the error memory, with zeros at owned coordinates; may be a view."""
+        """Return the anchor minus this worker's start point, float[n]. This is the error memory, with zeros at the
+        coordinates that the worker owns. The result may be a view of the error memory."""
         kept = self._memory.vector
         if self.owned.start < self.owned.stop:
             kept = kept.clone()
@@ -78,7 +86,8 @@ class Anchor:
             a.copy_(x)
 
     def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None, frozen: Collection[str] | None) -> None:
-        """Apply the mean update: a <- a - mean, or a step of `outer` with the mean, float[n], as gradient (line 11).
+        """Apply the workers' mean update to the anchor a (line 11 of Algorithm 1): a <- a - mean. If `outer` is given,
+        this optimizer makes a step instead, with the mean, float[n], as its gradient.
 
         The anchor of a frozen parameter does not change, neither by an outer momentum nor by a decoded message that is
         not exactly zero. `frozen` are the names of the frozen parameters, identical on all workers. If workers have
@@ -102,9 +111,12 @@ class Anchor:
             a.copy_(old)
 
     def move(self, before: Sequence[Tensor], frozen: Collection[str] | None = None, blend: float | None = None) -> None:
-        """Move the parameters x after the anchor changed: x <- start + (x - before), with one tensor of `before` per
-        parameter, or x <- start if it is empty. With `blend`, x <- (1 - blend) start + blend x. Parameters with names
-        in `frozen`, by default those frozen now, keep their values."""
+        """Move the parameters x after the anchor changed, and keep their progress since `before`:
+        x <- start + (x - before). `before` has one tensor per parameter. If it is empty, x <- start.
+
+        With `blend`, x <- (1 - blend) start + blend x. Parameters whose names are in `frozen` keep their values; by
+        default, `frozen` has all currently frozen parameters.
+        """
         frozen = self._frozen if frozen is None else frozen
         if not before:
             self.move_to_start(frozen)
@@ -117,8 +129,12 @@ class Anchor:
             self._set((torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts), frozen)
 
     def move_to_start(self, frozen: Collection[str] | None = None) -> None:
-        """Reset the parameters x to this worker's start point, and clear `owed`. Parameters with names in `frozen`, by
-        default those frozen now, keep their values."""
+        """Reset the parameters x to this worker's start point, and clear `owed`, the part of the local update that
+        start - x does not contain.
+
+        Parameters whose names are in `frozen` keep their values; by default,
+        `frozen` has all currently frozen parameters.
+        """
         frozen = self._frozen if frozen is None else frozen
         self.clear_owed(frozen)
         if not self.keeps:
@@ -132,8 +148,8 @@ class Anchor:
                 assign(x, a - e)
 
     def move_to_anchor(self) -> None:
-        """Move x, except frozen parameters, from its start point to the anchor a. `owed` records the change, so that no
-        update is lost."""
+        """Move the parameters x, except frozen ones, from this worker's start point to the anchor. The change of x is
+        recorded in `owed`, so that the next local update is not changed by it."""
         before = [x.clone() for x in self.values()]
         self.set_parameters(self.views)
         if self.keeps:
@@ -143,14 +159,16 @@ class Anchor:
             self.owed = change.flat if self.owed is None else change.flat.add_(self.owed)
 
     def set_parameters(self, values: Sequence[Tensor], frozen: Collection[str] | None = None) -> None:
-        """Set the parameters to `values`, except those with names in `frozen`, by default those frozen now."""
+        """Set the parameters to `values`. Parameters whose names are in `frozen` keep their values; by default,
+        `frozen` has all currently frozen parameters."""
         frozen = self._frozen if frozen is None else frozen
         for name, x, value in zip(self.layout.names, self.tensors(), values, strict=True):
             if name not in frozen:
                 assign(x, value)
 
     def clear_owed(self, frozen: Collection[str] = ()) -> None:
-        """Clear `owed`, except for the parameters with names in `frozen`."""
+        """Clear `owed`, the part of the local update that start - x does not contain. It is kept for the parameters
+        whose names are in `frozen`."""
         if not frozen or self.owed is None:
             self.owed = None
             return
@@ -159,13 +177,18 @@ class Anchor:
 
     @property
     def is_rounded(self) -> bool:
-        """True if a parameter's dtype is narrower than the anchor's, so that its start point is rounded."""
+        """True if a parameter has a narrower dtype than the anchor, so that the
+        start point of the parameter is rounded."""
         return any(x.dtype != a.dtype for x, a in zip(self.tensors(), self.views, strict=True))
 
     @contextmanager
     def fixed_update(self, names: Collection[str]) -> Iterator[None]:
-        """Context manager in which the anchor a and the error memory e may change. This moves the start points of the
-        parameters with these names, but not x or the local update, since `owed` records the difference."""
+        """Keep the local update of the parameters with these names fixed while the anchor a and the error memory e
+        change within the context.
+
+        Such a change moves the start point, from which the local update is measured. The parameters x do not move, so
+        the move of the start point is recorded in `owed`.
+        """
         if not names:
             yield
             return
@@ -177,34 +200,37 @@ class Anchor:
         self.owe(change)
 
     def own(self, owned: slice) -> None:
-        """Set the coordinates that this worker owns. Its start point moves, but x and the local update do not."""
+        """Set the coordinates that this worker owns in a two-way exchange. The start point of the worker moves there,
+        but its parameters x and its local update do not change."""
         if self.keeps and owned != self.owned:
             with self.fixed_update(self.layout.names):
                 self.owned = owned
 
     def shift(self) -> Tensor | None:
-        """Return the start point minus the start point without owned coordinates, float[n]. Returns None if this worker
-        owns no coordinates."""
+        """Return the difference between this worker's start point and that of a worker that owns no coordinates,
+        float[n]. Returns None if this worker owns no coordinates."""
         if self.owned.start == self.owned.stop:
             return None
         without = self.layout.views(self.flat - self._memory.vector)
         return self._rounded(self.starts()).sub_(self._rounded(without))
 
     def _rounded(self, values: Sequence[Tensor]) -> Tensor:
-        """Round `values`, one tensor per parameter, to x's dtypes, and return them as one vector, float[n]."""
+        """Round `values`, one tensor per parameter, to the dtypes of the parameters, and return them as one vector,
+        float[n]."""
         found = self.layout.zeros()
         for view, x, value in zip(found.views, self.tensors(), values, strict=True):
             view.copy_(value.to(x.dtype))
         return found.flat
 
     def owe(self, change: Tensor) -> None:
-        """Add `change`, float[n], to `owed`, after the start point has moved by -change and x has not."""
+        """Add `change`, float[n], to `owed`, the part of the local update that start - x does not contain. Call after
+        the start point has moved by -change and the parameters x have not moved."""
         total = change if self.owed is None else self.owed.add_(change)
         self.owed = total if total.any() else None
 
     def subtract_owed(self) -> None:
-        """Subtract `owed` from x, since the start point has moved by it and x has not. `owed` becomes the rounding
-        error of x."""
+        """Subtract `owed` from the parameters x that are not frozen, so that start - x contains the whole local update.
+        For 16-bit parameters, `owed` then becomes the rounding error of x."""
         if self.owed is None:
             return
         frozen, owed = self._frozen, self.owed.clone() if self._frozen else self.owed
@@ -213,8 +239,8 @@ class Anchor:
         self._set((x.to(wide_dtype(x)) - beside(x, part, wide_dtype(x)) for x, part in pairs), frozen)
 
     def _set(self, values: Iterable[Tensor], frozen: Collection[str]) -> None:
-        """Set the parameters, except those with names in `frozen`, to `values`, which are at least float32, and add the
-        rounding error to `owed`."""
+        """Set the parameters to `values`, given in at least float32, and add the rounding error of 16-bit parameters to
+        `owed`. Parameters whose names are in `frozen` keep their values."""
         xs = self.tensors()
         rounds = any(x.dtype != wide_dtype(x) for x in xs)
         if rounds and self.owed is None:
@@ -231,8 +257,11 @@ class Anchor:
             lost.add_(error.to(lost))
 
     def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
-        """Add the local update start - x, and the part `owed` that it misses, to out, float[n]; return out. If `starts`
-        is None, the current start points are used."""
+        """Add this worker's local update to `out`, float[n], and return `out`.
+
+        The local update is start - x, the change of the parameters x since their start point, plus the part `owed` that
+        this difference does not contain. If `starts` is None, the current start points are used.
+        """
         starts = self.starts() if starts is None else starts
         for x, start, view in zip(self.values(), starts, self.layout.views(out), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
@@ -241,9 +270,11 @@ class Anchor:
 
 @dataclass(frozen=True)
 class PseudoGradient(Update):
-    """The input of an error memory, float[n]: the local update start - x of some parameters, plus `Anchor.owed` and
-    noise. It is 0 for parameters with names in `frozen`. For a 16-bit x the local update is relative to the start point
-    rounded to 16 bits."""
+    """The local update of a worker, as the input of its error memory, float[n].
+
+    It is start - x, the change of the parameters x since their start point, plus `Anchor.owed` and noise. It is 0 for
+    parameters whose names are in `frozen`. For 16-bit parameters, the start point is rounded to 16 bits first.
+    """
 
     of: Anchor
     decay: float
@@ -251,12 +282,13 @@ class PseudoGradient(Update):
     frozen: Collection[str] = ()
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + noise, float[n], where base is the error memory. out and base must
-        not share memory."""
+        """Set out to v = decay base + (start - x) + owed + noise, float[n], where base is the error memory, and
+        (start - x) + owed is the local update. out and base must not share memory."""
         share, xs = self.decay, self.of.values()
         # Compute v = decay e + start - x. With start = a - e this is (a - x) + (decay - 1) e.
         starts: Sequence[Tensor] = self.of.views
-        if self.of.keeps and self.of.is_rounded:  # rounded to x's dtype, so e cannot be combined with the start point
+        # The start point of a 16-bit x is rounded, so a - e must be computed before x is subtracted.
+        if self.of.keeps and self.of.is_rounded:
             starts = self.of.starts()
         elif self.of.keeps:
             share -= 1.0
@@ -264,7 +296,8 @@ class PseudoGradient(Update):
             torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
-        if share != self.decay:  # the start point of owned coordinates is a
+        # At owned coordinates the start point is a, so decay e is added to a - x there.
+        if share != self.decay:
             out.flat[self.of.owned].add_(base.flat[self.of.owned])
         if self.of.owed is not None:
             out.flat.add_(self.of.owed)
@@ -276,11 +309,13 @@ class PseudoGradient(Update):
 
 
 def beside(x: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return `value` on the device of x and in `dtype`, by default that of x. The host does not wait."""
+    """Return `value` on the device of x and in `dtype`, by default the dtype of x. The host does not wait for a copy to
+    the device."""
     value = value.to(dtype or x.dtype)
     return value if value.device == x.device else to_device(value, x.device)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype, at least float32, in which x is computed before rounding to its own dtype."""
+    """Return the dtype in which values of a parameter x are computed before they are rounded to the dtype of x. It is
+    at least float32."""
     return torch.promote_types(x.dtype, torch.float32)

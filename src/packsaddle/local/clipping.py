@@ -27,9 +27,11 @@ class Clip:
 
 
 class Clips:
-    """Records of the clipped updates of a fragment: `found` lists those since construction or loading, and `count` is
-    the number in total.
-    With `logs`, a worker's 1st, 2nd, 4th, ... consecutive clipped update is logged."""
+    """Records of a fragment's updates that were scaled down because they were too long.
+
+    `found` lists the records since construction or loading, and `count` is their number over the whole training. With
+    `logs`, the 1st, 2nd, 4th, ... consecutive clipped update of a worker is logged.
+    """
 
     def __init__(self, *, logs: bool) -> None:
         self.found: list[Clip] = []
@@ -37,8 +39,8 @@ class Clips:
         self._in_a_row: dict[str, int] = {}
 
     def record(self, step: int, factors: Tensor, workers: Sequence[str]) -> None:
-        """Record an applied round from all workers' scale factors, float64[W], and their names. If `workers` is empty,
-        the names are the ranks."""
+        """Record the clipped updates of an applied round. `factors`, float64[W], are the scale factors of all workers'
+        updates, and `workers` are the names of the workers. If `workers` is empty, ranks are used as names."""
         names = workers or [str(rank) for rank in range(len(factors))]
         found = [Clip(step, name, s) for name, s in zip(names, factors.tolist(), strict=True) if s < 1]
         self.found += found
@@ -56,15 +58,16 @@ class Clips:
 
 
 class Standing(IntEnum):
-    """A worker's part in the clipping of a round."""
+    """How the clipping of a round treats a worker's update."""
 
     ABSENT = 0  # the worker is not in the round
-    LIMITED = 1  # its update is limited, but not counted in the median
-    COUNTED = 2  # its update is limited, and counted in the median
+    LIMITED = 1  # the worker's update is limited, but its norm is not counted in the median
+    COUNTED = 2  # the worker's update is limited, and its norm is counted in the median
 
 
 def norm_of(v: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the norm of an update, float32[1]. v is this process's part of the update; `total` sums over the parts."""
+    """Return the norm of a worker's update, float32[1]. `v` is the part of the update in this process, and `total` sums
+    a tensor over the processes of the worker."""
     norm: Tensor = torch.linalg.vector_norm(v, dtype=wide(v.device)).reshape(1)
     return total(norm.square_()).sqrt_().float()
 
@@ -73,8 +76,8 @@ def factors_of(norms: Tensor, standings: Tensor, most: float) -> Tensor:
     """Return the scale factors of all workers' updates, min(1, most m / norm), float64[W].
 
     `norms`, float32[W], and `standings`, int64[W] of `Standing`, have an entry for each worker. m is the median of the
-    norms that are counted; for an even number of them it is the lower middle one, since half of the workers cannot
-    raise that. The factor of an absent worker is 1.
+    norms that are counted. For an even number of norms it is the lower of the two middle ones, which half of the
+    workers cannot raise. The factor of an absent worker is 1.
     """
     norms = widened(norms)
     limit = most * norms.masked_fill(standings != Standing.COUNTED, math.nan).nanmedian()

@@ -45,18 +45,19 @@ _HINTS = {
 
 @dataclass(frozen=True)
 class Connection:
-    """The workers' process group and its communicator."""
+    """A worker's connection to the others: the process group of the workers, and the communicator of exchanges."""
 
-    group: Group  # the workers' group
-    within: Group | None  # the processes of this site; None: this worker is not a site
-    # communicator of exchanges; if they have a delay, its process group is separate, for use by the background thread
+    group: Group  # the process group of the workers
+    within: Group | None  # the processes of this worker if it is a site; None: the worker is one process
+    # The communicator of exchanges. If exchanges have a delay, it has a process group of its own, which only the
+    # background thread uses.
     channel: Communicator
-    behind: Background | None  # runs exchanges that have a delay; None: there is no delay
+    behind: Background | None  # runs exchanges that overlap with inner steps; None: no exchange does
 
     @classmethod
     def of(cls, options: LocalOptions, device: torch.device, *, is_split: bool) -> "Connection":
-        """Return the connection of a worker. `is_split` is True if each of the worker's processes has a part of the
-        parameters."""
+        """Return the connection of a worker to the others. `is_split` is True if each process of the worker has only a
+        part of the parameters."""
         workers = options.workers
         group: Group
         if isinstance(workers, Elastic):
@@ -69,7 +70,8 @@ class Connection:
         if isinstance(group, SiteGroup):
             within = group.within
             group = group.peers if is_split else group
-        if not group.accepts(device):  # with `offload` and only NCCL
+        # With `offload` the exchanged tensors are on the CPU, where NCCL cannot exchange them.
+        if not group.accepts(device):
             group = group.background(device) or group
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         behind = None if apart is None else Background(device, blocks=apart.stages(device))
@@ -84,9 +86,9 @@ class FixedWorkers:
         to: the connection to the other workers.
         device: device of the anchor.
         fragments: the fragments of the model.
-        schedule: when they are exchanged.
+        schedule: the steps after which each fragment is exchanged.
         outer: the outer optimizer of the anchor, or None.
-        announce: announces a collective to workers that have ended, in torch's `Join`.
+        announce: a function that announces a collective to the workers whose data has ended, within torch's `Join`.
     """
 
     steps = 0  # the number of inner steps of this worker
@@ -114,7 +116,8 @@ class FixedWorkers:
         self._checks = Lockstep(Communicator(group, Ledger()), device, to.behind, norms=has_norms, paced=paced)
         weight = None if settings.weight == "steps" else settings.weight
         self._participation = Participation(weight, settings.sample, group.size, group.rank, options.seed)
-        # With weight="steps" the workers' paces differ; unless they are fixed, a clock measures this worker's steps.
+        # With weight="steps", workers make different numbers of steps in a round. Unless the user has fixed these
+        # numbers, a clock measures the time of this worker's steps.
         self._is_paced, self._pacing = paced, Pacing.of(settings.steps, group.size, schedule.every)
         self._clock = StepClock(fragments[0].parameters[0].device if paced and settings.steps is None else None)
         self._set_pace(0)
@@ -127,8 +130,11 @@ class FixedWorkers:
         parameters: Mapping[str, Tensor],
         untrained: Sequence[tuple[str, Tensor]],
     ) -> None:
-        """Compare the arguments `same`, exchange the weights, and set all tensors to rank 0's; collective.
-        `reactions` are called at the end of each round."""
+        """Prepare the workers for training; collective. Compares the arguments `same` between workers, gathers the
+        workers' weights, and sets all parameters and untrained tensors to rank 0's values.
+
+        `reactions` are called at the end of each round.
+        """
         self._reactions = reactions
         tensors = [*parameters.values(), *(tensor for _, tensor in untrained)]
         with names_call("LocalUpdates(...)"):
@@ -139,14 +145,15 @@ class FixedWorkers:
             share_start(self.channel, tensors, self._device)
 
     def enter(self) -> bool:
-        """Join the other workers, at the first step; return True if their parameters were loaded."""
+        """No-op: the workers of a fixed set join at construction. Returns False, since no parameters were loaded."""
         return False
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
-        """Run the collectives after an inner step: the check after the first step, and the exchanges that end or begin.
-        Returns True if there were any. `parameters` have the gradients of the first step."""
+        """Run the collectives that are due after an inner step: the check after the first step, and the begin or end of
+        exchanges. Returns True if any of them ran. After the first step, `parameters` must have its gradients."""
         has_changed, self.steps, self._has_ended = has_ended != self._has_ended, steps, has_ended
-        # A worker whose data has ended advances by one tick in each step, so it leaves its pace.
+        # In each step, a worker whose data has ended advances by one tick, of which a round has `every`. So it no
+        # longer uses its own number of steps per round.
         if has_changed and self._is_paced:
             self._set_pace(steps - 1, idle=int(has_ended and steps == 1))
         self._clock.steps += 1
@@ -165,11 +172,12 @@ class FixedWorkers:
         return ran
 
     def _run(self, tick: int, due: Sequence[tuple[Fragment, bool]]) -> bool:
-        """Begin or end the exchanges that are `due` at one tick, as pairs of a fragment and True to begin; return True
-        if there were any."""
+        """Begin or end the exchanges that are due at one tick; return True if there were any. `due` has pairs of a
+        fragment and a bool, which is True if the exchange begins and False if it ends."""
         # With a delay, an exchange that should end now may already have been applied by a flush.
         due = [(part, begins) for part, begins in due if begins or not self._schedule.delay or part.current]
-        # With equal steps the announcement of the first step is also that of its exchanges.
+        # If all workers make the same steps, `after_step` has already announced
+        # the first step together with its exchanges.
         if due and not self._has_ended and (self.steps > 1 or self._is_paced):
             self._announce()
         for part, begins in due:
@@ -185,7 +193,11 @@ class FixedWorkers:
         return bool(due)
 
     def _set_pace(self, step: int, idle: int = 0) -> None:
-        """Apply the paces to this worker's schedule, from inner step `step` on, and to the weights of all workers."""
+        """Apply the current paces, i.e. the number of inner steps that each worker makes in a round. They change this
+        worker's schedule from inner step `step` on. With weight="steps", they also are the weights of the workers.
+
+        The schedule does not advance in the next `idle` steps.
+        """
         pace = self._schedule.every if self._has_ended else self.paces[self.channel.group.rank]
         self._schedule = self._schedule.paced(pace, step, idle=idle)
         self._set_weights()
@@ -195,13 +207,13 @@ class FixedWorkers:
             self._participation.weights = list(map(float, self.paces))
 
     def _nanoseconds(self, part: Fragment) -> int:
-        """Return the time of this worker's step in the round that ends, which is identical for all its shards, or 0 if
-        it is unknown."""
+        """Return the mean time of this worker's inner steps in the round that is ending, in nanoseconds, summed over
+        the worker's shards so that it is identical on all of them. Returns 0 if the time is unknown."""
         mine = to_device(torch.tensor([self._clock.read()]), self._device)
         return 0 if self._has_ended else int(part.shards.total(mine))
 
     def _begin(self, part: Fragment, tick: int, flush: Compressor | None = None) -> None:
-        """Begin a round of one fragment, in the background if it has a delay."""
+        """Begin a round of one fragment. The round runs in the background if exchanges have a delay."""
         # A flush has no delay, and all workers take part in it.
         call: Call = "calls flush()" if flush else "exchanges a round"
         delay = 0 if flush else self._schedule.delay
@@ -214,11 +226,13 @@ class FixedWorkers:
         compressor = part.feedback.compressor if self._has_schedule else None
         result = r.exchanged.v if delay else None
         exchange = partial(r.exchange, tick - 1)
-        # A worker that has ended has no local update to compare with the updates of others.
+        # A worker whose data has ended has no new local update, so its norm does not count in the median of the
+        # workers' norms.
         standing = Standing.LIMITED if self._has_ended else Standing.COUNTED
         if not share:
             standing = Standing.ABSENT
-        # Exchanges of variable size read the sizes of messages: the host would hang if the workers' calls do not match.
+        # If messages have variable sizes, the host reads the sizes before the exchange, and would hang if the workers'
+        # calls did not match. So these calls must be compared before the exchange.
         sent = part.feedback.compressor
         may_be_late = delay > 0 or (sent is not None and sent.fixed_size)
         r.call = self.lockstep.start(
@@ -251,7 +265,8 @@ class FixedWorkers:
         return all(applied)
 
     def _check_flush(self, compressor: Compressor, steps: int) -> None:
-        """Check a compressor for a flush, and that all workers pass the same one; collective."""
+        """Raise an error if a compressor is not valid for a flush, or if
+        workers pass different compressors; collective."""
         is_one = isinstance(compressor, Compressor)
         arguments = {"compressor of flush": describe(compressor) if is_one else repr(compressor)}
         compare = partial(check_agreement, self.channel, arguments, self._device)
@@ -307,7 +322,7 @@ class FixedWorkers:
         return self._participation.share_after(self._schedule.next_begin(steps)) > 0
 
     def check_fixed(self, call: str) -> None:
-        """No-op; elastic workers raise RuntimeError."""
+        """No-op: a fixed set of workers supports all calls."""
 
     def join(self) -> NoReturn:
         raise RuntimeError(_FOR_ELASTIC.format("join"))
@@ -325,11 +340,12 @@ class FixedWorkers:
 
     @property
     def paces(self) -> list[int]:
-        """The inner steps of each worker in a round, by rank."""
+        """The number of inner steps of each worker in a round, by rank."""
         return self._pacing.steps
 
     def position(self, steps: int) -> int:
-        """Return the number of inner steps of all workers; if workers have different paces, only of complete rounds."""
+        """Return the number of inner steps, summed over all workers. If workers make different numbers of steps in a
+        round, only the steps of complete rounds count."""
         schedule = self._schedule
         return schedule.tick(steps) // schedule.every * sum(self.paces) if self._is_paced else steps * self.workers
 
@@ -344,8 +360,8 @@ class FixedWorkers:
         return [Value(("share",), float, self._participation.share, skip), *own, schedule]
 
     def _load_schedule(self, saved: Schedule) -> None:
-        """Continue at the saved tick. Call after the paces were loaded, or newly chosen for another number of
-        workers."""
+        """Restore the saved schedule, and choose new paces if the number of workers has changed. Call after the saved
+        paces are loaded."""
         self._schedule, fresh = saved, Pacing.of(self._settings.steps, self.workers, saved.every)
         if len(self.paces) != self.workers:
             self._pacing = fresh

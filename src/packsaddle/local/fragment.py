@@ -75,7 +75,8 @@ class Fragment(Slice):
 
     @property
     def frozen_next(self) -> list[str]:
-        """The names of the parameters that are frozen in the next exchange, or after `begin` in the current one."""
+        """The names of the parameters that are frozen in the next exchange. After `begin`, the next exchange is the
+        current one."""
         return [name for name, each in zip(self.names, self.trained, strict=True) if not each.requires_grad_next]
 
     @property
@@ -83,15 +84,15 @@ class Fragment(Slice):
         return [each.parameter for each in self.trained if each.requires_grad]
 
     def use(self, compressor: Compressor) -> None:
-        """Use another compressor from now on. The start point may move, but x does not. Raises ValueError if the
-        exchange does not support the compressor."""
+        """Use another compressor from now on. The start point may move, but the parameters x do not. Raises ValueError
+        if the exchange does not support the compressor."""
         self.feedback.use(compressor, self.options.compression.exchange_of(compressor))
         self.options.check_aggregator(self.feedback.choice.aggregator, sharded=self.is_sharded)
         self.anchor.own(self.feedback.owned)
 
     def end_flush(self) -> None:
-        """Remove the aggregator of a flush; x does not move. A saved state could not restore this aggregator, since the
-        compressor of the next round may be different."""
+        """Remove the aggregator that a flush used. A saved state could not restore it, since the compressor of the next
+        round may be different. The parameters x do not move."""
         self.feedback.drop_aggregator()
         self.anchor.own(self.feedback.owned)
 
@@ -110,25 +111,31 @@ class Fragment(Slice):
 
     @property
     def _of_last_round(self) -> Compressor:
-        """The compressor of the last round, not counting flushes, or of the first round if there was none."""
+        """The compressor of the last round that was not a flush. If no round was applied yet, it is the compressor of
+        the first round."""
         return self.options.compression.at(max(0, self.rounds - 1))
 
     def abandon(self) -> None:
-        """Wait for the current round, and roll it back, also if it failed."""
+        """Wait for the current round, even if it failed, and roll it back."""
         if self.current is not None:
-            with suppress(Exception):  # the round may have failed long ago
+            with suppress(Exception):  # an error of the round does not matter, since the round is rolled back
                 self.current.call.wait()
             self.roll_back()
 
     def roll_back(self) -> None:
-        """Cancel the current round and roll back the error memory, unless already committed."""
+        """Cancel the current round, if there is one. The error memory is rolled
+        back unless the round was already closed."""
         r, self.current = self.current, None
         if r is not None and r.exchanged is not None:
             r.finish(commit=False)
 
     def apply_round(self, outer: Optimizer | None) -> LocalRound:
-        """Close the current round, apply its mean to the anchor, and move the parameters x with the anchor; return it.
-        After a rejected round only a worker with an invalid update moves x, to its start point."""
+        """Close the current round, apply its mean to the anchor, and move the
+        parameters x with the anchor; return the round.
+
+        If the round was rejected, the anchor does not change, and only a worker whose update was invalid resets x to
+        its start point.
+        """
         r = self.current
         assert r is not None
         r.close()
@@ -136,14 +143,18 @@ class Fragment(Slice):
         if r.applied:
             assert r.mean is not None
             self.rounds += 1
-            # A flush has less than a round's steps, or none: an outer momentum would move the anchor beyond them.
+            # A flush covers fewer steps than a round, or none, so its mean is subtracted without the outer optimizer,
+            # whose momentum would move the anchor too far.
             outer, mean = None if r.flush else outer, r.mean
             if outer is not None and self.options.mean_momentum and isinstance(mean, Tensor):
-                # torch's foreach SGD changes the gradients that it gets, and the mean is still needed.
+                # torch's foreach SGD changes the gradients that it gets, and the mean is still needed for
+                # `mean_momentum`.
                 mean = mean.clone()
             with self.anchor.fixed_update([] if r.agrees else r.frozen):
                 self.anchor.apply_mean(mean, outer, r.frozen if r.agrees else None)
-            if r.flush and r.share and not r.leaves_rest:  # a weighted v leaves a residual: its rounding error
+            # A flush that has sent all of v leaves a residual only if v was weighted, and then it is a rounding error:
+            # clear it.
+            if r.flush and r.share and not r.leaves_rest:
                 for name, e in self._named(self.feedback.memory.vector).items():
                     if name not in r.frozen:
                         e.zero_()
@@ -155,7 +166,8 @@ class Fragment(Slice):
         return r
 
     def unapplied(self) -> Tensor:
-        """Return the updates of this worker that the anchor does not include yet, float[n]. Call after `close`."""
+        """Return the updates of this worker that the anchor does not include yet, float[n]. Call after the current
+        round is closed."""
         p, found = self.current, self.feedback.memory.pending().clone()
         if p is None or not p.applied:
             return self.anchor.add_local_update(found)
@@ -165,8 +177,8 @@ class Fragment(Slice):
         return self.anchor.add_local_update(found.add_(p.mean), starts_then)
 
     def unapplied_after(self) -> Tensor:
-        """Return `unapplied` as it will be once the current round, which is exchanged, is committed, float[n];
-        collective over the shards."""
+        """Return the updates of this worker that the anchor will not include once the current round is committed,
+        float[n]. Call after the round is exchanged; collective over the shards of this worker."""
         r = self.current
         assert r is not None
         assert r.exchanged is not None
@@ -180,7 +192,10 @@ class Fragment(Slice):
 
     def fields(self, path: Path) -> list[Vector | Value]:
         """Return this fragment's saved-state fields; `path` is the prefix of their keys.
-        Call after `close`, and call `resume` after loading them. A delayed exchange is saved with its outcome."""
+
+        Call after the current round is closed, and call `resume` after loading the fields. A delayed exchange is saved
+        with its outcome.
+        """
         feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
         exchange = Value(
             (*path, "exchange"), SavedExchange | None, self._saved_exchange, self._load_exchange, self._check_exchange
@@ -219,14 +234,17 @@ class Fragment(Slice):
         self._fill(self.feedback.memory.vector, saved)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Restore the aggregator, and the unsent change of x, `Anchor.owed`. Call after loading."""
+        """Restore the aggregator, and the part of the local update that the parameters x do not contain
+        (`Anchor.owed`). Call after the saved-state fields are loaded."""
         aggregator, self.anchor.owed = typed(SavedAggregator | None, saved["aggregator"]), None
         if aggregator is not None:
-            # The aggregator is of the last round, or of a delayed exchange, which is not counted yet.
+            # The saved aggregator is that of the last round, or that of a delayed exchange, which `rounds` does not
+            # count yet.
             is_delayed = self.current is not None and self.current.applied
             self.use(self.options.compression.at(self.rounds) if is_delayed else self._of_last_round)
             self.feedback.load_aggregator(aggregator)
-        # `use` has moved the start point from that of a worker that owns nothing.
+        # If this worker owns coordinates, `use` has moved its start point and recorded the move in `owed`. Adding the
+        # saved "shift" cancels that record.
         for name in ("shift", "owed"):
             if saved[name]:
                 vector = self.zeros().flat
@@ -252,14 +270,14 @@ class Fragment(Slice):
         return {} if flat is None else self.by_name(flat)
 
     def _fill(self, flat: Tensor, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors, by parameter, into a vector, float[n]."""
+        """Copy saved tensors, given by parameter name, into a flat vector, float[n]."""
         for name, view in self.by_name(flat).items():
             view.copy_(saved[name])
 
 
 def check_compressor(fragments: Sequence[Fragment], spec: Compression, *, stacklevel: int) -> None:
-    """Check the compressor of the first round, and set it in each fragment. `stacklevel` is that of a `warnings.warn`
-    in the caller of this function."""
+    """Check the compressor of the first round, and set it in each fragment. Warnings are issued with `stacklevel` as if
+    the caller of this function called `warnings.warn`."""
     d = sum(part.compressed_d for part in fragments)
     warn_if_nothing_compressed(spec.at(0), d, spec.dense_below, stacklevel=stacklevel)
     spec.at(0).validate(d)

@@ -31,8 +31,10 @@ _IMPLEMENTATIONS = ("params", "param_names", "foreach", "fused", "capturable", "
 
 
 def settings_of(optimizers: Iterable[Optimizer], *, of_groups: bool) -> dict[str, object]:
-    """Return the class and the settings of each optimizer by name, to compare them between workers. The settings are
-    the current ones of its parameter groups with `of_groups`, else its defaults. Settings that are objects are omitted.
+    """Return the class and the settings of each optimizer by name, to compare them between workers.
+
+    With `of_groups`, the settings are the current ones of the optimizer's parameter groups. Otherwise they are the
+    optimizer's defaults. Settings that are objects are omitted.
     """
     found: dict[str, object] = {}
     for i, optimizer in enumerate(with_members(optimizers)):
@@ -53,11 +55,15 @@ def equal_arguments(
     spec, workers = options.compression, options.workers
     same: dict[str, object] = {"weight": _kind(workers)} if isinstance(workers, Workers) else {}
     same |= agreement(options) | {"arithmetic": arithmetic(device)}
-    if not isinstance(spec.compressor, Compressor):  # with one function, workers may still have different compressors
+    # A function of the round may still return different compressors on different workers.
+    if not isinstance(spec.compressor, Compressor):
         same["compressor of round 0"] = describe(spec.at(0))
     same["outer"] = None if outer is None else (type(outer).__name__, outer.defaults)
-    fraction = same.pop("mean_momentum")  # its default depends on the optimizers, and it sends nothing
-    if workers.compare_optimizers:  # a worker that joins later may be at another point of a learning-rate schedule
+    # The default of `mean_momentum` depends on the optimizers, so it is compared only if they are.
+    fraction = same.pop("mean_momentum")
+    # Current settings of elastic workers may differ: a worker that joins later may be at another point of a
+    # learning-rate schedule than the other workers. So only defaults are compared.
+    if workers.compare_optimizers:
         same |= settings_of(optimizers, of_groups=isinstance(workers, Workers)) | {"mean_momentum": fraction}
     return same
 
@@ -87,9 +93,12 @@ def check_not_exchanged(optimizers: Iterable[Optimizer]) -> None:
 
 
 def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Return the optimizers' parameters by name. Names are those in the optimizers if all parameters have different
-    ones there, otherwise those in the model, otherwise "parameter 0", .... The prefixes that DistributedDataParallel
-    and torch.compile add are removed."""
+    """Return the optimizers' parameters by name.
+
+    The names in the optimizers are used if all parameters have different ones there. Otherwise the names in the model
+    are used, and if a parameter has none, all are called "parameter 0", "parameter 1" and so on. The prefixes that
+    DistributedDataParallel and torch.compile add are removed.
+    """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = parameters_of(optimizers)
@@ -102,7 +111,7 @@ def named_parameters(optimizers: Sequence[Optimizer], model: nn.Module | None = 
 
 
 def check_no_others(optimizer: Optimizer, known: Container[int]) -> None:
-    """Raise RuntimeError if `optimizer` trains a parameter whose id is not in `known`, so that it is not exchanged."""
+    """Raise RuntimeError if `optimizer` trains a parameter that is not exchanged, i.e. whose id is not in `known`."""
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             if p.requires_grad and id(p) not in known:
@@ -130,35 +139,37 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 class Shards:
     """Reductions over the processes of one worker. All methods are collective over these processes.
 
-    They are the processes that have shards of the worker's DTensors and, if `within` is given, the processes of that
-    site, each of which may have the whole model.
+    A worker has several processes if its parameters are DTensors, of which each process has a shard. If the worker is a
+    site, `within` is the group of all processes of the site. All reductions except `total` then include these
+    processes, even if each has the whole model.
     """
 
     def __init__(self, parameters: Iterable[Any], within: Group | None = None) -> None:
-        # Each group of processes once, in the order of the parameters, which is identical on all processes.
+        # Collect each group of processes once, in the order of the parameters, which is identical on all processes.
         meshes: dict[Any, None] = {p.device_mesh: None for p in parameters if hasattr(p, "device_mesh")}
         sharing = [m.get_group(i) for m in meshes for i in range(m.ndim) if m.size(i) > 1]
-        # `within` may exchange tensors on more devices than the mesh's group of the same processes.
+        # Use `within` in place of a mesh's group of the same processes, since it may exchange tensors on more devices.
         ranks = getattr(within, "ranks", None)
         self._sharing = [within if within and group.ranks == ranks else group for group in distinct_groups(sharing)]
         self.groups = self._sharing if within is None or within in self._sharing else [*self._sharing, within]
 
     def __call__(self, bad: Tensor) -> Tensor:
-        """Return `bad`, bool[...], reduced with OR over all processes."""
+        """Return `bad`, bool[...], reduced with OR over all processes of this worker."""
         return self.digest(bad.to(torch.int32)) > 0 if self.groups else bad
 
     def any(self, bad: bool, device: torch.device) -> bool:
-        """Return True if `bad` is True on one of the processes."""
+        """Return True if `bad` is True on one of this worker's processes."""
         return bool(self(torch.tensor(bad, device=device))) if self.groups else bad
 
     def digest(self, numbers: Tensor) -> Tensor:
-        """Sum `numbers`, integers, over all processes in place, and return them: fingerprints of the whole model."""
+        """Sum `numbers`, integers, over all processes of this worker, in place, and return them. The sum of the
+        fingerprints of all shards is a fingerprint of the whole model."""
         for group in self.groups:
             group.all_reduce(numbers)
         return numbers
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum `values` over the processes that have shards in place, and return them."""
+        """Sum `values`, in place, over the processes that have shards of this worker's DTensors, and return them."""
         for group in self._sharing:
             group.all_reduce(values)
         return values
@@ -176,11 +187,15 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 
 class OtherOptimizers:
     """Detects other optimizers in this process that train parameters of the same model without exchanging them.
-    `parameters` are the exchanged ones; `check` raises an error for other parameters of the same module."""
+
+    `parameters` are the exchanged parameters. `check` raises an error if an optimizer has stepped on other parameters
+    of the same module, unless `checks` is False.
+    """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group, *, checks: bool) -> None:
         self._ours, self._group, self._checks = parameters, group, checks
-        self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
+        # For each optimizer, the ids of the parameters on which it has stepped.
+        self.stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
         self._has_new = False  # True if an optimizer was recorded since the last `check`
         _watch_steps()
         _watches.add(self)
@@ -191,21 +206,23 @@ class OtherOptimizers:
             self._has_new = True
 
     def check(self) -> None:
-        """Raise RuntimeError if another optimizer has stepped with parameters of this model that nothing exchanges.
-        No-op unless `checks`."""
+        """Raise RuntimeError if another optimizer has stepped on parameters of this model that are not exchanged
+        between workers. No-op if this object was made with checks=False."""
         if not (self._has_new and self._checks):
             return
 
-        # Trainable parameters of optimizers that are exchanged neither by a `LocalUpdates` nor by the optimizer itself.
+        # Find the parameters of optimizers whose updates are exchanged neither by a
+        # `LocalUpdates` nor by the optimizer itself.
         alone = {o: ids for o, ids in self.stepped.items() if exchange_of(o) is None}
         ours = {id(p) for p in self._ours}
         theirs = set[int]().union(*alone.values()) - ours
-        # Select those that are in one module with the exchanged ones, by their names in the largest such module.
+        # Select the parameters that share a module with exchanged parameters, and
+        # their names in the largest such module.
         modules = [dict(module.named_parameters()) for module in recorded_modules()] if theirs else []
         shared = sorted((m for m in modules if not ours.isdisjoint(map(id, m.values()))), key=len, reverse=True)
         missed = [{name: p for name, p in m.items() if id(p) in theirs and p.requires_grad} for m in shared]
         found = max(missed, key=len, default={})
-        # These parameters differ between workers, unless DDP averages their gradients.
+        # The selected parameters differ between workers, unless DDP averages their gradients.
         if found and not is_averaged_by_ddp(found.values(), self._group):
             names = ", ".join(sorted({type(o).__name__ for o in alone}))
             raise RuntimeError(

@@ -42,7 +42,7 @@ _LOST = (
 
 @dataclass(frozen=True)
 class Header:
-    """The integers that the check gathers from each worker."""
+    """The integers that each worker sends in the check that all workers make the same call."""
 
     call: int  # index of the call in `Call`
     steps: int  # number of inner steps
@@ -55,9 +55,9 @@ class Header:
         return to_device(torch.tensor(astuple(self)[:size]), device)
 
 
-_SIZE = len(fields(Header)) - 1  # number of integers without the time
+_SIZE = len(fields(Header)) - 1  # number of integers in a header, not counting the time
 _STANDING = [each.name for each in fields(Header)].index("standing")
-HEADER = 8 * _SIZE  # bytes
+HEADER = 8 * _SIZE  # bytes of a header, not counting the time
 
 
 @dataclass
@@ -67,7 +67,8 @@ class PendingCall:
     wait: Callable[[], object] = lambda: None  # waits for the collective, and raises its errors
     # Compares the calls, and returns True if the frozen parameters are identical on all workers. Call after `wait`.
     check: Callable[[], bool] = lambda: True
-    times: list[int] = field(default_factory=list)  # nanoseconds of the workers' inner steps, after `check`
+    # Nanoseconds per inner step of each worker, by rank; 0: unknown. Read the list after `check`, which completes it.
+    times: list[int] = field(default_factory=list)
 
 
 class Lockstep:
@@ -75,8 +76,8 @@ class Lockstep:
     records the bytes of the check as "guard".
 
     `behind` runs collectives that overlap with inner steps; if it is None, none overlaps. With `norms`, every check has
-    room for a norm, so that the checks of all calls have the same size. With `paced`, it has room for the time of an
-    inner step, and calls other than exchanges may follow different numbers of steps on different workers.
+    room for a norm, so that the checks of all calls have the same size. With `paced`, every check also has room for the
+    time of an inner step, and calls other than exchanges may follow different numbers of steps on different workers.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class Lockstep:
     ) -> None:
         self._channel, self._device, self._background, self._norms = channel, device, behind, norms
         self._size, self._has_warned = _SIZE + paced, paced
-        # The host waits within collectives anyway, so a check there costs no wait.
+        # True if the host waits within collectives on this device anyway, so that a check before the work adds no wait.
         self._waits = device.type == "cpu" or channel.group.stages(device)
 
     def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
-        """Run `work`, which is collective, after all background work; errors of `work` are raised.
-        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`."""
+        """Run the collective `work` after all background work, and raise the errors of `work`.
+
+        Raises RuntimeError if workers make different calls, or exchange a round after different numbers of `steps`.
+        """
         started = self.start(call, steps, work)
         started.wait()
         started.check()
@@ -110,10 +113,12 @@ class Lockstep:
     ) -> PendingCall:
         """Start `work`, which computes `result`, in the background; return the call to wait for and to check.
 
-        These raise the errors that `run` would raise; the check returns True if all workers have the same `frozen`
-        parameters. On a GPU over NCCL, if it `may_be_late`, the workers' calls are compared only in the check, so that
-        the host does not wait here, unless a `compressor` is compared too. `norm`, float32[1], is gathered together
-        with the check, and `work` is called with all workers' norms, float32[W], and standings, int64[W].
+        Waiting and checking raise the errors that `run` would raise. The check returns True if all workers have the
+        same `frozen` parameters. With `may_be_late`, on a GPU over NCCL, the workers' calls are compared only in the
+        check, so that the host does not wait here. If a `compressor` is compared too, the comparison is never late.
+
+        `norm`, float32[1], is gathered together with the workers' calls. Then `work` is called with all workers' norms,
+        float32[W], and standings, int64[W] (see `Standing`).
         """
         is_late = may_be_late and compressor is None and not self._waits
         unchecked: list[Readback] = []
@@ -127,11 +132,13 @@ class Lockstep:
             same = hash_of(as_text({"frozen": frozen}))
             mine = Header(_CALLS.index(call), steps, hashed, same, standing, nanoseconds)
             headers, norms = self._gather(mine, norm)
-            if is_late:  # the copy is queued before `work`, so it completes even if the calls of `work` do not match
+            # A late comparison copies the headers to the host. The copy is queued before `work`, so it completes even
+            # if the workers' calls do not match and `work` hangs.
+            if is_late:
                 unchecked.append(Readback(headers))
             else:
                 agreed.append(self._check(headers.tolist(), compressor, times))
-            work(*norms)  # no arguments if `norm` is None
+            work(*norms)  # called without arguments if `norm` is None
 
         promise = None if self._background is None else self._background.promise()
         if self._background is None or promise is None:
@@ -151,8 +158,8 @@ class Lockstep:
         )
 
     def _gather(self, header: Header, norm: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Gather all workers' headers, int64[W, 5 or 6]; collective. Return them and a list, which has the workers'
-        norms, float32[W], and standings, int64[W], or is empty if there is no norm."""
+        """Gather the headers of all workers, int64[W, 5 or 6]; collective. Returns the headers and a list. The list has
+        the workers' norms, float32[W], and standings, int64[W], or is empty if `norm` is None."""
         call, steps = _CALLS[header.call], header.steps
         mine = {"header": header.packed(self._device, self._size)}
         if self._norms:
@@ -169,9 +176,12 @@ class Lockstep:
         return headers, [] if norm is None else [torch.cat([parts["norm"] for parts in gathered]), standings]
 
     def _check(self, headers: list[list[int]], compressor: Compressor | None, times: list[int]) -> bool:
-        """Compare the workers' `headers`, W lists, and append their times to `times`; return True if frozen parameters
-        are equal. Raises RuntimeError as `run` does. If only the steps of another call, such as `flush`, differ, rank 0
-        logs a warning."""
+        """Compare the workers' `headers`, and append the workers' step times to `times`. Returns True if all workers
+        have the same frozen parameters. Raises RuntimeError as `run` does.
+
+        In a call other than an exchange, such as `flush`, workers may have made different numbers of steps; rank 0 then
+        logs a warning.
+        """
         # Find the first worker that differs from worker 0 in its call, or else in its steps, or else in its compressor.
         first, *_ = rows = [Header(*row) for row in headers]
         times += [row.nanoseconds for row in rows]

@@ -44,8 +44,11 @@ def usual_fraction(optimizers: Sequence[Optimizer], outer: AnyOuter) -> float:
 
 
 class MeanMomentum:
-    """Mixes the mean update into first moments; `fraction` is c, and `shards` sums norms over a worker's processes.
-    Raises ValueError if all optimizers are torch's, and none is Adam or a variant of it with an elementwise v."""
+    """Mixes the workers' mean update into the first moments of Adam-like optimizers.
+
+    `fraction` is c in [0, 1], the weight of the mean update, and `shards` sums norms over a worker's processes. Raises
+    ValueError if all optimizers are torch's, and none is Adam or a variant of it with an elementwise second moment.
+    """
 
     def __init__(self, optimizers: Sequence[Optimizer], fraction: float, shards: Shards) -> None:
         self._fraction, self._shards = fraction, shards
@@ -72,8 +75,11 @@ class MeanMomentum:
             )
 
     def __call__(self, r: LocalRound) -> None:
-        """Mix the mean update of an applied round into the first moments. No-op after a flush, whose update is of less
-        than a round, and with one worker, whose own update is the mean."""
+        """Mix the mean update of an applied round into the first moments.
+
+        No-op after a flush, since its update covers less than a round, and with one worker, since the worker's own
+        update is the mean.
+        """
         if r.applied and not r.flush and r.part.feedback.channel.group.size > 1:
             assert isinstance(r.mean, Tensor)
             # With `offload` the mean is on the CPU: make one copy for all parameters.
@@ -82,13 +88,15 @@ class MeanMomentum:
             self.mix(r.part.parameters, updates)
 
     def mix(self, parameters: Sequence[Tensor], updates: Sequence[Tensor | None]) -> None:
-        """Mix the mean update of each parameter into its first moment, in place; the update of a frozen one is None.
+        """Mix the mean update of each parameter into its first moment, in place. The update of a frozen parameter is
+        None.
 
-        No-op for a parameter that is frozen, that has no moments of its shape or an infinite one, or whose mean update
-        is 0. Collective over the shards of this worker. Logs a warning if no parameter has moments at the first call,
-        unless an optimizer is a torch optimizer that should have them.
+        No-op for a parameter that is frozen, that has no moments of its shape, whose moments are infinite, or whose
+        mean update is 0. Collective over the shards of this worker. Logs a warning at the first call if no parameter
+        has moments, unless one of the optimizers is a torch optimizer with moments.
         """
-        # The norms of m and d. Shards have equal numbers of parameters, but one may have lost its moments.
+        # Compute the norms of each first moment m and its new direction d. They include parameters without moments, so
+        # that all shards sum tensors of equal size even if one of them has lost its moments.
         moments = [self._moments(p, update) for p, update in zip(parameters, updates, strict=True)]
         device = local_part(parameters[0]).device
         norms = torch.zeros(2 * len(moments), dtype=wide(device), device=device)
@@ -98,7 +106,7 @@ class MeanMomentum:
                 norms[2 * i] = torch.linalg.vector_norm(m, dtype=wide_dtype(m))
                 norms[2 * i + 1] = torch.linalg.vector_norm(_direction(m, v, update))
         of_m, of_d = self._shards.total(norms.square_()).sqrt_().view(-1, 2).unbind(1)
-        # Mix, without waiting for a GPU.
+        # Mix the directions into the moments, without waiting for a GPU.
         scales = torch.where((of_d > 0) & of_d.isfinite(), of_m / of_d, torch.nan)
         for found, scale in zip(moments, scales, strict=True):
             if found is not None:
@@ -111,10 +119,11 @@ class MeanMomentum:
             _log.warning("mean_momentum has no effect: %s has no exp_avg and exp_avg_sq", names_of(self._optimizers))
 
     def _moments(self, p: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return the local parts of a parameter's m and v, and its update. Returns None if the parameter is frozen or
-        has no update, or if it has no moments of its shape."""
+        """Return a parameter's first moment m, second moment v and mean update, each as the local part of a shard.
+        Returns None if the parameter is frozen, i.e. has no update, or if it has no moments of its shape."""
         state: Mapping[str, Tensor] = next((o.state[p] for o in self._optimizers if p in o.state), {})
-        v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))  # the former with amsgrad
+        # With amsgrad, Adam divides by the maximum of the second moments, so use that as v.
+        v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
         if update is None or "exp_avg" not in state or v is None:
             return None
         m, v = local_part(state["exp_avg"]), local_part(v)
@@ -126,5 +135,6 @@ def _has_momentum(group: Mapping[str, Any]) -> bool:
 
 
 def _direction(m: Tensor, v: Tensor, update: Tensor) -> Tensor:
-    """Return d = sqrt(v) * u for the update u, in at least float32. All tensors are on one device."""
+    """Return d = sqrt(v) * u, the direction of a first moment m for which Adam's step m / sqrt(v) is along the update
+    u. It is in at least float32. All tensors are on one device."""
     return v.to(wide_dtype(m)).sqrt() * update.to(wide_dtype(m)).view_as(m)

@@ -206,7 +206,7 @@ class Elastic(Option):
 
     @property
     def is_site(self) -> bool:
-        """True if the manager is of a worker of several processes."""
+        """True if the manager belongs to a worker of several processes."""
         return getattr(self.manager, "_group_world_size", 1) > 1
 
     def __post_init__(self) -> None:
@@ -322,7 +322,7 @@ class LocalOptions(Option):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Checks of the rounds and the error memory.
+        # Check the options of the rounds and the error memory.
         check_integers(1, every=self.every)
         overlap, spec = self.overlap, self.compression
         if overlap.fragments > self.every:
@@ -337,7 +337,7 @@ class LocalOptions(Option):
             )
         if not (_is_number(self.mean_momentum) and 0 <= self.mean_momentum <= 1):
             raise ValueError(f"mean_momentum must be in [0, 1], got {self.mean_momentum!r}")
-        # Convert 1 to 1.0: workers compare the text of their arguments, in which these differ.
+        # Convert 1 to 1.0, since workers compare their arguments as text, in which 1 and 1.0 differ.
         object.__setattr__(self, "mean_momentum", float(self.mean_momentum))
         # Check types: an object of another type would fail later, or be used as True.
         for name in ("keep_unsent", "offload"):
@@ -349,7 +349,8 @@ class LocalOptions(Option):
         if not (outer is None or callable(outer)) or isinstance(outer, type):
             expected = "OuterSGD(), or a function of the anchor's tensors that returns a torch optimizer"
             found = f"an optimizer, {type(outer).__name__}" if isinstance(outer, Optimizer) else repr(outer)
-            if isinstance(outer, type):  # the class torch.optim.SGD would have its default learning rate, 0.001
+            # A class such as torch.optim.SGD is callable, but would use its default learning rate, 0.001.
+            if isinstance(outer, type):
                 found = f"the class {outer.__name__} itself, which leaves its settings open"
             raise TypeError(f"outer must be {expected}, or None, got {found}")
         if not spec.decay:
@@ -358,7 +359,7 @@ class LocalOptions(Option):
             raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
         self.noise.check_eager()
 
-        # Elastic workers, and fixed ones with weights or sampling, exclude some options.
+        # Some options are not supported with elastic workers, or with fixed workers that have weights or are sampled.
         if isinstance(self.workers, Elastic):
             self._check_plain("with a manager", overlaps=True)
         elif self.workers.weight is not None or self.workers.may_be_absent:
@@ -371,7 +372,6 @@ class LocalOptions(Option):
         """Convert arguments of `LocalUpdates`, which may be scalars, a group or a Manager, to `LocalOptions`."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
         p, outer = (float(outer.p), outer.then) if isinstance(outer, OuterAgreement) else (0.0, outer)
-        # "auto" may choose an exchange with owners, which must be in every round.
         if hasattr(workers, "start_quorum"):
             workers = Elastic(workers)
         elif isinstance(workers, Real):
@@ -387,6 +387,7 @@ class LocalOptions(Option):
                 expected = "a process group, a DeviceMesh, Workers or Elastic"
                 raise TypeError(f"workers must be {expected}, got {workers!r}") from None
             workers = Workers(workers)
+        # The exchange "auto" may make workers owners of chunks, and an owner must be in every round.
         compression = Compression.of(compressor, "direct" if workers.may_be_absent else "auto")
         given = {"overlap": overlap, "workers": workers, "noise": Noise.of(noise), "outer": outer, "agreement": p}
         return cls(compression, **given, **others)
@@ -404,7 +405,8 @@ class LocalOptions(Option):
             raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
 
     def check_aggregator(self, aggregator: Aggregator, *, sharded: bool) -> None:
-        """Raise ValueError for an aggregator, or `sharded` (DTensor) parameters, that these workers do not support."""
+        """Raise ValueError if these workers do not support the aggregator, or if they do not support DTensors and the
+        parameters are DTensors (`sharded`)."""
         if isinstance(self.workers, Elastic) and sharded and not self.workers.is_site:
             raise ValueError(
                 "parameters must be whole on each worker with a manager of one process, and some are DTensors: "

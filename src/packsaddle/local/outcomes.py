@@ -47,7 +47,9 @@ class Outcomes:
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._reloaded = False  # True if state dicts were cleared and loaded back after an invalid update
-        self._failed = False  # True if a step with finite gradients made parameters non-finite after that
+        # True if parameters became non-finite again after state dicts were
+        # loaded back, in a step with finite gradients.
+        self._failed = False
 
     def fields(self) -> list[Value]:
         own = ("reset", "reloaded"), ("reset", "failed")
@@ -55,12 +57,16 @@ class Outcomes:
 
     @property
     def _waits(self) -> bool:
-        """True while the last local update of some fragment was invalid on this worker."""
+        """True while the last local update of a fragment was invalid on this
+        worker, so that a reset may be in progress."""
         return any(part.was_invalid for part in self._fragments)
 
     def register(self, r: LocalRound) -> None:
-        """Record a fragment's update as valid again if the update of its new round is valid, or report a failed reset
-        to all workers. Call before the exchange."""
+        """Update the state of a reset at the beginning of a round. Call before the exchange.
+
+        If the fragment's new update is valid, the fragment no longer counts as invalid. If the reset of this worker has
+        failed, the round reports that to all workers.
+        """
         part = r.part
         if self._waits and not bool(r.invalid):
             part.was_invalid = False
@@ -74,9 +80,12 @@ class Outcomes:
 
     def __call__(self, r: LocalRound) -> None:
         """Record the outcome of a round that has ended.
-        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset."""
+
+        Raises NonFiniteError after too many rejected rounds, or if the inner optimizer of a worker could not be reset.
+        """
         # Reset the count of consecutive rejections only if no fragment's last round was rejected. A reset of the
-        # parameters may zero the updates of other fragments, which are then valid.
+        # parameters may zero the updates of other fragments, so an applied round of another fragment does not show that
+        # training has recovered.
         part = r.part
         if r.applied:
             part.was_rejected = False
@@ -103,10 +112,11 @@ class Outcomes:
         self.skips.check(self.skips.in_a_row)
 
     def check_step(self) -> None:
-        """Clear and reload state dicts if parameters are non-finite after an inner step with finite gradients.
+        """Clear and reload the optimizers' state dicts if parameters are non-finite
+        after an inner step with finite gradients.
 
-        If it happens again, the reset has failed. No-op unless this worker's last local update was rejected. Collective
-        over the processes that have shards of this worker.
+        If parameters become non-finite once more after that, the reset has failed. No-op unless this worker's last
+        local update was rejected. Collective over the processes that have shards of this worker.
         """
         if not self._waits or self._failed:
             return
@@ -123,14 +133,18 @@ class Outcomes:
                 state = optimizer.state_dict()
                 if not _all_finite(state):
                     optimizer.load_state_dict(_finite_part(state))
-            except Exception:  # other workers wait for this one; its next round reports non-finite parameters
+            except Exception:
+                # Do not raise, since other workers wait for this one. Its next round reports non-finite parameters.
                 _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
         self._reloaded = True
         self._restore()
 
     def _clear(self) -> None:
-        """Clear the state of all torch optimizers that have stepped on these parameters, also inside wrappers, and the
-        state of parameters that another process of this worker clears; collective over them."""
+        """Clear non-finite state of all torch optimizers that have stepped on these parameters, also inside wrappers.
+
+        If another process of this worker clears the state of a parameter, this process clears its own state of the
+        parameter too. Collective over the processes of this worker.
+        """
         self._failed = False
         parameters = [p for part in self._fragments for p in part.parameters]
         known, cleared = {id(p) for p in parameters}, set[Tensor]()
@@ -144,10 +158,12 @@ class Outcomes:
                 optimizer.state.pop(p, None)
 
     def _restore(self) -> None:
-        """Reset non-finite parameters, since gradients would spread an Inf or NaN; collective over the shards."""
+        """Reset the parameters of each fragment that has non-finite ones, since gradients would spread an Inf or NaN;
+        collective over the shards of this worker."""
         for part in self._fragments:
             if not self._are_finite(part.trained_parameters):
-                # Use the values at the beginning of the current exchange if those are valid, else the start point.
+                # Reset to the values at the beginning of the current exchange if these values are valid. Otherwise
+                # reset to the start point.
                 p = part.current
                 if p is not None and p.before and not bool(p.invalid):
                     part.anchor.set_parameters(p.before)
@@ -160,7 +176,7 @@ class Outcomes:
 
 
 def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
-    """Delete the optimizer's state of each parameter whose state is non-finite, and return these parameters.
+    """Delete the optimizer's state of each parameter whose state is non-finite, and return the parameters concerned.
     Non-finite values in parameter groups are set to the optimizer's defaults; tensors without a default become 0."""
     cleared = {p for p, entry in optimizer.state.items() if not _all_finite(entry)}
     for p in cleared:
@@ -178,7 +194,8 @@ def clear_nonfinite(optimizer: Optimizer) -> set[Tensor]:
 
 
 def _finite_part(value: Any, name: Any = None) -> Any:
-    """Return a copy of a state dict without non-finite entries of "state", and with 0 in other non-finite tensors."""
+    """Return a copy of a state dict in which non-finite entries of "state" are removed, and all other non-finite
+    tensors are replaced with zeros."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
         return {k: _finite_part(v, k) for k, v in kept.items()}
@@ -189,7 +206,8 @@ def _finite_part(value: Any, name: Any = None) -> Any:
 
 
 def _all_finite(value: Any) -> bool:
-    """Return True unless a nested value has a non-finite tensor or a NaN. Infinite numbers are allowed as settings."""
+    """Return True if no tensor in a nested value is non-finite and no number in it is NaN. Infinite numbers are
+    allowed, since settings may be infinite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(is_finite(local_part(value)))
     if isinstance(value, Mapping):

@@ -14,8 +14,11 @@ from packsaddle.messages import shown
 
 
 class OuterOptimizer:
-    """The optimizer that `make` returns for the anchor's tensors, which are given by name of the parameter. Raises
-    TypeError if it is not a torch optimizer, and ValueError if its parameters are not exactly these tensors."""
+    """The outer optimizer, which `make` returns for the anchor's tensors. `anchor` has these tensors by parameter name.
+
+    Raises TypeError if `make` does not return a torch optimizer, and ValueError if the optimizer's parameters are not
+    exactly the anchor's tensors.
+    """
 
     def __init__(self, make: Outer, anchor: Mapping[str, Tensor]) -> None:
         self.optimizer = optimizer = make(list(anchor.values()))
@@ -37,7 +40,8 @@ class OuterOptimizer:
         return {"class": type(self.optimizer).__name__, "names": self._groups, **self.optimizer.state_dict()}
 
     def _check(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError if the state is of another class of optimizers, or of groups of other parameters."""
+        """Raise ValueError if the saved state is of another class of optimizers, or if its groups have other parameters
+        than the groups of this optimizer."""
         name = type(self.optimizer).__name__
         if saved.get("class") != name:
             raise ValueError(f"outer must be the state of {name}, found that of {saved.get('class', 'nothing')}")

@@ -14,17 +14,21 @@ import torch
 
 from packsaddle.numerics.transfers import to_host
 
-_TOLERANCE = 0.1  # smallest relative change in a worker's part of the sum of speeds that matters
-_ROUNDS = 2  # consecutive rounds with such changes after which paces are chosen anew
+# A worker's speed counts as changed if its fraction of the sum of all workers'
+# speeds changed by more than this, relatively.
+_TOLERANCE = 0.1
+_ROUNDS = 2  # number of consecutive rounds with changed speeds after which paces are chosen anew
 
 
 def paces(times: Sequence[int], total: int) -> list[int]:
-    """Return the steps of each worker in the shortest round of `total` steps, at least 1 each.
+    """Return the number of inner steps of each worker, at least 1, in the round of
+    `total` steps that takes the least time.
 
     `times` are positive times of the workers' steps, as integers, so that all workers compute the same result.
     """
     steps = [1] * len(times)
-    ends = [(2 * t, i) for i, t in enumerate(times)]  # when each worker would end with one more step
+    # For each worker, the time at which it would end the round with one more step, and its rank.
+    ends = [(2 * t, i) for i, t in enumerate(times)]
     heapq.heapify(ends)
     for _ in range(total - len(steps)):
         _, i = ends[0]
@@ -35,7 +39,8 @@ def paces(times: Sequence[int], total: int) -> list[int]:
 
 @dataclass
 class Pacing:
-    """The paces of a fixed set of workers; lists are by rank, and identical on all workers."""
+    """The paces of a fixed set of workers, i.e. their numbers of inner steps in a round. Lists are by rank, and
+    identical on all workers."""
 
     steps: list[int]  # paces in this round
     following: list[int]  # paces in the next round
@@ -44,15 +49,19 @@ class Pacing:
 
     @classmethod
     def of(cls, fixed: Iterable[int] | None, workers: int, every: int) -> "Pacing":
-        """Return fixed paces, or equal ones if `fixed` is None. Raises ValueError unless there is one per worker."""
+        """Return the paces in `fixed`, or equal paces of `every` steps if `fixed` is None. Raises ValueError unless
+        `fixed` has one pace for each worker."""
         steps = [every] * workers if fixed is None else list(fixed)
         if len(steps) != workers:
             raise ValueError(f"steps must have a number for each of the {workers} workers, got {len(steps)} numbers")
         return cls(steps, steps, [1] * workers)
 
     def measure(self, times: Sequence[int]) -> None:
-        """Choose the next paces from `times`, the nanoseconds of each worker's step in a round, if speeds have changed
-        in consecutive rounds. No-op if a time is 0, i.e. unknown, or if there are no times."""
+        """Choose the paces of the next round if the workers' speeds have changed in consecutive rounds. `times` are the
+        nanoseconds of each worker's step in this round.
+
+        No-op if one of the times is 0, i.e. unknown, or if there are no times.
+        """
         if not times or not all(times):
             return
         pairs = zip(_parts(times), _parts(self.times), strict=True)
@@ -62,15 +71,18 @@ class Pacing:
 
 
 def _parts(times: Sequence[int]) -> list[float]:
-    """Return each worker's part of the sum of the workers' speeds."""
+    """Return each worker's fraction of the sum of all workers' speeds. The speed of
+    a worker is 1 / the time of its step."""
     total = sum(1 / t for t in times)
     return [1 / t / total for t in times]
 
 
 class StepClock:
-    """Measures the time of this worker's inner steps, without the time of exchanges. The caller counts `steps`, the
-    steps since the last reading. Before and after an exchange the host waits for `device`; if that is None, nothing is
-    measured."""
+    """Measures the time of this worker's inner steps, without the time of exchanges.
+
+    The caller counts the steps since the last reading in `steps`. Before and after an exchange the host waits for
+    `device`. If `device` is None, nothing is measured.
+    """
 
     def __init__(self, device: torch.device | None) -> None:
         self._last = None if device is None else torch.zeros(1, device=device)

@@ -25,7 +25,7 @@ class Participation:
         self.rank, self._seed = rank, mix(seed, _OF_ROUNDS)
         self.weights, self._mine = [1.0] * workers, weight
         self.samples = sample < 1
-        # The small number excludes rounding errors: 0.07 of 100 workers are 7.
+        # Subtract a small number, since rounding errors must not add a worker: 0.07 of 100 workers are 7, not 8.
         self._chosen = max(1, math.ceil(sample * workers - 1e-9))
 
     def exchange(self, channel: Communicator, device: torch.device) -> None:
@@ -52,10 +52,11 @@ class Participation:
 
 
 def share(weights: Sequence[float], rank: int) -> float:
-    """Return W w_i / sum_j w_j for worker i = `rank`. The plain mean of updates scaled by it is their weighted mean."""
+    """Return the factor W w_i / sum_j w_j for worker i = `rank`, where w are the weights of the W workers. The plain
+    mean of updates that are scaled by these factors is the weighted mean of the updates."""
     if len(set(weights)) == 1:
         return 1.0
     return len(weights) * weights[rank] / sum(weights)
 
 
-_OF_ROUNDS = 0x5A3F  # mixed into the seed: keeps samples of workers independent of compressors
+_OF_ROUNDS = 0x5A3F  # mixed into the seed, so that samples of workers do not depend on compressors' random numbers

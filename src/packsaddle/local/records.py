@@ -84,7 +84,7 @@ class LocalRecords(Records):
 
     @property
     def clipped(self) -> int:
-        """The number of clipped updates in total, of all workers."""
+        """The total number of clipped updates of all workers."""
         return sum(part.clips.count for part in self._fragments)
 
     @property
@@ -99,8 +99,8 @@ class LocalRecords(Records):
 
     @property
     def paces(self) -> list[int]:
-        """The inner steps of each worker in a round, by rank: `every`, unless weight is "steps" (see `Workers`). With a
-        manager, the list has only those of this worker."""
+        """The number of inner steps of each worker in a round, by rank. It is `every`, unless weight is "steps" (see
+        `Workers`). With a manager, the list has only the number of this worker."""
         return list(self._workers.paces)
 
     @property
@@ -121,7 +121,7 @@ class LocalRecords(Records):
     @property
     def contraction(self) -> float | None:
         """The fraction 1 - ||v - C(v)||^2 / ||v||^2 of this worker's update v that compression C kept at the last
-        measurement (see `Compression.monitor_every`), or None if there was none. It is a mean over the measured
+        measurement (see `Compression.monitor_every`), or None if there was none. The value is a mean over the measured
         fragments."""
         found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None

@@ -47,17 +47,19 @@ class LocalRound:
     """One round of a fragment, from `begin` until it is applied or rejected."""
 
     part: "Fragment"
-    t: int  # index of the round, the number of applied rounds of the fragment before it
+    t: int  # index of the round, i.e. the number of applied rounds of the fragment before this one
     due: int  # the inner step after which the round is applied
-    exchanged: Round | None  # exchange of the error memory; None: closed, or loaded from a saved state
+    exchanged: Round | None  # the exchange, with its error memory; None: the round is closed, or loaded
     invalid: Tensor  # bool[], True if this worker's update v is non-finite, or too large to compress
-    share: float = 1.0  # weight of this worker's update v; 0: it receives the mean but keeps its update
+    # Weight of this worker's update v in the mean. If it is 0, the worker receives the mean but keeps its own update.
+    share: float = 1.0
     later: bool = False  # True if `due` is later than the step after which the round begins
     flush: Compressor | None = None  # compressor of a flush, which adds no noise; None: an ordinary round
     frozen: list[str] = field(default_factory=list)  # names of the parameters frozen at `begin` on this worker
     agrees: bool = True  # True if all workers have frozen the same parameters, which the exchange then does not change
     residuals: dict[str, Tensor] = field(default_factory=dict)  # residuals 0 - C(0) of frozen parameters, by name
-    before: list[Tensor] = field(default_factory=list)  # parameters at `begin`, to keep later changes; empty: not kept
+    # Copies of the parameters at `begin`, with which changes after `begin` are kept; empty: there are no later changes.
+    before: list[Tensor] = field(default_factory=list)
     call: PendingCall = field(default_factory=PendingCall)  # the exchange, which may run in the background
     mean: Averaged | Tensor | None = None  # the mean of C(v) over workers; float[n] with a delay or an outer optimizer
     reports: list[Report] = field(default_factory=list)  # reports of all workers, by rank; empty if all are valid
@@ -90,7 +92,7 @@ class LocalRound:
             each.begin_exchange()
         frozen = part.frozen_next
         part.anchor.subtract_owed()
-        # Compute v, and keep the parameters for later.
+        # Compute v, and copy the parameters if they may change before the round is applied.
         kept = [] if share else part.anchor.copy_starts()
         exchanged = part.feedback.round(t)
         exchanged.correct(PseudoGradient(part.anchor, spec.decay, noise, frozen))
@@ -102,10 +104,11 @@ class LocalRound:
         return r
 
     def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
-        """Exchange C(share v), the compressed and weighted v; set the error memory to the residual; collective.
+        """Exchange C(share v), the compressed and weighted update v, and set
+        the error memory to the residual; collective.
 
-        It may run in another thread. From the workers' norms of v, `norms`, float32[W], and `standings`, int64[W], v is
-        clipped (see `factors_of`).
+        This method may run in another thread. If `norms` is given, v is clipped: `norms`, float32[W], are the norms of
+        the workers' v, and `standings`, int64[W], have a `Standing` of each worker (see `factors_of`).
         """
         part, exchanged, options = self.part, self.exchanged, self.part.options
         assert exchanged is not None
@@ -116,11 +119,13 @@ class LocalRound:
         g = exchanged.exchange(weight=self.share, clip=self.own_factor, measure=measure)
         if self.share:
             exchanged.absorb()
-            if self.frozen:  # zeros were sent for these parameters, which keep their error memory
+            # Zeros were sent for the frozen parameters, so their error memory must not change.
+            if self.frozen:
                 residuals = part.by_name(exchanged.v)
                 self.residuals = {name: residuals[name].clone() for name in self.frozen}
                 part.feedback.memory.keep([part.names.index(name) for name in self.frozen])
-        # Otherwise the mean is subtracted from the anchor term by term.
+        # Write the mean as one vector if it is used later than here. If it need not be a vector, it is subtracted from
+        # the anchor term by term.
         as_vector = self.later or options.outer is not None or options.averages_senders or options.mean_momentum > 0
         as_vector |= self._is_lengthened
         self.mean = self._vector(g) if as_vector else g
@@ -130,7 +135,7 @@ class LocalRound:
 
     @property
     def _is_lengthened(self) -> bool:
-        """True if the mean update is lengthened by the workers' agreement (see `OuterAgreement`)."""
+        """True if this round lengthens the mean update where the workers' updates disagree (see `OuterAgreement`)."""
         return self.part.options.agreement > 0 and self.flush is None
 
     def _squares(self, sent: Tensor) -> Tensor:
@@ -138,8 +143,12 @@ class LocalRound:
         return squares_of(self.part.views(self._of_worker(sent, self.share * factor)), self.share)
 
     def _of_worker(self, v: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """Return `v`, which is scaled by `scale`, float[n], without the part decay e at coordinates that this worker
-        owns. There e is the residual of a mean, so it belongs to the updates of all workers."""
+        """Return the part of the vector `v`, float[n], that is this worker's own update.
+
+        At the coordinates that the worker owns in a two-way exchange, v also includes decay e. There e is the residual
+        of a mean, so it belongs to the updates of all workers and is subtracted. `scale`
+        is the factor by which `v` was scaled.
+        """
         part, owned = self.part, self.part.feedback.owned
         if owned.start == owned.stop:
             return v
@@ -150,7 +159,7 @@ class LocalRound:
         return v
 
     def _lengthen(self) -> None:
-        """Lengthen the mean of an applied round by the workers' agreement."""
+        """Lengthen the mean update of an applied round where the workers' updates disagree (see `OuterAgreement`)."""
         assert self.exchanged is not None
         assert isinstance(self.mean, Tensor)
         part, measured = self.part, self.exchanged.measured
@@ -164,8 +173,8 @@ class LocalRound:
         return None if self.factors is None else self.factors[self.part.feedback.channel.group.rank]
 
     def _vector(self, g: Averaged) -> Tensor:
-        """Return the mean update over workers, float[n]; with "senders", each coordinate is averaged only over the
-        workers that sent it."""
+        """Return the mean update over workers as one vector, float[n]. With exchange="senders", each coordinate is
+        averaged only over the workers that sent it."""
         n, total = self.part.compressed_d, g.write_to(self.part.zeros().flat)
         if self.part.options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
@@ -176,9 +185,10 @@ class LocalRound:
         return total
 
     def gather_reports(self) -> None:
-        """Gather all workers' reports if the exchange is invalid on one of them; collective."""
+        """Gather the reports of all workers if the exchange is invalid on one of them; collective. A report names the
+        first invalid parameter or message."""
         assert self.exchanged is not None
-        # The fraction is above 0 if a worker's v is invalid, and NaN if a message is.
+        # The verdict's fraction is above 0 if the v of a worker is invalid, and NaN if a message is invalid.
         if self.exchanged.verdict.fraction != 0 and not self.reports:
             report, where = str(self.exchanged.full_report()), self.invalid.device
             texts = self.part.feedback.channel.gather_text(report, where, "guard")
@@ -194,7 +204,8 @@ class LocalRound:
             self.agrees &= self.call.check()
             if isinstance(self.mean, Tensor):
                 use_in_current_stream(self.mean)
-            # An invalid message reaches the process of one shard alone.
+            # An invalid message may reach only one process of this worker, so the
+            # processes agree whether the round is applied.
             self.applied = not part.shards.any(not self._read(), self.invalid.device)
             self.gather_reports()
             self._exclude_frozen()
@@ -215,8 +226,11 @@ class LocalRound:
         return verdict.settle(*numbers)
 
     def _exclude_frozen(self) -> None:
-        """Exclude the frozen parameters from a completed exchange. If they are frozen on all workers, their anchor does
-        not change. Otherwise this worker has sent C(0), whose residual is added to e."""
+        """Exclude the frozen parameters from a completed exchange.
+
+        If they are frozen on all workers, their mean update is set to 0, so that their anchor does not change.
+        Otherwise this worker has sent C(0) for them, and the residual 0 - C(0) is added to the error memory.
+        """
         part = self.part
         if not self.frozen:
             return
@@ -236,7 +250,8 @@ class LocalRound:
         assert exchanged is not None
         exchanged.close(apply=commit)
         if commit:
-            part.anchor.clear_owed(self.frozen)  # the entries of the others were part of the sent vector v
+            # `owed` was part of the sent vector v, except for frozen parameters.
+            part.anchor.clear_owed(self.frozen)
         else:
             for each in part.trained:
                 each.cancel_exchange()
@@ -247,13 +262,14 @@ class LocalRound:
 
     @property
     def leaves_rest(self) -> bool:
-        """True for a flush that has not sent all of v. Afterwards x is at the anchor, not at the start point."""
+        """True if this round is a flush that has not sent all of the update v. The parameters x are then moved to the
+        anchor instead of the start point."""
         if self.flush is None or not self.share:
             return False
         return not self.flush.lossless or ((factor := self.own_factor) is not None and bool(factor < 1))
 
     def saved(self) -> SavedExchange:
-        """Return the closed round for a saved state."""
+        """Return this round, which must be closed, in the form in which a saved state contains it."""
         assert self.applied is not None
         start = {place.name: s for place, s in zip(self.part.places, self.before, strict=True)}
         mean = self.part.by_name(self.mean) if self.applied and isinstance(self.mean, Tensor) else {}
@@ -262,7 +278,7 @@ class LocalRound:
 
     @classmethod
     def loaded(cls, part: "Fragment", saved: SavedExchange) -> "LocalRound":
-        """Return the closed round of a saved state. Call after the fragment's number of rounds is loaded."""
+        """Make a closed round from a saved state. Call after the fragment's number of rounds is loaded."""
         mean = part.zeros() if saved.applied else None
         for name, view in part.by_name(mean.flat).items() if mean is not None else ():
             view.copy_(saved.mean[name])

@@ -15,8 +15,11 @@ from packsaddle.local.records import Baseline
 
 
 def _rules(*, by_steps: bool) -> list[Rule]:
-    """Return the rules of the saved state: which entries are shared by all workers, and how the others are converted to
-    another number of workers."""
+    """Return the rules of the saved state. They say which entries are shared by all workers, and how entries that
+    differ between workers are converted to another number of workers.
+
+    `by_steps` is True if workers may make different numbers of steps, so that "steps" is not shared.
+    """
     part = ("fragments", ANY)
     error = (*part, "error", ANY)
     return [
@@ -24,7 +27,8 @@ def _rules(*, by_steps: bool) -> list[Rule]:
         Rule((*part, "owed", ANY), "error", like=error),
         Rule((*part, "shift", ANY), "error", like=error),
         Rule((*part, "exchange", "start", ANY), "error"),
-        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the next round checks the parameters
+        # Not restored: the next round checks the parameters again.
+        Rule((*part, "exchange", "invalid"), "constant", value=False),
         Rule((*part, "invalid"), "constant", value=False),
         Rule(("reset",), "constant", value=False),
         *(Rule((*part, name), "own") for name in ("shift", "owed", "aggregator")),

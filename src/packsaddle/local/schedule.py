@@ -1,4 +1,4 @@
-"""The schedule of exchanges of local updates: all arithmetic of inner steps."""
+"""The schedule of exchanges of local updates. This module contains all arithmetic on numbers of inner steps."""
 
 from dataclasses import dataclass, replace
 
@@ -25,23 +25,23 @@ class Schedule:
 
     every: int
     delay: int
-    offsets: tuple[int, ...]  # one per fragment, below `every`
+    offsets: tuple[int, ...]  # offset of each fragment in a round, in ticks, below `every`
     pace: int | None = None  # inner steps of this worker in a round; None: `every`, so each step is a tick
     since: int = 0  # the inner step after which the pace began
-    origin: int = 0  # the tick after that step
+    origin: int = 0  # the tick that inner step `since` reached
 
     def tick(self, step: int) -> int:
-        """Return the tick that inner step n reaches."""
+        """Return the tick that inner step number `step` reaches."""
         return self.origin + (step - self.since) * self.every // (self.pace or self.every)
 
     def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":
-        """Return this schedule with another pace after inner step n. The tick does not advance in the next `idle`
-        steps.
-        """
+        """Return this schedule with another pace, which begins after inner step number `step`. The tick does not
+        advance in the next `idle` steps."""
         return replace(self, pace=pace, since=step + idle, origin=self.tick(step))
 
     def after(self, step: int) -> list[Event]:
-        """Return the events after inner step n, in order. Without a delay an exchange ends before the next begins."""
+        """Return the events after inner step number `step`, in order. Without a delay, each exchange ends before the
+        next one begins."""
         before = max(0, self.tick(step - 1))
         return [event for tick in range(before + 1, self.tick(step) + 1) for event in self._at(tick)]
 
@@ -56,13 +56,13 @@ class Schedule:
         return [i for i, offset in enumerate(self.offsets) if (tick + offset) % self.every == 0]
 
     def next_begin(self, step: int) -> int:
-        """Return the tick of the first exchange that begins after inner step n."""
+        """Return the tick of the first exchange that begins after inner step number `step`."""
         tick = self.tick(step)
         return tick + min(self.every - (tick + offset) % self.every for offset in self.offsets)
 
     @property
     def period(self) -> int:
-        """The inner steps from one round of elastic workers to the next, at least 1."""
+        """The number of inner steps from one round of elastic workers to the next, at least 1."""
         return max(1, self.every // len(self.offsets))
 
     def in_rotation(self, rounds: int) -> int:
@@ -71,5 +71,6 @@ class Schedule:
 
 
 def offsets(every: int, parts: int) -> list[int]:
-    """Return the offsets of `parts` fragments, so that they are exchanged every / parts steps apart."""
+    """Return the offset of each fragment in the schedule of a round, in steps. Consecutive ones of the `parts`
+    fragments are exchanged every / parts steps apart."""
     return [i * every // parts for i in range(parts)]

@@ -40,8 +40,8 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def untrained_tensors(parameters: Mapping[str, Tensor], model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Return pairs (name, tensor) of frozen parameters of the optimizers (`parameters`) and the model, and of
-    persistent buffers."""
+    """Return the tensors that are not trained, as pairs (name, tensor). They are the frozen parameters of the
+    optimizers (`parameters`), and the frozen parameters and persistent buffers of the model."""
     named = list(parameters.items())
     if model is not None:
         known = {id(p) for _, p in named}
@@ -81,7 +81,7 @@ def check_first_step(
     """
     if channel.group.size == 1:
         return
-    # Gather one fingerprint of each worker's start, and one of its gradients.
+    # Gather a fingerprint of the parameters at which each worker started, and one of its gradients.
     gradients: list[Any] = [local_part(p.grad) for p in parameters if p.grad is not None]
     gradients = [g if g.layout == torch.strided else g.to_dense() for g in gradients]
     start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()
@@ -145,13 +145,16 @@ class StateDictWarning:
 
 
 def _no_op(*_: object) -> None:
-    """No-op: the hook of a copied model."""
+    """No-op in place of the warning hook, in a copy of the model."""
 
 
 class UnsentSteps:
-    """Logs a warning if `owner` ends after steps since the last `flush`, checkpoint or use of the anchor, and this
-    worker's parameters are not at the anchor: `is_left()` returns True. `owner` ends at garbage collection or
-    interpreter exit. No-op without an owner, or if an exception ends the script."""
+    """Logs a warning if a training ends while this worker has steps that no other worker has received.
+
+    The training ends when `owner` is garbage-collected or the interpreter exits. The warning is logged if there were
+    steps since the last `flush`, checkpoint or use of the anchor, and `is_left()` returns True, i.e. this worker's
+    parameters differ from the anchor. No-op if `owner` is None, or if an exception ends the script.
+    """
 
     def __init__(self, owner: object | None, is_left: Callable[[], bool]) -> None:
         self._steps = self._exchanged = 0
@@ -160,12 +163,12 @@ class UnsentSteps:
             weakref.finalize(owner, self._warn)  # also at interpreter exit
 
     def record(self, steps: int, *, exchanged: bool) -> None:
-        """Record an inner step, the `steps`-th. `exchanged` is True if a round followed it."""
+        """Record an inner step, the `steps`-th. `exchanged` is True if a round followed this step."""
         self._steps, self._is_pending = steps, True
         self._exchanged = steps if exchanged else self._exchanged
 
     def clear(self) -> None:
-        """Clear the warning: the workers have the same model, or the anchor was read or saved."""
+        """Cancel the warning. Call when all workers have the same model, or when the anchor was read or saved."""
         self._is_pending = False
 
     def _warn(self) -> None:
@@ -179,7 +182,7 @@ class UnsentSteps:
 
 @dataclass(frozen=True)
 class Watches:
-    """The watches that detect mistakes in a training script."""
+    """The objects that detect mistakes in a training script."""
 
     others: OtherOptimizers
     unsent: UnsentSteps

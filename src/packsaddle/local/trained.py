@@ -4,8 +4,8 @@ from torch import Tensor
 
 
 class Trained:
-    """A parameter, and whether it counts as frozen in an exchange: it does if it is frozen now, and was at all steps of
-    its optimizer since the last exchange.
+    """A parameter, and whether it counts as frozen in an exchange. It does if it is frozen now, and was frozen at all
+    steps of its optimizer since the last exchange.
 
     The current `requires_grad` is not sufficient. An exchange may run in the step of another optimizer, during which
     GANs freeze the parameters that this optimizer does not train (`set_requires_grad(D, False)`, Lightning's
@@ -15,7 +15,8 @@ class Trained:
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
         self._before = parameter.requires_grad  # True if the parameter was trained at a step up to the last exchange
-        self._since: bool | None = None  # True if the parameter was trained at a step since then; None: no step
+        # True if the parameter was trained at a step since the last exchange; None: there was no step.
+        self._since: bool | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -23,7 +24,8 @@ class Trained:
 
     @property
     def requires_grad_next(self) -> bool:
-        """True if it counts as trained in the next exchange, or after `begin_exchange` in the current one."""
+        """True if the parameter counts as trained in the next exchange. After `begin_exchange`, the next exchange is
+        the current one."""
         return self.parameter.requires_grad or (self._before if self._since is None else self._since)
 
     def note_step(self) -> None:
@@ -35,7 +37,8 @@ class Trained:
             self._before, self._since = self._since, None
 
     def cancel_exchange(self) -> None:
-        """Count the steps before this exchange in the next one, since it was rejected or this worker was not in it."""
+        """Count the steps before this exchange as steps before the next one, since this exchange was rejected or did
+        not include this worker."""
         if self._before:
             self._since = True
 

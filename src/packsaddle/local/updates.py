@@ -212,14 +212,15 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         parts = parameters, self._fragments, self._workers, made, self._reactions, self._baseline
         self.saved_state = saved_state(self, options, *parts)
 
-        # Compare the arguments of all workers, and set the parameters to rank 0's; with a manager, on joining.
+        # Compare the arguments of all workers, and set the parameters to rank 0's.
+        # With a manager, this happens on joining.
         same = equal_arguments(options, self.optimizers, self.outer, device)
         same |= {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(parameters.items())}
         same |= {f"untrained[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(untrained)}
         self._workers.start(self._reactions, same, parameters, untrained)
         self._set_anchor_before_first_step()
 
-        # Register hooks that count the optimizers' steps, and watches of mistakes.
+        # Register hooks that count the optimizers' steps, and objects that detect mistakes in the training script.
         register_exchange(self, (*self.optimizers, *([self.outer] if self.outer else [])))
         is_shared = to.group.size > 1 or is_elastic
         warns = is_shared and not is_elastic and to.group.rank == 0 and to.group.leads and self.join_process_group
@@ -244,15 +245,18 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._has_begun = True
         if self._enter():
             self._attempts.are_discarded = True
-            for each in trained.values():  # gradients, computed before the other workers' parameters were loaded
+            # Discard the gradients, which were computed before the other workers' parameters were loaded.
+            for each in trained.values():
                 each.parameter.grad = None
 
     @torch.no_grad()
     def _attempted(self, *, has_ended: bool = False) -> bool:
         """Count an inner step, applied or skipped by a scaler; then run the rounds that are due.
+
         Returns True if collectives were run with a fixed set of workers. `has_ended` is True if this worker no longer
-        trains."""
-        # Count the step, and check it. A step that a scaler skips has no `_before_step`.
+        trains.
+        """
+        # Repeat the work of `_before_step`, which is not called for a step that a scaler skips. Then count the step.
         self._whole.check_closed("optimizer.step()")
         self._watches.others.check()
         self._set_anchor_before_first_step()
@@ -260,7 +264,7 @@ class LocalUpdates(LocalRecords, Exchanging, JoinableSteps):
         self._enter()
         self.steps += 1
         self._reactions.outcomes.check_step()
-        # If a collective fails, `flush` would fail too: clear its warning first.
+        # Clear the warning about a missing `flush` first: if a collective fails below, `flush` would fail too.
         self._watches.unsent.clear()
         ran = self._workers.after_step(self.steps, self._whole.parameters, has_ended=has_ended)
         self._watches.unsent.record(self.steps, exchanged=self.exchanging)

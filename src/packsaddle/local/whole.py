@@ -14,7 +14,8 @@ class WholeAnchor:
 
     def __init__(self, fragments: Sequence[Fragment], names: Iterable[str]) -> None:
         self._fragments, self._names = fragments, list(names)
-        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}  # by parameter's id
+        # Each parameter's `Trained`, which records whether it is frozen, by the id of the parameter.
+        self.trained = {id(each.parameter): each for part in fragments for each in part.trained}
         self._open = 0  # number of open `at_anchor` contexts, which may be nested
 
     @torch.no_grad()
@@ -42,7 +43,7 @@ class WholeAnchor:
 
     @torch.no_grad()
     def is_left(self) -> bool:
-        """Return True if a parameter of this worker differs from the anchor, outside of `at_anchor`."""
+        """Return True if a parameter of this worker differs from the anchor. Returns False within `at_anchor`."""
         pairs = [(x, a) for f in self._fragments for x, a in zip(f.anchor.tensors(), f.anchor.views, strict=True)]
         return not self._open and any(not torch.equal(x, a.to(x.device, x.dtype)) for x, a in pairs)
 
@@ -74,6 +75,7 @@ class WholeAnchor:
                 part.current.close()
 
     def unapplied(self) -> list[Tensor]:
-        """Return this worker's updates that the anchor does not include yet, one vector per fragment, after `wait`."""
+        """Wait for running exchanges, and return this worker's updates that the anchor does not include yet, one vector
+        per fragment."""
         self.wait()
         return [part.unapplied() for part in self._fragments]

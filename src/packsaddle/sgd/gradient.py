@@ -62,8 +62,8 @@ class Gradient:
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        self.candidates = Candidates(flat.compressed_d)  # for the largest coordinates of the last sum
-        self.norm: Tensor | None = None  # upper bound on the norm of the last sum; None: not measured
+        self.candidates = Candidates(flat.compressed_d)  # for the largest coordinates of base + scale * u
+        self.norm: Tensor | None = None  # upper bound on the norm of base + scale * u; None: unknown
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
@@ -72,7 +72,8 @@ class Gradient:
             return closure()
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Set out to base + scale * u, both float[d]; out may be base. `scales` has a scale per parameter group."""
+        """Set out to base + scale * u, where u is the direction; out and base are float[d], and out may be base.
+        `scales` has a scale for each parameter group."""
         if out is base:  # in place
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
@@ -86,9 +87,10 @@ class Gradient:
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale * u to out, float[d], in place. Return False if the sum is not finite, after undoing the addition
-        up to rounding."""
-        # Noise, decay and frozen parameters change out after the pass that could collect candidates.
+        """Add scale * u to out, float[d], in place, where u is the direction. If the sum is not finite, the addition is
+        undone up to rounding, and the method returns False."""
+        # Collect candidates only if the sums below are final: noise, weight decay
+        # and frozen parameters change out later.
         self.candidates.discard()
         is_final = extras.noise is None and not any(extras.decays) and not self._flat.has_frozen
         squares = add_if_finite(self._sums(out, scales, extras), self.candidates if is_final else None)
@@ -99,7 +101,8 @@ class Gradient:
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Subtract scale * u from out, float[d]. Gradients and x must be unchanged since it was added."""
+        """Subtract scale * u from out, float[d], where u is the direction. Gradients and x must be unchanged since
+        scale * u was added."""
         self.perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
@@ -114,10 +117,11 @@ class Gradient:
         return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
-        """Commit the new values of the kept vectors, or roll them back."""
+        """Commit the new values of the vectors kept between steps, or roll these vectors back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        in_one_pass = out is not base and out.flat.device.type == "cpu"  # on a GPU a foreach call is faster
+        # Use one pass on a CPU. On a GPU a foreach call is faster.
+        in_one_pass = out is not base and out.flat.device.type == "cpu"
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
         # A single pass also bounds the norm of the result, by the sum of the norms of its parts.
@@ -158,16 +162,17 @@ class Gradient:
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:
-        """Return per-parameter views of the kept vectors, by name. A step may swap their buffers."""
+        """Return the views of the vectors kept between steps, one per parameter, by name of the vector. A step may swap
+        the buffers of these vectors."""
         return {}
 
     def reset(self) -> None:
-        """Clear the kept vectors. Call after the escape check has rolled x back."""
+        """Clear the vectors kept between steps. Call after the escape check has rolled x back."""
 
 
 class _StatefulGradient(Gradient):
-    """A direction that keeps a vector between steps, float[d], in at least float32. A step computes the next value in
-    `_next`. Without `spare`, `_next` is the buffer `_now`, so no step can be rolled back."""
+    """A direction that keeps a vector between steps, float[d], in at least float32. A step computes the next value of
+    the vector in `_next`. Without `spare`, `_next` is the buffer `_now`, so no step can be rolled back."""
 
     keeps = True
 
@@ -197,7 +202,8 @@ class _StatefulGradient(Gradient):
             self.started = True
 
     def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
-        """Set out to base + factor * scale * next vector, all float[d]; frozen parameters count as 0."""
+        """Set out to base + factor * scale * w, all float[d], where w is the next value of the vector kept between
+        steps. The coordinates of frozen parameters in w are set to 0 first."""
         for view in self._flat.frozen(self._next.flat):
             view.zero_()
         for run in self._flat.ranges:
@@ -254,12 +260,13 @@ class StormGradient(_StatefulGradient):
         self._here = here = self._flat.x.clone()
         if self._next is not self._now:
             self._next.flat.copy_(self._now.flat)
-        # (1 - a) (d_{t-1} - g(x_{t-1})); then restore p.grad = g(x_t)
+        # Compute (1 - a) (d_{t-1} - g(x_{t-1})) in `_next`, and restore p.grad = g(x_t) at the end.
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                p.grad = None  # else a closure that does not clear gradients would add to them
+                # A closure that does not clear gradients would add to the old ones.
+                p.grad = None
             try:
                 super().evaluate(closure, decays)
                 minus = [-1.0] * len(decays)
@@ -279,7 +286,8 @@ class StormGradient(_StatefulGradient):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_out_of_range(self) -> str | None:  # in the gradient or in d_t
+    def first_out_of_range(self) -> str | None:
+        # Search the gradient, and then the direction d_t.
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:

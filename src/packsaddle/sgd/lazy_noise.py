@@ -15,7 +15,7 @@ from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.devices import wide
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-# A term below this fraction of a sum of the dtype loses too many digits when it is added.
+# By dtype of a sum: a term below this fraction of the sum loses too many digits when it is added.
 _NEGLIGIBLE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -39,22 +39,23 @@ class OutstandingNoise:
 
     def grow(self, std: float) -> None:
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:  # the sum's rounding would lose the variance
+        # If the rounding error of the sum would lose the variance, subtract the
+        # smallest kept value from all values first.
+        if 0 < variance < _NEGLIGIBLE[self.kept.dtype] * self.total:
             least = float(self.kept.min())
             self.kept -= least
             self.total -= least
         self.total += variance
 
     def take(self, cells: Cells, out: Tensor, *, seed: int, step: int) -> None:
-        """Draw the outstanding noise of these m cells of b coordinates, add it to out, float[m b], and set its variance
-        to 0."""
+        """Draw the outstanding noise of these m cells of b coordinates, and add it to out, float[m b]. The variance of
+        these cells then becomes 0."""
         self._add(self.total - self.kept[cells.index], out, keys(seed, step, Stream.OUTSTANDING))
         self.kept.index_fill_(0, cells.index, self.total)
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return a draw of the outstanding noise of all coordinates, float[d] like `like`; its variance does not
-        change.
-        """
+        """Return a draw of the outstanding noise of all coordinates, float[d], in the dtype of `like`. The variance of
+        the outstanding noise does not change."""
         noise = like.new_zeros(len(self.kept) * self.size)
         # Use a different random stream from that of `take` at this step, since both draws may reach x.
         self._add(self.total - self.kept, noise, keys(seed, step, Stream.SETTLED))
@@ -73,7 +74,8 @@ class OutstandingNoise:
 
 
 class Perturber:
-    """The noise of CompressedSGD (line 9 of Algorithm 1); with lazy noise, also its outstanding part.
+    """The noise of CompressedSGD (line 9 of Algorithm 1). With lazy noise, it includes the outstanding noise, which is
+    drawn later.
 
     Lazy noise needs an aggregator with which all workers send the same coordinates (an all-reduce of `shared_cells`, as
     of RandomK), `plain` error feedback (no EF21, no momentum) and no `escape` check. Raises ValueError if `noise.lazy`
@@ -87,7 +89,8 @@ class Perturber:
         self._step = 0  # step index t of the last draw
         self.outstanding: OutstandingNoise | None = None  # None: noise is not lazy
         self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
-        # (number of cells, size of a cell) if all workers send the same cells in each step, else None.
+        # The grid is (number of cells, size of a cell) if all workers send the
+        # same cells in each step, and None otherwise.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         problem = ""
         if not plain:
@@ -108,8 +111,8 @@ class Perturber:
             raise ValueError(problem)
 
     def draw(self, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return the noise xi_t of this step, or None if it is 0, and the number of leading coordinates on which it is
-        lazy."""
+        """Return the noise xi_t of this step, or None if it is 0, and a number n. The noise of the first n coordinates
+        is lazy, so the update of the step must not include it."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self.outstanding is None:
@@ -139,8 +142,8 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """An upper bound on the change of x by `add_outstanding`: 7 std, since the normal numbers used are at most
-        7."""
+        """An upper bound on the change of x by `add_outstanding`. It is 7 standard deviations, since the normal numbers
+        that are drawn have magnitudes of at most 7."""
         return 0.0 if self.outstanding is None else 7 * math.hypot(self.grown, math.sqrt(self.outstanding.total))
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
@@ -151,8 +154,8 @@ class Perturber:
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
     def load(self, saved: OutstandingNoise | None, step: int) -> None:
-        """Restore a saved state. If noise is not lazy here, or the cells differ, the saved noise is drawn and added to
-        the memory."""
+        """Restore the outstanding noise of a saved state. If noise is not lazy here, or the cells differ, the saved
+        noise is drawn and added to the error memory."""
         here = self.outstanding
         if here is not None:
             here.clear()

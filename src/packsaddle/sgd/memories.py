@@ -13,7 +13,9 @@ from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Updat
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
-_LARGE = 1 << 20  # coordinates; a smaller vector has a spare vector, which fits a cache and makes rollback exact
+# The error memory of a vector with at least this number of coordinates may be updated in place. A smaller vector has a
+# spare vector, which fits a cache and makes rollback exact.
+_LARGE = 1 << 20
 
 
 class EstimateMemory(ErrorMemory):
@@ -39,17 +41,19 @@ class EstimateMemory(ErrorMemory):
         self._bound: float | None = None  # an upper bound on the magnitude of `mean`; None: not measured
 
     def bound(self, magnitude: float) -> float:
-        """Return an upper bound on the change of x by the mean estimate, measured only at the first call."""
+        """Return an upper bound on the change of any coordinate of x by the mean estimate, after a mean update of this
+        magnitude. The mean estimate is measured at the first call. Later calls add the magnitude to the bound."""
         if self._bound is None:
             self._bound = float(measured(self.mean))
         self._bound += magnitude
         return self._bound * max(self._rates(), default=0.0)
 
     def local_factors(self) -> Sequence[float]:
-        return self._rates()  # unequal rates would make x differ between workers
+        # Unequal learning rates would make x differ between workers.
+        return self._rates()
 
     def close(self, *, apply: bool) -> None:
-        """No-op: `apply_mean` and `absorb` have changed the estimates."""
+        """No-op: `apply_mean` and `absorb` have already changed the estimates."""
 
     def after_load(self) -> None:
         self._bound = None
@@ -76,7 +80,8 @@ class EstimateMemory(ErrorMemory):
         compressed, dense = slice(self.compressed_d), slice(self.compressed_d, None)
         for term in sent:
             term.add_to(self.vector[compressed], 1.0)
-            term.add_to(self._lacking.flat[compressed], -1.0)  # leaves the residual, for `feedback.checks`
+            # Leave the residual in `_lacking`, since the contraction is measured from it.
+            term.add_to(self._lacking.flat[compressed], -1.0)
         self.vector[dense].add_(self._lacking.flat[dense])
         self._lacking.flat[dense].zero_()
         self._clear_frozen(self.vector)
@@ -95,8 +100,8 @@ class EstimateMemory(ErrorMemory):
 def make_memory(
     kind: Memory, flat: FlatParameters, rates: Callable[[], Sequence[float]], *, spare: bool, revocable: bool
 ) -> ErrorMemory:
-    """Return the error memory of this kind. With `spare`, its steps can be rolled back. A large memory on a CPU needs
-    no spare vector for that if updates are `revocable`, i.e. can be subtracted."""
+    """Return the error memory of this kind. With `spare`, a step of the memory can be rolled back. A large memory on a
+    CPU can do that without a spare vector if updates are `revocable`, i.e. can be subtracted."""
     if kind == "ef21":
         return EstimateMemory(flat, rates)
     in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"

@@ -75,7 +75,7 @@ class FlatTarget:
         self.x_was_large = False  # True once an update was so large that it could have overflowed x
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Subtract the mean update g from x (line 11); x is unchanged if that would overflow."""
+        """Subtract the mean update g from x (line 11). If the result would overflow, x is unchanged."""
         # A sufficiently small step cannot overflow any x.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
@@ -172,7 +172,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
 
-        # The parameters as one vector x, and the communicator.
+        # Move the parameters into one vector x, and make the communicator.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
         warn_if_nothing_compressed(given, self._flat.compressed_d, spec.dense_below, stacklevel=3)
         self.ledger = Ledger()
@@ -340,8 +340,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
             )
 
     def _finish_step(self, round: Round) -> None:
-        """Commit or roll back the direction, count the step or the skip, and compare workers if due; collective.
-        Raises NonFiniteError after too many skipped steps."""
+        """Commit or roll back the direction, count the step as applied or
+        skipped, and compare workers if due; collective.
+
+        Raises NonFiniteError after too many skipped steps.
+        """
         t = round.step
         self._direction.close(apply=round.absorbed)
         if not round.absorbed:
@@ -417,7 +420,7 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps between two sends of a coordinate, one per parameter in the user's order.
-        Returns None if it depends on the values of v (see `Compressor.rates`)."""
+        Returns None if this number depends on the values of v (see `Compressor.rates`)."""
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
@@ -458,7 +461,8 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """Return the flat vectors of a checkpoint by name: error memory, start point of the escape check, direction."""
+        """Return the flat vectors of a checkpoint by name: the error memory, the start point of the escape check, and
+        the vectors that the memory and the direction keep between steps."""
         start = {"start": self._escape.start} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
         return {self._memory.name: self._memory.vector, **start, **kept}
@@ -482,10 +486,11 @@ class CompressedSGD(Records, Exchanging, Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
+        """Restore this worker's `state_dict`. Raises ValueError, with nothing changed,
+        if the state does not match this optimizer."""
         state = self._by_index(state_dict)
         self.saved_state.validate(state)
-        # torch would cast state to the parameters' dtype, so only the groups are passed to it.
+        # torch would cast the state to the parameters' dtype, so pass only the groups to torch.
         ours = ("format", *_NUMBERS, *self._identity())
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
@@ -496,8 +501,12 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         self._drift.resume(self._step)
 
     def _by_index(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a state with parameter indices as keys, and defaults for entries that torch's checkpoint tools drop.
-        These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes."""
+        """Return a saved state with parameter indices as keys, and with defaults for the entries that torch's
+        checkpoint tools drop.
+
+        These tools keep only groups and tensors, with names as keys. Raises ValueError if the sizes of the groups
+        differ from the sizes of this optimizer's groups.
+        """
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
             raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
@@ -507,13 +516,15 @@ class CompressedSGD(Records, Exchanging, Optimizer):
         sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
         if sizes != here:
             raise ValueError(f"the state is of {sum(sizes)} parameters, and there are {sum(here)}")
-        keys = [key for group in groups for key in group["params"]]  # integers, or names in torch's DCP
+        # The keys are integers, or names in a state from torch's distributed checkpoints.
+        keys = [key for group in groups for key in group["params"]]
         vectors = {i: state_dict["state"].get(key, {}) for i, key in enumerate(keys)}
         rest = state_dict if state_dict.keys() & _DROPPED.keys() else _DROPPED
         return {**rest, "param_groups": groups, "state": vectors}
 
     def _saved_fields(self) -> list[Vector | Value]:
-        """Return the fields of the saved state; those that depend on others are loaded after them."""
+        """Return the fields of the saved state, in the order in which they are loaded. A field comes after the fields
+        on which it depends."""
         shapes = {i: p.shape for i, p in enumerate(self._flat.parameters)}
         group = ("param_groups", ANY)
         escape = self._escape

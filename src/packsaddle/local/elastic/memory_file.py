@@ -36,9 +36,11 @@ class MemoryFile:
     run: int  # id of the run, a hash of the names of the workers in its first round
     worker: int  # id of the worker
     attempt: int  # the worker's last attempt at a round that the anchor includes
-    error: Mapping[str, Tensor]  # unsent updates by name of the parameter, floating point, in the parameters' shapes
+    # Unsent updates by parameter name, floating-point tensors with the shapes of the parameters.
+    error: Mapping[str, Tensor]
     next_attempt: int = 0  # the worker's attempt at the round in progress, or 0 if there is none
-    next_error: Mapping[str, Tensor] = field(default_factory=dict)  # `error` if the anchor includes that attempt
+    # Unsent updates by name, like `error`, if the round in progress is committed; empty if there is none.
+    next_error: Mapping[str, Tensor] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -72,11 +74,14 @@ class MemoryFile:
 
 class OwnFile:
     """The file for this worker's error memory, locked against other processes until `close` or the process ends.
-    Raises ConfigError, naming the process that has the lock, if it is locked, or if the folder cannot be written."""
+
+    Raises ConfigError if another process has the lock, which the message names, or if the folder cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempts: tuple[int, ...] = ()  # attempts at rounds after each of which the file has the memory
+        # The worker's attempts at rounds after which its error memory is the one in the file.
+        self._attempts: tuple[int, ...] = ()
         self._claimed = False
         lock, number = path.with_name(f"{path.name}.lock"), None
         try:
@@ -111,7 +116,7 @@ class OwnFile:
         self._claimed = True
         if found is None:
             return None, 0.0
-        # The file of a worker that was in the last round must be a copy.
+        # If the worker of the file was in the last round, it is still training, so this file must be a copy.
         taken, member = roster.taken.get(found.worker, 0), roster.members.get(found.worker)
         if member is not None and member.here:
             self._claimed = False
@@ -119,7 +124,8 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
-        # A memory may be used only once: if the anchor includes a later attempt of its worker, it has been sent.
+        # A memory may be used only once. If the anchor includes a later attempt of
+        # the file's worker, the memory was sent.
         if found.next_attempt and taken == found.next_attempt:
             found = replace(found, attempt=taken, error=found.next_error)
         if taken == found.attempt:
@@ -134,7 +140,8 @@ class OwnFile:
         return replace(found, attempt=taken, error=nothing), member.norm
 
     def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
-        """Return the file's error memory if it was written in this run; else rename the file and return None."""
+        """Return the error memory in the file if it was written in this run. Otherwise rename the file, if there is
+        one, and return None."""
         if not self.path.exists():
             return None
         try:
@@ -151,7 +158,8 @@ class OwnFile:
         _log.warning("%s; it is set aside as %s", reason, set_aside(self.path))
 
     def save(self, memory: MemoryFile) -> bool:
-        """Write an error memory to the file; no-op before `claim`. Return False if nothing was written; log errors."""
+        """Write an error memory to the file. Returns False if nothing was written, because `claim` was not called or
+        because of an error, which is logged."""
         if not self._claimed:
             return False
         try:

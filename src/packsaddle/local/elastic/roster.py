@@ -39,7 +39,7 @@ class Hello:
     keeps: int  # 1: the worker's file contains its error memory after its last round
     has_pending: int  # 1: with `weight` 0, the worker still has updates to send in a round with dense = 1
     frozen: int  # hash of the names of the worker's frozen parameters
-    weight: float  # the worker's weight in the mean; 0: it only receives
+    weight: float  # the worker's weight in the mean; 0: the worker only receives the mean
     idle_weight: float  # the worker's weight in a round with dense = 1, if `weight` is 0
     seconds: float  # seconds per inner step of the worker; 0: unknown
     lost: float  # norm of error memories that the worker found to be lost
@@ -66,8 +66,8 @@ def most(values: Sequence[Any]) -> Any:
 class Member:
     """The record of one worker in the roster, made in the worker's last round."""
 
-    norm: float  # norm of the worker's error memory after that round
-    keeps: bool  # True if the worker reported that its file contains this memory
+    norm: float  # norm of the worker's error memory after its last round
+    keeps: bool  # True if the worker reported that its file contains its error memory
     here: bool  # True if the worker was in the last round of the run
 
 
@@ -75,7 +75,7 @@ class Roster:
     """Records of the run, identical on all workers: its name, a hash of its rounds, its inner steps and its workers."""
 
     def __init__(self) -> None:
-        self.run = 0  # 0: no round has been committed
+        self.run = 0  # id of the run; 0: no round has been committed
         self.position = 0  # number of inner steps of all workers that the anchor includes
         self.gone = 0.0  # sum of the norms of lost error memories
         self.history = 0  # hash of all committed rounds
@@ -89,8 +89,8 @@ class Roster:
         return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
 
     def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
-        """Record a committed round; the lists have an entry per rank. `taken` is True if the round was applied, False
-        if it was rejected."""
+        """Record a committed round. `hellos`, `weights` and `norms` have an entry for each worker, by rank. `taken` is
+        True if the round was applied, and False if it was rejected."""
         # The first committed round sets the id of the run, a hash of its workers' names, which later rounds keep.
         names = {hello.worker for hello in hellos}
         self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
@@ -127,14 +127,15 @@ class Roster:
 
 @dataclass
 class Account:
-    """Counts of one worker: attempts at rounds, inner steps, weights; and norms of its error memory."""
+    """One worker's counts of its attempts at rounds and its inner steps, its
+    weights, and the norms of its error memory."""
 
     attempts: int = 0  # number of attempts at rounds
     included: int = 0  # the worker's last attempt that the anchor includes
-    since: int = 0  # inner steps since that attempt
+    since: int = 0  # inner steps since the worker's last attempt that the anchor includes
     ahead: int = 0  # inner steps since the last round
     counted: float = 0.0  # sum of the weights of earlier rounds, to subtract from the total of the weight function
-    last_weight: float = 1.0  # weight in the last round that included its update
+    last_weight: float = 1.0  # weight in the last round that included the worker's update
     norm: float = 0.0  # norm of the error memory after the last round
     sent: float = 0.0  # norm of the worker's message in its last round
     found_lost: float = 0.0  # norm of lost error memory, not yet reported to the other workers
@@ -152,5 +153,6 @@ class Account:
         return found
 
     def start_count(self, weight: float) -> None:
-        """Restart the count of inner steps after a round that included them; `weight` was their weight in it."""
+        """Restart the count of inner steps after a round that included these steps. `weight` is the weight that the
+        worker's update had in the round."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight

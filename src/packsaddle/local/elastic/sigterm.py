@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 _MOMENT = 3.0  # seconds until an unfinished exit is forced
-_LONGEST = 1e9  # maximum seconds of a timer
+_LONGEST = 1e9  # maximum duration of a timer, in seconds
 
 
 class LeavingError(BaseException):
@@ -20,8 +20,8 @@ class LeavingError(BaseException):
 
 
 class Sigterm:
-    """A handler of SIGTERM; `asked` is True after the signal.
-    The signal ends a wait for other workers immediately if `may_leave()` returns True, else after `grace` seconds."""
+    """Handles SIGTERM. The signal ends a wait for other workers immediately if `may_leave()` returns True, and
+    otherwise after `grace` seconds. `asked` is True after the signal."""
 
     def __init__(self, may_leave: Callable[[], bool], grace: float) -> None:
         self.asked = False
@@ -35,13 +35,13 @@ class Sigterm:
 
     @property
     def left(self) -> float:
-        """The remaining seconds of the grace period, or all its seconds before the signal."""
+        """The remaining seconds of the grace period. Before the signal, the whole grace period remains."""
         return max(0.0, self._until - time.monotonic()) if self.asked else self._grace
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context manager for a wait for other workers, in which SIGTERM, also if it was received before, raises
-        LeavingError."""
+        """Context manager for a wait for other workers. Within it, SIGTERM raises LeavingError, also if the signal was
+        received before the wait."""
         self._waiting = True
         try:
             if self.asked:
@@ -51,7 +51,7 @@ class Sigterm:
             self._waiting = False
 
     def hold(self) -> None:
-        """Protect the rest of the `waiting` block from interruption."""
+        """Protect the rest of the `waiting` block from interruption by SIGTERM."""
         self._waiting = False
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -65,7 +65,7 @@ class Sigterm:
         signal.setitimer(signal.ITIMER_REAL, min(max(self.left, 1e-3), _LONGEST))
 
     def _late(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGALRM, sent at the end of the grace period: interrupt a wait."""
+        """Handle SIGALRM, which is sent at the end of the grace period: interrupt a wait."""
         self._until = 0.0
         self._interrupt_wait()
 

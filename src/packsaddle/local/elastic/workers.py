@@ -69,11 +69,11 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a round: exchanged by all workers, but not committed yet."""
+    """One attempt at a round, in which all workers have exchanged their updates, but not committed them yet."""
 
     hellos: Sequence[Hello]  # the messages with which the workers started the round, by rank
-    weights: Sequence[float]  # w_i of the workers, by rank
-    norms: Sequence[float]  # norms of the error memories after a commit, by rank
+    weights: Sequence[float]  # weights w_i of the workers in the mean, by rank
+    norms: Sequence[float]  # norm that each worker's error memory has if the round is committed, by rank
     parts: Sequence[Fragment]  # the exchanged fragments
 
 
@@ -87,10 +87,10 @@ class ElasticWorkers:
 
     Args:
         options: options of the local updates.
-        channel: the communicator, of a `ManagedGroup`, or of a `SiteGroup` of one.
+        channel: the communicator of the workers. Its group is a `ManagedGroup`, or a `SiteGroup` that contains one.
         within: the processes of this site; None: this worker is one process.
         fragments: the fragments of the model.
-        schedule: when they are exchanged.
+        schedule: the steps after which a fragment is exchanged.
         inner: the optimizers of the parameters.
         outer: the outer optimizer of the anchor, or None.
     """
@@ -122,11 +122,14 @@ class ElasticWorkers:
         splits = {is_split(p) for part in fragments for p in part.parameters}
         if within is not None and len(splits) > 1:
             raise ValueError("parameters must all be sharded in a site with a manager, or none, and some are not")
-        self._has_replicas = within is not None and splits == {False}  # each process of the site has the whole model
-        self._received: Mapping[str, Any] | None = None  # of another worker, not loaded yet
+        # True if this worker is a site, each of whose processes has the whole model.
+        self._has_replicas = within is not None and splits == {False}
+        # The state that was received from another worker and is not loaded yet; None: there is none.
+        self._received: Mapping[str, Any] | None = None
 
         # State of this worker.
-        self.worker: int = self._objects.send(int.from_bytes(os.urandom(8), "little") >> 1, 0)  # its random name
+        # The random name of this worker, identical on all processes of its site.
+        self.worker: int = self._objects.send(int.from_bytes(os.urandom(8), "little") >> 1, 0)
         self.has_joined = False
         self._exchanged = False  # True if a round followed the last inner step
         self.steps = 0  # inner steps; a new worker starts at the count of the worker that sent its state
@@ -185,17 +188,18 @@ class ElasticWorkers:
     # Agreement of the processes of a site; collective over them.
 
     def _totals(self, *numbers: int) -> list[int]:
-        """Return integers, each summed over the processes, modulo 2^64."""
+        """Return integers, each summed over the processes of the site, modulo 2^64."""
         totals = torch.tensor(numbers, dtype=torch.int64)
         self._site.all_reduce(totals)
         return totals.tolist()
 
     def _any(self, flag: bool) -> bool:
-        """Return True if the flag is True on one of the processes."""
+        """Return True if the flag is True on one of the site's processes."""
         return self._totals(flag)[0] > 0
 
     def _weight(self) -> float:
-        """Return this worker's weight in a round at this time, by the sum of the processes' weight functions."""
+        """Return the weight that this worker has in a round at this time. A weight function is summed over the
+        processes of the site."""
         rule = self.settings.weight
         return self.account.weight((lambda: sum(self._objects.gather(float(rule())))) if callable(rule) else rule)
 
@@ -214,15 +218,19 @@ class ElasticWorkers:
         if self.has_joined:
             return
         self.round(uncompressed=False)
-        self.account.ahead = self.account.since  # above 0 if this worker was restored from a checkpoint
+        # Count the inner steps since the last round. They are above 0 only if
+        # this worker was restored from a checkpoint.
+        self.account.ahead = self.account.since
         if self._file is not None:
             self._claim_memory(self._file)
             if not self._keeps:
-                self._save()  # before the next Hello reports that the file is up to date
+                # Save before the next round, in which this worker reports that its file is up to date.
+                self._save()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def _claim_memory(self, file: OwnFile) -> None:
-        """Continue as the worker of the memory file, with its name, attempts and error memory, at its start point.
+        """Continue as the worker to which the memory file belongs: use its name, attempts and error memory, and move
+        the parameters to its start point.
 
         The processes of a site have a file each. A process without an up-to-date file has lost its memory, unless each
         process has the whole model: then all continue with the memory of the first process that has it.
@@ -235,7 +243,7 @@ class ElasticWorkers:
             raise ConfigError(f"memory files of a site must be of one worker, and are of {', '.join(map(hex, names))}")
         if not names:
             return
-        # Take the memory of this process's file, or that of another replica.
+        # Use the memory in this process's file, or that of another process that has the whole model.
         self.worker = names[0]
         error = {} if found is None else found.error
         if found is None and self.worker in self.roster.members:
@@ -256,7 +264,9 @@ class ElasticWorkers:
 
     def after_step(self, steps: int, parameters: Iterable[Tensor], *, has_ended: bool) -> bool:
         """Count an inner step, the `steps`-th; then leave if SIGTERM was received, or run a round if one is due.
-        Always returns False, since a worker that has ended its training leaves and runs no more collectives."""
+
+        Always returns False, since a worker that has ended its training leaves and runs no more collectives.
+        """
         self.steps, self._exchanged = steps, False
         self.account.since += 1
         self.account.ahead += 1
@@ -270,7 +280,8 @@ class ElasticWorkers:
         """Run an uncompressed round of all present workers. Raises RuntimeError for a compressor."""
         if compressor is not None:
             raise RuntimeError("flush takes a compressor with a fixed set of workers; with a manager, pass none")
-        self.join()  # a worker that has not stepped may have a memory file to send
+        # Join first: a worker that has not stepped may have a memory file with updates to send.
+        self.join()
         return self.round(uncompressed=True)
 
     def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
@@ -292,7 +303,9 @@ class ElasticWorkers:
                 applied = self._once(uncompressed, seconds)
                 break
             except LeavingError:
-                if self._site.size > 1:  # its grace is over, and other processes may not wait with it
+                # The grace period is over. Other processes of the site may not be in this wait, so a collective with
+                # them would hang.
+                if self._site.size > 1:
                     end_process(0 if self._save() else 1)
                 self._exit()
             except RoundFailedError as error:
@@ -334,17 +347,20 @@ class ElasticWorkers:
                 if (failure := manager.errored()) is not None:
                     raise RuntimeError(str(failure))
             self._load_received()
-            self._roll_back()  # no-op if `_recover` has committed the last round because other workers were ahead
+            # Roll back the last round, unless `_recover` has committed it because other workers were ahead.
+            self._roll_back()
             attempt = self._try(dense, seconds)
         except (ConfigError, PeerLostError):
             self._break()
             raise
-        except (RuntimeError, AssertionError) as error:  # from torch's backends, or because there is no group
+        except (RuntimeError, AssertionError) as error:
+            # torch's backends raise these errors, also if there is no process group.
             reason = str(error)
             manager.report_error(error)
             self._discard_received()
             self._break()
-        # Vote. Other workers may have committed a round in `_in_doubt`: `_recover` decides at the next quorum.
+        # Vote. If this worker's confirmation failed, other workers may still have committed the round. Its fragments
+        # are then in `_in_doubt`, and `_recover` commits it or rolls it back at the next quorum.
         if not manager.should_commit():
             if not self._in_doubt:
                 self._roll_back()
@@ -357,8 +373,8 @@ class ElasticWorkers:
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange the updates of one round with the workers of the quorum; return the round, which is not voted on
-        yet."""
+        """Exchange the updates of one round with the workers of the quorum; return the attempt, on which the workers
+        have not voted yet."""
         self._group.renew()
         self.channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
@@ -368,7 +384,7 @@ class ElasticWorkers:
             gathered = self.channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
         hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
-        # Exchange: one fragment, in rotation; all fragments if `dense`; none if all weights are 0.
+        # Exchange: send one fragment, in rotation. If `dense`, send all fragments. If all weights are 0, send none.
         dense = any(hello.dense for hello in hellos)
         weights, parts = [0.0] * len(hellos), list[Fragment]()
         if any(h.weight or (dense and h.idle_weight and h.has_pending) for h in hellos):
@@ -393,9 +409,10 @@ class ElasticWorkers:
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
     def _exchange(self, r: LocalRound, hellos: Sequence[Hello], weights: Sequence[float]) -> None:
-        """Exchange the messages of a round, and what is invalid in them, with the other workers."""
+        """Exchange the messages of a round with the other workers, and gather the reports of invalid messages."""
         norms = standings = None
-        if r.norm is not None:  # v depends on the Hello messages, so these cannot contain its norm
+        # Gather the norms of v separately: v depends on the Hello messages, so these cannot contain its norm.
+        if r.norm is not None:
             norm_of_all = self.channel.gather({"norm": r.norm}, fixed_size=True, purpose="guard")
             norms, r.workers = torch.cat([n["norm"] for n in norm_of_all]), [f"{h.worker:x}" for h in hellos]
             parts_in = [Standing.COUNTED if weight else Standing.ABSENT for weight in weights]
@@ -406,9 +423,10 @@ class ElasticWorkers:
     def _hello(self, dense: bool, seconds: float) -> Hello:
         every = self._compression.compare_every
         compared = every > 0 and self._rounds % every == 0
-        # A worker that has not joined only receives (weight 0). One that has not stepped since its last round counts
-        # with `idle_weight`, its last weight, if all pending updates are sent: it may have an error memory, or unsent
-        # updates of fragments that were not in that round. Without any, its zeros are averaged with others' updates.
+        # A worker that has not joined only receives (weight 0). A worker that has not stepped since its last round has
+        # weight 0 too, but it may have an error memory, or unsent updates of fragments that were not in that round. If
+        # all pending updates are sent, it counts with `idle_weight`, its last weight. If it has no pending updates, its
+        # zeros are averaged with the updates of other workers.
         own = self.account
         has_more = len(self._fragments) > 1 and not own.since and self._has_pending()
         checksum = int(torch.stack([fingerprint(p.anchor.flat) for p in self._fragments]).sum()) if compared else 0
@@ -446,16 +464,18 @@ class ElasticWorkers:
         return self._fragments[self._schedule.in_rotation(self._rounds)]
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Check that arguments, anchors and messages of all workers match. Those that most workers have are right, or
-        in a tie the first.
+        """Check that arguments, anchors and messages match on all workers. The value that most workers have is the
+        right one; in a tie, the first is.
 
-        Raises RoundFailedError on workers that have the right ones, and ConfigError on workers with other arguments or
-        messages, or if the first round has different anchors. Later, a worker with another anchor loads the right one.
+        Raises RoundFailedError on a worker with the right values. Raises ConfigError on a worker with other arguments
+        or messages, or if workers have different anchors in their first round. In a later round, a worker with another
+        anchor loads the right one.
         """
         if len({h.arguments for h in hellos}) > 1:
             text = self._arguments()
             self._compare("be given the same arguments", text, hellos)
-            self._arguments_hash = hash_of(text)  # after some had joined, frozen parameters changed on all workers
+            # The arguments are equal now: frozen parameters have changed on all workers after some of them had joined.
+            self._arguments_hash = hash_of(text)
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
             if len({h.message for h in hellos}) > 1:
@@ -473,9 +493,12 @@ class ElasticWorkers:
         self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})
 
     def _compare(self, must: str, text: str, hellos: Sequence[Hello]) -> None:
-        """Raise an error if the workers' texts differ; it names a worker, and the first line that differs. `text` is
-        this worker's. Raises ConfigError on a worker whose text is not the most frequent one, RoundFailedError on the
-        others."""
+        """Raise an error if the workers' texts differ. `text` is this worker's text, and the error names a worker and
+        the first line in which its text differs from the most frequent one.
+
+        Raises ConfigError on a worker whose text is not the most frequent one,
+        and RoundFailedError on the other workers.
+        """
         with fail_together(self._site):
             texts = self.channel.gather_text(text, self._device, "members")
         usual, mine = most(texts), self._group.rank
@@ -528,7 +551,8 @@ class ElasticWorkers:
             applied &= bool(r.applied)
             is_saved &= bool(r.applied) and r.flush is None and r.agrees
             reports = max(reports, sum(e.kind == "message" and e.worker == self._group.rank for e in r.reports))
-        if not (is_saved and self._keeps):  # else `_try` has written the memory as it is now
+        # Save the memory, unless `_try` has already written it as it is now.
+        if not (is_saved and self._keeps):
             self._save()
         # Stop if most other workers could not decode this worker's message; they continue without it.
         if 2 * reports > self._group.size - 1:
@@ -540,7 +564,8 @@ class ElasticWorkers:
 
     def _close_exchanges(self) -> bool:
         parts, self._in_doubt = self._in_doubt, ()
-        applied = [part.current.close() for part in parts if part.current is not None]  # `all` must not skip any
+        # Close every exchange first, since `all` would stop at the first rejected one.
+        applied = [part.current.close() for part in parts if part.current is not None]
         return all(applied)
 
     def _roll_back(self) -> None:
@@ -555,7 +580,8 @@ class ElasticWorkers:
     # Workers that join.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state for a worker that is behind: anchor, roster, outer and inner optimizers' states."""
+        """Return the state for a worker that is behind: the anchor, the roster, and
+        the states of the outer and inner optimizers."""
         inner = [local_state(o) for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
@@ -566,23 +592,27 @@ class ElasticWorkers:
         return [*found, *outer, *self.roster.fields(("roster",))]
 
     def _receive(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a worker that is ahead, immediately, or once all processes of this site have received one.
-        torchft calls it at a quorum."""
+        """Load the state of a worker that is ahead. In a site, only keep the state: it is loaded once all processes of
+        the site have received one. torchft calls this method at a quorum."""
         if self._site.size > 1:
             self._received = state
         else:
             self._recover(state)
 
     def _load_received(self) -> None:
-        """Load a received state. Processes of a site may have received it from different workers, whose steps and inner
-        optimizers differ: those of process 0, or its whole state if each process has the whole model."""
+        """Load the received state, if there is one.
+
+        The processes of a site may have received it from different workers, whose numbers of steps and inner optimizers
+        differ. So all processes use the number of steps that process 0 received, or its whole state if each process has
+        the whole model.
+        """
         if (state := self._received) is not None:
             self._received = None
             shared = state if self._has_replicas else {"steps": state["steps"]}
             self._recover({**state, **self._objects.send(shared, 0)})
 
     def _discard_received(self) -> None:
-        """Discard a received state, since other processes of this site have none."""
+        """Discard the received state, if there is one, since other processes of this site may have received none."""
         if self._received is not None:
             self._received = None
             self._mark_as_behind()
@@ -610,7 +640,8 @@ class ElasticWorkers:
             sent, taken, own.included = set(self._in_doubt), self._close_exchanges(), own.attempts
         else:
             self._roll_back()
-        # Updates in the anchor must not be sent again. Those sent in a round that the others do not have are lost.
+        # Updates that the anchor includes must not be sent again. Updates that were sent in a round that the other
+        # workers do not have are lost.
         stale = included > own.included
         if stale:
             own.found_lost += own.norm
@@ -689,8 +720,11 @@ class ElasticWorkers:
 
     def _save(self, exchanged: Sequence[Fragment] = ()) -> bool:
         """Write the pending updates to this worker's memory file; return False if there is no file, or if writing
-        fails. `exchanged` are the fragments of the round in progress: what is pending once it is committed is written
-        too."""
+        fails.
+
+        `exchanged` are the fragments of the round in progress. If there are any, the updates that will be pending once
+        the round is committed are written too.
+        """
         if self._file is None:
             return False
         if self._in_doubt:  # nothing has changed since the file was written
@@ -752,7 +786,8 @@ class ElasticWorkers:
         return False
 
     def _has_pending(self) -> bool:
-        """Return True if a round would send updates; those of frozen parameters do not count, as they are not sent."""
+        """Return True if this worker has updates that a round would send. Updates of frozen parameters are not sent, so
+        they do not count."""
         pending = [part.unapplied() for part in self._fragments]
         for part, vector in zip(self._fragments, pending, strict=True):
             for name, view in part.by_name(vector).items():
