@@ -250,7 +250,7 @@ def _complete_states(
     with the weights `shares`.
     """
     first, *mine = [state.get("state", {}) for state in states]
-    # Gather the keys of all saved states, each with the weight of its state, by the worker that has read them.
+    # Gather from each worker the keys in the states that it has read, each with the weight of its state.
     held = collectives.gather([(key, share) for one, share in zip(mine, shares, strict=True) for key in one])
     for key in dict.fromkeys(key for pairs in held for key, _ in pairs):
         found = [share for pairs in held for other, share in pairs if other == key]

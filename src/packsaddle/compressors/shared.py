@@ -197,7 +197,9 @@ class SharedTopK(SharedSupport):
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return random projections of v's blocks, by the keys in `drawn`, bfloat16 or float[blocks * projections]."""
+        """Return random projections of each block of v, as bfloat16 or float[blocks * projections]. The random numbers
+        are generated from the keys in `drawn`. Returns an empty tensor if the blocks have no projections, since all
+        blocks are then kept."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 

@@ -31,7 +31,7 @@ from packsaddle.curvature.options import Hvp, Search
 
 Result = TypeVar("Result")
 
-_NEARBY = 17 / 16  # ratio of two steps h whose products differ almost only by rounding
+_NEARBY = 17 / 16  # ratio of two difference steps h so close that their products differ almost only by rounding
 _ROUNDS = 6  # maximum number of steps h to try for one product
 _LONGEST = 1 / 16  # largest step, as h / ||x||; at longer steps the errors do not follow the formula with M_3
 _FARTHEST = 64.0  # largest ratio between consecutive trial steps

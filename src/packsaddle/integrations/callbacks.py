@@ -63,11 +63,11 @@ class Attached:
     def _make(
         self, wrapped: nn.Module, model: nn.Module, optimizers: list[Optimizer], scaler: Any, log_every: int
     ) -> "DDPHook | WorkerState | None":
-        """Attach local updates, or with several workers a hook that measures the contraction every `log_every` steps.
+        """Attach local updates or a hook, whichever the class uses, and return the attached object.
 
-        `wrapped` is the model as wrapped by the framework. For one worker, who needs no hook, it warns and returns
-        None. Raises the errors of attaching, and RuntimeError if a launcher started several processes but there is no
-        process group.
+        `wrapped` is the model as wrapped by the framework. A hook measures the contraction every `log_every` steps.
+        With one worker no hook is attached: the method warns and returns None. Raises the exceptions of `attach` or
+        `attach_local_updates`, and RuntimeError if a launcher started several processes but there is no process group.
         """
         options = {"scaler": scaler, **self._options}
         if self._makes is LocalUpdates:

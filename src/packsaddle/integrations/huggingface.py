@@ -73,8 +73,8 @@ class _Attached(Attached, TrainerCallback):
         trainer.train, trainer._save_checkpoint = training, saving
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach the hook or local updates, and restore their state in a resumed run. Raises the errors of
-        attaching."""
+        """Attach the hook or local updates, and restore their state in a resumed run. Raises the exceptions of `_make`
+        and `load_state`."""
         trainer = self._trainer
         # In further calls of train() the hook is already attached to this model.
         if trainer.model_wrapped is not self._attached:

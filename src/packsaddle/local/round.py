@@ -104,11 +104,11 @@ class LocalRound:
         return r
 
     def exchange(self, step: int, norms: Tensor | None = None, standings: Tensor | None = None) -> None:
-        """Exchange C(share v), the compressed and weighted update v, and set
-        the error memory to the residual; collective.
+        """Exchange v, weighted by `share` and compressed, and set the error memory to the residual; collective. A
+        worker with `share` 0 sends zeros, and its error memory does not change.
 
-        This method may run in another thread. If `norms` is given, v is clipped: `norms`, float32[W], are the norms of
-        the workers' v, and `standings`, int64[W], have a `Standing` of each worker (see `factors_of`).
+        This method may run in another thread. If `norms` is given, v is clipped (see `factors_of`): `norms`,
+        float32[W], contains the norm of each worker's v, and `standings`, int64[W], contains its `Standing`.
         """
         part, exchanged, options = self.part, self.exchanged, self.part.options
         assert exchanged is not None

@@ -31,7 +31,7 @@ class Schedule:
     origin: int = 0  # the tick that inner step `since` reached
 
     def tick(self, step: int) -> int:
-        """Return the tick that inner step number `step` reaches."""
+        """Return the tick (see the class) that this worker has reached after its inner step number `step`."""
         return self.origin + (step - self.since) * self.every // (self.pace or self.every)
 
     def paced(self, pace: int, step: int, *, idle: int = 0) -> "Schedule":

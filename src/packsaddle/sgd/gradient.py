@@ -287,7 +287,7 @@ class StormGradient(_StatefulGradient):
         self._add_noise(out.flat, scales, extras)
 
     def first_out_of_range(self) -> str | None:
-        # Search the gradient, and then the direction d_t.
+        # Search the gradients for a value out of range, and then the direction d_t.
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:

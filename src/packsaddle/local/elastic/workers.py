@@ -198,8 +198,8 @@ class ElasticWorkers:
         return self._totals(flag)[0] > 0
 
     def _weight(self) -> float:
-        """Return the weight that this worker has in a round at this time. A weight function is summed over the
-        processes of the site."""
+        """Return the weight that this worker's update would have in a round now. If the weight is set by a function,
+        its values in the processes of this worker's site are summed."""
         rule = self.settings.weight
         return self.account.weight((lambda: sum(self._objects.gather(float(rule())))) if callable(rule) else rule)
 

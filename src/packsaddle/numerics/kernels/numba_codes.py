@@ -293,9 +293,12 @@ def _count_codes(codes: Array, tables: Array) -> None:
 def pack_layer(
     codes: Tensor, low: int, high: int, inverted: bool, b: int, coded: int, going_on: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode the positions of the members, i.e. of the `going_on` elements of `codes`, uint8[n], that are below `low`
-    or above `high`. Returns the code and the members. The code has the gaps between members, or with `inverted` the
-    gaps between all other elements, in Rice codes with parameter b. `coded` is the number of these gaps."""
+    """Encode one layer: the positions of the elements of `codes`, uint8[n], that are below `low` or above `high`.
+
+    Returns the code, and these elements in order, of which there must be `going_on`. The code contains the gaps between
+    their positions in Rice codes with parameter b. With `inverted` it contains the gaps between the positions of the
+    elements from `low` to `high` instead. `coded` is the number of gaps in the code.
+    """
     dtype = np.int32 if len(codes) < 1 << 31 else np.int64
     places = np.empty(going_on + 1, dtype)
     _list_places(codes.numpy(), low, high, False, places)
