@@ -183,7 +183,7 @@ def validate(racer: Racer, held_out: Dataset, group: Group) -> float:
 
 
 def load(path: Path) -> list[Curve]:
-    """Return the curves of a file, [] if it does not exist. Raises ValueError for a row that is not a curve."""
+    """Return the curves in a CSV file, [] if it does not exist. Raises ValueError for a row that is not a curve."""
     return read_rows(path, _curve, "curve")
 
 

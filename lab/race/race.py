@@ -103,7 +103,7 @@ class Race:
 
 
 def in_process_group(race: Race) -> Outcome:
-    """Join the launcher's world, run the race, and leave the world."""
+    """Join the process group of the launcher (torchrun), run the race, and leave the group."""
     with process_group() as group:
         settle(group)
         return run(race)

@@ -86,7 +86,7 @@ def alone(inner: Inner) -> Method:
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """The target, the training, the links and the methods."""
+    """The settings of a race to a target: the target loss, the training, the links and the methods."""
 
     target: float  # validation loss, nats per character
     steps: int

@@ -18,7 +18,7 @@ from packsaddle.numerics.seeds import Stream, generator
 
 
 class Dataset(Protocol):
-    """n examples in memory, each an input with its target."""
+    """Interface of n examples in memory, each of which is an input with its target."""
 
     @property
     def shape(self) -> torch.Size:
