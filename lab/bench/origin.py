@@ -20,8 +20,8 @@ class Origin:
     machine: str = ""  # processor and number of logical cores
     torch: str = ""  # torch's version
     threads: int = 0  # number of torch's threads per worker
-    date: str = ""  # in UTC, as 2026-11-28
-    commit: str = ""  # of this repository, with "+" if its code had changes
+    date: str = ""  # date in UTC, such as 2026-11-28
+    commit: str = ""  # commit of this repository, with "+" if its code had uncommitted changes
     text: str = ""  # first 12 digits of the SHA-256 of the training text; empty also for other data
 
     @classmethod

@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--prose", action="store_true", help="run nothing: keep what the pages say was printed")
     arguments = parser.parse_args()
     os.environ["PATH"] = (
-        f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # of the commands in scripts
+        f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"  # scripts call installed commands
     )
     out = arguments.out.resolve()
     for script in arguments.scripts:

@@ -51,7 +51,7 @@ class Contender:
     `outer="nesterov"` is DiLoCo's outer optimizer.
     """
 
-    text: str  # as the user wrote it
+    text: str  # the contender as the user wrote it
     lr: float
     steps: int | None = None  # number of training steps; None: the race's number
     noise: float = 0.0  # standard deviation; this and all fields up to `outer` are for packsaddle's methods only

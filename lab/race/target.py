@@ -22,7 +22,7 @@ from lab.race.workload import TrainingWorkload
 from packsaddle.comm import WorkerFailedError, launch
 
 Part = Literal["all", "steps", "runs", "plan", "tables"]
-LOCAL = "local"  # in place of a link's rate: workers are processes without a slow link
+LOCAL = "local"  # the name, instead of a link's rate, for processes without a slow link
 
 
 @dataclass(frozen=True)

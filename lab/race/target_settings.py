@@ -39,9 +39,9 @@ class Method:
     lr: float  # learning rate if `row` does not exist
     row: str = ""  # name of a method in experiments/muon; its best rate is used, and its curves predict the steps
     every: int = 1  # period of exchanges, in steps
-    compressor: str = "Sign(per_tensor=True)"  # for "local" and "hook"; "Half": float16
-    dense_below: int = 1024  # for "local"
-    exchange: Literal["auto", "direct", "two-way"] = "auto"  # for "local"
+    compressor: str = "Sign(per_tensor=True)"  # compressor for the kinds "local" and "hook"; "Half": float16
+    dense_below: int = 1024  # argument of packsaddle.Compression, for "local" only
+    exchange: Literal["auto", "direct", "two-way"] = "auto"  # argument of packsaddle.Compression, for "local" only
     overlap: int = 0
     outer: tuple[float, float] | None = None  # rate and Nesterov momentum of DiLoCo's outer optimizer
     keep_unsent: bool = True
